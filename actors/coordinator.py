@@ -1,0 +1,31 @@
+"""The coordinator as a Ray actor: named, detached, restarted by Ray; its state comes back from the nodes."""
+
+import ray
+
+from tiered_kv.clock import SystemClock
+from tiered_kv.config import Config
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.coordinator import Answer, Coordinator, Report
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
+class CoordinatorActor:
+    """Passes calls on to a `Coordinator`; nothing else."""
+
+    def __init__(self, cluster_id: str, config: Config) -> None:
+        self._cluster_id = cluster_id
+        self._config = config
+        self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
+
+    def describe(self) -> dict:
+        """Which cluster this is, its settings, and its nodes."""
+        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": self._coordinator.nodes()}
+
+    def report(self, report: Report) -> Answer:
+        return self._coordinator.report(report)
+
+    def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
+        return self._coordinator.locate(asking, keys)
+
+    def forget(self, node: str) -> None:
+        self._coordinator.forget(node)

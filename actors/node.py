@@ -1,0 +1,52 @@
+"""The node as a Ray actor: one a machine, detached, restarted by Ray on the same machine, where it finds its blocks."""
+
+import numpy as np
+import ray
+
+from tiered_kv.actors.link import RayLink
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.local import SessionServer
+from tiered_kv.service.node import Node
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
+class NodeActor:
+    """Runs a `Node`, serves its workers' sessions on a socket and its peers through Ray's object store."""
+
+    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config) -> None:
+        self._refusal: TieredKVError | None = None
+        labels = {"ray_node_id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+        try:
+            self._node = Node(config, cluster_id, node_id, RayLink(cluster, node_id), labels=labels)
+            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session)
+        except TieredKVError as error:
+            # An actor whose constructor raises is restarted for ever, and its error is lost; `info` tells it instead.
+            self._refusal = error
+
+    def info(self) -> dict:
+        """What a worker needs to attach; raises what kept the node from starting."""
+        if self._refusal:
+            raise self._refusal
+        return self._node.info()
+
+    def stats(self) -> dict:
+        return self._node.stats()
+
+    def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
+        """The frames of the leading keys that are here, as one object in Ray's object store (none: an empty list).
+
+        The object is a list of frames, each a list of buffers; the payload goes from the arena to the store in one copy.
+        """
+        with self._node.serving(keys) as frames:
+            if not frames:
+                return []
+            return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
+
+    def close(self) -> None:
+        """Leave the cluster and delete all files of this node."""
+        if self._refusal:
+            raise TieredKVError(Kind.CLOSED, "the node never started")
+        self._server.close()
+        self._node.close(remove=True)

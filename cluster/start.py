@@ -1,0 +1,180 @@
+"""Bringing a cluster of cache nodes up and down: one actor for each Ray node, one coordinator; on a Ray of our own or others'."""
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
+from tiered_kv.cluster import raylocal, state
+from tiered_kv.cluster.state import ClusterState
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+
+OBJECT_STORE_BYTES = 512 << 20
+START_WITHIN_S = 120.0
+ANSWER_WITHIN_S = 10.0
+
+Say = Callable[[str], None]
+
+
+def up(config: Config, *, name: str = state.DEFAULT_NAME, nodes: int = 1, address: str | None = None, say: Say = lambda _: None) -> ClusterState:
+    """Start a cluster called `name`: on Ray nodes of our own on this machine, or on every node of the Ray at `address`.
+
+    `say` gets a line for each step. If anything fails, all that was started is stopped again. Raises `TieredKVError`
+    that names the setting at fault; kind `cluster` if `name` is running.
+    """
+    with state.starting(name), ExitStack() as undo:
+        _refuse_second(name)
+        cluster_id = state.new_cluster_id()
+        if address is None:
+            say(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
+            ray_local = raylocal.start_ray(nodes, OBJECT_STORE_BYTES, directory=state.cluster_dir(name))
+            undo.callback(raylocal.stop_ray, ray_local.processes, ray_local.temp_dir)
+            own = {
+                "address": ray_local.address,
+                "node_ips": ray_local.node_ips,
+                "token_path": ray_local.token_path,
+                "processes": ray_local.processes,
+                "temp_dir": ray_local.temp_dir,
+                "owns_ray": True,
+            }
+        else:
+            own = {"address": address}
+        cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
+        say(f"joining Ray at {cluster.address}")
+        raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
+        undo.callback(raylocal.leave_ray)
+        undo.callback(remove_files, cluster)
+        undo.callback(_kill_actors, name)
+        _start_actors(cluster, config, say)
+        cluster.save()
+        undo.pop_all()
+        return cluster
+
+
+def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None) -> list[int]:
+    """Stop a cluster and delete its files, also one that is damaged or half gone; the pids that had to be killed."""
+    with state.starting(name):
+        cluster = state.load(name)
+        try:
+            raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
+            say("closing the nodes")
+            _close_nodes(name)
+        except TieredKVError as error:
+            say(f"the cluster does not answer ({error}); stopping what is left of it")
+        raylocal.leave_ray()
+        killed: list[int] = []
+        if cluster.owns_ray:
+            say("stopping Ray")
+            killed = raylocal.stop_ray(cluster.processes, cluster.temp_dir)
+        remove_files(cluster)
+        state.remove(name)
+        return killed
+
+
+def describe(name: str = state.DEFAULT_NAME) -> dict:
+    """What the coordinator of the cluster that this process has joined says: cluster id, settings, nodes with their figures."""
+    import ray
+
+    try:
+        coordinator = ray.get_actor(coordinator_name(name), NAMESPACE)
+        return ray.get(coordinator.describe.remote(), timeout=ANSWER_WITHIN_S)
+    except (ValueError, ray.exceptions.RayError) as error:
+        message = f"the Ray cluster has no tiered_kv cluster {name!r} that answers ({type(error).__name__}); start one with: tiered-kv up"
+        raise TieredKVError(Kind.CLUSTER, message, name=name) from error
+
+
+def _refuse_second(name: str) -> None:
+    running = state.find(name)
+    if running is not None and running.alive():
+        message = f"cluster {name!r} is already up at {running.address}; see `tiered-kv status`, end it with `tiered-kv down`, or give another --name"
+        raise TieredKVError(Kind.CLUSTER, message, name=name)
+    if running is not None:  # its Ray died: what it left is ours to clear
+        raylocal.stop_ray(running.processes, running.temp_dir)
+        remove_files(running)
+
+
+def _start_actors(cluster: ClusterState, config: Config, say: Say) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from tiered_kv.actors.coordinator import CoordinatorActor
+    from tiered_kv.actors.node import NodeActor
+
+    _refuse_foreign(cluster.name)
+    detached: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": "detached"}
+    coordinator = CoordinatorActor.options(name=coordinator_name(cluster.name), **detached).remote(cluster.cluster_id, config)
+    _result(coordinator.describe.remote(), "the coordinator")
+    started = {}
+    for number, ray_node in enumerate(sorted((node for node in ray.nodes() if node["Alive"]), key=_age)):
+        node_id = f"node-{number}"
+        say(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
+        here = NodeAffinitySchedulingStrategy(ray_node["NodeID"], soft=False)
+        actor = NodeActor.options(name=node_name(cluster.name, node_id), scheduling_strategy=here, **detached)
+        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config)
+    for node_id, actor in started.items():
+        _result(actor.info.remote(), f"cache {node_id}")
+
+
+def _age(node: dict) -> tuple:
+    return (not node["Resources"].get("node:__internal_head__"), node["NodeManagerAddress"])
+
+
+def _refuse_foreign(name: str) -> None:
+    """A Ray of others may run a cluster of this name that this machine has no state file of."""
+    import ray
+
+    with suppress(ValueError):
+        ray.get_actor(coordinator_name(name), NAMESPACE)
+        raise TieredKVError(Kind.CLUSTER, f"this Ray already runs a cluster {name!r}; give another --name", name=name)
+
+
+def _result(reference: Any, who: str) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference, timeout=START_WITHIN_S)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, TieredKVError) else error
+        raise cause from error
+    except ray.exceptions.RayError as error:
+        raise TieredKVError(Kind.CLUSTER, f"{who} did not start: {error}") from error
+
+
+def _actors_of(name: str) -> list[str]:
+    from ray.util import list_named_actors
+
+    found = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    nodes = [actor for actor in found if actor.startswith(node_name(name, ""))]
+    return nodes + [actor for actor in found if actor == coordinator_name(name)]
+
+
+def _close_nodes(name: str) -> None:
+    import ray
+
+    for actor in _actors_of(name):
+        if actor.startswith(node_name(name, "")):
+            # A node that cannot close by itself is killed below, and its files removed from outside.
+            with suppress(ray.exceptions.RayError, TieredKVError, ValueError):
+                ray.get(ray.get_actor(actor, NAMESPACE).close.remote(), timeout=ANSWER_WITHIN_S)
+    _kill_actors(name)
+
+
+def _kill_actors(name: str) -> None:
+    import ray
+
+    for actor in _actors_of(name):
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(actor, NAMESPACE), no_restart=True)
+
+
+def remove_files(cluster: ClusterState) -> None:
+    """Delete what nodes of this cluster that did not close have left on this machine: shared memory and disk segments."""
+    config = Config.of(cluster.config)
+    for place in (config.shm_path, config.disk_root):
+        for directory in Path(place).glob(f"tkv-{cluster.cluster_id}-*"):
+            shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""What this machine knows of its clusters: one directory per cluster with its state file, Ray's token and logs.
+
+The place is `$TIERED_KV_STATE`, else `$XDG_STATE_HOME/tiered_kv`, else `~/.local/state/tiered_kv`; all of it is
+readable by its owner only (directories 0700, files 0600).
+"""
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tiered_kv.cluster.processes import Process
+from tiered_kv.errors import Kind, TieredKVError
+
+VERSION = 1
+DEFAULT_NAME = "default"
+_FILE = "cluster.json"
+_TYPES = {
+    "cluster_id": str,
+    "address": str,
+    "created_s": int | float,
+    "name": str,
+    "node_ips": list,
+    "token_path": str | None,
+    "owns_ray": bool,
+    "processes": list,
+    "temp_dir": str | None,
+    "config": dict,
+}
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """One cluster as this machine knows it.
+
+    address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head's first; empty
+    for a Ray that others started. processes: leaders of the sessions that we started, one a node, empty unless
+    `owns_ray`. temp_dir: Ray's files of these sessions. created_s: seconds since 1970. config: the settings as given.
+    """
+
+    cluster_id: str
+    address: str
+    created_s: float
+    name: str = DEFAULT_NAME
+    node_ips: tuple[str, ...] = ()
+    token_path: str | None = None
+    owns_ray: bool = False
+    processes: tuple[Process, ...] = ()
+    temp_dir: str | None = None
+    config: dict = field(default_factory=dict)
+
+    @property
+    def node_ip(self) -> str | None:
+        """The node that drivers on this machine join; None leaves the choice to `join_ray`."""
+        return self.node_ips[0] if self.node_ips else None
+
+    def gone(self) -> list[int]:
+        """Pids of the Ray processes that we started and that no longer run."""
+        return [process.pid for process in self.processes if not process.alive()]
+
+    def alive(self) -> bool:
+        """Whether all Ray processes that we started run. Of a Ray that others started nothing is known here: true."""
+        return not self.gone()
+
+    def save(self) -> Path:
+        """Write the state file, whole or not at all; returns its path."""
+        directory = cluster_dir(self.name)
+        handle, temporary = tempfile.mkstemp(prefix=".cluster-", dir=directory)  # mkstemp: 0600
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"version": VERSION} | asdict(self), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, directory / _FILE)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # there only if something failed
+        return directory / _FILE
+
+
+def new_cluster_id() -> str:
+    """Eight random hexadecimal digits."""
+    return secrets.token_hex(4)
+
+
+def state_dir() -> Path:
+    """The directory of all clusters' state; made (0700) if missing."""
+    own = os.environ.get("TIERED_KV_STATE")
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(own).expanduser() if own else Path(base) / "tiered_kv"
+    return _private_dir(path.absolute(), "TIERED_KV_STATE")
+
+
+def cluster_dir(name: str = DEFAULT_NAME) -> Path:
+    """The directory of one cluster: state file, token, logs; made (0700) if missing."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
+        raise TieredKVError(Kind.CONFIG, f"cluster name {name!r}: use 1 to 40 letters, digits, - and _", setting="name")
+    return _private_dir(state_dir() / name, "TIERED_KV_STATE")
+
+
+def _private_dir(path: Path, setting: str) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise TieredKVError(Kind.CONFIG, f"{setting}: cannot make {path} ({error.strerror})", setting=setting) from error
+    if path.stat().st_uid != os.getuid():
+        raise TieredKVError(Kind.CONFIG, f"{setting}: {path} belongs to another user", setting=setting)
+    return path
+
+
+def names() -> list[str]:
+    """The names of all clusters with a state file."""
+    return sorted(path.parent.name for path in state_dir().glob(f"*/{_FILE}"))
+
+
+def find(name: str = DEFAULT_NAME) -> ClusterState | None:
+    """The state of a cluster, None if there is none. Raises `TieredKVError` (kind `cluster`) for a damaged file."""
+    path = cluster_dir(name) / _FILE
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    return _of_record(record, path)
+
+
+def load(name: str = DEFAULT_NAME) -> ClusterState:
+    """The state of a cluster. Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged."""
+    state = find(name)
+    if state is None:
+        others = f"; there are: {', '.join(names())}" if names() else ""
+        raise TieredKVError(Kind.CLUSTER, f"no cluster {name!r} on this machine{others}. Start one with: tiered-kv up", name=name)
+    return state
+
+
+def remove(name: str = DEFAULT_NAME) -> None:
+    """Forget a cluster: its state file, token and logs. Nothing happens if there is none."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(cluster_dir(name))
+
+
+@contextmanager
+def starting(name: str = DEFAULT_NAME) -> Iterator[None]:
+    """Hold the cluster's lock while it is started or stopped.
+
+    The lock ends with the process. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
+    """
+    path = cluster_dir(name).with_suffix(".lock")  # beside the directory, which `remove` deletes
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 32).decode() or "unknown"
+            message = f"cluster {name!r} is being started or stopped by another process (pid {holder})"
+            raise TieredKVError(Kind.CLUSTER, message, name=name) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _of_record(record: object, path: Path) -> ClusterState:
+    if not isinstance(record, dict):
+        raise _damaged(path, "not a JSON object")
+    version = record.pop("version", None)
+    if version != VERSION:
+        raise _damaged(path, f"version {version!r}, this program reads version {VERSION}")
+    if set(record) != set(_TYPES):
+        raise _damaged(path, f"fields {sorted(set(record) ^ set(_TYPES))} are missing or unknown")
+    for name, expected in _TYPES.items():
+        if not isinstance(record[name], expected):
+            raise _damaged(path, f"{name} is {record[name]!r}")
+    if not all(isinstance(ip, str) for ip in record["node_ips"]):
+        raise _damaged(path, f"node_ips is {record['node_ips']!r}")
+    processes = tuple(_process(value, path) for value in record["processes"])
+    return ClusterState(**record | {"node_ips": tuple(record["node_ips"]), "processes": processes})
+
+
+def _process(value: object, path: Path) -> Process:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    if not whole or value[0] < 2 or value[1] < 0:  # a signal to pid 0, 1 or below would hit something else altogether
+        raise _damaged(path, f"processes holds {value!r}")
+    return Process(*value)
+
+
+def _damaged(path: Path, why: str) -> TieredKVError:
+    message = f"the cluster's state file {path} cannot be used: {why}. Delete it if the cluster no longer runs"
+    return TieredKVError(Kind.CLUSTER, message, path=str(path))

@@ -1,0 +1,173 @@
+"""The cluster's state file: private, whole or absent, refused if damaged, locked while a cluster starts."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiered_kv.cluster import state
+from tiered_kv.cluster.processes import Process
+from tiered_kv.cluster.state import ClusterState
+from tiered_kv.errors import Kind, TieredKVError
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def a_state(**changes: object) -> ClusterState:
+    given = ClusterState(
+        cluster_id=state.new_cluster_id(),
+        address="127.0.0.2:6379",
+        created_s=1.5,
+        node_ips=("127.0.0.2", "127.0.0.3"),
+        token_path="/somewhere/token",
+        owns_ray=True,
+        processes=(Process.of(os.getpid()),),
+        temp_dir="/tmp/tkv-ray-x",
+        config={"host": 1 << 20},
+    )
+    return replace(given, **changes)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_saved_is_loaded_and_private() -> None:
+    saved = a_state()
+    path = saved.save()
+    assert state.load() == saved
+    assert (mode(path), mode(path.parent), mode(path.parent.parent)) == (0o600, 0o700, 0o700)
+    assert [entry.name for entry in path.parent.iterdir()] == ["cluster.json"]
+
+
+def test_a_cluster_of_others_has_no_processes() -> None:
+    saved = a_state(owns_ray=False, processes=(), node_ips=(), token_path=None, temp_dir=None)
+    saved.save()
+    assert state.load() == saved
+    assert saved.node_ip is None and saved.alive()
+
+
+def test_clusters_live_beside_each_other() -> None:
+    a_state().save()
+    other = a_state(name="other")
+    other.save()
+    assert state.names() == ["default", "other"]
+    state.remove("default")
+    assert state.names() == ["other"]
+    assert state.load("other") == other
+    state.remove("default")
+
+
+def test_alive_means_the_very_processes() -> None:
+    me = Process.of(os.getpid())
+    assert a_state().alive()
+    gone = a_state(processes=(me, me._replace(start_time=me.start_time + 1)))
+    assert gone.gone() == [me.pid] and not gone.alive()
+
+
+def test_no_cluster_names_the_command_and_the_others() -> None:
+    assert state.find() is None
+    a_state(name="other").save()
+    with pytest.raises(TieredKVError, match=r"there are: other.*tiered-kv up") as caught:
+        state.load()
+    assert caught.value.kind is Kind.CLUSTER
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a.b", "-x", "x" * 41])
+def test_names_that_cannot_be_directories(name: str) -> None:
+    with pytest.raises(TieredKVError, match="cluster name"):
+        state.find(name)
+
+
+DAMAGES = {
+    "version": 99,
+    "address": 5,
+    "created_s": "today",
+    "owns_ray": "yes",
+    "config": [],
+    "node_ips": [1],
+    "processes": [[1, 5]],
+    "token_path": 7,
+    "unknown": 1,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), DAMAGES.items())
+def test_a_damaged_field_is_refused_by_name(field: str, value: object) -> None:
+    path = a_state().save()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(TieredKVError, match=field) as caught:
+        state.load()
+    assert caught.value.kind is Kind.CLUSTER and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": 1}', b'{"version": 1, "processes": [[-1, 0]]}'])
+def test_a_damaged_file_is_refused(content: bytes) -> None:
+    path = a_state().save()
+    path.write_bytes(content)
+    with pytest.raises(TieredKVError, match="cannot be used"):
+        state.find()
+
+
+@pytest.mark.parametrize("processes", [[[-1, 0]], [[0, 0]], [[5]], [5], [["5", 1]], [[True, 1]]])
+def test_a_pid_that_would_hit_others_is_refused(processes: list) -> None:
+    path = a_state().save()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": processes}))
+    with pytest.raises(TieredKVError, match="processes"):
+        state.load()
+
+
+def test_a_save_that_fails_leaves_the_file_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = a_state()
+    path = saved.save()
+    with pytest.raises(TypeError):
+        a_state(config={"what": object()}).save()
+    assert state.load() == saved
+    assert [entry.name for entry in path.parent.iterdir()] == ["cluster.json"]
+
+
+def test_only_one_starts() -> None:
+    code = "from tiered_kv.cluster import state\nwith state.starting(): pass"
+    with state.starting(), state.starting("other"):
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"being started or stopped by another process (pid {os.getpid()})" in second.stderr
+    with state.starting():
+        state.remove()
+
+
+def test_state_dir_falls_back_to_xdg_and_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TIERED_KV_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    assert state.state_dir() == tmp_path / "xdg" / "tiered_kv"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert state.state_dir() == tmp_path / "home" / ".local" / "state" / "tiered_kv"
+
+
+def test_a_state_dir_that_cannot_be_made_names_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path / "file" / "state"))
+    with pytest.raises(TieredKVError, match="TIERED_KV_STATE"):
+        state.find()
+
+
+def test_the_folder_refuses_another_name() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import cluster"
+    top = str(Path(state.__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-c", code, top], capture_output=True, text=True, check=False)
+    assert "import this package as tiered_kv.cluster" in done.stderr
+
+
+def test_importing_brings_neither_torch_nor_ray() -> None:
+    code = "import sys, tiered_kv.cluster.raylocal, tiered_kv.cluster.state; print({'torch', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,86 @@
+"""What every codec must do. Subclass in a test module, give the fixture `codec`, and loosen `assert_same` for a lossy one."""
+
+from dataclasses import FrozenInstanceError
+
+import msgpack
+import pytest
+import torch
+
+from tiered_kv.codecs import codec_by_id, codec_by_name, codec_from_spec
+from tiered_kv.codecs.base import Codec, byte_view
+from tiered_kv.errors import Kind, TieredKVError
+
+
+class CodecContract:
+    """A suite; `sizes` are block sizes in bytes that the codec takes."""
+
+    sizes = (1, 63, 64, 4096, 100_003)
+
+    @pytest.fixture
+    def codec(self) -> Codec:
+        raise NotImplementedError
+
+    def assert_same(self, decoded: torch.Tensor, raw: torch.Tensor) -> None:
+        assert torch.equal(decoded, raw)
+
+    def block(self, nbytes: int) -> torch.Tensor:
+        return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
+
+    def test_a_block_comes_back(self, codec: Codec) -> None:
+        for nbytes in self.sizes:
+            raw, out = self.block(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
+            codec.decode(codec.encode(raw), out)
+            self.assert_same(out, raw)
+
+    def test_encoding_changes_nothing_and_gives_the_same_again(self, codec: Codec) -> None:
+        raw = self.block(self.sizes[-1])
+        before = raw.clone()
+        assert bytes(codec.encode(raw)) == bytes(codec.encode(raw))
+        assert torch.equal(raw, before)
+
+    def test_payloads_are_bytes_within_their_bound(self, codec: Codec) -> None:
+        for nbytes in self.sizes:
+            payload = codec.encode(self.block(nbytes))
+            assert isinstance(payload, memoryview)
+            assert (payload.format, payload.ndim) == ("B", 1)
+            assert payload.nbytes <= codec.max_payload_bytes(nbytes)
+
+    def test_decodes_from_read_only_and_unaligned_bytes(self, codec: Codec) -> None:
+        raw = self.block(self.sizes[-1])
+        payload = bytes(codec.encode(raw))
+        for source in (memoryview(payload), memoryview(bytearray(b"x" + payload))[1:]):
+            out = torch.zeros_like(raw)
+            codec.decode(source, out)
+            self.assert_same(out, raw)
+
+    def test_a_payload_of_another_length_is_corrupt(self, codec: Codec) -> None:
+        raw = self.block(self.sizes[-1])
+        payload = byte_view(codec.encode(raw))
+        for damaged in (payload[:-1], payload[:0], memoryview(bytes(payload) + b"x")):
+            with pytest.raises(TieredKVError) as caught:
+                codec.decode(damaged, torch.zeros_like(raw))
+            assert caught.value.kind is Kind.CORRUPT
+
+    def test_takes_only_flat_bytes(self, codec: Codec) -> None:
+        wrong = [torch.zeros(64), torch.zeros(8, 8, dtype=torch.uint8), torch.zeros(128, dtype=torch.uint8)[::2], b"bytes"]
+        for raw in wrong:
+            with pytest.raises(TieredKVError) as caught:
+                codec.encode(raw)
+            assert caught.value.kind is Kind.LAYOUT
+
+    def test_the_spec_brings_the_codec_back(self, codec: Codec) -> None:
+        again = codec_from_spec(msgpack.unpackb(msgpack.packb(codec.spec())))
+        assert (again, hash(again), type(again)) == (codec, hash(codec), type(codec))
+
+    def test_is_registered_under_id_and_name(self, codec: Codec) -> None:
+        assert 0 <= codec.id <= 255
+        assert type(codec_by_id(codec.id)) is type(codec_by_name(codec.name)) is type(codec)
+
+    def test_a_spec_with_other_parameters_is_refused(self, codec: Codec) -> None:
+        with pytest.raises(TieredKVError) as caught:
+            codec_from_spec(codec.spec() | {"no_such_parameter": 1})
+        assert caught.value.kind is Kind.CONFIG
+
+    def test_is_frozen(self, codec: Codec) -> None:
+        with pytest.raises(FrozenInstanceError):
+            codec.spec_of_another = 1

@@ -1,0 +1,78 @@
+"""Tiny random models, and a client that keeps blocks in a dict, for the tests of this folder."""
+
+import torch
+import transformers
+
+from tiered_kv.blocks import Fetched, Stored
+from tiered_kv.keys import Namespace, as_token_ids, chain_keys
+
+VOCAB = 97
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512
+)
+
+
+def tiny(name="llama", dtype=torch.float32, seed=0, **changes):
+    """A random model of the named family in evaluation mode; weights large enough for greedy decoding to vary."""
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**SIZES | dict(num_key_value_heads=2) | changes),
+        "qwen2": lambda: transformers.Qwen2Config(**SIZES | dict(num_key_value_heads=1) | changes),
+        "qwen3": lambda: transformers.Qwen3Config(**SIZES | dict(num_key_value_heads=2, head_dim=16) | changes),
+        "mistral": lambda: transformers.MistralConfig(**SIZES | dict(num_key_value_heads=4, sliding_window=None) | changes),
+        "gpt2": lambda: transformers.GPT2Config(**dict(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64) | changes),
+    }
+    return build(transformers.AutoModelForCausalLM.from_config, configs[name](), dtype=dtype, seed=seed)
+
+
+def build(make, config, dtype=torch.float32, seed=0):
+    """A model made of `config` with seeded random weights, without special tokens that would end a text."""
+    torch.manual_seed(seed)
+    model = make(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = model.generation_config.bos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+def prompt_of(tokens, seed=1):
+    """(1, tokens) random ids."""
+    return torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+class DictClient:
+    """fetch and store as a client has them, on a dict from block key to (L, 2, H, T, D)."""
+
+    def __init__(self, model, layout, namespace=None):
+        self.layout = layout
+        self.root = (namespace or Namespace.of(model)).root(layout)
+        self.blocks = {}
+
+    def keys(self, ids):
+        return chain_keys(self.root, as_token_ids(ids), self.layout.block_tokens)
+
+    def fetch(self, ids):
+        held = []
+        for key in self.keys(ids):
+            if key not in self.blocks:
+                break
+            held.append(self.blocks[key])
+        tokens = len(held) * self.layout.block_tokens
+        kv = torch.cat(held, dim=3) if held else torch.empty(self.layout.kv_shape(0), dtype=self.layout.torch_dtype)
+        return Fetched(tokens, kv, {"host": tokens} if tokens else {})
+
+    def store(self, ids, kv, *, start=0):
+        assert start % self.layout.block_tokens == 0
+        stacked = torch.stack([torch.stack(pair) for pair in kv])
+        assert stacked.shape[3] == len(ids) - start
+        new = present = 0
+        step = self.layout.block_tokens
+        for number, key in enumerate(self.keys(ids)[start // step :]):
+            if key in self.blocks:
+                present += 1
+            else:
+                new += 1
+                self.blocks[key] = stacked[:, :, :, number * step : (number + 1) * step].clone()
+        return Stored(new, present, 0)

@@ -1,0 +1,83 @@
+"""Nodes for the tests of memory: files below tmp_path, everything checked and closed, no descriptor left."""
+
+import gc
+import os
+import struct
+from typing import NamedTuple
+
+import pytest
+
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.memory.index import IndexWriter
+from tiered_kv.memory.shared import NodeFiles
+from tiered_kv.memory.view import NodeView
+
+
+class Node(NamedTuple):
+    files: NodeFiles
+    index: IndexWriter
+    view: NodeView
+
+
+def make_key(number: int, home: int | None = None) -> bytes:
+    """A key of its own for every number, whose probes start at slot `home`."""
+    return struct.pack("@4Q", number if home is None else home, number, ~number & (1 << 64) - 1, 7)
+
+
+def make_location(number: int, stored_bytes: int = 512) -> Location:
+    """Extents of different numbers do not overlap."""
+    return Location(Tier.HOST, 0, 0, number * 512, stored_bytes, 512)
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_leaks():
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    assert len(set(os.listdir("/proc/self/fd"))) <= len(before)
+
+
+@pytest.fixture
+def start_node(tmp_path, no_descriptor_leaks):
+    """Call it for a node's files, writer and one reader; a second call with the same name is a restart."""
+    nodes = []
+
+    def start(name: str = "n", host_bytes: int = 1 << 20) -> Node:
+        files, _ = NodeFiles.open_or_create(tmp_path, "c", name, host_bytes)
+        nodes.append(Node(files, IndexWriter(files), NodeView.open(files.directory)))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        node.index.check()
+        node.view.check()
+        node.view.close()
+        node.index.close()
+        node.files.close()
+
+
+@pytest.fixture
+def node(start_node) -> Node:
+    return start_node()
+
+
+@pytest.fixture
+def key():
+    return make_key
+
+
+@pytest.fixture
+def location():
+    return make_location
+
+
+def crash(node: Node) -> None:
+    """What the kernel does when a writer is killed: it closes everything; the words stay as they are."""
+    node.index.close()
+    node.files.close()
+
+
+@pytest.fixture
+def kill():
+    return crash

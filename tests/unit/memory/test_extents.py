@@ -1,0 +1,123 @@
+"""The allocator against a plain map of bytes, and its contract."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.memory.extents import ExtentAllocator
+
+UNIT = 16
+UNITS = 64
+
+
+def refused(call, *arguments) -> None:
+    with pytest.raises(TieredKVError) as caught:
+        call(*arguments)
+    assert caught.value.kind is Kind.MEMORY
+
+
+class AgainstByteMap(RuleBasedStateMachine):
+    """Every byte has at most one owner; None is returned only where the map shows no room."""
+
+    def __init__(self):
+        super().__init__()
+        self.allocator = ExtentAllocator(UNIT * UNITS + 5, UNIT)
+        self.owner = [None] * UNITS
+        self.live = {}
+
+    def _own(self, offset, nbytes):
+        units = -(-nbytes // UNIT)
+        first = offset // UNIT
+        assert offset % UNIT == 0 and first + units <= UNITS
+        assert self.owner[first : first + units] == [None] * units
+        self.owner[first : first + units] = [offset] * units
+        self.live[offset] = units
+        assert self.allocator.size_of(offset) == units * UNIT
+
+    def _longest_free(self):
+        text = "".join("." if owner is None else "x" for owner in self.owner)
+        return max(len(run) for run in text.split("x"))
+
+    @rule(nbytes=st.integers(1, UNIT * UNITS + 100))
+    def allocate(self, nbytes):
+        room = self._longest_free() * UNIT
+        offset = self.allocator.allocate(nbytes)
+        assert (offset is None) == (nbytes > room)
+        if offset is not None:
+            self._own(offset, nbytes)
+
+    @rule(nbytes=st.integers(1, UNIT * 9), count=st.integers(0, 12))
+    def allocate_run(self, nbytes, count):
+        stride = -(-nbytes // UNIT) * UNIT
+        whole = self._longest_free() * UNIT >= stride * count
+        offsets = self.allocator.allocate_run(nbytes, count)
+        for offset in offsets:
+            self._own(offset, nbytes)
+        if whole:
+            assert offsets == [offsets[0] + stride * place for place in range(count)] if count else offsets == []
+        elif len(offsets) < count:
+            assert self._longest_free() * UNIT < stride
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data):
+        offset = data.draw(st.sampled_from(sorted(self.live)))
+        self.allocator.free(offset)
+        units = self.live.pop(offset)
+        self.owner[offset // UNIT : offset // UNIT + units] = [None] * units
+
+    @rule(first=st.integers(0, UNITS), nbytes=st.integers(1, UNIT * 8), skew=st.sampled_from([0, 0, 0, 1]))
+    def claim(self, first, nbytes, skew):
+        units = -(-nbytes // UNIT)
+        offset = first * UNIT + skew
+        if skew or first + units > UNITS or any(owner is not None for owner in self.owner[first : first + units]):
+            refused(self.allocator.claim, offset, nbytes)
+        else:
+            self.allocator.claim(offset, nbytes)
+            self._own(offset, nbytes)
+
+    @invariant()
+    def agrees(self):
+        self.allocator.check()
+        assert self.allocator.used_bytes == UNIT * sum(self.live.values())
+        assert self.allocator.free_bytes == UNIT * self.owner.count(None)
+        assert self.allocator.largest_free == UNIT * self._longest_free()
+        assert len(self.allocator) == len(self.live)
+        assert sum(nbytes for _, nbytes in self.allocator.free_ranges()) == self.allocator.free_bytes
+
+
+TestAgainstByteMap = AgainstByteMap.TestCase
+TestAgainstByteMap.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_an_offset_that_is_not_taken_cannot_be_freed_or_measured():
+    allocator = ExtentAllocator(4096)
+    offset = allocator.allocate(700)
+    allocator.free(offset)
+    refused(allocator.free, offset)
+    refused(allocator.size_of, offset)
+    refused(allocator.allocate, 0)
+    refused(ExtentAllocator, 100, 512)
+
+
+def test_a_run_is_one_piece_when_it_fits_and_ends_with_what_there_is():
+    allocator = ExtentAllocator(10 * 512)
+    assert allocator.allocate_run(500, 4) == [0, 512, 1024, 1536]
+    allocator.free(512)
+    assert allocator.allocate_run(1000, 9) == [2048, 3072, 4096]
+    assert allocator.allocate_run(1000, 1) == []
+    assert allocator.allocate(1) == 512
+    allocator.check()
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=50)
+def test_claims_of_a_rebuilt_arena_repeat_the_allocations(sizes):
+    first, second = ExtentAllocator(1 << 16), ExtentAllocator(1 << 16)
+    extents = [(offset, nbytes) for nbytes in sizes if (offset := first.allocate(nbytes)) is not None]
+    for offset, nbytes in extents:
+        second.claim(offset, nbytes)
+    second.check()
+    assert second.free_ranges() == first.free_ranges()

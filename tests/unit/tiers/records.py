@@ -1,0 +1,43 @@
+"""Blocks by number for the tests of tiers: the same number is always the same key and content."""
+
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+from tiered_kv.blocks import Location
+from tiered_kv.codecs.frame import encode_frame, frame_bytes
+from tiered_kv.codecs.raw import RawCodec
+from tiered_kv.tiers.disk import DiskTier, Record
+
+ROOT = bytes(32)
+KIB = 1024
+OVERHEAD_BYTES = frame_bytes(RawCodec(), 0)
+
+
+def key_of(number: int) -> bytes:
+    return blake2b(str(number).encode(), digest_size=32).digest()
+
+
+def content_of(number: int, nbytes: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(number).integers(0, 256, nbytes, dtype=np.uint8))
+
+
+def record_of(number: int, frame_size: int) -> Record:
+    """A record whose frame has exactly `frame_size` bytes."""
+    raw = content_of(number, frame_size - OVERHEAD_BYTES)
+    return Record(key_of(number), encode_frame(key_of(number), ROOT, RawCodec(), raw), RawCodec.id, raw.numel())
+
+
+def assert_holds(reader, number: int, location: Location) -> None:
+    """The reader (or tier) gives exactly block `number` at `location`."""
+    frame = reader.read(location, key_of(number), ROOT)
+    out = torch.empty(location.raw_bytes, dtype=torch.uint8)
+    frame.decode(out)
+    assert torch.equal(out, content_of(number, location.raw_bytes))
+
+
+def put(tier: DiskTier, numbers, frame_size: int) -> dict[int, Location]:
+    """Append blocks in one batch; the locations of those that were written."""
+    answers = tier.append([record_of(number, frame_size) for number in numbers])
+    return {number: answer.location for number, answer in zip(numbers, answers, strict=True) if answer.location}

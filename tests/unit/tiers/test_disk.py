@@ -1,0 +1,229 @@
+"""The disk tier: batches, the cap, room by whole segments, and its books."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.contracts.tier import TierContract
+from tests.unit.tiers.records import KIB, assert_holds, key_of, put, record_of
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tiers.disk import DiskTier, Record, Refused
+from tiered_kv.tiers.faulty import Faulty, Plan
+from tiered_kv.tiers.segments import Files, segments_in
+
+CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
+
+
+class TestDiskTier(TierContract):
+    def make(self, folder: Path) -> DiskTier:
+        return DiskTier(folder / "disk", CAPACITY, SEGMENT, owner="contract")
+
+    def put(self, tier: DiskTier, number: int, nbytes: int) -> Location | None:
+        return tier.append([record_of(number, nbytes)])[0].location
+
+    def take_away(self, tier: DiskTier, block: Location) -> None:
+        assert tier.forget(block)
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Makes tiers in one folder; each is checked and closed at the end."""
+    tiers: list[DiskTier] = []
+
+    def make_tier(capacity: int = CAPACITY, segment: int = SEGMENT, owner: str = "me", files: Files | None = None) -> DiskTier:
+        tiers.append(DiskTier(tmp_path / "disk", capacity, segment, owner=owner, files=files))
+        return tiers[-1]
+
+    yield make_tier
+    for tier in tiers:
+        tier.check()
+        tier.close()
+
+
+def test_a_batch_is_one_write_per_segment(make) -> None:
+    plan = Plan()
+    tier = make(files=Faulty(Files(), plan))
+    held = put(tier, range(10), 3 * KIB)
+    assert plan.calls["pwritev"] == len({location.segment for location in held.values()}) == 2
+    assert held[0][:5] == (Tier.DISK, 0, 1, 0, 3 * KIB)
+    for number, location in held.items():
+        assert_holds(tier, number, location)
+
+
+def test_appends_go_on_where_the_last_one_ended(make) -> None:
+    tier = make()
+    first, second = put(tier, [1], 3 * KIB)[1], put(tier, [2], 3 * KIB)[2]
+    assert (second.segment, second.offset) == (first.segment, 3 * KIB)
+
+
+def test_takes_more_buffers_than_one_system_call_does(make) -> None:
+    tier = make()
+    number = 1
+    record = record_of(number, 5000)
+    whole = np.frombuffer(b"".join(record.buffers), np.uint8)
+    answer = tier.append([record._replace(buffers=[whole[i : i + 1] for i in range(whole.size)])])[0]
+    assert_holds(tier, number, answer.location)
+
+
+def test_segments_are_at_most_an_eighth_of_the_cap_and_whole_pages(make) -> None:
+    tier = make(segment=1 << 30)
+    assert tier.segment_bytes == CAPACITY // 8
+    tier.close()
+    assert make(segment=5000).segment_bytes == 4 * KIB
+
+
+def test_a_frame_larger_than_a_segment_has_one_of_its_own(make) -> None:
+    tier = make()
+    held = put(tier, [0], KIB) | put(tier, [1], 2 * SEGMENT + 5) | put(tier, [2], KIB)
+    assert held[0].segment == held[2].segment != held[1].segment
+    assert tier.keys_in(held[1].segment) == [key_of(1)]
+    for number, location in held.items():
+        assert_holds(tier, number, location)
+    tier.reclaim(held[1].segment)
+    assert_holds(tier, 2, held[2])
+
+
+def test_a_frame_larger_than_the_cap_is_refused_and_the_rest_written(make) -> None:
+    tier = make()
+    answers = tier.append([record_of(0, KIB), record_of(1, CAPACITY), record_of(2, KIB)])
+    assert [answer.refused for answer in answers] == [None, Refused.TOO_LARGE, None]
+    assert put(make_empty(tier), [3], tier.max_frame_bytes)
+
+
+def make_empty(tier: DiskTier) -> DiskTier:
+    while (segment := tier.needs_reclaim(tier.capacity_bytes)) is not None:
+        tier.reclaim(segment)
+    return tier
+
+
+@pytest.mark.parametrize(("capacity", "frame_size", "fit"), [(CAPACITY, 4 * KIB, 5), (CAPACITY + 100, 4 * KIB + 20, 4)])
+def test_a_batch_is_written_as_far_as_there_is_room(make, capacity: int, frame_size: int, fit: int) -> None:
+    tier = make(capacity, segment=1 << 20)
+    put(tier, [0], CAPACITY - 8 * KIB - 20 * KIB)
+    answers = tier.append([record_of(number, frame_size) for number in range(1, 8)])
+    assert [answer.refused for answer in answers] == [None] * fit + [Refused.FULL] * (7 - fit)
+
+
+def test_a_frame_without_bytes_is_a_mistake(make) -> None:
+    with pytest.raises(ValueError, match="without bytes"):
+        make().append([Record(key_of(1), [b""], 0, 0)])
+
+
+def test_nothing_to_append_is_nothing(make) -> None:
+    assert make().append([]) == []
+
+
+def test_room_is_made_by_the_oldest_segments(make) -> None:
+    tier = make()
+    held: dict[int, Location] = {}
+    for number in range(200):
+        while (segment := tier.needs_reclaim(3 * KIB)) is not None:
+            keys = tier.keys_in(segment)
+            oldest = min(held)
+            assert keys == [key_of(oldest + i) for i in range(len(keys))]
+            held = {known: location for known, location in held.items() if location.segment != segment}
+            assert tier.reclaim(segment) > 0
+        held |= put(tier, [number], 3 * KIB)
+        assert number in held
+        tier.check()
+    for number, location in held.items():
+        assert_holds(tier, number, location)
+
+
+def test_needs_reclaim_of_what_fits_is_none_and_then_it_fits(make) -> None:
+    tier = make()
+    for batch in range(50):
+        while (segment := tier.needs_reclaim(10 * 5000)) is not None:
+            tier.reclaim(segment)
+        assert len(put(tier, range(10 * batch, 10 * batch + 10), 5000)) == 10
+
+
+def test_all_room_in_the_open_segment_can_be_made_free(make) -> None:
+    tier = make()
+    put(tier, [1], KIB)
+    segment = tier.needs_reclaim(CAPACITY - 12 * KIB)
+    assert tier.keys_in(segment) == [key_of(1)]
+    assert tier.reclaim(segment) == 4 * KIB
+    assert tier.needs_reclaim(CAPACITY) is None
+
+
+def test_the_open_segment_is_not_reclaimed(make) -> None:
+    tier = make()
+    location = put(tier, [1], KIB)[1]
+    assert tier.oldest_sealed() is None
+    with pytest.raises(ValueError, match="being written"):
+        tier.reclaim(location.segment)
+
+
+def test_a_segment_that_is_gone_is_reclaimed_for_nothing(make) -> None:
+    tier = make()
+    assert tier.reclaim(77) == 0
+    assert tier.keys_in(77) == []
+
+
+def test_the_last_forgotten_block_takes_its_segment_along(make) -> None:
+    tier = make()
+    held = put(tier, range(8), 4 * KIB)
+    first = [location for location in held.values() if location.segment == 1]
+    assert len(first) == 4
+    for location in first:
+        assert 1 in segments_in(tier.folder)
+        assert tier.forget(location)
+        assert not tier.forget(location)
+        tier.check()
+    assert 1 not in segments_in(tier.folder)
+
+
+def test_a_segment_whose_blocks_are_all_forgotten_goes_when_it_is_full(make) -> None:
+    tier = make()
+    location = put(tier, [1], 12 * KIB)[1]
+    tier.forget(location)
+    assert location.segment in segments_in(tier.folder)
+    put(tier, [2], 12 * KIB)
+    assert location.segment not in segments_in(tier.folder)
+
+
+def test_keys_of_a_segment_are_those_still_wanted(make) -> None:
+    tier = make()
+    held = put(tier, range(4), KIB)
+    tier.forget(held[1])
+    assert tier.keys_in(held[0].segment) == [key_of(0), key_of(2), key_of(3)]
+
+
+def test_what_is_on_disk_is_below_the_cap_as_the_file_system_counts(make) -> None:
+    tier = make()
+    put(tier, range(500), 3001)
+    os.sync()
+    allocated = sum(512 * entry.stat().st_blocks for entry in os.scandir(tier.folder))
+    assert allocated <= tier.used_bytes <= CAPACITY
+
+
+def test_closing_removes_the_folder_and_nothing_else(make) -> None:
+    tier = make()
+    put(tier, range(20), 3 * KIB)
+    tier.close()
+    assert not tier.folder.exists()
+
+    tier = make()
+    (tier.folder / "notes.txt").write_text("mine")
+    tier.close()
+    assert os.listdir(tier.folder) == ["notes.txt"]
+
+
+def test_after_closing_appends_and_reads_say_so(make) -> None:
+    tier = make()
+    location = put(tier, [1], KIB)[1]
+    tier.close()
+    for use in (lambda: tier.append([record_of(2, KIB)]), lambda: tier.read(location, key_of(1))):
+        with pytest.raises(TieredKVError) as caught:
+            use()
+        assert caught.value.kind is Kind.CLOSED
+
+
+def test_a_cap_too_small_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(TieredKVError, match="disk: ") as caught:
+        DiskTier(tmp_path / "disk", 1000, 1000, owner="me")
+    assert caught.value.kind is Kind.CONFIG

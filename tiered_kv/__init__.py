@@ -1,0 +1,73 @@
+"""tiered_kv: a distributed cache for the key/value (KV) blocks of LLM inference.
+
+`attach` joins a process to a cluster's cache, `open` makes a cache within one process; both give a `Client`.
+Importing this package imports neither torch nor ray; what needs them brings them when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import Namespace
+from tiered_kv.layout import KVLayout
+
+if TYPE_CHECKING:
+    from tiered_kv.service.client import Client
+
+__version__ = "0.1.0"
+__all__ = ["Client", "Config", "KVLayout", "Kind", "Namespace", "TieredKVError", "attach", "open"]
+
+_LATER = {"Client": "tiered_kv.service.client"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'tiered_kv' has no attribute {name!r}")
+
+
+def attach(
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    tenant: str = "default",
+    block_tokens: int | None = None,
+    namespace: Namespace | None = None,
+    layout: KVLayout | None = None,
+    cluster: str = "default",
+    address: str | None = None,
+) -> "Client":
+    """A client of the cache node on this machine, in any process joined to the cluster (or that can join it).
+
+    Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
+    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. Costs one pass over
+    the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared, `cluster`
+    where there is no cluster, or none of its nodes runs on this machine.
+    """
+    from tiered_kv.cluster import attach as attaching
+
+    if model is not None:
+        from tiered_kv.integrations.transformers import check_supported
+
+        if namespace is not None or layout is not None:
+            raise TieredKVError(Kind.CONFIG, "attach: give either a model, or namespace and layout", setting="model")
+        attaching.join(cluster, address)  # first what is quick to fail
+        shape = check_supported(model)
+        namespace = Namespace.of(model, tokenizer, tenant=tenant)
+        return attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address)
+    if namespace is None or layout is None:
+        raise TieredKVError(Kind.CONFIG, "attach: a model is needed, or both namespace and layout", setting="model")
+    if block_tokens not in (None, layout.block_tokens):
+        raise TieredKVError(Kind.CONFIG, f"block_tokens: {block_tokens} is not the layout's {layout.block_tokens}", setting="block_tokens")
+    return attaching.attach(namespace, lambda _: layout, name=cluster, address=address)
+
+
+def open(config: Any = None, *, layout: KVLayout, namespace: Namespace) -> "Client":
+    """A client with a cache of its own in this process: no Ray, no other process, gone when the client is closed.
+
+    `config`: a `Config`, a mapping of its settings, or None for the defaults.
+    """
+    from tiered_kv.service.inprocess import open_client
+
+    return open_client(Config.of(config), layout, namespace)

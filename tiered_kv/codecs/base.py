@@ -1,0 +1,79 @@
+"""What every codec is: a frozen record of parameters that turns a block's bytes into a payload and back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union
+
+import numpy as np
+
+from tiered_kv.errors import Kind, TieredKVError
+
+if TYPE_CHECKING:
+    import torch
+
+Buffer = Union[bytes, bytearray, memoryview, np.ndarray, "torch.Tensor"]
+"""Contiguous bytes in host memory, of whatever owner."""
+
+
+def byte_view(buffer: Buffer) -> memoryview:
+    """The bytes of a contiguous buffer in host memory as a 1-D view of u8; never copies.
+
+    A torch tensor must be uint8 on the CPU. Raises TypeError or ValueError for what has no such view.
+    """
+    view = memoryview(buffer.numpy() if hasattr(buffer, "numpy") else buffer)
+    if not view.nbytes:
+        return memoryview(b"")
+    return view if view.format == "B" and view.ndim == 1 and view.c_contiguous else view.cast("B")
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One way to keep a block. Two codecs are equal when they have the same parameters.
+
+    `id` (u8) stands in the shared index and `name` in frames; both are for ever, as is the meaning of the parameters.
+    A parameter is a field of the dataclass that msgpack can carry; `__post_init__` refuses values that cannot be.
+    """
+
+    id: ClassVar[int]
+    name: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, raw: "torch.Tensor") -> memoryview:
+        """The payload of `raw`, a 1-D contiguous uint8 tensor on any device; may share its memory, never changes it.
+
+        Raises (kind `layout`) for a tensor of another kind.
+        """
+
+    @abstractmethod
+    def decode(self, payload: memoryview, out: "torch.Tensor") -> None:
+        """Fill `out`, a 1-D contiguous uint8 tensor on any device of exactly the block's raw bytes, from a payload.
+
+        Raises (kind `corrupt`) when the payload does not give that many bytes; `out` is then undefined.
+        """
+
+    @abstractmethod
+    def max_payload_bytes(self, raw_bytes: int) -> int:
+        """The largest payload that `encode` can make of `raw_bytes` bytes."""
+
+    def spec(self) -> dict[str, Any]:
+        """Name and parameters, as frames carry them; `codec_from_spec` is the inverse."""
+        return {"codec": self.name} | asdict(self)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
+        """The codec of a spec; raises (kind `config`) unless it names exactly this codec's parameters."""
+        given = {name: value for name, value in spec.items() if name != "codec"}
+        known = [field.name for field in fields(cls)]
+        if sorted(given, key=str) != sorted(known):
+            raise TieredKVError(Kind.CONFIG, f"codec {cls.name!r} has the parameters {known}, not {list(given)}", codec=cls.name)
+        return cls(**given)
+
+
+def check_raw(raw: "torch.Tensor", name: str = "raw") -> None:
+    """Raise (kind `layout`) unless `raw` is a 1-D contiguous uint8 tensor."""
+    import torch
+
+    if not isinstance(raw, torch.Tensor) or raw.dtype is not torch.uint8 or raw.dim() != 1 or not raw.is_contiguous():
+        is_a = f"{raw.dtype} of shape {tuple(raw.shape)}" if isinstance(raw, torch.Tensor) else type(raw).__name__
+        raise TieredKVError(Kind.LAYOUT, f"{name} must be a 1-D contiguous uint8 tensor, not {is_a}")

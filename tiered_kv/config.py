@@ -1,0 +1,121 @@
+"""Settings as data: one frozen record, checked once, the same for a cluster and for one process."""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from tiered_kv.errors import Kind, TieredKVError
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_prefix}IB": 1024**_power, f"{_prefix}B": 1000**_power, _prefix: 1024**_power}
+
+MIN_HOST_BYTES = 1 << 20
+MIN_DISK_BYTES = 1 << 20
+
+
+def parse_size(value: int | str, setting: str) -> int:
+    """Bytes of a size such as "4GiB", "512MiB", "1.5G" (binary) or "10GB" (decimal); raises naming `setting`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if not found or found[2].upper() not in _UNITS:
+            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a size; write for example 4GiB or 512MiB", setting=setting)
+        size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size < 0:
+        raise TieredKVError(Kind.CONFIG, f"{setting}: a size cannot be negative, got {value!r}", setting=setting)
+    return size
+
+
+def format_size(size: float) -> str:
+    """A number of bytes as people write it, for example 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def user_cache() -> Path:
+    """This user's folder for what can be made again: `$TIERED_KV_CACHE`, else `$XDG_CACHE_HOME/tiered_kv`, else `~/.cache/tiered_kv`."""
+    own = os.environ.get("TIERED_KV_CACHE")
+    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiered_kv"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a cache. Sizes are bytes and may be given as "4GiB"; every cap is hard.
+
+    host: shared memory of one node, index included. disk: 0 for none. disk_path: None for a folder in the user's
+    cache. store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
+    a fetch may wait for other nodes and disks. pull_chunk: bytes a node asks of a peer in one go.
+    """
+
+    host: int = 1 << 30
+    disk: int = 0
+    disk_path: str | None = None
+    disk_segment: int = 64 << 20
+    block_tokens: int = 64
+    policy: str = "lru"
+    shm_path: str = "/dev/shm"
+    store_wait_ms: int = 1000
+    fetch_deadline_ms: int = 5000
+    pull_chunk: int = 16 << 20
+    io_threads: int = 2
+    heartbeat_s: float = 1.0
+    node_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for setting in ("host", "disk", "disk_segment", "pull_chunk"):
+            object.__setattr__(self, setting, parse_size(getattr(self, setting), setting))
+        self._at_least("host", MIN_HOST_BYTES, "1MiB; the host tier cannot be left out")
+        if self.disk:
+            self._at_least("disk", MIN_DISK_BYTES, "1MiB, or 0 for no disk tier")
+        self._at_least("disk_segment", 64 << 10, "64KiB")
+        self._at_least("pull_chunk", 64 << 10, "64KiB")
+        for setting in ("block_tokens", "io_threads"):
+            self._at_least(setting, 1, "1")
+        for setting in ("store_wait_ms", "fetch_deadline_ms"):
+            self._at_least(setting, 0, "0")
+        for setting in ("heartbeat_s", "node_timeout_s"):
+            self._at_least(setting, 0.01, "0.01 seconds")
+        if self.policy not in POLICIES:
+            raise TieredKVError(Kind.CONFIG, f"policy: {self.policy!r} is none of {', '.join(POLICIES)}", setting="policy")
+
+    def _at_least(self, setting: str, least: float, words: str) -> None:
+        value = getattr(self, setting)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a number", setting=setting)
+        if value < least:
+            raise TieredKVError(Kind.CONFIG, f"{setting}: must be at least {words}, got {value}", setting=setting)
+
+    @classmethod
+    def of(cls, settings: "Config | Mapping[str, object] | None" = None, **changes: object) -> "Config":
+        """A config from a mapping, another config or nothing; an unknown key is an error that names the nearest known one."""
+        if isinstance(settings, Config):
+            given = asdict(settings) | changes
+        else:
+            given = dict(settings or {}) | changes
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise TieredKVError(Kind.CONFIG, f"unknown setting {key!r}{hint}", setting=key)
+        return cls(**given)
+
+    @property
+    def disk_root(self) -> str:
+        """The folder in which each node makes its own for its disk segments."""
+        return self.disk_path or str(user_cache() / "disk")
+
+    def with_(self, **changes: object) -> "Config":
+        """A copy with some settings changed."""
+        return replace(self, **changes)
+
+
+POLICIES = ("lru",)

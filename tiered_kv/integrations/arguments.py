@@ -1,0 +1,113 @@
+"""Which requests of `generate` can be served from the cache: one prompt, whose KV depends on its token ids alone."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import as_token_ids
+
+
+class Rule(NamedTuple):
+    """When a setting of generate can be served, and why not otherwise."""
+
+    allows: Callable[[Any], bool]
+    why: str
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, int | float) and value == 0)
+
+
+def _at_most_one(value: Any) -> bool:
+    return value is None or value <= 1
+
+
+_ONE = Rule(_at_most_one, "only one sequence at a time can be served from the cache")
+_PLAIN = Rule(_is_off, "only greedy decoding and sampling can be served from the cache")
+_PREFIX = Rule(_is_off, "with a reused prefix it would lack the prefix's tokens")
+_RULES = {
+    "num_beams": _ONE,
+    "num_return_sequences": _ONE,
+    "num_beam_groups": _ONE,
+    "constraints": _PLAIN,
+    "force_words_ids": _PLAIN,
+    "penalty_alpha": _PLAIN,
+    "dola_layers": _PLAIN,
+    "custom_generate": _PLAIN,
+    "assistant_model": Rule(_is_off, "assisted decoding is not supported"),
+    "assistant_early_exit": Rule(_is_off, "assisted decoding is not supported"),
+    "prompt_lookup_num_tokens": Rule(_is_off, "assisted decoding is not supported"),
+    "use_mtp": Rule(_is_off, "assisted decoding is not supported"),
+    "is_assistant": Rule(_is_off, "assisted decoding is not supported"),
+    "token_healing": Rule(_is_off, "it changes the prompt's tokens"),
+    "output_attentions": _PREFIX,
+    "output_hidden_states": _PREFIX,
+    "use_cache": Rule(lambda value: value is None or bool(value), "without a KV cache nothing can be reused"),
+    "cache_implementation": Rule(lambda value: value in (None, "hybrid"), "the cache is filled by tiered_kv and is always a dynamic one"),
+}
+_NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+_SETTINGS = frozenset(vars(GenerationConfig()))
+_BESIDE = frozenset({"attention_mask", "tokenizer"})
+
+
+def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The prompt as (1, n) ids, or `TieredKVError` (kind `model`) that names the argument which cannot be served."""
+    if model.training:
+        raise _refusal("model", "it is in training mode, where dropout makes KV random; call model.eval()")
+    if torch.is_autocast_enabled(model.device.type):
+        raise _refusal("autocast", "KV computed under torch.autocast is not the model's own; load the model in the wanted dtype")
+    prompt = _one_prompt(model, input_ids)
+    for name, value in arguments.items():
+        if value is not None and name not in _SETTINGS and name not in _NAMED and name not in _BESIDE:
+            raise _refusal(name, "KV may depend on it, not on token ids alone")
+    for name, rule in _RULES.items():
+        value = effective(model, arguments, name)
+        if not rule.allows(value):
+            raise _refusal(name, f"{rule.why}, got {value if isinstance(value, int | float | str) else type(value).__name__!r}")
+    _check_padding(model, prompt, arguments)
+    return prompt
+
+
+def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """The value of a setting as generate takes it: the argument, else the given generation config's, else the model's."""
+    if name in arguments:
+        return arguments[name]
+    for config in (arguments.get("generation_config"), model.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _refusal(name: str, why: str) -> TieredKVError:
+    return TieredKVError(Kind.MODEL, f"generate: {name} cannot be served from the cache: {why}", argument=name)
+
+
+def _one_prompt(model: Any, input_ids: Any) -> torch.Tensor:
+    if not isinstance(input_ids, torch.Tensor):
+        input_ids = torch.from_numpy(as_token_ids(input_ids).astype("int64")).to(model.device)
+    if input_ids.ndim == 1:
+        input_ids = input_ids[None]
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise _refusal("input_ids", f"one prompt, (1, n), is needed, got {tuple(input_ids.shape)}; call it once a prompt")
+    if not input_ids.shape[1]:
+        raise TieredKVError(Kind.TOKENS, "generate: input_ids has no token")
+    return input_ids
+
+
+def _check_padding(model: Any, prompt: torch.Tensor, arguments: Mapping[str, Any]) -> None:
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        if tuple(mask.shape) != tuple(prompt.shape) or not bool((mask == 1).all()):
+            raise _refusal("attention_mask", "it must be ones for every token of the prompt; leave padding away")
+        return
+    pad, eos = effective(model, arguments, "pad_token_id"), effective(model, arguments, "eos_token_id")
+    ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
+    if pad is not None and int(pad) not in ends and bool((prompt == int(pad)).any()):
+        raise _refusal(
+            "input_ids",
+            f"it contains pad_token_id {int(pad)}, which generate takes for padding; if it is meant, pass an attention_mask of ones",
+        )

@@ -1,0 +1,214 @@
+"""Which transformers models can be served, decided by their config and by a run of a few tokens.
+
+KV of a prefix can be reused only if it depends on the tokens of that prefix and on nothing else, and if every layer
+keeps keys and values as (batch, KV heads, tokens, head dim) of one size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
+
+PROBE_TOKENS = 5
+PROBE_PREFIX_TOKENS = 3
+# How far two ways of computing the same KV may lie apart, relative to its norm; a wrong position moves keys by 0.3 and more.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2}
+_TOLERANCE_ELSE = 0.2
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model's cache really looks like: sizes, dtype, and the device of each layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    devices: tuple[torch.device, ...]
+
+    def layout(self, block_tokens: int = 64) -> KVLayout:
+        """The layout of this model's blocks."""
+        return KVLayout(self.layers, self.kv_heads, self.head_dim, str(self.dtype), block_tokens)
+
+
+def layout_of(model: Any, block_tokens: int = 64) -> KVLayout:
+    """The layout of a model's KV blocks, as its cache really has it; raises as `check_supported`, at the same cost."""
+    return check_supported(model).layout(block_tokens)
+
+
+def check_supported(model: Any) -> CacheShape:
+    """The shape of the model's cache, if its KV can be reused; else `TieredKVError` (kind `model`) that says why not.
+
+    Cost: three runs of the model on at most five tokens. No random number is drawn, no state of the model changes.
+    """
+    for check in _CHECKS:
+        reason = check(model)
+        if reason:
+            raise _refusal(model, reason)
+    return _probe(model)
+
+
+def _refusal(model: Any, reason: str) -> TieredKVError:
+    name = type(model).__name__
+    return TieredKVError(Kind.MODEL, f"{name} cannot be served from the cache: {reason}", model=name, reason=reason)
+
+
+def _cannot_generate(model: Any) -> str | None:
+    if not hasattr(model, "config") or not hasattr(model, "can_generate"):
+        return "it is not a transformers model"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model, whose KV depends on the encoder's input"
+    if not model.can_generate():
+        return "it does not generate text (an encoder, or a model without a language head); load it with AutoModelForCausalLM"
+    return None
+
+
+def _reads_more_than_tokens(model: Any) -> str | None:
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return "it takes images, sound or other input beside tokens, and its KV depends on them"
+    return None
+
+
+def _runs_otherwise(model: Any) -> str | None:
+    if model.training:
+        return "it is in training mode, where dropout makes KV random; call model.eval()"
+    if torch.is_autocast_enabled(model.device.type):
+        return "KV computed under torch.autocast is not the model's own; load the model in the wanted dtype"
+    return None
+
+
+def _keeps_state(model: Any) -> str | None:
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a recurrent state (linear attention, Mamba, hybrid), which is not the KV of a prefix"
+    return None
+
+
+def _has_other_layers(model: Any) -> str | None:
+    """Judge by the layer classes that transformers itself picks for this config."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        return f"transformers cannot tell the kind of its cache layers from its config ({type(error).__name__}: {error})"
+    for number, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return f"layer {number} attends to a sliding window or chunk of {layer.sliding_window} tokens and forgets older KV"
+        if type(layer) is not DynamicLayer:
+            return f"layer {number} has a {type(layer).__name__}, not full attention with KV of its own"
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        return f"its last {model.config.num_kv_shared_layers} layers share the KV of other layers"
+    return None
+
+
+def _rope_depends_on_length(model: Any) -> str | None:
+    for rope_type in _rope_types(model):
+        if "dynamic" in rope_type or rope_type in ("longrope", "su"):
+            return f"its rope type {rope_type!r} rotates keys by the length of the whole input, so KV of a prefix is not reusable"
+    if getattr(model.config, "use_dynamic_ntk", False):
+        return "its rope (use_dynamic_ntk) rotates keys by the length of the whole input, so KV of a prefix is not reusable"
+    return None
+
+
+def _rope_types(model: Any) -> Iterator[str]:
+    """Every rope type named in the config or held by a module, also those given per kind of layer."""
+    found = [getattr(model.config, "rope_parameters", None), getattr(model.config, "rope_scaling", None)]
+    found += [getattr(module, "rope_type", None) for module in model.modules()]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, str):
+            yield value
+
+
+_PROMPT_LEARNING = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+def _adapter_sees_other_tokens(model: Any) -> str | None:
+    adapters = getattr(model, "peft_config", None)
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        kind = str(getattr(adapter, "peft_type", "")).rpartition(".")[2].upper()
+        if getattr(adapter, "is_prompt_learning", False) or kind in _PROMPT_LEARNING:
+            return (
+                f"the adapter {name!r} ({kind or 'prompt learning'}) puts trained vectors before the prompt, which no token id stands for"
+            )
+        if kind == "XLORA" or getattr(adapter, "alora_invocation_tokens", None):
+            return f"the adapter {name!r} changes KV by tokens that come later"
+    return None
+
+
+_CHECKS: tuple[Callable[[Any], str | None], ...] = (
+    _cannot_generate,
+    _reads_more_than_tokens,
+    _runs_otherwise,
+    _keeps_state,
+    _has_other_layers,
+    _rope_depends_on_length,
+    _adapter_sees_other_tokens,
+)
+
+
+def _probe(model: Any) -> CacheShape:
+    """Run five tokens at once and as three plus two, and compare what the cache holds."""
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+    try:
+        whole_logits, whole = _one_step(model, ids, DynamicCache(config=model.config))
+        _, prefix = _one_step(model, ids[:, :PROBE_PREFIX_TOKENS], DynamicCache(config=model.config))
+        shape = _shape_of(model, whole, PROBE_TOKENS)
+        _shape_of(model, prefix, PROBE_PREFIX_TOKENS)
+        parts_logits, parts = _one_step(model, ids, prefix)
+        _shape_of(model, parts, PROBE_TOKENS)
+    except TieredKVError:
+        raise
+    except Exception as error:  # boundary: any model's code may run here, and what it raises means that it cannot be served
+        raise _refusal(model, f"a run of a few tokens failed ({type(error).__name__}: {error})") from error
+    tolerance = _TOLERANCE.get(shape.dtype, _TOLERANCE_ELSE)
+    for number, (a, b) in enumerate(zip(whole.layers, parts.layers, strict=True)):
+        _check_close(model, a.keys, b.keys, tolerance, f"the keys of layer {number}")
+        _check_close(model, a.values, b.values, tolerance, f"the values of layer {number}")
+    _check_close(model, whole_logits, parts_logits, tolerance, "the logits")
+    return shape
+
+
+def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:
+    """One greedy token by `generate`, the way requests run; the logits it was chosen by, and the cache."""
+    settings = GenerationConfig(
+        max_new_tokens=1, do_sample=False, num_beams=1, use_cache=True, output_logits=True, return_dict_in_generate=True,
+        temperature=1.0, top_p=1.0, top_k=50, pad_token_id=0,
+    )  # fmt: skip
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=settings)
+    return output.logits[0], output.past_key_values
+
+
+def _shape_of(model: Any, cache: Any, tokens: int) -> CacheShape:
+    """The shape of a cache of `tokens` tokens; raises (kind `model`) unless all layers are alike."""
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
+        raise _refusal(model, f"after a run its cache is {cache!r}, not one full attention layer with KV of its own each")
+    first = layers[0].keys
+    if first.ndim != 4 or first.shape[0] != 1 or first.shape[2] != tokens:
+        raise _refusal(model, f"its keys have shape {tuple(first.shape)}; needed is (1, KV heads, {tokens} tokens, head dim)")
+    for number, layer in enumerate(layers):
+        for name, part in (("keys", layer.keys), ("values", layer.values)):
+            if part.shape != first.shape or part.dtype != first.dtype:
+                raise _refusal(
+                    model,
+                    f"{name} of layer {number} are {tuple(part.shape)} {part.dtype}, keys of layer 0 {tuple(first.shape)} {first.dtype};"
+                    " all must be alike (multi-head latent attention is not supported)",
+                )
+    return CacheShape(len(layers), first.shape[1], first.shape[3], first.dtype, tuple(layer.keys.device for layer in layers))
+
+
+def _check_close(model: Any, whole: torch.Tensor, parts: torch.Tensor, tolerance: float, what: str) -> None:
+    apart = float((whole.float() - parts.float()).norm() / whole.float().norm().clamp_min(1e-30))
+    if not apart <= tolerance:
+        raise _refusal(
+            model,
+            f"{what} of {PROBE_TOKENS} tokens differ by {apart:.2g} (relative) when they are computed in two parts,"
+            " so KV depends on more than the tokens before it",
+        )

@@ -1,0 +1,383 @@
+"""A node's files in shared memory: creating, attaching, and removing them, and who may do so when.
+
+`<shm_path>/tkv-<cluster>-<node>/` (0700) holds `index`, `arena`, `lock` and `sock` (0600). Everyone who uses the
+directory holds a shared flock on `lock`; its one writer also holds a write lock on the first byte of that file. A
+directory whose lock can be had exclusively is used by nobody.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.memory import words as w
+from tiered_kv.memory.locks import try_exclusive
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_PREFIX = "tkv-"
+_INDEX, _ARENA, _LOCK, _SOCK = "index", "arena", "lock", "sock"
+
+
+class Mapping:
+    """A whole file, mapped shared and writable, all pages present from the start."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+    def tensor(self) -> torch.Tensor:
+        """The file as a 1-D uint8 tensor that shares its memory, and keeps it mapped for as long as it lives."""
+        if self.map is None:
+            raise TieredKVError(Kind.CLOSED, "the node's files are closed")
+        return torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Unmap; a mapping that tensors still look into goes when the last of them goes."""
+        if self.map is not None:
+            with suppress(BufferError):
+                self.map.close()
+            self.map = None
+
+
+def node_directory(shm_path: str | Path, cluster_id: str, node_id: str) -> Path:
+    """Where the files of a node are. Raises (kind `config`) for names that cannot be part of a path."""
+    for name in (cluster_id, node_id):
+        if not _NAME.fullmatch(name):
+            raise TieredKVError(Kind.CONFIG, f"{name!r} cannot name a cluster or a node: letters, digits, '_', '.' and '-' only")
+    return Path(shm_path) / f"{_PREFIX}{cluster_id}-{node_id}"
+
+
+class NodeFiles:
+    """The open files of one node: `index` and `arena` as mappings, and the locks that go with using them.
+
+    `arena_fd` is an open file description of its own, for locks on ranges of the arena. Errors: `TieredKVError` of kind
+    `memory` that names the setting (`host`, `shm_path`) or the file. Descriptors are not passed on by exec; a process
+    that forks without exec passes its locks on.
+    """
+
+    def __init__(self, directory: Path, directory_fd: int, lock_fd: int, slots: int, arena_bytes: int, *, writer: bool) -> None:
+        """Map existing files of known sizes; use `create`, `attach` or `open_or_create` instead."""
+        self.directory = directory
+        self.slots = slots
+        self.arena_bytes = arena_bytes
+        self.writer = writer
+        self._inode = os.fstat(directory_fd).st_ino
+        with ExitStack() as undo:
+            self.index = self._mapped(undo, directory_fd, _INDEX, w.index_bytes(slots))
+            self.arena = self._mapped(undo, directory_fd, _ARENA, arena_bytes)
+            self.arena_fd: int | None = os.open(_ARENA, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
+            undo.callback(os.close, self.arena_fd)
+            self._lock_fd: int | None = os.dup(lock_fd)
+            undo.pop_all()
+
+    @staticmethod
+    def _mapped(undo: ExitStack, directory_fd: int, name: str, nbytes: int) -> Mapping:
+        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
+        try:
+            mapping = Mapping(fd, nbytes)
+        finally:
+            os.close(fd)
+        undo.callback(mapping.close)
+        return mapping
+
+    @property
+    def index_path(self) -> Path:
+        return self.directory / _INDEX
+
+    @property
+    def arena_path(self) -> Path:
+        return self.directory / _ARENA
+
+    @property
+    def lock_path(self) -> Path:
+        return self.directory / _LOCK
+
+    @property
+    def sock_path(self) -> Path:
+        """Where the node's socket belongs; whoever listens creates it."""
+        return self.directory / _SOCK
+
+    @classmethod
+    def create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int) -> Self:
+        """New files as their writer; index and arena together take at most `host_bytes`, all of it allocated now.
+
+        Raises, leaving nothing behind, when the directory exists, `shm_path` cannot be written or is too small.
+        Cost: the kernel clears every page, about 0.3 s a GiB.
+        """
+        directory = node_directory(shm_path, cluster_id, node_id)
+        slots, arena_bytes = w.plan(host_bytes)
+        needed_bytes = w.index_bytes(slots) + arena_bytes
+        with _naming_shm_path(directory.parent, needed_bytes), ExitStack() as undo:
+            os.mkdir(directory, 0o700)
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            _require_room(directory.parent, needed_bytes)
+            with _directory_fd(directory) as directory_fd:
+                os.close(_new_file(directory_fd, _LOCK, 0))
+                with _lock_shared(directory, directory_fd) as lock_fd:
+                    _take_writer_lock(directory, lock_fd)
+                    os.close(_new_file(directory_fd, _INDEX, w.index_bytes(slots)))
+                    os.close(_new_file(directory_fd, _ARENA, arena_bytes))
+                    files = cls(directory, directory_fd, lock_fd, slots, arena_bytes, writer=True)
+            _write_header(files, cluster_id, node_id)
+            undo.pop_all()
+            return files
+
+    @classmethod
+    def attach(cls, directory: str | Path, *, writer: bool = False, cluster_id: str | None = None, node_id: str | None = None) -> Self:
+        """The files that are there, as one of many readers or as the one writer.
+
+        Raises when there are none or they are unfinished, of another format version, of another cluster or node, or of
+        another user; as a writer also when another writer lives.
+        """
+        directory = Path(directory)
+        with _naming_directory(directory), _directory_fd(directory) as directory_fd, _lock_shared(directory, directory_fd) as lock_fd:
+            if writer:
+                _take_writer_lock(directory, lock_fd)
+            slots, arena_bytes = _read_header(directory, directory_fd, cluster_id, node_id)
+            return cls(directory, directory_fd, lock_fd, slots, arena_bytes, writer=writer)
+
+    @classmethod
+    def open_or_create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int) -> tuple[Self, bool]:
+        """(files, whether they were there): as a node's writer, after a first start or a restart.
+
+        Files of other sizes (`host` was changed) are replaced; so are unfinished files and files of another version,
+        once nobody uses them. Raises as `create` and `attach` do.
+        """
+        directory = node_directory(shm_path, cluster_id, node_id)
+        if directory.exists() and not _reclaim_unusable(directory):
+            files = cls.attach(directory, writer=True, cluster_id=cluster_id, node_id=node_id)
+            if (files.slots, files.arena_bytes) == w.plan(host_bytes):
+                return files, True
+            files.remove()
+        return cls.create(shm_path, cluster_id, node_id, host_bytes), False
+
+    def close(self) -> None:
+        """Unmap the files and give up the locks; the files stay. May be called twice."""
+        self.index.close()
+        self.arena.close()
+        for name in ("arena_fd", "_lock_fd"):
+            fd = getattr(self, name)
+            if fd is not None:
+                os.close(fd)
+                setattr(self, name, None)
+
+    def remove(self) -> None:
+        """Delete the directory and close. Readers keep what they have mapped and see the state `closed`.
+
+        After `close` it does nothing: the files may be another writer's by then.
+        """
+        if self.index.map is None:
+            return
+        with memoryview(self.index.map) as whole, whole.cast("Q") as header:
+            header[w.STATE] = w.CLOSED
+        with suppress(FileNotFoundError):
+            if os.stat(self.directory).st_ino == self._inode:
+                shutil.rmtree(self.directory, ignore_errors=True)
+        self.close()
+
+
+def reclaim_stale(shm_path: str | Path, now_ns: int, max_age_s: float = 60.0) -> list[Path]:
+    """Delete the directories of dead nodes of this user and return them; `now_ns`: the monotonic clock.
+
+    Dead: nobody holds the lock, and the last heartbeat is more than `max_age_s` away (in the future: from before a
+    reboot). Without a readable heartbeat the directory's age in wall-clock time counts.
+    """
+    removed = []
+    for directory in sorted(Path(shm_path).glob(f"{_PREFIX}*")):
+        with suppress(OSError), _unused(directory) as unused:
+            if unused and _age_s(directory, now_ns) > max_age_s:
+                shutil.rmtree(directory, ignore_errors=True)
+                if not directory.exists():
+                    removed.append(directory)
+    return removed
+
+
+def _age_s(directory: Path, now_ns: int) -> float:
+    header = _header_words(directory / _INDEX)
+    if header is not None and header[w.MAGIC] == w.MAGIC_WORD and header[w.VERSION] == w.FORMAT_VERSION and header[w.HEARTBEAT]:
+        return abs(now_ns - header[w.HEARTBEAT]) / 1e9
+    return time.time() - os.stat(directory).st_mtime
+
+
+def _reclaim_unusable(directory: Path) -> bool:
+    """Delete files that no writer can attach to, unless somebody uses them; whether the directory is gone."""
+    with suppress(FileNotFoundError), _unused(directory) as unused:
+        header = _header_words(directory / _INDEX)
+        usable = header is not None and header[w.MAGIC] == w.MAGIC_WORD and header[w.VERSION] == w.FORMAT_VERSION
+        if unused and not usable:
+            shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()
+
+
+def _header_words(path: Path) -> memoryview | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(w.HEADER_BYTES)
+    except OSError:
+        return None
+    return memoryview(data).cast("Q") if len(data) == w.HEADER_BYTES else None
+
+
+@contextmanager
+def _unused(directory: Path) -> Iterator[bool]:
+    """Whether nobody uses a directory of ours; if so, nobody can start to inside the block."""
+    facts = os.lstat(directory)
+    if facts.st_uid != os.geteuid():
+        yield False
+        return
+    try:
+        fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:  # its creator died at the very beginning
+        yield True
+        return
+    try:
+        yield _flock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink > 0  # 0: somebody else has just removed it
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, operation: int) -> bool:
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _directory_fd(directory: Path) -> Iterator[int]:
+    """Names below are looked up in this very directory, even if another one takes its place meanwhile."""
+    fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(fd)
+        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+            raise TieredKVError(Kind.MEMORY, f"shm_path: {directory} belongs to another user or others may write to it", setting="shm_path")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
+    fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
+    try:
+        if not _flock(fd, fcntl.LOCK_SH) or os.fstat(fd).st_nlink == 0:
+            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed as the files of a dead node; start again", path=str(directory))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _take_writer_lock(directory: Path, lock_fd: int) -> None:
+    if not try_exclusive(lock_fd, 0, 1):
+        raise TieredKVError(Kind.MEMORY, f"another process is the writer of {directory}; a node has one", path=str(directory))
+
+
+def _new_file(directory_fd: int, name: str, nbytes: int) -> int:
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory_fd)
+    try:
+        os.ftruncate(fd, nbytes)
+        if nbytes:
+            os.posix_fallocate(fd, 0, nbytes)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write_header(files: NodeFiles, cluster_id: str, node_id: str) -> None:
+    with memoryview(files.index.map) as whole, whole.cast("Q") as header:
+        header[w.VERSION] = w.FORMAT_VERSION
+        header[w.CLUSTER] = w.name_hash(cluster_id)
+        header[w.NODE] = w.name_hash(node_id)
+        header[w.SLOTS] = files.slots
+        header[w.ARENA_BYTES] = files.arena_bytes
+        w.fence()
+        header[w.MAGIC] = w.MAGIC_WORD  # last: files without it are unfinished
+
+
+def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, node_id: str | None) -> tuple[int, int]:
+    def refuse(reason: str) -> TieredKVError:
+        return TieredKVError(Kind.MEMORY, f"{directory}: {reason}", path=str(directory))
+
+    header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
+    if header is None or header[w.MAGIC] == 0:
+        raise refuse("the index is unfinished; its node is starting, or died while starting")
+    if header[w.MAGIC] != w.MAGIC_WORD:
+        raise refuse("the index is no index of tiered_kv")
+    if header[w.VERSION] != w.FORMAT_VERSION:
+        raise refuse(
+            f"the index has format version {header[w.VERSION]}, this package reads version {w.FORMAT_VERSION};"
+            " run one version of tiered_kv on this machine, or stop its processes and delete the directory"
+        )
+    for word, name in ((w.CLUSTER, cluster_id), (w.NODE, node_id)):
+        if name is not None and header[word] != w.name_hash(name):
+            raise refuse(f"the index belongs to another cluster or node than {name!r}")
+    slots, arena_bytes = header[w.SLOTS], header[w.ARENA_BYTES]
+    sizes = [os.stat(name, dir_fd=directory_fd).st_size for name in (_INDEX, _ARENA)]
+    if slots < w.SLOTS_MIN or slots & slots - 1 or sizes != [w.index_bytes(slots), arena_bytes]:
+        raise refuse(f"index and arena have {sizes} bytes, which are not those of {slots} slots and an arena of {arena_bytes}")
+    return slots, arena_bytes
+
+
+def _available_bytes(shm_path: Path) -> int:
+    """Room in the file system; below /dev/shm also no more than the machine's memory can back."""
+    facts = os.statvfs(shm_path)
+    available_bytes = facts.f_bavail * facts.f_frsize
+    if os.stat(shm_path).st_dev == os.stat("/dev/shm").st_dev:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        memory_kib = {line[0]: int(line[1]) for line in lines}
+        available_bytes = min(available_bytes, (memory_kib["MemAvailable:"] + memory_kib["SwapFree:"]) * 1024)
+    return available_bytes
+
+
+def _require_room(shm_path: Path, needed_bytes: int) -> None:
+    """Ask before allocating: a tmpfs would first fill up all that is left, under everyone else who uses it."""
+    available_bytes = _available_bytes(shm_path)
+    if needed_bytes > available_bytes:
+        raise _too_small(shm_path, needed_bytes, available_bytes)
+
+
+def _too_small(shm_path: Path, needed_bytes: int, available_bytes: int) -> TieredKVError:
+    return TieredKVError(
+        Kind.MEMORY,
+        f"host: {needed_bytes / 2**20:.1f} MiB are needed, but shm_path {shm_path} has {available_bytes / 2**20:.1f} MiB available;"
+        " lower host, enlarge the shared memory (containers: --shm-size), or set shm_path to a larger memory file system",
+        setting="host",
+        shm_path=str(shm_path),
+        needed_bytes=needed_bytes,
+        available_bytes=available_bytes,
+    )
+
+
+@contextmanager
+def _naming_shm_path(shm_path: Path, needed_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise TieredKVError(Kind.MEMORY, f"{error.filename} exists already; attach to it instead", path=str(error.filename)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+            raise _too_small(shm_path, needed_bytes, _available_bytes(shm_path)) from error
+        message = f"shm_path: cannot create files below {shm_path}: {error.strerror}"
+        raise TieredKVError(Kind.MEMORY, message, setting="shm_path", shm_path=str(shm_path)) from error
+
+
+@contextmanager
+def _naming_directory(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise TieredKVError(Kind.MEMORY, f"no node has its files in {directory}; was it started?", path=str(directory)) from error
+    except OSError as error:
+        raise TieredKVError(Kind.MEMORY, f"cannot open the files of {directory}: {error}", path=str(directory)) from error

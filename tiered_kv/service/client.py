@@ -1,0 +1,223 @@
+"""The client: what a worker holds. Reads from shared memory without a call; asks its node for all else.
+
+Axes: L layers, 2 (key, value), H KV heads, N tokens, D head dim. No fault of the cache leaves this class as an
+exception: a node that does not answer is a miss, and a store a refusal. Errors are for callers that broke the
+contract (kinds `tokens`, `layout`) or use a closed client (`closed`).
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Union
+
+import torch
+
+from tiered_kv.blocks import PEER, Explained, Fetched, Match, Stored, Tier
+from tiered_kv.clock import Clock, SystemClock
+from tiered_kv.codecs import codec_by_id
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey, Namespace, as_token_ids, chain_keys
+from tiered_kv.layout import KVLayout
+from tiered_kv.service.pool import SessionPool
+from tiered_kv.service.reading import BlockSource, Found
+from tiered_kv.service.session import Session
+from tiered_kv.service.writing import BlockWriter, LayerPairs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
+
+
+class Client:
+    """Fetches and stores the KV of token prefixes, in the blocks of one layout under one namespace.
+
+    Safe to use from several threads. Cost on the same node: some 60 µs a fetch plus the copy, no call to any process;
+    a store makes two round trips of some 30 µs beside its copy.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        namespace: Namespace,
+        source: BlockSource,
+        connect: Callable[[], Session],
+        *,
+        deadline_ms: int,
+        clock: Clock | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.layout = layout
+        self.namespace = namespace
+        self._root = namespace.root(layout)
+        self._source = source
+        self._clock = clock or SystemClock()
+        self._pool = SessionPool(connect, self._clock)
+        self._writer = BlockWriter(layout, self._root, source)
+        self._deadline_ms = deadline_ms
+        self._on_close = on_close
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def match(self, token_ids: TokenIds) -> Match:
+        """The longest prefix of whole blocks that could be fetched now, and from where; moves no data.
+
+        `token_ids`: one prompt, a list, array or tensor of whole numbers.
+        """
+        keys = self._keys(token_ids)
+        found = self._source.find(keys)
+        by_tier = self._tokens_by_tier(found)
+        rest = keys[len(found) :]
+        if rest and self._source.peers:
+            elsewhere = len(self._ask(lambda session: session.locate(rest), []))
+            if elsewhere:
+                by_tier[PEER] = elsewhere * self.layout.block_tokens
+        return Match(sum(by_tier.values()), by_tier)
+
+    def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None) -> Fetched:
+        """The KV of the longest prefix of whole blocks that could be had in time.
+
+        `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, N as you like; the prefix is written to its
+        first tokens, the rest of it is undefined. Without it the KV is newly allocated on the CPU. `deadline_ms` bounds
+        the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
+        """
+        keys = self._keys(token_ids)
+        if out is not None:
+            self.layout.check_kv(out, out.shape[-2] if getattr(out, "ndim", 0) == 5 else 0, "out")
+            keys = keys[: out.shape[-2] // self.layout.block_tokens]
+        deadline_s = self._clock.now_s() + (self._deadline_ms if deadline_ms is None else deadline_ms) / 1000
+        found = self._source.find(keys)
+        local = len(found)
+        if local < len(keys) and self._source.peers:
+            found += self._pull(keys, local, deadline_s)
+        kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype) if out is None else out
+        read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        self._source.touch(read)
+        by_tier = self._tokens_by_tier(read[:local])
+        if len(read) > local:
+            by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
+        tokens = len(read) * self.layout.block_tokens
+        self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
+        self._source.tally(len(keys), len(read))
+        return Fetched(tokens, kv[..., :tokens, :], by_tier)
+
+    def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0) -> Stored:
+        """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; visible to every worker of the node on return.
+
+        `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer its pair (key, value), each (H, N, D), where
+        N = len(token_ids) - start. A block that began before `start` is left out, as is what follows the last whole
+        one. Waits for room no longer than the setting `store_wait_ms`; what found none is `refused`.
+        """
+        ids = as_token_ids(token_ids)
+        self._check_open()
+        keys = chain_keys(self._root, ids, self.layout.block_tokens)
+        kv = self._writer.checked(kv, len(ids), start)
+        first = -(-start // self.layout.block_tokens)
+        shown = self._source.lookup_all(keys)
+        missing = [block for block in range(first, len(keys)) if shown[block] is None]
+        new = present = 0
+        try:
+            while missing:
+                with self._pool.session() as session:
+                    taken, added = self._writer.write(session, keys, missing, kv, start)
+                new, present = new + added, present + taken - added
+                missing = missing[taken:]
+                if not taken:
+                    break
+        except TieredKVError as error:
+            self._degraded("store", error)
+        self._source.touch([slot for slot in shown if slot is not None])
+        present += sum(slot is not None for slot in shown[first:])
+        self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
+        return Stored(new, present, len(missing))
+
+    def explain(self, token_ids: TokenIds) -> list[Explained]:
+        """One record for each block of the prompt: its tier and codec, or the reason why it would be a miss."""
+        keys = self._keys(token_ids)
+        slots = self._source.lookup_all(keys)
+        rest = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
+        elsewhere: dict[BlockKey, list[str]] = {}
+        if rest and self._source.peers:
+            elsewhere = dict(zip(rest, self._ask(lambda session: session.locate(rest), []), strict=False))
+        records, broken = [], False
+        for block, (key, slot) in enumerate(zip(keys, slots, strict=True)):
+            behind = "behind a block that is missing" if broken else ""
+            if slot is not None:
+                tier, codec = Tier(slot.tier).label, codec_by_id(slot.codec).name
+                records.append(Explained(block, key.hex(), tier, codec, slot.stored_bytes, behind or "hit"))
+            elif key in elsewhere:
+                records.append(Explained(block, key.hex(), PEER, None, 0, behind or f"held by {', '.join(elsewhere[key])}"))
+            else:
+                broken = True
+                records.append(Explained(block, key.hex(), None, None, 0, self._source.reason_of_miss))
+        return records
+
+    def stats(self) -> dict:
+        """Counts of this client, and the figures of its node (None while that does not answer)."""
+        self._check_open()
+        with self._lock:
+            own = dict(self._counts)
+        own |= {"node_calls": self._pool.calls, "retries": self._source.retries}
+        return {"client": own, "node": self._ask(lambda session: session.stats(), None)}
+
+    @property
+    def node_calls(self) -> int:
+        """How often this client has asked its node for anything; fetches of local blocks leave it as it is."""
+        return self._pool.calls
+
+    def close(self) -> None:
+        """Give the node's memory and the sessions back. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._pool.close()
+            self._source.close()
+            self._on_close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
+        self._check_open()
+        return chain_keys(self._root, as_token_ids(token_ids), self.layout.block_tokens)
+
+    def _pull(self, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
+        wait_s = deadline_s - self._clock.now_s()
+        if wait_s <= 0:
+            return []
+        tail, rest = keys[local - 1] if local else None, keys[local:]
+        count = self._ask(lambda session: session.pull(self._root, self.layout.block_bytes, tail, rest, wait_s), 0)
+        return self._source.find(rest[:count])
+
+    def _ask(self, question: Callable, otherwise: object):
+        """The node's answer, or `otherwise` where it has none."""
+        try:
+            with self._pool.session() as session:
+                return question(session)
+        except TieredKVError as error:
+            self._degraded("question", error)
+            return otherwise
+
+    def _degraded(self, what: str, error: TieredKVError) -> None:
+        if error.kind is Kind.CLOSED:
+            raise error
+        self._count(degraded=1)
+        log.warning("a %s went without the node: %s", what, error)
+
+    def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
+        blocks = Counter(Tier(each.slot.tier).label for each in found)
+        return {tier: count * self.layout.block_tokens for tier, count in blocks.items()}
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TieredKVError(Kind.CLOSED, "the client is closed")

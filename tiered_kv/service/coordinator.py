@@ -1,0 +1,109 @@
+"""The coordinator as plain Python: membership, directory, figures. Loses nothing that nodes cannot tell it again."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tiered_kv.clock import Clock
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.directory import Directory
+
+
+class Report(NamedTuple):
+    """What a node tells with a heartbeat. `number` counts the node's reports; a gap means that one was lost."""
+
+    node: str
+    number: int
+    added: list[BlockKey]
+    removed: list[BlockKey]
+    info: dict
+    stats: dict
+
+
+class Answer(NamedTuple):
+    """What the node hears: how many other nodes live, and whether it must send its whole inventory."""
+
+    peers: int
+    resync: bool
+
+
+@dataclass
+class Member:
+    """A node as the coordinator knows it."""
+
+    info: dict
+    number: int
+    seen_s: float
+    stats: dict = field(default_factory=dict)
+
+
+class Coordinator:
+    """Knows the nodes and who holds what. A node silent for `node_timeout_s` is taken for gone until it speaks again.
+
+    Thread-safe. All state is rebuilt from the nodes' reports after a restart.
+    """
+
+    def __init__(self, clock: Clock, node_timeout_s: float) -> None:
+        self._clock = clock
+        self._timeout_s = node_timeout_s
+        self._members: dict[str, Member] = {}
+        self._directory = Directory()
+        self._lock = threading.Lock()
+
+    def report(self, report: Report) -> Answer:
+        """Take a node's heartbeat. Number 0 is a whole inventory and begins anew; after a gap one is asked for."""
+        with self._lock:
+            self._drop_silent()
+            member = self._members.get(report.node)
+            now_s = self._clock.now_s()
+            if report.number == 0:
+                self._directory.add_node(report.node)
+                member = self._members[report.node] = Member(report.info, 0, now_s)
+            elif member is None or report.number != member.number + 1:
+                return Answer(self._peers(report.node), resync=True)
+            member.number, member.seen_s = report.number, now_s
+            member.info, member.stats = report.info, report.stats
+            self._directory.update(report.node, report.added, report.removed)
+            return Answer(self._peers(report.node), resync=False)
+
+    def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
+        """For the leading `keys` that some other live node holds: which nodes do."""
+        with self._lock:
+            self._drop_silent()
+            return self._directory.locate(keys, asking)
+
+    def nodes(self) -> list[dict]:
+        """One record a live node: its info, figures, and the age of its last report in seconds."""
+        with self._lock:
+            self._drop_silent()
+            now_s = self._clock.now_s()
+            return [
+                {
+                    **member.info,
+                    "node": node,
+                    "silent_s": now_s - member.seen_s,
+                    "directory_blocks": self._directory.count(node),
+                    "stats": member.stats,
+                }
+                for node, member in sorted(self._members.items())
+            ]
+
+    def forget(self, node: str) -> None:
+        """`node` says goodbye."""
+        with self._lock:
+            self._members.pop(node, None)
+            self._directory.drop_node(node)
+
+    def check(self) -> None:
+        """Assert that directory and membership agree."""
+        with self._lock:
+            self._directory.check()
+
+    def _peers(self, node: str) -> int:
+        return len(self._members.keys() - {node})
+
+    def _drop_silent(self) -> None:
+        oldest_s = self._clock.now_s() - self._timeout_s
+        for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
+            del self._members[node]
+            self._directory.drop_node(node)

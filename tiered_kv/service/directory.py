@@ -1,0 +1,61 @@
+"""Which node holds which block: the coordinator's directory. Eventually consistent; a wrong answer costs a miss."""
+
+from collections.abc import Iterable
+
+from tiered_kv.keys import BlockKey
+
+
+class Directory:
+    """Maps block keys to the nodes that hold them. About 200 bytes a key and node; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._holders: dict[BlockKey, tuple[str, ...]] = {}
+        self._keys: dict[str, set[BlockKey]] = {}
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def add_node(self, node: str) -> None:
+        """Begin anew with `node`, holding nothing."""
+        self.drop_node(node)
+        self._keys[node] = set()
+
+    def drop_node(self, node: str) -> None:
+        """`node` is gone: none of its keys can be had from it."""
+        self.update(node, (), list(self._keys.get(node, ())))
+        self._keys.pop(node, None)
+
+    def update(self, node: str, added: Iterable[BlockKey], removed: Iterable[BlockKey]) -> None:
+        """`node` holds `added` now, and `removed` no longer."""
+        for key in removed:
+            if key in self._keys[node]:
+                self._keys[node].remove(key)
+                rest = tuple(holder for holder in self._holders[key] if holder != node)
+                if rest:
+                    self._holders[key] = rest
+                else:
+                    del self._holders[key]
+        for key in added:
+            if key not in self._keys[node]:
+                self._keys[node].add(key)
+                self._holders[key] = (*self._holders.get(key, ()), node)
+
+    def locate(self, keys: Iterable[BlockKey], asking: str) -> list[list[str]]:
+        """For the leading `keys` that some node but the asking one holds: which nodes do."""
+        found: list[list[str]] = []
+        for key in keys:
+            holders = [node for node in self._holders.get(key, ()) if node != asking]
+            if not holders:
+                break
+            found.append(holders)
+        return found
+
+    def count(self, node: str) -> int:
+        """Blocks that `node` holds."""
+        return len(self._keys.get(node, ()))
+
+    def check(self) -> None:
+        """Assert that both directions say the same."""
+        both = {(key, node) for key, nodes in self._holders.items() for node in nodes}
+        assert both == {(key, node) for node, keys in self._keys.items() for key in keys}
+        assert all(self._holders.values())

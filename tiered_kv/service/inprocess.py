@@ -1,0 +1,113 @@
+"""A cluster in one process: nodes that reach each other by plain calls. For tests, and for `tiered_kv.open`."""
+
+import tempfile
+import uuid
+from pathlib import Path
+
+from tiered_kv.clock import Clock, SystemClock
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey, Namespace
+from tiered_kv.layout import KVLayout
+from tiered_kv.service.attachment import client_of
+from tiered_kv.service.client import Client
+from tiered_kv.service.coordinator import Answer, Coordinator, Report
+from tiered_kv.service.link import FramePieces
+from tiered_kv.service.node import Node
+
+
+class InProcessCluster:
+    """Nodes and their coordinator in this process. A context manager; closing it removes everything."""
+
+    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self.cluster_id = uuid.uuid4().hex[:8]
+        self.config = config
+        self.coordinator = Coordinator(self._clock, config.node_timeout_s)
+        self.nodes: dict[str, Node] = {}
+        self.unreachable: set[str] = set()
+        """Nodes, and "coordinator", that do not answer: the partition of a test."""
+        for number in range(nodes):
+            self.start_node(f"n{number}")
+
+    def start_node(self, node_id: str) -> Node:
+        """A node of this cluster; one that was stopped without removal finds its blocks."""
+        link = InProcessLink(self, node_id)
+        self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
+        return self.nodes[node_id]
+
+    def client(self, node_id: str, layout: KVLayout, namespace: Namespace) -> Client:
+        """A worker's client, attached to one node by direct calls."""
+        node = self.nodes[node_id]
+        return client_of(node.info(), layout, namespace, connect=node.open_session)
+
+    def report_all(self) -> None:
+        """Bring the directory up to date now, instead of a moment later."""
+        for node in self.nodes.values():
+            node.report()
+
+    def close(self) -> None:
+        """Stop all nodes and remove their files."""
+        for node in self.nodes.values():
+            node.close()
+
+    def __enter__(self) -> "InProcessCluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class InProcessLink:
+    """The link of a node of an `InProcessCluster`."""
+
+    def __init__(self, cluster: InProcessCluster, node_id: str) -> None:
+        self._cluster = cluster
+        self._node_id = node_id
+
+    def report(self, report: Report) -> Answer:
+        self._reach("coordinator")
+        return self._cluster.coordinator.report(report)
+
+    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+        self._reach("coordinator")
+        return self._cluster.coordinator.locate(self._node_id, keys)
+
+    def request(self, node: str, keys: list[BlockKey]) -> "InProcessTransfer":
+        self._reach(node)
+        with self._cluster.nodes[node].serving(keys) as frames:
+            return InProcessTransfer([[bytes(buffer) for buffer in pieces] for pieces in frames])
+
+    def _reach(self, whom: str) -> None:
+        if whom in self._cluster.unreachable or self._node_id in self._cluster.unreachable:
+            raise TieredKVError(Kind.TRANSPORT, f"{whom} does not answer")
+
+
+class InProcessTransfer:
+    """Frames that are here already."""
+
+    def __init__(self, frames: list[FramePieces]) -> None:
+        self._frames = frames
+
+    def frames(self, wait_s: float) -> list[FramePieces]:
+        return self._frames
+
+
+def open_client(config: Config, layout: KVLayout, namespace: Namespace) -> Client:
+    """A client with a node of its own in this process, which ends with it."""
+    scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
+    if scratch:
+        config = config.with_(disk_path=str(Path(scratch.name) / "segments"))
+    try:
+        node = Node(config, uuid.uuid4().hex[:8], "local")
+    except TieredKVError:
+        if scratch:
+            scratch.cleanup()
+        raise
+
+    def close() -> None:
+        node.close()
+        if scratch:
+            scratch.cleanup()
+
+    return client_of(node.info(), layout, namespace, connect=node.open_session, on_close=close)

@@ -1,0 +1,36 @@
+"""How a node reaches the rest of the cluster: the link. Ray implements it in `actors`, tests and one process in `inprocess`.
+
+Every method may raise `TieredKVError` (kind `transport`); the node takes that for a miss.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.coordinator import Answer, Report
+
+Buffer = Any
+"""Anything with the buffer protocol: bytes, memoryview, numpy array."""
+
+FramePieces = Sequence[Buffer]
+"""A frame as the buffers it consists of, one after the other."""
+
+
+class Transfer(Protocol):
+    """Blocks under way from a peer."""
+
+    def frames(self, wait_s: float) -> list[FramePieces]:
+        """The frames of the leading keys that were asked for; fewer where the peer had fewer. Waits at most `wait_s`."""
+
+
+class Link(Protocol):
+    """The cluster as one node sees it."""
+
+    def report(self, report: Report) -> Answer:
+        """Tell the coordinator."""
+
+    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+        """Ask the coordinator which nodes hold the leading keys."""
+
+    def request(self, node: str, keys: list[BlockKey]) -> Transfer:
+        """Begin to fetch blocks from another node; returns at once."""

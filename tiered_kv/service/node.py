@@ -1,0 +1,301 @@
+"""The node: owns the tiers of one machine, serves its workers' sessions and its peers. Plain Python, thread-safe.
+
+Its files in shared memory outlive it: a node made again under the same ids finds its blocks (design 2.1).
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.clock import Clock, SystemClock
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.policy import create_policy
+from tiered_kv.service.link import FramePieces, Link
+from tiered_kv.service.place import Place
+from tiered_kv.service.pull import Puller
+from tiered_kv.service.reporter import Reporter
+from tiered_kv.store import events as ev
+from tiered_kv.store.engine import Engine
+from tiered_kv.store.machine import StoreMachine
+from tiered_kv.tiers.host import Lineage
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.1
+ADMIT_WAIT_S = 0.05
+
+
+class Node:
+    """One machine's part of the cache; `directory` is where its workers find index and arena.
+
+    Raises `TieredKVError` that names the setting when shared memory or disk cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cluster_id: str,
+        node_id: str,
+        link: Link | None = None,
+        *,
+        clock: Clock | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self._labels = labels or {}
+        self.node_id = node_id
+        self._clock = clock or SystemClock()
+        self.place = Place(config, cluster_id, node_id)
+        machine = StoreMachine(create_policy(config.policy), has_disk=self.place.disk is not None)
+        self.engine = Engine(machine, self.place.index, self.place, self._clock, config.io_threads)
+        self.engine.handle(self.place.restore())
+        self.directory = self.place.directory
+        self._sessions: dict[NodeSession, None] = {}
+        self._link = link
+        self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
+        self._reporter = self._make_reporter(link) if link else None
+        self._closing = threading.Event()
+        self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
+        self._beats.start()
+        if self._reporter:
+            self._reporter.start()
+
+    def info(self) -> dict:
+        """What a worker needs to attach: where index, arena, socket and segments are, and the cluster's settings."""
+        disk = self.place.disk
+        return {
+            "node": self.node_id,
+            "directory": str(self.directory),
+            "disk_folder": str(disk.folder) if disk else None,
+            "block_tokens": self.config.block_tokens,
+            "fetch_deadline_ms": self.config.fetch_deadline_ms,
+            "store_wait_ms": self.config.store_wait_ms,
+            **self._labels,
+        }
+
+    def open_session(self) -> "NodeSession":
+        """A session for one worker; close it when the worker leaves."""
+        session = NodeSession(self)
+        with self.engine.lock:
+            self._sessions[session] = None
+        return session
+
+    def session_closed(self, session: "NodeSession") -> None:
+        """Take back what the session had reserved, at once or when nobody writes there any more."""
+        with self.engine.lock:
+            if self._sessions.pop(session, ...) is None:
+                self.place.abandon(session.reserved)
+                session.reserved.clear()
+                self.engine.freed.notify_all()
+
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
+        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already."""
+        events: list[ev.Event] = []
+        with self.engine.lock:
+            added = [not self.engine.machine.has(key, Tier.HOST) for key, _, _ in blocks]
+            self.engine.drain_touches()
+            self.engine.handle([ev.Crowded(max(len(blocks) - self.place.index_room, 0))])
+            for key, parent, offset in reversed(blocks):
+                self.place.host.sign(offset, Lineage(key, parent, root))
+                events.append(ev.Committed(key, parent, root, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)))
+            self.engine.handle(events)
+        if self._reporter:
+            self._reporter.wake()
+        return added
+
+    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
+        """Fetch the leading blocks of `keys` (`tail`: the parent of the first) from other nodes; how many are here at the end."""
+        if not self._puller or not keys:
+            return 0
+        admit = _Admission(self, root, nbytes, dict(zip(keys, [tail, *keys], strict=False)))
+        return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
+
+    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do."""
+        return self._link.locate(keys) if self._link else []
+
+    @contextmanager
+    def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
+        """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
+        machine = self.engine.machine
+        with self.engine.lock:
+            here: list[tuple[BlockKey, BlockKey | None, Location]] = []
+            for key in keys:
+                block = machine.blocks.get(key)
+                if block is None:
+                    break
+                here.append((key, block.root, block.best))
+            self.engine.handle([ev.Pinned(key) for key, _, _ in here])
+        try:
+            yield list(self.place.frames(here))
+        finally:
+            self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
+
+    def report(self) -> None:
+        """Tell the coordinator now what would be told in a moment."""
+        if self._reporter:
+            self._reporter.report_once()
+
+    def stats(self) -> dict:
+        """The node's figures, ready for JSON. Sizes in bytes."""
+        machine = self.engine.machine
+        with self.engine.lock:
+            tiers = self.place.usage()
+            for tier in tiers:
+                tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
+            asked, hit = self.place.index.tallies()
+            return {
+                "node": self.node_id,
+                "tiers": tiers,
+                "blocks": len(machine.blocks),
+                "asked_blocks": asked,
+                "hit_blocks": hit,
+                "sessions": len(self._sessions),
+                "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
+                "counts": dict(machine.counts),
+                "coordinator": self._reporter.reachable if self._reporter else None,
+            }
+
+    def beat(self) -> None:
+        """What has to be done now and then: use the touches, take back what dead workers held, say that we live."""
+        self.engine.drain_touches()
+        with self.engine.lock:
+            self.place.beat()
+            if not self._reporter:
+                self.engine.journal.clear()
+
+    def check(self) -> None:
+        """Assert that machine, index, tiers and reservations agree."""
+        with self.engine.lock:
+            self.engine.machine.check()
+            self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
+
+    def close(self, remove: bool = True) -> None:
+        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._beats.join()
+        if self._reporter:
+            self._reporter.close()
+        self.engine.close()
+        self.place.close(remove)
+
+    def _make_reporter(self, link: Link) -> Reporter:
+        return Reporter(
+            link,
+            self.node_id,
+            self.config.heartbeat_s,
+            take_changes=self._take_changes,
+            inventory=self._inventory,
+            describe=lambda: (self.info(), self.stats()),
+            set_peers=self.place.index.set_peers,
+        )
+
+    def _take_changes(self) -> dict[BlockKey, bool]:
+        with self.engine.lock:
+            changes = dict(self.engine.journal)
+            self.engine.journal.clear()
+            return changes
+
+    def _inventory(self) -> list[BlockKey]:
+        with self.engine.lock:
+            return list(self.engine.machine.blocks)
+
+    def _is_visible(self, key: BlockKey) -> bool:
+        return key in self.engine.machine.blocks
+
+    def _run_beats(self) -> None:
+        """Boundary of the thread: a beat that fails is logged, the next one is tried."""
+        while not self._closing.wait(BEAT_S):
+            try:
+                self.beat()
+            except Exception:
+                log.exception("the node's beat failed")
+
+
+class NodeSession:
+    """One worker's session, in the node's process. `reserved` maps payload offsets to their bytes."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.reserved: dict[int, int] = {}
+
+    def reserve(self, nbytes: int, count: int, tail: BlockKey | None) -> list[int]:
+        if not isinstance(nbytes, int) or not isinstance(count, int) or nbytes < 1 or count < 0:
+            raise TieredKVError(Kind.LAYOUT, f"cannot reserve {count!r} blocks of {nbytes!r} bytes")
+        offsets = self._node.engine.reserve(nbytes, count, tail, self._node.config.store_wait_ms / 1000)
+        self.reserved.update(dict.fromkeys(offsets, nbytes))
+        return offsets
+
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
+        self._take(offset for _, _, offset in blocks)
+        return self._node.commit(root, nbytes, [(key, parent, offset) for key, parent, offset in blocks])
+
+    def release(self, offsets: list[int]) -> None:
+        self._take(offsets)
+        with self._node.engine.lock:
+            for offset in offsets:
+                self._node.place.host.free(offset)
+            self._node.engine.freed.notify_all()
+
+    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
+        return self._node.pull(root, nbytes, tail, keys, wait_s)
+
+    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+        return self._node.locate(keys)
+
+    def stats(self) -> dict:
+        return self._node.stats()
+
+    def close(self) -> None:
+        self._node.session_closed(self)
+
+    def _take(self, offsets) -> None:
+        """These extents leave the session; only what it reserved itself can."""
+        offsets = list(offsets)
+        if len(set(offsets)) != len(offsets) or any(offset not in self.reserved for offset in offsets):
+            raise TieredKVError(Kind.TRANSPORT, "a worker named extents that it had not reserved")
+        for offset in offsets:
+            del self.reserved[offset]
+
+
+class _Admission:
+    """Takes pulled frames into the host tier: verified, copied, committed."""
+
+    def __init__(self, node: Node, root: BlockKey, nbytes: int, parents: dict[BlockKey, BlockKey | None]) -> None:
+        self._node = node
+        self._root = root
+        self._nbytes = nbytes
+        self._parents = parents
+
+    def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
+        """How many of the leading frames are in place; a damaged one ends it."""
+        taken = 0
+        while taken < len(keys):
+            rest = keys[taken:]
+            offsets = self._node.engine.reserve(self._nbytes, len(rest), self._parents[rest[0]], ADMIT_WAIT_S)
+            good = self._unpack(rest, frames[taken:], offsets)
+            blocks = [(key, self._parents[key], offset) for key, offset in zip(rest[:good], offsets, strict=False)]
+            self._node.commit(self._root, self._nbytes, blocks)
+            taken += good
+            if not good or good < len(offsets):
+                break
+        return taken
+
+    def _unpack(self, keys: list[BlockKey], frames: list[FramePieces], offsets: list[int]) -> int:
+        """Fill the extents; the ones without a good frame are given back."""
+        host = self._node.place.host
+        good = 0
+        for key, pieces, offset in zip(keys, frames, offsets, strict=False):
+            if not self._node.place.unpack(key, pieces, host.payload(offset, self._nbytes)):
+                break
+            good += 1
+        with self._node.engine.lock:
+            for offset in offsets[good:]:
+                host.free(offset)
+        return good

@@ -1,0 +1,99 @@
+"""Pulling blocks from other nodes into the local host tier, in chunks, the next one under way while one is unpacked."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tiered_kv.clock import Clock
+from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.link import FramePieces, Link, Transfer
+
+log = logging.getLogger(__name__)
+
+CHUNKS_UNDER_WAY = 3
+
+
+class Chunk(NamedTuple):
+    """Consecutive blocks that are asked of one node in one go."""
+
+    node: str
+    keys: list[BlockKey]
+
+
+class Puller:
+    """Fetches what the directory names. A second pull of blocks already under way waits for the first."""
+
+    def __init__(self, link: Link, clock: Clock, chunk_bytes: int) -> None:
+        self._link = link
+        self._clock = clock
+        self._chunk_bytes = chunk_bytes
+        self._under_way: set[BlockKey] = set()
+        self._done = threading.Condition()
+
+    def pull(
+        self,
+        keys: list[BlockKey],
+        nbytes: int,
+        wait_s: float,
+        admit: Callable[[list[BlockKey], list[FramePieces]], int],
+        present: Callable[[BlockKey], bool],
+    ) -> int:
+        """Bring the leading `keys` here, `admit`ting chunk by chunk; how many of them are here at the end.
+
+        `admit` takes keys and their frames and says how many it could take. Any failure ends the pull early.
+        """
+        deadline_s = self._clock.now_s() + wait_s
+        with self._done:
+            if not self._done.wait_for(lambda: keys[0] not in self._under_way, wait_s):
+                return 0
+            mine = [key for key in keys if key not in self._under_way and not present(key)]
+            self._under_way.update(mine)
+        try:
+            self._fetch(mine, nbytes, deadline_s, admit)
+        except TieredKVError as error:
+            log.info("pull ended early: %s", error)
+        finally:
+            with self._done:
+                self._under_way.difference_update(mine)
+                self._done.notify_all()
+        count = 0
+        while count < len(keys) and present(keys[count]):
+            count += 1
+        return count
+
+    def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> None:
+        if not keys:
+            return
+        under_way: deque[tuple[Chunk, Transfer]] = deque()
+        chunks = self._chunks(keys, self._link.locate(keys), max(1, self._chunk_bytes // nbytes))
+        while True:
+            while len(under_way) < CHUNKS_UNDER_WAY and (chunk := next(chunks, None)):
+                under_way.append((chunk, self._link.request(chunk.node, chunk.keys)))
+            left_s = deadline_s - self._clock.now_s()
+            if not under_way or left_s <= 0:
+                return
+            chunk, transfer = under_way.popleft()
+            frames = transfer.frames(left_s)
+            if admit(chunk.keys[: len(frames)], frames) < len(chunk.keys):
+                return
+
+    @staticmethod
+    def _chunks(keys: list[BlockKey], holders: list[list[str]], most: int) -> Iterator[Chunk]:
+        """Runs of blocks that one node holds, each as long as possible, at most `most` blocks a chunk.
+
+        The first chunks are short, so that unpacking begins while the rest is under way.
+        """
+        start, length = 0, max(1, most // 4)
+        while start < len(holders):
+            best, end = "", start
+            for node in holders[start]:
+                stop = start
+                while stop < len(holders) and stop - start < length and node in holders[stop]:
+                    stop += 1
+                if stop > end:
+                    best, end = node, stop
+            yield Chunk(best, keys[start:end])
+            start, length = end, min(most, length * 2)

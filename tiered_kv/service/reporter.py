@@ -1,0 +1,107 @@
+"""The node's reports to the coordinator: changes at once, a heartbeat otherwise, the whole inventory when asked."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.coordinator import Report
+from tiered_kv.service.link import Link
+
+log = logging.getLogger(__name__)
+
+KEYS_PER_REPORT = 50_000
+
+
+class Reporter:
+    """A thread that tells the coordinator which blocks came and went. What could not be told is told later."""
+
+    def __init__(
+        self,
+        link: Link,
+        node: str,
+        heartbeat_s: float,
+        take_changes: Callable[[], dict[BlockKey, bool]],
+        inventory: Callable[[], list[BlockKey]],
+        describe: Callable[[], tuple[dict, dict]],
+        set_peers: Callable[[int], None],
+    ) -> None:
+        self._link = link
+        self._node = node
+        self._heartbeat_s = heartbeat_s
+        self._take_changes = take_changes
+        self._inventory = inventory
+        self._describe = describe
+        self._set_peers = set_peers
+        self._number = 0
+        self._turn = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="tkv-report", daemon=True)
+        self.reachable = False
+
+    def start(self) -> None:
+        """Report once, so that the node is known when this returns, and go on in the background."""
+        self.report_once()
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something changed: report it now."""
+        self._wake.set()
+
+    def report_once(self) -> None:
+        """Send what changed since the last report; the whole inventory first if the coordinator lost count."""
+        with self._turn:
+            self._report()
+
+    def _report(self) -> None:
+        try:
+            if self._number and self._send(*_split(self._take_changes())):
+                return
+            self._take_changes()  # part of the inventory
+            self._number = 0
+            keys = self._inventory()
+            for start in range(0, max(len(keys), 1), KEYS_PER_REPORT):
+                self._send(keys[start : start + KEYS_PER_REPORT], [])
+        except TieredKVError as error:
+            if self.reachable:
+                log.warning("the coordinator does not answer: %s", error)
+            self.reachable = False
+            self._number = 0  # unknown what arrived: the next report is a whole inventory
+            self._set_peers(0)
+
+    def _send(self, added: list[BlockKey], removed: list[BlockKey]) -> bool:
+        info, stats = self._describe()
+        answer = self._link.report(Report(self._node, self._number, added, removed, info, stats))
+        self.reachable = True
+        self._number += 1
+        self._set_peers(answer.peers)
+        return not answer.resync
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._heartbeat_s)
+            self._wake.clear()
+            if not self._closing:
+                self._report_guarded()
+
+    def _report_guarded(self) -> None:
+        """Boundary of the thread: it must not end while the node lives."""
+        try:
+            self.report_once()
+        except Exception:
+            log.exception("reporting to the coordinator failed")
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+
+def _split(changes: dict[BlockKey, bool]) -> tuple[list[BlockKey], list[BlockKey]]:
+    added = [key for key, visible in changes.items() if visible]
+    removed = [key for key, visible in changes.items() if not visible]
+    return added, removed

@@ -1,0 +1,105 @@
+"""Faults on purpose: wrap a tier, or the system calls it is given, and plan what goes wrong and when.
+
+    files = Faulty(Files(), Plan(pwritev={2: fails(errno.ENOSPC)}))          # the second write finds the disk full
+    tier = Faulty(DiskTier(folder, cap, segment, owner="a"), Plan(read={EVERY: waits(entered, gate)}))
+
+A fault is a function `fault(call, *arguments)` that is run in the place of `call` and may make the call itself.
+"""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tiered_kv.tiers.disk import Appended, Record, Refused
+
+Fault = Callable[..., Any]
+EVERY = 0
+"""In a plan, instead of a call's number: every call that has no fault of its own."""
+
+_PATIENCE_S = 60.0
+
+
+class Plan:
+    """For each operation by name: which of its calls, counted from 1, meets which fault. Thread-safe."""
+
+    def __init__(self, **faults: Mapping[int, Fault]) -> None:
+        self._faults = faults
+        self._lock = threading.Lock()
+        self.calls: Counter[str] = Counter()
+
+    def run(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Make one call of the operation `name`, with the fault that is planned for it."""
+        with self._lock:
+            self.calls[name] += 1
+            number = self.calls[name]
+        faults = self._faults.get(name, {})
+        fault = faults.get(number) or faults.get(EVERY)
+        return fault(call, *arguments, **options) if fault else call(*arguments, **options)
+
+
+class Faulty:
+    """Stands in for `wrapped`: the same attributes, its methods run as `plan` says."""
+
+    def __init__(self, wrapped: Any, plan: Plan) -> None:
+        self._wrapped = wrapped
+        self._plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._wrapped, name)
+        if not callable(value):
+            return value
+        return lambda *arguments, **options: self._plan.run(name, value, *arguments, **options)
+
+
+def fails(code: int) -> Fault:
+    """The system call fails with an errno."""
+
+    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fault
+
+
+def raises(error: Exception) -> Fault:
+    """The call raises."""
+
+    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fault
+
+
+def short(nbytes: int) -> Fault:
+    """A `pwritev` or `preadv` that moves the first `nbytes` bytes and leaves it at that."""
+
+    def fault(call: Callable, fd: int, buffers: list[memoryview], offset: int) -> int:
+        first, left = [], nbytes
+        for buffer in buffers:
+            first.append(buffer[:left])
+            left -= len(first[-1])
+        return call(fd, first, offset)
+
+    return fault
+
+
+def waits(entered: threading.Event, gate: threading.Event) -> Fault:
+    """A slow call: it says that it was `entered`, and is made when `gate` opens."""
+
+    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+        entered.set()
+        if not gate.wait(_PATIENCE_S):
+            raise TimeoutError("nobody opened the gate")
+        return call(*arguments, **options)
+
+    return fault
+
+
+def refuses(reason: Refused) -> Fault:
+    """An `append` that writes nothing."""
+
+    def fault(call: Callable, records: list[Record]) -> list[Appended]:
+        return [Appended(None, reason) for _ in records]
+
+    return fault
