@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; what it prints for people goes to standard error where `--json` goes to standard output."""
     options = parser().parse_args(arguments)
     console = Console(stderr=bool(getattr(options, "json", None)))
+    if not console.is_terminal:
+        console.width = 120  # a file or a log is no reason to break lines at 80
     try:
         return options.run(options, console)
     except TieredKVError as error:

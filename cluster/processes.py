@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _POLL_S = 0.02
+_ORPHANS_WAIT_S = 2.0
 
 
 class _Stat(NamedTuple):
@@ -113,16 +114,13 @@ def _open_files(pid: int) -> list[str]:
 def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) -> list[int]:
     """SIGTERM to each leader, `wait_s` for their sessions to empty, then SIGKILL to what is left of these sessions.
 
-    Where the leader is gone already, its orphans get the SIGTERM. Returns the pids that had to be killed; empty if
-    all ended by themselves. `directory`: see `session_members`.
+    What outlives its leader gets a SIGTERM too, and 2 s. Returns the pids that had to be killed; empty if all ended by
+    themselves. `directory`: see `session_members`.
     """
     leaders = list(leaders)
-    known: set[Process] = set()
+    known = {process for leader in leaders for process in session_members(leader, directory)}
     for leader in leaders:
-        members = session_members(leader, directory)
-        known.update(members)
-        for process in [leader] if leader.alive() else members:
-            process.signal(signal.SIGTERM)
+        leader.signal(signal.SIGTERM)
     left = _wait_gone(leaders, known, directory, wait_s)
     killed: set[int] = set()
     deadline_s = time.monotonic() + wait_s
@@ -135,11 +133,22 @@ def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) ->
 
 
 def _wait_gone(leaders: list[Process], known: set[Process], directory: Path, wait_s: float) -> list[Process]:
-    """Wait until all `known` processes and the leaders' sessions are gone; return those that are not. Adds to `known`."""
+    """Wait until all `known` processes and the leaders' sessions are gone; return those that are not. Adds to `known`.
+
+    What outlives its leader has nobody left to end it: it gets a SIGTERM, and less time (Ray's agents go on regardless).
+    """
     deadline_s = time.monotonic() + wait_s
+    asked: set[Process] = set()
     while True:
         for leader in leaders:
-            known.update(session_members(leader, directory))
+            members = session_members(leader, directory)
+            known.update(members)
+            orphans = set() if leader.alive() else set(members) - asked
+            asked |= orphans
+            for process in orphans:
+                process.signal(signal.SIGTERM)
+        if not any(leader.alive() for leader in leaders):
+            deadline_s = min(deadline_s, time.monotonic() + _ORPHANS_WAIT_S)
         left = [process for process in known if process.alive()]
         if not left or time.monotonic() >= deadline_s:
             return left

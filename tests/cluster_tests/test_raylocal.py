@@ -74,7 +74,9 @@ def test_a_reused_pid_is_never_signalled(tmp_path: Path, spawned: list[Process])
 
 
 def test_a_session_that_ends_by_itself_is_not_killed(tmp_path: Path, spawned: list[Process]) -> None:
-    leader = shell("trap 'kill $!; exit 0' TERM; sleep 1000 & echo ready > $READY; wait", tmp_path, spawned)
+    # the child, a program of its own by then, says ready: before that it still has its parent's handler
+    child = "/bin/sh -c 'echo ready > $READY; exec sleep 1000'"
+    leader = shell(f"trap 'kill $!; exit 0' TERM; {child} & wait", tmp_path, spawned)
     assert len(session_members(leader, tmp_path)) == 2
     assert stop_sessions([leader], tmp_path, 10.0) == []
     assert session_members(leader, tmp_path) == []

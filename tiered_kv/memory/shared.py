@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
@@ -39,7 +40,8 @@ class Mapping:
         """The file as a 1-D uint8 tensor that shares its memory, and keeps it mapped for as long as it lives."""
         if self.map is None:
             raise TieredKVError(Kind.CLOSED, "the node's files are closed")
-        return torch.frombuffer(self.map, dtype=torch.uint8)
+        # numpy keeps the buffer exported; torch.frombuffer would let the mapping be closed under the tensor.
+        return torch.from_numpy(np.frombuffer(self.map, np.uint8))
 
     def close(self) -> None:
         """Unmap; a mapping that tensors still look into goes when the last of them goes."""
@@ -112,7 +114,8 @@ class NodeFiles:
         """New files as their writer; index and arena together take at most `host_bytes`, all of it allocated now.
 
         Raises, leaving nothing behind, when the directory exists, `shm_path` cannot be written or is too small.
-        Cost: the kernel clears every page, about 0.3 s a GiB.
+        Cost: the kernel clears every page, about 0.7 s a GiB; several times that in a virtual machine that has not used
+        this memory before.
         """
         directory = node_directory(shm_path, cluster_id, node_id)
         slots, arena_bytes = w.plan(host_bytes)

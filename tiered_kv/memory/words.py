@@ -85,7 +85,7 @@ def plan(host_bytes: int) -> tuple[int, int]:
     slots = max(SLOTS_MIN, 1 << max(host_bytes // BYTES_PER_SLOT_OF_HOST, 1).bit_length() - 1)
     arena_bytes = (host_bytes - index_bytes(slots)) // PAGE_BYTES * PAGE_BYTES
     if arena_bytes <= 0:
-        raise TieredKVError(Kind.CONFIG, f"host: {host_bytes} bytes are too few; the index alone takes {index_bytes(slots)}", setting="host")
+        raise TieredKVError(Kind.CONFIG, f"host: {host_bytes} bytes are too few; the index takes {index_bytes(slots)}", setting="host")
     return slots, arena_bytes
 
 

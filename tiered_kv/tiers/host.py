@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv import blocks
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.memory.extents import ExtentAllocator
+from tiered_kv.tiers.base import Tier
 
 HEADER_BYTES = 128
 _MAGIC = b"TKVE"
@@ -29,13 +30,13 @@ class Lineage(NamedTuple):
     root: BlockKey | None
 
 
-class HostTier:
+class HostTier(Tier):
     """Extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Offsets are those of payloads.
 
     Not thread-safe: the engine's lock guards it. The cap is the arena's size and cannot be passed.
     """
 
-    name = Tier.HOST.label
+    name = blocks.Tier.HOST.label
 
     def __init__(self, arena: torch.Tensor) -> None:
         self._arena = arena
@@ -50,6 +51,10 @@ class HostTier:
     def used_bytes(self) -> int:
         """Bytes of the arena in use: payloads, headers, rounding, and reservations not yet committed."""
         return self.extents.used_bytes
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a payload of `nbytes` could be held by the tier if it were empty."""
+        return HEADER_BYTES + nbytes <= self.capacity_bytes
 
     def reserve(self, nbytes: int, count: int) -> list[int]:
         """Payload offsets of up to `count` extents of `nbytes` each, side by side where possible."""

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered_kv.codecs.frame import ALIGN_BYTES, VERSION, checksum, encode_frame, encode_header, frame_bytes, open_frame
+from tiered_kv.codecs.frame import ALIGN_BYTES, VERSION, checksum, encode_frame, encode_header, frame_bytes, open_frame, open_pieces
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -104,6 +104,28 @@ def test_any_damage_is_detected(content: bytes, data: st.DataObject) -> None:
 def test_noise_is_no_frame(noise: bytes) -> None:
     assert_corrupt(noise)
     assert_corrupt(b"TKVF\1\0" + noise)
+
+
+def in_pieces(whole: bytes, header_end: int = 128, payload_end: int = -16) -> list[bytes]:
+    return [whole[:header_end], whole[header_end:payload_end], whole[payload_end:]]
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+def test_a_frame_in_pieces_is_judged_as_one_in_one_buffer(content: bytes, data: st.DataObject) -> None:
+    whole = bytearray(frame_of(content))
+    assert open_pieces(in_pieces(whole), KEY, ROOT) == open_frame(whole, KEY, ROOT)
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    for opened in (lambda: open_frame(whole, KEY), lambda: open_pieces(in_pieces(whole), KEY)):
+        with pytest.raises(TieredKVError) as caught:
+            opened()
+        assert caught.value.kind is Kind.CORRUPT
+
+
+@pytest.mark.parametrize(("header_end", "payload_end"), [(127, -16), (129, -16), (128, -15), (128, -17), (0, -16), (64, -16)])
+def test_a_frame_cut_elsewhere_is_corrupt(header_end: int, payload_end: int) -> None:
+    with pytest.raises(TieredKVError) as caught:
+        open_pieces(in_pieces(frame_of(b"content"), header_end, payload_end), KEY)
+    assert caught.value.kind is Kind.CORRUPT
 
 
 def test_a_valid_frame_under_another_key_is_corruption() -> None:

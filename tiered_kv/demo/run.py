@@ -1,0 +1,173 @@
+"""Running the demo: a cluster, replicas in processes of their own, the questions, the reference, the verdict."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from tiered_kv.cluster import start, status
+from tiered_kv.config import Config
+from tiered_kv.demo import report, workload
+from tiered_kv.demo.model import ensure_default_model
+from tiered_kv.errors import Kind, TieredKVError
+
+LOAD_WITHIN_S = 600.0
+ANSWER_WITHIN_S = 900.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo is asked to do; see `tiered-kv demo --help`."""
+
+    model: str | None = None
+    prompts: str | None = None
+    dtype: str = "float32"
+    replicas: int = 2
+    nodes: int = 2
+    new_tokens: int = 16
+    questions: int = 3
+
+    def __post_init__(self) -> None:
+        for setting in ("replicas", "nodes", "new_tokens"):
+            if getattr(self, setting) < 1:
+                raise TieredKVError(Kind.CONFIG, f"--{setting.replace('_', '-')}: must be at least 1, got {getattr(self, setting)}", setting=setting)
+
+
+def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
+    """The whole demo; what it found as JSON-ready data. All that it started is stopped again, also on an error or Ctrl-C."""
+    asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
+    model = options.model or str(ensure_default_model(console.print))
+    prompts = _prompts(model, asked, options.new_tokens)
+    name = f"demo-{os.getpid()}"
+    with ExitStack() as stack:
+        start.up(config, name=name, nodes=options.nodes, say=console.print)
+        stack.callback(start.down, name)
+        with _Processes(options, model, name, console) as processes:
+            requests = _ask(options, processes, asked, prompts, console)
+            about = processes.about
+        cluster = status.summarize(start.describe(name))
+    result = report.summarize(options, about, requests, cluster)
+    report.show(result, console)
+    return result
+
+
+def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> list[list[int]]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    except Exception as error:  # boundary: from_pretrained raises what any of its parts does
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TieredKVError(Kind.MODEL, f"--model: {model} cannot be loaded ({type(error).__name__}: {reason})", model=model) from error
+    prompts = [workload.prompt_ids(tokenizer, question) for question in asked]
+    for number, ids in enumerate(prompts, start=1):
+        if not ids:
+            raise TieredKVError(Kind.CONFIG, f"--prompts: question {number} gives an empty prompt", setting="prompts")
+        if longest and len(ids) + new_tokens > longest:
+            message = f"--prompts: question {number} has {len(ids)} tokens; with {new_tokens} new ones that is more than the model's {longest}"
+            raise TieredKVError(Kind.CONFIG, message, setting="prompts")
+    return prompts
+
+
+class _Processes:
+    """The replicas, spread over the Ray nodes, and the reference: Ray actors, each with a model of its own."""
+
+    def __init__(self, options: DemoOptions, model: str, cluster: str, console: Console) -> None:
+        from tiered_kv.demo.replica import Reference, Replica
+
+        ray_nodes = [node["ray_node_id"] for node in start.describe(cluster)["nodes"]]
+        self._actors: list[Any] = []
+        try:
+            with _progress(console) as progress:
+                task = progress.add_task(f"loading {options.replicas} replicas and the reference", total=options.replicas + 1)
+                facts = (model, options.dtype, _threads())
+                self.replicas = [
+                    self._start(Replica, ray_nodes[number % len(ray_nodes)], chr(ord("A") + number % 26), *facts, cluster)
+                    for number in range(options.replicas)
+                ]
+                for replica in self.replicas:
+                    self.about = _get(replica.describe.remote(), LOAD_WITHIN_S)
+                    progress.advance(task)
+                self.reference = self._start(Reference, ray_nodes[0], *facts, self.about["block_tokens"])
+                _get(self.reference.__ray_ready__.remote(), LOAD_WITHIN_S)
+                progress.advance(task)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, kind: type, ray_node: str, *arguments: Any) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray_node, soft=False)
+        # Ray would give an actor of no CPUs one thread.
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(_threads())}}
+        actor = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment).remote(*arguments)
+        self._actors.append(actor)
+        return actor
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def __enter__(self) -> "_Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ask(options: DemoOptions, processes: _Processes, asked: list[workload.Question], prompts: list[list[int]], console: Console) -> list[dict]:
+    """Every question to the next replica in turn, so that a document's second question goes to another one than its first.
+
+    The reference answers it right after, so that both meet the machine in the same mood.
+    """
+    requests = []
+    with _progress(console) as progress:
+        task = progress.add_task("answering", total=len(asked))
+        for number, (question, ids) in enumerate(zip(asked, prompts, strict=True)):
+            progress.update(task, description=f"asking about {question.title}")
+            replica = processes.replicas[number % len(processes.replicas)]
+            answer = _get(replica.answer.remote(ids, options.new_tokens), ANSWER_WITHIN_S)
+            progress.update(task, description=f"comparing, {question.title}")
+            compared = _compared(processes.reference, ids, options, answer)
+            requests.append({"document": question.title, "question": question.question, **answer, **compared})
+            progress.advance(task)
+    return requests
+
+
+def _compared(reference: Any, ids: list[int], options: DemoOptions, answer: dict) -> dict:
+    """The same prompt without the cache: reusing the same KV within one process, and in float32 one plain generate."""
+    reusing = _get(reference.reusing.remote(ids, options.new_tokens, answer["reused_tokens"]), ANSWER_WITHIN_S)
+    expected = reusing
+    if options.dtype == "float32":
+        expected = _get(reference.plain.remote(ids, options.new_tokens), ANSWER_WITHIN_S)
+    return {
+        "in_process_ttft_s": reusing["ttft_s"],
+        "plain_ttft_s": expected["ttft_s"] if expected is not reusing else None,
+        "reference_ids": expected["output_ids"],
+        "equal": answer["output_ids"] == expected["output_ids"],
+    }
+
+
+def _get(reference: Any, wait_s: float) -> Any:
+    try:
+        return ray.get(reference, timeout=wait_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TieredKVError):
+            raise error.cause from error
+        raise TieredKVError(Kind.MODEL, f"a replica failed: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise TieredKVError(Kind.CLUSTER, f"a replica did not answer: {error}") from error
+
+
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
