@@ -1,6 +1,7 @@
 """Attaching: from any process on a machine of the cluster to a client of that machine's node."""
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from tiered_kv.keys import Namespace
 
 if TYPE_CHECKING:
     from tiered_kv.service.client import Client
+
+HEARTBEATS_TO_WAIT = 3
 
 
 def join(name: str, address: str | None = None) -> None:
@@ -49,4 +52,14 @@ def attach(namespace: Namespace, layout_of_block_tokens, *, name: str = state.DE
 
     join(name, address)
     about = start.describe(name)
-    return client_of(node_here(about["nodes"]), layout_of_block_tokens(about["config"].block_tokens), namespace)
+    deadline_s = time.monotonic() + HEARTBEATS_TO_WAIT * about["config"].heartbeat_s
+    while True:
+        try:
+            node = node_here(about["nodes"])
+            return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace)
+        except TieredKVError as error:
+            # A coordinator or a node that was just restarted is whole again after a heartbeat.
+            if error.kind not in (Kind.CLUSTER, Kind.MEMORY) or time.monotonic() > deadline_s:
+                raise
+        time.sleep(about["config"].heartbeat_s / 4)
+        about = start.describe(name)

@@ -85,6 +85,8 @@ def _up(options: argparse.Namespace, console: Console) -> int:
         return 0
     console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
     console.print("attach from any process on this machine:  client = tiered_kv.attach(model)", highlight=False)
+    variables = " ".join(f"{name}={value}" for name, value in start.ray_environment(cluster).items())
+    console.print(f"for a ray.init() of your own, set:  {variables}", highlight=False, soft_wrap=True)
     console.print("look at it:  tiered-kv status        end it:  tiered-kv down", highlight=False)
     return 0
 

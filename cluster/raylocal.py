@@ -193,6 +193,11 @@ def driver_environment(address: str, token_path: str | None) -> dict[str, str]:
     return {"RAY_ADDRESS": address} | token
 
 
+def is_joined() -> bool:
+    """Whether this process is part of a Ray cluster."""
+    return _joined() is not None
+
+
 def leave_ray() -> None:
     """Leave the cluster that this process has joined; nothing happens if there is none."""
     if _joined() is not None:

@@ -17,6 +17,7 @@ from tiered_kv.errors import Kind, TieredKVError
 OBJECT_STORE_BYTES = 512 << 20
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 10.0
+RETRY_S = 0.1
 
 Say = Callable[[str], None]
 
@@ -46,8 +47,9 @@ def up(config: Config, *, name: str = state.DEFAULT_NAME, nodes: int = 1, addres
             own = {"address": address}
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
         say(f"joining Ray at {cluster.address}")
+        if not raylocal.is_joined():
+            undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-        undo.callback(raylocal.leave_ray)
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
         _start_actors(cluster, config, say)
@@ -76,16 +78,26 @@ def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None) -> list[i
         return killed
 
 
+def ray_environment(cluster: ClusterState) -> dict[str, str]:
+    """The variables with which anybody's own `ray.init()` joins the cluster's Ray."""
+    return raylocal.driver_environment(cluster.address, cluster.token_path)
+
+
 def describe(name: str = state.DEFAULT_NAME) -> dict:
     """What the coordinator of the cluster that this process has joined says: cluster id, settings, nodes with their figures."""
     import ray
 
-    try:
-        coordinator = ray.get_actor(coordinator_name(name), NAMESPACE)
-        return ray.get(coordinator.describe.remote(), timeout=ANSWER_WITHIN_S)
-    except (ValueError, ray.exceptions.RayError) as error:
-        message = f"the Ray cluster has no tiered_kv cluster {name!r} that answers ({type(error).__name__}); start one with: tiered-kv up"
-        raise TieredKVError(Kind.CLUSTER, message, name=name) from error
+    deadline_s = time.monotonic() + ANSWER_WITHIN_S
+    while True:
+        try:
+            coordinator = ray.get_actor(coordinator_name(name), NAMESPACE)
+            return ray.get(coordinator.describe.remote(), timeout=ANSWER_WITHIN_S)
+        except (ValueError, ray.exceptions.RayError) as error:
+            restarting = isinstance(error, ray.exceptions.ActorUnavailableError) and time.monotonic() < deadline_s
+            if not restarting:
+                message = f"this Ray has no tiered_kv cluster {name!r} that answers ({type(error).__name__}); start one with: tiered-kv up"
+                raise TieredKVError(Kind.CLUSTER, message, name=name) from error
+        time.sleep(RETRY_S)
 
 
 def _refuse_second(name: str) -> None:

@@ -134,7 +134,7 @@ def _ask(options: DemoOptions, processes: _Processes, asked: list[workload.Quest
             answer = _get(replica.answer.remote(ids, options.new_tokens), ANSWER_WITHIN_S)
             progress.update(task, description=f"comparing, {question.title}")
             compared = _compared(processes.reference, ids, options, answer)
-            requests.append({"document": question.title, "question": question.question, **answer, **compared})
+            requests.append({"document": question.title, "question": question.question, "prompt_ids": ids, **answer, **compared})
             progress.advance(task)
     return requests
 

@@ -1,0 +1,242 @@
+"""A cluster from the command line, used from processes that are not the one that started it; and what breaks it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+import tiered_kv
+from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
+from tiered_kv.cluster import raylocal, start, state
+from tiered_kv.cluster.attach import join, node_here
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.attachment import client_of
+
+pytestmark = pytest.mark.ray
+
+LAYOUT = tiered_kv.KVLayout(layers=2, kv_heads=2, head_dim=32, dtype="float32", block_tokens=16)
+HOST = 16 << 20
+PATIENCE_S = 60.0
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tiered_kv.cluster.cli", *arguments], capture_output=True, text=True, timeout=180, check=False)
+
+
+def space(name: str) -> tiered_kv.Namespace:
+    return tiered_kv.Namespace(weights=name)
+
+
+def prompt(seed: int, blocks: int = 8) -> tuple[list[int], torch.Tensor]:
+    tokens = blocks * LAYOUT.block_tokens
+    kv = torch.randn(LAYOUT.kv_shape(tokens), generator=torch.Generator().manual_seed(seed))
+    return list(range(seed * 10_000, seed * 10_000 + tokens)), kv
+
+
+def until(condition, what: str) -> None:
+    """Poll a fact of another process, with a bound."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster of two nodes, with a disk tier, that `tiered-kv up` has started; this process is a driver of it."""
+    if ray.is_initialized():
+        raylocal.leave_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIERED_KV_STATE", str(tmp_path_factory.mktemp("state")))
+        for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patch.delenv(variable, raising=False)
+        disk = tmp_path_factory.mktemp("disk") / "segments"
+        up = run("up", "--name", "main", "--nodes", "2", "--host", str(HOST), "--disk", f"64MiB:{disk}", "--block-tokens", "16")
+        try:
+            assert up.returncode == 0, up.stdout + up.stderr
+            join("main")
+            yield "main"
+        finally:
+            raylocal.leave_ray()
+            cluster_id = state.load("main").cluster_id
+            down = run("down", "--name", "main")
+            assert down.returncode == 0, down.stdout + down.stderr
+            assert not list(Path("/dev/shm").glob(f"tkv-{cluster_id}-*"))
+            assert not list(disk.glob("*"))
+            assert state.find("main") is None
+
+
+def clients(cluster: str, namespace: tiered_kv.Namespace) -> list[tiered_kv.Client]:
+    """A client of each node; both nodes are on this machine."""
+    until(lambda: len(start.describe(cluster)["nodes"]) == 2, "both nodes have reported")
+    return [client_of(node, LAYOUT, namespace) for node in start.describe(cluster)["nodes"]]
+
+
+def test_a_second_up_is_refused(cluster: str) -> None:
+    again = run("up", "--name", cluster)
+    assert again.returncode == 1
+    assert "already up" in again.stdout
+    assert "tiered-kv down" in again.stdout
+
+
+def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
+    ids, kv = prompt(1)
+    with clients(cluster, space("status"))[0] as client:
+        client.store(ids, kv)
+        client.fetch(ids)
+        until(lambda: json.loads(run("status", "--name", cluster, "--json").stdout)["hit_blocks"] >= 8, "hits in the status")
+    summary = json.loads(run("status", "--name", cluster, "--json").stdout)
+    assert [node["node"] for node in summary["nodes"]] == ["node-0", "node-1"]
+    assert 0 < summary["nodes"][0]["tiers"]["host"]["used_bytes"] <= HOST
+    assert summary["nodes"][0]["tiers"]["disk"]["capacity_bytes"] == 64 << 20
+    assert 0 < summary["hit_ratio"] <= 1
+    table = run("status", "--name", cluster).stdout
+    assert "node-1" in table
+    assert "disk" in table
+
+
+def test_a_ray_task_attaches_and_its_blocks_are_there_for_others(cluster: str) -> None:
+    ids, kv = prompt(2)
+    namespace = space("task")
+
+    @ray.remote(num_cpus=0)
+    def store_there() -> tuple[str, int]:
+        with tiered_kv.attach(namespace=namespace, layout=LAYOUT, cluster=cluster) as client:
+            return ray.get_runtime_context().get_node_id(), client.store(ids, kv).new
+
+    ray_node, stored = ray.get(store_there.remote(), timeout=PATIENCE_S)
+    assert stored == 8
+    [node] = [node for node in start.describe(cluster)["nodes"] if node["ray_node_id"] == ray_node]
+    with client_of(node, LAYOUT, namespace) as client:
+        fetched = client.fetch(ids)
+        assert fetched.tokens == len(ids)
+        assert torch.equal(fetched.kv, kv)
+        assert fetched.tokens_by_tier == {"host": len(ids)}
+
+
+def test_a_block_of_another_node_comes_over_bit_identical_and_stays(cluster: str) -> None:
+    ids, kv = prompt(3)
+    first, second = clients(cluster, space("peer"))
+    with first, second:
+        first.store(ids, kv)
+        until(lambda: second.match(ids).tokens == len(ids), "the directory knows the blocks")
+        assert second.match(ids).tokens_by_tier == {"peer": len(ids)}
+        assert second.explain(ids)[0].reason == "held by node-0"
+        fetched = second.fetch(ids)
+        assert fetched.tokens_by_tier == {"peer": len(ids)}
+        assert torch.equal(fetched.kv, kv)
+        calls = second.node_calls
+        again = second.fetch(ids)
+        assert again.tokens_by_tier == {"host": len(ids)}
+        assert torch.equal(again.kv, kv)
+        assert second.node_calls == calls, "a fetch of local blocks asks nobody"
+
+
+def test_reads_go_on_while_a_killed_node_actor_comes_back_with_its_blocks(cluster: str) -> None:
+    ids, kv = prompt(4)
+    more, more_kv = prompt(5)
+    client = clients(cluster, space("killed"))[0]
+    with client:
+        client.store(ids, kv)
+        view = client._source._view
+        pid, generation = view._head(10), view.generation
+        os.kill(pid, signal.SIGKILL)
+        assert torch.equal(client.fetch(ids).kv, kv), "no actor is needed to read"
+        refused = client.store(more, more_kv)
+        assert refused.new + refused.refused == 8, "a store waits or is refused; it never raises"
+        until(lambda: view.generation > generation, "Ray has restarted the node")
+        until(lambda: client.store(more, more_kv).refused == 0, "stores work again")
+        assert torch.equal(client.fetch(ids).kv, kv)
+        assert torch.equal(client.fetch(more).kv, more_kv)
+        [node] = [node for node in start.describe(cluster)["nodes"] if node["node"] == "node-0"]
+        assert node["stats"]["blocks"] >= 16
+
+
+def test_a_killed_coordinator_costs_remote_misses_only_until_it_is_back(cluster: str) -> None:
+    ids, kv = prompt(6)
+    first, second = clients(cluster, space("coordinator"))
+    with first, second:
+        first.store(ids, kv)
+        ray.kill(ray.get_actor(coordinator_name(cluster), NAMESPACE), no_restart=False)
+        assert torch.equal(first.fetch(ids).kv, kv)
+        until(lambda: second.fetch(ids).tokens == len(ids), "the directory is rebuilt from the nodes")
+        assert torch.equal(second.fetch(ids).kv, kv)
+
+
+def test_a_node_that_dies_during_a_fetch_gives_misses(cluster: str) -> None:
+    ids, kv = prompt(7, blocks=32)
+    first, second = clients(cluster, space("dying"))
+    with first, second:
+        first.store(ids, kv)
+        until(lambda: second.match(ids).tokens == len(ids), "the directory knows the blocks")
+        os.kill(first._source._view._head(10), signal.SIGKILL)
+        fetched = second.fetch(ids, deadline_ms=2000)
+        assert torch.equal(fetched.kv, kv[..., : fetched.tokens, :])
+        until(lambda: second.fetch(ids).tokens == len(ids), "the restarted node serves what it had")
+
+
+def test_the_node_of_this_process_is_the_one_of_its_ray_node(cluster: str) -> None:
+    nodes = start.describe(cluster)["nodes"]
+    assert node_here(nodes)["ray_node_id"] == ray.get_runtime_context().get_node_id()
+    elsewhere = [node | {"directory": "/nonexistent"} for node in nodes]
+    with pytest.raises(TieredKVError, match="none of the cluster's 2 cache nodes runs on this machine"):
+        node_here(elsewhere)
+
+
+def test_a_node_that_cannot_start_says_which_setting(cluster: str) -> None:
+    """On a Ray of others: the error of the actor arrives, and nothing is left of the attempt."""
+    address = ray.get_runtime_context().gcs_address
+    before = set(Path("/dev/shm").glob("tkv-*"))
+    with pytest.raises(TieredKVError, match="host: .* are needed") as caught:
+        start.up(Config(host=1 << 50), name="toobig", address=address)
+    assert caught.value.kind is Kind.MEMORY
+    with pytest.raises(TieredKVError, match="disk_path"):
+        start.up(Config(host=HOST, disk=1 << 20, disk_path="/proc/nope/here"), name="nodisk", address=address)
+    assert set(Path("/dev/shm").glob("tkv-*")) == before
+    for name in ("toobig", "nodisk"):
+        assert state.find(name) is None
+        with pytest.raises(ValueError, match="Failed to look up"):
+            ray.get_actor(node_name(name, "node-0"), NAMESPACE)
+
+
+def test_attach_says_what_is_missing(cluster: str) -> None:
+    with pytest.raises(TieredKVError, match="model is needed"):
+        tiered_kv.attach(cluster=cluster)
+    with pytest.raises(TieredKVError, match="no tiered_kv cluster 'other'"):
+        tiered_kv.attach(namespace=space("x"), layout=LAYOUT, cluster="other")
+    with pytest.raises(TieredKVError, match="block_tokens"):
+        tiered_kv.attach(namespace=space("x"), layout=LAYOUT, cluster=cluster, block_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["up", "--host", "0", "--name", "bad"], 2, "host"),
+        (["up", "--host", "much", "--name", "bad"], 2, "not a size"),
+        (["up", "--disk", "1KiB", "--name", "bad"], 2, "disk"),
+        (["up", "--nodes", "0", "--name", "bad"], 2, "nodes"),
+        (["up", "--address", "127.0.0.1:1", "--name", "bad"], 1, "--address"),
+        (["up", "--address", "nonsense", "--name", "bad"], 1, "--address"),
+        (["down", "--name", "never-was"], 1, "never-was"),
+        (["status", "--name", "never-was"], 1, "never-was"),
+        (["demo", "--replicas", "0"], 2, "--replicas"),
+        (["demo", "--prompts", "/nonexistent.jsonl"], 2, "--prompts"),
+        (["nothing"], 2, "invalid choice"),
+    ],
+)
+def test_bad_usage_is_told_within_seconds(arguments: list[str], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ran = run(*arguments)
+    assert ran.returncode == status, ran.stdout + ran.stderr
+    assert words in ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,90 @@
+"""The demo from the command line, with the real default model on short documents: its figures, and what they must be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiered_kv.demo.workload import own_questions, questions_from
+from tiered_kv.errors import TieredKVError
+
+DOCUMENTS = [
+    "The mill at the river has three stones. The first one grinds wheat, the second rye, and the third, which is the oldest, oats. " * 6,
+    "In winter the ferry goes four times a day, at six, at nine, at two and at five. A ticket costs three crowns, for children one. " * 6,
+]
+QUESTIONS = ["How many stones or trips are there?", "What is the oldest or the cheapest one?"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "nodes"), [("float32", 2), ("bfloat16", 1)])
+def test_outputs_are_equal_and_the_second_replica_reuses_every_whole_block(
+    dtype: str, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path / "state"))
+    prompts, found = tmp_path / "prompts.jsonl", tmp_path / "found.json"
+    prompts.write_text("".join(json.dumps({"document": text, "question": question}) + "\n" for text in DOCUMENTS for question in QUESTIONS))
+    command = ["demo", "--dtype", dtype, "--nodes", str(nodes), "--prompts", str(prompts), "--json", str(found), "--new-tokens", "6"]
+    command += ["--host", "128MiB", "--block-tokens", "16"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "tiered_kv.cluster.cli", *command], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = json.loads(found.read_text())
+    first, second, third, fourth = result["requests"]
+    assert [request["replica"] for request in result["requests"]] == ["A", "B", "A", "B"]
+    for cold, warm in ((first, second), (third, fourth)):
+        assert sum(warm["reused_tokens_by_tier"].values()) == warm["reused_tokens"]
+        assert list(warm["reused_tokens_by_tier"]) == ["peer" if nodes == 2 else "host"]
+        assert warm["reused_tokens"] == _shared_blocks(cold, warm, 16)
+        assert warm["reused_tokens"] > 100
+    for request in result["requests"]:
+        assert request["equal"] is True
+        assert len(request["output_ids"]) <= 6
+        assert request["output_ids"] == request["reference_ids"]
+        assert request["ttft_s"] > 0
+        assert request["computed_prompt_tokens"] == request["prompt_tokens"] - request["reused_tokens"]
+    assert result["all_equal"] is True
+    assert "equal" in ran.stdout
+    assert "first token" in ran.stdout
+
+
+def _shared_blocks(cold: dict, warm: dict, block_tokens: int) -> int:
+    """Tokens in whole blocks that two prompts of the workload share, by their own token ids."""
+    pairs = zip(cold["prompt_ids"], warm["prompt_ids"], strict=False)
+    shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(cold["prompt_tokens"], warm["prompt_tokens"]))
+    return shared // block_tokens * block_tokens
+
+
+def test_own_questions_are_about_real_documents() -> None:
+    asked = own_questions(3)
+    assert len(asked) == 12
+    assert len({question.document for question in asked}) == 4
+    assert all(len(question.document.split()) > 800 for question in asked)
+    with pytest.raises(TieredKVError, match="--questions"):
+        own_questions(6)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no question"),
+        ("{", "line 1: not JSON"),
+        ('{"document": "a"}', "line 1: needs"),
+        ('{"document": "a", "question": "b"}\n[]', "line 2: needs"),
+        ('{"document": 3, "question": "b"}', "line 1: needs"),
+    ],
+)
+def test_a_bad_prompts_file_says_where(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(TieredKVError, match=words):
+        questions_from(str(path))
+
+
+def test_documents_are_told_apart_by_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"document": "a", "question": "1"}\n\n{"document": "b", "question": "2"}\n{"document": "a", "question": "3"}\n')
+    assert [question.title for question in questions_from(str(path))] == ["document 1", "document 2", "document 1"]
