@@ -42,7 +42,8 @@ def node_here(nodes: list[dict]) -> dict:
     here = [node for node in nodes if Path(node["directory"]).is_dir()]
     own = [node for node in here if node.get("ray_node_id") == ray_node_id]
     if not here:
-        raise TieredKVError(Kind.CLUSTER, f"none of the cluster's {len(nodes)} cache nodes runs on this machine; they run one for each Ray node")
+        message = f"none of the cluster's {len(nodes)} cache nodes runs on this machine; there is one for each Ray node"
+        raise TieredKVError(Kind.CLUSTER, message)
     return (own or here)[0]
 
 

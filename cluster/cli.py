@@ -16,7 +16,7 @@ BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what it prints for people goes to standard error where `--json` goes to standard output."""
     options = parser().parse_args(arguments)
-    console = Console(stderr=bool(getattr(options, "json", None)))
+    console = Console(stderr=getattr(options, "json", None) in (True, "-"))
     if not console.is_terminal:
         console.width = 120  # a file or a log is no reason to break lines at 80
     try:

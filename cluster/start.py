@@ -22,7 +22,9 @@ RETRY_S = 0.1
 Say = Callable[[str], None]
 
 
-def up(config: Config, *, name: str = state.DEFAULT_NAME, nodes: int = 1, address: str | None = None, say: Say = lambda _: None) -> ClusterState:
+def up(
+    config: Config, *, name: str = state.DEFAULT_NAME, nodes: int = 1, address: str | None = None, say: Say = lambda _: None
+) -> ClusterState:
     """Start a cluster called `name`: on Ray nodes of our own on this machine, or on every node of the Ray at `address`.
 
     `say` gets a line for each step. If anything fails, all that was started is stopped again. Raises `TieredKVError`
@@ -103,8 +105,8 @@ def describe(name: str = state.DEFAULT_NAME) -> dict:
 def _refuse_second(name: str) -> None:
     running = state.find(name)
     if running is not None and running.alive():
-        message = f"cluster {name!r} is already up at {running.address}; see `tiered-kv status`, end it with `tiered-kv down`, or give another --name"
-        raise TieredKVError(Kind.CLUSTER, message, name=name)
+        ways = "see `tiered-kv status`, end it with `tiered-kv down`, or give another --name"
+        raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is already up at {running.address}; {ways}", name=name)
     if running is not None:  # its Ray died: what it left is ours to clear
         raylocal.stop_ray(running.processes, running.temp_dir)
         remove_files(running)

@@ -61,7 +61,8 @@ def show(summary: dict, console: Console) -> None:
                 _percent(node["hit_ratio"]) if first else "",
             )
     console.print(table)
-    console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for)")
+    hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for"
+    console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -28,12 +28,13 @@ class Replica:
         ids = self.tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True, return_tensors="pt").input_ids
         output, report = self.cached.run(ids, max_new_tokens=12, do_sample=False)
         text = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return {"text": text.strip(), "prompt": report.prompt_tokens, "reused": report.reused_tokens, "ttft_s": report.seconds_to_first_token}
+        return {"text": text, "prompt": report.prompt_tokens, "reused": report.reused_tokens, "ttft_s": report.seconds_to_first_token}
 
 
 join("default")
 replicas = [Replica.remote(sys.argv[1] if len(sys.argv) > 1 else None) for _ in QUESTIONS]
 answers = [ray.get(replica.answer.remote(question)) for replica, question in zip(replicas, QUESTIONS)]
 for number, answer in enumerate(answers):
-    print(f"replica {number}: reused {answer['reused']} of {answer['prompt']} tokens, first token after {answer['ttft_s']:.2f} s: {answer['text']!r}")
+    print(f"replica {number}: reused {answer['reused']} of {answer['prompt']} tokens, {answer['ttft_s']:.2f} s to the first token")
+    print(f"  {answer['text'].strip()}")
 assert answers[1]["reused"] > 0

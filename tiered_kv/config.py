@@ -78,19 +78,23 @@ class Config:
         self._at_least("disk_segment", 64 << 10, "64KiB")
         self._at_least("pull_chunk", 64 << 10, "64KiB")
         for setting in ("block_tokens", "io_threads"):
-            self._at_least(setting, 1, "1")
+            self._at_least(setting, 1, "1, a whole number", whole=True)
         for setting in ("store_wait_ms", "fetch_deadline_ms"):
             self._at_least(setting, 0, "0")
         for setting in ("heartbeat_s", "node_timeout_s"):
             self._at_least(setting, 0.01, "0.01 seconds")
+        for setting in ("shm_path", "disk_path"):
+            path = getattr(self, setting)
+            if not (isinstance(path, str) and path) and not (path is None and setting == "disk_path"):
+                raise TieredKVError(Kind.CONFIG, f"{setting}: must be the path of a folder, got {path!r}", setting=setting)
         if self.policy not in POLICIES:
             raise TieredKVError(Kind.CONFIG, f"policy: {self.policy!r} is none of {', '.join(POLICIES)}", setting="policy")
 
-    def _at_least(self, setting: str, least: float, words: str) -> None:
+    def _at_least(self, setting: str, least: float, words: str, whole: bool = False) -> None:
         value = getattr(self, setting)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a number", setting=setting)
-        if value < least:
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a {'whole ' if whole else ''}number", setting=setting)
+        if not value >= least:  # so that NaN is refused as well
             raise TieredKVError(Kind.CONFIG, f"{setting}: must be at least {words}, got {value}", setting=setting)
 
     @classmethod

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ PATIENCE_S = 60.0
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tiered_kv.cluster.cli", *arguments], capture_output=True, text=True, timeout=180, check=False)
+    command = [sys.executable, "-m", "tiered_kv.cluster.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
 def space(name: str) -> tiered_kv.Namespace:
@@ -192,16 +194,22 @@ def test_the_node_of_this_process_is_the_one_of_its_ray_node(cluster: str) -> No
         node_here(elsewhere)
 
 
-def test_a_node_that_cannot_start_says_which_setting(cluster: str) -> None:
+@pytest.fixture
+def own_shm() -> Iterator[Path]:
+    """A folder in shared memory that nobody else uses."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-") as folder:
+        yield Path(folder)
+
+
+def test_a_node_that_cannot_start_says_which_setting(cluster: str, own_shm: Path) -> None:
     """On a Ray of others: the error of the actor arrives, and nothing is left of the attempt."""
     address = ray.get_runtime_context().gcs_address
-    before = set(Path("/dev/shm").glob("tkv-*"))
     with pytest.raises(TieredKVError, match="host: .* are needed") as caught:
-        start.up(Config(host=1 << 50), name="toobig", address=address)
+        start.up(Config(host=1 << 50, shm_path=str(own_shm)), name="toobig", address=address)
     assert caught.value.kind is Kind.MEMORY
     with pytest.raises(TieredKVError, match="disk_path"):
-        start.up(Config(host=HOST, disk=1 << 20, disk_path="/proc/nope/here"), name="nodisk", address=address)
-    assert set(Path("/dev/shm").glob("tkv-*")) == before
+        start.up(Config(host=HOST, disk=1 << 20, disk_path="/proc/nope/here", shm_path=str(own_shm)), name="nodisk", address=address)
+    assert not list(own_shm.iterdir())
     for name in ("toobig", "nodisk"):
         assert state.find(name) is None
         with pytest.raises(ValueError, match="Failed to look up"):
@@ -233,7 +241,9 @@ def test_attach_says_what_is_missing(cluster: str) -> None:
         (["nothing"], 2, "invalid choice"),
     ],
 )
-def test_bad_usage_is_told_within_seconds(arguments: list[str], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_usage_is_told_within_seconds(
+    arguments: list[str], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ran = run(*arguments)

@@ -37,7 +37,7 @@ def test_outputs_are_equal_and_the_second_replica_reuses_every_whole_block(
     assert [request["replica"] for request in result["requests"]] == ["A", "B", "A", "B"]
     for cold, warm in ((first, second), (third, fourth)):
         assert sum(warm["reused_tokens_by_tier"].values()) == warm["reused_tokens"]
-        assert list(warm["reused_tokens_by_tier"]) == ["peer" if nodes == 2 else "host"]
+        assert ("peer" if nodes == 2 else "host") in warm["reused_tokens_by_tier"]
         assert warm["reused_tokens"] == _shared_blocks(cold, warm, 16)
         assert warm["reused_tokens"] > 100
     for request in result["requests"]:

@@ -58,30 +58,46 @@ def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str
     An id is looked for in the local Hugging Face cache first, then on the hub. `dtype`: a torch dtype, its name, or "auto" for
     the checkpoint's own. Raises `TieredKVError` (kind `model`) that names --model.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(name: str, local: bool) -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
+        return model.eval(), AutoTokenizer.from_pretrained(name, local_files_only=local)
+
+    return _loaded(name_or_path, load)
+
+
+def load_words(name_or_path: str | Path | None = None) -> tuple[Any, Any]:
+    """(config, tokenizer) of a model, without its weights; else as `load_model`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    def load(name: str, local: bool) -> tuple[Any, Any]:
+        return AutoConfig.from_pretrained(name, local_files_only=local), AutoTokenizer.from_pretrained(name, local_files_only=local)
+
+    return _loaded(name_or_path, load)
+
+
+def _loaded(name_or_path: str | Path | None, load: Callable[[str, bool], tuple[Any, Any]]) -> tuple[Any, Any]:
     if name_or_path is None:
-        return _load(str(ensure_default_model()), dtype, local=True)
+        return _attempt(str(ensure_default_model()), load, local=True)
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load(str(path), dtype, local=True)
+        return _attempt(str(path), load, local=True)
     if isinstance(name_or_path, Path) or name.startswith(("/", ".", "~")) or path.exists():
         raise TieredKVError(Kind.MODEL, f"--model: {name} is not a folder with a model", model=name)
     try:
-        return _load(name, dtype, local=True)
+        return _attempt(name, load, local=True)
     except TieredKVError:
-        return _load(name, dtype, local=False)
+        return _attempt(name, load, local=False)
 
 
-def _load(name: str, dtype: "torch.dtype | str", local: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _attempt(name: str, load: Callable[[str, bool], tuple[Any, Any]], local: bool) -> tuple[Any, Any]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        return load(name, local)
     except Exception as error:  # boundary: from_pretrained raises what any of its parts does
         reason = str(error).strip().splitlines() or [""]
         raise TieredKVError(Kind.MODEL, f"--model: {name} cannot be loaded ({type(error).__name__}: {reason[0]})", model=name) from error
-    return model.eval(), tokenizer
 
 
 def _say_nothing(step: str) -> None:

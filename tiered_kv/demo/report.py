@@ -20,8 +20,8 @@ REFERENCES = {
 
 def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict) -> dict:
     """Everything as one JSON-ready record; `requests` in the order they were asked."""
-    warm = [request for request in requests if request["reused_tokens"]]
-    cold = [request for request in requests if not request["reused_tokens"]]
+    warm = [request for request in requests if request["reused_tokens"] * 2 >= request["prompt_tokens"]]
+    cold = [request for request in requests if request not in warm]
     prompt_tokens = sum(request["prompt_tokens"] for request in requests)
     reused_tokens = sum(request["reused_tokens"] for request in requests)
     return {
@@ -75,7 +75,8 @@ def show(result: dict, console: Console) -> None:
             highlight=False,
         )
     console.print(
-        f"tokens reused: {result['reused_tokens']} of {result['prompt_tokens']} prompt tokens ({result['token_hit_ratio']:.1%})", highlight=False
+        f"tokens reused: {result['reused_tokens']} of {result['prompt_tokens']} prompt tokens ({result['token_hit_ratio']:.1%})",
+        highlight=False,
     )
     verdict = "[green]equal[/]" if result["all_equal"] else "[bold red]NOT equal[/]"
     console.print(

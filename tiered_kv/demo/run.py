@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from tiered_kv.cluster import start, status
 from tiered_kv.config import Config
 from tiered_kv.demo import report, workload
-from tiered_kv.demo.model import ensure_default_model
+from tiered_kv.demo.model import ensure_default_model, load_words
 from tiered_kv.errors import Kind, TieredKVError
 
 LOAD_WITHIN_S = 600.0
@@ -34,8 +34,9 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         for setting in ("replicas", "nodes", "new_tokens"):
-            if getattr(self, setting) < 1:
-                raise TieredKVError(Kind.CONFIG, f"--{setting.replace('_', '-')}: must be at least 1, got {getattr(self, setting)}", setting=setting)
+            value, flag = getattr(self, setting), setting.replace("_", "-")
+            if value < 1:
+                raise TieredKVError(Kind.CONFIG, f"--{flag}: must be at least 1, got {value}", setting=setting)
 
 
 def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
@@ -57,21 +58,15 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
 
 
 def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> list[list[int]]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
-    except Exception as error:  # boundary: from_pretrained raises what any of its parts does
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise TieredKVError(Kind.MODEL, f"--model: {model} cannot be loaded ({type(error).__name__}: {reason})", model=model) from error
+    config, tokenizer = load_words(model)
+    longest = getattr(config, "max_position_embeddings", None)
     prompts = [workload.prompt_ids(tokenizer, question) for question in asked]
     for number, ids in enumerate(prompts, start=1):
         if not ids:
             raise TieredKVError(Kind.CONFIG, f"--prompts: question {number} gives an empty prompt", setting="prompts")
         if longest and len(ids) + new_tokens > longest:
-            message = f"--prompts: question {number} has {len(ids)} tokens; with {new_tokens} new ones that is more than the model's {longest}"
-            raise TieredKVError(Kind.CONFIG, message, setting="prompts")
+            message = f"question {number} has {len(ids)} tokens; with {new_tokens} new ones that is more than the model's {longest}"
+            raise TieredKVError(Kind.CONFIG, f"--prompts: {message}", setting="prompts")
     return prompts
 
 
@@ -120,7 +115,9 @@ class _Processes:
         self.close()
 
 
-def _ask(options: DemoOptions, processes: _Processes, asked: list[workload.Question], prompts: list[list[int]], console: Console) -> list[dict]:
+def _ask(
+    options: DemoOptions, processes: _Processes, asked: list[workload.Question], prompts: list[list[int]], console: Console
+) -> list[dict]:
     """Every question to the next replica in turn, so that a document's second question goes to another one than its first.
 
     The reference answers it right after, so that both meet the machine in the same mood.

@@ -1,0 +1,234 @@
+"""For every test: what it started has ended and what it opened is closed; and makers of nodes and clients that end checked.
+
+A process of a test run is known by a mark in its environment, so that whatever others do on this machine at the same
+time (their clusters are in the same /dev/shm) is not taken for a leak of ours.
+"""
+
+import gc
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.memory import words
+
+SHM = Path("/dev/shm")
+MARK = f"TIERED_KV_TEST_RUN={uuid.uuid4().hex}"
+SETTLE_S = 3.0
+# Files that a library opens once and keeps: devices, its own files, the kernel's tables.
+KEPT_FILES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/nvidia", "/proc/", "/sys/", "/usr/", "/etc/")
+KEPT_IN_PATHS = ("site-packages", "/.pytest_cache/")
+KEPT_THREADS = ("tqdm",)
+FAILED = pytest.StashKey[bool]()
+RAY_FIXTURES = {"ray_cluster", "running_cluster"}
+
+
+class Held(NamedTuple):
+    """What this process holds, and what processes of this run hold, at one moment; each item as people would name it."""
+
+    threads: Counter[str]
+    files: Counter[str]
+    processes: Counter[str]
+    shared_memory: Counter[str]
+
+    @classmethod
+    def now(cls) -> "Held":
+        return cls(Counter(_threads()), Counter(_files()), Counter(_processes()), Counter(_shared_memory()))
+
+    def beyond(self, before: "Held", kinds: tuple[str, ...]) -> dict[str, list[str]]:
+        """By kind what is here and was not before."""
+        more = {kind: sorted((getattr(self, kind) - getattr(before, kind)).elements()) for kind in kinds}
+        return {kind: items for kind, items in more.items() if items}
+
+
+def _threads() -> Iterator[str]:
+    for thread in threading.enumerate():
+        if (thread.name.startswith("tkv-") or not thread.daemon) and not thread.name.startswith(KEPT_THREADS):
+            yield f"{thread.name} ({thread.ident})"
+
+
+def _files() -> Iterator[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them is gone by now
+            target = os.readlink(f"/proc/self/fd/{fd}")
+            if not target.startswith(KEPT_FILES) and not any(part in target for part in KEPT_IN_PATHS):
+                yield target
+
+
+def _processes() -> Iterator[str]:
+    """Children of this process, and processes started by one of this run that have another parent by now."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with suppress(OSError):
+                parent = int(Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                if parent == os.getpid() or _marked(name):
+                    command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if "resource_tracker" not in command:  # Python's own; it ends with the process
+                        yield f"{name} {command[:100] or 'ended, not waited for'}"
+
+
+def _marked(pid: str | int) -> bool:
+    try:
+        return MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except PermissionError:
+        return False
+
+
+def _shared_memory() -> Iterator[str]:
+    """Nodes' directories that this run has made: their writer is one of our processes.
+
+    One whose writer has ended may be anybody's; it is taken for ours where no Python but ours runs.
+    """
+    for directory in SHM.glob("tkv-*"):
+        pid = _writer(directory)
+        ended = pid is None or not os.path.exists(f"/proc/{pid}")
+        if _alone() if ended else pid == os.getpid() or _marked(pid):
+            yield str(directory)
+
+
+def _alone() -> bool:
+    """Whether all Python processes on this machine are of this run."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with suppress(OSError):
+                if "python" in os.readlink(f"/proc/{name}/exe") and not _marked(name):
+                    return False
+    return True
+
+
+def _writer(directory: Path) -> int | None:
+    with suppress(OSError), (directory / "index").open("rb") as file:
+        header = memoryview(file.read(words.HEADER_BYTES).ljust(words.HEADER_BYTES, b"\0")).cast("Q")
+        return header[words.WRITER_PID] or None
+    return None
+
+
+def pytest_configure() -> None:
+    os.environ.update([MARK.split("=")])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who uses a Ray cluster is marked `ray`; who is marked `gpu` is skipped where there is none (torch is imported only then)."""
+    for item in items:
+        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ray)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Remember whether the test failed: the traceback of a failure keeps alive what its frames held."""
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
+def leaks_since(before: Held, kinds: tuple[str, ...]) -> dict[str, list[str]]:
+    """What is held beyond `before` for longer than what is ending by itself needs."""
+    deadline_s = time.monotonic() + SETTLE_S
+    leaked = Held.now().beyond(before, kinds)
+    while leaked and time.monotonic() < deadline_s:
+        gc.collect()
+        time.sleep(0.02)  # polls for an end, orders nothing
+        leaked = Held.now().beyond(before, kinds)
+    return leaked
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_leaves_nothing() -> Iterator[None]:
+    """At the end of the run, after all clusters of fixtures: no process and no shared memory of ours is left."""
+    before = Held.now()
+    yield
+    assert not (leaked := leaks_since(before, ("processes", "shared_memory"))), f"left behind by the run: {leaked}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test: threads, open files, processes and shared memory are those of before.
+
+    Fixtures of a wider scope have begun before this one and end after it. Ray, while this process has joined it, opens
+    files and starts workers whenever it likes: tests marked `ray` are held to shared memory only. After a failure open
+    files are not looked at, for its traceback keeps them.
+    """
+    before = Held.now()
+    yield
+    failed = request.node.stash.get(FAILED, False)
+    kinds = (
+        ("shared_memory",) if request.node.get_closest_marker("ray") else tuple(k for k in Held._fields if not (failed and k == "files"))
+    )
+    assert not (leaked := leaks_since(before, kinds)), f"leaked: {leaked}"
+
+
+@pytest.fixture
+def checked() -> Iterator[Callable]:
+    """Call it with anything that has `check()`: when the test ends, after `before()`, it is checked; and closed if it has `close()`.
+
+    The last one comes first; all are closed even where a check fails. What the test closed itself is not checked again.
+    """
+    with ExitStack() as ending:
+
+        def register(thing: Any, before: Callable[[], None] = lambda: None) -> Any:
+            if hasattr(thing, "close"):
+                ending.callback(thing.close)
+            if hasattr(thing, "check"):
+                ending.callback(_check_unless_closed, thing)
+                ending.callback(before)
+            return thing
+
+        yield register
+
+
+def _check_unless_closed(thing: Any) -> None:
+    try:
+        thing.check()
+    except TieredKVError as error:
+        if error.kind is not Kind.CLOSED:
+            raise
+
+
+@pytest.fixture
+def node_factory(checked: Callable) -> Callable:
+    """`node_factory(host="64MiB", …)` is a started node of its own cluster; checked, closed and removed at the end."""
+
+    def make(*, link: Any = None, node_id: str = "n0", cluster_id: str | None = None, clock: Any = None, **settings: Any) -> Any:
+        from tiered_kv.config import Config
+        from tiered_kv.service.node import Node
+
+        config = Config.of({"host": "64MiB", **settings})
+        node = Node(config, cluster_id or uuid.uuid4().hex[:8], node_id, link, clock=clock)
+        return checked(node, before=lambda: _settle(node))
+
+    return make
+
+
+def _settle(node: Any) -> None:
+    """Let the node use the last touches and finish its copies; extents on their way belong to nobody that `check` knows."""
+    with suppress(TieredKVError):  # closed by the test
+        node.engine.drain_touches()
+        node.engine.settle()
+
+
+@pytest.fixture
+def client_factory(checked: Callable) -> Callable:
+    """`client_factory(node, layout, namespace)` is a client of a node by direct calls; closed before its node."""
+
+    def make(node: Any, layout: Any, namespace: Any) -> Any:
+        from tiered_kv.service.attachment import client_of
+
+        return checked(client_of(node.info(), layout, namespace, connect=node.open_session))
+
+    return make

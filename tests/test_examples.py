@@ -1,0 +1,43 @@
+"""Every example runs as its reader would run it: a process of its own beside a cluster that `tiered-kv up` started."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.sources import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+WITHIN_S = 300
+
+
+def run(*command: str, environment: dict[str, str]) -> str:
+    """What a command prints; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WITHIN_S, check=False
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster with a state folder of its own; the environment in which processes find it."""
+    ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    environment = {key: value for key, value in os.environ.items() if key not in ray_settings}
+    environment["TIERED_KV_STATE"] = str(tmp_path_factory.mktemp("state"))
+    cli = ("-m", "tiered_kv.cluster.cli")
+    run(*cli, "up", "--host", "128MiB", environment=environment)
+    try:
+        yield environment
+    finally:
+        run(*cli, "down", environment=environment)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_an_example_runs(example, running_cluster):
+    assert run(str(example), environment=running_cluster).strip(), "an example shows what it does"
