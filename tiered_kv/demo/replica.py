@@ -131,4 +131,3 @@ class Reference:
 
 def _name(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, "<u4").tobytes()
-

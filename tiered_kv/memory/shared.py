@@ -41,7 +41,8 @@ class Mapping:
         if self.map is None:
             raise TieredKVError(Kind.CLOSED, "the node's files are closed")
         # numpy keeps the buffer exported; torch.frombuffer would let the mapping be closed under the tensor.
-        return torch.from_numpy(np.frombuffer(self.map, np.uint8))
+        with torch.inference_mode(False):  # a tensor made in that mode cannot be written to outside of it
+            return torch.from_numpy(np.frombuffer(self.map, np.uint8))
 
     def close(self) -> None:
         """Unmap; a mapping that tensors still look into goes when the last of them goes."""

@@ -4,7 +4,7 @@ Protocol of a read: `slot = lookup(key)`, copy the bytes, `valid(slot)`. If that
 block was moved or removed meanwhile, and the lookup counts as a miss or is tried once more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -116,6 +116,32 @@ class NodeView:
         except ValueError as error:
             raise _closed() from error
         return None
+
+    def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
+        """The slots of the leading keys that are visible as blocks of `raw_bytes`: `lookup` for each, at half its cost.
+
+        A block that sits undisturbed where its probe starts is read here; whatever else there is goes to `lookup`.
+        """
+        words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from
+        found: list[Slot] = []
+        quick = 0
+        try:
+            for key in keys:
+                index = home(key)[0] & mask
+                seq = words[index * 8]
+                held, kind, offset, lengths = unpack(view, index * 64 + 8)
+                if held == key and kind & 0xFF and not seq & 1 and not w.WEAKLY_ORDERED and words[index * 8] == seq:
+                    quick += 1
+                    slot = _slot(Slot, (index, seq, kind & 0xFF, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32))
+                else:
+                    slot = self.lookup(key)
+                if slot is None or slot.raw_bytes != raw_bytes:
+                    break
+                found.append(slot)
+        except ValueError as error:
+            raise _closed() from error
+        self.lookups += quick
+        return found
 
     def _lookup_again(self, key: BlockKey, tries: int) -> Slot | None:
         if not tries:

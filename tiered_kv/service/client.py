@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -30,6 +31,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
+
+
+def _while_open(method: Callable) -> Callable:
+    """For a method that another thread's `close` may take the memory away from: it then says so, as later calls do."""
+
+    @wraps(method)
+    def guarded(self: "Client", *arguments, **options):
+        try:
+            return method(self, *arguments, **options)
+        except (ValueError, AttributeError):  # a released view; an arena that is None
+            self._check_open()
+            raise
+
+    return guarded
 
 
 class Client:
@@ -63,6 +78,7 @@ class Client:
         self._lock = threading.Lock()
         self._closed = False
 
+    @_while_open
     def match(self, token_ids: TokenIds) -> Match:
         """The longest prefix of whole blocks that could be fetched now, and from where; moves no data.
 
@@ -78,6 +94,7 @@ class Client:
                 by_tier[PEER] = elsewhere * self.layout.block_tokens
         return Match(sum(by_tier.values()), by_tier)
 
+    @_while_open
     def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None) -> Fetched:
         """The KV of the longest prefix of whole blocks that could be had in time.
 
@@ -95,8 +112,9 @@ class Client:
         if local < len(keys) and self._source.peers:
             found += self._pull(keys, local, deadline_s)
         kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype) if out is None else out
-        read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
-        self._source.touch(read)
+        with torch.no_grad():  # `out` may be a parameter
+            read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        self._source.touch(found[: len(read) + 1])  # also the one that could not be read: its node will find out why
         by_tier = self._tokens_by_tier(read[:local])
         if len(read) > local:
             by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
@@ -105,6 +123,7 @@ class Client:
         self._source.tally(len(keys), len(read))
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
+    @_while_open
     def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0) -> Stored:
         """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; visible to every worker of the node on return.
 
@@ -135,6 +154,7 @@ class Client:
         self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
         return Stored(new, present, len(missing))
 
+    @_while_open
     def explain(self, token_ids: TokenIds) -> list[Explained]:
         """One record for each block of the prompt: its tier and codec, or the reason why it would be a miss."""
         keys = self._keys(token_ids)
@@ -211,8 +231,8 @@ class Client:
         log.warning("a %s went without the node: %s", what, error)
 
     def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
-        blocks = Counter(Tier(each.slot.tier).label for each in found)
-        return {tier: count * self.layout.block_tokens for tier, count in blocks.items()}
+        blocks = Counter([each.slot.tier for each in found])
+        return {Tier(tier).label: count * self.layout.block_tokens for tier, count in blocks.items()}
 
     def _count(self, **counts: int) -> None:
         with self._lock:

@@ -37,9 +37,8 @@ class InProcessCluster:
         return self.nodes[node_id]
 
     def client(self, node_id: str, layout: KVLayout, namespace: Namespace) -> Client:
-        """A worker's client, attached to one node by direct calls."""
-        node = self.nodes[node_id]
-        return client_of(node.info(), layout, namespace, connect=node.open_session)
+        """A worker's client, attached to one node (and to what is started under its id later) by direct calls."""
+        return client_of(self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session())
 
     def report_all(self) -> None:
         """Bring the directory up to date now, instead of a moment later."""
@@ -79,7 +78,8 @@ class InProcessLink:
             return InProcessTransfer([[bytes(buffer) for buffer in pieces] for pieces in frames])
 
     def _reach(self, whom: str) -> None:
-        if whom in self._cluster.unreachable or self._node_id in self._cluster.unreachable:
+        known = whom == "coordinator" or whom in self._cluster.nodes
+        if not known or whom in self._cluster.unreachable or self._node_id in self._cluster.unreachable:
             raise TieredKVError(Kind.TRANSPORT, f"{whom} does not answer")
 
 

@@ -10,7 +10,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import closing
 
 import msgpack
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 MESSAGE_BYTES_MAX = 64 << 20
 CONNECTIONS_MAX = 1024
+ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"reserve", "commit", "release", "pull", "locate", "stats"})
 
 
@@ -62,6 +65,7 @@ class SessionServer:
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
+        self._closing = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         if os.path.exists(path):
             os.unlink(path)
@@ -69,18 +73,23 @@ class SessionServer:
             self._listener.bind(path)
         except OSError as error:
             self._listener.close()
-            raise TieredKVError(Kind.MEMORY, f"shm_path: cannot make a socket at {path} ({error}); a shorter path may help", path=path) from error
+            raise TieredKVError(
+                Kind.MEMORY, f"shm_path: cannot make a socket at {path} ({error}); a shorter path may help", path=path
+            ) from error
         os.chmod(path, 0o600)
         self._listener.listen(128)
         self._acceptor = threading.Thread(target=self._accept, name="tkv-accept", daemon=True)
         self._acceptor.start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if not self._closing:
+                    log.warning("a worker could not be let in: %s", error)  # no descriptors left, for a while
+                    time.sleep(ACCEPT_AGAIN_S)
+                continue
             with self._lock:
                 if len(self._connections) >= CONNECTIONS_MAX:
                     connection.close()
@@ -91,14 +100,13 @@ class SessionServer:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        session = self._open_session()
         try:
-            while (message := _receive(connection)) is not None:
-                _send(connection, self._answer(session, message))
+            with closing(self._open_session()) as session:
+                while (message := _receive(connection)) is not None:
+                    _send(connection, self._answer(session, message))
         except (OSError, TieredKVError, ValueError) as error:
             log.info("a worker's session ended: %s", error)
         finally:
-            session.close()
             with self._lock:
                 self._connections.discard(connection)
                 self._threads.discard(threading.current_thread())
@@ -120,6 +128,7 @@ class SessionServer:
 
     def close(self) -> None:
         """Stop listening, end all sessions, and wait for their threads."""
+        self._closing = True
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -141,7 +150,6 @@ class SocketSession:
         self._timeout_s = timeout_s
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.settimeout(timeout_s)
-        self.broken = False
         try:
             self._connection.connect(path)
         except OSError as error:
@@ -153,7 +161,7 @@ class SocketSession:
             self._connection.settimeout(self._timeout_s + wait_s)
             _send(self._connection, [method, arguments])
             answer = _receive(self._connection)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TieredKVError) as error:
             self.close()
             raise TieredKVError(Kind.TRANSPORT, f"the node did not answer {method!r} ({error})", method=method) from error
         if answer is None:
@@ -182,5 +190,4 @@ class SocketSession:
         return self._call("stats")
 
     def close(self) -> None:
-        self.broken = True
         self._connection.close()

@@ -5,14 +5,14 @@ Its files in shared memory outlive it: a node made again under the same ids find
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.policy import create_policy
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.place import Place
@@ -51,13 +51,14 @@ class Node:
         self._clock = clock or SystemClock()
         self.place = Place(config, cluster_id, node_id)
         machine = StoreMachine(create_policy(config.policy), has_disk=self.place.disk is not None)
-        self.engine = Engine(machine, self.place.index, self.place, self._clock, config.io_threads)
+        self.engine = Engine(machine, self.place.index, self.place, self._clock, config.io_threads, self.place.batch_bytes)
         self.engine.handle(self.place.restore())
         self.directory = self.place.directory
         self._sessions: dict[NodeSession, None] = {}
         self._link = link
         self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
         self._reporter = self._make_reporter(link) if link else None
+        self._stopped = False  # guarded by the engine's lock
         self._closing = threading.Event()
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
@@ -80,39 +81,77 @@ class Node:
     def open_session(self) -> "NodeSession":
         """A session for one worker; close it when the worker leaves."""
         session = NodeSession(self)
-        with self.engine.lock:
+        with self.running():
             self._sessions[session] = None
         return session
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The engine's lock, held while the node is there; raises (kind `transport`) once it is closed."""
+        with self.engine.lock:
+            if self._stopped:
+                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} is closed", node=self.node_id)
+            yield
+
+    def is_open(self, session: "NodeSession") -> bool:
+        """Whether the session has not been closed."""
+        return session in self._sessions
 
     def session_closed(self, session: "NodeSession") -> None:
         """Take back what the session had reserved, at once or when nobody writes there any more."""
         with self.engine.lock:
-            if self._sessions.pop(session, ...) is None:
+            if self._sessions.pop(session, ...) is None and not self._stopped:
                 self.place.abandon(session.reserved)
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already."""
-        events: list[ev.Event] = []
-        with self.engine.lock:
-            added = [not self.engine.machine.has(key, Tier.HOST) for key, _, _ in blocks]
+        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already.
+
+        Fewer answers than blocks: the index has no room for the others, whose extents are free again.
+        """
+        with self.running():
             self.engine.drain_touches()
-            self.engine.handle([ev.Crowded(max(len(blocks) - self.place.index_room, 0))])
-            for key, parent, offset in reversed(blocks):
+            taken = blocks[: self._index_room_for(blocks)]
+            added = [not self.engine.machine.has(key, Tier.HOST) for key, _, _ in taken]
+            events: list[ev.Event] = []
+            for key, parent, offset in reversed(taken):
                 self.place.host.sign(offset, Lineage(key, parent, root))
                 events.append(ev.Committed(key, parent, root, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)))
             self.engine.handle(events)
+            self.free_extents(offset for _, _, offset in blocks[len(taken) :])
         if self._reporter:
             self._reporter.wake()
         return added
+
+    def _index_room_for(self, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> int:
+        """How many of the blocks, from the first on, the index can show, after room was made for them."""
+        known = self.engine.machine.blocks
+        missing = sum(key not in known for key, _, _ in blocks) - self.place.index_room
+        if missing <= 0:
+            return len(blocks)
+        self.engine.handle([ev.Crowded(missing, blocks[0][1])])
+        room = self.place.index_room
+        for count, (key, _, _) in enumerate(blocks):
+            room -= key not in known
+            if room < 0:
+                return count
+        return len(blocks)
+
+    def free_extents(self, offsets: Iterable[int]) -> None:
+        """Give reserved extents back, which nobody writes to."""
+        with self.running():
+            for offset in offsets:
+                self.place.host.free(offset)
+            self.engine.freed.notify_all()
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
         """Fetch the leading blocks of `keys` (`tail`: the parent of the first) from other nodes; how many are here at the end."""
         if not self._puller or not keys:
             return 0
-        admit = _Admission(self, root, nbytes, dict(zip(keys, [tail, *keys], strict=False)))
-        return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
+        with closing(self.open_session()) as session:
+            admit = _Admission(self, session, root, nbytes, dict(zip(keys, [tail, *keys], strict=False)))
+            return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         """For the leading keys that some other node holds: the nodes that do."""
@@ -122,7 +161,7 @@ class Node:
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
         machine = self.engine.machine
-        with self.engine.lock:
+        with self.running():
             here: list[tuple[BlockKey, BlockKey | None, Location]] = []
             for key in keys:
                 block = machine.blocks.get(key)
@@ -137,13 +176,13 @@ class Node:
 
     def report(self) -> None:
         """Tell the coordinator now what would be told in a moment."""
-        if self._reporter:
+        if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
     def stats(self) -> dict:
         """The node's figures, ready for JSON. Sizes in bytes."""
         machine = self.engine.machine
-        with self.engine.lock:
+        with self.running():
             tiers = self.place.usage()
             for tier in tiers:
                 tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
@@ -169,8 +208,10 @@ class Node:
                 self.engine.journal.clear()
 
     def check(self) -> None:
-        """Assert that machine, index, tiers and reservations agree."""
+        """Assert that machine, index, tiers and reservations agree. Settle the engine before: promotions under way are not known here."""
         with self.engine.lock:
+            if self._stopped:
+                raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
             self.engine.machine.check()
             self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
@@ -183,7 +224,9 @@ class Node:
         if self._reporter:
             self._reporter.close()
         self.engine.close()
-        self.place.close(remove)
+        with self.engine.lock:
+            self._stopped = True
+            self.place.close(remove)
 
     def _make_reporter(self, link: Link) -> Reporter:
         return Reporter(
@@ -219,32 +262,41 @@ class Node:
 
 
 class NodeSession:
-    """One worker's session, in the node's process. `reserved` maps payload offsets to their bytes."""
+    """One worker's session, in the node's process. `reserved` maps payload offsets to their bytes; the engine's lock guards it."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
 
     def reserve(self, nbytes: int, count: int, tail: BlockKey | None) -> list[int]:
+        return self.reserve_within(nbytes, count, tail, self._node.config.store_wait_ms / 1000)
+
+    def reserve_within(self, nbytes: int, count: int, tail: BlockKey | None, wait_s: float) -> list[int]:
+        """As `reserve`, with a wait of its own."""
         if not isinstance(nbytes, int) or not isinstance(count, int) or nbytes < 1 or count < 0:
             raise TieredKVError(Kind.LAYOUT, f"cannot reserve {count!r} blocks of {nbytes!r} bytes")
-        offsets = self._node.engine.reserve(nbytes, count, tail, self._node.config.store_wait_ms / 1000)
-        self.reserved.update(dict.fromkeys(offsets, nbytes))
+        with self._node.running():
+            offsets = self._node.engine.reserve(nbytes, count, tail, wait_s)  # lets go of the lock while it waits
+            if not self._node.is_open(self):
+                self._node.free_extents(offsets)
+                raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
+            self.reserved.update(dict.fromkeys(offsets, nbytes))
         return offsets
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        self._take(offset for _, _, offset in blocks)
-        return self._node.commit(root, nbytes, [(key, parent, offset) for key, parent, offset in blocks])
+        _check_chain(root, blocks)
+        with self._node.running():
+            self._take([offset for _, _, offset in blocks], nbytes)
+            return self._node.commit(root, nbytes, [(key, parent, offset) for key, parent, offset in blocks])
 
     def release(self, offsets: list[int]) -> None:
-        self._take(offsets)
-        with self._node.engine.lock:
-            for offset in offsets:
-                self._node.place.host.free(offset)
-            self._node.engine.freed.notify_all()
+        with self._node.running():
+            self._take(offsets)
+            self._node.free_extents(offsets)
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
-        return self._node.pull(root, nbytes, tail, keys, wait_s)
+        _check_chain(root, [(key, tail, 0) for key in keys])
+        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), wait_s)
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._node.locate(keys)
@@ -255,20 +307,32 @@ class NodeSession:
     def close(self) -> None:
         self._node.session_closed(self)
 
-    def _take(self, offsets) -> None:
-        """These extents leave the session; only what it reserved itself can."""
-        offsets = list(offsets)
-        if len(set(offsets)) != len(offsets) or any(offset not in self.reserved for offset in offsets):
+    def _take(self, offsets: list[int], nbytes: int | None = None) -> None:
+        """These extents leave the session; only what it reserved itself can, and as blocks of that size."""
+        ours = all(offset in self.reserved and nbytes in (None, self.reserved[offset]) for offset in offsets)
+        if not ours or len(set(offsets)) != len(offsets):
             raise TieredKVError(Kind.TRANSPORT, "a worker named extents that it had not reserved")
         for offset in offsets:
             del self.reserved[offset]
 
 
-class _Admission:
-    """Takes pulled frames into the host tier: verified, copied, committed."""
+def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> None:
+    """Raise (kind `transport`) for what cannot be keys: a worker of another version, or out of its mind."""
+    for key, parent, _ in [(root, None, 0), *blocks]:
+        if not _is_key(key) or not (parent is None or _is_key(parent)) or key == parent:
+            raise TieredKVError(Kind.TRANSPORT, f"{key!r} behind {parent!r} is no block of a chain")
 
-    def __init__(self, node: Node, root: BlockKey, nbytes: int, parents: dict[BlockKey, BlockKey | None]) -> None:
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, bytes) and len(key) == KEY_BYTES
+
+
+class _Admission:
+    """Takes pulled frames into the host tier: verified, copied, committed through a session of its own."""
+
+    def __init__(self, node: Node, session: NodeSession, root: BlockKey, nbytes: int, parents: dict[BlockKey, BlockKey | None]) -> None:
         self._node = node
+        self._session = session
         self._root = root
         self._nbytes = nbytes
         self._parents = parents
@@ -278,24 +342,22 @@ class _Admission:
         taken = 0
         while taken < len(keys):
             rest = keys[taken:]
-            offsets = self._node.engine.reserve(self._nbytes, len(rest), self._parents[rest[0]], ADMIT_WAIT_S)
+            offsets = self._session.reserve_within(self._nbytes, len(rest), self._parents[rest[0]], ADMIT_WAIT_S)
             good = self._unpack(rest, frames[taken:], offsets)
             blocks = [(key, self._parents[key], offset) for key, offset in zip(rest[:good], offsets, strict=False)]
-            self._node.commit(self._root, self._nbytes, blocks)
-            taken += good
-            if not good or good < len(offsets):
+            done = len(self._session.commit(self._root, self._nbytes, blocks))
+            self._session.release(offsets[good:])
+            taken += done
+            if not done or done < len(offsets):
                 break
         return taken
 
     def _unpack(self, keys: list[BlockKey], frames: list[FramePieces], offsets: list[int]) -> int:
-        """Fill the extents; the ones without a good frame are given back."""
-        host = self._node.place.host
+        """Fill the extents; how many of the leading ones have a good frame."""
+        place = self._node.place
         good = 0
         for key, pieces, offset in zip(keys, frames, offsets, strict=False):
-            if not self._node.place.unpack(key, pieces, host.payload(offset, self._nbytes)):
+            if not place.unpack(key, pieces, place.host.payload(offset, self._nbytes)):
                 break
             good += 1
-        with self._node.engine.lock:
-            for offset in offsets[good:]:
-                host.free(offset)
         return good

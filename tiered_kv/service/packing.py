@@ -2,10 +2,10 @@
 
 Axes: L layers, 2 (key, value), H KV heads, N tokens, T tokens of a block, D head dim; R = L * 2 * H rows of a block.
 A block is (R, T * D) contiguous; in a KV tensor (R, N * D) it is a column range. Blocks that lie at equal distances in
-the arena are therefore one tensor (blocks, R, T * D), copied with a single call of torch.
+the arena are therefore one strided tensor (blocks, R, T * D), and so are their tokens in the KV tensor.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
         if stride > 0:
             while end < len(offsets) and offsets[end] - offsets[end - 1] == stride:
                 end += 1
-        yield Run(first + start, offsets[start], stride, end - start)
+        yield Run(first + start, offsets[start], max(stride, 0), end - start)  # the next run may lie before this one
         start = end
 
 
@@ -41,21 +41,23 @@ class ArenaBlocks:
     """The blocks of one layout in an arena (1-D uint8 tensor over mapped memory)."""
 
     def __init__(self, arena: torch.Tensor, layout: KVLayout) -> None:
-        self._arena = arena
         self._layout = layout
-        self._rows = layout.layers * 2 * layout.kv_heads
-        self._row_items = layout.block_tokens * layout.head_dim
         self._dtype = layout.torch_dtype
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            self._items = arena[: len(arena) // self._dtype.itemsize * self._dtype.itemsize].view(self._dtype)
+        shape, strides = layout.block_shape, [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * size)
+        self._block_shape, self._block_strides = tuple(shape), tuple(strides)
 
     def blocks(self, run: Run) -> torch.Tensor:
         """The run's payloads as (count, L, 2, H, T, D), sharing the arena's memory."""
-        layout = self._layout
-        span = (run.count - 1) * run.stride + layout.block_bytes
-        items = self._arena[run.offset : run.offset + span].view(self._dtype)
-        t, d = layout.block_tokens, layout.head_dim
-        h_stride = t * d
-        strides = (run.stride // self._dtype.itemsize, 2 * layout.kv_heads * h_stride, layout.kv_heads * h_stride, h_stride, d, 1)
-        return items.as_strided((run.count, *layout.block_shape), strides)
+        start, odd = divmod(run.offset, self._dtype.itemsize)
+        stride, odd_stride = divmod(run.stride, self._dtype.itemsize)
+        if odd or odd_stride:
+            raise ValueError(f"blocks of {self._dtype} cannot lie at byte {run.offset}, {run.stride} bytes apart")
+        shape, strides = (run.count, *self._block_shape), (stride, *self._block_strides)
+        return self._items.as_strided(shape, strides, self._items.storage_offset() + start)
 
     def unpack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the run's blocks to their tokens of `kv`."""
@@ -63,19 +65,21 @@ class ArenaBlocks:
 
     def pack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the tokens of the run's blocks out of `kv`."""
-        self.blocks(run).copy_(self._columns(kv_L2HND, run))
+        self.blocks(run).copy_(self._columns(kv_L2HND.detach(), run))
 
     def pack_layers(self, run: Run, pairs_HND: LayerPairs) -> None:
         """The same from one (key, value) pair a layer, each (H, N, D): no stacking copy before."""
         blocks = self.blocks(run)
         for layer, pair in enumerate(pairs_HND):
             for which, heads_HND in enumerate(pair):
-                blocks[:, layer, which].copy_(self._split(heads_HND, run).movedim(-3, 0))
+                blocks[:, layer, which].copy_(self._columns(heads_HND.detach(), run))
 
     def _columns(self, kv: torch.Tensor, run: Run) -> torch.Tensor:
-        """The run's tokens of `kv` as (count, L, 2, H, T, D)."""
-        return self._split(kv, run).movedim(-3, 0)
-
-    def _split(self, kv: torch.Tensor, run: Run) -> torch.Tensor:
+        """The run's tokens of `kv`, (…, N, D), as (count, …, T, D), sharing its memory."""
         t = self._layout.block_tokens
-        return kv[..., run.first * t : (run.first + run.count) * t, :].unflatten(-2, (run.count, t))
+        *outer, tokens, d = kv.shape
+        if (run.first + run.count) * t > tokens:  # as_strided would go on behind the tensor's end
+            raise ValueError(f"{tokens} tokens are not {run.count} blocks of {t} from block {run.first} on")
+        strides = kv.stride()
+        step = t * strides[-2]
+        return kv.as_strided((run.count, *outer, t, d), (step, *strides), kv.storage_offset() + run.first * step)

@@ -25,6 +25,7 @@ from tiered_kv.memory.locks import locked_ranges
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.service.link import FramePieces
 from tiered_kv.store import events as ev
+from tiered_kv.store.engine import COPY_BATCH_BYTES
 from tiered_kv.tiers.disk import DiskTier, Record
 from tiered_kv.tiers.host import HostTier, Lineage
 
@@ -55,18 +56,20 @@ class Place:
         self.beat()
 
     def restore(self) -> list[ev.Committed]:
-        """What the files of a former node hold, to be reported to the machine; an empty list for new files."""
-        if not self._inherited:
-            return []
-        self.index.rebuild()
+        """What the files of a former node hold, the least recently used first, to be reported to the machine."""
+        if self._inherited:
+            self.index.rebuild()
         on_disk = {key: location for key, location in self.index.items() if location.tier is Tier.DISK}
         unknown = self.disk.adopt(on_disk) if self.disk else on_disk
         foreign = [key for key, location in self.index.items() if location.tier is Tier.HOST and not self._claim(key, location)]
         for key in [*unknown, *foreign]:
             self.index.remove(key)
-        self._quarantine()
-        log.info("took over %d blocks; %d could not be", len(self.index), len(unknown) + len(foreign))
-        return [self._committed(key, location) for key, location in self.index.items()]
+        if self._inherited:
+            self._quarantine()
+            log.info("took over %d blocks; %d could not be", len(self.index), len(unknown) + len(foreign))
+        last_use = {key: tick for key, _, tick in self.index.harvest()}
+        blocks = sorted(self.index.items(), key=lambda item: last_use.get(item[0], 0))
+        return [self._committed(key, location) for key, location in blocks]
 
     def _claim(self, key: BlockKey, location: Location) -> bool:
         """Whether the extent of an index entry is its own, by its header."""
@@ -98,6 +101,14 @@ class Place:
     def index_room(self) -> int:
         """How many more blocks the index can show."""
         return self.index.capacity_blocks - len(self.index)
+
+    @property
+    def batch_bytes(self) -> int:
+        """How much to write to disk in one go: a small disk must not lose most of its blocks for one batch."""
+        return min(COPY_BATCH_BYTES, self.disk.segment_bytes) if self.disk else COPY_BATCH_BYTES
+
+    def fits(self, nbytes: int) -> bool:
+        return self.host.fits(nbytes)
 
     def reserve(self, nbytes: int, count: int) -> list[int]:
         return self.host.reserve(nbytes, count)
@@ -132,23 +143,23 @@ class Place:
             log.warning("disk: %d of %d blocks were not written: %s", count, len(answers), reason)
         return [answer.location for answer in answers]
 
-    def to_host(self, copy: ev.Copy, offset: int) -> Location | None:
-        nbytes = copy.source.raw_bytes
+    def to_host(self, copy: ev.Copy, location: Location) -> bool:
         try:
             frame = self.disk.read(copy.source, copy.key)
-            frame.decode(self.host.payload(offset, nbytes))
+            frame.decode(self.host.payload(location.offset, location.raw_bytes))
         except TieredKVError as error:
-            log.warning("block %s on disk is given up: %s", copy.key.hex(), error)
-            self.host.free(offset)
-            return None
-        self.host.sign(offset, Lineage(copy.key, copy.parent, copy.root))
-        return Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)
+            log.warning("block %s on disk is given up: %s", copy.key.hex(), str(error))  # the error itself holds on to the arena
+            return False
+        self.host.sign(location.offset, Lineage(copy.key, copy.parent, copy.root))
+        return True
 
     def disk_room(self, copies: Sequence[ev.Copy]) -> tuple[int, list[BlockKey]] | None:
         crowded = self.index_room < self.index.capacity_blocks // 10
         segment = self.disk.oldest_sealed() if crowded else None
         if segment is None:
-            fitting = [size for size in (frame_bytes(_RAW, copy.source.stored_bytes) for copy in copies) if size <= self.disk.max_frame_bytes]
+            fitting = [
+                size for size in (frame_bytes(_RAW, copy.source.stored_bytes) for copy in copies) if size <= self.disk.max_frame_bytes
+            ]
             segment = self.disk.needs_reclaim(sum(fitting))
         return None if segment is None else (segment, self.disk.keys_in(segment))
 
@@ -165,7 +176,7 @@ class Place:
                     raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
                     self.disk.read(location, key).decode(raw)
             except TieredKVError as error:
-                log.warning("block %s cannot be served: %s", key.hex(), error)
+                log.warning("block %s cannot be served: %s", key.hex(), str(error))
                 return
             yield encode_frame(key, root or _UNKNOWN_ROOT, _RAW, raw)
 
@@ -173,8 +184,8 @@ class Place:
         """Whether the frame is undamaged and that of `key`; its block is then in `payload`."""
         try:
             open_pieces(pieces, key).decode(payload)
-        except TieredKVError as error:
-            log.warning("a frame for block %s was refused: %s", key.hex(), error)
+        except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, also what is no frame at all
+            log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
             return False
         return True
 
@@ -213,19 +224,21 @@ class Place:
 
 
 def _disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:
-    root = Path(config.disk_root)
+    root, own = Path(config.disk_root), f"tkv-{cluster_id}-{node_id}"
     try:
         root.mkdir(mode=0o700, parents=config.disk_path is None, exist_ok=True)
-        _remove_stale(root)
+        _remove_stale(root, own)
     except OSError as error:
         message = f"disk_path: cannot use {root} for disk segments: {error.strerror}"
         raise TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(root)) from error
-    return DiskTier(root / f"tkv-{cluster_id}-{node_id}", config.disk, config.disk_segment, owner=cluster_id)
+    return DiskTier(root / own, config.disk, config.disk_segment, owner=cluster_id)
 
 
-def _remove_stale(root: Path) -> None:
-    """Remove the folders of nodes that are dead, for nobody could make sense of their segments."""
+def _remove_stale(root: Path, own: str) -> None:
+    """Remove the folders of other nodes that are dead, for nobody could make sense of their segments."""
     for folder in root.glob("tkv-*"):
+        if folder.name == own:
+            continue
         try:
             fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:

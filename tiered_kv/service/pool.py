@@ -12,7 +12,10 @@ RETRY_AFTER_S = 0.5
 
 
 class SessionPool:
-    """Lends sessions. A session that broke is not lent again; after a failed connect no other is tried for RETRY_AFTER_S."""
+    """Lends sessions. One that was lent for something that failed is closed, and with it ends all that it had reserved.
+
+    After a failed connect no other is tried for RETRY_AFTER_S.
+    """
 
     def __init__(self, connect: Callable[[], Session], clock: Clock) -> None:
         self._connect = connect
@@ -30,8 +33,12 @@ class SessionPool:
         session = self._take()
         try:
             yield session
-        finally:
-            self._give_back(session)
+        except BaseException as error:
+            session.close()
+            if isinstance(error, TieredKVError) and error.kind is Kind.TRANSPORT:
+                self._close_idle()  # they are of the same node
+            raise
+        self._give_back(session)
 
     def _take(self) -> Session:
         with self._lock:
@@ -50,7 +57,7 @@ class SessionPool:
 
     def _give_back(self, session: Session) -> None:
         with self._lock:
-            if not getattr(session, "broken", False) and not self._closed:
+            if not self._closed:
                 self._idle.append(session)
                 return
         session.close()
@@ -59,6 +66,10 @@ class SessionPool:
         """Close the idle sessions now, those lent out when they come back."""
         with self._lock:
             self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with self._lock:
             idle, self._idle = self._idle, []
         for session in idle:
             session.close()

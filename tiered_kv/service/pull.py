@@ -4,6 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from tiered_kv.clock import Clock
@@ -14,6 +15,7 @@ from tiered_kv.service.link import FramePieces, Link, Transfer
 log = logging.getLogger(__name__)
 
 CHUNKS_UNDER_WAY = 3
+AVOID_S = 1.0
 
 
 class Chunk(NamedTuple):
@@ -23,14 +25,26 @@ class Chunk(NamedTuple):
     keys: list[BlockKey]
 
 
+class _PeerFailed(Exception):
+    """`node` did not give what it was asked for, and others may be asked."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.node = node
+
+
 class Puller:
-    """Fetches what the directory names. A second pull of blocks already under way waits for the first."""
+    """Fetches what the directory names. A second pull of blocks already under way waits for the first.
+
+    A node that failed is not asked for AVOID_S, as long as the directory may not know that it is gone.
+    """
 
     def __init__(self, link: Link, clock: Clock, chunk_bytes: int) -> None:
         self._link = link
         self._clock = clock
         self._chunk_bytes = chunk_bytes
         self._under_way: set[BlockKey] = set()
+        self._avoided_until_s: dict[str, float] = {}
         self._done = threading.Condition()
 
     def pull(
@@ -52,7 +66,11 @@ class Puller:
             mine = [key for key in keys if key not in self._under_way and not present(key)]
             self._under_way.update(mine)
         try:
-            self._fetch(mine, nbytes, deadline_s, admit)
+            missing = mine
+            while failed := self._failed_peer(missing, nbytes, deadline_s, admit):
+                with self._done:
+                    self._avoided_until_s[failed] = self._clock.now_s() + AVOID_S
+                missing = [key for key in missing if not present(key)]
         except TieredKVError as error:
             log.info("pull ended early: %s", error)
         finally:
@@ -64,21 +82,40 @@ class Puller:
             count += 1
         return count
 
+    def _failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> str | None:
+        """Fetch the keys; the node that failed while there was still time to ask another one, if one did."""
+        try:
+            self._fetch(keys, nbytes, deadline_s, admit)
+        except _PeerFailed as error:
+            log.info("pull: %s", error.__cause__)
+            return error.node if self._clock.now_s() < deadline_s else None
+        return None
+
     def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> None:
         if not keys:
             return
         under_way: deque[tuple[Chunk, Transfer]] = deque()
-        chunks = self._chunks(keys, self._link.locate(keys), max(1, self._chunk_bytes // nbytes))
+        chunks = self._chunks(keys, self._reachable(self._link.locate(keys)), max(1, self._chunk_bytes // nbytes))
         while True:
             while len(under_way) < CHUNKS_UNDER_WAY and (chunk := next(chunks, None)):
-                under_way.append((chunk, self._link.request(chunk.node, chunk.keys)))
+                with _blaming(chunk.node):
+                    under_way.append((chunk, self._link.request(chunk.node, chunk.keys)))
             left_s = deadline_s - self._clock.now_s()
             if not under_way or left_s <= 0:
                 return
             chunk, transfer = under_way.popleft()
-            frames = transfer.frames(left_s)
+            with _blaming(chunk.node):
+                frames = transfer.frames(left_s)
             if admit(chunk.keys[: len(frames)], frames) < len(chunk.keys):
                 return
+
+    def _reachable(self, holders: list[list[str]]) -> list[list[str]]:
+        """The holders without those to be avoided, up to the first block that no other one holds."""
+        now_s = self._clock.now_s()
+        with self._done:
+            self._avoided_until_s = {node: until_s for node, until_s in self._avoided_until_s.items() if until_s > now_s}
+            left = [[node for node in nodes if node not in self._avoided_until_s] for nodes in holders]
+        return left[: next((count for count, nodes in enumerate(left) if not nodes), len(left))]
 
     @staticmethod
     def _chunks(keys: list[BlockKey], holders: list[list[str]], most: int) -> Iterator[Chunk]:
@@ -97,3 +134,11 @@ class Puller:
                     best, end = node, stop
             yield Chunk(best, keys[start:end])
             start, length = end, min(most, length * 2)
+
+
+@contextmanager
+def _blaming(node: str) -> Iterator[None]:
+    try:
+        yield
+    except TieredKVError as error:
+        raise _PeerFailed(node) from error

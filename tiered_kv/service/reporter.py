@@ -43,7 +43,7 @@ class Reporter:
 
     def start(self) -> None:
         """Report once, so that the node is known when this returns, and go on in the background."""
-        self.report_once()
+        self._report_guarded()
         self._thread.start()
 
     def wake(self) -> None:
@@ -57,25 +57,24 @@ class Reporter:
 
     def _report(self) -> None:
         try:
-            if self._number and self._send(*_split(self._take_changes())):
+            if self._number and self._send(self._number, *_split(self._take_changes())):
                 return
             self._take_changes()  # part of the inventory
-            self._number = 0
             keys = self._inventory()
-            for start in range(0, max(len(keys), 1), KEYS_PER_REPORT):
-                self._send(keys[start : start + KEYS_PER_REPORT], [])
+            for number, start in enumerate(range(0, max(len(keys), 1), KEYS_PER_REPORT)):
+                self._send(number, keys[start : start + KEYS_PER_REPORT], [])
         except TieredKVError as error:
             if self.reachable:
                 log.warning("the coordinator does not answer: %s", error)
             self.reachable = False
-            self._number = 0  # unknown what arrived: the next report is a whole inventory
             self._set_peers(0)
 
-    def _send(self, added: list[BlockKey], removed: list[BlockKey]) -> bool:
+    def _send(self, number: int, added: list[BlockKey], removed: list[BlockKey]) -> bool:
+        self._number = 0  # until it has arrived: after whatever fails the next report is a whole inventory
         info, stats = self._describe()
-        answer = self._link.report(Report(self._node, self._number, added, removed, info, stats))
+        answer = self._link.report(Report(self._node, number, added, removed, info, stats))
         self.reachable = True
-        self._number += 1
+        self._number = number + 1
         self._set_peers(answer.peers)
         return not answer.resync
 

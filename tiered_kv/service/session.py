@@ -18,7 +18,10 @@ class Session(Protocol):
         """
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already."""
+        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already.
+
+        Fewer answers than blocks: there is no room for the others, whose extents are given back.
+        """
 
     def release(self, offsets: list[int]) -> None:
         """Give reserved extents back unused."""

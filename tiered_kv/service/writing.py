@@ -32,8 +32,10 @@ class BlockWriter:
 
     def _check_pairs(self, pairs: LayerPairs, tokens: int) -> None:
         layout = self._layout
-        if len(pairs) != layout.layers or any(len(pair) != 2 for pair in pairs):
-            raise TieredKVError(Kind.LAYOUT, f"kv: a (key, value) pair for each of {layout.layers} layers is needed, got {len(pairs)} entries")
+        if len(pairs) != layout.layers or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
+            raise TieredKVError(
+                Kind.LAYOUT, f"kv: a (key, value) pair for each of {layout.layers} layers is needed, got {len(pairs)} entries"
+            )
         for layer, pair in enumerate(pairs):
             for name, heads in zip(("key", "value"), pair, strict=True):
                 # As one layer's half of (L, 2, H, N, D): the layout says what is wrong with it.
@@ -56,7 +58,7 @@ class BlockWriter:
             self._pack(taken, offsets, kv, start)
             blocks = [(keys[block], keys[block - 1] if block else None, offset) for block, offset in zip(taken, offsets, strict=True)]
             added = session.commit(self._root, nbytes, blocks)
-        return len(taken), sum(added)
+        return len(added), sum(added)
 
     def _pack(self, taken: list[int], offsets: list[int], kv: torch.Tensor | LayerPairs, start: int) -> None:
         t = self._layout.block_tokens

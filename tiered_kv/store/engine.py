@@ -32,17 +32,20 @@ class Index(Protocol):
 class Mover(Protocol):
     """Moves bytes between tiers; knows frames and tiers, decides nothing."""
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether the host tier could hold a block of `nbytes` if it were empty."""
+
     def reserve(self, nbytes: int, count: int) -> list[int]:
         """Offsets of up to `count` host extents for blocks of `nbytes`."""
 
     def free(self, location: Location) -> None:
-        """Give the bytes of one copy back."""
+        """Give the bytes of one copy, or of a reserved host extent, back."""
 
     def to_disk(self, copies: Sequence[ev.Copy]) -> list[Location | None]:
         """Write blocks to disk; None for one that could not be written."""
 
-    def to_host(self, copy: ev.Copy, offset: int) -> Location | None:
-        """Read a block into the reserved extent at `offset`; None if it is gone or damaged, and the extent is given back."""
+    def to_host(self, copy: ev.Copy, location: Location) -> bool:
+        """Read a block into the reserved extent at `location`; False if it is gone or damaged."""
 
     def disk_room(self, copies: Sequence[ev.Copy]) -> tuple[int, list[BlockKey]] | None:
         """The segment that must go before these copies can be written, with its blocks; None if there is room."""
@@ -54,7 +57,9 @@ class Mover(Protocol):
 class Engine:
     """One node's store: machine, index and tiers moved in step. Thread-safe."""
 
-    def __init__(self, machine: StoreMachine, index: Index, mover: Mover, clock: Clock, io_threads: int) -> None:
+    def __init__(
+        self, machine: StoreMachine, index: Index, mover: Mover, clock: Clock, io_threads: int, batch_bytes: int = COPY_BATCH_BYTES
+    ) -> None:
         self.machine = machine
         self.lock = threading.RLock()
         self.freed = threading.Condition(self.lock)
@@ -63,6 +68,7 @@ class Engine:
         self._index = index
         self._mover = mover
         self._clock = clock
+        self._batch_bytes = batch_bytes
         self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
         self._disk_turn = threading.Lock()  # one appender at a time, so that a batch stays together
         self._leaving_bytes = 0
@@ -86,20 +92,23 @@ class Engine:
 
         Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused.
         """
+        if not self._mover.fits(nbytes):
+            return []  # and nobody else has to go for it
         with self.lock:
             offsets = self._mover.reserve(nbytes, count)
             if len(offsets) == count:
                 return offsets
             self.drain_touches()
             deadline_s = self._clock.now_s() + wait_s
-            while True:
+            while not self._closed:
                 missing = (count - len(offsets)) * nbytes
                 self.handle([ev.Needed(Tier.HOST, max(missing - self._leaving_bytes, 0), tail)])
                 offsets += self._mover.reserve(nbytes, count - len(offsets))
                 left_s = deadline_s - self._clock.now_s()
-                if offsets or left_s <= 0 or self._closed or not self._leaving_bytes:
+                if offsets or left_s <= 0 or not self._leaving_bytes:
                     return offsets or self._defragment(nbytes, tail)
                 self.freed.wait(left_s)
+            return offsets
 
     def _defragment(self, nbytes: int, tail: BlockKey | None) -> list[int]:
         """Room was made, but in pieces: give up more blocks until one extent fits, or nothing is left to give."""
@@ -114,7 +123,8 @@ class Engine:
     def drain_touches(self) -> None:
         """Tell the machine which blocks the workers have used since the last time."""
         with self.lock:
-            self.handle([ev.Touched(key) for key, _, _ in self._index.harvest()])
+            if not self._closed:
+                self.handle([ev.Touched(key) for key, _, _ in self._index.harvest()])
 
     def settle(self) -> None:
         """Wait until no copy is under way."""
@@ -142,7 +152,7 @@ class Engine:
 
     def _start(self, copies: list[ev.Copy]) -> None:
         for target, run in ((Tier.DISK, self._demote), (Tier.HOST, self._promote)):
-            for batch in _batches([copy for copy in copies if copy.target is target]):
+            for batch in _batches([copy for copy in copies if copy.target is target], self._batch_bytes):
                 self._batches += 1
                 if target is Tier.DISK:
                     self._leaving_bytes += _size(batch)
@@ -173,7 +183,7 @@ class Engine:
         with self._disk_turn:
             while (full := self._mover.disk_room(batch)) is not None:
                 segment, keys = full
-                self.handle([ev.Lost(key, Tier.DISK) for key in keys])
+                self.handle([ev.Lost(key) for key in keys])
                 self._mover.drop_segment(segment)
             locations = self._mover.to_disk(batch)
             # Within the turn, so that nobody drops a segment whose blocks the machine has not heard of.
@@ -184,27 +194,39 @@ class Engine:
 
     def _promote(self, batch: list[ev.Copy]) -> None:
         for copy in batch:
-            offsets = self.reserve(copy.source.raw_bytes, 1, copy.key, wait_s=0)
-            location = self._mover.to_host(copy, offsets[0]) if offsets else None
-            if location:
-                self.handle([ev.Copied(copy.key, location)])
+            nbytes = copy.source.raw_bytes
+            offsets = self.reserve(nbytes, 1, copy.key, wait_s=0)
+            if offsets:
+                self._promote_to(copy, Location(Tier.HOST, 0, 0, offsets[0], nbytes, nbytes))
             else:
-                lost = [ev.Lost(copy.key, copy.source.tier)] if offsets else []
-                self.handle([ev.CopyFailed(copy.key, copy.target), *lost])
+                self.handle([ev.CopyFailed(copy.key, copy.target)])
+
+    def _promote_to(self, copy: ev.Copy, location: Location) -> None:
+        good = False
+        try:
+            good = self._mover.to_host(copy, location)
+        finally:
+            with self.lock:
+                if good:
+                    self.handle([ev.Copied(copy.key, location)])
+                else:
+                    self._mover.free(location)
+                    self.handle([ev.CopyFailed(copy.key, copy.target), ev.Lost(copy.key, copy.source)])
+                    self.freed.notify_all()
 
 
 def _size(batch: list[ev.Copy]) -> int:
     return sum(copy.source.stored_bytes for copy in batch)
 
 
-def _batches(copies: list[ev.Copy]) -> Iterable[list[ev.Copy]]:
-    """Runs of copies of about COPY_BATCH_BYTES each: enough for one write, small enough to free room early."""
+def _batches(copies: list[ev.Copy], batch_bytes: int) -> Iterable[list[ev.Copy]]:
+    """Runs of copies of about `batch_bytes` each: enough for one write, small enough to free room early."""
     batch: list[ev.Copy] = []
     nbytes = 0
     for copy in copies:
         batch.append(copy)
         nbytes += copy.source.stored_bytes
-        if nbytes >= COPY_BATCH_BYTES:
+        if nbytes >= batch_bytes:
             yield batch
             batch, nbytes = [], 0
     if batch:

@@ -30,9 +30,10 @@ class Needed(NamedTuple):
 
 
 class Crowded(NamedTuple):
-    """The index has no slots left for `count` more blocks."""
+    """The index has no slots left for `count` more blocks of a chain that grows at `tail` (whose ancestors should stay)."""
 
     count: int
+    tail: BlockKey | None = None
 
 
 class Copied(NamedTuple):
@@ -50,14 +51,14 @@ class CopyFailed(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The copy of a block in `tier` is gone or not to be trusted."""
+    """The copy of a block on disk is gone or not to be trusted: the one at `location`, or whichever is there."""
 
     key: BlockKey
-    tier: Tier
+    location: Location | None = None
 
 
 class Pinned(NamedTuple):
-    """Somebody reads the block's copies; they stay until `Unpinned`, which must follow."""
+    """Somebody reads the block's host copy; it stays until `Unpinned`, which must follow. A block may be pinned several times."""
 
     key: BlockKey
 

@@ -22,7 +22,6 @@ class Block:
     copies: dict[Tier, Location] = field(default_factory=dict)
     copying_to: Tier | None = None
     not_to_disk: bool = False
-    pins: int = 0
 
     @property
     def best(self) -> Location:
@@ -41,6 +40,7 @@ class StoreMachine:
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
+        self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
         self._host_policy = host_policy
         self._has_disk = has_disk
         self._handlers = {
@@ -64,10 +64,16 @@ class StoreMachine:
         block = self.blocks.get(key)
         return block is not None and tier in block.copies
 
+    def pinned(self, key: BlockKey) -> bool:
+        """Whether somebody reads the block now."""
+        return key in self._pins
+
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
         block = self.blocks.get(event.key)
         if block is None:
             block = self.blocks[event.key] = Block(event.parent, event.root)
+        elif block.parent is None:  # what a restarted node found on disk has no past
+            block.parent, block.root = event.parent, event.root
         tier = event.location.tier
         if tier in block.copies:  # somebody else was faster; the first copy stays
             self.counts["duplicate"] += 1
@@ -89,11 +95,11 @@ class StoreMachine:
 
     def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
         assert event.tier is Tier.HOST  # the disk tier makes room by whole segments
-        protected = _Protected(self, self._chain_to(event.tail) if not self._has_disk else frozenset())
+        stays = frozenset(key for key in self._chain_to(event.tail) if self._would_drop(self.blocks[key]))
         instructions: list[ev.Instruction] = []
-        for key in self._host_policy.victims(event.nbytes, protected):
+        for key in self._host_policy.victims(event.nbytes, _Protected(self, stays)):
             block = self.blocks[key]
-            if Tier.DISK in block.copies or not self._has_disk or block.not_to_disk:
+            if Tier.DISK in block.copies or self._would_drop(block):
                 self.counts["host_freed" if Tier.DISK in block.copies else "dropped"] += 1
                 instructions += self._drop_copy(key, block, Tier.HOST)
             else:
@@ -103,8 +109,9 @@ class StoreMachine:
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
         instructions: list[ev.Instruction] = []
+        protected = _Protected(self, self._chain_to(event.tail))
         for _ in range(event.count):
-            for key in self._host_policy.victims(1, _Protected(self, frozenset())):
+            for key in self._host_policy.victims(1, protected):
                 self.counts["dropped"] += 1
                 for tier in sorted(self.blocks[key].copies):
                     instructions += self._drop_copy(key, self.blocks[key], tier)
@@ -120,7 +127,7 @@ class StoreMachine:
             return [ev.Free(event.key, event.location)]
         self.counts["promoted" if tier is Tier.HOST else "demoted"] += 1
         instructions = self._add_copy(event.key, block, event.location)
-        if tier is Tier.DISK and Tier.HOST in block.copies and not block.pins:
+        if tier is Tier.DISK and Tier.HOST in block.copies and not self.pinned(event.key):
             instructions += self._drop_copy(event.key, block, Tier.HOST)
         return instructions
 
@@ -135,17 +142,20 @@ class StoreMachine:
 
     def _lost(self, event: ev.Lost) -> list[ev.Instruction]:
         block = self.blocks.get(event.key)
-        if block is None or event.tier not in block.copies:
+        there = block.copies.get(Tier.DISK) if block else None
+        if there is None or event.location not in (None, there):
             return []
         self.counts["lost"] += 1
-        return self._drop_copy(event.key, block, event.tier)
+        return self._drop_copy(event.key, block, Tier.DISK)
 
     def _pinned(self, event: ev.Pinned) -> list[ev.Instruction]:
-        self.blocks[event.key].pins += 1
+        self._pins[event.key] += 1
         return []
 
     def _unpinned(self, event: ev.Unpinned) -> list[ev.Instruction]:
-        self.blocks[event.key].pins -= 1
+        self._pins[event.key] -= 1
+        if not self._pins[event.key]:
+            del self._pins[event.key]
         return []
 
     def _add_copy(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
@@ -171,6 +181,10 @@ class StoreMachine:
             instructions.append(ev.Show(key, block.best))
         return [*instructions, ev.Free(key, location)]
 
+    def _would_drop(self, block: Block) -> bool:
+        """Whether giving up the block's only copy, in the host tier, would be the end of it."""
+        return Tier.DISK not in block.copies and (not self._has_disk or block.not_to_disk)
+
     def _chain_to(self, tail: BlockKey | None) -> frozenset[BlockKey]:
         chain = set()
         while tail is not None and tail in self.blocks and tail not in chain:
@@ -186,8 +200,10 @@ class StoreMachine:
             assert self.blocks_by_tier[tier] == len(copies)
             assert all(location.tier is tier for location in copies)
         in_host = {key for key, block in self.blocks.items() if Tier.HOST in block.copies}
-        assert len(self._host_policy) == len(in_host) and all(key in self._host_policy for key in in_host)
-        assert all(block.copies and block.pins >= 0 for block in self.blocks.values())
+        assert len(self._host_policy) == len(in_host)
+        assert all(key in self._host_policy for key in in_host)
+        assert all(block.copies for block in self.blocks.values())
+        assert all(count > 0 for count in self._pins.values())
         self._host_policy.check()
 
 
@@ -200,4 +216,4 @@ class _Protected:
 
     def __contains__(self, key: object) -> bool:
         block = self._machine.blocks[key]  # type: ignore[index]
-        return key in self._chain or block.copying_to is not None or block.pins > 0
+        return key in self._chain or block.copying_to is not None or self._machine.pinned(key)  # type: ignore[arg-type]

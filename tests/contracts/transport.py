@@ -1,0 +1,147 @@
+"""What every way to a node must do for a worker. Subclass in a test module and say how a session is opened."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from hashlib import blake2b
+
+import pytest
+
+from tiered_kv.blocks import Tier
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.node import Node
+from tiered_kv.service.session import Session
+
+NBYTES = 64 << 10
+PATIENCE_S = 30.0
+
+
+def key_of(number: int) -> bytes:
+    return blake2b(str(number).encode(), digest_size=32).digest()
+
+
+ROOT = key_of(-1)
+
+
+def wait_until(node: Node, condition: Callable[[], bool]) -> None:
+    """Wait until the engine's state is as it should be; whatever changes it wakes the waiting."""
+    with node.engine.lock:
+        assert node.engine.freed.wait_for(condition, PATIENCE_S)
+
+
+class TransportContract:
+    """A suite; the node has a host tier of 1 MiB and no disk."""
+
+    @abstractmethod
+    def open(self, node: Node) -> Session:
+        """A session of its own for one worker."""
+
+    @pytest.fixture
+    def node(self, node_factory) -> Node:
+        return node_factory(host="1MiB", store_wait_ms=0)
+
+    @pytest.fixture
+    def session(self, node: Node, checked) -> Session:
+        return checked(self.open(node))
+
+    def chain(self, offsets: list[int], first: int = 0) -> list[tuple[bytes, bytes | None, int]]:
+        return [(key_of(first + at), key_of(first + at - 1) if first + at else None, offset) for at, offset in enumerate(offsets)]
+
+    def store(self, session: Session, count: int, first: int = 0) -> list[bool]:
+        return session.commit(ROOT, NBYTES, self.chain(session.reserve(NBYTES, count, None), first))
+
+    def test_reserved_extents_do_not_overlap(self, node, session) -> None:
+        offsets = session.reserve(NBYTES, 8, None)
+        assert len(offsets) == 8
+        assert all(after - before >= NBYTES for before, after in zip(sorted(offsets), sorted(offsets)[1:], strict=False))
+        assert node.stats()["reserved_bytes"] == 8 * NBYTES
+
+    def test_nothing_is_visible_before_its_commit(self, node, session) -> None:
+        offsets = session.reserve(NBYTES, 2, None)
+        assert not dict(node.place.index.items())
+        assert session.commit(ROOT, NBYTES, self.chain(offsets)) == [True, True]
+        shown = dict(node.place.index.items())
+        assert {key: location.offset for key, location in shown.items()} == {key_of(0): offsets[0], key_of(1): offsets[1]}
+        assert all(location.tier is Tier.HOST for location in shown.values())
+
+    def test_a_block_that_was_there_is_not_new_and_its_extent_is_free_again(self, node, session) -> None:
+        assert self.store(session, 2) == [True, True]
+        used = node.stats()["tiers"]["host"]["used_bytes"]
+        assert self.store(session, 3) == [False, False, True]
+        assert node.stats()["tiers"]["host"]["used_bytes"] == used * 3 // 2
+        assert node.stats()["reserved_bytes"] == 0
+
+    def test_released_extents_are_free(self, node, session) -> None:
+        session.release(session.reserve(NBYTES, 4, None))
+        assert node.stats()["tiers"]["host"]["used_bytes"] == node.stats()["reserved_bytes"] == 0
+
+    def test_fewer_extents_than_asked_is_back_pressure_and_none_a_refusal(self, session) -> None:
+        first = session.reserve(NBYTES, 100, None)
+        assert 8 < len(first) < 16
+        assert session.reserve(NBYTES, 1, None) == []
+
+    def test_a_block_larger_than_the_tier_is_refused_and_drives_nobody_out(self, node, session) -> None:
+        self.store(session, 4)
+        assert session.reserve(1 << 20, 1, None) == []
+        assert node.stats()["blocks"] == 4
+
+    def test_old_blocks_make_room_for_new_ones(self, node, session) -> None:
+        for first in range(0, 60, 4):
+            assert self.store(session, 4, first) == [True] * 4
+        assert 8 < node.stats()["blocks"] < 16
+
+    @pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (-1, 1), (NBYTES, -1), ("many", 1), (NBYTES, 1.5)])
+    def test_sizes_that_are_none_are_refused(self, session, nbytes, count) -> None:
+        with pytest.raises(TieredKVError) as refusal:
+            session.reserve(nbytes, count, None)
+        assert refusal.value.kind is Kind.LAYOUT
+
+    def test_only_what_a_session_has_reserved_can_it_commit_or_release(self, node, session, checked) -> None:
+        other = checked(self.open(node))
+        (theirs,), (ours,) = other.reserve(NBYTES, 1, None), session.reserve(NBYTES, 1, None)
+        for wrong in ([theirs], [ours, ours], [ours + 512], [-1]):
+            with pytest.raises(TieredKVError):
+                session.commit(ROOT, NBYTES, self.chain(wrong))
+            with pytest.raises(TieredKVError):
+                session.release(wrong)
+        with pytest.raises(TieredKVError):
+            session.commit(ROOT, 2 * NBYTES, self.chain([ours]))  # its neighbour's bytes as well
+        assert session.commit(ROOT, NBYTES, self.chain([ours])) == [True]
+        assert node.stats()["blocks"] == 1
+
+    @pytest.mark.parametrize("bad", [b"short", b"x" * 33, "text", 7, None])
+    def test_what_is_no_key_is_refused_and_the_extent_stays_reserved(self, node, session, bad) -> None:
+        (offset,) = session.reserve(NBYTES, 1, None)
+        for root, key, parent in [(ROOT, bad, None), (bad, key_of(1), None), (ROOT, key_of(1), bad or b"")]:
+            with pytest.raises(TieredKVError):
+                session.commit(root, NBYTES, [(key, parent, offset)])
+        with pytest.raises(TieredKVError):
+            session.commit(ROOT, NBYTES, [(key_of(1), key_of(1), offset)])
+        assert node.stats()["reserved_bytes"] == NBYTES
+        session.release([offset])
+
+    def test_a_block_twice_in_one_commit_is_one_block(self, node, session) -> None:
+        a, b = session.reserve(NBYTES, 2, None)
+        session.commit(ROOT, NBYTES, [(key_of(1), None, a), (key_of(1), None, b)])
+        assert node.stats()["blocks"] == 1
+
+    def test_alone_a_node_can_locate_and_pull_nothing(self, session) -> None:
+        assert session.locate([key_of(1)]) == []
+        assert session.pull(ROOT, NBYTES, None, [key_of(1)], 1.0) == 0
+        assert session.pull(ROOT, NBYTES, None, [], 1.0) == 0
+
+    def test_closing_gives_back_what_was_reserved_and_keeps_what_was_committed(self, node) -> None:
+        session = self.open(node)
+        self.store(session, 2)
+        session.reserve(NBYTES, 4, None)
+        session.close()
+        session.close()
+        wait_until(node, lambda: node.stats()["sessions"] == 0)
+        assert node.stats()["blocks"] == 2
+        assert node.stats()["tiers"]["host"]["used_bytes"] < 3 * NBYTES
+
+    def test_sessions_are_counted(self, node, session, checked) -> None:
+        checked(self.open(node)).reserve(NBYTES, 1, None)
+        assert session.stats()["sessions"] == 2
+
+    def test_many_keys_in_one_message(self, session) -> None:
+        assert session.locate([key_of(number) for number in range(20_000)]) == []
