@@ -50,16 +50,27 @@ class RayLink:
 
 
 class RayTransfer:
-    """Frames on their way through Ray's object store."""
+    """Frames on their way through Ray's object store: first the peer's answer, which names an object, then the object."""
 
     def __init__(self, served: ray.ObjectRef, on_failure: Callable[[], object]) -> None:
         self._served = served
         self._on_failure = on_failure
+        self._objects: list[ray.ObjectRef] | None = None
+
+    def prefetch(self) -> None:
+        if self._objects is None and ray.wait([self._served], timeout=0)[0]:
+            self._objects = self._get(self._served, 1.0)
+            if self._objects:
+                ray.wait(self._objects, timeout=0, fetch_local=True)
 
     def frames(self, wait_s: float) -> list[FramePieces]:
+        if self._objects is None:
+            self._objects = self._get(self._served, wait_s)
+        return self._get(self._objects[0], wait_s) if self._objects else []
+
+    def _get(self, reference: ray.ObjectRef, wait_s: float) -> Any:
         try:
-            objects = ray.get(self._served, timeout=wait_s)
-            return ray.get(objects[0], timeout=wait_s) if objects else []
+            return ray.get(reference, timeout=wait_s)
         except GetTimeoutError as error:
             raise TieredKVError(Kind.TRANSPORT, f"a peer's blocks did not come within {wait_s:.2f} s") from error
         except RayError as error:

@@ -140,7 +140,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--replicas", type=int, default=2, help="model replicas, each a process (default: 2)")
     command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on a Ray node of its own (default: 2)")
     command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
-    command.add_argument("--questions", type=int, default=3, help="questions for each document of ours (default: 3, at most 5)")
+    command.add_argument("--questions", type=int, default=4, help="questions for each document of ours (default: 4, at most 5)")
     _add_sizes(command)
     command.add_argument("--json", metavar="FILE", help="write every request's figures to FILE, - for standard output")
 

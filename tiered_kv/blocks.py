@@ -19,6 +19,8 @@ class Tier(IntEnum):
     DISK = 3
     OBJECTS = 4
 
+    __hash__ = int.__hash__  # an Enum's own hash is Python code, and a tier is a key many times a block
+
     @property
     def label(self) -> str:
         """The name that people and settings use."""

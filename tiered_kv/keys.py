@@ -36,7 +36,7 @@ def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.n
     Raises `TieredKVError` (kind `tokens`) for anything that is not a list of whole numbers from 0 to 2**32 - 1.
     """
     try:
-        ids = np.asarray(token_ids.detach().cpu().numpy() if hasattr(token_ids, "detach") else token_ids)
+        ids = np.asarray(token_ids.numpy(force=True) if hasattr(token_ids, "detach") else token_ids)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: a torch tensor without content
         raise TieredKVError(Kind.TOKENS, f"token_ids: not a list of numbers ({error})") from error
     if ids.ndim == 2 and ids.shape[0] == 1:
@@ -47,10 +47,13 @@ def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.n
         return np.empty(0, "<u4")
     if ids.dtype.kind not in "iu":
         raise TieredKVError(Kind.TOKENS, f"token_ids: whole numbers are needed, got {ids.dtype}")
-    if int(ids.min()) < 0 or int(ids.max()) > MAX_TOKEN_ID:
+    if ids.dtype != np.int64:
+        ids = np.minimum(ids, 1 << 62).astype(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
+    halves = np.ascontiguousarray(ids, dtype="<i8").view("<u4")
+    if halves[1::2].any():  # of a number from 0 to 2**32 - 1 the upper half is zero
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise TieredKVError(Kind.TOKENS, f"token_ids: {bad} is out of range; ids are 0 to {MAX_TOKEN_ID}", token=bad)
-    return np.ascontiguousarray(ids, dtype="<u4")
+    return halves[::2].copy()
 
 
 def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: int = 0) -> list[BlockKey]:
@@ -62,9 +65,7 @@ def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: 
     data = memoryview(token_ids).cast("B")
     step = 4 * block_tokens
     for start in range(first * step, len(data) - step + 1, step):
-        hasher = blake2b(parent, digest_size=KEY_BYTES)
-        hasher.update(data[start : start + step])
-        parent = hasher.digest()
+        parent = blake2b(parent + data[start : start + step], digest_size=KEY_BYTES).digest()
         keys.append(parent)
     return keys
 

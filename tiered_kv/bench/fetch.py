@@ -1,6 +1,6 @@
 """`tiered-kv bench fetch`: look-up, fetch and store from a second process and from another node, beside torch's memcpy.
 
-Each repetition times a memcpy of the same bytes and then the operation, on memory that neither has touched for a
+A few memcpys of the same bytes and a few of the operation take turns, on memory that neither has touched for a
 working set several times the last-level cache. `vs_memcpy` is the median memcpy over the median of the operation;
 other load on the machine moves both, more the smaller of the two. Every fetched byte is compared with what was stored.
 """
@@ -43,7 +43,8 @@ LAYOUTS = {
 CHAINS = (1, 8, 32)
 WORKING_SET_BYTES = 512 << 20
 KEPT_BYTES = 600 << 20
-REPETITIONS_MIN = 9
+REPETITIONS_MIN = 12
+TURN = 4
 SETTLE_S = 10.0
 NAMESPACE = Namespace(weights="tiered-kv bench")
 
@@ -153,20 +154,23 @@ def same_node(client: Client, case: Case, plan: Plan, buffers: Buffers) -> list[
     repetitions = case.repetitions(plan)
     kept = min(repetitions, max(1, KEPT_BYTES // case.nbytes))  # so many chains stay in the arena
     stores = Samples(case)
-    for number in range(repetitions):
-        ids, kv = token_ids(case, number), buffers.source(case, number)
-        stores.memcpys.append(buffers.memcpy_s(case, number))
-        stored = stores.time(lambda ids=ids, kv=kv: client.store(ids, kv))
-        _check(stored.new == case.chain, case)
+    for numbers in _turns(repetitions):
+        prompts = [token_ids(case, number) for number in numbers]
+        stores.memcpys += [buffers.memcpy_s(case, number) for number in numbers]
+        for number, ids in zip(numbers, prompts, strict=True):
+            kv = buffers.source(case, number)
+            stored = stores.time(lambda ids=ids, kv=kv: client.store(ids, kv))
+            _check(stored.new == case.chain, case)
     fetches = Samples(case)
     calls = client.node_calls
-    for number in range(repetitions):
-        chain = repetitions - kept + number % kept
-        ids, target = token_ids(case, chain), buffers.target(case)
-        fetches.look_up(client, ids)
-        fetches.memcpys.append(buffers.memcpy_s(case, number))
-        fetched = fetches.time(lambda ids=ids, out=target: client.fetch(ids, out))
-        _check(fetched.tokens == case.tokens and _same(target, buffers.source(case, chain)), case)
+    for numbers in _turns(repetitions):
+        chains = [repetitions - kept + number % kept for number in numbers]
+        prompts, targets = [token_ids(case, chain) for chain in chains], [buffers.target(case) for _ in numbers]
+        fetches.look_up(client, prompts)
+        fetches.memcpys += [buffers.memcpy_s(case, number) for number in numbers]
+        fetched = [fetches.time(lambda ids=ids, out=out: client.fetch(ids, out)) for ids, out in zip(prompts, targets, strict=True)]
+        for chain, target, had in zip(chains, targets, fetched, strict=True):
+            _check(had.tokens == case.tokens and _same(target, buffers.source(case, chain)), case)
     asked = client.node_calls - calls
     if asked:
         raise TieredKVError(Kind.TRANSPORT, f"look-ups and fetches on the same node asked the node {asked} times")
@@ -182,7 +186,7 @@ def other_node(owner: Client, client: Client, case: Case, buffers: Buffers) -> l
         owner.store(ids, buffers.source(case, number))
         _wait_for(lambda ids=ids: client.match(ids).tokens == case.tokens)
         calls = client.node_calls
-        fetches.look_up(client, ids)
+        fetches.look_up(client, [ids])
         fetches.memcpys.append(buffers.memcpy_s(case, number))
         fetched = fetches.time(lambda ids=ids, out=target: client.fetch(ids, out, deadline_ms=60_000))
         _check(fetched.tokens == fetched.tokens_by_tier.get(PEER) == case.tokens and _same(target, buffers.source(case, number)), case)
@@ -197,18 +201,20 @@ class Samples:
         self.memcpys: list[float] = []
         self._operations: list[float] = []
         self._lookups: list[float] = []
-        self._hashings: list[float] = []
+        self._matches: list[float] = []
 
     def time(self, operation: Callable[[], Any]) -> Any:
         """What the operation returns; its time is kept."""
         return _timed(operation, self._operations)
 
-    def look_up(self, client: Client, ids: torch.Tensor) -> None:
-        """Time `match`, and the part of it that makes keys of the tokens."""
-        matched = _timed(lambda: client.match(ids), self._lookups)
-        _check(matched.tokens == self._case.tokens, self._case)
-        root = NAMESPACE.root(self._case.layout)
-        _timed(lambda: chain_keys(root, as_token_ids(ids), self._case.layout.block_tokens), self._hashings)
+    def look_up(self, client: Client, prompts: list[torch.Tensor]) -> None:
+        """Time the look-up of chains in the shared index, and `match`, which makes the keys of the tokens first."""
+        root, index = NAMESPACE.root(self._case.layout), client._source
+        for ids in prompts:
+            keys = chain_keys(root, as_token_ids(ids), self._case.layout.block_tokens)
+            _timed(lambda keys=keys: index.find(keys), self._lookups)
+            matched = _timed(lambda ids=ids: client.match(ids), self._matches)
+            _check(matched.tokens == self._case.tokens, self._case)
 
     def record(self, path: str, op: str) -> dict:
         """One entry of the report's results; microseconds."""
@@ -222,13 +228,19 @@ class Samples:
             "vs_memcpy": round(memcpy_s / op_s, 3),
             "us_per_block": round(op_s * 1e6 / case.chain, 1),
             "lookup_us_per_block": round(median(self._lookups) * 1e6 / case.chain, 2) if self._lookups else None,
-            "hash_us_per_block": round(median(self._hashings) * 1e6 / case.chain, 2) if self._hashings else None,
+            "match_us_per_block": round(median(self._matches) * 1e6 / case.chain, 2) if self._matches else None,
             "memcpy_us": round(memcpy_s * 1e6, 1),
             "us": round(op_s * 1e6, 1),
             "us_p10": round(sorted(self._operations)[len(self._operations) // 10] * 1e6, 1),
             "memcpy_us_p10": round(sorted(self.memcpys)[len(self.memcpys) // 10] * 1e6, 1),
             "repetitions": len(self._operations),
         }
+
+
+def _turns(repetitions: int) -> Iterator[range]:
+    """The numbers of all repetitions, a few at a time."""
+    for start in range(0, repetitions, TURN):
+        yield range(start, min(start + TURN, repetitions))
 
 
 def _timed(operation: Callable[[], Any], seconds: list[float]) -> Any:

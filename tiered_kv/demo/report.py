@@ -35,6 +35,7 @@ def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster
         "warm_ttft_s": _median([request["ttft_s"] for request in warm]),
         "warm_in_process_ttft_s": _median([request["in_process_ttft_s"] for request in warm]),
         "warm_vs_in_process": _median([request["ttft_s"] / request["in_process_ttft_s"] for request in warm]),
+        "warm_vs_in_process_by_tier": _by_tier(warm),
         "prompt_tokens": prompt_tokens,
         "reused_tokens": reused_tokens,
         "token_hit_ratio": reused_tokens / prompt_tokens,
@@ -59,6 +60,15 @@ def _of_replica(name: str, requests: list[dict], about: dict) -> dict:
     }
 
 
+def _by_tier(warm: list[dict]) -> dict[str, float]:
+    """The median ratio to reuse within one process, by the tier that most of a request's tokens came from."""
+    ratios: dict[str, list[float]] = {}
+    for request in warm:
+        tier = max(request["reused_tokens_by_tier"], key=request["reused_tokens_by_tier"].get)
+        ratios.setdefault(tier, []).append(request["ttft_s"] / request["in_process_ttft_s"])
+    return {tier: statistics.median(values) for tier, values in ratios.items()}
+
+
 def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
@@ -71,7 +81,9 @@ def show(result: dict, console: Console) -> None:
         console.print(
             f"time to first token: {result['cold_ttft_s']:.2f} s cold, {result['warm_ttft_s']:.2f} s warm "
             f"({result['cold_ttft_s'] / result['warm_ttft_s']:.1f} × faster); reusing the same KV within one process takes "
-            f"{result['warm_in_process_ttft_s']:.2f} s (the cache: {result['warm_vs_in_process']:.2f} × of it)",
+            f"{result['warm_in_process_ttft_s']:.2f} s (the cache: {result['warm_vs_in_process']:.2f} × of it"
+            + "".join(f"; from {tier} {ratio:.2f} ×" for tier, ratio in result["warm_vs_in_process_by_tier"].items())
+            + ")",
             highlight=False,
         )
     console.print(

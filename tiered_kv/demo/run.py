@@ -30,7 +30,7 @@ class DemoOptions:
     replicas: int = 2
     nodes: int = 2
     new_tokens: int = 16
-    questions: int = 3
+    questions: int = 4
 
     def __post_init__(self) -> None:
         for setting in ("replicas", "nodes", "new_tokens"):

@@ -24,13 +24,15 @@ __all__ = ["CacheShape", "CachedModel", "GenerateReport", "cache_from_kv", "chec
 
 log = logging.getLogger(__name__)
 KVPair = tuple[torch.Tensor, torch.Tensor]
+SCRATCH_TOKENS = 256
+SCRATCH_BYTES_MAX = 256 << 20
 
 
 class Client(Protocol):
     """What is needed of a tiered_kv client."""
 
-    def fetch(self, token_ids: np.ndarray) -> Fetched:
-        """The longest cached prefix, in whole blocks."""
+    def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
+        """The longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0) -> Stored:
         """Keep the whole blocks of token_ids[start:], given as one (k, v) of (H, n, D) a layer."""
@@ -110,6 +112,7 @@ class CachedModel:
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()
+        self._scratch: list[torch.Tensor] = []  # KV buffers of requests that are over, to be fetched into again
 
     def generate(self, input_ids: Any, **arguments: Any) -> Any:
         """As `model.generate` for one prompt, (1, n) or (n,); `last_report` then tells what was reused.
@@ -123,8 +126,34 @@ class CachedModel:
         """As `generate`, and returns the report with the output; for use by several threads."""
         begun_s = self._clock.now_s()
         prompt = check_request(self.model, input_ids, arguments)
+        scratch = self._take_scratch(prompt.shape[-1])
+        try:
+            return self._run(prompt, arguments, scratch, begun_s)
+        finally:
+            if scratch is not None:
+                self._scratch.append(scratch)  # the model has appended, which is to copy: nobody looks into it any more
+
+    def _take_scratch(self, tokens: int) -> torch.Tensor | None:
+        """A buffer for the KV of `tokens` tokens, where possible an earlier request's: new memory costs more than the copy into it.
+
+        None for a prompt so long that its buffer would not be worth keeping.
+        """
+        rounded = -(-tokens // SCRATCH_TOKENS) * SCRATCH_TOKENS
+        if rounded * self._layout.token_bytes > SCRATCH_BYTES_MAX:
+            return None
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = None
+        if scratch is None or scratch.shape[-2] < tokens:
+            scratch = torch.empty(self._layout.kv_shape(rounded), dtype=self._shape.dtype)
+        return scratch
+
+    def _run(
+        self, prompt: torch.Tensor, arguments: dict[str, Any], scratch: torch.Tensor | None, begun_s: float
+    ) -> tuple[Any, GenerateReport]:
         ids = as_token_ids(prompt)
-        fetched = self._fetch(ids)
+        fetched = self._fetch(ids, scratch)
         reused = min(fetched.tokens, len(ids) - 1)  # the last token has to run: its logits choose the first new one
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
@@ -146,9 +175,9 @@ class CachedModel:
         )
         return output, report
 
-    def _fetch(self, ids: np.ndarray) -> Fetched:
+    def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None) -> Fetched:
         try:
-            fetched = self.client.fetch(ids)
+            fetched = self.client.fetch(ids, scratch)
             self._layout.check_kv(fetched.kv, fetched.tokens, "fetched kv")
             if fetched.tokens > len(ids):
                 raise TieredKVError(Kind.LAYOUT, f"fetched {fetched.tokens} tokens for a prompt of {len(ids)}")

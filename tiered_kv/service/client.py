@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LABELS = {tier.value: tier.label for tier in Tier}
+
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
 
@@ -111,9 +113,11 @@ class Client:
         local = len(found)
         if local < len(keys) and self._source.peers:
             found += self._pull(keys, local, deadline_s)
-        kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype) if out is None else out
-        with torch.no_grad():  # `out` may be a parameter
-            read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        if out is None:
+            kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
+        else:
+            kv = out.detach() if out.requires_grad else out
+        read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
         self._source.touch(found[: len(read) + 1])  # also the one that could not be read: its node will find out why
         by_tier = self._tokens_by_tier(read[:local])
         if len(read) > local:
@@ -121,7 +125,7 @@ class Client:
         tokens = len(read) * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
         self._source.tally(len(keys), len(read))
-        return Fetched(tokens, kv[..., :tokens, :], by_tier)
+        return Fetched(tokens, (kv if out is None else out)[..., :tokens, :], by_tier)
 
     @_while_open
     def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0) -> Stored:
@@ -231,12 +235,16 @@ class Client:
         log.warning("a %s went without the node: %s", what, error)
 
     def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
-        blocks = Counter([each.slot.tier for each in found])
-        return {Tier(tier).label: count * self.layout.block_tokens for tier, count in blocks.items()}
+        blocks: dict[int, int] = {}
+        for each in found:
+            tier = each.slot.tier
+            blocks[tier] = blocks.get(tier, 0) + 1
+        return {LABELS[tier]: count * self.layout.block_tokens for tier, count in blocks.items()}
 
     def _count(self, **counts: int) -> None:
         with self._lock:
-            self._counts.update(counts)
+            for name, count in counts.items():
+                self._counts[name] += count
 
     def _check_open(self) -> None:
         if self._closed:

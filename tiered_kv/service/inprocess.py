@@ -89,6 +89,9 @@ class InProcessTransfer:
     def __init__(self, frames: list[FramePieces]) -> None:
         self._frames = frames
 
+    def prefetch(self) -> None:
+        pass
+
     def frames(self, wait_s: float) -> list[FramePieces]:
         return self._frames
 

@@ -19,6 +19,9 @@ FramePieces = Sequence[Buffer]
 class Transfer(Protocol):
     """Blocks under way from a peer."""
 
+    def prefetch(self) -> None:
+        """Have what is ready at the peer come here meanwhile; returns at once."""
+
     def frames(self, wait_s: float) -> list[FramePieces]:
         """The frames of the leading keys that were asked for; fewer where the peer had fewer. Waits at most `wait_s`."""
 

@@ -126,6 +126,8 @@ class Node:
 
     def _index_room_for(self, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> int:
         """How many of the blocks, from the first on, the index can show, after room was made for them."""
+        if len(blocks) <= self.place.index_room:
+            return len(blocks)
         known = self.engine.machine.blocks
         missing = sum(key not in known for key, _, _ in blocks) - self.place.index_room
         if missing <= 0:
@@ -287,7 +289,7 @@ class NodeSession:
         _check_chain(root, blocks)
         with self._node.running():
             self._take([offset for _, _, offset in blocks], nbytes)
-            return self._node.commit(root, nbytes, [(key, parent, offset) for key, parent, offset in blocks])
+            return self._node.commit(root, nbytes, blocks)
 
     def release(self, offsets: list[int]) -> None:
         with self._node.running():
@@ -319,12 +321,10 @@ class NodeSession:
 def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> None:
     """Raise (kind `transport`) for what cannot be keys: a worker of another version, or out of its mind."""
     for key, parent, _ in [(root, None, 0), *blocks]:
-        if not _is_key(key) or not (parent is None or _is_key(parent)) or key == parent:
+        is_block = type(key) is bytes and len(key) == KEY_BYTES
+        is_behind = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
+        if not is_block or not is_behind or key == parent:
             raise TieredKVError(Kind.TRANSPORT, f"{key!r} behind {parent!r} is no block of a chain")
-
-
-def _is_key(key: object) -> bool:
-    return isinstance(key, bytes) and len(key) == KEY_BYTES
 
 
 class _Admission:

@@ -105,7 +105,11 @@ class Puller:
                 return
             chunk, transfer = under_way.popleft()
             with _blaming(chunk.node):
+                for _, later in under_way:
+                    later.prefetch()
                 frames = transfer.frames(left_s)
+                for _, later in under_way:
+                    later.prefetch()
             if admit(chunk.keys[: len(frames)], frames) < len(chunk.keys):
                 return
 

@@ -123,8 +123,8 @@ class Engine:
     def drain_touches(self) -> None:
         """Tell the machine which blocks the workers have used since the last time."""
         with self.lock:
-            if not self._closed:
-                self.handle([ev.Touched(key) for key, _, _ in self._index.harvest()])
+            if not self._closed and (touched := self._index.harvest()):
+                self.handle([ev.Touched(key) for key, _, _ in touched])
 
     def settle(self) -> None:
         """Wait until no copy is under way."""
@@ -139,16 +139,16 @@ class Engine:
         self._pool.shutdown(wait=True)
 
     def _apply(self, instruction: ev.Instruction) -> None:
-        match instruction:
-            case ev.Show(key, location):
-                self._index.put(key, location)
-                self.journal[key] = True
-            case ev.Hide(key):
-                self._index.remove(key)
-                self.journal[key] = False
-            case ev.Free(_, location):
-                self._mover.free(location)
-                self.freed.notify_all()
+        key = instruction.key
+        if isinstance(instruction, ev.Show):
+            self._index.put(key, instruction.location)
+            self.journal[key] = True
+        elif isinstance(instruction, ev.Hide):
+            self._index.remove(key)
+            self.journal[key] = False
+        else:
+            self._mover.free(instruction.location)
+            self.freed.notify_all()
 
     def _start(self, copies: list[ev.Copy]) -> None:
         for target, run in ((Tier.DISK, self._demote), (Tier.HOST, self._promote)):

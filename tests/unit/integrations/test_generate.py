@@ -117,7 +117,7 @@ def test_what_a_fetch_gave_is_never_written():
     prompt = prompt_of(3 * BLOCK + 2)
     cached.generate(prompt, **GREEDY)
     kept = client.fetch(prompt)
-    client.fetch = lambda ids: kept
+    client.fetch = lambda ids, out=None: kept
     before = kept.kv.clone()
     cached.generate(prompt, max_new_tokens=20, do_sample=False)
     assert cached.last_report.reused_tokens == 3 * BLOCK
@@ -190,7 +190,7 @@ def test_the_report_measures_the_first_token_and_the_fetch():
     clock = ManualClock()
     cached, client = served(model, clock=clock)
     fetch, store = client.fetch, client.store
-    client.fetch = lambda ids: clock.advance(0.5) or fetch(ids)
+    client.fetch = lambda ids, out=None: clock.advance(0.5) or fetch(ids)
     client.store = lambda *given, **named: clock.advance(4.0) or store(*given, **named)
     model.register_forward_pre_hook(lambda module, args: clock.advance(1.0))
     _, report = cached.run(prompt_of(BLOCK), **GREEDY)
@@ -257,7 +257,7 @@ def test_an_answer_that_does_not_fit_is_a_miss(case):
     prompt = prompt_of(BLOCK + 1)
     plain = cached.generate(prompt, **GREEDY)
     answer = LAYOUT_ERRORS[case](client.fetch(prompt).kv)
-    client.fetch = lambda ids: answer
+    client.fetch = lambda ids, out=None: answer
     assert torch.equal(cached.generate(prompt, **GREEDY), plain)
     assert cached.last_report.reused_tokens == 0
 
@@ -275,7 +275,7 @@ def test_a_tokens_tier_loses_what_had_to_run_again():
     prompt = prompt_of(2 * BLOCK)
     cached.generate(prompt, **GREEDY)
     found = client.fetch(prompt)
-    client.fetch = lambda ids: Fetched(found.tokens, found.kv, {"host": 2 * BLOCK - 1, "disk": 1})
+    client.fetch = lambda ids, out=None: Fetched(found.tokens, found.kv, {"host": 2 * BLOCK - 1, "disk": 1})
     cached.generate(prompt, **GREEDY)
     assert cached.last_report.reused_tokens_by_tier == {"host": 2 * BLOCK - 1}
 
@@ -357,3 +357,30 @@ def test_training_and_autocast_are_refused_at_every_request():
 def test_a_model_that_cannot_be_served_is_refused_at_once():
     with pytest.raises(TieredKVError, match="sliding window"):
         CachedModel(tiny("mistral", sliding_window=4), client=None)
+
+
+def test_a_request_fetches_into_the_memory_of_the_one_before_and_changes_nothing_of_its_output(monkeypatch):
+    """With a client that really writes into `out`: an earlier request's cache must not be seen to change."""
+    model = tiny("llama")
+    cached, client = served(model)
+    inner, given = client.fetch, []
+
+    def fetch(ids, out=None):
+        found = inner(ids)
+        given.append(out)
+        out[..., : found.tokens, :].copy_(found.kv)
+        out[..., found.tokens :, :].fill_(float("nan"))
+        return Fetched(found.tokens, out[..., : found.tokens, :], found.tokens_by_tier)
+
+    client.fetch = fetch
+    prompts = [prompt_of(3 * BLOCK + 2, seed) for seed in (1, 2)]
+    for prompt in prompts:
+        cached.generate(prompt, max_new_tokens=3, do_sample=False)
+    first = cached.generate(prompts[0], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    kept = kv_from_cache(first.past_key_values, 0, 3 * BLOCK)
+    second = cached.generate(prompts[1], max_new_tokens=3, do_sample=False)
+    assert len({out.data_ptr() for out in given}) == 1
+    assert torch.equal(kept, kv_from_cache(first.past_key_values, 0, 3 * BLOCK))
+    assert torch.equal(second, model.generate(prompts[1], max_new_tokens=3, do_sample=False))
+    monkeypatch.setattr("tiered_kv.integrations.transformers.SCRATCH_BYTES_MAX", 1)
+    assert cached._take_scratch(10) is None

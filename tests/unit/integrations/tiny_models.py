@@ -53,7 +53,7 @@ class DictClient:
     def keys(self, ids):
         return chain_keys(self.root, as_token_ids(ids), self.layout.block_tokens)
 
-    def fetch(self, ids):
+    def fetch(self, ids, out=None):
         held = []
         for key in self.keys(ids):
             if key not in self.blocks:
