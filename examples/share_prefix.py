@@ -33,7 +33,7 @@ class Replica:
 
 join("default")
 replicas = [Replica.remote(sys.argv[1] if len(sys.argv) > 1 else None) for _ in QUESTIONS]
-answers = [ray.get(replica.answer.remote(question)) for replica, question in zip(replicas, QUESTIONS)]
+answers = [ray.get(replica.answer.remote(question)) for replica, question in zip(replicas, QUESTIONS, strict=True)]
 for number, answer in enumerate(answers):
     print(f"replica {number}: reused {answer['reused']} of {answer['prompt']} tokens, {answer['ttft_s']:.2f} s to the first token")
     print(f"  {answer['text'].strip()}")
