@@ -78,8 +78,7 @@ BOUNDARIES = {
     "tiered_kv/integrations/support.py _probe",
     "tiered_kv/integrations/transformers.py CachedModel._fetch",
     "tiered_kv/integrations/transformers.py CachedModel._store",
-    "tiered_kv/demo/model.py _load",
-    "tiered_kv/demo/run.py _prompts",
+    "tiered_kv/demo/model.py _attempt",
 }
 
 FILE_LINES_MAX = 500
