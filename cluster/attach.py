@@ -23,6 +23,8 @@ def join(name: str, address: str | None = None) -> None:
     import ray
 
     if ray.is_initialized():
+        if address is not None:
+            raylocal.join_ray(address)  # says so if this process is part of another one
         return
     known = state.find(name)
     if address is None and known is not None:

@@ -84,10 +84,13 @@ def _up(options: argparse.Namespace, console: Console) -> int:
         print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
         return 0
     console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
-    console.print("attach from any process on this machine:  client = tiered_kv.attach(model)", highlight=False)
+    other = "" if cluster.name == "default" else cluster.name
+    attach = f'tiered_kv.attach(model, cluster="{other}")' if other else "tiered_kv.attach(model)"
+    console.print(f"attach from any process on this machine:  client = {attach}", highlight=False)
     variables = " ".join(f"{name}={value}" for name, value in start.ray_environment(cluster).items())
     console.print(f"for a ray.init() of your own, set:  {variables}", highlight=False, soft_wrap=True)
-    console.print("look at it:  tiered-kv status        end it:  tiered-kv down", highlight=False)
+    flag = f" --name {other}" if other else ""
+    console.print(f"look at it:  tiered-kv status{flag}        end it:  tiered-kv down{flag}", highlight=False)
     return 0
 
 

@@ -48,6 +48,8 @@ def up(
         else:
             own = {"address": address}
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
+        cluster.save()  # before anything else can fail: `down` finds what an `up` that was killed has started
+        undo.callback(state.remove, name)
         say(f"joining Ray at {cluster.address}")
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
@@ -55,7 +57,6 @@ def up(
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
         _start_actors(cluster, config, say)
-        cluster.save()
         undo.pop_all()
         return cluster
 

@@ -100,6 +100,8 @@ class Config:
     @classmethod
     def of(cls, settings: "Config | Mapping[str, object] | None" = None, **changes: object) -> "Config":
         """A config from a mapping, another config or nothing; an unknown key is an error that names the nearest known one."""
+        if settings is not None and not isinstance(settings, Config | Mapping):
+            raise TieredKVError(Kind.CONFIG, f"config: a Config or a mapping of settings is needed, not {type(settings).__name__}")
         if isinstance(settings, Config):
             given = asdict(settings) | changes
         else:

@@ -19,6 +19,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import check_request
 from tiered_kv.integrations.support import CacheShape, check_supported, layout_of
 from tiered_kv.keys import as_token_ids
+from tiered_kv.layout import KVLayout
 
 __all__ = ["CacheShape", "CachedModel", "GenerateReport", "cache_from_kv", "check_supported", "kv_from_cache", "kv_pairs", "layout_of"]
 
@@ -30,6 +31,8 @@ SCRATCH_BYTES_MAX = 256 << 20
 
 class Client(Protocol):
     """What is needed of a tiered_kv client."""
+
+    layout: KVLayout
 
     def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
         """The longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
@@ -108,7 +111,11 @@ class CachedModel:
         self.client = client
         self.last_report: GenerateReport | None = None
         self._shape = shape or check_supported(model)
-        self._layout = self._shape.layout()
+        self._layout = self._shape.layout(client.layout.block_tokens)
+        if client.layout != self._layout:
+            raise TieredKVError(
+                Kind.LAYOUT, f"the client is of another model: its layout is {client.layout.spec}, the model's {self._layout.spec}"
+            )
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()

@@ -111,7 +111,7 @@ class NodeFiles:
         return self.directory / _SOCK
 
     @classmethod
-    def create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int) -> Self:
+    def create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int, disk_bytes: int = 0) -> Self:
         """New files as their writer; index and arena together take at most `host_bytes`, all of it allocated now.
 
         Raises, leaving nothing behind, when the directory exists, `shm_path` cannot be written or is too small.
@@ -119,7 +119,7 @@ class NodeFiles:
         this memory before.
         """
         directory = node_directory(shm_path, cluster_id, node_id)
-        slots, arena_bytes = w.plan(host_bytes)
+        slots, arena_bytes = w.plan(host_bytes, disk_bytes)
         needed_bytes = w.index_bytes(slots) + arena_bytes
         with _naming_shm_path(directory.parent, needed_bytes), ExitStack() as undo:
             os.mkdir(directory, 0o700)
@@ -151,7 +151,7 @@ class NodeFiles:
             return cls(directory, directory_fd, lock_fd, slots, arena_bytes, writer=writer)
 
     @classmethod
-    def open_or_create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int) -> tuple[Self, bool]:
+    def open_or_create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int, disk_bytes: int = 0) -> tuple[Self, bool]:
         """(files, whether they were there): as a node's writer, after a first start or a restart.
 
         Files of other sizes (`host` was changed) are replaced; so are unfinished files and files of another version,
@@ -160,10 +160,10 @@ class NodeFiles:
         directory = node_directory(shm_path, cluster_id, node_id)
         if directory.exists() and not _reclaim_unusable(directory):
             files = cls.attach(directory, writer=True, cluster_id=cluster_id, node_id=node_id)
-            if (files.slots, files.arena_bytes) == w.plan(host_bytes):
+            if (files.slots, files.arena_bytes) == w.plan(host_bytes, disk_bytes):
                 return files, True
             files.remove()
-        return cls.create(shm_path, cluster_id, node_id, host_bytes), False
+        return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def close(self) -> None:
         """Unmap the files and give up the locks; the files stay. May be called twice."""

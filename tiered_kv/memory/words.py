@@ -35,6 +35,8 @@ LIVE = 1
 CLOSED = 2
 
 BYTES_PER_SLOT_OF_HOST = 4096
+BLOCK_BYTES_ON_DISK = 64 << 10
+BYTES_OF_SLOT = SLOT_BYTES + 8 + 4  # with its tick and its count
 SLOTS_MIN = 64
 
 HOME = struct.Struct("@Q")
@@ -76,13 +78,15 @@ def index_bytes(slots: int) -> int:
     return -(-(counts_offset(slots) + slots * 4) // PAGE_BYTES) * PAGE_BYTES
 
 
-def plan(host_bytes: int) -> tuple[int, int]:
+def plan(host_bytes: int, disk_bytes: int = 0) -> tuple[int, int]:
     """(slots, arena bytes) so that index and arena together never exceed `host_bytes`.
 
-    One slot per 4096 bytes, as a power of two (the index takes at most 1.9 %); the arena gets whole pages of the rest.
-    Raises (kind `config`) when nothing would be left for the arena.
+    One slot per 4096 bytes of host, and with a disk tier enough for blocks of 64 KiB there, as a power of two: the index
+    takes at most 1.9 % of host, with a disk at most an eighth; the arena gets whole pages of the rest. Half of the
+    slots are used. Raises (kind `config`) when nothing would be left for the arena.
     """
-    slots = max(SLOTS_MIN, 1 << max(host_bytes // BYTES_PER_SLOT_OF_HOST, 1).bit_length() - 1)
+    wanted = max(host_bytes // BYTES_PER_SLOT_OF_HOST, min(2 * disk_bytes // BLOCK_BYTES_ON_DISK, host_bytes // 8 // BYTES_OF_SLOT), 1)
+    slots = max(SLOTS_MIN, 1 << wanted.bit_length() - 1)
     arena_bytes = (host_bytes - index_bytes(slots)) // PAGE_BYTES * PAGE_BYTES
     if arena_bytes <= 0:
         raise TieredKVError(Kind.CONFIG, f"host: {host_bytes} bytes are too few; the index takes {index_bytes(slots)}", setting="host")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WARN_EVERY_S = 30.0
 LABELS = {tier.value: tier.label for tier in Tier}
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -79,6 +80,7 @@ class Client:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closed = False
+        self._warn_again_s = float("-inf")
 
     @_while_open
     def match(self, token_ids: TokenIds) -> Match:
@@ -100,13 +102,16 @@ class Client:
     def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None) -> Fetched:
         """The KV of the longest prefix of whole blocks that could be had in time.
 
-        `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, N as you like; the prefix is written to its
-        first tokens, the rest of it is undefined. Without it the KV is newly allocated on the CPU. `deadline_ms` bounds
-        the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
+        `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, N as you like; as many whole blocks of the prefix
+        as fit are written to its first tokens, the rest of it is undefined. Without it the KV is newly allocated on the CPU.
+        `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
         """
         keys = self._keys(token_ids)
         if out is not None:
-            self.layout.check_kv(out, out.shape[-2] if getattr(out, "ndim", 0) == 5 else 0, "out")
+            room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
+            self.layout.check_kv(out, room, "out")
+            if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+                raise TieredKVError(Kind.LAYOUT, "out is an expanded tensor, whose elements share memory; nothing can be written to it")
             keys = keys[: out.shape[-2] // self.layout.block_tokens]
         deadline_s = self._clock.now_s() + (self._deadline_ms if deadline_ms is None else deadline_ms) / 1000
         found = self._source.find(keys)
@@ -232,7 +237,10 @@ class Client:
         if error.kind is Kind.CLOSED:
             raise error
         self._count(degraded=1)
-        log.warning("a %s went without the node: %s", what, error)
+        now_s = self._clock.now_s()
+        if now_s >= self._warn_again_s:
+            self._warn_again_s = now_s + WARN_EVERY_S
+            log.warning("a %s went without the node (further ones are not logged for %.0f s): %s", what, WARN_EVERY_S, error)
 
     def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
         blocks: dict[int, int] = {}

@@ -1,5 +1,6 @@
 """A cluster in one process: nodes that reach each other by plain calls. For tests, and for `tiered_kv.open`."""
 
+import atexit
 import tempfile
 import uuid
 from pathlib import Path
@@ -97,7 +98,7 @@ class InProcessTransfer:
 
 
 def open_client(config: Config, layout: KVLayout, namespace: Namespace) -> Client:
-    """A client with a node of its own in this process, which ends with it."""
+    """A client with a node of its own in this process, which ends with it, at the latest when the interpreter exits."""
     scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
     if scratch:
         config = config.with_(disk_path=str(Path(scratch.name) / "segments"))
@@ -109,8 +110,10 @@ def open_client(config: Config, layout: KVLayout, namespace: Namespace) -> Clien
         raise
 
     def close() -> None:
+        atexit.unregister(close)
         node.close()
         if scratch:
             scratch.cleanup()
 
+    atexit.register(close)
     return client_of(node.info(), layout, namespace, connect=node.open_session, on_close=close)

@@ -43,7 +43,7 @@ class Place:
 
     def __init__(self, config: Config, cluster_id: str, node_id: str) -> None:
         reclaim_stale(config.shm_path, time.monotonic_ns())
-        self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host)
+        self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, config.disk)
         self.directory = self._files.directory
         try:
             self.disk = _disk_tier(config, cluster_id, node_id) if config.disk else None

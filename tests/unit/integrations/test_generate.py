@@ -384,3 +384,10 @@ def test_a_request_fetches_into_the_memory_of_the_one_before_and_changes_nothing
     assert torch.equal(second, model.generate(prompts[1], max_new_tokens=3, do_sample=False))
     monkeypatch.setattr("tiered_kv.integrations.transformers.SCRATCH_BYTES_MAX", 1)
     assert cached._take_scratch(10) is None
+
+
+def test_a_client_of_another_model_is_refused():
+    model = tiny("llama")
+    other = DictClient(tiny("gpt2"), check_supported(tiny("gpt2")).layout(BLOCK))
+    with pytest.raises(TieredKVError, match="another model"):
+        CachedModel(model, other)

@@ -284,3 +284,13 @@ def test_a_directory_of_another_user_is_left_alone(files, tmp_path, monkeypatch)
     monkeypatch.setattr(shared.os, "geteuid", lambda: os.getuid() + 1)
     assert reclaim_stale(tmp_path, 10**18) == []
     assert error_of(NodeFiles.attach, files.directory).context["setting"] == "shm_path"
+
+
+def test_a_disk_tier_has_slots_for_its_blocks_within_an_eighth_of_host():
+    alone, _ = w.plan(2 << 20)
+    slots, arena_bytes = w.plan(2 << 20, 64 << 20)
+    assert slots == 2048 > alone
+    assert w.index_bytes(slots) <= (2 << 20) // 8 + w.HEADER_BYTES + w.PAGE_BYTES
+    assert w.index_bytes(slots) + arena_bytes <= 2 << 20
+    assert w.plan(1 << 30, 1 << 50)[0] * w.BYTES_OF_SLOT <= (1 << 30) // 8
+    assert w.plan(1 << 30, 1 << 20) == w.plan(1 << 30)
