@@ -54,6 +54,7 @@ def up(
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
+        _refuse_foreign(name)  # before its actors could be taken for ours
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
         _start_actors(cluster, config, say)
@@ -120,7 +121,6 @@ def _start_actors(cluster: ClusterState, config: Config, say: Say) -> None:
     from tiered_kv.actors.coordinator import CoordinatorActor
     from tiered_kv.actors.node import NodeActor
 
-    _refuse_foreign(cluster.name)
     detached: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": "detached"}
     coordinator = CoordinatorActor.options(name=coordinator_name(cluster.name), **detached).remote(cluster.cluster_id, config)
     _result(coordinator.describe.remote(), "the coordinator")

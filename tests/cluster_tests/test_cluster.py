@@ -216,6 +216,22 @@ def test_a_node_that_cannot_start_says_which_setting(cluster: str, own_shm: Path
             ray.get_actor(node_name(name, "node-0"), NAMESPACE)
 
 
+def test_an_up_that_meets_a_cluster_of_its_name_leaves_it_alone(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from another machine: no state file here says that the name is taken on that Ray."""
+    ids, kv = prompt(8)
+    with clients(cluster, space("foreign"))[0] as client:
+        client.store(ids, kv)
+        address = ray.get_runtime_context().gcs_address
+        monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
+        with pytest.raises(TieredKVError, match="already runs a cluster"):
+            start.up(Config(host=HOST), name=cluster, address=address)
+        assert state.find(cluster) is None
+        assert len(start.describe(cluster)["nodes"]) == 2
+        more, more_kv = prompt(9)
+        assert client.store(more, more_kv).new == 8
+        assert torch.equal(client.fetch(ids).kv, kv)
+
+
 def test_attach_says_what_is_missing(cluster: str) -> None:
     with pytest.raises(TieredKVError, match="model is needed"):
         tiered_kv.attach(cluster=cluster)
