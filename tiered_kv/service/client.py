@@ -118,10 +118,9 @@ class Client:
         local = len(found)
         if local < len(keys) and self._source.peers:
             found += self._pull(keys, local, deadline_s)
-        if out is None:
+        kv = out
+        if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
-        else:
-            kv = out.detach() if out.requires_grad else out
         read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
         self._source.touch(found[: len(read) + 1])  # also the one that could not be read: its node will find out why
         by_tier = self._tokens_by_tier(read[:local])
@@ -130,7 +129,7 @@ class Client:
         tokens = len(read) * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
         self._source.tally(len(keys), len(read))
-        return Fetched(tokens, (kv if out is None else out)[..., :tokens, :], by_tier)
+        return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
     def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0) -> Stored:

@@ -61,7 +61,7 @@ class ArenaBlocks:
 
     def unpack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the run's blocks to their tokens of `kv`."""
-        self._columns(kv_L2HND, run).copy_(self.blocks(run))
+        self._columns(kv_L2HND.detach(), run).copy_(self.blocks(run))
 
     def pack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the tokens of the run's blocks out of `kv`."""
