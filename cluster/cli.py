@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tiered_kv.config import Config
+from tiered_kv.cluster.simulate import add_simulate
+from tiered_kv.config import POLICIES, Config
 from tiered_kv.errors import Kind, TieredKVError
 
 BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_demo(commands)
     _add_bench(commands)
+    add_simulate(commands)
     return top
 
 
@@ -55,23 +57,36 @@ def _add_name(command: argparse.ArgumentParser) -> None:
 
 def _add_up(commands: Any) -> None:
     text = "Start a cluster of cache nodes: on Ray nodes of its own on this machine, or one on every node of a running Ray cluster."
-    command = _command(commands, "up", text, "tiered-kv up --host 4GiB --disk 50GiB:/nvme/tkv", _up)
+    command = _command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
     command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
-    _add_sizes(command)
+    _add_settings(command)
     command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
 
 
-def _add_sizes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", default="1GiB", help="shared memory of one node, hard cap (default: 1GiB)")
-    command.add_argument("--disk", default="0", metavar="SIZE[:FOLDER]", help="disk of one node, hard cap, and where (default: 0, none)")
-    command.add_argument("--block-tokens", type=int, default=64, help="tokens of a block (default: 64)")
+SETTINGS = {
+    "device": ("SIZE[:NAME]", "device memory of one node, hard cap, and which device (default: 0, none)"),
+    "host": ("SIZE", "shared memory of one node, hard cap (default: 1GiB)"),
+    "disk": ("SIZE[:FOLDER]", "disk of one node, hard cap, and where its content stays (default: 0, none)"),
+    "objects": ("URL", "object storage as the coldest tier, for example s3://bucket/folder (default: none)"),
+    "objects-cap": ("SIZE", "object storage of one node, hard cap (default: 1TiB)"),
+    "policy": ("NAME", f"which blocks go first: {', '.join(POLICIES)} (default: {Config.policy})"),
+    "block-tokens": ("N", "tokens of a block (default: 64)"),
+}
+"""Settings that are options of commands: how the value is called, and what it says."""
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="settings from a TOML file; what is given here goes before it")
+    for setting, (value, text) in SETTINGS.items():
+        command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
 
 
 def _config(options: argparse.Namespace) -> Config:
-    disk, _, folder = options.disk.partition(":")
-    return Config.of(host=options.host, disk=disk, disk_path=folder or None, block_tokens=options.block_tokens)
+    given = {setting.replace("-", "_"): getattr(options, setting.replace("-", "_")) for setting in SETTINGS}
+    changes = {setting: value for setting, value in given.items() if value is not None}
+    return Config.from_toml(options.config, **changes) if options.config else Config.of(changes)
 
 
 def _up(options: argparse.Namespace, console: Console) -> int:
@@ -144,7 +159,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on a Ray node of its own (default: 2)")
     command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
     command.add_argument("--questions", type=int, default=4, help="questions for each document of ours (default: 4, at most 5)")
-    _add_sizes(command)
+    _add_settings(command)
     command.add_argument("--json", metavar="FILE", help="write every request's figures to FILE, - for standard output")
 
 

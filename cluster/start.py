@@ -188,8 +188,12 @@ def _kill_actors(name: str) -> None:
 
 
 def remove_files(cluster: ClusterState) -> None:
-    """Delete what nodes of this cluster that did not close have left on this machine: shared memory and disk segments."""
+    """Delete what nodes of this cluster that did not close have left on this machine: shared memory, disk segments, objects in a folder.
+
+    Disk content below a folder that the settings named stays, under other names. Objects on remote storage of a node that
+    was killed stay as well: they lie below `tkv-<cluster id>-<node>` of the URL.
+    """
     config = Config.of(cluster.config)
-    for place in (config.shm_path, config.disk_root):
-        for directory in Path(place).glob(f"tkv-{cluster.cluster_id}-*"):
+    for place in (config.shm_path, config.disk_root, config.objects_folder):
+        for directory in Path(place).glob(f"tkv-{cluster.cluster_id}-*") if place else ():
             shutil.rmtree(directory, ignore_errors=True)

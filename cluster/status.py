@@ -24,6 +24,7 @@ def summarize(about: dict) -> dict:
                 "asked_blocks": stats["asked_blocks"],
                 "hit_blocks": stats["hit_blocks"],
                 "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
+                "leaving_bytes": stats["leaving_bytes"],
                 "counts": stats["counts"],
             }
         )
@@ -61,8 +62,33 @@ def show(summary: dict, console: Console) -> None:
                 _percent(node["hit_ratio"]) if first else "",
             )
     console.print(table)
+    for node in summary["nodes"]:
+        if said := _movement(node):
+            console.print(f"{node['node']}: {said}", highlight=False)
     hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for"
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
+
+
+MOVEMENT = {
+    "promoted": "copied up",
+    "demoted": "copied down",
+    "reinserted": "written again",
+    "not_admitted": "not worth a write",
+    "dropped": "dropped",
+    "dropped_under_pressure": "dropped because the tier below was too slow",
+    "demote_failed": "could not be written",
+    "lost": "lost",
+    "pins_refused": "pins refused",
+}
+"""Counts of a node that people look for, in blocks but for the last."""
+
+
+def _movement(node: dict) -> str:
+    said = [f"{node['counts'][name]} {words}" for name, words in MOVEMENT.items() if node["counts"].get(name)]
+    leaving_bytes = sum(node["leaving_bytes"].values())
+    if leaving_bytes:
+        said.append(f"{format_size(leaving_bytes)} on the way down")
+    return ", ".join(said)
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered_kv.config import MIN_DISK_BYTES, MIN_HOST_BYTES, Config, format_size, parse_size, user_cache
+from tiered_kv.blocks import Hint
+from tiered_kv.config import MIN_HOST_BYTES, MIN_TIER_BYTES, Config, format_size, parse_size, user_cache
 from tiered_kv.errors import Kind, TieredKVError
 
 
@@ -151,7 +152,7 @@ def test_an_unknown_setting_that_is_like_none_names_all():
 
 BAD = [
     *[("host", value) for value in (0, -1, "0", "1KiB", "", "lots", None, True, MIN_HOST_BYTES - 1)],
-    *[("disk", value) for value in (-1, 1, "1KiB", "lots", None, True, MIN_DISK_BYTES - 1)],
+    *[("disk", value) for value in (-1, 1, "1KiB", "lots", None, True, MIN_TIER_BYTES - 1)],
     *[("disk_segment", value) for value in (0, "1KiB", "lots", None)],
     *[("pull_chunk", value) for value in (0, "1KiB", "lots", None)],
     *[("block_tokens", value) for value in (0, -1, "64", None, True, 1.5)],
@@ -163,6 +164,12 @@ BAD = [
     *[("policy", value) for value in ("", "LRU", "best", None, 1)],
     *[("shm_path", value) for value in ("", None, 1)],
     *[("disk_path", value) for value in (1,)],
+    *[("device", value) for value in (-1, 1, "1KiB", "lots", None, True, "lots:cuda:1", ":cuda:1")],
+    *[("device_name", value) for value in ("", 1)],
+    *[("objects", value) for value in ("", 1)],
+    *[("objects_cap", value) for value in (0, "1KiB", "lots", None)],
+    *[("cost_weight", value) for value in (-0.1, 1.1, "1", None, True, float("nan"))],
+    *[("seed", value) for value in (-1, "1", None, True, 1.5)],
 ]
 
 
@@ -177,9 +184,75 @@ def test_every_setting_can_be_bad():
     assert {setting for setting, _ in BAD} == {field.name for field in dataclasses.fields(Config)}
 
 
+def test_a_size_may_say_where():
+    config = Config.of(device="2GiB:cuda:1", disk="200GiB:/nvme/tkv")
+    assert (config.device, config.device_name, config.disk, config.disk_path) == (2 << 30, "cuda:1", 200 << 30, "/nvme/tkv")
+    assert Config.of(dataclasses.asdict(config)) == config
+    assert Config.of(disk="1GiB:/x", disk_path="/x").disk_path == "/x"
+    with pytest.raises(TieredKVError, match=r"^disk: .* differ"):
+        Config.of(disk="1GiB:/x", disk_path="/y")
+
+
+def test_settings_from_a_file(tmp_path):
+    path = tmp_path / "cache.toml"
+    path.write_text('host = "16GiB"\ndisk = "200GiB:/nvme/tkv"\npolicy = "arc"\n')
+    assert Config.from_toml(path) == Config(host=16 << 30, disk=200 << 30, disk_path="/nvme/tkv", policy="arc")
+    assert Config.from_toml(path, host="1GiB", disk="1GiB:/y") == Config(host=1 << 30, disk=1 << 30, disk_path="/y", policy="arc")
+    assert Config.from_toml(path, disk="1GiB").disk_path == "/nvme/tkv"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("host = ", "is not TOML"),
+        ("\xff", "is not TOML"),
+        ('hots = "1GiB"', "did you mean 'host'"),
+        ('host = "lots"', "^host: 'lots'"),
+        ("[host]\nsize = 1", "^host: "),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_that_is_none_is_named(tmp_path, content, words):
+    path = tmp_path / "cache.toml"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(TieredKVError, match=words) as caught:
+        Config.from_toml(path)
+    assert caught.value.kind is Kind.CONFIG
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"answer_tokens": -1},
+        {"answer_tokens": 1.5},
+        {"answer_tokens": True},
+        {"pinned_s": -1},
+        {"pinned_s": float("nan")},
+        {"pinned_s": float("inf")},
+        {"pinned_s": True},
+        {"reuse_within_s": "soon"},
+        {"ended": 1},
+    ],
+)
+def test_a_bad_hint_names_itself(hint):
+    with pytest.raises(TieredKVError, match=f"^hint: {next(iter(hint))} must be") as caught:
+        Hint(**hint)
+    assert caught.value.kind is Kind.CONFIG
+
+
+def test_a_pin_alone_foretells_nothing():
+    assert not Hint().foretells
+    assert not Hint(pinned_s=1).foretells
+    assert Hint(answer_tokens=0).foretells
+    assert Hint(reuse_within_s=0).foretells
+    assert Hint(ended=True).foretells
+
+
 def test_the_smallest_settings_that_can_be():
     Config(
-        host=MIN_HOST_BYTES, disk=MIN_DISK_BYTES, disk_segment=64 << 10, pull_chunk=64 << 10, block_tokens=1, io_threads=1, store_wait_ms=0
+        host=MIN_HOST_BYTES, disk=MIN_TIER_BYTES, disk_segment=64 << 10, pull_chunk=64 << 10, block_tokens=1, io_threads=1, store_wait_ms=0
     )
     Config(disk=0, fetch_deadline_ms=0, heartbeat_s=0.01, node_timeout_s=0.01)
 

@@ -7,16 +7,18 @@ Importing this package imports neither torch nor ray; what needs them brings the
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tiered_kv.blocks import Hint
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
+    from tiered_kv.clock import Clock
     from tiered_kv.service.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Config", "KVLayout", "Kind", "Namespace", "TieredKVError", "attach", "open"]
+__all__ = ["Client", "Config", "Hint", "KVLayout", "Kind", "Namespace", "TieredKVError", "attach", "open"]
 
 _LATER = {"Client": "tiered_kv.service.client"}
 
@@ -63,11 +65,12 @@ def attach(
     return attaching.attach(namespace, lambda _: layout, name=cluster, address=address)
 
 
-def open(config: Any = None, *, layout: KVLayout, namespace: Namespace) -> "Client":
+def open(config: Any = None, *, layout: KVLayout, namespace: Namespace, clock: "Clock | None" = None) -> "Client":
     """A client with a cache of its own in this process: no Ray, no other process, gone when the client is closed.
 
-    `config`: a `Config`, a mapping of its settings, or None for the defaults.
+    `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path` the disk tier's content
+    stays there, and the next one who opens it hits it. `clock`: where the cache takes its time from, for tests and replays.
     """
     from tiered_kv.service.inprocess import open_client
 
-    return open_client(Config.of(config), layout, namespace)
+    return open_client(Config.of(config), layout, namespace, clock)

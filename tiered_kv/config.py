@@ -3,9 +3,11 @@
 import difflib
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -14,7 +16,7 @@ for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS |= {f"{_prefix}IB": 1024**_power, f"{_prefix}B": 1000**_power, _prefix: 1024**_power}
 
 MIN_HOST_BYTES = 1 << 20
-MIN_DISK_BYTES = 1 << 20
+MIN_TIER_BYTES = 1 << 20
 
 
 def parse_size(value: int | str, setting: str) -> int:
@@ -48,19 +50,29 @@ def user_cache() -> Path:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a cache. Sizes are bytes and may be given as "4GiB"; every cap is hard.
+    """All settings of a cache. Sizes are bytes and may be given as "4GiB"; every cap is hard, and of each node.
 
-    host: shared memory of one node, index included. disk: 0 for none. disk_path: None for a folder in the user's
-    cache. store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
+    Tiers: device: memory of `device_name` (None: cuda where there is one, else cpu), "2GiB" or "2GiB:cuda:1"; 0 for none.
+    host: shared memory, index included. disk: "200GiB" or "200GiB:/folder"; 0 for none. disk_path: where a node's disk
+    content stays; None for a folder in the user's cache that ends with the cluster. objects: URL of the objects tier,
+    None for none; objects_cap: its size.
+    policy, cost_weight (0: most hits, 1: most computing saved), seed: which blocks go first.
+    store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
     a fetch may wait for other nodes and disks. pull_chunk: bytes a node asks of a peer in one go.
     """
 
+    device: int = 0
+    device_name: str | None = None
     host: int = 1 << 30
     disk: int = 0
     disk_path: str | None = None
     disk_segment: int = 64 << 20
+    objects: str | None = None
+    objects_cap: int = 1 << 40
     block_tokens: int = 64
     policy: str = "lru"
+    cost_weight: float = 0.0
+    seed: int = 0
     shm_path: str = "/dev/shm"
     store_wait_ms: int = 1000
     fetch_deadline_ms: int = 5000
@@ -70,25 +82,49 @@ class Config:
     node_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
-        for setting in ("host", "disk", "disk_segment", "pull_chunk"):
+        for setting, other in _PARTS.items():
+            self._part(setting, other)
+        for setting in ("device", "host", "disk", "disk_segment", "objects_cap", "pull_chunk"):
             object.__setattr__(self, setting, parse_size(getattr(self, setting), setting))
         self._at_least("host", MIN_HOST_BYTES, "1MiB; the host tier cannot be left out")
-        if self.disk:
-            self._at_least("disk", MIN_DISK_BYTES, "1MiB, or 0 for no disk tier")
+        for setting in ("device", "disk"):
+            if getattr(self, setting):
+                self._at_least(setting, MIN_TIER_BYTES, f"1MiB, or 0 for no {setting} tier")
+        self._at_least("objects_cap", MIN_TIER_BYTES, "1MiB")
         self._at_least("disk_segment", 64 << 10, "64KiB")
         self._at_least("pull_chunk", 64 << 10, "64KiB")
         for setting in ("block_tokens", "io_threads"):
             self._at_least(setting, 1, "1, a whole number", whole=True)
         for setting in ("store_wait_ms", "fetch_deadline_ms"):
             self._at_least(setting, 0, "0")
+        self._at_least("seed", 0, "0, a whole number", whole=True)
+        self._at_least("cost_weight", 0, "0")
+        if self.cost_weight > 1:
+            raise TieredKVError(Kind.CONFIG, f"cost_weight: must be at most 1, got {self.cost_weight}", setting="cost_weight")
         for setting in ("heartbeat_s", "node_timeout_s"):
             self._at_least(setting, 0.01, "0.01 seconds")
-        for setting in ("shm_path", "disk_path"):
-            path = getattr(self, setting)
-            if not (isinstance(path, str) and path) and not (path is None and setting == "disk_path"):
-                raise TieredKVError(Kind.CONFIG, f"{setting}: must be the path of a folder, got {path!r}", setting=setting)
+        self._text("shm_path", "the path of a folder")
+        for setting, words in _TEXTS.items():
+            if getattr(self, setting) is not None:
+                self._text(setting, words)
         if self.policy not in POLICIES:
             raise TieredKVError(Kind.CONFIG, f"policy: {self.policy!r} is none of {', '.join(POLICIES)}", setting="policy")
+
+    def _part(self, setting: str, other: str) -> None:
+        """Take a size like "2GiB:cuda:1" apart into size and `other`."""
+        value = getattr(self, setting)
+        if not isinstance(value, str) or ":" not in value:
+            return
+        size, _, rest = value.partition(":")
+        if getattr(self, other) not in (None, rest):
+            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} and {other} {getattr(self, other)!r} differ", setting=setting)
+        object.__setattr__(self, setting, size)
+        object.__setattr__(self, other, rest or None)
+
+    def _text(self, setting: str, words: str) -> None:
+        value = getattr(self, setting)
+        if not (isinstance(value, str) and value):
+            raise TieredKVError(Kind.CONFIG, f"{setting}: must be {words}, got {value!r}", setting=setting)
 
     def _at_least(self, setting: str, least: float, words: str, whole: bool = False) -> None:
         value = getattr(self, setting)
@@ -102,10 +138,14 @@ class Config:
         """A config from a mapping, another config or nothing; an unknown key is an error that names the nearest known one."""
         if settings is not None and not isinstance(settings, Config | Mapping):
             raise TieredKVError(Kind.CONFIG, f"config: a Config or a mapping of settings is needed, not {type(settings).__name__}")
-        if isinstance(settings, Config):
-            given = asdict(settings) | changes
-        else:
-            given = dict(settings or {}) | changes
+        given = asdict(settings) if isinstance(settings, Config) else dict(settings or {})
+        for setting, other in _PARTS.items() if changes else ():
+            size, colon, rest = str(given.get(setting)).partition(":")
+            if colon and other not in given:
+                given |= {setting: size, other: rest}
+            if ":" in str(changes.get(setting)):
+                given.pop(other, None)  # the size on top says anew where
+        given |= changes
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
@@ -114,14 +154,41 @@ class Config:
                 raise TieredKVError(Kind.CONFIG, f"unknown setting {key!r}{hint}", setting=key)
         return cls(**given)
 
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike, **changes: object) -> "Config":
+        """A config from a TOML file of settings at its top level, with changes on top. Raises naming the file."""
+        try:
+            with open(path, "rb") as file:
+                settings = tomllib.load(file)
+        except OSError as error:
+            raise TieredKVError(Kind.CONFIG, f"config: cannot read {path}: {error.strerror}", setting="config") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise TieredKVError(Kind.CONFIG, f"config: {path} is not TOML: {error}", setting="config") from error
+        try:
+            return cls.of(settings, **changes)
+        except TieredKVError as error:
+            raise TieredKVError(error.kind, f"{error} (with {path})", **error.context) from error
+
     @property
     def disk_root(self) -> str:
         """The folder in which each node makes its own for its disk segments."""
         return self.disk_path or str(user_cache() / "disk")
+
+    @property
+    def objects_folder(self) -> str | None:
+        """The folder in which each node makes its own for objects, where `objects` names one on this machine."""
+        if self.objects is None:
+            return None
+        url = urlsplit(self.objects)
+        if url.scheme == "file" and not url.netloc:
+            return unquote(url.path)
+        return None if "://" in self.objects else self.objects
 
     def with_(self, **changes: object) -> "Config":
         """A copy with some settings changed."""
         return replace(self, **changes)
 
 
-POLICIES = ("lru",)
+POLICIES = ("lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive")
+_TEXTS = {"disk_path": "the path of a folder", "device_name": "a device such as cpu or cuda:0", "objects": "a URL"}
+_PARTS = {"device": "device_name", "disk": "disk_path"}

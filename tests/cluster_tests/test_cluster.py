@@ -73,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             down = run("down", "--name", "main")
             assert down.returncode == 0, down.stdout + down.stderr
             assert not list(Path("/dev/shm").glob(f"tkv-{cluster_id}-*"))
-            assert not list(disk.glob("*"))
+            assert {path.name for path in disk.glob("*")} == {"node-0", "node-1"}, "below a folder that was named content stays"
             assert state.find("main") is None
 
 
@@ -204,7 +204,7 @@ def own_shm() -> Iterator[Path]:
 def test_a_node_that_cannot_start_says_which_setting(cluster: str, own_shm: Path) -> None:
     """On a Ray of others: the error of the actor arrives, and nothing is left of the attempt."""
     address = ray.get_runtime_context().gcs_address
-    with pytest.raises(TieredKVError, match="host: .* are needed") as caught:
+    with pytest.raises(TieredKVError, match=r"host: .* are needed") as caught:
         start.up(Config(host=1 << 50, shm_path=str(own_shm)), name="toobig", address=address)
     assert caught.value.kind is Kind.MEMORY
     with pytest.raises(TieredKVError, match="disk_path"):

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from tiered_kv import blocks
+from tiered_kv.blocks import Location
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tiers.log import LogTier, Record, Refused
 
 
 class TierContract:
@@ -66,3 +69,76 @@ class TierContract:
     def test_closing_twice_does_nothing(self, tier: Any) -> None:
         tier.close()
         tier.close()
+
+
+class LogTierContract(TierContract):
+    """What every tier of append-only segments must do beside that. Its locations are its blocks."""
+
+    @abstractmethod
+    def record(self, number: int, nbytes: int) -> Record:
+        """Block `number` as a frame of `nbytes`, with a parent and a root; always the same."""
+
+    def put(self, tier: LogTier, number: int, nbytes: int) -> Location | None:
+        return tier.append([self.record(number, nbytes)])[0].location
+
+    def take_away(self, tier: LogTier, block: Location) -> None:
+        assert tier.forget(block)
+
+    def put_all(self, tier: LogTier, numbers: range, nbytes: int = 4096) -> dict[bytes, Location]:
+        """Append blocks in one batch, for which there must be room; where each lies."""
+        records = [self.record(number, nbytes) for number in numbers]
+        return {record.key: answer.location for record, answer in zip(records, tier.append(records), strict=True)}
+
+    def assert_holds(self, tier: LogTier, held: dict[bytes, Location]) -> None:
+        for key, location in held.items():
+            assert tier.read(location, key).key == key
+
+    def test_every_record_has_its_answer(self, tier: LogTier) -> None:
+        records = [self.record(0, 4096), self.record(1, tier.max_frame_bytes + 1), self.record(2, 4096)]
+        answers = tier.append(records)
+        assert [answer.refused for answer in answers] == [None, Refused.TOO_LARGE, None]
+        self.assert_holds(tier, {record.key: answer.location for record, answer in zip(records, answers, strict=True) if answer.location})
+
+    def test_the_largest_frame_fits_into_an_empty_tier(self, tier: LogTier) -> None:
+        assert self.put(tier, 0, tier.max_frame_bytes) is not None
+
+    def test_a_block_is_read_under_its_own_key_only(self, tier: LogTier) -> None:
+        (key, location), (other, _) = self.put_all(tier, range(2)).items()
+        assert tier.read(location, key).raw_bytes == location.raw_bytes
+        with pytest.raises(TieredKVError) as caught:
+            tier.read(location, other)
+        assert caught.value.kind is Kind.CORRUPT
+
+    def test_a_block_is_forgotten_once(self, tier: LogTier) -> None:
+        location = self.put(tier, 0, 4096)
+        assert [tier.forget(location), tier.forget(location)] == [True, False]
+
+    def test_room_is_made_oldest_first_until_it_is_enough(self, tier: LogTier) -> None:
+        keys = [self.record(number, 4096).key for number in range(len(self.fill(tier, 4096)))]
+        while (segment := tier.needs_reclaim(4 * 4096)) is not None:
+            gone = tier.keys_in(segment)
+            assert gone == keys[: len(gone)]
+            keys = keys[len(gone) :]
+            assert tier.reclaim(segment) > 0
+            assert tier.keys_in(segment) == []
+        self.assert_holds(tier, self.put_all(tier, range(1000, 1004)))
+
+    def test_the_next_owner_finds_everything_with_its_lineage(self, tier: LogTier, tmp_path: Path) -> None:
+        assert tier.recovered() == []
+        records = {record.key: record for record in (self.record(number, 4096) for number in range(12))}
+        held = self.put_all(tier, range(12))
+        self.leave(tier)
+        with self.make(tmp_path) as heir:
+            recovered = heir.recovered()
+            assert [(block.key, block.parent, block.root) for block in recovered] == [
+                (key, record.parent, record.root) for key, record in records.items()
+            ]
+            assert {block.key: block.location for block in recovered} == held
+            assert heir.recovered() == []
+            self.assert_holds(heir, held)
+            heir.check()
+            assert all(heir.forget(location) for location in held.values())
+
+    @abstractmethod
+    def leave(self, tier: LogTier) -> None:
+        """Close the tier so that another can be made of what it holds."""

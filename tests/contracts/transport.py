@@ -22,6 +22,11 @@ def key_of(number: int) -> bytes:
 ROOT = key_of(-1)
 
 
+def keys_of(count: int, first: int = 0) -> list[bytes]:
+    """The keys of a chain of blocks."""
+    return [key_of(first + at) for at in range(count)]
+
+
 def wait_until(node: Node, condition: Callable[[], bool]) -> None:
     """Wait until the engine's state is as it should be; whatever changes it wakes the waiting."""
     with node.engine.lock:
@@ -47,16 +52,16 @@ class TransportContract:
         return [(key_of(first + at), key_of(first + at - 1) if first + at else None, offset) for at, offset in enumerate(offsets)]
 
     def store(self, session: Session, count: int, first: int = 0) -> list[bool]:
-        return session.commit(ROOT, NBYTES, self.chain(session.reserve(NBYTES, count, None), first))
+        return session.commit(ROOT, NBYTES, self.chain(session.reserve(NBYTES, keys_of(count, first), None), first))
 
     def test_reserved_extents_do_not_overlap(self, node, session) -> None:
-        offsets = session.reserve(NBYTES, 8, None)
+        offsets = session.reserve(NBYTES, keys_of(8), None)
         assert len(offsets) == 8
         assert all(after - before >= NBYTES for before, after in zip(sorted(offsets), sorted(offsets)[1:], strict=False))
         assert node.stats()["reserved_bytes"] == 8 * NBYTES
 
     def test_nothing_is_visible_before_its_commit(self, node, session) -> None:
-        offsets = session.reserve(NBYTES, 2, None)
+        offsets = session.reserve(NBYTES, keys_of(2), None)
         assert not dict(node.place.index.items())
         assert session.commit(ROOT, NBYTES, self.chain(offsets)) == [True, True]
         shown = dict(node.place.index.items())
@@ -71,17 +76,17 @@ class TransportContract:
         assert node.stats()["reserved_bytes"] == 0
 
     def test_released_extents_are_free(self, node, session) -> None:
-        session.release(session.reserve(NBYTES, 4, None))
+        session.release(session.reserve(NBYTES, keys_of(4), None))
         assert node.stats()["tiers"]["host"]["used_bytes"] == node.stats()["reserved_bytes"] == 0
 
     def test_fewer_extents_than_asked_is_back_pressure_and_none_a_refusal(self, session) -> None:
-        first = session.reserve(NBYTES, 100, None)
+        first = session.reserve(NBYTES, keys_of(100), None)
         assert 8 < len(first) < 16
-        assert session.reserve(NBYTES, 1, None) == []
+        assert session.reserve(NBYTES, keys_of(1), None) == []
 
     def test_a_block_larger_than_the_tier_is_refused_and_drives_nobody_out(self, node, session) -> None:
         self.store(session, 4)
-        assert session.reserve(1 << 20, 1, None) == []
+        assert session.reserve(1 << 20, keys_of(1), None) == []
         assert node.stats()["blocks"] == 4
 
     def test_old_blocks_make_room_for_new_ones(self, node, session) -> None:
@@ -89,15 +94,15 @@ class TransportContract:
             assert self.store(session, 4, first) == [True] * 4
         assert 8 < node.stats()["blocks"] < 16
 
-    @pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (-1, 1), (NBYTES, -1), ("many", 1), (NBYTES, 1.5)])
-    def test_sizes_that_are_none_are_refused(self, session, nbytes, count) -> None:
+    @pytest.mark.parametrize(("nbytes", "keys"), [(0, []), (-1, []), (NBYTES, 1), ("many", []), (NBYTES, ["key"]), (NBYTES, [b"short"])])
+    def test_what_is_no_size_or_no_key_is_refused(self, session, nbytes, keys) -> None:
         with pytest.raises(TieredKVError) as refusal:
-            session.reserve(nbytes, count, None)
+            session.reserve(nbytes, keys, None)
         assert refusal.value.kind is Kind.LAYOUT
 
     def test_only_what_a_session_has_reserved_can_it_commit_or_release(self, node, session, checked) -> None:
         other = checked(self.open(node))
-        (theirs,), (ours,) = other.reserve(NBYTES, 1, None), session.reserve(NBYTES, 1, None)
+        (theirs,), (ours,) = other.reserve(NBYTES, keys_of(1), None), session.reserve(NBYTES, keys_of(1), None)
         for wrong in ([theirs], [ours, ours], [ours + 512], [-1]):
             with pytest.raises(TieredKVError):
                 session.commit(ROOT, NBYTES, self.chain(wrong))
@@ -110,7 +115,7 @@ class TransportContract:
 
     @pytest.mark.parametrize("bad", [b"short", b"x" * 33, "text", 7, None])
     def test_what_is_no_key_is_refused_and_the_extent_stays_reserved(self, node, session, bad) -> None:
-        (offset,) = session.reserve(NBYTES, 1, None)
+        (offset,) = session.reserve(NBYTES, keys_of(1), None)
         for root, key, parent in [(ROOT, bad, None), (bad, key_of(1), None), (ROOT, key_of(1), bad or b"")]:
             with pytest.raises(TieredKVError):
                 session.commit(root, NBYTES, [(key, parent, offset)])
@@ -120,7 +125,7 @@ class TransportContract:
         session.release([offset])
 
     def test_a_block_twice_in_one_commit_is_one_block(self, node, session) -> None:
-        a, b = session.reserve(NBYTES, 2, None)
+        a, b = session.reserve(NBYTES, keys_of(2), None)
         session.commit(ROOT, NBYTES, [(key_of(1), None, a), (key_of(1), None, b)])
         assert node.stats()["blocks"] == 1
 
@@ -129,10 +134,24 @@ class TransportContract:
         assert session.pull(ROOT, NBYTES, None, [key_of(1)], 1.0) == 0
         assert session.pull(ROOT, NBYTES, None, [], 1.0) == 0
 
+    def test_hints_and_wishes_are_taken_and_nonsense_is_not(self, node, session) -> None:
+        self.store(session, 2)
+        session.bring([key_of(1), key_of(9)], 0.0)
+        session.hint(key_of(1), 12, 30.0, None, False)
+        assert node.engine.machine.held(key_of(0))
+        for nonsense in (
+            lambda: session.hint(b"short", None, None, None, True),
+            lambda: session.hint(key_of(1), -1, None, None, False),
+            lambda: session.bring(["key"], 0.0),
+        ):
+            with pytest.raises(TieredKVError):
+                nonsense()
+        assert node.stats()["blocks"] == 2
+
     def test_closing_gives_back_what_was_reserved_and_keeps_what_was_committed(self, node) -> None:
         session = self.open(node)
         self.store(session, 2)
-        session.reserve(NBYTES, 4, None)
+        session.reserve(NBYTES, keys_of(4), None)
         session.close()
         session.close()
         wait_until(node, lambda: node.stats()["sessions"] == 0)
@@ -140,7 +159,7 @@ class TransportContract:
         assert node.stats()["tiers"]["host"]["used_bytes"] < 3 * NBYTES
 
     def test_sessions_are_counted(self, node, session, checked) -> None:
-        checked(self.open(node)).reserve(NBYTES, 1, None)
+        checked(self.open(node)).reserve(NBYTES, keys_of(1), None)
         assert session.stats()["sessions"] == 2
 
     def test_many_keys_in_one_message(self, session) -> None:

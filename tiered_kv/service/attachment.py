@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from tiered_kv.clock import Clock
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.memory.view import NodeView
@@ -20,6 +21,7 @@ def client_of(
     namespace: Namespace,
     *,
     connect: Callable[[], Session] | None = None,
+    clock: Clock | None = None,
     on_close: Callable[[], None] = lambda: None,
 ) -> Client:
     """A client of the node that `info` (`Node.info`) describes, on this machine; through its socket unless `connect` is given."""
@@ -29,8 +31,9 @@ def client_of(
     return Client(
         layout,
         namespace,
-        BlockSource(view, segments, layout),
+        BlockSource(view, segments, layout, has_device=info["has_device"]),
         connect or (lambda: SocketSession(f"{info['directory']}/sock", timeout_s)),
         deadline_ms=info["fetch_deadline_ms"],
+        clock=clock,
         on_close=on_close,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 
-from tiered_kv.blocks import PEER, Explained, Fetched, Match, Stored, Tier
+from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
@@ -114,33 +114,40 @@ class Client:
                 raise TieredKVError(Kind.LAYOUT, "out is an expanded tensor, whose elements share memory; nothing can be written to it")
             keys = keys[: out.shape[-2] // self.layout.block_tokens]
         deadline_s = self._clock.now_s() + (self._deadline_ms if deadline_ms is None else deadline_ms) / 1000
-        found = self._source.find(keys)
+        found = first_found = self._source.find(keys)
+        if hidden := self._source.hidden(found):
+            found = self._bring(keys, hidden, deadline_s)
         local = len(found)
         if local < len(keys) and self._source.peers:
-            found += self._pull(keys, local, deadline_s)
+            found = found + self._pull(keys, local, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
         read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
-        self._source.touch(found[: len(read) + 1])  # also the one that could not be read: its node will find out why
-        by_tier = self._tokens_by_tier(read[:local])
-        if len(read) > local:
-            by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
+        # Also the one that could not be read, its node will find out why; but not what was stored here just now.
+        self._source.touch(found[: min(len(read) + 1, local)])
+        by_tier = self._tokens_by_tier(first_found[: len(read)])
+        if len(read) > len(first_found):
+            by_tier[PEER] = (len(read) - len(first_found)) * self.layout.block_tokens
         tokens = len(read) * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
         self._source.tally(len(keys), len(read))
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
-    def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0) -> Stored:
+    def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0, hint: Hint | None = None) -> Stored:
         """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; visible to every worker of the node on return.
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer its pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that began before `start` is left out, as is what follows the last whole
-        one. Waits for room no longer than the setting `store_wait_ms`; what found none is `refused`.
+        one. Waits for room no longer than the setting `store_wait_ms`; what found none is `refused`. A store is no use of
+        blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also with `kv` of no
+        tokens where all of it is there; costs one more small call.
         """
         ids = as_token_ids(token_ids)
         self._check_open()
+        if not isinstance(hint, Hint | None):
+            raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
         keys = chain_keys(self._root, ids, self.layout.block_tokens)
         kv = self._writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
@@ -157,7 +164,9 @@ class Client:
                     break
         except TieredKVError as error:
             self._degraded("store", error)
-        self._source.touch([slot for slot in shown if slot is not None])
+        if hint is not None and keys:
+            known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
+            self._ask(lambda session: session.hint(keys[-1], *known), None)
         present += sum(slot is not None for slot in shown[first:])
         self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
         return Stored(new, present, len(missing))
@@ -214,6 +223,13 @@ class Client:
     def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
         self._check_open()
         return chain_keys(self._root, as_token_ids(token_ids), self.layout.block_tokens)
+
+    def _bring(self, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
+        """What can be found after the node was asked for blocks that only it can read."""
+        wait_s = deadline_s - self._clock.now_s()
+        if wait_s > 0:
+            self._ask(lambda session: session.bring(hidden, wait_s), None)
+        return self._source.find(keys)
 
     def _pull(self, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
         wait_s = deadline_s - self._clock.now_s()

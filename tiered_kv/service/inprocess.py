@@ -97,13 +97,18 @@ class InProcessTransfer:
         return self._frames
 
 
-def open_client(config: Config, layout: KVLayout, namespace: Namespace) -> Client:
-    """A client with a node of its own in this process, which ends with it, at the latest when the interpreter exits."""
+def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None) -> Client:
+    """A client with a node of its own in this process, which ends with it, at the latest when the interpreter exits.
+
+    What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the client.
+    """
     scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
     if scratch:
         config = config.with_(disk_path=str(Path(scratch.name) / "segments"))
     try:
-        node = Node(config, uuid.uuid4().hex[:8], "local")
+        if scratch:
+            Path(config.disk_path).mkdir(mode=0o700)
+        node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
     except TieredKVError:
         if scratch:
             scratch.cleanup()
@@ -116,4 +121,4 @@ def open_client(config: Config, layout: KVLayout, namespace: Namespace) -> Clien
             scratch.cleanup()
 
     atexit.register(close)
-    return client_of(node.info(), layout, namespace, connect=node.open_session, on_close=close)
+    return client_of(node.info(), layout, namespace, connect=node.open_session, clock=clock, on_close=close)

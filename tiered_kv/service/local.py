@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 import msgpack
 
@@ -26,7 +26,7 @@ _LENGTH = struct.Struct("<I")
 MESSAGE_BYTES_MAX = 64 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset({"reserve", "commit", "release", "pull", "locate", "stats"})
+METHODS = frozenset({"reserve", "commit", "release", "pull", "bring", "hint", "locate", "stats"})
 
 
 def _send(connection: socket.socket, message: object) -> None:
@@ -129,10 +129,8 @@ class SessionServer:
     def close(self) -> None:
         """Stop listening, end all sessions, and wait for their threads."""
         self._closing = True
-        try:
+        with suppress(OSError):  # not connected, says the kernel; the accept below it ends all the same
             self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected, says the kernel; the accept below it ends all the same
         self._listener.close()
         self._acceptor.join()
         with self._lock:
@@ -171,8 +169,8 @@ class SocketSession:
             raise TieredKVError(Kind(answer[1]), answer[2], method=method)
         return answer[1]
 
-    def reserve(self, nbytes: int, count: int, tail: BlockKey | None) -> list[int]:
-        return self._call("reserve", nbytes, count, tail)
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
+        return self._call("reserve", nbytes, keys, tail)
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
         return self._call("commit", root, nbytes, blocks)
@@ -182,6 +180,12 @@ class SocketSession:
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
         return self._call("pull", root, nbytes, tail, keys, wait_s, wait_s=wait_s)
+
+    def bring(self, keys: list[BlockKey], wait_s: float) -> None:
+        self._call("bring", keys, wait_s, wait_s=wait_s)
+
+    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
+        self._call("hint", tail, answer_tokens, pinned_s, reuse_within_s, ended)
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._call("locate", keys)

@@ -5,21 +5,21 @@ Its files in shared memory outlive it: a node made again under the same ids find
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.policy import create_policy
+from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.place import Place
 from tiered_kv.service.pull import Puller
 from tiered_kv.service.reporter import Reporter
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Engine
+from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.tiers.host import Lineage
 
@@ -50,8 +50,7 @@ class Node:
         self.node_id = node_id
         self._clock = clock or SystemClock()
         self.place = Place(config, cluster_id, node_id)
-        machine = StoreMachine(create_policy(config.policy), has_disk=self.place.disk is not None)
-        self.engine = Engine(machine, self.place.index, self.place, self._clock, config.io_threads, self.place.batch_bytes)
+        self.engine = self._make_engine()
         self.engine.handle(self.place.restore())
         self.directory = self.place.directory
         self._sessions: dict[NodeSession, None] = {}
@@ -72,6 +71,7 @@ class Node:
             "node": self.node_id,
             "directory": str(self.directory),
             "disk_folder": str(disk.folder) if disk else None,
+            "has_device": self.place.device is not None,
             "block_tokens": self.config.block_tokens,
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
@@ -114,15 +114,19 @@ class Node:
             self.engine.drain_touches()
             taken = blocks[: self._index_room_for(blocks)]
             added = [not self.engine.machine.has(key, Tier.HOST) for key, _, _ in taken]
-            events: list[ev.Event] = []
-            for key, parent, offset in reversed(taken):
+            for key, parent, offset in taken:
                 self.place.host.sign(offset, Lineage(key, parent, root))
-                events.append(ev.Committed(key, parent, root, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)))
-            self.engine.handle(events)
+            self.engine.handle(_runs(root, nbytes, taken, self._clock.now_s()))
             self.free_extents(offset for _, _, offset in blocks[len(taken) :])
         if self._reporter:
             self._reporter.wake()
         return added
+
+    def hint(self, tail: BlockKey, hint: Hint) -> None:
+        """What a worker knows of the future of the chain that ends with `tail`."""
+        with self.running():
+            self.engine.drain_touches()
+            self.engine.handle([ev.Hinted(tail, hint, self._clock.now_s())])
 
     def _index_room_for(self, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> int:
         """How many of the blocks, from the first on, the index can show, after room was made for them."""
@@ -132,7 +136,7 @@ class Node:
         missing = sum(key not in known for key, _, _ in blocks) - self.place.index_room
         if missing <= 0:
             return len(blocks)
-        self.engine.handle([ev.Crowded(missing, blocks[0][1])])
+        self.engine.handle([ev.Crowded(missing, blocks[0][1], self._clock.now_s())])
         room = self.place.index_room
         for count, (key, _, _) in enumerate(blocks):
             room -= key not in known
@@ -155,6 +159,12 @@ class Node:
             admit = _Admission(self, session, root, nbytes, dict(zip(keys, [tail, *keys], strict=False)))
             return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
 
+    def bring(self, keys: list[BlockKey], wait_s: float) -> None:
+        """Have blocks that are here, but where a worker cannot read them, in host memory; waits at most `wait_s`."""
+        with self.running():
+            self.engine.drain_touches()
+        self.engine.bring(keys, wait_s)
+
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         """For the leading keys that some other node holds: the nodes that do."""
         return self._link.locate(keys) if self._link else []
@@ -169,7 +179,7 @@ class Node:
                 block = machine.blocks.get(key)
                 if block is None:
                     break
-                here.append((key, block.root, block.best))
+                here.append((key, block.root, block.copies.get(Tier.HOST, block.best)))
             self.engine.handle([ev.Pinned(key) for key, _, _ in here])
         try:
             yield list(self.place.frames(here))
@@ -182,9 +192,10 @@ class Node:
             self._reporter.report_once()
 
     def stats(self) -> dict:
-        """The node's figures, ready for JSON. Sizes in bytes."""
+        """The node's figures, up to the last use of any worker, ready for JSON. Sizes in bytes."""
         machine = self.engine.machine
         with self.running():
+            self.engine.drain_touches()
             tiers = self.place.usage()
             for tier in tiers:
                 tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
@@ -197,6 +208,7 @@ class Node:
                 "hit_blocks": hit,
                 "sessions": len(self._sessions),
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
+                "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
@@ -214,7 +226,7 @@ class Node:
         with self.engine.lock:
             if self._stopped:
                 raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
-            self.engine.machine.check()
+            self.engine.check()
             self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
     def close(self, remove: bool = True) -> None:
@@ -229,6 +241,15 @@ class Node:
         with self.engine.lock:
             self._stopped = True
             self.place.close(remove)
+
+    def _make_engine(self) -> Engine:
+        config, place = self.config, self.place
+        history = history_of(config)
+        memory = [tier for tier in place.capacities if tier in IN_MEMORY]
+        policies = {tier: policy_of(config, history, place.capacities[tier]) for tier in memory}
+        machine = StoreMachine(place.capacities, policies, history)
+        queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
+        return Engine(machine, place.index, place, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
     def _make_reporter(self, link: Link) -> Reporter:
         return Reporter(
@@ -270,15 +291,16 @@ class NodeSession:
         self._node = node
         self.reserved: dict[int, int] = {}
 
-    def reserve(self, nbytes: int, count: int, tail: BlockKey | None) -> list[int]:
-        return self.reserve_within(nbytes, count, tail, self._node.config.store_wait_ms / 1000)
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
+        return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000)
 
-    def reserve_within(self, nbytes: int, count: int, tail: BlockKey | None, wait_s: float) -> list[int]:
+    def reserve_within(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float) -> list[int]:
         """As `reserve`, with a wait of its own."""
-        if not isinstance(nbytes, int) or not isinstance(count, int) or nbytes < 1 or count < 0:
-            raise TieredKVError(Kind.LAYOUT, f"cannot reserve {count!r} blocks of {nbytes!r} bytes")
+        are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
+        if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
+            raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
         with self._node.running():
-            offsets = self._node.engine.reserve(nbytes, count, tail, wait_s)  # lets go of the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s)  # lets go of the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
@@ -300,6 +322,15 @@ class NodeSession:
         _check_chain(root, [(key, tail, 0) for key in keys])
         return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), wait_s)
 
+    def bring(self, keys: list[BlockKey], wait_s: float) -> None:
+        for key in keys:
+            _check_chain(key, [])
+        self._node.bring(keys, wait_s)
+
+    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
+        _check_chain(tail, [])
+        self._node.hint(tail, Hint(answer_tokens, pinned_s, reuse_within_s, ended))
+
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._node.locate(keys)
 
@@ -318,6 +349,18 @@ class NodeSession:
             del self.reserved[offset]
 
 
+def history_of(config: Config) -> History:
+    """The history that these settings ask for: only adaptive learns from one, for the others the machine's counts will do."""
+    return create_history() if config.policy == "adaptive" else History()
+
+
+def policy_of(config: Config, history: History, capacity_bytes: int) -> EvictionPolicy:
+    """The policy that these settings ask for, for one tier in memory."""
+    return create_policy(
+        config.policy, history, capacity_bytes, cost_weight=config.cost_weight, block_tokens=config.block_tokens, seed=config.seed
+    )
+
+
 def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> None:
     """Raise (kind `transport`) for what cannot be keys: a worker of another version, or out of its mind."""
     for key, parent, _ in [(root, None, 0), *blocks]:
@@ -325,6 +368,19 @@ def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None, i
         is_behind = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
         if not is_block or not is_behind or key == parent:
             raise TieredKVError(Kind.TRANSPORT, f"{key!r} behind {parent!r} is no block of a chain")
+
+
+def _runs(root: BlockKey, nbytes: int, blocks: Sequence[tuple[BlockKey, BlockKey | None, int]], now_s: float) -> list[ev.Committed]:
+    """Blocks (key, parent, offset), root first, as runs in which each is the parent of the next."""
+    runs: list[ev.Committed] = []
+    keys: list[BlockKey] = []
+    for key, parent, offset in blocks:
+        if not keys or keys[-1] != parent:
+            keys = []
+            runs.append(ev.Committed(root, parent, keys, [], now_s))
+        keys.append(key)
+        runs[-1].locations.append(Location(Tier.HOST, 0, 0, offset, nbytes, nbytes))
+    return runs
 
 
 class _Admission:
@@ -342,7 +398,7 @@ class _Admission:
         taken = 0
         while taken < len(keys):
             rest = keys[taken:]
-            offsets = self._session.reserve_within(self._nbytes, len(rest), self._parents[rest[0]], ADMIT_WAIT_S)
+            offsets = self._session.reserve_within(self._nbytes, rest, self._parents[rest[0]], ADMIT_WAIT_S)
             good = self._unpack(rest, frames[taken:], offsets)
             blocks = [(key, self._parents[key], offset) for key, offset in zip(rest[:good], offsets, strict=False)]
             done = len(self._session.commit(self._root, self._nbytes, blocks))

@@ -1,16 +1,16 @@
-"""The place of a node's blocks: its shared memory and its disk folder, and the way of bytes between them.
+"""The place of a node's blocks: its shared memory, its device pool, its disk folder and its packs, and the way of bytes between them.
 
 This is the engine's `Mover`: it knows index, tiers and frames, and decides nothing.
 """
 
-import fcntl
 import logging
 import os
-import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -22,54 +22,130 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.locks import locked_ranges
+from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.service.link import FramePieces
+from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import COPY_BATCH_BYTES
-from tiered_kv.tiers.disk import DiskTier, Record
+from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled
+from tiered_kv.tiers.device import DeviceTier
+from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.host import HostTier, Lineage
+from tiered_kv.tiers.log import LogTier, Record
 
 log = logging.getLogger(__name__)
 
 _RAW = RawCodec()
 _UNKNOWN_ROOT = bytes(KEY_BYTES)
+CROWDED_PART = 10  # of the index: with fewer slots free than one in so many, the lowest tier gives up a segment
+REQUESTS_AT_ONCE = 8  # to object storage, where one takes some 50 ms whatever its size
+AGING_SEGMENTS = 2
+"""With room for fewer segments than this left, the oldest one is copied down."""
 
 
 class Place:
-    """Files, index and tiers of one node. Not thread-safe but for `to_disk`, `to_host`, `frames` and `unpack`.
+    """Files, index and tiers of one node. Not thread-safe but for `append`, `fill`, `frames` and `unpack`.
 
     Files that a node of the same ids left behind are taken over; `restore` says what is in them.
     """
 
     def __init__(self, config: Config, cluster_id: str, node_id: str) -> None:
         reclaim_stale(config.shm_path, time.monotonic_ns())
-        self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, config.disk)
+        lower_bytes = config.disk + (config.objects_cap if config.objects else 0)
+        self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, lower_bytes)
         self.directory = self._files.directory
-        try:
-            self.disk = _disk_tier(config, cluster_id, node_id) if config.disk else None
-        except TieredKVError:
-            self._files.close() if self._inherited else self._files.remove()
-            raise
-        self.index = IndexWriter(self._files)
-        self.host = HostTier(self._files.arena.tensor())
+        self.keeps_disk = config.disk_path is not None
+        self._objects_folder = config.objects_folder and f"{config.objects_folder}/{own_name(cluster_id, node_id)}"
+        self.logs: dict[Tier, LogTier] = {}
+        self.device: DeviceTier | None = None
+        with ExitStack() as undo:
+            undo.callback(self._files.close if self._inherited else self._files.remove)
+            undo.callback(self._close_tiers, remove=not self._inherited)
+            if config.disk:
+                self.logs[Tier.DISK] = disk_tier(config, cluster_id, node_id)
+            if config.objects:
+                self.logs[Tier.OBJECTS] = objects_tier(config, cluster_id, node_id)
+            self.index = IndexWriter(self._files)
+            undo.callback(self.index.close)
+            if config.device:
+                self.device = device_tier(config, self.directory, self.index.generation)
+            undo.pop_all()
+        self._arena = self._files.arena.tensor()
+        self._is_pinned = self.device is not None and self.device.pool.device.type == "cuda" and register_host(self._arena)
+        self.host = HostTier(self._arena)
+        self._memory = {Tier.HOST: self.host} | ({Tier.DEVICE: self.device} if self.device else {})
         self._abandoned: dict[int, int] = {}  # extents by their start, that somebody may still be writing to
+        self._device_turn = threading.Lock()  # the pool is for one thread at a time
+        self._requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="tkv-get")  # starts no thread before it is used
         self.beat()
 
-    def restore(self) -> list[ev.Committed]:
+    @property
+    def disk(self) -> DiskTier | None:
+        return self.logs.get(Tier.DISK)  # type: ignore[return-value]
+
+    @property
+    def capacities(self) -> dict[Tier, int]:
+        """The caps of the tiers that there are."""
+        return {tier: place.capacity_bytes for tier, place in (self._memory | self.logs).items()}
+
+    # What a former node left
+
+    def restore(self) -> list[ev.Recovered]:
         """What the files of a former node hold, the least recently used first, to be reported to the machine."""
         if self._inherited:
             self.index.rebuild()
-        on_disk = {key: location for key, location in self.index.items() if location.tier is Tier.DISK}
-        unknown = self.disk.adopt(on_disk) if self.disk else on_disk
-        foreign = [key for key, location in self.index.items() if location.tier is Tier.HOST and not self._claim(key, location)]
-        for key in [*unknown, *foreign]:
-            self.index.remove(key)
-        if self._inherited:
-            self._quarantine()
-            log.info("took over %d blocks; %d could not be", len(self.index), len(unknown) + len(foreign))
         last_use = {key: tick for key, _, tick in self.index.harvest()}
-        blocks = sorted(self.index.items(), key=lambda item: last_use.get(item[0], 0))
-        return [self._committed(key, location) for key, location in blocks]
+        below = self._recovered_below()
+        kept = {(each.key, each.location.tier): each.location for each in below}
+        lost = {key: location for key, location in self.index.items() if not self._is_there(key, location, kept)}
+        for key in lost:
+            self.index.remove(key)
+        in_host = [(key, location) for key, location in self.index.items() if location.tier is Tier.HOST]
+        if self._inherited:
+            in_host += self._behind_the_device({key: at.raw_bytes for key, at in lost.items() if at.tier is Tier.DEVICE})
+            self._quarantine()
+            log.info("took over %d blocks; %d were not where the index said", len(self.index), len(lost))
+        in_host.sort(key=lambda item: last_use.get(item[0], 0))
+        host = [ev.Recovered(key, *self.host.lineage(location.offset)[1:], location) for key, location in in_host]
+        return self._that_fit(below, {key for key, _ in [*self.index.items(), *in_host]}) + host
+
+    def _behind_the_device(self, bytes_by_key: dict[BlockKey, int]) -> list[tuple[BlockKey, Location]]:
+        """The host copies of blocks that the index showed on the device of a former node; all other headers are taken back."""
+        found = []
+        for offset, (key, _, _) in list(self.host.orphans()):
+            nbytes = bytes_by_key.pop(key, 0)
+            location = Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)
+            if nbytes and self._claim(key, location):
+                found.append((key, location))
+            else:
+                self.host.disown(offset)
+        return found
+
+    def _recovered_below(self) -> list[ev.Recovered]:
+        """The blocks of the lower tiers, the lowest first."""
+        found: list[ev.Recovered] = []
+        for tier in sorted(self.logs, reverse=True):
+            try:
+                found += [ev.Recovered(*each) for each in self.logs[tier].recovered()]
+            except TieredKVError as error:  # a store that does not answer now is no reason not to start
+                log.warning("what lies in %s is not used: %s", tier.label, error)
+        return found
+
+    def _that_fit(self, below: list[ev.Recovered], known: set[BlockKey]) -> list[ev.Recovered]:
+        """Those that the index knows, and of the others the newest that it can show; the rest is given up."""
+        room = self.index.capacity_blocks - self.index.capacity_blocks // CROWDED_PART - len(known)
+        newest = list(dict.fromkeys(each.key for each in reversed(below) if each.key not in known))
+        keep = known.union(newest[: max(room, 0)])
+        for each in below:
+            if each.key not in keep:
+                self.free(each.location)
+        return [each for each in below if each.key in keep]
+
+    def _is_there(self, key: BlockKey, location: Location, kept: Mapping[tuple[BlockKey, Tier], Location]) -> bool:
+        """Whether what an index entry says is still so. The device's memory went with the former node."""
+        if location.tier is Tier.HOST:
+            return self._claim(key, location)
+        return kept.get((key, location.tier)) == location
 
     def _claim(self, key: BlockKey, location: Location) -> bool:
         """Whether the extent of an index entry is its own, by its header."""
@@ -85,39 +161,36 @@ class Place:
             self.host.free(location.offset)
         return ours
 
-    def _committed(self, key: BlockKey, location: Location) -> ev.Committed:
-        if location.tier is Tier.HOST:
-            _, parent, root = self.host.lineage(location.offset)
-            return ev.Committed(key, parent, root, location)
-        return ev.Committed(key, None, None, location)
-
     def _quarantine(self) -> None:
         """Keep free ranges out of use that a worker of the former node is still packing into."""
         for start, nbytes in locked_ranges(self._files.arena_fd, self.host.extents.free_ranges()):
             self.host.extents.claim(start, nbytes)
             self._abandoned[start] = nbytes
 
+    # The engine's mover
+
     @property
     def index_room(self) -> int:
         """How many more blocks the index can show."""
         return self.index.capacity_blocks - len(self.index)
 
-    @property
-    def batch_bytes(self) -> int:
-        """How much to write to disk in one go: a small disk must not lose most of its blocks for one batch."""
-        return min(COPY_BATCH_BYTES, self.disk.segment_bytes) if self.disk else COPY_BATCH_BYTES
+    def batch_bytes(self, tier: Tier) -> int:
+        """A batch for objects is a pack; a small tier must not lose most of its blocks for one batch."""
+        if tier is Tier.OBJECTS:
+            return self.logs[tier].segment_bytes
+        return min(COPY_BATCH_BYTES, self.logs[tier].segment_bytes) if tier in self.logs else COPY_BATCH_BYTES
 
-    def fits(self, nbytes: int) -> bool:
-        return self.host.fits(nbytes)
+    def fits(self, tier: Tier, nbytes: int) -> bool:
+        return self._memory[tier].fits(nbytes)
 
-    def reserve(self, nbytes: int, count: int) -> list[int]:
-        return self.host.reserve(nbytes, count)
+    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
+        return self._memory[tier].reserve(nbytes, count)
 
     def free(self, location: Location) -> None:
-        if location.tier is Tier.HOST:
-            self.host.free(location.offset)
-        elif self.disk:
-            self.disk.forget(location)
+        if location.tier in self._memory:
+            self._memory[location.tier].free(location.offset)
+        else:
+            self.logs[location.tier].forget(location)
 
     def abandon(self, reserved: Mapping[int, int]) -> None:
         """Take back the extents of a session that ended: at once, or once nobody holds a lock on them any more."""
@@ -132,51 +205,103 @@ class Place:
                 self.host.extents.free(start)
                 del self._abandoned[start]
 
-    def to_disk(self, copies: Sequence[ev.Copy]) -> list[Location | None]:
-        records = []
-        for copy in copies:
-            raw = self.host.payload(copy.source.offset, copy.source.stored_bytes)
-            records.append(Record(copy.key, encode_frame(copy.key, copy.root or _UNKNOWN_ROOT, _RAW, raw), _RAW.id, copy.source.raw_bytes))
-        answers = self.disk.append(records)
-        refused = Counter(answer.refused for answer in answers if answer.refused)
-        for reason, count in refused.items():
-            log.warning("disk: %d of %d blocks were not written: %s", count, len(answers), reason)
-        return [answer.location for answer in answers]
+    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+        if locations[0].tier is Tier.DEVICE:
+            return self._to_device(copies, locations)
+        payloads = [self.host.payload(location.offset, location.raw_bytes) for location in locations]
+        read = self._requests.map if copies[0].source.tier is Tier.OBJECTS else map
+        outcomes = list(read(self._read, copies, payloads))
+        for copy, location, outcome in zip(copies, locations, outcomes, strict=True):
+            if outcome is Filled.DONE:
+                self.host.sign(location.offset, Lineage(copy.key, copy.parent, copy.root))
+        return outcomes
 
-    def to_host(self, copy: ev.Copy, location: Location) -> bool:
+    def _read(self, copy: ev.Copy, payload: torch.Tensor) -> Filled:
         try:
-            frame = self.disk.read(copy.source, copy.key)
-            frame.decode(self.host.payload(location.offset, location.raw_bytes))
+            if copy.source.tier is Tier.DEVICE:
+                with self._device_turn:
+                    self.device.pool.copy_out(copy.source.offset, copy.source.raw_bytes, payload).wait()
+            else:
+                self.logs[copy.source.tier].read(copy.source, copy.key).decode(payload)
         except TieredKVError as error:
-            log.warning("block %s on disk is given up: %s", copy.key.hex(), str(error))  # the error itself holds on to the arena
-            return False
-        self.host.sign(location.offset, Lineage(copy.key, copy.parent, copy.root))
-        return True
+            away = copy.source.tier is Tier.OBJECTS and error.kind is not Kind.CORRUPT and not error.context.get("missing")
+            why = str(error)  # the error itself holds on to the arena
+            log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, why)
+            return Filled.LATER if away else Filled.GONE
+        return Filled.DONE
 
-    def disk_room(self, copies: Sequence[ev.Copy]) -> tuple[int, list[BlockKey]] | None:
-        crowded = self.index_room < self.index.capacity_blocks // 10
-        segment = self.disk.oldest_sealed() if crowded else None
+    def append(self, tier: Tier, copies: Sequence[ev.Copy]) -> list[Location | None]:
+        records, readable = [], []
+        for copy in copies:
+            raw = self._payload(copy.key, copy.source)
+            readable.append(raw is not None)
+            if raw is not None:
+                buffers = encode_frame(copy.key, copy.root or _UNKNOWN_ROOT, _RAW, raw)
+                records.append(Record(copy.key, buffers, _RAW.id, copy.source.raw_bytes, copy.parent, copy.root))
+        answers = iter(self.logs[tier].append(records))
+        locations = []
+        refused: Counter[str] = Counter()
+        for good in readable:
+            answer = next(answers) if good else None
+            locations.append(answer.location if answer else None)
+            if answer and answer.refused:
+                refused[answer.refused] += 1
+        for reason, count in refused.items():
+            log.warning("%s: %d of %d blocks were not written: %s", tier.label, count, len(copies), reason)
+        return locations
+
+    def _payload(self, key: BlockKey, location: Location) -> torch.Tensor | None:
+        """The block's bytes in memory, a view where they are in host memory; None if they cannot be read."""
+        if location.tier is Tier.HOST:
+            return self.host.payload(location.offset, location.stored_bytes)
+        raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
+        copy = ev.Copy(key, None, None, location, Tier.HOST)
+        return raw if self._read(copy, raw) is Filled.DONE else None
+
+    def segment_to_go(self, tier: Tier, copies: Sequence[ev.Copy]) -> int | None:
+        place = self.logs[tier]
+        is_lowest = tier is max(self.logs)  # elsewhere a block that goes may be below as well, and keep its slot
+        crowded = is_lowest and self.index_room < self.index.capacity_blocks // CROWDED_PART
+        segment = place.oldest_sealed() if crowded else None
         if segment is None:
-            fitting = [
-                size for size in (frame_bytes(_RAW, copy.source.stored_bytes) for copy in copies) if size <= self.disk.max_frame_bytes
-            ]
-            segment = self.disk.needs_reclaim(sum(fitting))
-        return None if segment is None else (segment, self.disk.keys_in(segment))
+            sizes = [frame_bytes(_RAW, copy.source.raw_bytes) for copy in copies]
+            segment = place.needs_reclaim(sum(size for size in sizes if size <= place.max_frame_bytes))
+        return segment
 
-    def drop_segment(self, segment: int) -> None:
-        self.disk.reclaim(segment)
+    def segment_to_age(self, tier: Tier) -> int | None:
+        place = self.logs[tier]
+        ahead_bytes = min(AGING_SEGMENTS * place.segment_bytes, place.capacity_bytes // 4)
+        return place.oldest_sealed() if place.capacity_bytes - place.used_bytes < ahead_bytes else None
+
+    def keys_in(self, tier: Tier, segment: int) -> list[BlockKey]:
+        return self.logs[tier].keys_in(segment)
+
+    def segment_bytes(self, tier: Tier) -> int:
+        return self.logs[tier].segment_bytes
+
+    def reinsert(self, tier: Tier, segment: int, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, Location]]:
+        assert tier is Tier.DISK
+        assert self.disk is not None
+        return self.disk.reinsert(segment, keys)
+
+    def drop_segment(self, tier: Tier, segment: int) -> None:
+        self.logs[tier].reclaim(segment)
+
+    def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+        sources = [self.host.payload(copy.source.offset, copy.source.raw_bytes) for copy in copies]
+        with self._device_turn:
+            tickets = [self.device.pool.copy_in(location.offset, raw) for location, raw in zip(locations, sources, strict=True)]
+            for ticket in tickets:
+                ticket.wait()
+        return [Filled.DONE] * len(copies)
+
+    # Peers
 
     def frames(self, blocks: Iterable[tuple[BlockKey, BlockKey | None, Location]]) -> Iterator[FramePieces]:
         """Blocks (key, root, location) as frames, up to the first that cannot be read. Host payloads are views: pin them."""
         for key, root, location in blocks:
-            try:
-                if location.tier is Tier.HOST:
-                    raw = self.host.payload(location.offset, location.stored_bytes)
-                else:
-                    raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
-                    self.disk.read(location, key).decode(raw)
-            except TieredKVError as error:
-                log.warning("block %s cannot be served: %s", key.hex(), str(error))
+            raw = self._payload(key, location)
+            if raw is None:
                 return
             yield encode_frame(key, root or _UNKNOWN_ROOT, _RAW, raw)
 
@@ -189,10 +314,14 @@ class Place:
             return False
         return True
 
+    # Figures
+
     def usage(self) -> dict[str, dict]:
-        """Bytes used and allowed, by tier."""
-        tiers = [self.host, self.disk] if self.disk else [self.host]
-        return {tier.name: {"used_bytes": tier.used_bytes, "capacity_bytes": tier.capacity_bytes} for tier in tiers}
+        """Bytes used and allowed, by tier, the fastest first."""
+        places = self._memory | self.logs
+        return {
+            tier.label: {"used_bytes": places[tier].used_bytes, "capacity_bytes": places[tier].capacity_bytes} for tier in sorted(places)
+        }
 
     def beat(self) -> None:
         """Say that the node lives, and look after what dead workers held."""
@@ -201,11 +330,11 @@ class Place:
             self._free_abandoned()
 
     def check(self, blocks: Mapping[BlockKey, object], reservations: Iterable[Mapping[int, int]]) -> None:
-        """Assert that index, tiers and reservations are those of these machine blocks."""
+        """Assert that index, tiers and reservations are those of these machine blocks, and that no tier is above its cap."""
         self.index.check()
-        self.host.check()
-        if self.disk:
-            self.disk.check()
+        for place in (self._memory | self.logs).values():
+            place.check()
+            assert place.used_bytes <= place.capacity_bytes
         assert dict(self.index.items()) == {key: block.best for key, block in blocks.items()}
         used = [location.offset for block in blocks.values() for tier, location in block.copies.items() if tier is Tier.HOST]
         used += [offset for reserved in reservations for offset in reserved]
@@ -213,40 +342,26 @@ class Place:
         assert sorted(starts) == self.host.extents.offsets(), "extents leaked, or are used twice"
 
     def close(self, remove: bool) -> None:
-        """Let go of everything; with `remove`, readers see a closed node and all files are deleted."""
+        """Let go of everything; with `remove`, readers see a closed node and all files are deleted but for a disk folder that was named."""
+        self._requests.shutdown()
         if remove:
             self.index.close_state()
         self.index.close()
+        if self._is_pinned:
+            unregister_host(self._arena)
+        del self._arena
         self.host.close()
-        if self.disk:
-            self.disk.close(remove)
+        self._close_tiers(remove)
         self._files.remove() if remove else self._files.close()
+        if remove and self._objects_folder:
+            with suppress(OSError):  # it may be gone, or hold what could not be deleted
+                os.rmdir(self._objects_folder)
 
-
-def _disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:
-    root, own = Path(config.disk_root), f"tkv-{cluster_id}-{node_id}"
-    try:
-        root.mkdir(mode=0o700, parents=config.disk_path is None, exist_ok=True)
-        _remove_stale(root, own)
-    except OSError as error:
-        message = f"disk_path: cannot use {root} for disk segments: {error.strerror}"
-        raise TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(root)) from error
-    return DiskTier(root / own, config.disk, config.disk_segment, owner=cluster_id)
-
-
-def _remove_stale(root: Path, own: str) -> None:
-    """Remove the folders of other nodes that are dead, for nobody could make sense of their segments."""
-    for folder in root.glob("tkv-*"):
-        if folder.name == own:
-            continue
-        try:
-            fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue  # not ours to judge
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its node lives
-        finally:
-            os.close(fd)
+    def _close_tiers(self, remove: bool) -> None:
+        if self.device:
+            self.device.pool.close(remove)
+        for tier, place in self.logs.items():
+            if tier is Tier.DISK:
+                place.close(remove=remove and not self.keeps_disk)
+            else:
+                place.close(remove)

@@ -1,11 +1,13 @@
-"""Where a worker reads blocks: the node's shared memory and its disk segments, both without asking the node.
+"""Where a worker reads blocks: the node's shared memory, its device pool and its disk segments, all without asking the node.
 
-A block of the host tier is copied first and believed after: its slot's sequence number must be what it was before the
-copy (a seqlock). A block on disk is believed because its frame's checksum binds it to its key.
+A block in memory is copied first and believed after: its slot's sequence number must be what it was before the copy (a
+seqlock), and the copy must have happened. A block on disk is believed because its frame's checksum binds it to its key.
+Blocks in objects, and on a device that this process does not see, are hidden: the node has to bring them.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -15,11 +17,15 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
+from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView, Slot
 from tiered_kv.service.packing import ArenaBlocks, Run, runs_of
 from tiered_kv.tiers.segments import SegmentReader
 
 log = logging.getLogger(__name__)
+
+_IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+_MAY_HIDE = {int(Tier.DEVICE), int(Tier.OBJECTS)}
 
 
 class Found(NamedTuple):
@@ -32,10 +38,11 @@ class Found(NamedTuple):
 class BlockSource:
     """One worker's view of its node's blocks, for one layout."""
 
-    def __init__(self, view: NodeView, segments: SegmentReader | None, layout: KVLayout) -> None:
+    def __init__(self, view: NodeView, segments: SegmentReader | None, layout: KVLayout, *, has_device: bool = False) -> None:
         self._view = view
         self._segments = segments
         self._layout = layout
+        self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
         self.invalidated = 0
         """Blocks that were changed while they were copied, so that the copy was thrown away."""
@@ -52,6 +59,15 @@ class BlockSource:
             return [None] * len(keys)
         return [self._view.lookup(key) for key in keys]
 
+    def hidden(self, found: Sequence[Found]) -> list[BlockKey]:
+        """Those of the found blocks that this process cannot read where they are."""
+        tiers = {slot.tier for _, slot in found}
+        hiding = {tier for tier in tiers & _MAY_HIDE if tier != Tier.DEVICE or not self._sees_device()}
+        return [key for key, slot in found if slot.tier in hiding] if hiding else []
+
+    def _sees_device(self) -> bool:
+        return self._device is not None and self._device.blocks() is not None
+
     def read(self, found: Sequence[Found], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[Found]:
         """Copy the found blocks to the first tokens of `kv`; those that came whole, up to the first that did not.
 
@@ -59,13 +75,13 @@ class BlockSource:
         """
         done = 0
         while done < len(found):
-            if found[done].slot.tier == Tier.HOST:
-                end = done
-                while end < len(found) and found[end].slot.tier == Tier.HOST:
+            tier, end = found[done].slot.tier, done + 1
+            if tier in _IN_MEMORY:
+                while end < len(found) and found[end].slot.tier == tier:
                     end += 1
-                good = self._read_host(found[done:end], done, kv_L2HND)
+                good = self._read_memory(found[done:end], done, kv_L2HND)
             else:
-                end, good = done + 1, int(not expired() and self._read_disk(found[done], done, kv_L2HND))
+                good = int(not expired() and self._read_disk(found[done], done, kv_L2HND))
             if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired):
                 good += 1
                 end = done + good
@@ -74,11 +90,15 @@ class BlockSource:
                 break
         return list(found[:done])
 
-    def _read_host(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
-        """Copy blocks of the arena; how many of them, from the first on, did not change during the copy."""
-        for run in runs_of([each.slot.offset for each in found], first):
-            self.arena.unpack(run, kv)
-        _settle(kv)
+    def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
+        """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
+        runs = runs_of([each.slot.offset for each in found], first)
+        if found[0].slot.tier == Tier.HOST:
+            for run in runs:
+                self.arena.unpack(run, kv)
+            _settle(kv)
+        elif self._device is None or not self._device.unpack(runs, kv):
+            return 0
         valid = self._view.valid
         for count, each in enumerate(found):
             if not valid(each.slot):
@@ -87,9 +107,9 @@ class BlockSource:
         return len(found)
 
     def _read_disk(self, found: Found, block: int, kv: torch.Tensor) -> bool:
-        if self._segments is None:
-            return False
         slot = found.slot
+        if self._segments is None or slot.tier != Tier.DISK:
+            return False
         location = Location(Tier.DISK, slot.codec, slot.segment, slot.offset, slot.stored_bytes, slot.raw_bytes)
         try:
             raw = torch.empty(self._layout.block_bytes, dtype=torch.uint8)
@@ -105,8 +125,8 @@ class BlockSource:
         found = self.find([key])
         if not found:
             return False
-        if found[0].slot.tier == Tier.HOST:
-            return self._read_host(found, block, kv) == 1
+        if found[0].slot.tier in _IN_MEMORY:
+            return self._read_memory(found, block, kv) == 1
         return not expired() and self._read_disk(found[0], block, kv)
 
     def touch(self, used: Sequence[Found | Slot]) -> None:
@@ -145,9 +165,60 @@ class BlockSource:
     def close(self) -> None:
         """Give mapped memory and open segments back."""
         self.arena = None
+        if self._device is not None:
+            self._device.close()
         self._view.close()
         if self._segments is not None:
             self._segments.close()
+
+
+class DeviceReader:
+    """The node's device pool as this process sees it; opened when first needed, and again after the node was restarted."""
+
+    def __init__(self, view: NodeView, layout: KVLayout) -> None:
+        self._view = view
+        self._layout = layout
+        self._pool: DevicePool | None = None
+        self._blocks: ArenaBlocks | None = None
+        self._generation = -1
+        self._lock = threading.Lock()
+
+    def blocks(self) -> ArenaBlocks | None:
+        """The blocks of the pool of the node's present life; None where this process cannot map it."""
+        generation = self._view.generation
+        with self._lock:
+            if generation != self._generation:
+                self._open(generation)
+            return self._blocks
+
+    def _open(self, generation: int) -> None:
+        self.close()
+        try:
+            self._pool = DevicePool.open(self._view.directory)
+        except TieredKVError as error:
+            log.warning("blocks on the device come by host memory: %s", error)
+            self._generation = generation
+        if self._pool is not None and self._pool.generation == generation:  # else the node is about to make a new one
+            self._blocks = ArenaBlocks(self._pool.tensor, self._layout)
+            self._generation = generation
+
+    def unpack(self, runs: Iterable[Run], kv: torch.Tensor) -> bool:
+        """Copy runs of blocks to their tokens of `kv`; returns when it has happened. False where the pool cannot be read."""
+        blocks = self.blocks()
+        if blocks is None or self._pool is None:
+            return False
+        with self._pool.copies(kv) as ticket:
+            for run in runs:
+                blocks.unpack(run, kv)
+        ticket.wait()
+        return True
+
+    def close(self) -> None:
+        """Let go of the pool."""
+        self._blocks = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def _settle(kv: torch.Tensor) -> None:

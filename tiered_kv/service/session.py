@@ -11,8 +11,8 @@ from tiered_kv.keys import BlockKey
 class Session(Protocol):
     """The few calls that cannot be answered from shared memory. Every one returns a value; none raises for a full tier."""
 
-    def reserve(self, nbytes: int, count: int, tail: BlockKey | None) -> list[int]:
-        """Payload offsets in the arena for up to `count` blocks; fewer is back-pressure, none is a refusal.
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
+        """Payload offsets in the arena for the first of the new blocks `keys`; fewer is back-pressure, none is a refusal.
 
         `tail` is the parent of the first of these blocks: its chain should not make room for them.
         """
@@ -28,6 +28,12 @@ class Session(Protocol):
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
         """Fetch the leading blocks of `keys` (`tail`: the parent of the first) from other nodes; how many are here afterwards."""
+
+    def bring(self, keys: list[BlockKey], wait_s: float) -> None:
+        """Have blocks that are on this node, but where the worker cannot read them, in host memory."""
+
+    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
+        """The parts of a `Hint` for the chain whose deepest block is `tail`."""
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         """For the leading keys that some other node holds: the nodes that do."""

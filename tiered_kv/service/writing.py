@@ -48,7 +48,7 @@ class BlockWriter:
         nbytes = self._layout.block_bytes
         tail = keys[missing[0] - 1] if missing[0] else None
         generation = self._source.generation
-        offsets = session.reserve(nbytes, len(missing), tail)
+        offsets = session.reserve(nbytes, [keys[block] for block in missing], tail)
         taken = missing[: len(offsets)]
         if not taken:
             return 0, 0

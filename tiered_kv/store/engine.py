@@ -1,13 +1,16 @@
 """The engine: carries out what the machine decides, with bounded threads, under one lock.
 
-Show, Hide and Free happen at once, in the machine's order. Copies run on `io_threads` threads without the lock; their
-outcome is the machine's next event. `freed` wakes those who wait for room.
+Show, Hide and Free happen at once, in the machine's order. Copies run without the lock: those into memory on
+`io_threads` threads, those into each lower tier on one thread of its own, so that a slow disk stops nobody but itself.
+Their outcome is the machine's next event. `freed` wakes those who wait for room or for a block.
 """
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from typing import Protocol
 
 from tiered_kv.blocks import Location, Tier
@@ -15,10 +18,18 @@ from tiered_kv.clock import Clock
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
 from tiered_kv.store.machine import StoreMachine
+from tiered_kv.store.movement import REINSERT_SHARE
+from tiered_kv.store.runs import uses_of
 
 log = logging.getLogger(__name__)
 
 COPY_BATCH_BYTES = 8 << 20
+QUEUE_BYTES_MIN = 64 << 20
+QUEUE_SHARE = 1 / 8
+"""Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
+RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
+WANTED_WAIT_S = 0.05  # for room for blocks that a worker waits for
+IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
 class Index(Protocol):
@@ -29,36 +40,66 @@ class Index(Protocol):
     def harvest(self) -> list[tuple[BlockKey, int, int]]: ...
 
 
+class Filled(Enum):
+    """How copying a block into memory went."""
+
+    DONE = "done"
+    GONE = "gone"  # the source is damaged or is not there
+    LATER = "later"  # the source cannot be reached now
+
+
 class Mover(Protocol):
     """Moves bytes between tiers; knows frames and tiers, decides nothing."""
 
-    def fits(self, nbytes: int) -> bool:
-        """Whether the host tier could hold a block of `nbytes` if it were empty."""
+    def fits(self, tier: Tier, nbytes: int) -> bool:
+        """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
 
-    def reserve(self, nbytes: int, count: int) -> list[int]:
-        """Offsets of up to `count` host extents for blocks of `nbytes`."""
+    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
+        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory."""
 
     def free(self, location: Location) -> None:
-        """Give the bytes of one copy, or of a reserved host extent, back."""
+        """Give the bytes of one copy, or of a reserved extent, back."""
 
-    def to_disk(self, copies: Sequence[ev.Copy]) -> list[Location | None]:
-        """Write blocks to disk; None for one that could not be written."""
+    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+        """Read blocks of one source tier into reserved extents of one tier in memory; how each went."""
 
-    def to_host(self, copy: ev.Copy, location: Location) -> bool:
-        """Read a block into the reserved extent at `location`; False if it is gone or damaged."""
+    def append(self, tier: Tier, copies: Sequence[ev.Copy]) -> list[Location | None]:
+        """Write blocks to a lower tier; None for one that could not be written."""
 
-    def disk_room(self, copies: Sequence[ev.Copy]) -> tuple[int, list[BlockKey]] | None:
-        """The segment that must go before these copies can be written, with its blocks; None if there is room."""
+    def batch_bytes(self, tier: Tier) -> int:
+        """How much to write to `tier` in one go."""
 
-    def drop_segment(self, segment: int) -> None:
-        """Remove a segment whose blocks were reported lost."""
+    def segment_to_go(self, tier: Tier, copies: Sequence[ev.Copy]) -> int | None:
+        """The segment that must go before these copies can be written; None if there is room, or nothing can go."""
+
+    def segment_to_age(self, tier: Tier) -> int | None:
+        """A segment that will have to go before long, if there is one."""
+
+    def keys_in(self, tier: Tier, segment: int) -> list[BlockKey]:
+        """The blocks of a segment."""
+
+    def segment_bytes(self, tier: Tier) -> int:
+        """About how large a segment of the tier is."""
+
+    def reinsert(self, tier: Tier, segment: int, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, Location]]:
+        """Write blocks of a segment that goes into the newest one; those that could be, with their new places."""
+
+    def drop_segment(self, tier: Tier, segment: int) -> None:
+        """Remove a segment, with whose blocks the machine is done."""
 
 
 class Engine:
     """One node's store: machine, index and tiers moved in step. Thread-safe."""
 
     def __init__(
-        self, machine: StoreMachine, index: Index, mover: Mover, clock: Clock, io_threads: int, batch_bytes: int = COPY_BATCH_BYTES
+        self,
+        machine: StoreMachine,
+        index: Index,
+        mover: Mover,
+        clock: Clock,
+        io_threads: int,
+        *,
+        queue_bytes: int = QUEUE_BYTES_MIN,
     ) -> None:
         self.machine = machine
         self.lock = threading.RLock()
@@ -68,10 +109,12 @@ class Engine:
         self._index = index
         self._mover = mover
         self._clock = clock
-        self._batch_bytes = batch_bytes
-        self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
-        self._disk_turn = threading.Lock()  # one appender at a time, so that a batch stays together
-        self._leaving_bytes = 0
+        self._queue_bytes = queue_bytes
+        self._up = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
+        lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
+        self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
+        self._leaving: Counter[Tier] = Counter()
+        """Bytes that are on their way from a tier to a lower one."""
         self._batches = 0
         self._closed = False
 
@@ -79,44 +122,56 @@ class Engine:
         """Let the machine decide about the events in order, and carry the decisions out."""
         with self.lock:
             copies: list[ev.Copy] = []
+            freed = False
             for event in events:
                 for instruction in self.machine.handle(event):
                     if isinstance(instruction, ev.Copy):
                         copies.append(instruction)
                     else:
-                        self._apply(instruction)
-            self._start(copies)
+                        freed = self._apply(instruction) or freed
+            if freed:
+                self.freed.notify_all()
+            if copies:
+                self._start(copies)
 
-    def reserve(self, nbytes: int, count: int, tail: BlockKey | None, wait_s: float) -> list[int]:
-        """Host extents for up to `count` new blocks; makes room for them, waits at most `wait_s` for the first.
+    def reserve(self, nbytes: int, keys: Sequence[BlockKey], tail: BlockKey | None, wait_s: float, tier: Tier = Tier.HOST) -> list[int]:
+        """Extents for the first of the new blocks `keys`; makes room for them, waits at most `wait_s` for the first.
 
         Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused.
         """
-        if not self._mover.fits(nbytes):
+        if not self._mover.fits(tier, nbytes):
             return []  # and nobody else has to go for it
         with self.lock:
-            offsets = self._mover.reserve(nbytes, count)
-            if len(offsets) == count:
+            offsets = self._mover.reserve(tier, nbytes, len(keys))
+            if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()
             deadline_s = self._clock.now_s() + wait_s
             while not self._closed:
-                missing = (count - len(offsets)) * nbytes
-                self.handle([ev.Needed(Tier.HOST, max(missing - self._leaving_bytes, 0), tail)])
-                offsets += self._mover.reserve(nbytes, count - len(offsets))
+                missing_bytes = (len(keys) - len(offsets)) * nbytes
+                gave = self._make_room(tier, missing_bytes - self._leaving[tier], tail, keys)
+                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets))
                 left_s = deadline_s - self._clock.now_s()
-                if offsets or left_s <= 0 or not self._leaving_bytes:
-                    return offsets or self._defragment(nbytes, tail)
+                if offsets or left_s <= 0 or not self._leaving[tier]:
+                    return offsets or self._defragment(tier, nbytes, tail, keys, gave)
                 self.freed.wait(left_s)
             return offsets
 
-    def _defragment(self, nbytes: int, tail: BlockKey | None) -> list[int]:
+    def _make_room(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey]) -> bool:
+        """Have blocks leave the tier for `nbytes`; whether any did at once."""
+        if nbytes <= 0:
+            return False
+        blocks_before = self.machine.blocks_by_tier[tier]
+        queue_bytes = self._queue_bytes - self._leaving[tier]
+        self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes)])
+        return self.machine.blocks_by_tier[tier] < blocks_before
+
+    def _defragment(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], gave: bool) -> list[int]:
         """Room was made, but in pieces: give up more blocks until one extent fits, or nothing is left to give."""
-        while not self._leaving_bytes:
-            blocks_before = self.machine.blocks_by_tier[Tier.HOST]
-            self.handle([ev.Needed(Tier.HOST, nbytes, tail)])
-            offsets = self._mover.reserve(nbytes, 1)
-            if offsets or self.machine.blocks_by_tier[Tier.HOST] == blocks_before:
+        while gave and not self._leaving[tier]:
+            gave = self._make_room(tier, nbytes, tail, keys)
+            offsets = self._mover.reserve(tier, nbytes, 1)
+            if offsets:
                 return offsets
         return []
 
@@ -124,7 +179,17 @@ class Engine:
         """Tell the machine which blocks the workers have used since the last time."""
         with self.lock:
             if not self._closed and (touched := self._index.harvest()):
-                self.handle([ev.Touched(key) for key, _, _ in touched])
+                self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
+
+    def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
+        """Have blocks that a worker cannot read where they are in host memory; waits for them at most `wait_s`."""
+        with self.lock:
+            self.handle([ev.Wanted(keys)])
+            self.freed.wait_for(lambda: self._closed or not any(map(self._is_coming, keys)), max(wait_s, 0))
+
+    def _is_coming(self, key: BlockKey) -> bool:
+        block = self.machine.blocks.get(key)
+        return block is not None and block.copying_to is Tier.HOST
 
     def settle(self) -> None:
         """Wait until no copy is under way."""
@@ -136,83 +201,143 @@ class Engine:
         with self.lock:
             self._closed = True
             self.freed.notify_all()
-        self._pool.shutdown(wait=True)
+        for pool in (self._up, *self._down.values()):
+            pool.shutdown(wait=True)
 
-    def _apply(self, instruction: ev.Instruction) -> None:
+    @property
+    def leaving_bytes(self) -> dict[str, int]:
+        """By tier: bytes that are on their way from there to a lower tier."""
+        return {tier.label: nbytes for tier, nbytes in self._leaving.items()}
+
+    def check(self) -> None:
+        """Assert what the machine asserts, and that what is on its way is counted."""
+        with self.lock:
+            self.machine.check()
+            assert all(nbytes >= 0 for nbytes in self._leaving.values())
+            assert self._batches or not any(self._leaving.values())
+
+    def _apply(self, instruction: ev.Show | ev.Hide | ev.Free) -> bool:
+        """Carry out what takes no time; whether it freed anything."""
         key = instruction.key
         if isinstance(instruction, ev.Show):
             self._index.put(key, instruction.location)
             self.journal[key] = True
-        elif isinstance(instruction, ev.Hide):
+            return False
+        if isinstance(instruction, ev.Hide):
             self._index.remove(key)
             self.journal[key] = False
-        else:
-            self._mover.free(instruction.location)
-            self.freed.notify_all()
+            return False
+        self._mover.free(instruction.location)
+        return True
+
+    # Copies
 
     def _start(self, copies: list[ev.Copy]) -> None:
-        for target, run in ((Tier.DISK, self._demote), (Tier.HOST, self._promote)):
-            for batch in _batches([copy for copy in copies if copy.target is target], self._batch_bytes):
+        ways: dict[tuple[Tier, Tier], list[ev.Copy]] = {}
+        for copy in copies:
+            ways.setdefault((copy.source.tier, copy.target), []).append(copy)
+        for (source, target), together in ways.items():
+            pool, run = (self._up, self._fill) if target in IN_MEMORY else (self._down[target], self._append)
+            for batch in _batches(together, self._mover.batch_bytes(target)):
                 self._batches += 1
-                if target is Tier.DISK:
-                    self._leaving_bytes += _size(batch)
+                if target > source:
+                    self._leaving[source] += _size(batch)
                 if self._closed:
-                    self._finish(batch, [ev.CopyFailed(copy.key, target) for copy in batch])
+                    self._finish(batch, _failed(batch))
                 else:
-                    self._pool.submit(self._guarded, run, batch)
+                    pool.submit(self._guarded, run, batch)
 
-    def _guarded(self, run, batch: list[ev.Copy]) -> None:
+    def _guarded(self, run: Callable[[list[ev.Copy]], None], batch: list[ev.Copy]) -> None:
         """Boundary of the background threads: whatever fails, the sources stay and the machine hears of it."""
-        failed: list[ev.Event] = []
+        failed: list[ev.CopyFailed] = []
         try:
             run(batch)
         except Exception:
             log.exception("copying %d blocks to %s failed", len(batch), batch[0].target.label)
-            failed = [ev.CopyFailed(copy.key, copy.target) for copy in batch]
+            failed = _failed(batch)
         self._finish(batch, failed)
 
-    def _finish(self, batch: list[ev.Copy], failed: list[ev.Event]) -> None:
+    def _finish(self, batch: list[ev.Copy], failed: list[ev.CopyFailed]) -> None:
         with self.lock:
             self._batches -= 1
-            if batch[0].target is Tier.DISK:
-                self._leaving_bytes -= _size(batch)
+            if batch[0].target > batch[0].source.tier:
+                self._leaving[batch[0].source.tier] -= _size(batch)
             self.handle(failed)
             self.freed.notify_all()
 
-    def _demote(self, batch: list[ev.Copy]) -> None:
-        with self._disk_turn:
-            while (full := self._mover.disk_room(batch)) is not None:
-                segment, keys = full
-                self.handle([ev.Lost(key) for key in keys])
-                self._mover.drop_segment(segment)
-            locations = self._mover.to_disk(batch)
-            # Within the turn, so that nobody drops a segment whose blocks the machine has not heard of.
-            self.handle(
-                ev.Copied(copy.key, location) if location else ev.CopyFailed(copy.key, copy.target)
-                for copy, location in zip(batch, locations, strict=True)
-            )
+    def _append(self, batch: list[ev.Copy]) -> None:
+        """Into a lower tier; on its one thread, so that no segment goes of whose blocks the machine has not heard."""
+        tier = batch[0].target
+        while (segment := self._mover.segment_to_go(tier, batch)) is not None:
+            self._reclaim(tier, segment)
+        locations = self._mover.append(tier, batch)
+        self.handle(
+            ev.Copied(copy.key, location) if location else ev.CopyFailed(copy.key, tier)
+            for copy, location in zip(batch, locations, strict=True)
+        )
+        self._age(tier, self._mover.segment_to_age(tier))
 
-    def _promote(self, batch: list[ev.Copy]) -> None:
-        for copy in batch:
-            nbytes = copy.source.raw_bytes
-            offsets = self.reserve(nbytes, 1, copy.key, wait_s=0)
+    def _reclaim(self, tier: Tier, segment: int) -> None:
+        """Remove a segment, after what is still wanted of it was written again, and the rest copied down if that is quick."""
+        keys = self._mover.keys_in(tier, segment)
+        self._age(tier, segment)
+        with self.lock:
+            self.freed.wait_for(lambda: self._closed or not self._is_leaving(tier, keys), RECLAIM_WAIT_S)
+            wanted = self.machine.wanted_in(tier, segment, keys, REINSERT_SHARE * self._mover.segment_bytes(tier))
+        moved = self._mover.reinsert(tier, segment, wanted) if wanted else []
+        self.handle([*(ev.Moved(key, segment, location) for key, location in moved), ev.Emptied(tier, segment, keys)])
+        self._mover.drop_segment(tier, segment)
+
+    def _is_leaving(self, tier: Tier, keys: Iterable[BlockKey]) -> bool:
+        """Whether any of the blocks is on its way to a tier below."""
+        found = (self.machine.blocks.get(key) for key in keys)
+        return any(block is not None and block.copying_to is not None and block.copying_to > tier for block in found)
+
+    def _age(self, tier: Tier, segment: int | None) -> None:
+        """Copy the blocks of a segment that will have to go down; not while those of another are on that way."""
+        with self.lock:
+            if segment is not None and tier is Tier.DISK and Tier.OBJECTS in self.machine.tiers and not self._leaving[tier]:
+                self.handle([ev.Aging(tier, segment, self._mover.keys_in(tier, segment))])
+
+    def _fill(self, batch: list[ev.Copy]) -> None:
+        """Into memory: as many at a time as there is room for, the first ones of a chain first."""
+        rest, target = batch, batch[0].target
+        wait_s = WANTED_WAIT_S if batch[0].source.tier is Tier.OBJECTS else 0
+        while rest:
+            nbytes = rest[0].source.raw_bytes
+            same = [copy for copy in rest if copy.source.raw_bytes == nbytes]
+            offsets = self.reserve(nbytes, [copy.key for copy in same], same[-1].key, wait_s, target)
+            taken = same[: len(offsets)] or same
             if offsets:
-                self._promote_to(copy, Location(Tier.HOST, 0, 0, offsets[0], nbytes, nbytes))
+                self._fill_extents(taken, [Location(target, 0, 0, offset, nbytes, nbytes) for offset in offsets])
             else:
-                self.handle([ev.CopyFailed(copy.key, copy.target)])
+                self.handle(_failed(taken))
+            done = set(map(id, taken))
+            rest = [copy for copy in rest if id(copy) not in done]
 
-    def _promote_to(self, copy: ev.Copy, location: Location) -> None:
-        good = False
+    def _fill_extents(self, batch: list[ev.Copy], locations: list[Location]) -> None:
+        outcomes: list[Filled] = []
         try:
-            good = self._mover.to_host(copy, location)
+            outcomes = self._mover.fill(batch, locations)
         finally:
             with self.lock:
-                if good:
-                    self.handle([ev.Copied(copy.key, location)])
-                else:
-                    self._mover.free(location)
-                    self.handle([ev.CopyFailed(copy.key, copy.target), ev.Lost(copy.key, copy.source)])
-                    self.freed.notify_all()
+                outcomes += [Filled.LATER] * (len(batch) - len(outcomes))
+                for copy, location, outcome in reversed(list(zip(batch, locations, outcomes, strict=True))):
+                    self._filled(copy, location, outcome)  # the deepest first: it goes first
+                self.freed.notify_all()
+
+    def _filled(self, copy: ev.Copy, location: Location, outcome: Filled) -> None:
+        if outcome is Filled.DONE:
+            self.handle([ev.Copied(copy.key, location)])
+            return
+        self._mover.free(location)
+        self.handle([ev.CopyFailed(copy.key, copy.target)])
+        if outcome is Filled.GONE and copy.source.tier not in IN_MEMORY:
+            self.handle([ev.Lost(copy.key, copy.source)])
+
+
+def _failed(batch: list[ev.Copy]) -> list[ev.CopyFailed]:
+    return [ev.CopyFailed(copy.key, copy.target) for copy in batch]
 
 
 def _size(batch: list[ev.Copy]) -> int:

@@ -1,13 +1,27 @@
-"""The words between the machine and the engine: what happened (events), what to do (instructions). Pure data."""
+"""The words between the machine and the engine: what happened (events), what to do (instructions). Pure data.
 
+`now_s` is the node's clock. Keys of one chain come root first.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.keys import BlockKey
 
 
 class Committed(NamedTuple):
-    """A block lies complete at `location`. Of one chain, report the deepest block first."""
+    """A run of one chain lies complete in host memory: each key at its location, the first one behind `parent`."""
+
+    root: BlockKey
+    parent: BlockKey | None
+    keys: Sequence[BlockKey]
+    locations: Sequence[Location]
+    now_s: float
+
+
+class Recovered(NamedTuple):
+    """A restarted node found a block at `location`; the least recently used is told first. Nobody used it now."""
 
     key: BlockKey
     parent: BlockKey | None
@@ -15,18 +29,31 @@ class Committed(NamedTuple):
     location: Location
 
 
-class Touched(NamedTuple):
-    """A worker used a block. Of one chain, report the deepest block first."""
+class Used(NamedTuple):
+    """A worker used a run of one chain."""
 
-    key: BlockKey
+    keys: Sequence[BlockKey]
+    now_s: float
+
+
+class Wanted(NamedTuple):
+    """A worker waits for these blocks, which it cannot read where they are: on a device that it does not see, or in objects."""
+
+    keys: Sequence[BlockKey]
 
 
 class Needed(NamedTuple):
-    """`nbytes` more are needed in `tier`, for a chain that grows at `tail` (whose ancestors should stay)."""
+    """`nbytes` more are needed in `tier` for the blocks `keys` of a chain that grows at `tail`, whose ancestors should stay.
+
+    `queue_bytes`: how much may be sent to the tier below now; beyond it the tier below is too slow.
+    """
 
     tier: Tier
     nbytes: int
     tail: BlockKey | None = None
+    keys: Sequence[BlockKey] = ()
+    now_s: float = 0.0
+    queue_bytes: float = float("inf")
 
 
 class Crowded(NamedTuple):
@@ -34,31 +61,64 @@ class Crowded(NamedTuple):
 
     count: int
     tail: BlockKey | None = None
+    now_s: float = 0.0
 
 
 class Copied(NamedTuple):
-    """A demotion or promotion is complete: the block lies at `location` as well."""
+    """A copy is complete: the block lies at `location` as well."""
 
     key: BlockKey
     location: Location
 
 
 class CopyFailed(NamedTuple):
-    """A demotion or promotion to `target` did not succeed; the source is as it was."""
+    """A copy to `target` did not succeed; the source is as it was."""
 
     key: BlockKey
     target: Tier
 
 
 class Lost(NamedTuple):
-    """The copy of a block on disk is gone or not to be trusted: the one at `location`, or whichever is there."""
+    """The copy of a block at `location` is gone or not to be trusted."""
 
     key: BlockKey
-    location: Location | None = None
+    location: Location
+
+
+class Aging(NamedTuple):
+    """A segment of `tier`, with these blocks, is among the next to go: now is the time to copy them down."""
+
+    tier: Tier
+    segment: int
+    keys: Sequence[BlockKey]
+
+
+class Moved(NamedTuple):
+    """A block that was in `segment` lies at `location`, in another segment of the same tier, instead."""
+
+    key: BlockKey
+    segment: int
+    location: Location
+
+
+class Emptied(NamedTuple):
+    """A segment of `tier` goes now, and with it the copies of these blocks that are still in it."""
+
+    tier: Tier
+    segment: int
+    keys: Sequence[BlockKey]
+
+
+class Hinted(NamedTuple):
+    """What a worker knows of the future of the chain whose deepest block is `tail`."""
+
+    tail: BlockKey
+    hint: Hint
+    now_s: float
 
 
 class Pinned(NamedTuple):
-    """Somebody reads the block's host copy; it stays until `Unpinned`, which must follow. A block may be pinned several times."""
+    """Somebody reads a copy of the block in memory; it stays until `Unpinned`, which must follow. May be said several times."""
 
     key: BlockKey
 
@@ -69,7 +129,23 @@ class Unpinned(NamedTuple):
     key: BlockKey
 
 
-Event = Committed | Touched | Needed | Crowded | Copied | CopyFailed | Lost | Pinned | Unpinned
+Event = (
+    Committed
+    | Recovered
+    | Used
+    | Wanted
+    | Needed
+    | Crowded
+    | Copied
+    | CopyFailed
+    | Lost
+    | Aging
+    | Moved
+    | Emptied
+    | Hinted
+    | Pinned
+    | Unpinned
+)
 
 
 class Show(NamedTuple):

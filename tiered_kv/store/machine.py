@@ -1,56 +1,53 @@
 """The store machine: events in, instructions out. Pure: no I/O, no threads, no clock, no torch.
 
-Invariants, which `check` asserts: a known block has at least one copy; a copy's bytes are given up only after readers
-were shown another copy or none; a block that is being copied, or read by a peer, keeps its source.
+Invariants, which `check` asserts: a known block has at least one copy; a tier never has more than its cap; a copy's
+bytes are given up only after readers were shown another copy or none; a block that is being copied, or read by a
+peer, keeps its source.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Sequence
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.keys import BlockKey
-from tiered_kv.policy.base import EvictionPolicy
+from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
-
-
-@dataclass(slots=True)
-class Block:
-    """What the machine knows of one block: its place in the chain and its copies."""
-
-    parent: BlockKey | None
-    root: BlockKey | None
-    copies: dict[Tier, Location] = field(default_factory=dict)
-    copying_to: Tier | None = None
-    not_to_disk: bool = False
-
-    @property
-    def best(self) -> Location:
-        """The copy in the fastest tier."""
-        return self.copies[min(self.copies)]
+from tiered_kv.store.holds import HOLD_SHARE, Holds
+from tiered_kv.store.movement import Block, Fate, Movement
 
 
 class StoreMachine:
-    """Decides admission, demotion, promotion and dropping for the tiers host and (optionally) disk of one node.
+    """Decides admission, promotion, demotion and dropping for the tiers of one node.
 
-    Write once: a block promoted from disk keeps its disk copy, so that giving up its host copy again costs nothing.
+    `capacities`: the cap of every tier that there is, host among them. `policies`: for the tiers in memory (device, host)
+    which block goes first; the others give up whole segments. `history`: of all uses, the same that the policies look at.
     """
 
-    def __init__(self, host_policy: EvictionPolicy, has_disk: bool) -> None:
+    def __init__(self, capacities: Mapping[Tier, int], policies: Mapping[Tier, EvictionPolicy], history: History) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
+        self.tiers = frozenset(capacities)
+        self._movement = Movement(capacities, self.bytes_by_tier, history)
+        self._policies = dict(policies)
+        self._history = history
+        self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
         self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
-        self._host_policy = host_policy
-        self._has_disk = has_disk
         self._handlers = {
             ev.Committed: self._committed,
-            ev.Touched: self._touched,
+            ev.Recovered: self._recovered,
+            ev.Used: self._used,
+            ev.Wanted: self._wanted,
             ev.Needed: self._needed,
             ev.Crowded: self._crowded,
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
             ev.Lost: self._lost,
+            ev.Aging: self._aging,
+            ev.Moved: self._moved,
+            ev.Emptied: self._emptied,
+            ev.Hinted: self._hinted,
             ev.Pinned: self._pinned,
             ev.Unpinned: self._unpinned,
         }
@@ -64,89 +61,105 @@ class StoreMachine:
         block = self.blocks.get(key)
         return block is not None and tier in block.copies
 
+    def held(self, key: BlockKey) -> bool:
+        """Whether a worker asked to keep the block, and its time is not over as far as was told."""
+        return key in self._holds
+
     def pinned(self, key: BlockKey) -> bool:
         """Whether somebody reads the block now."""
         return key in self._pins
 
+    def wanted_in(self, tier: Tier, segment: int, keys: Sequence[BlockKey], budget_bytes: float) -> list[BlockKey]:
+        """Which blocks of a segment that goes are worth writing again, of at most `budget_bytes`."""
+        return self._movement.wanted(tier, self._in_segment(tier, segment, keys), budget_bytes)
+
+    # What workers do
+
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
+        instructions: list[ev.Instruction] = []
+        run: list[BlockKey] = []
+        behind = parent = event.parent
+        for key, location in zip(event.keys, event.locations, strict=True):
+            block = self.blocks.get(key)
+            if block is None:
+                block = self.blocks[key] = Block(parent, event.root)
+            elif block.parent is None:  # what was found after a restart may have no past
+                block.parent, block.root = parent, event.root
+            if Tier.HOST in block.copies:  # somebody else was faster; the first copy stays
+                self.counts["duplicate"] += 1
+                instructions.append(ev.Free(key, location))
+                self._add_run(run, behind, event)
+                run, behind = [], key
+            else:
+                run.append(key)
+                instructions += self._place(key, block, location)
+            parent = key
+        self._add_run(run, behind, event)
+        return instructions
+
+    def _add_run(self, run: list[BlockKey], parent: BlockKey | None, event: ev.Committed) -> None:
+        if run:
+            self.counts["committed"] += len(run)
+            self._history.seen(run, parent, event.now_s)
+            self._policies[Tier.HOST].add(run, parent, event.locations[0].stored_bytes)
+            for key in run:
+                if len(self.blocks[key].copies) > 1:
+                    self._weigh(key, self.blocks[key])
+
+    def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
         block = self.blocks.get(event.key)
         if block is None:
             block = self.blocks[event.key] = Block(event.parent, event.root)
-        elif block.parent is None:  # what a restarted node found on disk has no past
-            block.parent, block.root = event.parent, event.root
-        tier = event.location.tier
-        if tier in block.copies:  # somebody else was faster; the first copy stays
-            self.counts["duplicate"] += 1
+        if event.location.tier in block.copies:
             return [ev.Free(event.key, event.location)]
-        self.counts["committed"] += 1
         return self._add_copy(event.key, block, event.location)
 
-    def _touched(self, event: ev.Touched) -> list[ev.Instruction]:
-        block = self.blocks.get(event.key)
-        if block is None:
+    def _used(self, event: ev.Used) -> list[ev.Instruction]:
+        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
+        if not known:
             return []
+        self._history.seen([key for key, _ in known], known[0][1].parent, event.now_s)
+        for _, block in known:
+            block.uses += 1
+            block.used_below = True
+        for tier, policy in self._policies.items():
+            if here := [key for key, block in known if tier in block.copies]:
+                policy.use(here)
+        return self._promoted(known)
+
+    def _wanted(self, event: ev.Wanted) -> list[ev.Instruction]:
+        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
+        instructions = self._promoted([(key, block) for key, block in known if min(block.copies) is Tier.OBJECTS])
+        for key, block in known:
+            if Tier.DEVICE in block.copies and block.copying_to is None and not self.pinned(key):
+                instructions += self._off_device(key, block)
+        return instructions
+
+    def _off_device(self, key: BlockKey, block: Block) -> list[ev.Instruction]:
+        self.counts["off_device"] += 1
         if Tier.HOST in block.copies:
-            self._host_policy.touch(event.key)
-            return []
-        if block.copying_to is not None:
-            return []
-        block.copying_to = Tier.HOST
-        return [ev.Copy(event.key, block.root, block.parent, block.best, Tier.HOST)]
+            return self._drop_copy(key, block, Tier.DEVICE)
+        block.leaving = Tier.DEVICE
+        return [self._copy(key, block, block.copies[Tier.DEVICE], Tier.HOST)]
 
-    def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        assert event.tier is Tier.HOST  # the disk tier makes room by whole segments
-        stays = frozenset(key for key in self._chain_to(event.tail) if self._would_drop(self.blocks[key]))
-        instructions: list[ev.Instruction] = []
-        for key in self._host_policy.victims(event.nbytes, _Protected(self, stays)):
-            block = self.blocks[key]
-            if Tier.DISK in block.copies or self._would_drop(block):
-                self.counts["host_freed" if Tier.DISK in block.copies else "dropped"] += 1
-                instructions += self._drop_copy(key, block, Tier.HOST)
-            else:
-                block.copying_to = Tier.DISK
-                instructions.append(ev.Copy(key, block.root, block.parent, block.copies[Tier.HOST], Tier.DISK))
-        return instructions
+    def _promoted(self, used: Sequence[tuple[BlockKey, Block]]) -> list[ev.Instruction]:
+        return [self._copy(key, block, block.best, target) for key, block, target in self._movement.promotions(used)]
 
-    def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
-        instructions: list[ev.Instruction] = []
-        protected = _Protected(self, self._chain_to(event.tail))
-        for _ in range(event.count):
-            for key in self._host_policy.victims(1, protected):
-                self.counts["dropped"] += 1
-                for tier in sorted(self.blocks[key].copies):
-                    instructions += self._drop_copy(key, self.blocks[key], tier)
-        return instructions
-
-    def _copied(self, event: ev.Copied) -> list[ev.Instruction]:
-        block = self.blocks.get(event.key)
-        tier = event.location.tier
-        if block is None or block.copying_to is not tier:
-            return [ev.Free(event.key, event.location)]  # lost or committed anew meanwhile
-        block.copying_to = None
-        if tier in block.copies:
-            return [ev.Free(event.key, event.location)]
-        self.counts["promoted" if tier is Tier.HOST else "demoted"] += 1
-        instructions = self._add_copy(event.key, block, event.location)
-        if tier is Tier.DISK and Tier.HOST in block.copies and not self.pinned(event.key):
-            instructions += self._drop_copy(event.key, block, Tier.HOST)
-        return instructions
-
-    def _copy_failed(self, event: ev.CopyFailed) -> list[ev.Instruction]:
-        block = self.blocks.get(event.key)
-        if block is not None and block.copying_to is event.target:
-            block.copying_to = None
-            if event.target is Tier.DISK:
-                self.counts["demote_failed"] += 1
-                block.not_to_disk = True  # the next time its room is needed it is dropped instead
+    def _hinted(self, event: ev.Hinted) -> list[ev.Instruction]:
+        tail, hint, now_s = event
+        if hint.foretells:
+            self._history.hint(tail, now_s, answer_tokens=hint.answer_tokens, reuse_within_s=hint.reuse_within_s, ended=hint.ended)
+        chain = self._chain_to(tail)
+        if hint.ended:
+            for key in chain:
+                if self.blocks[key].uses <= self.blocks[tail].uses:  # the others are shared with other sessions
+                    self._holds.release(key)
+        elif hint.pinned_s:
+            self._holds.expire(now_s)
+            in_host = {key: self.blocks[key].copies[Tier.HOST].stored_bytes for key in chain if self.has(key, Tier.HOST)}
+            if not self._holds.hold(in_host, now_s + hint.pinned_s):
+                self.counts["pins_refused"] += 1
         return []
-
-    def _lost(self, event: ev.Lost) -> list[ev.Instruction]:
-        block = self.blocks.get(event.key)
-        there = block.copies.get(Tier.DISK) if block else None
-        if there is None or event.location not in (None, there):
-            return []
-        self.counts["lost"] += 1
-        return self._drop_copy(event.key, block, Tier.DISK)
 
     def _pinned(self, event: ev.Pinned) -> list[ev.Instruction]:
         self._pins[event.key] += 1
@@ -158,12 +171,132 @@ class StoreMachine:
             del self._pins[event.key]
         return []
 
+    # Room
+
+    def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
+        tier, queue_bytes = event.tier, event.queue_bytes
+        self._holds.expire(event.now_s)
+        chain = self._chain_to(event.tail)
+        goes, here = (Fate.FREED, Fate.LEAVES), [(key, self.blocks[key]) for key in chain if self.has(key, tier)]
+        stays = frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in goes)
+        instructions: list[ev.Instruction] = []
+        for key in self._policies[tier].victims(event.nbytes, self._protected(tier, stays), event.now_s, event.keys):
+            block = self.blocks[key]
+            fate = self._movement.fate(key, block, tier, queue_bytes)
+            if fate is Fate.LEAVES:
+                location = block.copies[tier]
+                queue_bytes -= location.stored_bytes
+                block.leaving = tier
+                instructions.append(self._copy(key, block, location, self._movement.target(key, block, tier)))
+            elif fate is Fate.FREED or key not in chain:
+                self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
+                if fate is Fate.NOT_ADMITTED:
+                    self._movement.not_admitted(key)
+                instructions += self._drop_copy(key, block, tier)
+        return instructions
+
+    def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "_Protected":
+        return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
+
+    def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
+        instructions: list[ev.Instruction] = []
+        protected = self._protected(Tier.HOST, self._chain_to(event.tail))
+        for _ in range(event.count):
+            for key in self._policies[Tier.HOST].victims(1, protected, event.now_s):
+                self.counts[Fate.DROPPED.value] += 1
+                for tier in sorted(self.blocks[key].copies):
+                    instructions += self._drop_copy(key, self.blocks[key], tier)
+        return instructions
+
+    # Copies
+
+    def _copy(self, key: BlockKey, block: Block, source: Location, target: Tier) -> ev.Copy:
+        block.copying_to = target
+        return ev.Copy(key, block.root, block.parent, source, target)
+
+    def _copied(self, event: ev.Copied) -> list[ev.Instruction]:
+        key, location = event
+        block, tier = self.blocks.get(key), location.tier
+        if block is None or block.copying_to is not tier:
+            return [ev.Free(key, location)]  # lost or committed anew meanwhile
+        leaving, block.leaving, block.copying_to = block.leaving, None, None
+        if tier in block.copies:
+            return [ev.Free(key, location)]
+        self.counts["demoted" if tier > min(block.copies) else "promoted"] += 1
+        instructions = self._add_copy(key, block, location)
+        if leaving in block.copies and not self.pinned(key):
+            instructions += self._drop_copy(key, block, leaving)
+        return instructions
+
+    def _copy_failed(self, event: ev.CopyFailed) -> list[ev.Instruction]:
+        block = self.blocks.get(event.key)
+        if block is not None and block.copying_to is event.target:
+            if event.target > min(block.copies):
+                self.counts["demote_failed"] += 1
+                block.refused = True  # the next time its room is needed it is dropped instead
+            block.copying_to = block.leaving = None
+        return []
+
+    def _lost(self, event: ev.Lost) -> list[ev.Instruction]:
+        block = self.blocks.get(event.key)
+        if block is None or block.copies.get(event.location.tier) != event.location:
+            return []
+        self.counts["lost"] += 1
+        return self._drop_copy(event.key, block, event.location.tier)
+
+    # Segments of the lower tiers
+
+    def _aging(self, event: ev.Aging) -> list[ev.Instruction]:
+        instructions = []
+        for key, block in self._in_segment(event.tier, event.segment, event.keys):
+            alone = len(block.copies) == 1 and block.copying_to is None and not block.refused
+            target = self._movement.target(key, block, event.tier) if alone else None
+            if target is not None:
+                instructions.append(self._copy(key, block, block.best, target))
+        return instructions
+
+    def _moved(self, event: ev.Moved) -> list[ev.Instruction]:
+        block, tier = self.blocks.get(event.key), event.location.tier
+        there = block.copies.get(tier) if block else None
+        if there is None or there.segment != event.segment:
+            return [ev.Free(event.key, event.location)]  # given up meanwhile
+        self.counts["reinserted"] += 1
+        self.bytes_by_tier[tier] += event.location.stored_bytes - there.stored_bytes
+        block.copies[tier] = event.location
+        block.used_below = False
+        return [ev.Show(event.key, event.location)] if block.best is event.location else []
+
+    def _emptied(self, event: ev.Emptied) -> list[ev.Instruction]:
+        instructions: list[ev.Instruction] = []
+        for key, block in list(self._in_segment(event.tier, event.segment, event.keys)):
+            if len(block.copies) == 1:
+                self.counts["lost"] += 1
+                self.counts[Fate.UNDER_PRESSURE.value] += block.copying_to is not None and block.copying_to > event.tier
+            instructions += self._drop_copy(key, block, event.tier)
+        return instructions
+
+    def _in_segment(self, tier: Tier, segment: int, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, Block]]:
+        found = ((key, self.blocks.get(key)) for key in keys)
+        return [(key, block) for key, block in found if block and tier in block.copies and block.copies[tier].segment == segment]
+
+    # Books
+
     def _add_copy(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
-        block.copies[location.tier] = location
-        self.bytes_by_tier[location.tier] += location.stored_bytes
-        self.blocks_by_tier[location.tier] += 1
-        if location.tier is Tier.HOST:
-            self._host_policy.add(key, block.parent, location.stored_bytes)
+        """A copy that comes by itself, not as part of a run."""
+        instructions = self._place(key, block, location)
+        if location.tier in self._policies:
+            self._policies[location.tier].add([key], block.parent, location.stored_bytes)
+        self._weigh(key, block)
+        return instructions
+
+    def _place(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
+        tier = location.tier
+        block.copies[tier] = location
+        block.refused = False
+        if tier not in self._policies:
+            block.used_below = False
+        self.bytes_by_tier[tier] += location.stored_bytes
+        self.blocks_by_tier[tier] += 1
         return [ev.Show(key, location)] if block.best is location else []
 
     def _drop_copy(self, key: BlockKey, block: Block, tier: Tier) -> list[ev.Instruction]:
@@ -171,19 +304,24 @@ class StoreMachine:
         location = block.copies.pop(tier)
         self.bytes_by_tier[tier] -= location.stored_bytes
         self.blocks_by_tier[tier] -= 1
+        if tier in self._policies:
+            self._policies[tier].remove(key)
         if tier is Tier.HOST:
-            self._host_policy.remove(key)
+            self._holds.release(key)
         instructions: list[ev.Instruction] = []
         if not block.copies:
             del self.blocks[key]
             instructions.append(ev.Hide(key))
-        elif was_best:
-            instructions.append(ev.Show(key, block.best))
+        else:
+            self._weigh(key, block)
+            if was_best:
+                instructions.append(ev.Show(key, block.best))
         return [*instructions, ev.Free(key, location)]
 
-    def _would_drop(self, block: Block) -> bool:
-        """Whether giving up the block's only copy, in the host tier, would be the end of it."""
-        return Tier.DISK not in block.copies and (not self._has_disk or block.not_to_disk)
+    def _weigh(self, key: BlockKey, block: Block) -> None:
+        for tier, policy in self._policies.items():
+            if tier in block.copies:
+                policy.weigh(key, block.restore_factor(tier))
 
     def _chain_to(self, tail: BlockKey | None) -> frozenset[BlockKey]:
         chain = set()
@@ -196,24 +334,30 @@ class StoreMachine:
         """Recompute everything that is kept in two places, and compare."""
         for tier in Tier:
             copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
+            assert not copies or tier in self.tiers
             assert self.bytes_by_tier[tier] == sum(location.stored_bytes for location in copies)
             assert self.blocks_by_tier[tier] == len(copies)
             assert all(location.tier is tier for location in copies)
-        in_host = {key for key, block in self.blocks.items() if Tier.HOST in block.copies}
-        assert len(self._host_policy) == len(in_host)
-        assert all(key in self._host_policy for key in in_host)
         assert all(block.copies for block in self.blocks.values())
         assert all(count > 0 for count in self._pins.values())
-        self._host_policy.check()
+        for tier, policy in self._policies.items():
+            here = [key for key, block in self.blocks.items() if tier in block.copies]
+            assert len(policy) == len(here)
+            assert all(key in policy for key in here)
+            policy.check()
+        self._movement.check()
+        self._holds.check()
+        assert all(self.has(key, Tier.HOST) for key in self.blocks if self.held(key))
 
 
-class _Protected:
-    """Blocks that must not be given up now: those of the growing chain, those being copied, those being read."""
+class _Protected(Container[BlockKey]):
+    """Blocks that must not leave a tier now: those of the growing chain, held for a worker, being copied, being read."""
 
-    def __init__(self, machine: StoreMachine, chain: frozenset[BlockKey]) -> None:
-        self._machine = machine
-        self._chain = chain
+    def __init__(
+        self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]
+    ) -> None:
+        self._chain, self._held, self._pins, self._blocks = chain, held, pins, blocks
 
     def __contains__(self, key: object) -> bool:
-        block = self._machine.blocks[key]  # type: ignore[index]
-        return key in self._chain or block.copying_to is not None or self._machine.pinned(key)  # type: ignore[arg-type]
+        stays = key in self._chain or key in self._held or key in self._pins
+        return stays or self._blocks[key].copying_to is not None  # type: ignore[index]

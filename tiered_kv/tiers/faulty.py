@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tiered_kv.tiers.disk import Appended, Record, Refused
+from tiered_kv.tiers.log import Appended, Record, Refused
 
 Fault = Callable[..., Any]
 EVERY = 0

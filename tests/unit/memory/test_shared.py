@@ -133,7 +133,7 @@ def test_files_of_another_version_are_refused_by_readers(files):
 
 
 @pytest.mark.parametrize(
-    "word, value, says",
+    ("word", "value", "says"),
     [
         (w.MAGIC, 5, "no index"),
         (w.MAGIC, 0, "unfinished"),

@@ -357,13 +357,13 @@ def test_a_store_that_fails_midway_gives_its_extents_back(node, client, monkeypa
     assert client.store(TOKENS, KV).new == 4
 
 
-def test_the_cache_of_one_process_is_gone_with_its_client(tmp_path) -> None:
-    with tiered_kv.open(
-        {"host": "1MiB", "disk": "1MiB", "disk_path": str(tmp_path / "disk")}, layout=LAYOUT, namespace=NAMESPACE
-    ) as client:
+def test_the_cache_of_one_process_is_gone_with_its_client(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with tiered_kv.open({"host": "1MiB", "disk": "1MiB"}, layout=LAYOUT, namespace=NAMESPACE) as client:
         client.store(TOKENS, KV)
         assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4
-    assert not list((tmp_path / "disk").iterdir())
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_threads_share_a_client(node, client) -> None:

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, key_of, wait_until
+from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, key_of, keys_of, wait_until
 from tests.unit.service.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tiered_kv import Config, KVLayout
 from tiered_kv.blocks import Stored, Tier
@@ -35,7 +35,7 @@ from tiered_kv.service.local import SocketSession
 directory, nbytes, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 view, session = NodeView.open(directory), SocketSession(directory + "/sock", 30.0)
 generation = view.generation
-offsets = session.reserve(nbytes, count, None)
+offsets = session.reserve(nbytes, [bytes([at]) * 32 for at in range(count)], None)
 with view.guard([(offset, nbytes) for offset in offsets], generation) as ours:
     for offset in offsets:
         view.extent(offset, nbytes).fill_(7)
@@ -74,14 +74,14 @@ def test_what_a_killed_worker_had_reserved_is_taken_back(node_factory) -> None:
 def test_extents_that_somebody_still_writes_to_are_not_given_away(node_factory) -> None:
     with served(node_factory(host="1MiB", store_wait_ms=0)) as node, NodeView.open(node.directory) as view:
         session = SocketSession(f"{node.directory}/sock", PATIENCE_S)
-        offsets = session.reserve(NBYTES, 3, None)
+        offsets = session.reserve(NBYTES, keys_of(3), None)
         with view.guard([(offset, NBYTES) for offset in offsets], view.generation) as ours:
             assert ours
             session.close()
             wait_until(node, lambda: not node.stats()["sessions"])
             node.check()
             other = node.open_session()
-            assert not set(other.reserve(NBYTES, 100, None)) & set(offsets)
+            assert not set(other.reserve(NBYTES, keys_of(100), None)) & set(offsets)
             other.close()
         node.beat()
         node.check()
@@ -91,12 +91,12 @@ def test_extents_that_somebody_still_writes_to_are_not_given_away(node_factory) 
 def test_a_store_of_a_session_that_is_gone_changes_nothing(node_factory) -> None:
     node = node_factory(host="1MiB")
     session = node.open_session()
-    (offset,) = session.reserve(NBYTES, 1, None)
+    (offset,) = session.reserve(NBYTES, keys_of(1), None)
     session.close()
     with pytest.raises(TieredKVError):
         session.commit(ROOT, NBYTES, [(key_of(1), None, offset)])
     with pytest.raises(TieredKVError):
-        session.reserve(NBYTES, 1, None)
+        session.reserve(NBYTES, keys_of(1), None)
     assert node.stats()["blocks"] == node.stats()["tiers"]["host"]["used_bytes"] == 0
 
 
@@ -230,14 +230,14 @@ def test_a_restarted_node_leaves_alone_what_a_worker_still_packs(lives) -> None:
     life = lives(store_wait_ms=0)
     with NodeView.open(life.node.directory) as view:
         session = life.node.open_session()
-        offsets = session.reserve(NBYTES, 3, None)
+        offsets = session.reserve(NBYTES, keys_of(3), None)
         with view.guard([(offset, NBYTES) for offset in offsets], view.generation) as ours:
             assert ours
             life.stop()
             life.start()
             life.node.check()
             with closing(life.node.open_session()) as fresh:
-                assert not set(fresh.reserve(NBYTES, 100, None)) & set(offsets)
+                assert not set(fresh.reserve(NBYTES, keys_of(100), None)) & set(offsets)
         life.node.beat()
         life.node.check()
         assert life.node.stats()["tiers"]["host"]["used_bytes"] == 0
@@ -366,7 +366,7 @@ def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> 
 
 def test_a_disk_tier_that_refuses_whole_batches_is_survived(node_factory, tmp_path) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"))
-    node.place.disk = Faulty(node.place.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
+    node.place.logs[Tier.DISK] = Faulty(node.place.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         for turn in range(40):
             client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))

@@ -1,5 +1,6 @@
 """`tiered_kv.open` as people use it: also without closing it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ LAYOUT = tiered_kv.KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="float32", b
 NAMESPACE = tiered_kv.Namespace(weights="open")
 
 FORGETFUL = """
-import sys, torch, tiered_kv
+import torch, tiered_kv
 layout = tiered_kv.KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="float32", block_tokens=4)
-config = {"host": "2MiB", "disk": "2MiB", "disk_path": sys.argv[1]}
+config = {"host": "2MiB", "disk": "2MiB"}
 client = tiered_kv.open(config, layout=layout, namespace=tiered_kv.Namespace(weights="open"))
 client.store(range(8), torch.zeros(layout.kv_shape(8)))
 print(client._source._view.directory)
@@ -23,9 +24,11 @@ print(client._source._view.directory)
 
 
 def test_a_script_that_ends_without_close_leaves_nothing(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", FORGETFUL, str(tmp_path / "disk")], capture_output=True, text=True, timeout=120, check=True)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", FORGETFUL]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
     assert not Path(ran.stdout.strip()).exists()
-    assert not list((tmp_path / "disk").iterdir())
+    assert not list(tmp_path.glob("tkv-*"))
 
 
 def test_with_a_disk_tier_nothing_stored_is_lost_while_there_is_room(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ SETTINGS = {
     "host and disk": (LARGE, {"disk": "1MiB", "store_wait_ms": 10_000}),
     "host and a larger disk": (LARGE, {"disk": "8MiB", "disk_segment": "256KiB", "store_wait_ms": 10_000}),
     "crowded index": (SMALL, {"disk": "1MiB"}),
+    "host and device": (LARGE, {"device": "1MiB:cpu"}),
+    "host and objects": (LARGE, {"objects": "memory://", "objects_cap": "2MiB", "store_wait_ms": 10_000}),
+    "all tiers": (LARGE, {"device": "1MiB:cpu", "disk": "1MiB", "objects": "objects", "objects_cap": "4MiB", "store_wait_ms": 10_000}),
 }
 PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=10).map(tuple)
 FAR_PATHS = st.tuples(st.integers(3, 40), PATHS).map(lambda both: both[:1] + both[1])
@@ -35,7 +38,10 @@ class StoreModel(RuleBasedStateMachine):
     def begin(self, kind: str) -> None:
         self.layout, options = SETTINGS[kind]
         self.folder = tempfile.TemporaryDirectory()
-        self.config = Config.of({"host": "1MiB", "disk_path": self.folder.name, **options})
+        (Path(self.folder.name) / "disk").mkdir()
+        if options.get("objects") == "objects":
+            options = {**options, "objects": f"{self.folder.name}/objects"}
+        self.config = Config.of({"host": "1MiB", "disk_path": f"{self.folder.name}/disk", **options})
         self.cluster_id = uuid.uuid4().hex[:8]
         self.node = self.start()
         self.client = client_of(self.node.info(), self.layout, NAMESPACE, connect=lambda: self.node.open_session())
@@ -91,10 +97,14 @@ class StoreModel(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.settle()
-        before = dict(self.node.place.index.items())
+        before = {key: set(block.copies) for key, block in self.node.engine.machine.blocks.items()}
         self.node.close(remove=False)
         self.node = self.start()
-        assert dict(self.node.place.index.items()) == before
+        after = {key: set(block.copies) for key, block in self.node.engine.machine.blocks.items()}
+        gone = {Tier.DEVICE} if self.config.objects != "memory://" else {Tier.DEVICE, Tier.OBJECTS}
+        assert all(tiers - gone <= after.get(key, set()) for key, tiers in before.items())
+        back = {tier for key, tiers in after.items() for tier in tiers - before.get(key, set())}
+        assert not back & {Tier.DEVICE, Tier.HOST}, "only what was given up in a segment that is still there may come back"
 
     @invariant()
     def caps_hold_and_books_agree(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import closing
 import msgpack
 import pytest
 
-from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, TransportContract, key_of, wait_until
+from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, TransportContract, key_of, keys_of, wait_until
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.service.local import MESSAGE_BYTES_MAX, SessionServer, SocketSession
 from tiered_kv.service.node import Node
@@ -35,7 +35,7 @@ class TestDirectSession(TransportContract):
 
         def ask() -> None:
             try:
-                session.reserve(NBYTES, 2, None)
+                session.reserve(NBYTES, keys_of(2), None)
             except TieredKVError as error:
                 failures.append(error.kind)
 
@@ -53,10 +53,10 @@ class TestDirectSession(TransportContract):
     def test_a_closed_node_does_not_answer(self, node_factory) -> None:
         node = node_factory(host="1MiB")
         session = node.open_session()
-        offsets = session.reserve(NBYTES, 1, None)
+        offsets = session.reserve(NBYTES, keys_of(1), None)
         node.close()
         calls = [
-            lambda: session.reserve(NBYTES, 1, None),
+            lambda: session.reserve(NBYTES, keys_of(1), None),
             lambda: session.commit(ROOT, NBYTES, [(key_of(1), None, offsets[0])]),
             lambda: session.release(offsets),
             session.stats,
@@ -115,7 +115,7 @@ def test_nonsense_ends_one_session_and_no_other(server, said: bytes) -> None:
         bad.sendall(said)
         bad.shutdown(socket.SHUT_WR)
         assert bad.recv(1) == b""
-        assert good.reserve(NBYTES, 1, None)
+        assert good.reserve(NBYTES, keys_of(1), None)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_connection_that_cannot_be_let_in_does_not_end_the_others(server, monk
 def test_closing_the_server_ends_sessions_that_wait(server) -> None:
     node, path, running = server
     with session_at(path) as session:
-        session.reserve(NBYTES, 1, None)
+        session.reserve(NBYTES, keys_of(1), None)
         running.close()
         with pytest.raises(TieredKVError):
             session.stats()

@@ -5,20 +5,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.store.world import key_of
+from tests.unit.store.world import IN_MEMORY, key_of, machine_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import SystemClock
-from tiered_kv.policy import LRUPolicy
+from tiered_kv.store import engine
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Engine
-from tiered_kv.store.machine import StoreMachine
+from tiered_kv.store.engine import Engine, Filled
 
 PATIENCE_S = 30.0
 NBYTES = 100
+DEVICE, HOST, DISK, OBJECTS = Tier
 
 
 class Index(dict):
-    """The index as a dictionary; `touched` is what the next harvest tells."""
+    """The index as a dictionary; `touched` is what the next harvest tells, the deepest block of a chain first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,43 +32,45 @@ class Index(dict):
 
     def harvest(self) -> list[tuple[bytes, int, int]]:
         touched, self.touched = self.touched, []
-        return [(key, 1, 1) for key in touched]
+        return [(key, 1, tick) for tick, key in enumerate(touched)]
 
 
 class Mover:
-    """`slots` host extents of NBYTES; segments of two blocks each, at most `segments` of them."""
+    """`slots` extents of NBYTES in every tier in memory; segments of two blocks each, at most `segments` of them a lower tier."""
 
-    def __init__(self, slots: int, segments: int) -> None:
-        self.free_slots = list(range(slots))
-        self.taken: set[int] = set()
+    def __init__(self, tiers: list[Tier], slots: int, segments: int) -> None:
+        self.free_slots = {tier: list(range(slots)) for tier in tiers if tier in IN_MEMORY}
+        self.taken: dict[Tier, set[int]] = {tier: set() for tier in self.free_slots}
         self.segments_max = segments
-        self.segments: dict[int, list[bytes]] = {}
-        self.to_disk_allowed, self.to_host_allowed = threading.Event(), threading.Event()
-        self.to_disk_allowed.set()
-        self.to_host_allowed.set()
+        self.segments: dict[Tier, dict[int, list[bytes]]] = {tier: {} for tier in tiers if tier not in IN_MEMORY}
+        self.append_allowed = {tier: threading.Event() for tier in self.segments}
+        self.fill_allowed = threading.Event()
+        for event in (self.fill_allowed, *self.append_allowed.values()):
+            event.set()
         self.entered = threading.Event()
         self.failure: Exception | None = None
         self.refused = False
+        self.outcome: Filled | None = None
+        self.ages = False
+        self.reinserted: list[bytes] = []
         self.next_segment = 0
 
-    def fits(self, nbytes: int) -> bool:
+    def fits(self, tier: Tier, nbytes: int) -> bool:
         return nbytes <= NBYTES
 
-    def reserve(self, nbytes: int, count: int) -> list[int]:
+    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
         assert nbytes <= NBYTES
-        taken, self.free_slots = self.free_slots[:count], self.free_slots[count:]
-        self.taken.update(taken)
+        free = self.free_slots[tier]
+        taken, self.free_slots[tier] = free[:count], free[count:]
+        self.taken[tier].update(taken)
         return taken
 
     def free(self, location: Location) -> None:
-        if location.tier is Tier.HOST:
-            self.taken.remove(location.offset)
-            self.free_slots.append(location.offset)
-        elif location.segment in self.segments:
-            self.segments[location.segment].remove(self._key_at(location))
-
-    def _key_at(self, location: Location) -> bytes:
-        return location.offset.to_bytes(32, "big")
+        if location.tier in self.taken:
+            self.taken[location.tier].remove(location.offset)
+            self.free_slots[location.tier].append(location.offset)
+        elif location.segment in self.segments[location.tier]:
+            self.segments[location.tier][location.segment].remove(location.offset.to_bytes(32, "big"))
 
     def _enter(self, allowed: threading.Event) -> None:
         self.entered.set()
@@ -76,69 +78,99 @@ class Mover:
         if self.failure:
             raise self.failure
 
-    def to_disk(self, copies: list[ev.Copy]) -> list[Location | None]:
-        self._enter(self.to_disk_allowed)
-        if self.refused:
-            return [None] * len(copies)
+    def batch_bytes(self, tier: Tier) -> int:
+        return 2 * NBYTES
+
+    def append(self, tier: Tier, copies: list[ev.Copy]) -> list[Location | None]:
+        self._enter(self.append_allowed[tier])
+        return [None] * len(copies) if self.refused else self._write(tier, [copy.key for copy in copies])
+
+    def _write(self, tier: Tier, keys: list[bytes]) -> list[Location]:
+        assert len(self.segments[tier]) <= self.segments_max, "the cap was passed"
         self.next_segment += 1
-        self.segments[self.next_segment] = [copy.key for copy in copies]
-        return [Location(Tier.DISK, 0, self.next_segment, int.from_bytes(copy.key, "big"), NBYTES, NBYTES) for copy in copies]
+        self.segments[tier][self.next_segment] = list(keys)
+        return [Location(tier, 0, self.next_segment, int.from_bytes(key, "big"), NBYTES, NBYTES) for key in keys]
 
-    def to_host(self, copy: ev.Copy, location: Location) -> bool:
-        self._enter(self.to_host_allowed)
-        return copy.key in self.segments.get(copy.source.segment, ()) and not self.refused
+    def fill(self, copies: list[ev.Copy], locations: list[Location]) -> list[Filled]:
+        self._enter(self.fill_allowed)
+        return [self.outcome or (Filled.DONE if self._is_there(copy) else Filled.GONE) for copy in copies]
 
-    def disk_room(self, copies: list[ev.Copy]) -> tuple[int, list[bytes]] | None:
-        if len(self.segments) < self.segments_max:
-            return None
-        segment = min(self.segments)
-        return segment, list(self.segments[segment])
+    def _is_there(self, copy: ev.Copy) -> bool:
+        tier, _, segment, *_ = copy.source
+        return tier in IN_MEMORY or copy.key in self.segments[tier].get(segment, ())
 
-    def drop_segment(self, segment: int) -> None:
-        del self.segments[segment]
+    def segment_to_go(self, tier: Tier, copies: list[ev.Copy]) -> int | None:
+        return min(self.segments[tier]) if len(self.segments[tier]) >= self.segments_max else None
+
+    def segment_to_age(self, tier: Tier) -> int | None:
+        return min(self.segments[tier], default=None) if self.ages else None
+
+    def keys_in(self, tier: Tier, segment: int) -> list[bytes]:
+        return list(self.segments[tier][segment])
+
+    def segment_bytes(self, tier: Tier) -> int:
+        return 10 * NBYTES
+
+    def reinsert(self, tier: Tier, segment: int, keys: list[bytes]) -> list[tuple[bytes, Location]]:
+        self.reinserted += keys
+        return list(zip(keys, self._write(tier, keys), strict=True))
+
+    def drop_segment(self, tier: Tier, segment: int) -> None:
+        del self.segments[tier][segment]
 
 
 class Bench:
     """An engine on fakes, and short ways to say what a test does."""
 
-    def __init__(self, slots: int = 4, segments: int = 8, has_disk: bool = True, io_threads: int = 2) -> None:
-        self.index, self.mover = Index(), Mover(slots, segments)
-        self.engine = Engine(StoreMachine(LRUPolicy(), has_disk), self.index, self.mover, SystemClock(), io_threads)
+    def __init__(self, *tiers: Tier, slots: int = 4, segments: int = 8, io_threads: int = 2, queue_bytes: int = 1 << 20) -> None:
+        self.index, self.mover = Index(), Mover(list(tiers), slots, segments)
+        machine = machine_of({tier: slots * NBYTES if tier in IN_MEMORY else 100 * NBYTES for tier in tiers})
+        self.engine = Engine(machine, self.index, self.mover, SystemClock(), io_threads, queue_bytes=queue_bytes)
 
     def store(self, *numbers: int, wait_s: float = PATIENCE_S) -> list[bool]:
         """Blocks of no chain, one by one; whether there was room for each."""
         stored = []
         for number in numbers:
-            offsets = self.engine.reserve(NBYTES, 1, None, wait_s)
+            key = key_of(number)
+            offsets = self.engine.reserve(NBYTES, [key], None, wait_s)
             for offset in offsets:
-                self.engine.handle([ev.Committed(key_of(number), None, None, Location(Tier.HOST, 0, 0, offset, NBYTES, NBYTES))])
+                self.engine.handle([ev.Committed(bytes(32), None, [key], [Location(HOST, 0, 0, offset, NBYTES, NBYTES)], 0.0)])
             stored.append(bool(offsets))
         return stored
+
+    def touch(self, *numbers: int) -> None:
+        self.index.touched = [key_of(number) for number in numbers]
+        self.engine.drain_touches()
+        self.engine.settle()
 
     def tier(self, number: int) -> Tier | None:
         location = self.index.get(key_of(number))
         return location and location.tier
 
+    def let_go(self) -> None:
+        for event in (self.mover.fill_allowed, *self.mover.append_allowed.values()):
+            event.set()
+
     def check(self) -> None:
         machine = self.engine.machine
-        machine.check()
+        self.engine.check()
         assert self.index == {key: block.best for key, block in machine.blocks.items()}
-        host = [block.copies[Tier.HOST].offset for block in machine.blocks.values() if Tier.HOST in block.copies]
-        assert sorted(host) == sorted(self.mover.taken), "a host extent leaked"
+        for tier, taken in self.mover.taken.items():
+            held = [block.copies[tier].offset for block in machine.blocks.values() if tier in block.copies]
+            assert sorted(held) == sorted(taken), f"an extent of {tier.label} leaked"
 
 
 @pytest.fixture
 def make() -> Iterator:
     benches = []
 
-    def maker(**options) -> Bench:
-        benches.append(Bench(**options))
+    def maker(*lower: Tier, **options) -> Bench:
+        benches.append(Bench(HOST, *lower, **options))
         return benches[-1]
 
     yield maker
     for bench in benches:
-        bench.mover.to_disk_allowed.set()
-        bench.mover.to_host_allowed.set()
+        bench.let_go()
         bench.engine.settle()
         bench.check()
         bench.engine.close()
@@ -152,135 +184,134 @@ def in_thread(function, *arguments) -> tuple[threading.Thread, list]:
 
 
 def test_a_store_waits_for_room_that_a_demotion_makes(make) -> None:
-    bench = make(slots=1)
-    bench.mover.to_disk_allowed.clear()
+    bench = make(DISK, slots=1)
+    bench.mover.append_allowed[DISK].clear()
     bench.store(1)
     thread, stored = in_thread(bench.store, 2)
     assert bench.mover.entered.wait(PATIENCE_S)
-    assert bench.tier(1) is Tier.HOST, "readable while it is being demoted"
-    bench.mover.to_disk_allowed.set()
+    assert bench.tier(1) is HOST, "readable while it is being demoted"
+    bench.mover.append_allowed[DISK].set()
     thread.join(PATIENCE_S)
     assert stored == [[True]]
-    assert (bench.tier(1), bench.tier(2)) == (Tier.DISK, Tier.HOST)
+    assert (bench.tier(1), bench.tier(2)) == (DISK, HOST)
 
 
 def test_without_waiting_it_is_refused_and_room_is_made_for_the_next(make) -> None:
-    bench = make(slots=1)
+    bench = make(DISK, slots=1)
     bench.store(1)
-    bench.mover.to_disk_allowed.clear()
+    bench.mover.append_allowed[DISK].clear()
     assert bench.store(2, wait_s=0) == [False]
-    bench.mover.to_disk_allowed.set()
+    bench.mover.append_allowed[DISK].set()
     bench.engine.settle()
     assert bench.store(2, wait_s=0) == [True]
 
 
 def test_stores_that_wait_for_the_same_demotion_do_not_evict_for_each_other(make) -> None:
-    bench = make(slots=4)
+    bench = make(DISK, slots=4)
     bench.store(1, 2, 3, 4)
-    bench.mover.to_disk_allowed.clear()
+    bench.mover.append_allowed[DISK].clear()
     assert bench.store(5, 6, wait_s=0) == [False, False]
-    bench.mover.to_disk_allowed.set()
+    bench.mover.append_allowed[DISK].set()
     bench.engine.settle()
-    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [Tier.DISK, Tier.HOST, Tier.HOST, Tier.HOST]
+    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [DISK, HOST, HOST, HOST]
 
 
 def test_a_block_that_never_fits_drives_nobody_out(make) -> None:
-    bench = make(slots=2, has_disk=False)
+    bench = make(slots=2)
     bench.store(1, 2)
-    assert bench.engine.reserve(NBYTES + 1, 1, None, PATIENCE_S) == []
-    assert bench.tier(1) is bench.tier(2) is Tier.HOST
+    assert bench.engine.reserve(NBYTES + 1, [key_of(9)], None, PATIENCE_S) == []
+    assert bench.tier(1) is bench.tier(2) is HOST
 
 
 def test_a_failing_disk_keeps_the_source_and_the_store_goes_on(make) -> None:
-    bench = make(slots=1)
+    bench = make(DISK, slots=1)
     bench.store(1)
     bench.mover.failure = OSError("the disk is gone")
-    bench.mover.to_disk_allowed.clear()
+    bench.mover.append_allowed[DISK].clear()
     assert bench.store(2, wait_s=0) == [False]
-    bench.mover.to_disk_allowed.set()
+    bench.mover.append_allowed[DISK].set()
     bench.engine.settle()
-    assert bench.tier(1) is Tier.HOST
+    assert bench.tier(1) is HOST
     assert bench.store(2) == [True]
     assert bench.tier(1) is None, "dropped, for the disk did not want it"
 
 
 def test_a_full_disk_gives_up_its_oldest_segment(make) -> None:
-    bench = make(slots=1, segments=2)
+    bench = make(DISK, slots=1, segments=2)
     bench.store(1, 2, 3, 4)
     bench.engine.settle()
-    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [None, Tier.DISK, Tier.DISK, Tier.HOST]
+    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [None, DISK, DISK, HOST]
 
 
 def on_disk_with_room(make) -> Bench:
     """Block 1 on disk only, and a free host extent."""
-    bench = make(slots=2)
+    bench = make(DISK, slots=2)
     bench.store(1, 2)
     bench.store(3)
     bench.engine.settle()
     bench.engine.handle([ev.Crowded(1)])
     bench.check()
-    assert bench.tier(1) is Tier.DISK
-    assert bench.mover.free_slots
+    assert bench.tier(1) is DISK
+    assert bench.mover.free_slots[HOST]
     return bench
 
 
 def test_a_touched_block_comes_back_from_disk(make) -> None:
     bench = on_disk_with_room(make)
-    bench.index.touched = [key_of(1)]
-    bench.engine.drain_touches()
-    bench.engine.settle()
-    assert bench.tier(1) is Tier.HOST
-    assert bench.engine.machine.has(key_of(1), Tier.DISK)
+    bench.touch(1)
+    assert bench.tier(1) is HOST
+    assert bench.engine.machine.has(key_of(1), DISK)
 
 
-@pytest.mark.parametrize("failure", [None, RuntimeError("no frame at all")])
-def test_a_promotion_that_fails_gives_its_extent_back_and_gives_the_disk_copy_up(make, failure: Exception | None) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "failure", "left"),
+    [(Filled.GONE, None, None), (Filled.LATER, None, DISK), (Filled.DONE, RuntimeError("nobody thought of it"), DISK)],
+)
+def test_a_promotion_that_fails_gives_its_extent_back(make, outcome: Filled, failure: Exception | None, left: Tier | None) -> None:
     bench = on_disk_with_room(make)
-    free = sorted(bench.mover.free_slots)
-    bench.mover.failure, bench.mover.refused = failure, True
-    bench.index.touched = [key_of(1)]
-    bench.engine.drain_touches()
-    bench.engine.settle()
-    assert sorted(bench.mover.free_slots) == free
-    assert bench.tier(1) is None
+    free = sorted(bench.mover.free_slots[HOST])
+    bench.mover.failure, bench.mover.outcome = failure, outcome
+    bench.touch(1)
+    assert sorted(bench.mover.free_slots[HOST]) == free
+    assert bench.tier(1) is left, "only what is damaged is given up"
 
 
 def test_a_promotion_that_comes_late_does_no_harm(make) -> None:
     bench = on_disk_with_room(make)
-    bench.mover.to_host_allowed.clear()
+    bench.mover.fill_allowed.clear()
     bench.index.touched = [key_of(1)]
     bench.engine.drain_touches()
     assert bench.mover.entered.wait(PATIENCE_S)
-    bench.engine.handle([ev.Lost(key_of(1))])
+    bench.engine.handle([ev.Lost(key_of(1), bench.index[key_of(1)])])
     assert bench.store(1) == [True]
-    bench.mover.to_host_allowed.set()
+    bench.mover.fill_allowed.set()
     bench.engine.settle()
-    assert bench.tier(1) is Tier.HOST
+    assert bench.tier(1) is HOST
 
 
 def test_closing_ends_a_wait_for_room(make) -> None:
-    bench = make(slots=1, io_threads=1)
+    bench = make(DISK, slots=1, io_threads=1)
     bench.store(1)
-    bench.mover.to_disk_allowed.clear()
+    bench.mover.append_allowed[DISK].clear()
     waiter, stored = in_thread(bench.store, 2)
     assert bench.mover.entered.wait(PATIENCE_S)
     closer, _ = in_thread(bench.engine.close)
     waiter.join(PATIENCE_S)
     assert stored == [[False]]
-    bench.mover.to_disk_allowed.set()
+    bench.mover.append_allowed[DISK].set()
     closer.join(PATIENCE_S)
-    bench.engine.handle([ev.Needed(Tier.HOST, NBYTES)])  # after close: nothing is started any more
+    bench.engine.handle([ev.Needed(HOST, NBYTES)])  # after close: nothing is started any more
     bench.engine.settle()
 
 
 def test_the_journal_tells_what_came_and_went(make) -> None:
-    bench = make(slots=2, has_disk=False)
+    bench = make(slots=2)
     bench.store(1, 2, 3)
     assert bench.engine.journal == {key_of(1): False, key_of(2): True, key_of(3): True}
 
 
 def test_many_threads_store_and_touch_at_once(make) -> None:
-    bench = make(slots=4, segments=3)
+    bench = make(DISK, slots=4, segments=3)
     gate = threading.Barrier(4)
 
     def work(first: int) -> list[bool]:
@@ -288,7 +319,7 @@ def test_many_threads_store_and_touch_at_once(make) -> None:
         stored = []
         for number in range(first, first + 60):
             stored += bench.store(number)
-            bench.engine.handle([ev.Touched(key_of(number - 2)), ev.Touched(key_of(number))])
+            bench.engine.handle([ev.Used([key_of(number - 2)], 0.0), ev.Used([key_of(number)], 0.0)])
         return stored
 
     threads = [in_thread(work, first) for first in (100, 200, 300, 400)]
@@ -296,4 +327,93 @@ def test_many_threads_store_and_touch_at_once(make) -> None:
         thread.join(PATIENCE_S)
     assert all(len(answers) == 1 for _, answers in threads)
     bench.engine.settle()
-    assert len(bench.mover.taken) <= 4
+    assert len(bench.mover.taken[HOST]) <= 4
+
+
+def test_blocks_used_again_go_to_the_device_and_make_room_there(make) -> None:
+    bench = make(DEVICE, slots=2)
+    bench.store(1, 2)
+    bench.touch(1)
+    bench.touch(2)
+    assert bench.tier(1) is bench.tier(2) is DEVICE
+    bench.store(3)
+    bench.touch(3)
+    assert (bench.tier(1), bench.tier(2), bench.tier(3)) == (HOST, DEVICE, HOST), "1 was on the device alone, and had to go to memory first"
+    bench.touch(3)
+    assert (bench.tier(1), bench.tier(2), bench.tier(3)) == (HOST, DEVICE, DEVICE)
+
+
+def test_beyond_the_queue_of_a_slow_disk_blocks_are_dropped_and_the_store_does_not_wait(make) -> None:
+    bench = make(DISK, slots=4, queue_bytes=2 * NBYTES)
+    bench.mover.append_allowed[DISK].clear()
+    bench.store(1, 2, 3, 4)
+    assert bench.engine.reserve(NBYTES, [key_of(number) for number in (5, 6, 7)], None, PATIENCE_S) == [2]
+    bench.mover.free(Location(HOST, 0, 0, 2, NBYTES, NBYTES))
+    assert bench.engine.leaving_bytes == {"host": 2 * NBYTES}
+    assert bench.engine.machine.counts["dropped_under_pressure"] == 1
+    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [HOST, HOST, None, HOST]
+
+
+def test_a_disk_that_hangs_does_not_keep_blocks_from_coming_up(make) -> None:
+    bench = make(DISK, slots=3, io_threads=1)
+    bench.store(1, 2, 3, 4)
+    bench.engine.settle()
+    assert bench.tier(1) is DISK
+    bench.mover.append_allowed[DISK].clear()
+    bench.store(5, wait_s=0)
+    bench.engine.handle([ev.Crowded(1)])
+    bench.index.touched = [key_of(1)]
+    bench.engine.drain_touches()
+    with bench.engine.lock:
+        assert bench.engine.freed.wait_for(lambda: bench.tier(1) is HOST, PATIENCE_S)
+
+
+def test_what_is_wanted_of_objects_is_waited_for(make) -> None:
+    bench = make(OBJECTS, slots=2)
+    bench.store(1, 2, 3)
+    bench.engine.settle()
+    assert bench.tier(1) is OBJECTS
+    bench.mover.fill_allowed.clear()
+    bench.engine.bring([key_of(1)], 0)
+    assert bench.tier(1) is OBJECTS, "no time to wait"
+    waiting, _ = in_thread(bench.engine.bring, [key_of(1), key_of(9)], PATIENCE_S)
+    bench.mover.fill_allowed.set()
+    waiting.join(PATIENCE_S)
+    assert bench.tier(1) is HOST
+
+
+def test_blocks_that_will_have_to_go_from_disk_are_copied_to_objects_in_time(make) -> None:
+    bench = make(DISK, OBJECTS, slots=1, segments=3)
+    bench.mover.ages = True
+    for number in range(1, 7):
+        bench.store(number)
+        bench.engine.settle()
+        assert number < 2 or bench.engine.machine.has(key_of(1), OBJECTS), "long before its segment goes"
+    assert [bench.tier(number) for number in range(1, 7)] == [OBJECTS] * 2 + [DISK] * 3 + [HOST]
+    assert bench.engine.machine.counts["lost"] == 0
+
+
+def test_a_slow_object_store_stops_nobody(make, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "RECLAIM_WAIT_S", 0.0)
+    bench = make(DISK, OBJECTS, slots=1, segments=2)
+    bench.mover.ages = True
+    bench.mover.append_allowed[OBJECTS].clear()
+    assert bench.store(1, 2, 3, 4, 5) == [True] * 5
+    assert bench.tier(1) is None
+    with bench.engine.lock:
+        bench.engine.freed.wait_for(lambda: not bench.engine.leaving_bytes.get("host"), PATIENCE_S)
+    assert bench.engine.machine.counts["dropped_under_pressure"] == 1
+
+
+def test_a_block_used_since_it_was_written_survives_its_segment(make) -> None:
+    bench = make(DISK, slots=1, segments=2)
+    bench.store(1, 2)
+    bench.engine.settle()
+    bench.mover.outcome = Filled.LATER  # it is used, and stays on disk
+    bench.touch(1)
+    bench.mover.outcome = None
+    bench.store(3, 4)
+    bench.engine.settle()
+    assert bench.mover.reinserted == [key_of(1)]
+    assert bench.tier(1) is DISK
+    assert bench.engine.machine.counts["reinserted"] == 1

@@ -1,14 +1,20 @@
 """A world of dictionaries in which the machine's instructions come true, or break what readers rely on."""
 
+from collections.abc import Mapping
+from hashlib import blake2b
+
 from tiered_kv.blocks import Location, Tier
+from tiered_kv.policy import History, create_history, create_policy
 from tiered_kv.store import events as ev
+from tiered_kv.store.machine import StoreMachine
 
 HOST_BYTES = 100
 FRAME_BYTES = 110
+IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
 def key_of(number: int) -> bytes:
-    return number.to_bytes(32, "big")
+    return blake2b(str(number).encode(), digest_size=32).digest()
 
 
 def parent_of(number: int) -> bytes | None:
@@ -16,10 +22,17 @@ def parent_of(number: int) -> bytes | None:
     return key_of(number // 2) if number > 1 else None
 
 
+def machine_of(capacities: Mapping[Tier, int], policy: str = "lru", history: History | None = None) -> StoreMachine:
+    """A machine for these tiers."""
+    history = history or (create_history() if policy == "adaptive" else History())
+    policies = {tier: create_policy(policy, history, nbytes) for tier, nbytes in capacities.items() if tier in IN_MEMORY}
+    return StoreMachine(capacities, policies, history)
+
+
 class World:
     """Places by location, what readers are shown, and copies that were asked for and are not done.
 
-    Every instruction is checked against what it may do at that moment.
+    Every instruction is checked against what it may do at that moment. Lower tiers have segments of two blocks.
     """
 
     def __init__(self) -> None:
@@ -27,14 +40,26 @@ class World:
         self.shown: dict[bytes, Location] = {}
         self.copies: list[ev.Copy] = []
         self.pinned: list[bytes] = []
-        self._next_offset = 0
+        self._next = 0
 
     def place(self, tier: Tier, key: bytes) -> Location:
         """A new place in a tier, with the block in it."""
-        self._next_offset += 1
-        location = Location(tier, 0, 0, self._next_offset, HOST_BYTES if tier is Tier.HOST else FRAME_BYTES, HOST_BYTES)
+        self._next += 1
+        nbytes, segment = (HOST_BYTES, 0) if tier in IN_MEMORY else (FRAME_BYTES, self._next // 2)
+        location = Location(tier, 0, segment, self._next, nbytes, HOST_BYTES)
         self.content[location] = key
         return location
+
+    def bytes_in(self, tier: Tier) -> int:
+        return sum(location.stored_bytes for location in self.content if location.tier is tier)
+
+    def segments(self, tier: Tier) -> dict[int, list[bytes]]:
+        """The blocks of each segment of a lower tier."""
+        found: dict[int, list[bytes]] = {}
+        for location, key in self.content.items():
+            if location.tier is tier:
+                found.setdefault(location.segment, []).append(key)
+        return found
 
     def carry_out(self, instructions: list[ev.Instruction]) -> None:
         for instruction in instructions:
@@ -47,19 +72,25 @@ class World:
                 case ev.Free(key, location):
                     self._free(key, location)
                 case ev.Copy():
-                    assert self.content[instruction.source] == instruction.key
-                    self.copies.append(instruction)
+                    self._copy(instruction)
             self.check_readers()
+
+    def _copy(self, copy: ev.Copy) -> None:
+        assert self.content[copy.source] == copy.key
+        held = [location.tier for location, key in self.content.items() if key == copy.key]
+        assert copy.target not in held or copy.target in IN_MEMORY, "written twice"
+        self.copies.append(copy)
 
     def _free(self, key: bytes, location: Location) -> None:
         assert self.shown.get(key) != location, "freed while readers are shown it"
-        assert all(copy.source != location for copy in self.copies if location.tier is Tier.HOST), "freed while it is copied"
-        assert location.tier is not Tier.HOST or key not in self.pinned or self.content_elsewhere(key, location), "freed while it is read"
+        in_memory = location.tier in IN_MEMORY
+        assert not (in_memory and any(copy.source == location for copy in self.copies)), "freed while it is copied"
+        assert not (in_memory and key in self.pinned) or self.is_elsewhere(key, location), "freed while it is read"
         assert self.content.pop(location) == key
 
-    def content_elsewhere(self, key: bytes, location: Location) -> bool:
-        """Whether another host place holds the block: this one is a surplus copy that nobody ever saw."""
-        return any(other != location and other.tier is Tier.HOST and held == key for other, held in self.content.items())
+    def is_elsewhere(self, key: bytes, location: Location) -> bool:
+        """Whether another place in memory holds the block: this one is not the one that is read."""
+        return any(other != location and other.tier in IN_MEMORY and held == key for other, held in self.content.items())
 
     def check_readers(self) -> None:
         assert all(self.content[location] == key for key, location in self.shown.items())

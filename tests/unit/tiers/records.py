@@ -1,6 +1,7 @@
 """Blocks by number for the tests of tiers: the same number is always the same key and content."""
 
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,10 +9,13 @@ import torch
 from tiered_kv.blocks import Location
 from tiered_kv.codecs.frame import encode_frame, frame_bytes
 from tiered_kv.codecs.raw import RawCodec
-from tiered_kv.tiers.disk import DiskTier, Record
+from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.log import Record
 
-ROOT = bytes(32)
+ROOT = bytes([7]) * 32
 KIB = 1024
+QUARTER = 3584
+"""A frame of which four, with all that belongs to them, fit into a segment of 16 KiB and five do not."""
 OVERHEAD_BYTES = frame_bytes(RawCodec(), 0)
 
 
@@ -24,9 +28,10 @@ def content_of(number: int, nbytes: int) -> torch.Tensor:
 
 
 def record_of(number: int, frame_size: int) -> Record:
-    """A record whose frame has exactly `frame_size` bytes."""
+    """A record whose frame has exactly `frame_size` bytes; its parent is the block before it."""
     raw = content_of(number, frame_size - OVERHEAD_BYTES)
-    return Record(key_of(number), encode_frame(key_of(number), ROOT, RawCodec(), raw), RawCodec.id, raw.numel())
+    frame = encode_frame(key_of(number), ROOT, RawCodec(), raw)
+    return Record(key_of(number), frame, RawCodec.id, raw.numel(), key_of(number - 1) if number else None, ROOT)
 
 
 def assert_holds(reader, number: int, location: Location) -> None:
@@ -41,3 +46,10 @@ def put(tier: DiskTier, numbers, frame_size: int) -> dict[int, Location]:
     """Append blocks in one batch; the locations of those that were written."""
     answers = tier.append([record_of(number, frame_size) for number in numbers])
     return {number: answer.location for number, answer in zip(numbers, answers, strict=True) if answer.location}
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file; a negative byte counts from the end."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)

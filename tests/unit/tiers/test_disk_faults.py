@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tiers.records import KIB, assert_holds, key_of, put, record_of
+from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put, record_of
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.disk import DiskTier, Refused
+from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails, raises, refuses, short, waits
+from tiered_kv.tiers.footer import ENTRY_BYTES, footer_bytes
+from tiered_kv.tiers.log import Refused
 from tiered_kv.tiers.segments import Files, SegmentReader, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
@@ -45,30 +47,64 @@ def assert_unreadable(reader, location, number: int, *kinds: Kind) -> None:
     ("code", "reason"), [(errno.ENOSPC, Refused.NO_SPACE), (errno.EDQUOT, Refused.NO_SPACE), (errno.EIO, Refused.IO_ERROR)]
 )
 def test_an_error_in_the_middle_of_a_batch_refuses_the_rest(make, code: int, reason: Refused) -> None:
-    tier = make(pwritev={2: fails(code)})
-    answers = tier.append([record_of(number, 4 * KIB) for number in range(12)])
+    tier = make(pwritev={3: fails(code)})  # the second is the first segment's footer
+    answers = tier.append([record_of(number, QUARTER) for number in range(12)])
     assert [answer.refused for answer in answers] == [None] * 4 + [reason] * 8
     for number, answer in enumerate(answers[:4]):
         assert_holds(tier, number, answer.location)
     tier.check()
     assert list(segments_in(tier.folder)) == [1]
-    assert len(put(tier, range(20, 24), 4 * KIB)) == 4
+    assert len(put(tier, range(20, 24), QUARTER)) == 4
 
 
-@pytest.mark.parametrize("torn_at", [1, 4 * KIB - 1, 4 * KIB, 4 * KIB + 1, 11 * KIB])
+PIECE = ENTRY_BYTES + QUARTER
+
+
+@pytest.mark.parametrize("torn_at", [1, ENTRY_BYTES, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + ENTRY_BYTES, 3 * PIECE - 1])
 def test_a_torn_write_keeps_whole_frames_only(make, torn_at: int) -> None:
     tier = make(pwritev={1: short(torn_at), 2: fails(errno.ENOSPC)})
-    answers = tier.append([record_of(number, 4 * KIB) for number in range(3)])
-    whole = torn_at // (4 * KIB)
+    answers = tier.append([record_of(number, QUARTER) for number in range(3)])
+    whole = torn_at // PIECE
     assert [answer.refused for answer in answers] == [None] * whole + [Refused.NO_SPACE] * (3 - whole)
-    assert segments_in(tier.folder) == ({1: whole * 4 * KIB} if whole else {})
+    assert segments_in(tier.folder) == ({1: whole * PIECE + footer_bytes(whole)} if whole else {})
     for number, answer in enumerate(answers[:whole]):
         assert_holds(tier, number, answer.location)
 
 
+def test_a_segment_without_room_for_its_footer_is_read_and_found_again(make, tmp_path: Path) -> None:
+    tier = make(pwritev={1: short(2 * PIECE + 9), 2: fails(errno.ENOSPC), 3: short(30), 4: fails(errno.ENOSPC)})
+    answers = tier.append([record_of(number, QUARTER) for number in range(3)])
+    assert segments_in(tier.folder) == {1: 2 * PIECE}
+    for number, answer in enumerate(answers[:2]):
+        assert_holds(tier, number, answer.location)
+    tier.check()
+    tier.close(remove=False)
+    again = make()
+    assert [block.location for block in again.recovered()] == [answer.location for answer in answers[:2]]
+
+
+def test_a_footer_that_can_be_neither_written_nor_cut_goes_on_counting(make) -> None:
+    tier = make(pwritev={2: short(100), 3: fails(errno.EIO)}, truncate={1: fails(errno.EIO)})
+    held = put(tier, range(8), QUARTER)
+    assert segments_in(tier.folder)[1] == 4 * PIECE + 100
+    tier.check()
+    for number, location in held.items():
+        assert_holds(tier, number, location)
+
+
+def test_a_segment_that_cannot_be_synced_is_used_and_found_again(make, caplog: pytest.LogCaptureFixture) -> None:
+    tier = make(fdatasync={1: fails(errno.EIO)})
+    held = put(tier, range(8), QUARTER)
+    assert "segment 1 may be lost" in caplog.text
+    for number, location in held.items():
+        assert_holds(tier, number, location)
+    tier.close(remove=False)
+    assert {block.key for block in make().recovered()} == {key_of(number) for number in held}
+
+
 def test_a_short_write_is_continued(make) -> None:
     tier = make(pwritev={1: short(5000), 2: short(1)})
-    for number, location in put(tier, range(3), 4 * KIB).items():
+    for number, location in put(tier, range(3), QUARTER).items():
         assert_holds(tier, number, location)
 
 
@@ -79,10 +115,12 @@ def test_a_write_that_moves_nothing_is_an_error_not_a_loop(make) -> None:
 
 def test_a_torn_tail_that_cannot_be_cut_goes_on_counting(make) -> None:
     tier = make(pwritev={1: short(9 * KIB), 2: fails(errno.EIO)}, truncate={1: fails(errno.EIO)})
-    answers = tier.append([record_of(number, 4 * KIB) for number in range(3)])
+    answers = tier.append([record_of(number, QUARTER) for number in range(3)])
     assert [answer.refused for answer in answers] == [None, None, Refused.IO_ERROR]
-    assert segments_in(tier.folder) == {1: 9 * KIB}
+    assert segments_in(tier.folder) == {1: 9 * KIB + footer_bytes(2)}
     assert tier.used_bytes == 8 * KIB + 12 * KIB
+    tier.close(remove=False)
+    assert len(make().recovered()) == 2
 
 
 def test_a_segment_that_cannot_be_created_is_a_refusal(make) -> None:
@@ -94,7 +132,7 @@ def test_a_segment_that_cannot_be_created_is_a_refusal(make) -> None:
 
 def test_a_segment_that_cannot_be_removed_goes_on_counting(make) -> None:
     tier = make(truncate={1: fails(errno.EIO)}, unlink={1: fails(errno.EIO)})
-    put(tier, range(12), 4 * KIB)
+    put(tier, range(12), QUARTER)
     before = tier.used_bytes
     assert tier.reclaim(1) == 0
     assert tier.used_bytes == before
@@ -106,16 +144,16 @@ def test_a_segment_that_cannot_be_removed_goes_on_counting(make) -> None:
 
 def test_segments_removed_by_others_are_misses(make) -> None:
     tier = make()
-    held = put(tier, range(8), 4 * KIB)
+    held = put(tier, range(8), QUARTER)
     segment_path(tier.folder, 1).unlink()
     assert_unreadable(tier, held[0], 0, Kind.STORAGE)
     assert tier.reclaim(1) == SEGMENT
 
 
-@pytest.mark.parametrize("at", [0, 8, 70, 100, 130, 3000, 4 * KIB - 1])
+@pytest.mark.parametrize("at", [0, 8, 70, 100, 130, 3000, QUARTER - 1])
 def test_a_flipped_byte_is_an_error_and_the_block_can_be_forgotten(make, at: int) -> None:
     tier = make()
-    held = put(tier, range(3), 4 * KIB)
+    held = put(tier, range(3), QUARTER)
     with segment_path(tier.folder, 1).open("r+b") as file:
         file.seek(held[1].offset + at)
         byte = file.read(1)[0]
@@ -129,7 +167,7 @@ def test_a_flipped_byte_is_an_error_and_the_block_can_be_forgotten(make, at: int
 
 def test_a_file_cut_from_outside_is_an_error(make) -> None:
     tier = make()
-    held = put(tier, range(5), 4 * KIB)
+    held = put(tier, range(5), QUARTER)
     os.truncate(segment_path(tier.folder, 1), 5 * KIB)
     assert_holds(tier, 0, held[0])
     assert_unreadable(tier, held[1], 1, Kind.CORRUPT)
@@ -139,14 +177,14 @@ def test_a_file_cut_from_outside_is_an_error(make) -> None:
 
 def test_read_errors_and_short_reads(make) -> None:
     tier = make(preadv={1: fails(errno.EIO), 2: short(100), 3: short(1000)})
-    location = put(tier, [1], 4 * KIB)[1]
+    location = put(tier, [1], QUARTER)[1]
     assert_unreadable(tier, location, 1, Kind.STORAGE)
     assert_holds(tier, 1, location)  # in three pieces
 
 
 def test_a_location_that_says_something_else_is_an_error(make) -> None:
     tier = make()
-    first, second = put(tier, range(2), 4 * KIB).values()
+    first, second = put(tier, range(2), QUARTER).values()
     wrong = [first._replace(offset=1), first._replace(offset=second.offset), first._replace(codec=9), first._replace(raw_bytes=1)]
     wrong += [
         first._replace(stored_bytes=8 * KIB),
@@ -161,7 +199,7 @@ def test_a_location_that_says_something_else_is_an_error(make) -> None:
 
 def test_a_reader_keeps_few_files_open(make) -> None:
     tier = make()
-    held = put(tier, range(20), 4 * KIB)
+    held = put(tier, range(20), QUARTER)
     reader = SegmentReader(tier.folder, max_open=2)
     before = len(os.listdir("/proc/self/fd"))
     for number, location in held.items():
@@ -173,7 +211,7 @@ def test_a_reader_keeps_few_files_open(make) -> None:
 
 def test_room_is_free_at_once_though_a_reader_has_the_file_open(make) -> None:
     tier = make()
-    held = put(tier, range(8), 4 * KIB)
+    held = put(tier, range(8), QUARTER)
     fd = os.open(segment_path(tier.folder, 1), os.O_RDONLY)
     reader = SegmentReader(tier.folder)
     assert_holds(reader, 0, held[0])
@@ -188,7 +226,7 @@ def test_a_number_that_is_given_again_is_not_read_from_the_old_file(tmp_path: Pa
     reader = SegmentReader(tmp_path / "disk")
     for number in range(3):
         with DiskTier(tmp_path / "disk", CAPACITY, SEGMENT, owner=f"owner {number}") as tier:
-            location = put(tier, [number], 4 * KIB)[number]
+            location = put(tier, [number], QUARTER)[number]
             assert location.segment == 1
             assert_holds(reader, number, location)
     reader.close()
@@ -196,10 +234,10 @@ def test_a_number_that_is_given_again_is_not_read_from_the_old_file(tmp_path: Pa
 
 def test_reading_goes_on_while_an_append_is_slow(make) -> None:
     entered, gate = threading.Event(), threading.Event()
-    tier = make(pwritev={2: waits(entered, gate)})
-    held = put(tier, range(4), 4 * KIB)
+    tier = make(pwritev={3: waits(entered, gate)})
+    held = put(tier, range(4), QUARTER)
     written: dict = {}
-    writer = threading.Thread(target=lambda: written.update(put(tier, [9], 4 * KIB)))
+    writer = threading.Thread(target=lambda: written.update(put(tier, [9], QUARTER)))
     writer.start()
     assert entered.wait(60)
     assert_holds(tier, 0, held[0])
@@ -214,7 +252,7 @@ def test_reading_goes_on_while_an_append_is_slow(make) -> None:
 def test_a_segment_reclaimed_in_the_middle_of_a_read_gives_the_block_or_an_error(make) -> None:
     entered, gate = threading.Event(), threading.Event()
     tier = make(preadv={1: short(1000), 2: waits(entered, gate)})
-    held = put(tier, range(8), 4 * KIB)
+    held = put(tier, range(8), QUARTER)
     outcome: list = []
 
     def read() -> None:
@@ -235,7 +273,7 @@ def test_a_segment_reclaimed_in_the_middle_of_a_read_gives_the_block_or_an_error
 def test_many_readers_never_get_wrong_bytes_while_segments_come_and_go(make) -> None:
     tier = make()
     reader = SegmentReader(tier.folder, max_open=2)
-    held = put(tier, range(40), 4 * KIB)
+    held = put(tier, range(40), QUARTER)
     done = threading.Event()
     wrong: list[object] = []
     reads = [0] * 3
@@ -258,7 +296,7 @@ def test_many_readers_never_get_wrong_bytes_while_segments_come_and_go(make) -> 
     for number in range(40, 160, 4):
         while (segment := tier.needs_reclaim(16 * KIB)) is not None:
             tier.reclaim(segment)
-        held.update(put(tier, range(number, number + 4), 4 * KIB))
+        held.update(put(tier, range(number, number + 4), QUARTER))
     done.set()
     for thread in threads:
         thread.join()
@@ -281,7 +319,7 @@ print("the same bytes")
 
 def test_another_process_reads_with_folder_and_location_alone(make) -> None:
     tier = make()
-    location = put(tier, range(3), 4 * KIB)[1]
+    location = put(tier, range(3), QUARTER)[1]
     command = [sys.executable, "-c", READ_ELSEWHERE, str(tier.folder), *map(str, map(int, location))]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
     assert done.stdout == "the same bytes\n", done.stderr

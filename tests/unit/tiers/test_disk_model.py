@@ -1,7 +1,8 @@
-"""The disk tier against a dict, with faults and restarts: never wrong bytes, never above the cap at any moment."""
+"""The disk tier against a dict, with faults, restarts and crashes: nothing wrong, nothing lost, never above the cap at any moment."""
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.unit.tiers.records import KIB, OVERHEAD_BYTES, assert_holds, key_of, record_of
 from tiered_kv.blocks import Location
-from tiered_kv.tiers.disk import DiskTier, Refused
+from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.faulty import Faulty, Plan, fails, short
+from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.segments import segments_in
 
-CAPACITY, SEGMENT = 96 * KIB, 8 * KIB
+CAPACITY, SEGMENT = 160 * KIB, 16 * KIB
 FRAME_SIZES = st.integers(OVERHEAD_BYTES + 1, 4 * KIB) | st.integers(4 * KIB, CAPACITY + 4 * KIB)
 FAULTS = st.sampled_from([None, fails(errno.ENOSPC), fails(errno.EIO), short(1), short(3000)])
 
@@ -25,6 +28,7 @@ class WatchedFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.unlink, self.truncate, self.preadv = os.unlink, os.truncate, os.preadv
+        self.fdatasync, self.fadvise = os.fdatasync, os.posix_fadvise
 
     def open(self, *arguments) -> int:
         fd = os.open(*arguments)
@@ -41,13 +45,14 @@ class WatchedFiles:
 
 
 class DiskModel(RuleBasedStateMachine):
-    """Blocks by number are in `held` exactly while the tier must have them."""
+    """Blocks by number are in `held` exactly while the tier must have them; in `forgotten` if they may come back."""
 
     def __init__(self) -> None:
         super().__init__()
         self._temporary = tempfile.TemporaryDirectory()
         self.folder = Path(self._temporary.name) / "disk"
         self.held: dict[int, Location] = {}
+        self.forgotten: set[int] = set()
         self.numbers = 0
         self.plan = Plan()
         self.tier = self.opened()
@@ -59,11 +64,12 @@ class DiskModel(RuleBasedStateMachine):
         """From now on the next call of an operation meets the fault, if one is given."""
         self.plan.__init__(**{name: {1: fault} for name, fault in faults.items() if fault})
 
-    @rule(sizes=st.lists(FRAME_SIZES, min_size=1, max_size=6), make_room=st.booleans(), write=FAULTS)
-    def append(self, sizes: list[int], make_room: bool, write) -> None:
+    @rule(sizes=st.lists(FRAME_SIZES, min_size=1, max_size=6), make_room=st.booleans(), write=FAULTS, sync=FAULTS)
+    def append(self, sizes: list[int], make_room: bool, write, sync) -> None:
         if make_room:
-            self.make_room(sum(sizes))
-        self.planned(pwritev=write)
+            while (segment := self.tier.needs_reclaim(sum(sizes), len(sizes))) is not None:
+                self.reclaim(segment)
+        self.planned(pwritev=write, fdatasync=fails(errno.EIO) if sync else None)
         numbers = range(self.numbers, self.numbers + len(sizes))
         self.numbers += len(sizes)
         answers = self.tier.append([record_of(number, size) for number, size in zip(numbers, sizes, strict=True)])
@@ -77,30 +83,53 @@ class DiskModel(RuleBasedStateMachine):
         if make_room and write is None and sum(sizes) < CAPACITY // 2:
             assert all(answer.location for answer in answers)
 
-    def make_room(self, nbytes: int) -> None:
-        while (segment := self.tier.needs_reclaim(nbytes)) is not None:
-            self.reclaim(segment)
-
     def reclaim(self, segment: int) -> None:
         gone = {number for number, location in self.held.items() if location.segment == segment}
         assert set(self.tier.keys_in(segment)) == {key_of(number) for number in gone}
         self.tier.reclaim(segment)
         self.held = {number: location for number, location in self.held.items() if number not in gone}
 
+    @rule(data=st.data())
+    def reinsert(self, data: st.DataObject) -> None:
+        segment = self.tier.oldest_sealed()
+        there = [number for number, location in self.held.items() if location.segment == segment]
+        if not there:
+            return
+        wanted = data.draw(st.sets(st.sampled_from(there)))
+        moved = dict(self.tier.reinsert(segment, {key_of(number) for number in wanted}))
+        self.tier.check()
+        if self.tier.segment_bytes >= segments_in(self.folder)[segment]:
+            assert moved.keys() == {key_of(number) for number in wanted}
+        self.tier.reclaim(segment)
+        for number in there:
+            location = moved.get(key_of(number))
+            if location is None:
+                del self.held[number]
+            else:
+                self.held[number] = location
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.held)))
         assert self.tier.forget(self.held.pop(number))
+        self.forgotten.add(number)
 
-    @rule(data=st.data())
-    def restart(self, data: st.DataObject) -> None:
-        self.tier.close(remove=False)
+    @rule(is_crash=st.booleans())
+    def restart(self, is_crash: bool) -> None:
+        """A crash leaves the files as they are in the middle of things, which is where they are copied."""
+        if is_crash:
+            shutil.copytree(self.folder, self.folder.with_name("copy"))
+        self.tier.close(remove=is_crash)
+        if is_crash:
+            self.folder.with_name("copy").rename(self.folder)
         self.tier = self.opened()
         self.tier.check()
-        known = data.draw(st.sets(st.sampled_from(sorted(self.held)))) if self.held else set()
-        self.held = {number: self.held[number] for number in known}
-        assert self.tier.adopt({key_of(number): location for number, location in self.held.items()}) == []
+        recovered = {block.key: block.location for block in self.tier.recovered()}
+        assert recovered.items() >= {(key_of(number), location) for number, location in self.held.items()}
+        back = recovered.keys() - {key_of(number) for number in self.held}
+        assert back <= {key_of(number) for number in self.forgotten}
+        assert all(self.tier.forget(recovered[key]) for key in back)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -1,4 +1,4 @@
-"""Whose folder it is: locks, stale folders, restarts of the same owner, and folders that cannot be used."""
+"""Whose folder it is: locks, other stores' segments, folders that are claimed, and folders that cannot be used."""
 
 import errno
 import os
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tiers.records import KIB, assert_holds, key_of, put
-from tiered_kv.blocks import Location, Tier
+from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put
+from tiered_kv.blocks import Location
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails
-from tiered_kv.tiers.segments import Files, segments_in
+from tiered_kv.tiers.folder import claim_folder
+from tiered_kv.tiers.segments import Files, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -35,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def left_behind(folder: Path, count: int = 10) -> dict[int, Location]:
-    """What is found after an owner called "me" was killed."""
+    """What an owner called "me" has left."""
     tier = disk(folder)
-    held = put(tier, range(count), 4 * KIB)
+    held = put(tier, range(count), QUARTER)
     tier.close(remove=False)
     return held
 
@@ -69,76 +70,83 @@ def test_the_lock_of_a_killed_process_is_free(folder: Path) -> None:
     disk(folder).close()
 
 
-def test_a_restarted_owner_adopts_what_it_knows(folder: Path) -> None:
-    held = left_behind(folder)
-    known = {key_of(number): held[number] for number in (0, 2, 9)}
-    with disk(folder) as tier:
-        assert tier.adopt(known) == []
-        assert set(segments_in(folder)) == {1, 3}
-        assert tier.keys_in(1) == [key_of(0), key_of(2)]
-        tier.check()
-        for number in (0, 2, 9):
-            assert_holds(tier, number, held[number])
-        new = put(tier, [20], 4 * KIB)[20]
-        assert new.segment == 4
-        assert tier.forget(held[9])
-        assert set(segments_in(folder)) == {1, 4}
-
-
-def test_a_restarted_owner_that_knows_nothing_starts_empty(folder: Path) -> None:
-    left_behind(folder)
-    with disk(folder) as tier:
-        tier.check()
-        new = put(tier, [20], 4 * KIB)[20]
-        assert tier.adopt({}) == []
-        assert list(segments_in(folder)) == [new.segment]
-        assert_holds(tier, 20, new)
-        tier.check()
-
-
-def test_what_cannot_be_where_it_is_said_to_be_is_not_adopted(folder: Path) -> None:
-    held = left_behind(folder)
-    good = held[1]
-    wrong = [
-        good._replace(offset=good.offset + 1),
-        good._replace(offset=13 * KIB),
-        good._replace(segment=9),
-        good._replace(tier=Tier.HOST),
-        good._replace(stored_bytes=0),
-    ]
-    with disk(folder) as tier:
-        known = {key_of(1): good} | {key_of(100 + i): location for i, location in enumerate(wrong)}
-        assert sorted(tier.adopt(known)) == sorted(key_of(100 + i) for i in range(len(wrong)))
-        tier.check()
-        assert tier.adopt({key_of(2): held[2]}) == [key_of(2)]  # once and for all
-
-
-def test_a_dead_owners_segments_are_removed(folder: Path) -> None:
+@pytest.mark.parametrize("owner", ["me", "another"])
+def test_whoever_comes_next_has_the_content(folder: Path, owner: str) -> None:
     held = left_behind(folder)
     (folder / "notes.txt").write_text("mine")
-    with disk(folder, owner="another") as tier:
-        assert segments_in(folder) == {}
-        assert tier.used_bytes == 8 * KIB
-        assert tier.adopt({key_of(1): held[1]}) == [key_of(1)]
+    with disk(folder, owner) as tier:
+        assert [block.key for block in tier.recovered()] == [key_of(number) for number in held]
+        for number, location in held.items():
+            assert_holds(tier, number, location)
+        assert put(tier, [20], QUARTER)[20].segment == 4
+        assert_refused(folder, f"in use by a live cluster .{owner}.")
     assert os.listdir(folder) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("owner_file", [b"", b"\xff\xfe", b"[]", b'{"format": 99, "owner": "me"}', b'{"owner": "me"}', None])
-def test_segments_of_an_unknown_owner_or_format_are_removed(folder: Path, owner_file: bytes | None) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_segments_of_another_secret_are_refused_and_left_alone(folder: Path) -> None:
+    with DiskTier(folder, CAPACITY, SEGMENT, owner="me", secret="a") as tier:
+        held = put(tier, range(5), QUARTER)
+        tier.close(remove=False)
+    before = contents(folder)
+    for secret in ("b", ""):
+        with pytest.raises(TieredKVError, match=r"disk_path: .* holds segments of another secret; remove them or name another") as caught:
+            DiskTier(folder, CAPACITY, SEGMENT, owner="me", secret=secret)
+        assert caught.value.context["setting"] == "disk_path"
+    assert contents(folder) == before
+    assert not any(b"secret" in content for content in before.values())
+    with DiskTier(folder, CAPACITY, SEGMENT, owner="me", secret="a") as tier:
+        assert len(tier.recovered()) == len(held)
+
+
+def test_a_segment_put_there_from_another_store_is_refused_too(folder: Path, tmp_path: Path) -> None:
+    left_behind(folder)
+    with DiskTier(tmp_path / "other", CAPACITY, SEGMENT, owner="me", secret="a") as other:
+        put(other, range(5), QUARTER)
+        (folder / "segment-0000000009.tkv").write_bytes((other.folder / "segment-0000000001.tkv").read_bytes())
+    assert_refused(folder, "another secret")
+    assert 9 in segments_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("owner_file", "what"),
+    [
+        (b"", "unknown origin"),
+        (b"\xff\xfe", "unknown origin"),
+        (b"[]", "unknown origin"),
+        (b'{"owner": "me"}', "unknown origin"),
+        (None, "unknown origin"),
+        (b'{"format": 1, "owner": "me"}', "another version"),
+        (b'{"format": 99, "owner": "me", "store": ""}', "another version"),
+        (b'{"format": 2, "owner": "me", "store": "00"}', "another secret"),
+    ],
+)
+def test_segments_of_unknown_origin_or_another_version_are_refused_and_left_alone(
+    folder: Path, owner_file: bytes | None, what: str
+) -> None:
     left_behind(folder)
     (folder / "owner").unlink()
     if owner_file is not None:
         (folder / "owner").write_bytes(owner_file)
-    with disk(folder):
-        assert segments_in(folder) == {}
+    before = contents(folder)
+    assert_refused(folder, what)
+    assert contents(folder) == before
+    for segment in segments_in(folder):
+        segment_path(folder, segment).unlink()
+    disk(folder).close()  # without segments the folder is anybody's
 
 
-def test_a_smaller_cap_holds_from_the_start(folder: Path) -> None:
-    left_behind(folder, 50)
-    with disk(folder, capacity=64 * KIB) as tier:
+@pytest.mark.parametrize("capacity", [64 * KIB, 100 * KIB, 200 * KIB])
+def test_a_smaller_cap_holds_from_the_start(folder: Path, capacity: int) -> None:
+    held = left_behind(folder, 50)
+    with disk(folder, capacity=capacity) as tier:
         tier.check()
-        assert tier.used_bytes <= 64 * KIB
-        assert max(segments_in(folder)) == 13
+        assert capacity - 2 * SEGMENT < tier.used_bytes <= capacity
+        left = [block.location.segment for block in tier.recovered()]
+        assert sorted(set(left)) == list(range(left[0], held[49].segment + 1))  # the newest
 
 
 def test_what_cannot_be_brought_below_the_cap_is_refused(folder: Path) -> None:
@@ -150,11 +158,72 @@ def test_what_cannot_be_brought_below_the_cap_is_refused(folder: Path) -> None:
     disk(folder).close()
 
 
-def test_stale_segments_that_cannot_be_removed_are_said_to_be(folder: Path) -> None:
-    left_behind(folder)
-    with pytest.raises(TieredKVError, match="disk_path"):
-        disk(folder, owner="another", files=Faulty(Files(), Plan(unlink={EVERY: fails(errno.EACCES)})))
-    disk(folder).close()
+def test_a_full_disk_does_not_keep_the_heir_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = left_behind(folder)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with disk(folder, "another") as tier:
+        assert len(tier.recovered()) == len(held)
+    assert_refused(folder, "No space left")  # a new folder has no heir
+
+
+def claim(root: Path, owner: str, secret: str = "") -> DiskTier:
+    return claim_folder(root, owner, lambda path: DiskTier(path, CAPACITY, SEGMENT, owner=owner, secret=secret))
+
+
+def test_a_new_cluster_claims_what_the_last_one_left(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("")
+    with claim(tmp_path, "one") as first:
+        assert first.folder.name == "node-0"
+        put(first, [1], KIB)
+        first.close(remove=False)
+    with claim(tmp_path, "two") as second:
+        assert [block.key for block in second.recovered()] == [key_of(1)]
+        with claim(tmp_path, "three") as third:
+            assert (second.folder.name, third.folder.name) == ("node-0", "node-1")
+
+
+def test_a_restarted_node_claims_its_own_folder_again(tmp_path: Path) -> None:
+    tiers = [claim(tmp_path, owner) for owner in ("a", "b", "c")]
+    for tier in tiers:
+        tier.close(remove=False)
+    with claim(tmp_path, "c") as tier:
+        assert tier.folder.name == "node-2"
+        with pytest.raises(TieredKVError, match=r"in use by a live cluster .c."):
+            claim(tmp_path, "c")
+
+
+def test_a_folder_of_another_secret_is_not_claimed_nor_passed_over(tmp_path: Path) -> None:
+    with claim(tmp_path, "one", secret="a") as tier:
+        put(tier, [1], KIB)
+        claim(tmp_path, "two", secret="b").close()  # a live one is none of ours
+        tier.close(remove=False)
+    with pytest.raises(TieredKVError, match=r"disk_path: .*node-0 holds segments of another secret"):
+        claim(tmp_path, "two", secret="b")
+
+
+def test_folders_claimed_by_others_meanwhile_are_passed_over(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def make(path: Path) -> str:
+        asked.append(path.name)
+        if path.name != "node-2":
+            raise TieredKVError(Kind.STORAGE, "disk_path: taken", in_use=True)
+        return path.name
+
+    assert claim_folder(tmp_path, "me", make) == "node-2"
+    assert asked == ["node-0", "node-1", "node-2"]
+
+
+def test_when_every_folder_is_taken_it_is_said(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        raise TieredKVError(Kind.STORAGE, "disk_path: taken", in_use=True)
+
+    with pytest.raises(TieredKVError, match="disk_path: all folders"):
+        claim_folder(tmp_path, "me", make)
 
 
 def test_a_missing_parent_is_said_to_be(tmp_path: Path) -> None:
@@ -183,4 +252,4 @@ def test_files_are_for_their_owner_alone(folder: Path) -> None:
     with disk(folder) as tier:
         put(tier, [1], KIB)
         assert folder.stat().st_mode & 0o077 == 0
-        assert all(entry.stat().st_mode & 0o077 == 0 for entry in os.scandir(folder) if entry.name != "owner")
+        assert all(entry.stat().st_mode & 0o077 == 0 for entry in os.scandir(folder))

@@ -1,0 +1,48 @@
+"""Exact hit counts of every policy on two committed traces (tests/data/sim/generate.py made them).
+
+After a change that is meant to change them: `python -m tests.unit.sim.test_golden`.
+"""
+
+import json
+
+import pytest
+
+from tests.unit.sim.traces import DATA
+from tiered_kv.sim.cells import ALL_NAMES
+from tiered_kv.sim.replay import replay
+from tiered_kv.sim.trace import read_trace
+
+GOLDEN = DATA / "golden.json"
+TRACES = ["chat-b64.jsonl.zst", "documents-b64.jsonl.zst"]
+CAPACITIES = [0.02, 0.1, 0.3]
+
+
+def counts(trace_name: str, policy: str) -> dict[str, list[int]]:
+    """Hit blocks and evictions by capacity."""
+    trace = read_trace(DATA / trace_name)
+    results = [replay(trace, policy, capacity) for capacity in CAPACITIES]
+    return {str(result.capacity): [result.hit_blocks, result.evictions] for result in results}
+
+
+@pytest.mark.parametrize("policy", ALL_NAMES)
+@pytest.mark.parametrize("trace", TRACES)
+def test_hits_and_evictions_are_those_committed(trace, policy):
+    assert counts(trace, policy) == json.loads(GOLDEN.read_text())[trace][policy]
+
+
+def test_nothing_is_committed_for_a_policy_that_is_none():
+    golden = json.loads(GOLDEN.read_text())
+    assert {name: set(of_trace) for name, of_trace in golden.items()} == {name: set(ALL_NAMES) for name in TRACES}
+
+
+def test_the_optimum_is_best_everywhere():
+    for of_trace in json.loads(GOLDEN.read_text()).values():
+        for capacity in map(str, CAPACITIES):
+            hits = {policy: found[capacity][0] for policy, found in of_trace.items()}
+            assert max(hits, key=hits.__getitem__) == "belady"
+
+
+if __name__ == "__main__":
+    found = {trace: {policy: counts(trace, policy) for policy in ALL_NAMES} for trace in TRACES}
+    lines = [f' "{trace}": {{\n' + ",\n".join(f'  "{p}": {json.dumps(c)}' for p, c in of.items()) + "\n }" for trace, of in found.items()]
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,0 +1,41 @@
+"""From touches of single blocks back to the uses of chains."""
+
+from tests.unit.store.world import key_of, parent_of
+from tiered_kv.store.movement import Block
+from tiered_kv.store.runs import REPEATS_MAX, uses_of
+
+BLOCKS = {key_of(number): Block(parent_of(number), None) for number in range(1, 32)}
+NAMES = {key_of(number): number for number in range(1, 100)}
+
+
+def uses(*touched: tuple[int, int, int]) -> list[list[int]]:
+    """Runs by number for touches (number, how often, tick)."""
+    found = list(uses_of([(key_of(number), count, tick) for number, count, tick in touched], BLOCKS, 3.0))
+    assert all(use.now_s == 3.0 for use in found)
+    return [[NAMES[key] for key in use.keys] for use in found]
+
+
+def test_a_chain_touched_deepest_first_is_one_use_root_first() -> None:
+    assert uses((8, 1, 1), (4, 1, 2), (2, 1, 3), (1, 1, 4)) == [[1, 2, 4, 8]]
+
+
+def test_two_chains_one_after_the_other_are_two_uses() -> None:
+    assert uses((4, 1, 1), (2, 1, 2), (7, 1, 3), (3, 1, 4), (1, 1, 5)) == [[2, 4], [1, 3, 7]]
+
+
+def test_a_gap_in_time_or_in_the_chain_ends_a_run() -> None:
+    assert uses((4, 1, 1), (2, 1, 9)) == [[4], [2]]
+    assert uses((8, 1, 1), (2, 1, 2)) == [[8], [2]]
+
+
+def test_a_prefix_that_was_touched_more_often_was_used_by_itself_too() -> None:
+    assert uses((4, 1, 5), (2, 3, 6), (1, 3, 7)) == [[1, 2], [1, 2], [1, 2, 4]]
+
+
+def test_very_many_uses_of_a_prefix_count_as_some() -> None:
+    assert uses((1, 1000, 1)) == [[1]] * REPEATS_MAX
+
+
+def test_blocks_that_nobody_knows_any_more_are_runs_of_their_own() -> None:
+    assert uses((64, 1, 1), (32, 1, 2)) == [[64], [32]]
+    assert uses() == []

@@ -1,0 +1,275 @@
+"""The objects tier over the network: a real S3 server in a process of its own, and one that answers as badly as it is told."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import NamedTuple
+
+import pytest
+
+from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.objects import ObjectsTier
+from tiered_kv.tiers.packs import read_frame
+from tiered_kv.tiers.stores import open_store
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+CAP = 1 << 20
+FRAME = 50_000
+
+
+class Server(NamedTuple):
+    """An S3 server of this test's own."""
+
+    process: subprocess.Popen
+    url: str
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_server() -> Server:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = Server(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), url)
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=10).close()
+            return server
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)  # polls for a start, orders nothing
+    server.stop()
+    raise AssertionError("the S3 server did not start")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def credentials():
+    """The usual way of that ecosystem."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ALLOW_HTTP", "true")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def server(credentials) -> Iterator[Server]:
+    server = start_server()
+    try:
+        credentials.setenv("AWS_ENDPOINT_URL", server.url)
+        with open_store("s3://bucket/first") as store:  # opens what the library keeps open
+            store.sizes()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_files():
+    """Connections of a closed store end a moment later: what is left is counted by the fixture of all tests, which waits."""
+
+
+@pytest.fixture
+def s3(server):
+    """A store under a prefix of its own."""
+    with open_store("s3://bucket/caches", uuid.uuid4().hex, read_deadline_s=4, write_deadline_s=8) as store:
+        yield store
+
+
+def error_of(call, *arguments) -> TieredKVError:
+    with pytest.raises(TieredKVError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+def test_objects_come_and_go(s3):
+    s3.put("one", [b"abc", b"def"])
+    assert bytes(s3.get("one")) == b"abcdef"
+    assert bytes(s3.get_range("one", 2, 3)) == b"cde"
+    assert s3.sizes() == {"one": 6}
+    assert error_of(s3.get_range, "one", 4, 9).kind is Kind.CORRUPT
+    s3.delete(["one", "gone"])
+    assert s3.sizes() == {}
+    assert error_of(s3.get, "one").context["missing"]
+
+
+def test_a_prefix_lists_its_own_objects_only(s3):
+    s3.put("one", [b"1"])
+    deeper = s3.url.removeprefix("s3://bucket/")
+    with open_store(f"s3://bucket/{deeper}", "deeper") as other, open_store("s3://bucket/caches") as above:
+        other.put("two", [b"22"])
+        assert (s3.sizes(), other.sizes(), above.sizes()) == ({"one": 1}, {"two": 2}, {})
+
+
+def test_blocks_survive_a_restart_and_respect_the_cap(server, s3, checked):
+    prefix = s3.url.removeprefix("s3://bucket/")
+    first = checked(ObjectsTier(s3, CAP))
+    assert first.recovered() == []
+    placed = put(first, range(30), FRAME)
+    assert len(placed) == 20
+    assert len(s3.sizes()) == 10
+    assert first.used_bytes == sum(s3.sizes().values()) <= CAP
+    first.reclaim(placed.pop(0).segment)
+    del placed[1]
+    first.close(remove=False)
+    again = checked(ObjectsTier(open_store(f"s3://bucket/{prefix}"), CAP))
+    assert [block.location for block in again.recovered()] == list(placed.values())
+    for number, location in placed.items():
+        assert_holds(again, number, location)
+
+
+def test_a_flipped_byte_on_the_server_is_a_miss_for_that_block(s3, checked):
+    tier = checked(ObjectsTier(s3, CAP))
+    placed = put(tier, [1, 2], FRAME)
+    (name,) = s3.sizes()
+    whole = bytearray(s3.get(name))
+    whole[placed[1].offset + 1000] ^= 1
+    s3.put(name, [whole])
+    assert error_of(tier.read, placed[1], key_of(1), ROOT).kind is Kind.CORRUPT
+    assert_holds(tier, 2, placed[2])
+
+
+def test_an_object_that_was_cut_is_a_miss(s3):
+    with ObjectsTier(s3, CAP) as tier:
+        location = put(tier, [1], FRAME)[1]
+        (name,) = s3.sizes()
+        s3.put(name, [s3.get(name)[:1000]])
+        assert error_of(tier.read, location, key_of(1), ROOT).kind is Kind.CORRUPT
+
+
+def test_a_bucket_that_does_not_exist_is_said_and_takes_nothing(server, caplog):
+    with ObjectsTier(open_store("s3://nowhere/prefix", write_deadline_s=4), CAP) as tier:
+        error = error_of(tier.recovered)
+        assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "objects")
+        assert str(error).endswith("404 Not Found (NoSuchBucket)")
+        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refused.IO_ERROR]
+        assert "s3://nowhere/prefix" in caplog.text
+
+
+def test_a_server_killed_midway_costs_misses_and_refusals(credentials, server):
+    doomed = start_server()
+    credentials.setenv("AWS_ENDPOINT_URL", doomed.url)
+    store = open_store("s3://bucket/doomed", read_deadline_s=1, write_deadline_s=1)
+    credentials.setenv("AWS_ENDPOINT_URL", server.url)
+    try:
+        with ObjectsTier(store, CAP) as tier:
+            assert tier.recovered() == []
+            location = put(tier, [1], FRAME)[1]
+            assert_holds(tier, 1, location)
+            doomed.stop()
+            assert [answer.refused for answer in tier.append([record_of(2, FRAME)])] == [Refused.IO_ERROR]
+            assert error_of(tier.read, location, key_of(1), ROOT).kind is Kind.STORAGE
+            assert tier.keys_in(location.segment) == [key_of(1)]
+            assert tier.needs_reclaim(CAP) is None
+    finally:
+        doomed.stop()
+
+
+class BadServer(ThreadingHTTPServer):
+    """Answers each request with `status` and `body`, of which `promised` bytes are announced; not at all before `answers`."""
+
+    daemon_threads = True
+
+    def __init__(self, status: int, body: bytes = b"", promised: int | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), BadAnswers)
+        self.status, self.body = status, body
+        self.promised = len(body) if promised is None else promised
+        self.answers = Event()
+        self.answers.set()
+        self.requests = 0
+
+
+class BadAnswers(BaseHTTPRequestHandler):
+    server: BadServer
+
+    def answer(self) -> None:
+        self.server.requests += 1
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.answers.wait(30)
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(self.server.promised))
+        self.send_header("Content-Range", f"bytes 0-{self.server.promised - 1}/{self.server.promised}")
+        self.send_header("ETag", '"e"')
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        self.wfile.write(self.server.body)
+        self.close_connection = True
+
+    do_GET = do_PUT = do_DELETE = do_POST = answer
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def bad(server, credentials):
+    """Call it for a store whose server answers that badly."""
+    running = []
+
+    def start(*answer, deadline_s: float = 1.0):
+        httpd = BadServer(*answer)
+        thread = Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        credentials.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpd.server_address[1]}")
+        store = open_store("s3://bucket/bad", read_deadline_s=deadline_s, write_deadline_s=deadline_s)
+        credentials.setenv("AWS_ENDPOINT_URL", server.url)
+        running.append((httpd, thread, store))
+        return httpd, store
+
+    yield start
+    for httpd, thread, store in running:
+        store.close()
+        httpd.answers.set()
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+FORBIDDEN = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+
+@pytest.mark.parametrize(("status", "retried"), [(503, True), (500, True), (403, False)])
+def test_errors_of_the_server_are_said_and_retried_where_that_helps(bad, status, retried):
+    httpd, store = bad(status, FORBIDDEN)
+    for call, *arguments in ((store.put, "one", [b"1"]), (store.get_range, "one", 0, 1), (store.sizes,), (store.delete, ["one"])):
+        before = httpd.requests
+        error = error_of(call, *arguments)
+        assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "objects")
+        assert (httpd.requests - before > 1) is retried
+        assert httpd.requests - before <= 5, "retries are bounded"
+
+
+def test_a_body_that_ends_early_is_never_taken_for_the_block(bad):
+    _, store = bad(206, b"half", 64)
+    assert error_of(store.get_range, "one", 0, 64).kind is Kind.STORAGE
+
+
+def test_a_server_that_never_answers_is_a_miss_within_the_deadline(bad):
+    httpd, store = bad(200)
+    httpd.answers.clear()
+    assert error_of(read_frame, store, "one.pack", 0, FRAME, key_of(1)).kind is Kind.STORAGE
+    with ObjectsTier(store, CAP) as tier:
+        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refused.IO_ERROR]

@@ -1,0 +1,153 @@
+"""Stores of objects: which URL means which, one contract for all, and what a folder does when things go wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tiers import folderstore
+from tiered_kv.tiers.folderstore import FolderStore
+from tiered_kv.tiers.objectstore import MemoryStore
+from tiered_kv.tiers.stores import open_store
+
+
+def error_of(call, *arguments, **options) -> TieredKVError:
+    with pytest.raises(TieredKVError) as caught:
+        call(*arguments, **options)
+    return caught.value
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request, tmp_path):
+    with MemoryStore() if request.param == "memory" else FolderStore(tmp_path / "a" / "b") as store:
+        yield store
+
+
+def test_what_was_put_is_read_whole_and_by_range(store):
+    store.put("one", [b"abc", memoryview(b"def"), b""])
+    assert bytes(store.get("one")) == b"abcdef"
+    assert bytes(store.get_range("one", 2, 3)) == b"cde"
+    assert bytes(store.get_range("one", 6, 0)) == b""
+    store.put("one", [b"new"])
+    assert bytes(store.get("one")) == b"new"
+
+
+def test_objects_are_listed_by_name_with_their_bytes(store):
+    assert store.sizes() == {}
+    store.put("b", [b"12"])
+    store.put("a", [])
+    assert list(store.sizes().items()) == [("a", 0), ("b", 2)]
+
+
+def test_an_object_that_is_not_there_is_told_apart(store):
+    for call, *arguments in ((store.get, "gone"), (store.get_range, "gone", 0, 1)):
+        error = error_of(call, *arguments)
+        assert error.kind is Kind.STORAGE
+        assert error.context["missing"]
+        assert error.context["setting"] == "objects"
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 4), (3, 1), (9, 1)])
+def test_an_object_that_ends_before_what_is_looked_for_is_corrupt(store, offset, nbytes):
+    store.put("one", [b"abc"])
+    assert error_of(store.get_range, "one", offset, nbytes).kind is Kind.CORRUPT
+
+
+def test_deleting_what_is_not_there_is_done_already(store):
+    for name in ("a", "b", "c"):
+        store.put(name, [b"1"])
+    store.delete(["a", "gone", "b"])
+    assert list(store.sizes()) == ["c"]
+
+
+def test_a_folders_name_says_nothing_of_deeper_folders(tmp_path):
+    FolderStore(tmp_path / "deep").put("one", [b"1"])
+    assert FolderStore(tmp_path).sizes() == {}
+
+
+def test_many_buffers_and_short_writes_arrive_whole(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    really = os.writev
+    monkeypatch.setattr(folderstore.os, "writev", lambda fd, views: really(fd, [views[0][:7]]))
+    buffers = [bytes([number % 256]) * (number % 13) for number in range(300)]
+    store.put("one", buffers)
+    assert bytes(store.get("one")) == b"".join(buffers)
+
+
+@pytest.mark.parametrize("call", ["writev", "fsync"])
+def test_a_put_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
+    store = FolderStore(tmp_path)
+    store.put("one", [b"old"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folderstore.os, call, full)
+    error = error_of(store.put, "one", [b"new"])
+    assert (error.kind, error.context["errno"]) == (Kind.STORAGE, 28)
+    monkeypatch.undo()
+    assert bytes(store.get("one")) == b"old"
+    assert os.listdir(tmp_path) == ["one"]
+
+
+KILLED_WHILE_WRITING = """
+import os, sys
+from tiered_kv.tiers import folderstore
+folderstore.os.fsync = lambda fd: os.kill(os.getpid(), 9)
+folderstore.FolderStore(sys.argv[1]).put("one", [b"half"])
+"""
+
+
+def test_what_a_killed_writer_leaves_is_no_object_and_is_removed(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=False)
+    assert done.returncode == -9
+    assert [name.endswith(".part") for name in os.listdir(tmp_path)] == [True]
+    with FolderStore(tmp_path) as store:
+        assert store.sizes() == {}
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_opener_does_not_remove_what_is_being_written(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    monkeypatch.setattr(folderstore.os, "fsync", lambda fd: FolderStore(tmp_path))
+    store.put("one", [b"whole"])
+    assert bytes(store.get("one")) == b"whole"
+
+
+@pytest.mark.parametrize("place", ["file/below", "file", "/proc/nothing"])
+def test_a_folder_that_cannot_be_used_names_the_setting(tmp_path, place):
+    (tmp_path / "file").touch()
+    error = error_of(open_store, str(tmp_path / place))
+    assert error.kind is Kind.STORAGE
+    assert error.context["setting"] == "objects"
+
+
+def test_urls_of_folders_and_memory(tmp_path):
+    for url in (str(tmp_path), f"{tmp_path}/", f"file://{tmp_path}", f"file://{tmp_path}/"):
+        assert open_store(url, "node").folder == tmp_path / "node"
+    with_space = open_store(f"file://{tmp_path}/a%20b")
+    assert with_space.folder == tmp_path / "a b"
+    assert open_store("memory://").url == "memory://"
+    assert open_store("memory://").sizes() == {}
+
+
+@pytest.mark.parametrize("url", ["", "s3://", "ftp://host/path", "file://host/path", "http://host/path", "gs:///nothing"])
+def test_a_url_that_means_nothing_names_the_setting(url):
+    error = error_of(open_store, url)
+    assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "objects")
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    error = error_of(open_store, "s3://bucket/prefix")
+    assert error.kind is Kind.CONFIG
+    assert "tiered-kv[objects]" in str(error)
+
+
+def test_a_folder_needs_no_library():
+    code = "import sys; from tiered_kv.tiers.stores import open_store; open_store(sys.argv[1]); assert 'obstore' not in sys.modules"
+    here = str(Path(__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, here], check=False).returncode == 0

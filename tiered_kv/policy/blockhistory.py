@@ -1,0 +1,279 @@
+"""The history that the adaptive policy learns from: some fifty bytes for each block, given up ones included."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tiered_kv.policy import reuse
+from tiered_kv.policy.base import Key
+from tiered_kv.policy.history import History
+from tiered_kv.policy.keytable import KeyTable, tags_of
+
+GHOSTS_MIN = 65_536
+GHOSTS_PER_BLOCK = 4
+LEARN_EVERY = 200
+"""Runs seen between two tables; a request makes about two."""
+
+_SAMPLE = 4  # the model learns from every fourth block
+_HOT_USES = 64
+_USES_MAX = 255
+_ANSWER_UNKNOWN = 1
+_TICK_S = 1e-6  # time always goes on, so that uses have an order
+_REQUEST_S = 1e-3  # runs of one request are seen within
+_NONE = np.empty(0, np.int32)
+_FIELDS = {
+    "tag": np.uint64,
+    "last_s": np.float64,
+    "parent": np.int32,
+    "depth": np.int32,
+    "kind": np.int16,
+    "uses": np.uint8,
+    "held": np.uint8,
+    "sampled": np.bool_,
+}
+
+
+class BlockHistory(History):
+    """Known blocks by slot number, in arrays that the policies of all tiers share.
+
+    `last_s`: time of the last use; `parent`: slot, -1 for none; `depth`: blocks before it; `kind`: row of `table`;
+    `uses`: 0 for a slot that is free; `held`: in how many tiers it is resident; `sampled`: whether it is learned from.
+    Of blocks in no tier the most recently used are remembered, at most `GHOSTS_PER_BLOCK` for each resident one.
+    """
+
+    tag: np.ndarray
+    last_s: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    kind: np.ndarray
+    uses_of: np.ndarray
+    held: np.ndarray
+    sampled: np.ndarray
+
+    def __init__(self) -> None:
+        self.model = reuse.ReuseModel()
+        self.table = self.model.table(_NONE, _NONE)
+        """float32: `reuse.ROWS` times `reuse.OCTAVES`, flat; what blocks are worth by kind and age."""
+        self.capacity = 0
+        self._keys = KeyTable()
+        self._free: list[int] = []
+        self._blocks_ever = 0
+        self._resident_max = 0
+        self._learn_in = LEARN_EVERY
+        self._now_s = 0.0
+        self._hot: dict[int, int] = {}  # slot of a prefix that many share: its bucket, 1 and up
+        self._hot_uses: Counter[int] = Counter()
+        self._run: list[np.ndarray] = []  # slots of the request seen last, in runs
+        self._memo: tuple[Sequence[Key], np.ndarray] = ((), _NONE)
+        self._grow(1024)
+
+    def slots(self, keys: Sequence[Key]) -> np.ndarray:
+        """int32 slots of a run of one chain, -1 for a block that is not known. Cheap for the run asked for last, its head or its rest."""
+        known, slots = self._memo
+        count, more = len(keys), len(known) - len(keys)
+        if more < 0 or not count:
+            pass
+        elif known[count - 1] == keys[-1] and known[0] == keys[0]:
+            return slots[:count]
+        elif known[-1] == keys[-1] and known[more] == keys[0]:
+            return slots[more:]
+        slots = self._keys.find(tags_of(keys), self.tag) if count else _NONE
+        self._memo = (keys, slots)
+        return slots
+
+    def uses(self, key: Key) -> int:
+        slot = int(self.slots([key])[0])
+        return int(self.uses_of[slot]) if slot >= 0 else 0
+
+    def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
+        behind = -1 if parent is None else int(self.slots([parent])[0])
+        slots = self._known(keys, behind)
+        now_s = max(now_s, self._now_s + _TICK_S)
+        before = slots[self.uses_of[slots] > 0]
+        gap, hot = self._chain_features(before, behind, now_s)
+        learned = before[self.sampled[before]]
+        self.model.ended(self.kind[learned], now_s - self.last_s[learned])
+        self.uses_of[slots] += self.uses_of[slots] < _USES_MAX
+        self.last_s[slots] = self._now_s = now_s
+        self.kind[slots] = reuse.kinds(self.uses_of[slots], gap, hot, _ANSWER_UNKNOWN)
+        goes_on = self._run and behind >= 0 and self._run[-1][-1] == behind
+        self._run = [*self._run, slots] if goes_on else [slots]
+        self._learn_in -= 1
+        if not self._learn_in:
+            self.learn(now_s)
+
+    def note(self, keys: Sequence[Key], parent: Key | None) -> np.ndarray:
+        """Slots of blocks that may never have been seen, such as those found on disk: those count as seen once, lately."""
+        slots = self.slots(keys)
+        if (slots < 0).any():
+            self.seen(keys, parent, self._now_s)
+        return self.slots(keys)
+
+    def hold(self, slots: np.ndarray) -> None:
+        """The blocks are resident in one tier more."""
+        self.held[slots] += 1
+
+    def release(self, slot: int) -> None:
+        """The block is resident in one tier less."""
+        self.held[slot] -= 1
+
+    def hint(
+        self,
+        tail: Key,
+        now_s: float,
+        *,
+        answer_tokens: int | None = None,
+        reuse_within_s: float | None = None,
+        ended: bool = False,
+    ) -> None:
+        chain = self._last_use_of(int(self.slots([tail])[0]))
+        if answer_tokens is not None:
+            self.kind[chain] = reuse.answered(self.kind[chain], answer_tokens)
+        if reuse_within_s is not None:
+            self.kind[chain] = reuse.expected_kind(reuse_within_s)
+        if ended:
+            children = np.bincount(self.parent[self.parent >= 0], minlength=self.capacity)[chain]
+            shared = np.flatnonzero(children > 1)
+            self.kind[chain[shared[-1] + 1 if len(shared) else 0 :]] = reuse.ENDED
+
+    def learn(self, now_s: float) -> None:
+        """Make the table anew from all that was seen so far. About 3 ms."""
+        self._learn_in = LEARN_EVERY
+        self._choose_hot()
+        open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
+        self.table = self.model.table(self.kind[open_], now_s - self.last_s[open_])
+
+    def statistics(self) -> bytes:
+        """What this node has counted, for `merge_statistics`: at most a few tens of KB."""
+        open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
+        return self.model.statistics(self.kind[open_], self._now_s - self.last_s[open_])
+
+    def adopt(self, others: bytes) -> None:
+        """Learn from what other nodes have counted as well, from the next table on; replaces what was adopted before."""
+        self.model.adopt(others)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in use."""
+        return self._keys.nbytes + sum(getattr(self, _name(field)).nbytes for field in _FIELDS)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are remembered."""
+        return len(self._keys)
+
+    def check(self) -> None:
+        known = np.flatnonzero(self.uses_of > 0)
+        assert len(known) + len(self._free) == self.capacity
+        assert len(self._keys) == len(known)
+        assert (self._keys.find(self.tag[known], self.tag) == known).all()
+        assert (self.uses_of[self.held > 0] > 0).all()
+        parents = self.parent[known]
+        assert (self.uses_of[parents[parents >= 0]] > 0).all()
+
+    def _known(self, keys: Sequence[Key], behind: int) -> np.ndarray:
+        """Slots of the run, new ones for new blocks, linked to each other."""
+        if len(self._free) < len(keys):
+            self._make_room(len(keys))
+        slots = self.slots(keys)
+        new = np.flatnonzero(slots < 0)
+        if len(new):
+            slots = slots.copy()
+            slots[new] = self._allocate(tags_of(keys)[new])
+            self._memo = (keys, slots)
+        loose = np.flatnonzero(self.held[slots] == 0)  # the tree of resident blocks stays as it is
+        if len(loose):
+            parents = np.concatenate([np.array([behind], np.int32), slots[:-1]])
+            self.parent[slots[loose]] = parents[loose]
+            self.depth[slots[loose]] = loose + (int(self.depth[behind]) + 1 if behind >= 0 else 0)
+        return slots
+
+    def _chain_features(self, before: np.ndarray, behind: int, now_s: float) -> tuple[int, int]:
+        """Bucket of the time since this chain's last turn, and of its hot prefix; `before`: its blocks that were seen before."""
+        gap, hot = reuse.inherited(int(self.kind[behind])) if behind >= 0 else (0, 0)
+        if len(before):
+            gap = reuse.gap_bucket(now_s - self.last_s.item(before[-1]))
+            often = before[self.uses_of[before] >= _HOT_USES]
+            if len(often):
+                hottest = int(often[-1])
+                self._hot_uses[hottest] += 1
+                hot = self._hot.get(hottest, 0)
+        return gap, hot
+
+    def _choose_hot(self) -> None:
+        """Give the buckets to the prefixes that are used most; one that is in loses it only to one used twice as much."""
+        buckets = reuse.HOTS - 1
+        for slot, _ in self._hot_uses.most_common(buckets):
+            if slot in self._hot:
+                continue
+            if len(self._hot) < buckets:
+                bucket = min(set(range(1, buckets + 1)) - set(self._hot.values()))
+            else:
+                least = min(self._hot, key=lambda hot: self._hot_uses[hot])
+                if self._hot_uses[slot] <= 2 * self._hot_uses[least]:
+                    break
+                bucket = self._hot.pop(least)
+                self.model.forget_hot(bucket)
+            self._hot[slot] = bucket
+        self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
+
+    def _last_use_of(self, tail: int) -> np.ndarray:
+        """Slots of the chain, root first, as far as it was used together with its tail."""
+        if self._run and self._run[-1][-1] == tail:
+            return np.concatenate(self._run)
+        chain = []
+        while tail >= 0 and (not chain or abs(self.last_s[tail] - self.last_s[chain[0]]) < _REQUEST_S):
+            chain.append(tail)
+            tail = int(self.parent[tail])
+        return np.array(chain[::-1], np.int32)
+
+    def _allocate(self, tags: np.ndarray) -> np.ndarray:
+        count = len(tags)
+        slots = np.array(self._free[-count:][::-1], np.int32)
+        del self._free[-count:]
+        self.tag[slots] = tags
+        self.sampled[slots] = (self._blocks_ever + np.arange(count)) % _SAMPLE == 0
+        self._blocks_ever += count
+        self._keys.insert(slots, self.tag)
+        return slots
+
+    def _make_room(self, count: int) -> None:
+        """Have `count` free slots: forget the ghosts that are too many, or grow."""
+        needed = self.held > 0
+        needed[self.parent[needed & (self.parent >= 0)]] = True
+        ghosts = np.flatnonzero(~needed & (self.uses_of > 0))
+        self._resident_max = max(self._resident_max, self.capacity - len(self._free) - len(ghosts))
+        ghosts_max = max(GHOSTS_MIN, GHOSTS_PER_BLOCK * self._resident_max)
+        if len(ghosts) >= ghosts_max:
+            oldest = np.argsort(self.last_s[ghosts], kind="stable")
+            self._forget(ghosts[oldest[: len(ghosts) - ghosts_max * 7 // 8]])
+        if len(self._free) < count:
+            self._grow(self.capacity + max(count, min(self.capacity, ghosts_max - len(ghosts))))
+
+    def _forget(self, slots: np.ndarray) -> None:
+        learned = slots[self.sampled[slots]]
+        self.model.lost_sight(self.kind[learned], self._now_s - self.last_s[learned])
+        gone = np.zeros(self.capacity, bool)
+        gone[slots] = True
+        self.uses_of[slots] = 0
+        self.parent[(self.parent >= 0) & gone[self.parent]] = -1
+        self._hot = {slot: bucket for slot, bucket in self._hot.items() if not gone[slot]}
+        self._hot_uses = Counter({slot: uses for slot, uses in self._hot_uses.items() if not gone[slot]})
+        kept = np.flatnonzero(self.uses_of > 0).astype(np.int32)
+        self._keys.rebuild(self.tag[kept], kept)
+        self._free += slots[::-1].tolist()
+        self._run, self._memo = [], ((), _NONE)
+
+    def _grow(self, capacity: int) -> None:
+        for field, dtype in _FIELDS.items():
+            fresh = np.zeros(capacity, dtype)
+            if self.capacity:
+                fresh[: self.capacity] = getattr(self, _name(field))
+            setattr(self, _name(field), fresh)
+        self._free = [*range(capacity - 1, self.capacity - 1, -1), *self._free]
+        self.capacity = capacity
+
+
+def _name(field: str) -> str:
+    return "uses_of" if field == "uses" else field

@@ -1,0 +1,59 @@
+"""Greedy dual size frequency: uses × cost ÷ size, on top of a level that rises with what was given up.
+
+Cherkasova: Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy (HP Labs, 1998).
+"""
+
+from collections.abc import Sequence
+from itertools import count
+
+from tiered_kv.policy.base import Key, RankedPolicy
+from tiered_kv.policy.leaves import Leaves
+
+
+class GDSFPolicy(RankedPolicy):
+    """Gives up the leaf of the lowest priority. The cost of a block is one, times the factor it was weighed with.
+
+    The level makes newcomers comparable with what was hot long ago. O(1) a use, O(log n) a victim.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tick = count()
+        self._level = 0.0
+        self._uses: dict[Key, int] = {}
+        self._factor: dict[Key, float] = {}
+        self._priority: dict[Key, tuple[float, int]] = {}
+        self._leaves = Leaves(self._priority, self._is_free)
+
+    def weigh(self, key: Key, factor: float) -> None:
+        change = self._uses[key] * (factor - self._factor.get(key, 1.0)) / self._bytes[key]
+        self._factor[key] = factor
+        priority, tick = self._priority[key]
+        self._priority[key] = (priority + change, tick)
+        if key in self._leaves.queued:
+            self._leaves.push(key)
+
+    def _added(self, keys: Sequence[Key], nbytes: int) -> None:
+        self._touched(keys)
+
+    def _touched(self, keys: Sequence[Key]) -> None:
+        for key in reversed(keys):
+            uses = self._uses[key] = self._uses.get(key, 0) + 1
+            worth = uses * self._factor.get(key, 1.0) / self._bytes[key]
+            self._priority[key] = (self._level + worth, next(self._tick))
+
+    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+        priority, _ = self._priority.pop(key)
+        if given_up:
+            self._level = max(self._level, priority)
+        del self._uses[key]
+        self._factor.pop(key, None)
+
+    def _offer(self, key: Key) -> None:
+        self._leaves.push(key)
+
+    def _next(self) -> Key | None:
+        return self._leaves.pop()
+
+    def _offered(self) -> set[Key]:
+        return set(self._leaves.queued)

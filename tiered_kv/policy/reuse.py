@@ -1,0 +1,186 @@
+"""How soon blocks of a kind come back, and what it is worth to keep one of a given age: the reuse index.
+
+Hazards of reuse by class and age are estimated from intervals between uses, those still open counted as censored
+(Kaplan & Meier, JASA 1958), shrunk towards coarser classes where a class has few. The index of a block is its Gittins
+index (Gittins, JRSS B 1979): the best ratio, over all ages to come, of the chance of a use until then to the time
+for which the block is held. Everything is arrays, and counts of several nodes may be added up.
+"""
+
+import numpy as np
+
+FIRST_S = 2.0**-8
+OCTAVES = 28
+"""Ages: below 0.5 s, then 0.5 s to 1 s, and so on; the last octave has no end."""
+
+USES, GAPS, HOTS, ANSWERS = 6, 5, 8, 3
+CLASSES = USES * GAPS * HOTS * ANSWERS
+"""A class is: uses so far, gap since the chain's turn before, hot prefix, length of the answer, each in buckets."""
+
+ENDED = CLASSES
+"""Kind of blocks that nobody will use, as their worker said. From `ENDED + 1` on: those expected within an octave of age."""
+ROWS = CLASSES + 1 + OCTAVES
+
+_USES_FROM = np.array([2, 3, 5, 9, 17])
+_GAP_FROM_S = np.array([10.0, 60.0, 300.0])  # bucket 0: no turn before
+_ANSWER_FROM_TOKENS = np.array([65, 257])
+_USES_BUCKET = np.searchsorted(_USES_FROM, np.arange(256), side="right")
+
+_PSEUDO = 128.0  # observations that a coarser class counts for
+_CARRY = 0.5  # how much of a class's deviation at one age is expected at the next
+_NOTHING_KNOWN = 0.1
+"""Chance of reuse within an octave where nothing was seen: the same at every age, so that the index falls with age (LRU)."""
+_EXPECTED_TRUE = 0.9  # how far a worker's expectation is believed
+_DECAY = 0.98  # of what was counted, at each new table
+
+_EDGES_S = np.concatenate([[0.0], FIRST_S * 2.0 ** np.arange(OCTAVES - 1)])
+_WIDTHS_S = np.append(np.diff(_EDGES_S), _EDGES_S[-1])
+_ENDS_S = _EDGES_S + _WIDTHS_S
+
+
+def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
+    """The classes of blocks of one chain that were used so often, as int64."""
+    return ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
+
+
+def gap_bucket(gap_s: float) -> int:
+    """The bucket of the time since a chain's turn before."""
+    return 1 + int(np.searchsorted(_GAP_FROM_S, gap_s, side="right"))
+
+
+def inherited(kind: int) -> tuple[int, int]:
+    """Buckets of gap and hot prefix that a block passes on to those behind it."""
+    return (kind // (ANSWERS * HOTS) % GAPS, kind // ANSWERS % HOTS) if kind < CLASSES else (0, 0)
+
+
+def answered(kind: np.ndarray, tokens: int) -> np.ndarray:
+    """The classes of blocks whose request was answered with so many tokens."""
+    answer = int(np.searchsorted(_ANSWER_FROM_TOKENS, tokens, side="right"))
+    return np.where(kind < CLASSES, kind // ANSWERS * ANSWERS + answer, kind)
+
+
+def expected_kind(within_s: float) -> int:
+    """The kind of blocks that their worker expects to use within so many seconds."""
+    return ENDED + 1 + int(_octave_of(np.array([within_s]))[0])
+
+
+class ReuseModel:
+    """Counts of intervals between uses, and the table made of them."""
+
+    def __init__(self) -> None:
+        self._used = np.zeros((CLASSES, OCTAVES))  # intervals that ended with a use, by their length
+        self._lost = np.zeros((CLASSES, OCTAVES))  # intervals whose block was forgotten at that age
+        self._others = np.zeros((2, CLASSES, OCTAVES))  # ended and open ones of other nodes
+
+    def ended(self, kind: np.ndarray, age_s: np.ndarray) -> None:
+        """Blocks of these kinds were used at these ages."""
+        _count(self._used, kind, age_s)
+
+    def lost_sight(self, kind: np.ndarray, age_s: np.ndarray) -> None:
+        """Blocks of these kinds were not used until these ages; what comes after is not known."""
+        _count(self._lost, kind, age_s)
+
+    def forget_hot(self, bucket: int) -> None:
+        """Another prefix has this bucket from now on."""
+        for counts in (self._used, self._lost):
+            counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)[:, :, bucket] = 0
+
+    def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
+        """float32 (ROWS x OCTAVES), flat: the index by kind, at the start of each octave of age, in uses a second.
+
+        `kind`, `age_s`: the intervals that are open now. What was counted so far weighs less from now on.
+        """
+        used, open_ = np.stack(self._counts(kind, age_s)) + self._others
+        classes = gittins(hazards(used, open_))
+        usual = gittins(hazards(used.sum(0, keepdims=True), open_.sum(0, keepdims=True)))[0]
+        self._used *= _DECAY
+        self._lost *= _DECAY
+        return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
+
+    def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
+        """Own counts as bytes: rows u16 | ended f32 | open f32, behind their number as u32."""
+        return _packed(np.stack(self._counts(kind, age_s)))
+
+    def adopt(self, others: bytes) -> None:
+        """Learn from others' statistics as well, in place of those adopted before. Raises ValueError for what is none."""
+        self._others = _unpacked(others)
+
+    def _counts(self, kind: np.ndarray, age_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        open_ = self._lost.copy()
+        _count(open_, kind, age_s)
+        return self._used, open_
+
+
+def merge_statistics(statistics: list[bytes]) -> bytes:
+    """The sum of several nodes' statistics. Raises ValueError for bytes that are none."""
+    return _packed(sum((_unpacked(each) for each in statistics), np.zeros((2, CLASSES, OCTAVES))))
+
+
+def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
+    """(classes, OCTAVES): chance that a block which reached an octave of age is used within it.
+
+    `used`, `open_`: intervals by class and by the octave in which they ended, or were last seen open. One class, or all.
+    """
+    prior = np.full((1, 1, 1, 1, OCTAVES), _NOTHING_KNOWN)
+    for ended, censored in zip(_coarse_to_fine(used), _coarse_to_fine(open_), strict=True):
+        at_risk = np.cumsum((ended + censored)[..., ::-1], -1)[..., ::-1] - censored / 2  # actuarial: half of an octave each
+        estimate = np.empty(ended.shape)
+        drift = np.ones(ended.shape[:-1])
+        for octave in range(OCTAVES):
+            before = np.clip(prior[..., octave] * drift**_CARRY, 1e-6, 0.98)
+            estimate[..., octave] = (ended[..., octave] + _PSEUDO * before) / (at_risk[..., octave] + _PSEUDO)
+            drift = estimate[..., octave] / prior[..., octave]
+        prior = estimate
+    return prior.reshape(-1, OCTAVES)
+
+
+def gittins(hazard: np.ndarray) -> np.ndarray:
+    """(classes, OCTAVES): the index at the start of each octave of age, in uses a second."""
+    index, alive, held_s = (np.full(hazard.shape, each) for each in (0.0, 1.0, 0.0))  # by the octave in which one starts
+    for octave in range(OCTAVES):
+        started = slice(0, octave + 1)
+        used = alive[:, started] * hazard[:, octave : octave + 1]
+        held_s[:, started] += (alive[:, started] - used / 2) * _WIDTHS_S[octave]
+        alive[:, started] -= used
+        index[:, started] = np.maximum(index[:, started], (1 - alive[:, started]) / held_s[:, started])
+    return index
+
+
+def _expected(usual: np.ndarray) -> np.ndarray:
+    """(OCTAVES, OCTAVES): index of blocks expected within each octave: high until its end, that of any block afterwards."""
+    left_s = _ENDS_S[:, None] - _EDGES_S[None, :]
+    return np.where(left_s > 0, np.maximum(_EXPECTED_TRUE / np.maximum(left_s, FIRST_S), usual), usual)
+
+
+def _coarse_to_fine(counts: np.ndarray) -> list[np.ndarray]:
+    """The same counts for all blocks, by uses, by uses and gap, and by class, each shaped to be broadcast over the next."""
+    if len(counts) == 1:
+        return [counts.reshape(1, 1, 1, 1, OCTAVES)]
+    classes = counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)
+    gaps = classes.sum((2, 3), keepdims=True)
+    uses = gaps.sum(1, keepdims=True)
+    return [uses.sum(0, keepdims=True), uses, gaps, classes]
+
+
+def _octave_of(age_s: np.ndarray) -> np.ndarray:
+    return np.maximum(np.searchsorted(_EDGES_S, age_s, side="right") - 1, 0)
+
+
+def _count(counts: np.ndarray, kind: np.ndarray, age_s: np.ndarray) -> None:
+    places = kind.astype(np.int64) * OCTAVES + _octave_of(age_s)
+    np.add.at(counts.reshape(-1), places[places < CLASSES * OCTAVES], 1.0)
+
+
+def _packed(counts: np.ndarray) -> bytes:
+    rows = np.flatnonzero(counts.any((0, 2)))
+    return np.uint32(len(rows)).tobytes() + rows.astype(np.uint16).tobytes() + counts[:, rows].astype(np.float32).tobytes()
+
+
+def _unpacked(statistics: bytes) -> np.ndarray:
+    count = int(np.frombuffer(statistics, np.uint32, 1)[0])
+    rows = np.frombuffer(statistics, np.uint16, count, 4)
+    values = np.frombuffer(statistics, np.float32, -1, 4 + 2 * count).reshape(2, count, OCTAVES)
+    if (rows >= CLASSES).any() or not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError("these are no statistics of reuse")
+    counts = np.zeros((2, CLASSES, OCTAVES))
+    counts[:, rows] = values
+    return counts

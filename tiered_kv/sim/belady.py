@@ -1,0 +1,74 @@
+"""The offline optimum for chains: give up the block whose next use is farthest away (Belady, 1966), with bypass.
+
+A block is used whenever a block behind it is, so its next use is never later than theirs: what goes is always a leaf,
+if of blocks with the same next use the deepest goes first.
+"""
+
+import heapq
+
+import numpy as np
+
+from tiered_kv.sim.trace import Trace
+
+_DEPTH_BITS, _ID_BITS = 32, 32
+
+
+class BeladyCache:
+    """Residency under a cap by knowledge of the future. Its requests must be those of `trace`, in their order.
+
+    A block that is never used again is not kept; a new one that is used later than all others is not kept either.
+    """
+
+    def __init__(self, trace: Trace, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.evictions = 0
+        self._never = len(trace)
+        self._next_request = _next_requests(trace)
+        self._done_blocks = 0
+        self._next: dict[int, int] = {}  # resident → request of its next use
+        self._farthest: list[int] = []  # heap; stale entries are those that disagree with _next
+
+    def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
+        """Fetch a chain and keep what is worth it; how many leading blocks hit."""
+        resident = self._next
+        hit = next((at for at, key in enumerate(keys) if key not in resident), len(keys))
+        upcoming = self._next_request[self._done_blocks : self._done_blocks + len(keys)].tolist()
+        self._done_blocks += len(keys)
+        for depth, (key, request) in enumerate(zip(keys, upcoming, strict=True)):
+            if request < self._never:
+                resident[key] = request
+                heapq.heappush(self._farthest, -(((request << _DEPTH_BITS) | depth) << _ID_BITS | key))
+            elif resident.pop(key, None) is not None:
+                self.evictions += 1
+        self._shrink()
+        return hit
+
+    def _shrink(self) -> None:
+        while len(self._next) > self.capacity_blocks:
+            entry = -heapq.heappop(self._farthest)
+            key = entry & ((1 << _ID_BITS) - 1)
+            if self._next.get(key) == entry >> (_DEPTH_BITS + _ID_BITS):
+                del self._next[key]
+                self.evictions += 1
+        if len(self._farthest) > 4 * len(self._next) + 10_000:
+            self._farthest = [entry for entry in self._farthest if self._is_live(-entry)]
+            heapq.heapify(self._farthest)
+
+    def _is_live(self, entry: int) -> bool:
+        return self._next.get(entry & ((1 << _ID_BITS) - 1)) == entry >> (_DEPTH_BITS + _ID_BITS)
+
+    def check(self) -> None:
+        """Assert that the cap holds and every resident block can be found to be given up."""
+        assert len(self._next) <= self.capacity_blocks
+        live = {-entry & ((1 << _ID_BITS) - 1) for entry in self._farthest if self._is_live(-entry)}
+        assert live == self._next.keys()
+
+
+def _next_requests(trace: Trace) -> np.ndarray:
+    """For each block of each request the request that uses the block next; the number of requests: none does."""
+    requests = np.repeat(np.arange(len(trace), dtype=np.int32), np.diff(trace.offsets))
+    order = np.argsort(trace.ids, kind="stable")
+    same = trace.ids[order[:-1]] == trace.ids[order[1:]]
+    upcoming = np.full(len(trace.ids), len(trace), np.int32)
+    upcoming[order[:-1][same]] = requests[order[1:][same]]
+    return upcoming

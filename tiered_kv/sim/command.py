@@ -1,0 +1,85 @@
+"""`tiered-kv simulate` without its command line: settings as text in, tables or results out."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.sim import cells, plot, report
+from tiered_kv.sim.tiers import tiers_of
+from tiered_kv.sim.trace import Trace, read_trace
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """What the command line says; texts as given there."""
+
+    traces: Sequence[str]
+    policy: str = "all"
+    capacity: str = "0.01,0.02,0.05,0.1,0.2,0.4"
+    tiers: str | None = None
+    metric: str = "tokens"
+    cost_weight: float | None = None
+    block_tokens: int | None = None
+    rekey: bool = False
+    plot: str | None = None
+    jobs: int | None = None
+
+
+def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
+    """Replay, print tables to `console`, draw if asked; returns what `--json` prints. Progress goes to standard error."""
+    policies, rooms = _policies_and_rooms(options)
+    jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise TieredKVError(Kind.CONFIG, f"--jobs: {jobs} is no number of processes", setting="jobs")
+    cost_weight = float(options.metric == "flops") if options.cost_weight is None else options.cost_weight
+    if not 0 <= cost_weight <= 1:
+        raise TieredKVError(Kind.CONFIG, f"--cost-weight: {cost_weight} is not between 0 and 1", setting="cost_weight")
+    if options.plot:
+        plot.check_target(options.plot)
+    _refuse_equal_names(options.traces)
+    traces = [read_trace(path, block_tokens=options.block_tokens, rekey=options.rekey) for path in options.traces]
+    for note in (note for trace in traces for note in trace.notes):
+        console.print(f"[yellow]note[/]: {note}", highlight=False, soft_wrap=True)
+    results = _replayed(traces, policies, rooms, cost_weight, jobs)
+    if options.tiers:
+        report.show_tiers(results, options.metric, console)
+    else:
+        report.show(results, options.metric, console)
+    if options.plot:
+        plot.draw(results, options.metric, options.plot)
+        console.print(f"drawn: {options.plot}", highlight=False, soft_wrap=True)
+    return {"results": [asdict(result) for result in results]}
+
+
+def _policies_and_rooms(options: SimulateOptions) -> tuple[list[str], list[cells.Room]]:
+    policies = cells.policies_of(options.policy)
+    if options.tiers is None:
+        return policies, list(cells.capacities_of(options.capacity))
+    if options.plot:
+        raise TieredKVError(Kind.CONFIG, "--plot: draws hits over --capacity, which --tiers replaces", setting="plot")
+    if policies == ["belady"]:
+        raise TieredKVError(Kind.CONFIG, "--policy: belady knows one tier only, not --tiers", setting="policy")
+    return [name for name in policies if name != "belady"], [tiers_of(options.tiers)]
+
+
+def _refuse_equal_names(paths: Sequence[str]) -> None:
+    names = [Path(path).name for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise TieredKVError(Kind.CONFIG, f"TRACE: two files are named {twice}; results go by a file's name", setting="traces")
+
+
+def _replayed(traces: list[Trace], policies: list[str], rooms: list[cells.Room], cost_weight: float, jobs: int) -> list[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        total = sum(map(len, traces)) * len(policies) * len(rooms)
+        task = progress.add_task("requests", total=total)
+        advance = partial(progress.advance, task)
+        return cells.run_cells(traces, policies, rooms, cost_weight=cost_weight, jobs=jobs, advance=advance)

@@ -1,0 +1,153 @@
+"""The replay: one trace, one policy, one cap; what hits, and what that saves.
+
+A step does exactly what the store does with a request, so that both hit the same blocks: `Cache.request`.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tiered_kv import policy as policies
+from tiered_kv.policy import EvictionPolicy, History, create_policy
+from tiered_kv.sim.trace import Trace
+
+FLOPS_POSITION_TOKENS = 30_500
+"""A token at position p costs 1 + p / this of what the first token costs: prefill FLOPs of an 8B Llama, whose attention
+over p earlier tokens costs as much as all its weights once p reaches this."""
+
+PROGRESS_REQUESTS = 64
+
+Progress = Callable[[int], None]
+"""Called now and then with the number of requests replayed since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one policy got out of one trace under one cap. `capacity`: of the trace's unique full blocks, as given."""
+
+    trace: str
+    policy: str
+    capacity: float
+    capacity_blocks: int
+    input_tokens: int
+    hit_tokens: int
+    token_hit_ratio: float
+    flops_saved_ratio: float
+    asked_blocks: int
+    hit_blocks: int
+    evictions: int
+    seconds: float
+
+
+class Cache:
+    """Residency under a cap of `capacity_blocks` blocks, all of one size; `policy` decides."""
+
+    def __init__(self, policy: EvictionPolicy, history: History, capacity_blocks: int) -> None:
+        self.policy, self.history, self.capacity_blocks = policy, history, capacity_blocks
+        self.used_blocks = 0
+        self.evictions = 0
+
+    def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
+        """Fetch a chain and store what is missing of it, as far as there is room; how many leading blocks hit."""
+        hit = self.policy.leading(keys)
+        if hit:
+            self.history.seen(keys[:hit], None, now_s)
+            self.policy.use(keys[:hit])
+        if hit < len(keys):
+            self._store(keys, hit, now_s)
+        if keys:
+            self.history.hint(keys[-1], now_s, answer_tokens=answer_tokens)
+        return hit
+
+    def _store(self, keys: list[int], resident: int, now_s: float) -> None:
+        while resident < len(keys):
+            missing = keys[resident:]
+            lacking = len(missing) - (self.capacity_blocks - self.used_blocks)
+            if lacking > 0:
+                self._give_up(self.policy.victims(lacking, set(keys[:resident]), now_s, incoming=missing))
+            taken = missing[: self.capacity_blocks - self.used_blocks]
+            if not taken:
+                return
+            parent = keys[resident - 1] if resident else None
+            self.history.seen(taken, parent, now_s)
+            self.policy.add(taken, parent, 1)
+            self.used_blocks += len(taken)
+            resident += len(taken)
+
+    def _give_up(self, victims: list[int]) -> None:
+        for key in victims:
+            self.policy.remove(key)
+        self.used_blocks -= len(victims)
+        self.evictions += len(victims)
+
+    def check(self) -> None:
+        """Assert that the cap holds and the policy agrees."""
+        assert self.used_blocks == len(self.policy) <= self.capacity_blocks
+        self.policy.check()
+
+
+def capacity_in_blocks(trace: Trace, capacity: float) -> int:
+    """How many blocks a fraction of the trace's unique full blocks is: rounded up, at least one."""
+    return max(1, math.ceil(capacity * trace.unique_blocks - 1e-6))
+
+
+def replay(trace: Trace, policy_name: str, capacity: float, *, cost_weight: float = 0.0, progress: Progress | None = None) -> Result:
+    """Replay `trace` from a cold start under a cap of `capacity` (a fraction); `belady`: the offline optimum.
+
+    `cost_weight`: see `create_policy`.
+    """
+    capacity_blocks = capacity_in_blocks(trace, capacity)
+    if policy_name == "belady":
+        from tiered_kv.sim.belady import BeladyCache
+
+        return run(trace, BeladyCache(trace, capacity_blocks), policy_name, capacity, progress=progress)
+    history = history_for(policy_name)
+    policy = create_policy(policy_name, history, capacity_blocks, cost_weight=cost_weight, block_tokens=trace.block_tokens)
+    return run(trace, Cache(policy, history, capacity_blocks), policy_name, capacity, progress=progress)
+
+
+def history_for(policy_name: str) -> History:
+    """A history as the policy needs it: only adaptive learns from one."""
+    return policies.create_history() if policy_name == "adaptive" else History()
+
+
+def replay_with(
+    trace: Trace, policy: EvictionPolicy, history: History, capacity_blocks: int, *, progress: Progress | None = None
+) -> Result:
+    """Replay `trace` with a policy and a history of the caller's."""
+    capacity = capacity_blocks / max(trace.unique_blocks, 1)
+    return run(trace, Cache(policy, history, capacity_blocks), type(policy).__name__, capacity, progress=progress)
+
+
+def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Progress | None = None) -> Result:
+    """Send every request of `trace` through `cache` and count."""
+    begun_s = time.perf_counter()
+    hit_blocks, hit_weight, weight = 0, 0.0, 0.0
+    for at, request in enumerate(trace, 1):
+        hit = cache.request(request.keys, request.time_s, request.output_tokens)
+        hit_blocks += hit
+        hit_weight += prefill_weight(hit * trace.block_tokens)
+        weight += prefill_weight(request.input_tokens)
+        if progress is not None and (at % PROGRESS_REQUESTS == 0 or at == len(trace)):
+            progress((at - 1) % PROGRESS_REQUESTS + 1)
+    input_tokens = int(trace.input_tokens.sum())
+    return Result(
+        trace=trace.name,
+        policy=name,
+        capacity=capacity,
+        capacity_blocks=cache.capacity_blocks,
+        input_tokens=input_tokens,
+        hit_tokens=hit_blocks * trace.block_tokens,
+        token_hit_ratio=hit_blocks * trace.block_tokens / max(input_tokens, 1),
+        flops_saved_ratio=hit_weight / max(weight, 1.0),
+        asked_blocks=len(trace.ids),
+        hit_blocks=hit_blocks,
+        evictions=cache.evictions,
+        seconds=time.perf_counter() - begun_s,
+    )
+
+
+def prefill_weight(tokens: int) -> float:
+    """What prefilling the first `tokens` of a prompt costs, in units of its first token."""
+    return tokens + tokens * (tokens - 1) / 2 / FLOPS_POSITION_TOKENS
