@@ -70,7 +70,7 @@ class Config:
     objects: str | None = None
     objects_cap: int = 1 << 40
     block_tokens: int = 64
-    policy: str = "lru"
+    policy: str = "adaptive"
     cost_weight: float = 0.0
     seed: int = 0
     shm_path: str = "/dev/shm"
