@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check sim bench clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -27,8 +28,12 @@ check: $(STAMP)  ## lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)  ## the speed of fetch and store as a ratio to memcpy
+sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
+	$(BIN)/tiered-kv simulate $(TRACES)
+
+bench: $(STAMP)  ## fetch, store and disk as ratios to memcpy and plain system calls
 	$(BIN)/tiered-kv bench fetch
+	$(BIN)/tiered-kv bench disk
 
 clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist *.egg-info

@@ -32,7 +32,10 @@ def add_simulate(commands: Any) -> None:
     )
     command.add_argument("--metric", choices=["tokens", "flops"], default="tokens", help="what tables and picture show (default: tokens)")
     command.add_argument(
-        "--cost-weight", type=float, help="for adaptive, 0: every token counts alike, 1: by its FLOPs (default: what --metric asks for)"
+        "--cost-weight",
+        type=float,
+        default=0.0,
+        help="for adaptive, 0: every token counts alike, 1: by its prefill FLOPs (default: 0, as in a store)",
     )
     command.add_argument("--rekey", action="store_true", help="ids hash a block's content alone, not all that stands before it")
     command.add_argument("--block-tokens", type=int, help="tokens of a block (default: -bN in the file's name, or what fits the lengths)")

@@ -86,6 +86,13 @@ class BlockHistory(History):
         slot = int(self.slots([key])[0])
         return int(self.uses_of[slot]) if slot >= 0 else 0
 
+    def chance(self, key: Key, ahead: float) -> float:
+        slot = int(self.slots([key])[0])
+        if slot < 0:
+            return 0.0
+        age_s = self._now_s - self.last_s.item(slot)
+        return self.model.chance(self.kind.item(slot), age_s, ahead * age_s)
+
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
         behind = -1 if parent is None else int(self.slots([parent])[0])
         slots = self._known(keys, behind)

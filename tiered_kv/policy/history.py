@@ -22,6 +22,10 @@ class History:
         """How often the block was seen, as far as is remembered; 0: never."""
         return 0
 
+    def chance(self, key: Key, ahead: float) -> float:
+        """How likely the block is used again within `ahead` times as long as it has not been used, as far as was learned."""
+        return 0.0
+
     def hint(
         self,
         tail: Key,

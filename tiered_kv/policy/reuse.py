@@ -70,6 +70,7 @@ class ReuseModel:
         self._used = np.zeros((CLASSES, OCTAVES))  # intervals that ended with a use, by their length
         self._lost = np.zeros((CLASSES, OCTAVES))  # intervals whose block was forgotten at that age
         self._others = np.zeros((2, CLASSES, OCTAVES))  # ended and open ones of other nodes
+        self._unused = np.ones((CLASSES, OCTAVES + 1))  # share of blocks not used before each octave, as of the last table
 
     def ended(self, kind: np.ndarray, age_s: np.ndarray) -> None:
         """Blocks of these kinds were used at these ages."""
@@ -90,11 +91,21 @@ class ReuseModel:
         `kind`, `age_s`: the intervals that are open now. What was counted so far weighs less from now on.
         """
         used, open_ = np.stack(self._counts(kind, age_s)) + self._others
-        classes = gittins(hazards(used, open_))
+        hazard = hazards(used, open_)
+        self._unused[:, 1:] = np.cumprod(1 - hazard, axis=1)
+        classes = gittins(hazard)
         usual = gittins(hazards(used.sum(0, keepdims=True), open_.sum(0, keepdims=True)))[0]
         self._used *= _DECAY
         self._lost *= _DECAY
         return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
+
+    def chance(self, kind: int, age_s: float, within_s: float) -> float:
+        """How likely a block of that age is used within the next `within_s` seconds, as of the last table."""
+        if kind >= CLASSES:
+            return float(kind != ENDED)
+        octaves = np.arange(OCTAVES + 1)
+        now, then = np.interp(np.log2(np.maximum([age_s, age_s + within_s], FIRST_S) / FIRST_S) + 1, octaves, self._unused[kind])
+        return 1 - then / now
 
     def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
         """Own counts as bytes: rows u16 | ended f32 | open f32, behind their number as u32."""

@@ -25,7 +25,7 @@ class SimulateOptions:
     capacity: str = "0.01,0.02,0.05,0.1,0.2,0.4"
     tiers: str | None = None
     metric: str = "tokens"
-    cost_weight: float | None = None
+    cost_weight: float = 0.0
     block_tokens: int | None = None
     rekey: bool = False
     plot: str | None = None
@@ -38,16 +38,15 @@ def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
     jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
     if jobs < 1:
         raise TieredKVError(Kind.CONFIG, f"--jobs: {jobs} is no number of processes", setting="jobs")
-    cost_weight = float(options.metric == "flops") if options.cost_weight is None else options.cost_weight
-    if not 0 <= cost_weight <= 1:
-        raise TieredKVError(Kind.CONFIG, f"--cost-weight: {cost_weight} is not between 0 and 1", setting="cost_weight")
+    if not 0 <= options.cost_weight <= 1:
+        raise TieredKVError(Kind.CONFIG, f"--cost-weight: {options.cost_weight} is not between 0 and 1", setting="cost_weight")
     if options.plot:
         plot.check_target(options.plot)
     _refuse_equal_names(options.traces)
     traces = [read_trace(path, block_tokens=options.block_tokens, rekey=options.rekey) for path in options.traces]
     for note in (note for trace in traces for note in trace.notes):
         console.print(f"[yellow]note[/]: {note}", highlight=False, soft_wrap=True)
-    results = _replayed(traces, policies, rooms, cost_weight, jobs)
+    results = _replayed(traces, policies, rooms, options.cost_weight, jobs)
     if options.tiers:
         report.show_tiers(results, options.metric, console)
     else:

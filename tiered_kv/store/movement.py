@@ -15,6 +15,7 @@ from tiered_kv.policy import History
 
 USES_FOR_DEVICE = 2  # stored once and used once: the least that can be called reuse
 USES_FOR_FULL_TIER = 2
+CHANCE_FOR_FULL_TIER = 0.05
 PROMOTED_SHARE = 1 / 2  # of a tier in memory: a chain larger than that comes up with its beginning
 ROOMY_SHARE = 7 / 8  # up to this share of its cap a lower tier takes everything
 REFUSED_KEPT = 1 << 16
@@ -96,14 +97,18 @@ class Movement:
         return fate if alone or fate is Fate.LEAVES else Fate.FREED
 
     def admits(self, tier: Tier, key: BlockKey, block: Block) -> bool:
-        """Whether a block may be written to `tier`: there is room, or it was used again, or it comes a second time.
+        """Whether a block may be written to `tier`: there is room, or something says that it will be used again.
 
-        The last is a doorkeeper (Einziger et al., TinyLFU, 2017): of blocks that were not admitted the keys are
-        remembered, REFUSED_KEPT of them, and who stores such a block again has shown that it is wanted.
+        That is: it was; or it comes a second time, for the keys of REFUSED_KEPT refused blocks are remembered (a
+        doorkeeper: Einziger et al., TinyLFU, 2017); or blocks of its kind are likely to be used while they lie there. How
+        long that is: as many times its age, which is how long memory kept it, as the tier is larger than memory.
         """
         if self._bytes[tier] < ROOMY_SHARE * self._capacities[tier]:
             return True
-        return block.uses >= USES_FOR_FULL_TIER or key in self._refused or self._history.uses(key) >= USES_FOR_FULL_TIER
+        if block.uses >= USES_FOR_FULL_TIER or key in self._refused or self._history.uses(key) >= USES_FOR_FULL_TIER:
+            return True
+        faster_bytes = sum(nbytes for other, nbytes in self._capacities.items() if other < tier)
+        return self._history.chance(key, self._capacities[tier] / faster_bytes) >= CHANCE_FOR_FULL_TIER
 
     def not_admitted(self, key: BlockKey) -> None:
         """Remember that the block was given up for lack of evidence."""

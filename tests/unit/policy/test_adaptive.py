@@ -262,3 +262,12 @@ def test_a_child_may_be_resident_without_its_parent(steps):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_seed_decides_what_is_sampled(seed):
     assert traffic(World(150, seed=seed), 600, seed=2) == traffic(World(150, seed=seed), 600, seed=2)
+
+
+def test_the_chance_of_a_block_nobody_knows_is_none():
+    world = World(10)
+    assert world.history.chance(5, 3.0) == 0.0
+    world.request([5], 10.0)
+    world.request([6], 40.0)
+    assert 0.0 < world.history.chance(5, 1.0) < world.history.chance(5, 10.0) < 1.0
+    assert History().chance(5, 3.0) == 0.0

@@ -155,3 +155,19 @@ def test_another_prefix_in_a_hot_bucket_starts_anew():
     model = learned((kind, 12.0, 500), (0, 12.0, 5))
     model.forget_hot(5)
     assert model.statistics(NONE, NONE.astype(float)) == learned((0, 12.0, 5)).statistics(NONE, NONE.astype(float))
+
+
+def test_the_chance_of_a_use_is_what_was_counted():
+    model = learned((7, 10.0, 60_000), (7, 1000.0, 20_000))
+    model.lost_sight(np.full(20_000, 7), np.full(20_000, 5000.0))
+    model.table(NONE, NONE.astype(float))
+    assert model.chance(7, 1.0, 60.0) == pytest.approx(0.6, abs=0.02)
+    assert model.chance(7, 100.0, 3000.0) == pytest.approx(0.5, abs=0.02), "of those that were not used in the first minute"
+    assert model.chance(7, 1.0, 3000.0) == pytest.approx(0.8, abs=0.02)
+    assert model.chance(7, 100.0, 0.0) == 0.0
+
+
+def test_the_chance_of_blocks_whose_worker_spoke_is_what_it_said():
+    model = ReuseModel()
+    assert model.chance(ENDED, 10.0, 1e6) == 0.0
+    assert model.chance(reuse.expected_kind(60.0), 10.0, 60.0) == 1.0

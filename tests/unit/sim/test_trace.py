@@ -180,3 +180,9 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_a_block_size_of_nothing_is_refused(tmp_path, tokens):
     with pytest.raises(TieredKVError, match="--block-tokens"):
         read(tmp_path, [line(0, [1])], block_tokens=tokens)
+
+
+def test_requests_without_times_count_as_one_a_second(tmp_path):
+    trace = read(tmp_path, [line(5, [number]) for number in range(3)])
+    assert trace.times_s.tolist() == [0.0, 1.0, 2.0]
+    assert trace.notes == ("some-b10.jsonl: all requests have the same time; taken as one a second",)

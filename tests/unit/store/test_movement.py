@@ -1,5 +1,7 @@
 """What the store machine tells history and policies, and which way it sends blocks through four tiers: one story each."""
 
+import pytest
+
 from tests.unit.store.story import DEVICE, DISK, HOST, OBJECTS, ROOT, Story
 from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, key_of, parent_of
 from tiered_kv.blocks import Hint, Tier
@@ -194,6 +196,19 @@ def test_the_past_beyond_the_machine_is_evidence_too() -> None:
     story.commit(3)
     story.need()
     assert [copy.key for copy in story.world.copies] == [key_of(3)]
+
+
+@pytest.mark.parametrize(("chance", "taken"), [(movement.CHANCE_FOR_FULL_TIER, [key_of(3)]), (movement.CHANCE_FOR_FULL_TIER / 2, [])])
+def test_a_full_disk_takes_what_is_likely_to_be_used_while_it_lies_there(chance, taken) -> None:
+    story, asked = Story(HOST, DISK, disk=1), []
+    story.machine._movement._history.chance = lambda key, ahead: asked.append(ahead) or chance
+    story.commit(1)
+    story.demote(1)
+    story.commit(3)
+    story.need()
+    assert [copy.key for copy in story.world.copies] == taken
+    caps = story.machine._movement._capacities
+    assert set(asked) == {caps[DISK] / caps[HOST]}, "as long as the disk keeps blocks, by what memory does"
 
 
 def test_what_a_slow_disk_cannot_take_is_dropped_and_counted() -> None:
