@@ -9,6 +9,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.local import SessionServer
 from tiered_kv.service.node import Node
+from tiered_kv.service.recording import Recorded
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
@@ -33,6 +34,14 @@ class NodeActor:
 
     def stats(self) -> dict:
         return self._node.stats()
+
+    def record(self, on: bool, salt: bytes = b"") -> float:
+        """Begin or end to record requests, as `Node.record`."""
+        return self._node.record(on, salt)
+
+    def recorded(self, everything: bool = False) -> Recorded:
+        """Requests since the last call, as `Node.recorded`."""
+        return self._node.recorded(everything)
 
     def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
         """The frames of the leading keys that are here, as one object in Ray's object store (none: an empty list).

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_bench(commands)
     add_simulate(commands)
+    _add_record(commands)
     return top
 
 
@@ -192,22 +193,74 @@ def _write_json(path: str, result: dict) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "Measure the cache on this machine, each figure as a ratio to a torch memcpy of the same bytes in the same run."
-    command = _command(commands, "bench", text, "tiered-kv bench fetch --json", _bench)
-    command.add_argument("what", choices=["fetch"], help="fetch: look-up, fetch and store from a second process and from another node")
-    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions, same node only")
+    text = (
+        "Measure the cache on this machine, each figure as a ratio in the same run: to a torch memcpy of the same bytes (fetch), "
+        "or to plain system calls (disk)."
+    )
+    command = _command(commands, "bench", text, "tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv", _bench)
+    what = "fetch: look-up, fetch and store from a second process and from another node; disk: writes, cold reads, and a restart"
+    command.add_argument("what", choices=["fetch", "disk"], help=what)
+    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions; of fetch the same node only")
+    command.add_argument("--folder", help="of disk: where to measure (default: the system's temporary folder)")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.bench.fetch import run_bench, show
+    from tiered_kv.bench import disk, fetch
 
-    report = run_bench(quick=options.quick, say=console.print)
+    if options.what == "disk":
+        report = disk.run_disk_bench(quick=options.quick, say=console.print, folder=options.folder)
+    else:
+        report = fetch.run_bench(quick=options.quick, say=console.print)
     if options.json:
         print(json.dumps(report, indent=1))
     else:
-        show(report, console)
+        (disk if options.what == "disk" else fetch).show(report, console)
     return 0
+
+
+def _add_record(commands: Any) -> None:
+    text = (
+        "Write what a running cluster is asked as a trace for `tiered-kv simulate`: times, lengths, and blocks as numbers that say "
+        "nothing of their tokens. Ends at --seconds or with Ctrl-C, and has the nodes stop recording."
+    )
+    command = _command(commands, "record", text, "tiered-kv record --out trace-b64.jsonl.zst --seconds 3600", _record)
+    command.add_argument("--out", metavar="FILE", required=True, help="the trace: JSON lines, packed if it ends in .zst or .gz")
+    command.add_argument("--seconds", type=float, metavar="N", help="how long (default: until Ctrl-C)")
+    _add_name(command)
+    command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
+    command.add_argument("--json", action="store_true", help="print what was recorded as JSON")
+
+
+def _record(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import attach, record, start
+    from tiered_kv.sim.write import TraceWriter
+
+    if options.seconds is not None and not options.seconds > 0:
+        raise TieredKVError(Kind.CONFIG, f"--seconds: must be more than 0, got {options.seconds}", setting="seconds")
+    attach.join(options.name, options.address)
+    about = start.describe(options.name)
+    nodes = [node["node"] for node in about["nodes"]]
+    tokens = about["config"].block_tokens
+    flag = "" if record.names_blocks(options.out, tokens) else f" --block-tokens {tokens}"
+    if flag:
+        console.print(f"[yellow]note[/]: a file named …-b{tokens} would tell `tiered-kv simulate` how large blocks are", highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    with TraceWriter(options.out) as trace, record.interrupted() as stopped:
+        recording = record.ClusterRecording(record.asking(options.name), nodes, trace.write, say)
+        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; Ctrl-C ends it")
+        record.record(recording, options.seconds, console, stopped)
+    lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""
+    say(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
+    if recording.requests:
+        say(f"what a cache of another size or policy would have had of it:  tiered-kv simulate {options.out}{flag}")
+    if options.json:
+        figures = {"requests": recording.requests, "blocks": recording.blocks, "lost": recording.lost, "block_tokens": tokens}
+        print(json.dumps({"file": options.out, **figures}))
+    return 1 if recording.nobody_answers else 0
 
 
 if __name__ == "__main__":

@@ -24,8 +24,12 @@ def summarize(about: dict) -> dict:
                 "asked_blocks": stats["asked_blocks"],
                 "hit_blocks": stats["hit_blocks"],
                 "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
+                "prefill_tokens_saved": stats["prefill_tokens_saved"],
+                "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
                 "leaving_bytes": stats["leaving_bytes"],
-                "counts": stats["counts"],
+                "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
+                "policy": stats["policy"],
+                "recording": stats["recording"],
             }
         )
     asked = sum(node["asked_blocks"] for node in nodes)
@@ -38,6 +42,8 @@ def summarize(about: dict) -> dict:
         "asked_blocks": asked,
         "hit_blocks": hit,
         "hit_ratio": _ratio(hit, asked),
+        "prefill_tokens_saved": sum(node["prefill_tokens_saved"] for node in nodes),
+        "prefill_seconds_saved": round(sum(node["prefill_seconds_saved"] for node in nodes), 3),
     }
 
 
@@ -63,10 +69,19 @@ def show(summary: dict, console: Console) -> None:
             )
     console.print(table)
     for node in summary["nodes"]:
-        if said := _movement(node):
-            console.print(f"{node['node']}: {said}", highlight=False)
+        if said := "; ".join(part for part in (saved(node), _movement(node), _writes(node), _learned(node)) if part):
+            console.print(f"{node['node']}: {said}", highlight=False, soft_wrap=True)
     hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for"
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
+    if said := saved(summary):
+        console.print(said, highlight=False)
+
+
+def saved(record: dict) -> str:
+    """The prefill that a node, or the cluster, has saved its workers, for people; nothing where it is none."""
+    tokens, seconds = record["prefill_tokens_saved"], record["prefill_seconds_saved"]
+    time = f", {_duration(seconds)}" if seconds else ""
+    return f"prefill saved: {_amount(tokens)} tokens{time}" if tokens else ""
 
 
 MOVEMENT = {
@@ -89,6 +104,33 @@ def _movement(node: dict) -> str:
     if leaving_bytes:
         said.append(f"{format_size(leaving_bytes)} on the way down")
     return ", ".join(said)
+
+
+def _writes(node: dict) -> str:
+    ratios = {tier: figures.get("write_amplification") for tier, figures in node["tiers"].items() if figures["blocks"]}
+    return ", ".join(f"{tier} writes {ratio:.2f} bytes for each byte of blocks" for tier, ratio in ratios.items() if ratio)
+
+
+def _learned(node: dict) -> str:
+    age_s = node["policy"]["adopted_age_s"]
+    said = [] if age_s is None else [f"what the other nodes have learned came {_duration(age_s)} ago"]
+    return ", ".join(said + ["is being recorded"] * node["recording"])
+
+
+def _amount(number: float) -> str:
+    """A number with two or three digits that matter: 950, 12 k, 1.2 M."""
+    units = ["", " k", " M", " G"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        units.pop(0)
+    return f"{number:.1f}{units[0]}" if units[0] and number < 10 else f"{number:.0f}{units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length_s in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -78,7 +78,7 @@ def _processes() -> Iterator[str]:
 def _marked(pid: str | int) -> bool:
     try:
         return MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except PermissionError:
+    except (PermissionError, ProcessLookupError):  # somebody else's, or it ended just now
         return False
 
 

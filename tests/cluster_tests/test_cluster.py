@@ -21,6 +21,8 @@ from tiered_kv.cluster.attach import join, node_here
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.service.attachment import client_of
+from tiered_kv.sim.replay import replay
+from tiered_kv.sim.trace import read_trace
 
 pytestmark = pytest.mark.ray
 
@@ -101,7 +103,12 @@ def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
     assert 0 < summary["nodes"][0]["tiers"]["host"]["used_bytes"] <= HOST
     assert summary["nodes"][0]["tiers"]["disk"]["capacity_bytes"] == 64 << 20
     assert 0 < summary["hit_ratio"] <= 1
+    assert summary["prefill_tokens_saved"] == sum(node["prefill_tokens_saved"] for node in summary["nodes"]) >= len(ids)
+    unwritable = run("record", "--name", cluster, "--out", "/nonexistent/trace-b16.jsonl")
+    assert unwritable.returncode == 2
+    assert "--out: cannot write /nonexistent/trace-b16.jsonl" in unwritable.stdout
     table = run("status", "--name", cluster).stdout
+    assert "prefill saved" in table
     assert "node-1" in table
     assert "disk" in table
 
@@ -172,6 +179,43 @@ def test_a_killed_coordinator_costs_remote_misses_only_until_it_is_back(cluster:
         assert torch.equal(first.fetch(ids).kv, kv)
         until(lambda: second.fetch(ids).tokens == len(ids), "the directory is rebuilt from the nodes")
         assert torch.equal(second.fetch(ids).kv, kv)
+
+
+def test_a_recorded_trace_has_the_requests_of_all_nodes(cluster: str, tmp_path: Path) -> None:
+    """Until Ctrl-C; a node that dies meanwhile is recorded again when it is back."""
+    trace = tmp_path / "trace-b16.jsonl.zst"
+    ids, kv = prompt(10)
+    first, second = clients(cluster, space("recorded"))
+    command = [sys.executable, "-m", "tiered_kv.cluster.cli", "record", "--name", cluster, "--out", str(trace), "--json"]
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with ran, first, second:
+        until(lambda: all(node_stats(cluster, node)["recording"] for node in ("node-0", "node-1")), "both nodes record")
+        assert first.store(ids, kv).new == 8
+        for client in (first, first, second):
+            until(lambda: client.fetch(ids).tokens == len(ids), "a hit")  # noqa: B023 - called at once
+        os.kill(second._source._view._head(10), signal.SIGKILL)
+        until(lambda: node_stats(cluster, "node-1")["recording"], "the node is back and records")
+        second.fetch(ids)
+        ran.send_signal(signal.SIGINT)
+        out, said = ran.communicate(timeout=PATIENCE_S)
+    assert ran.returncode == 0, said
+    found = json.loads(out)
+    assert "going on without node-1" in said
+    assert "node-1 is back" in said
+    assert f"tiered-kv simulate {trace}\n" in said
+    requests = read_trace(trace)
+    assert len(requests) == found["requests"] >= 4, "the last one of node-1 before it died may be lost"
+    assert requests.unique_blocks == 8
+    assert replay(requests, "adaptive", 1.0).hit_blocks == 8 * (len(requests) - 1)
+    assert not any(node_stats(cluster, node)["recording"] for node in ("node-0", "node-1"))
+
+
+def node_stats(cluster: str, node: str) -> dict:
+    """What the node itself says now; while it is being restarted, what it would say of a node that does nothing."""
+    try:
+        return ray.get(ray.get_actor(node_name(cluster, node), NAMESPACE).stats.remote(), timeout=PATIENCE_S)
+    except ray.exceptions.RayActorError:
+        return {"recording": False}
 
 
 def test_a_node_that_dies_during_a_fetch_gives_misses(cluster: str) -> None:
@@ -252,6 +296,9 @@ def test_attach_says_what_is_missing(cluster: str) -> None:
         (["up", "--address", "nonsense", "--name", "bad"], 1, "--address"),
         (["down", "--name", "never-was"], 1, "never-was"),
         (["status", "--name", "never-was"], 1, "never-was"),
+        (["record", "--name", "never-was", "--out", "x-b64.jsonl"], 1, "never-was"),
+        (["record", "--seconds", "0", "--out", "x-b64.jsonl"], 2, "--seconds"),
+        (["record"], 2, "--out"),
         (["demo", "--replicas", "0"], 2, "--replicas"),
         (["demo", "--prompts", "/nonexistent.jsonl"], 2, "--prompts"),
         (["nothing"], 2, "invalid choice"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from tiered_kv.cluster.status import saved
 from tiered_kv.config import format_size
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def show(result: dict, console: Console) -> None:
         f"tokens reused: {result['reused_tokens']} of {result['prompt_tokens']} prompt tokens ({result['token_hit_ratio']:.1%})",
         highlight=False,
     )
+    if said := saved(result["cluster"]):
+        console.print(said, highlight=False)
     verdict = "[green]equal[/]" if result["all_equal"] else "[bold red]NOT equal[/]"
     console.print(
         f"outputs with the cache: {result['equal']} of {len(result['requests'])} token for token {verdict} to the reference "

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from tiered_kv.blocks import Fetched, Stored
+from tiered_kv.blocks import Fetched, Hint, Stored
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import check_request
@@ -37,8 +37,11 @@ class Client(Protocol):
     def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
         """The longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
 
-    def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0) -> Stored:
+    def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
         """Keep the whole blocks of token_ids[start:], given as one (k, v) of (H, n, D) a layer."""
+
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """So many tokens of a prompt were computed in so many seconds."""
 
 
 def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device] | None = None) -> DynamicCache:
@@ -167,8 +170,11 @@ class CachedModel:
         first = _FirstToken(self._clock, arguments.pop("streamer", None))
         output = self.model.generate(prompt, past_key_values=cache, streamer=first, **arguments)
         generated_s = self._clock.now_s()
+        if first.seen_s is not None:
+            self.client.note_prefill(len(ids) - reused, first.seen_s - fetched_s)
         sequence = as_token_ids(output if isinstance(output, torch.Tensor) else output.sequences)
-        stored = self._store(sequence, cache, fetched.tokens, len(sequence) if self._store_generated else len(ids))
+        stop = len(sequence) if self._store_generated else len(ids)
+        stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)))
         report = GenerateReport(
             prompt_tokens=len(ids),
             reused_tokens=reused,
@@ -193,12 +199,12 @@ class CachedModel:
             return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
         return fetched
 
-    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, stop: int) -> Stored:
-        stop = min(stop, cache.get_seq_length())  # the last token of the sequence never ran
+    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint) -> Stored:
+        stop = min(len(sequence), cache.get_seq_length())  # the last token of the sequence never ran
         if start >= stop:
             return Stored(0, 0, 0)
         try:
-            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start)
+            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start, hint=hint)
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("store", error)
             return Stored(0, 0, 0)

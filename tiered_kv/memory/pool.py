@@ -18,7 +18,7 @@ import msgpack
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.memory.shared import Mapping, _available_bytes
+from tiered_kv.memory.shared import Mapping, available_bytes
 
 VERSION = 1
 _DESCRIPTOR, _FILE = "device", "device-pool"
@@ -219,7 +219,7 @@ def _cuda_memory(device: torch.device, nbytes: int) -> torch.Tensor:
 
 def _new_mapping(directory: Path, nbytes: int) -> Mapping:
     """A new file of `nbytes`, all of it allocated, mapped."""
-    if nbytes > _available_bytes(directory):  # a memory file system would first fill up, under everyone who uses it
+    if nbytes > available_bytes(directory):  # a memory file system would first fill up, under everyone who uses it
         raise _too_small(str(directory), nbytes)
     fd = -1
     try:

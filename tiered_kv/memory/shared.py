@@ -334,22 +334,22 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
     return slots, arena_bytes
 
 
-def _available_bytes(shm_path: Path) -> int:
+def available_bytes(shm_path: Path) -> int:
     """Room in the file system; below /dev/shm also no more than the machine's memory can back."""
     facts = os.statvfs(shm_path)
-    available_bytes = facts.f_bavail * facts.f_frsize
+    room_bytes = facts.f_bavail * facts.f_frsize
     if os.stat(shm_path).st_dev == os.stat("/dev/shm").st_dev:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         memory_kib = {line[0]: int(line[1]) for line in lines}
-        available_bytes = min(available_bytes, (memory_kib["MemAvailable:"] + memory_kib["SwapFree:"]) * 1024)
-    return available_bytes
+        room_bytes = min(room_bytes, (memory_kib["MemAvailable:"] + memory_kib["SwapFree:"]) * 1024)
+    return room_bytes
 
 
 def _require_room(shm_path: Path, needed_bytes: int) -> None:
     """Ask before allocating: a tmpfs would first fill up all that is left, under everyone else who uses it."""
-    available_bytes = _available_bytes(shm_path)
-    if needed_bytes > available_bytes:
-        raise _too_small(shm_path, needed_bytes, available_bytes)
+    room_bytes = available_bytes(shm_path)
+    if needed_bytes > room_bytes:
+        raise _too_small(shm_path, needed_bytes, room_bytes)
 
 
 def _too_small(shm_path: Path, needed_bytes: int, available_bytes: int) -> TieredKVError:
@@ -372,7 +372,7 @@ def _naming_shm_path(shm_path: Path, needed_bytes: int) -> Iterator[None]:
         raise TieredKVError(Kind.MEMORY, f"{error.filename} exists already; attach to it instead", path=str(error.filename)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-            raise _too_small(shm_path, needed_bytes, _available_bytes(shm_path)) from error
+            raise _too_small(shm_path, needed_bytes, available_bytes(shm_path)) from error
         message = f"shm_path: cannot create files below {shm_path}: {error.strerror}"
         raise TieredKVError(Kind.MEMORY, message, setting="shm_path", shm_path=str(shm_path)) from error
 

@@ -170,11 +170,16 @@ class NodeView:
             counts[index] = counts[index] + 1 & _U32
         self._header[w.TICK] = tick
 
-    def tally(self, asked: int, hit: int) -> None:
-        """Add to the counts of blocks that workers asked for and had; two workers at once may lose one of the two."""
+    def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
+        """Add to the counts of blocks that workers asked for and had, and of prefill that this saved them, in tokens and µs.
+
+        Two workers at once may lose one of the two.
+        """
         header = self._header
         header[w.ASKED] += asked
         header[w.HIT] += hit
+        header[w.SAVED_TOKENS] += saved_tokens
+        header[w.SAVED_US] += saved_us
 
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8: bytes of the arena, shared. Raises (kind `memory`) out of bounds."""

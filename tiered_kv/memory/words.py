@@ -29,13 +29,14 @@ KEY_OFFSET = 8
 MAGIC, VERSION, CLUSTER, NODE, SLOTS, ARENA_BYTES, GENERATION, STATE = range(8)
 HEARTBEAT, PEERS, WRITER_PID, BLOCKS = range(8, 12)
 TICK = 16
-ASKED, HIT = 24, 25
+ASKED, HIT, SAVED_TOKENS, SAVED_US = range(24, 28)
 
 LIVE = 1
 CLOSED = 2
 
 BYTES_PER_SLOT_OF_HOST = 4096
-BLOCK_BYTES_ON_DISK = 64 << 10
+BLOCK_BYTES_BELOW = 64 << 10
+SLOTS_PER_BLOCK = 2.25  # of which half are used, but for a tenth of that half
 BYTES_OF_SLOT = SLOT_BYTES + 8 + 4  # with its tick and its count
 SLOTS_MIN = 64
 
@@ -78,19 +79,26 @@ def index_bytes(slots: int) -> int:
     return -(-(counts_offset(slots) + slots * 4) // PAGE_BYTES) * PAGE_BYTES
 
 
-def plan(host_bytes: int, disk_bytes: int = 0) -> tuple[int, int]:
+def plan(host_bytes: int, lower_bytes: int = 0) -> tuple[int, int]:
     """(slots, arena bytes) so that index and arena together never exceed `host_bytes`.
 
-    One slot per 4096 bytes of host, and with a disk tier enough for blocks of 64 KiB there, as a power of two: the index
-    takes at most 1.9 % of host, with a disk at most an eighth; the arena gets whole pages of the rest. Half of the
-    slots are used. Raises (kind `config`) when nothing would be left for the arena.
+    One slot per 4096 bytes of host, and with lower tiers enough for blocks of 64 KiB everywhere, as a power of two: the
+    index takes at most 1.9 % of host, with lower tiers at most an eighth; the arena gets whole pages of the rest. Less
+    than half of the slots are used. Raises (kind `config`) when nothing would be left for the arena.
     """
-    wanted = max(host_bytes // BYTES_PER_SLOT_OF_HOST, min(2 * disk_bytes // BLOCK_BYTES_ON_DISK, host_bytes // 8 // BYTES_OF_SLOT), 1)
-    slots = max(SLOTS_MIN, 1 << wanted.bit_length() - 1)
+    slots = max(SLOTS_MIN, _power_of_two(host_bytes // BYTES_PER_SLOT_OF_HOST))
+    if lower_bytes:
+        wanted = int(SLOTS_PER_BLOCK * (host_bytes + lower_bytes) / BLOCK_BYTES_BELOW)
+        slots = max(slots, min(_power_of_two(2 * wanted - 1), _power_of_two(host_bytes // 8 // BYTES_OF_SLOT)))
     arena_bytes = (host_bytes - index_bytes(slots)) // PAGE_BYTES * PAGE_BYTES
     if arena_bytes <= 0:
         raise TieredKVError(Kind.CONFIG, f"host: {host_bytes} bytes are too few; the index takes {index_bytes(slots)}", setting="host")
     return slots, arena_bytes
+
+
+def _power_of_two(most: int) -> int:
+    """The largest one that is at most `most`; 1 for less."""
+    return 1 << max(most, 1).bit_length() - 1
 
 
 class IndexViews:

@@ -30,7 +30,8 @@ _CARRY = 0.5  # how much of a class's deviation at one age is expected at the ne
 _NOTHING_KNOWN = 0.1
 """Chance of reuse within an octave where nothing was seen: the same at every age, so that the index falls with age (LRU)."""
 _EXPECTED_TRUE = 0.9  # how far a worker's expectation is believed
-_DECAY = 0.98  # of what was counted, at each new table
+_COUNT_MAX = 1e12  # what no node can have counted
+_DECAY = 0.98
 
 _EDGES_S = np.concatenate([[0.0], FIRST_S * 2.0 ** np.arange(OCTAVES - 1)])
 _WIDTHS_S = np.append(np.diff(_EDGES_S), _EDGES_S[-1])
@@ -88,16 +89,19 @@ class ReuseModel:
     def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
         """float32 (ROWS x OCTAVES), flat: the index by kind, at the start of each octave of age, in uses a second.
 
-        `kind`, `age_s`: the intervals that are open now. What was counted so far weighs less from now on.
+        `kind`, `age_s`: the intervals that are open now.
         """
         used, open_ = np.stack(self._counts(kind, age_s)) + self._others
         hazard = hazards(used, open_)
         self._unused[:, 1:] = np.cumprod(1 - hazard, axis=1)
         classes = gittins(hazard)
         usual = gittins(hazards(used.sum(0, keepdims=True), open_.sum(0, keepdims=True)))[0]
+        return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
+
+    def fade(self) -> None:
+        """What was counted so far weighs a little less from now on."""
         self._used *= _DECAY
         self._lost *= _DECAY
-        return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
 
     def chance(self, kind: int, age_s: float, within_s: float) -> float:
         """How likely a block of that age is used within the next `within_s` seconds, as of the last table."""
@@ -190,7 +194,7 @@ def _unpacked(statistics: bytes) -> np.ndarray:
     count = int(np.frombuffer(statistics, np.uint32, 1)[0])
     rows = np.frombuffer(statistics, np.uint16, count, 4)
     values = np.frombuffer(statistics, np.float32, -1, 4 + 2 * count).reshape(2, count, OCTAVES)
-    if (rows >= CLASSES).any() or not (np.isfinite(values).all() and (values >= 0).all()):
+    if (rows >= CLASSES).any() or not ((values >= 0) & (values <= _COUNT_MAX)).all():
         raise ValueError("these are no statistics of reuse")
     counts = np.zeros((2, CLASSES, OCTAVES))
     counts[:, rows] = values

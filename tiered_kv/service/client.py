@@ -22,6 +22,7 @@ from tiered_kv.keys import BlockKey, Namespace, as_token_ids, chain_keys
 from tiered_kv.layout import KVLayout
 from tiered_kv.service.pool import SessionPool
 from tiered_kv.service.reading import BlockSource, Found
+from tiered_kv.service.savings import Savings
 from tiered_kv.service.session import Session
 from tiered_kv.service.writing import BlockWriter, LayerPairs
 
@@ -78,6 +79,7 @@ class Client:
         self._deadline_ms = deadline_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
+        self._savings = Savings()
         self._lock = threading.Lock()
         self._closed = False
         self._warn_again_s = float("-inf")
@@ -106,6 +108,7 @@ class Client:
         as fit are written to its first tokens, the rest of it is undefined. Without it the KV is newly allocated on the CPU.
         `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
         """
+        begun_s = self._clock.now_s()
         keys = self._keys(token_ids)
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
@@ -126,12 +129,14 @@ class Client:
         read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
         # Also the one that could not be read, its node will find out why; but not what was stored here just now.
         self._source.touch(found[: min(len(read) + 1, local)])
-        by_tier = self._tokens_by_tier(first_found[: len(read)])
-        if len(read) > len(first_found):
-            by_tier[PEER] = (len(read) - len(first_found)) * self.layout.block_tokens
+        where = [*first_found, *found[len(first_found) : local]]  # before anything was brought here for this fetch
+        by_tier = self._tokens_by_tier(where[: len(read)])
+        if len(read) > local:
+            by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
         tokens = len(read) * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
-        self._source.tally(len(keys), len(read))
+        saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
+        self._source.tally(len(keys), len(read), tokens, int(saved_s * 1e6))
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
@@ -193,11 +198,25 @@ class Client:
                 records.append(Explained(block, key.hex(), None, None, 0, self._source.reason_of_miss))
         return records
 
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """The worker's model has computed `tokens` of a prompt, of which nothing was fetched, in `seconds`.
+
+        From these the prefill rate is averaged, and with it `prefill_seconds_saved` of later fetches: their tokens at that
+        rate, less the time the fetch took. `CachedModel` calls it; who fetches by themselves should. A few tokens (below
+        64) tell no rate and are left out. No call to any process.
+        """
+        self._savings.note_prefill(tokens, seconds)
+
     def stats(self) -> dict:
-        """Counts of this client, and the figures of its node (None while that does not answer)."""
+        """Counts of this client, and the figures of its node (None while that does not answer).
+
+        `prefill_tokens_saved`: tokens that fetches delivered; `prefill_seconds_saved`: see `note_prefill`, 0 as long as
+        `prefill_tokens_per_s` is None.
+        """
         self._check_open()
         with self._lock:
             own = dict(self._counts)
+        own |= self._savings.stats()
         own |= {"node_calls": self._pool.calls, "retries": self._source.retries}
         return {"client": own, "node": self._ask(lambda session: session.stats(), None)}
 

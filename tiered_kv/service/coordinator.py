@@ -1,16 +1,28 @@
-"""The coordinator as plain Python: membership, directory, figures. Loses nothing that nodes cannot tell it again."""
+"""The coordinator as plain Python: membership, directory, figures, and what the nodes' policies have counted.
 
+Loses nothing that nodes cannot tell it again.
+"""
+
+import logging
 import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tiered_kv.clock import Clock
 from tiered_kv.keys import BlockKey
+from tiered_kv.policy.reuse import merge_statistics
 from tiered_kv.service.directory import Directory
+
+log = logging.getLogger(__name__)
+
+STATISTICS_BYTES_MAX = 1 << 20
 
 
 class Report(NamedTuple):
-    """What a node tells with a heartbeat. `number` counts the node's reports; a gap means that one was lost."""
+    """What a node tells with a heartbeat. `number` counts the node's reports; a gap means that one was lost.
+
+    `statistics`: what its policy has counted, now and then; None in between, and of a policy that learns nothing.
+    """
 
     node: str
     number: int
@@ -18,13 +30,18 @@ class Report(NamedTuple):
     removed: list[BlockKey]
     info: dict
     stats: dict
+    statistics: bytes | None = None
 
 
 class Answer(NamedTuple):
-    """What the node hears: how many other nodes live, and whether it must send its whole inventory."""
+    """What the node hears: how many other nodes live, and whether it must send its whole inventory.
+
+    `others`: to a node that told its statistics the sum of the others'; None where no other has told any yet.
+    """
 
     peers: int
     resync: bool
+    others: bytes | None = None
 
 
 @dataclass
@@ -35,6 +52,7 @@ class Member:
     number: int
     seen_s: float
     stats: dict = field(default_factory=dict)
+    statistics: bytes | None = None
 
 
 class Coordinator:
@@ -52,17 +70,29 @@ class Coordinator:
 
     def report(self, report: Report) -> Answer:
         """Take a node's heartbeat. Number 0 is a whole inventory and begins anew; after a gap one is asked for."""
+        is_teaching = report.statistics is not None and _are_statistics(report)
+        answer = self._take(report, is_teaching)
+        if not is_teaching or answer.resync:
+            return answer
+        with self._lock:
+            others = [member.statistics for node, member in self._members.items() if node != report.node and member.statistics]
+        return answer._replace(others=merge_statistics(others)) if others else answer
+
+    def _take(self, report: Report, is_teaching: bool) -> Answer:
         with self._lock:
             self._drop_silent()
             member = self._members.get(report.node)
             now_s = self._clock.now_s()
             if report.number == 0:
                 self._directory.add_node(report.node)
-                member = self._members[report.node] = Member(report.info, 0, now_s)
+                known = member.statistics if member else None
+                member = self._members[report.node] = Member(report.info, 0, now_s, statistics=known)
             elif member is None or report.number != member.number + 1:
                 return Answer(self._peers(report.node), resync=True)
             member.number, member.seen_s = report.number, now_s
             member.info, member.stats = report.info, report.stats
+            if is_teaching:
+                member.statistics = report.statistics
             self._directory.update(report.node, report.added, report.removed)
             return Answer(self._peers(report.node), resync=False)
 
@@ -107,3 +137,15 @@ class Coordinator:
         for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
             del self._members[node]
             self._directory.drop_node(node)
+
+
+def _are_statistics(report: Report) -> bool:
+    """Whether what the node calls its statistics can be added to others'."""
+    try:
+        if len(report.statistics) > STATISTICS_BYTES_MAX:
+            raise ValueError(f"{len(report.statistics)} bytes are too many")
+        merge_statistics([report.statistics])
+    except (ValueError, TypeError) as error:
+        log.warning("the statistics of node %s are not used: %s", report.node, error)
+        return False
+    return True

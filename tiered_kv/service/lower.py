@@ -1,20 +1,24 @@
 """The tiers of a node beside host memory, made from its settings: device pool, disk folder, packs on object storage."""
 
 import fcntl
+import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from tiered_kv.config import Config
+from tiered_kv.config import Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.pool import DevicePool
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
-from tiered_kv.tiers.folder import claim_folder
+from tiered_kv.tiers.folder import claim_folder, unused_below
 from tiered_kv.tiers.objects import ObjectsTier
 from tiered_kv.tiers.stores import open_store
+
+log = logging.getLogger(__name__)
 
 
 def own_name(cluster_id: str, node_id: str) -> str:
@@ -35,7 +39,9 @@ def disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:
     try:
         root.mkdir(mode=0o700, parents=config.disk_path is None, exist_ok=True)
         if config.disk_path is not None:
-            return claim_folder(root, owner, lambda folder: DiskTier(folder, config.disk, config.disk_segment, owner=owner))
+            tier = claim_folder(root, owner, lambda folder: DiskTier(folder, config.disk, config.disk_segment, owner=owner))
+            _tell_of_unused(root)
+            return tier
         _remove_stale(root, owner)
     except OSError as error:
         message = f"disk_path: cannot use {root} for disk segments: {error.strerror}"
@@ -47,6 +53,19 @@ def objects_tier(config: Config, cluster_id: str, node_id: str) -> ObjectsTier:
     """The node's packs, below the URL that was named; they end with the cluster. Raises naming `objects`."""
     assert config.objects is not None
     return ObjectsTier(open_store(config.objects, own_name(cluster_id, node_id)), config.objects_cap)
+
+
+def _tell_of_unused(root: Path) -> None:
+    """Folders of more nodes, or of older versions, keep their bytes, which no cap counts: somebody should know."""
+    with suppress(OSError):
+        unused = {name: nbytes for name, nbytes in unused_below(root).items() if nbytes}
+        if unused:
+            log.warning(
+                "disk_path: %s below %s are in folders that no node uses now and no cap counts (%s); remove what nobody wants",
+                format_size(sum(unused.values())),
+                root,
+                ", ".join(unused),
+            )
 
 
 def _remove_stale(root: Path, own: str) -> None:

@@ -14,9 +14,12 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
+from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.place import Place
 from tiered_kv.service.pull import Puller
+from tiered_kv.service.recorder import ObservedHistory
+from tiered_kv.service.recording import Recorded, Recording
 from tiered_kv.service.reporter import Reporter
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
@@ -50,7 +53,11 @@ class Node:
         self.node_id = node_id
         self._clock = clock or SystemClock()
         self.place = Place(config, cluster_id, node_id)
-        self.engine = self._make_engine()
+        history = history_of(config)
+        observed = ObservedHistory(history)
+        self.engine = self._make_engine(history, observed)
+        self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
+        self._learning = Learning(history, self.engine.lock, self._clock)
         self.engine.handle(self.place.restore())
         self.directory = self.place.directory
         self._sessions: dict[NodeSession, None] = {}
@@ -191,6 +198,29 @@ class Node:
         if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
+    def record(self, on: bool, salt: bytes = b"") -> float:
+        """Begin or end to record requests; for how many seconds they are being recorded by now.
+
+        Block keys leave the node as numbers that only `salt`, at most 64 bytes, could explain; the same salt goes on.
+
+        Raises (kind `cluster`) while somebody records with another salt. Ends by itself when nobody has read for a minute.
+        """
+        with self.running():
+            self.engine.drain_touches()  # what was used before it began is not part of it
+            if on:
+                return self._recording.start(salt, self._clock.now_s())
+            self._recording.stop()
+            return 0.0
+
+    def recorded(self, everything: bool = False) -> Recorded:
+        """Requests since the last call that are over (or all), in the simulator's format; times in ms since `record`.
+
+        Raises (kind `closed`) while nothing is recorded.
+        """
+        with self.running():
+            self.engine.drain_touches()
+            return self._recording.take(self._clock.now_s(), everything)
+
     def stats(self) -> dict:
         """The node's figures, up to the last use of any worker, ready for JSON. Sizes in bytes."""
         machine = self.engine.machine
@@ -199,17 +229,24 @@ class Node:
             tiers = self.place.usage()
             for tier in tiers:
                 tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
+            if self.place.disk:
+                tiers[Tier.DISK.label]["write_amplification"] = self.place.disk.write_amplification
             asked, hit = self.place.index.tallies()
+            saved_tokens, saved_s = self.place.index.savings()
             return {
                 "node": self.node_id,
                 "tiers": tiers,
                 "blocks": len(machine.blocks),
                 "asked_blocks": asked,
                 "hit_blocks": hit,
+                "prefill_tokens_saved": saved_tokens,
+                "prefill_seconds_saved": saved_s,
                 "sessions": len(self._sessions),
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
+                "policy": {"name": self.config.policy} | self._learning.stats(),
+                "recording": self._recording.is_on,
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
@@ -218,6 +255,7 @@ class Node:
         self.engine.drain_touches()
         with self.engine.lock:
             self.place.beat()
+            self._recording.beat(self._clock.now_s())
             if not self._reporter:
                 self.engine.journal.clear()
 
@@ -242,12 +280,11 @@ class Node:
             self._stopped = True
             self.place.close(remove)
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self, history: History, observed: ObservedHistory) -> Engine:
         config, place = self.config, self.place
-        history = history_of(config)
         memory = [tier for tier in place.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, place.capacities[tier]) for tier in memory}
-        machine = StoreMachine(place.capacities, policies, history)
+        machine = StoreMachine(place.capacities, policies, observed)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, place.index, place, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
@@ -260,6 +297,8 @@ class Node:
             inventory=self._inventory,
             describe=lambda: (self.info(), self.stats()),
             set_peers=self.place.index.set_peers,
+            learning=self._learning,
+            clock=self._clock,
         )
 
     def _take_changes(self) -> dict[BlockKey, bool]:

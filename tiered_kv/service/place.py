@@ -67,6 +67,8 @@ class Place:
                 self.logs[Tier.OBJECTS] = objects_tier(config, cluster_id, node_id)
             self.index = IndexWriter(self._files)
             undo.callback(self.index.close)
+            self._last_use, self._from_device = self._taken_over() if self._inherited else ({}, {})
+            self._below = self._recovered_below()
             if config.device:
                 self.device = device_tier(config, self.directory, self.index.generation)
             undo.pop_all()
@@ -90,19 +92,30 @@ class Place:
 
     # What a former node left
 
+    def _taken_over(self) -> tuple[dict[BlockKey, int], dict[BlockKey, int]]:
+        """Put a former node's index in order: the tick of each block's last use, and the bytes of those on the device.
+
+        These are hidden before there is a new pool: in that one a worker would find other bytes where they were.
+        """
+        self.index.rebuild()
+        last_use = {key: tick for key, _, tick in self.index.harvest()}
+        on_device = {key: location.raw_bytes for key, location in self.index.items() if location.tier is Tier.DEVICE}
+        for key in on_device:
+            self.index.remove(key)
+        return last_use, on_device
+
     def restore(self) -> list[ev.Recovered]:
         """What the files of a former node hold, the least recently used first, to be reported to the machine."""
-        if self._inherited:
-            self.index.rebuild()
-        last_use = {key: tick for key, _, tick in self.index.harvest()}
-        below = self._recovered_below()
+        last_use, on_device = self._last_use, self._from_device
+        below, self._below = self._below, []
+        self._last_use, self._from_device = {}, {}
         kept = {(each.key, each.location.tier): each.location for each in below}
-        lost = {key: location for key, location in self.index.items() if not self._is_there(key, location, kept)}
+        lost = [key for key, location in self.index.items() if not self._is_there(key, location, kept)]
         for key in lost:
             self.index.remove(key)
         in_host = [(key, location) for key, location in self.index.items() if location.tier is Tier.HOST]
         if self._inherited:
-            in_host += self._behind_the_device({key: at.raw_bytes for key, at in lost.items() if at.tier is Tier.DEVICE})
+            in_host += self._behind_the_device(on_device)
             self._quarantine()
             log.info("took over %d blocks; %d were not where the index said", len(self.index), len(lost))
         in_host.sort(key=lambda item: last_use.get(item[0], 0))
@@ -122,12 +135,14 @@ class Place:
         return found
 
     def _recovered_below(self) -> list[ev.Recovered]:
-        """The blocks of the lower tiers, the lowest first."""
+        """The blocks of the lower tiers, the lowest first. Raises for a store that a first start cannot reach: it may be misspelt."""
         found: list[ev.Recovered] = []
         for tier in sorted(self.logs, reverse=True):
             try:
                 found += [ev.Recovered(*each) for each in self.logs[tier].recovered()]
-            except TieredKVError as error:  # a store that does not answer now is no reason not to start
+            except TieredKVError as error:
+                if not self._inherited:
+                    raise
                 log.warning("what lies in %s is not used: %s", tier.label, error)
         return found
 
@@ -142,7 +157,7 @@ class Place:
         return [each for each in below if each.key in keep]
 
     def _is_there(self, key: BlockKey, location: Location, kept: Mapping[tuple[BlockKey, Tier], Location]) -> bool:
-        """Whether what an index entry says is still so. The device's memory went with the former node."""
+        """Whether what an index entry says is still so."""
         if location.tier is Tier.HOST:
             return self._claim(key, location)
         return kept.get((key, location.tier)) == location
@@ -264,8 +279,8 @@ class Place:
         crowded = is_lowest and self.index_room < self.index.capacity_blocks // CROWDED_PART
         segment = place.oldest_sealed() if crowded else None
         if segment is None:
-            sizes = [frame_bytes(_RAW, copy.source.raw_bytes) for copy in copies]
-            segment = place.needs_reclaim(sum(size for size in sizes if size <= place.max_frame_bytes))
+            sizes = [size for copy in copies if (size := frame_bytes(_RAW, copy.source.raw_bytes)) <= place.max_frame_bytes]
+            segment = place.needs_reclaim(sum(sizes), len(sizes))
         return segment
 
     def segment_to_age(self, tier: Tier) -> int | None:

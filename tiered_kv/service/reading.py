@@ -7,9 +7,12 @@ Blocks in objects, and on a device that this process does not see, are hidden: t
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +27,11 @@ from tiered_kv.tiers.segments import SegmentReader
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+READS_AHEAD = 4
+"""Disk blocks that are read at the same time for one worker; each takes a block's memory."""
+LOOK_AGAIN_S = 0.01  # at the clock, while a disk is slow
 _IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 _MAY_HIDE = {int(Tier.DEVICE), int(Tier.OBJECTS)}
 
@@ -40,7 +48,7 @@ class BlockSource:
 
     def __init__(self, view: NodeView, segments: SegmentReader | None, layout: KVLayout, *, has_device: bool = False) -> None:
         self._view = view
-        self._segments = segments
+        self._disk = DiskReader(segments, layout.block_bytes) if segments is not None else None
         self._layout = layout
         self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
@@ -76,12 +84,12 @@ class BlockSource:
         done = 0
         while done < len(found):
             tier, end = found[done].slot.tier, done + 1
+            while end < len(found) and found[end].slot.tier == tier:
+                end += 1
             if tier in _IN_MEMORY:
-                while end < len(found) and found[end].slot.tier == tier:
-                    end += 1
                 good = self._read_memory(found[done:end], done, kv_L2HND)
             else:
-                good = int(not expired() and self._read_disk(found[done], done, kv_L2HND))
+                good = self._read_disk(found[done:end], done, kv_L2HND, expired)
             if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired):
                 good += 1
                 end = done + good
@@ -106,19 +114,15 @@ class BlockSource:
                 return count
         return len(found)
 
-    def _read_disk(self, found: Found, block: int, kv: torch.Tensor) -> bool:
-        slot = found.slot
-        if self._segments is None or slot.tier != Tier.DISK:
-            return False
-        location = Location(Tier.DISK, slot.codec, slot.segment, slot.offset, slot.stored_bytes, slot.raw_bytes)
-        try:
-            raw = torch.empty(self._layout.block_bytes, dtype=torch.uint8)
-            self._segments.read(location, found.key).decode(raw)
-        except TieredKVError as error:
-            log.info("block %s is not readable on disk: %s", found.key.hex(), error)
-            return False
-        ArenaBlocks(raw, self._layout).unpack(Run(block, 0, 0, 1), kv)
-        return True
+    def _read_disk(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+        """Copy blocks of a lower tier; how many of them, from the first on, could be read before `expired()`."""
+        if self._disk is None or found[0].slot.tier != Tier.DISK:
+            return 0
+        count = 0
+        for raw in self._disk.blocks(found, expired):
+            ArenaBlocks(raw, self._layout).unpack(Run(first + count, 0, 0, 1), kv)
+            count += 1
+        return count
 
     def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
         """One more try for a block that moved while it was read: it may be in another place by now."""
@@ -127,16 +131,16 @@ class BlockSource:
             return False
         if found[0].slot.tier in _IN_MEMORY:
             return self._read_memory(found, block, kv) == 1
-        return not expired() and self._read_disk(found[0], block, kv)
+        return self._read_disk(found, block, kv, expired) == 1
 
     def touch(self, used: Sequence[Found | Slot]) -> None:
         """Tell the policy what was used, the deepest block first."""
         if used:
             self._view.touch([each.slot if isinstance(each, Found) else each for each in reversed(used)])
 
-    def tally(self, asked: int, hit: int) -> None:
-        """Add to the node's count of blocks asked for and blocks had."""
-        self._view.tally(asked, hit)
+    def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
+        """Add to the node's count of blocks asked for and had, and of the prefill that this saved."""
+        self._view.tally(asked, hit, saved_tokens, saved_us)
 
     @property
     def generation(self) -> int:
@@ -168,8 +172,55 @@ class BlockSource:
         if self._device is not None:
             self._device.close()
         self._view.close()
-        if self._segments is not None:
-            self._segments.close()
+        if self._disk is not None:
+            self._disk.close()
+
+
+class DiskReader:
+    """Reads blocks from the node's segments on threads of its own, some ahead, so that a disk that hangs holds nobody up."""
+
+    def __init__(self, segments: SegmentReader, block_bytes: int) -> None:
+        self._segments = segments
+        self._block_bytes = block_bytes
+        self._threads = ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="tkv-read")  # starts none before it is used
+
+    def blocks(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[torch.Tensor]:
+        """The bytes of each block in turn, up to the first that cannot be read, or that is not here when it is `expired()`."""
+        ahead: deque[Future[torch.Tensor | None]] = deque()
+        rest = iter(found)
+        try:
+            while not expired():
+                ahead += (self._threads.submit(self._read, each) for each in islice(rest, READS_AHEAD - len(ahead)))
+                raw = _outcome(ahead.popleft(), expired) if ahead else None
+                if raw is None:
+                    return
+                yield raw
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def _read(self, found: Found) -> torch.Tensor | None:
+        slot = found.slot
+        location = Location(Tier.DISK, slot.codec, slot.segment, slot.offset, slot.stored_bytes, slot.raw_bytes)
+        try:
+            raw = torch.empty(self._block_bytes, dtype=torch.uint8)
+            self._segments.read(location, found.key).decode(raw)
+        except TieredKVError as error:
+            log.info("block %s is not readable on disk: %s", found.key.hex(), error)
+            return None
+        return raw
+
+    def close(self) -> None:
+        """Let go of the segments' files, once reads under way have ended."""
+        self._threads.shutdown(cancel_futures=True)
+        self._segments.close()
+
+
+def _outcome(future: Future[T], expired: Callable[[], bool]) -> T | None:
+    """What a read gives; None if it is not done when it is `expired()`."""
+    while not future.done() and not expired():
+        wait([future], LOOK_AGAIN_S)
+    return future.result() if future.done() else None
 
 
 class DeviceReader:
@@ -185,11 +236,14 @@ class DeviceReader:
 
     def blocks(self) -> ArenaBlocks | None:
         """The blocks of the pool of the node's present life; None where this process cannot map it."""
+        return self._present()[1]
+
+    def _present(self) -> tuple[DevicePool | None, ArenaBlocks | None]:
         generation = self._view.generation
         with self._lock:
             if generation != self._generation:
                 self._open(generation)
-            return self._blocks
+            return self._pool, self._blocks
 
     def _open(self, generation: int) -> None:
         self.close()
@@ -203,15 +257,18 @@ class DeviceReader:
             self._generation = generation
 
     def unpack(self, runs: Iterable[Run], kv: torch.Tensor) -> bool:
-        """Copy runs of blocks to their tokens of `kv`; returns when it has happened. False where the pool cannot be read."""
-        blocks = self.blocks()
-        if blocks is None or self._pool is None:
+        """Copy runs of blocks to their tokens of `kv`; returns when it has happened.
+
+        False where the pool cannot be read, or the node has begun another life with another pool meanwhile.
+        """
+        pool, blocks = self._present()
+        if pool is None or blocks is None:
             return False
-        with self._pool.copies(kv) as ticket:
+        with pool.copies(kv) as ticket:
             for run in runs:
                 blocks.unpack(run, kv)
         ticket.wait()
-        return True
+        return pool.generation == self._view.generation
 
     def close(self) -> None:
         """Let go of the pool."""

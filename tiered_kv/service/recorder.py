@@ -8,8 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.policy import History, Key
 
 PENDING_S = 5.0
 """How long a request may go on: from its fetch to the store of what it computed."""
@@ -31,25 +33,35 @@ class Recorder:
     Lengths are those of whole blocks; what follows the last whole block is not known here.
     """
 
-    def __init__(self, salt: bytes, block_tokens: int, chain_to: Callable[[BlockKey], list[BlockKey]]) -> None:
-        """`chain_to`: the block and all before it that are known, root first."""
+    def __init__(self, salt: bytes, block_tokens: int, chain_to: Callable[[BlockKey], list[BlockKey]], *, start_s: float = 0.0) -> None:
+        """`chain_to`: the block and all before it, the chain's first block first; empty where not all of them are known.
+
+        `start_s`: from when on times count.
+        """
+        self._start_s = start_s
         self._salt = salt
         self._chain_to = chain_to
         self._block_tokens = block_tokens
         self._open: OrderedDict[BlockKey, _Request] = OrderedDict()  # by the deepest block, the oldest first
         self._done: list[_Request] = []
         self.lost = 0
+        """Requests that are missing: nobody took them in time, or a part of their chain was not known."""
 
     def seen(self, keys: Sequence[BlockKey], parent: BlockKey | None, now_s: float) -> None:
         """A run of a chain was used, or stored, behind `parent`."""
         self._close_before(now_s - PENDING_S)
         request = self._open.pop(parent, None) if parent is not None else None
-        if request is None:
-            request = _Request(now_s, [] if parent is None else self._chain_to(parent))
-        request.keys += keys
         again = self._open.pop(keys[-1], None)
         if again:
             self._finish(again)
+        chain = self._chain_to(keys[-1])
+        if not chain:  # ids of half a chain would say that its first block may stand behind nothing
+            self.lost += 1
+            if request:
+                self._finish(request)
+            return
+        request = request or _Request(now_s, [])
+        request.keys = chain
         self._open[keys[-1]] = request
 
     def answered(self, tail: BlockKey, tokens: int) -> None:
@@ -79,7 +91,7 @@ class Recorder:
 
     def _line(self, request: _Request) -> dict:
         return {
-            "timestamp": round(request.time_s * 1000),
+            "timestamp": max(round((request.time_s - self._start_s) * 1000), 0),
             "input_length": len(request.keys) * self._block_tokens,
             "output_length": request.answer_tokens,
             "hash_ids": [self._number(key) for key in request.keys],
@@ -87,3 +99,32 @@ class Recorder:
 
     def _number(self, key: BlockKey) -> int:
         return int.from_bytes(blake2b(key, digest_size=8, key=self._salt).digest()) >> 11
+
+
+class ObservedHistory:
+    """A node's history, of whose uses and answers a recorder hears too while there is one; all else goes straight to it."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self.recorder: Recorder | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._history, name)
+
+    def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
+        """As `History.seen`."""
+        self._history.seen(keys, parent, now_s)
+        if self.recorder:
+            self.recorder.seen(keys, parent, now_s)
+
+    def hint(self, tail: Key, now_s: float, *, answer_tokens: int | None = None, **foretold: Any) -> None:
+        """As `History.hint`."""
+        self._history.hint(tail, now_s, answer_tokens=answer_tokens, **foretold)
+        if self.recorder and answer_tokens is not None:
+            self.recorder.answered(tail, answer_tokens)
+
+    def check(self) -> None:
+        """As `History.check`, and of the recorder."""
+        self._history.check()
+        if self.recorder:
+            self.recorder.check()

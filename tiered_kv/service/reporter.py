@@ -4,14 +4,18 @@ import logging
 import threading
 from collections.abc import Callable
 
+from tiered_kv.clock import Clock
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Report
+from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import Link
 
 log = logging.getLogger(__name__)
 
 KEYS_PER_REPORT = 50_000
+TEACH_EVERY_S = 10.0
+"""How often a report brings the policy's statistics along; also with the first one after an inventory."""
 
 
 class Reporter:
@@ -26,6 +30,8 @@ class Reporter:
         inventory: Callable[[], list[BlockKey]],
         describe: Callable[[], tuple[dict, dict]],
         set_peers: Callable[[int], None],
+        learning: Learning,
+        clock: Clock,
     ) -> None:
         self._link = link
         self._node = node
@@ -34,6 +40,9 @@ class Reporter:
         self._inventory = inventory
         self._describe = describe
         self._set_peers = set_peers
+        self._learning = learning
+        self._clock = clock
+        self._teach_again_s = float("-inf")
         self._number = 0
         self._turn = threading.Lock()
         self._wake = threading.Event()
@@ -72,10 +81,17 @@ class Reporter:
     def _send(self, number: int, added: list[BlockKey], removed: list[BlockKey]) -> bool:
         self._number = 0  # until it has arrived: after whatever fails the next report is a whole inventory
         info, stats = self._describe()
-        answer = self._link.report(Report(self._node, number, added, removed, info, stats))
+        now_s = self._clock.now_s()
+        due = number > 0 and now_s >= self._teach_again_s  # not with an inventory: that is tried again and again without a coordinator
+        statistics = self._learning.statistics() if due else None
+        answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics))
         self.reachable = True
         self._number = number + 1
         self._set_peers(answer.peers)
+        if due or not number:
+            self._teach_again_s = now_s + TEACH_EVERY_S if due else now_s
+        if answer.others is not None:
+            self._learning.adopt(answer.others)
         return not answer.resync
 
     def _run(self) -> None:

@@ -28,7 +28,7 @@ QUEUE_BYTES_MIN = 64 << 20
 QUEUE_SHARE = 1 / 8
 """Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
 RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
-WANTED_WAIT_S = 0.05  # for room for blocks that a worker waits for
+WANTED_WAIT_S = 0.25  # for room for blocks that a worker waits for; it holds one of the threads that copy into memory
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
@@ -115,6 +115,8 @@ class Engine:
         self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
         """Bytes that are on their way from a tier to a lower one."""
+        self._progress_s: dict[Tier, float] = {}
+        """When the last of them arrived, or the first of them left."""
         self._batches = 0
         self._closed = False
 
@@ -134,10 +136,14 @@ class Engine:
             if copies:
                 self._start(copies)
 
-    def reserve(self, nbytes: int, keys: Sequence[BlockKey], tail: BlockKey | None, wait_s: float, tier: Tier = Tier.HOST) -> list[int]:
+    def reserve(
+        self, nbytes: int, keys: Sequence[BlockKey], tail: BlockKey | None, wait_s: float, tier: Tier = Tier.HOST, *, insist: bool = True
+    ) -> list[int]:
         """Extents for the first of the new blocks `keys`; makes room for them, waits at most `wait_s` for the first.
 
-        Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused.
+        Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused. Where
+        blocks were to leave for a lower tier that has not taken any for `wait_s`, others are given up instead, if the
+        caller does `insist`.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # and nobody else has to go for it
@@ -151,20 +157,32 @@ class Engine:
                 missing_bytes = (len(keys) - len(offsets)) * nbytes
                 gave = self._make_room(tier, missing_bytes - self._leaving[tier], tail, keys)
                 offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets))
-                left_s = deadline_s - self._clock.now_s()
-                if offsets or left_s <= 0 or not self._leaving[tier]:
+                left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
+                if offsets or not self._leaving[tier]:
                     return offsets or self._defragment(tier, nbytes, tail, keys, gave)
+                if left_s <= 0:
+                    return self._instead(tier, nbytes, tail, keys) if insist and wait_s else []
                 self.freed.wait(left_s)
+                offsets = self._mover.reserve(tier, nbytes, len(keys))
+                if offsets:  # enough to go on with, for which nobody else has to go
+                    return offsets
             return offsets
 
-    def _make_room(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey]) -> bool:
-        """Have blocks leave the tier for `nbytes`; whether any did at once."""
+    def _make_room(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], queue: bool = True) -> bool:
+        """Have blocks leave the tier for `nbytes`, without `queue` none of them for a lower one; whether any did at once."""
         if nbytes <= 0:
             return False
         blocks_before = self.machine.blocks_by_tier[tier]
-        queue_bytes = self._queue_bytes - self._leaving[tier]
+        queue_bytes = self._queue_bytes - self._leaving[tier] if queue else 0
         self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes)])
         return self.machine.blocks_by_tier[tier] < blocks_before
+
+    def _instead(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey]) -> list[int]:
+        """Extents of blocks that are given up instead of those on their way to a lower tier that is too slow."""
+        offsets: list[int] = []
+        while not offsets and self._make_room(tier, len(keys) * nbytes, tail, keys, queue=False):
+            offsets = self._mover.reserve(tier, nbytes, len(keys))
+        return offsets
 
     def _defragment(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], gave: bool) -> list[int]:
         """Room was made, but in pieces: give up more blocks until one extent fits, or nothing is left to give."""
@@ -241,6 +259,8 @@ class Engine:
             for batch in _batches(together, self._mover.batch_bytes(target)):
                 self._batches += 1
                 if target > source:
+                    if not self._leaving[source]:
+                        self._progress_s[source] = self._clock.now_s()
                     self._leaving[source] += _size(batch)
                 if self._closed:
                     self._finish(batch, _failed(batch))
@@ -262,6 +282,7 @@ class Engine:
             self._batches -= 1
             if batch[0].target > batch[0].source.tier:
                 self._leaving[batch[0].source.tier] -= _size(batch)
+                self._progress_s[batch[0].source.tier] = self._clock.now_s()
             self.handle(failed)
             self.freed.notify_all()
 
@@ -306,7 +327,7 @@ class Engine:
         while rest:
             nbytes = rest[0].source.raw_bytes
             same = [copy for copy in rest if copy.source.raw_bytes == nbytes]
-            offsets = self.reserve(nbytes, [copy.key for copy in same], same[-1].key, wait_s, target)
+            offsets = self.reserve(nbytes, [copy.key for copy in same], same[-1].key, wait_s, target, insist=False)
             taken = same[: len(offsets)] or same
             if offsets:
                 self._fill_extents(taken, [Location(target, 0, 0, offset, nbytes, nbytes) for offset in offsets])

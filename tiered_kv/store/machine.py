@@ -174,26 +174,36 @@ class StoreMachine:
     # Room
 
     def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        tier, queue_bytes = event.tier, event.queue_bytes
+        """Blocks of the growing chain go last, and only where they have another copy or get one."""
+        tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
         self._holds.expire(event.now_s)
         chain = self._chain_to(event.tail)
-        goes, here = (Fate.FREED, Fate.LEAVES), [(key, self.blocks[key]) for key in chain if self.has(key, tier)]
-        stays = frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in goes)
         instructions: list[ev.Instruction] = []
-        for key in self._policies[tier].victims(event.nbytes, self._protected(tier, stays), event.now_s, event.keys):
-            block = self.blocks[key]
-            fate = self._movement.fate(key, block, tier, queue_bytes)
-            if fate is Fate.LEAVES:
-                location = block.copies[tier]
-                queue_bytes -= location.stored_bytes
-                block.leaving = tier
-                instructions.append(self._copy(key, block, location, self._movement.target(key, block, tier)))
-            elif fate is Fate.FREED or key not in chain:
-                self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
-                if fate is Fate.NOT_ADMITTED:
-                    self._movement.not_admitted(key)
-                instructions += self._drop_copy(key, block, tier)
+        for stays in (chain, None):
+            if nbytes <= 0:
+                break
+            if stays is None:
+                stays = self._nowhere_else(chain, tier, queue_bytes)
+            for key in self._policies[tier].victims(nbytes, self._protected(tier, stays), event.now_s, event.keys):
+                block = self.blocks[key]
+                location, fate = block.copies[tier], self._movement.fate(key, block, tier, queue_bytes)
+                nbytes -= location.stored_bytes
+                if fate is Fate.LEAVES:
+                    queue_bytes -= location.stored_bytes
+                    block.leaving = tier
+                    instructions.append(self._copy(key, block, location, self._movement.target(key, block, tier)))
+                elif fate is Fate.FREED or key not in chain:
+                    self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
+                    if fate is Fate.NOT_ADMITTED:
+                        self._movement.not_admitted(key)
+                    instructions += self._drop_copy(key, block, tier)
         return instructions
+
+    def _nowhere_else(self, chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
+        """The blocks of a chain in `tier` that would be lost there."""
+        here = ((key, self.blocks[key]) for key in chain if self.has(key, tier))
+        goes = (Fate.FREED, Fate.LEAVES)
+        return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in goes)
 
     def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "_Protected":
         return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)

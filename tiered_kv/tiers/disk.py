@@ -76,8 +76,10 @@ class DiskTier(LogTier):
         self.folder = self._folder.path
         self._reader = SegmentReader(self.folder, files=self._files)
         self._writing = threading.RLock()  # held while files are written; taken before _state
-        self._state = threading.RLock()  # held while the books change
+        self._removing = threading.RLock()  # held while files are removed; taken before _state
+        self._state = threading.RLock()  # held while the books change, never while the disk works
         self._segments: dict[int, Segment] = {}
+        self._unwanted: list[Segment] = []  # to be removed; their bytes count until then
         self._stuck: list[Segment] = []  # could not be read or removed; their bytes count for ever
         self._used_bytes = _FOLDER_BYTES
         self._open: Segment | None = None
@@ -136,17 +138,17 @@ class DiskTier(LogTier):
         return self._reader.read(location, key, namespace)
 
     def forget(self, location: Location) -> bool:
-        """The block at `location` is not wanted any more; False if it had not been there.
+        """The block at `location` is not wanted any more; False if it had not been there. Waits for no disk.
 
-        A segment whose last block this was is removed, unless it is still written to. A block forgotten after its
-        segment was sealed may be there again after a restart.
+        A segment whose last block this was is removed by the next append or reclaim, and counts until then. A block
+        forgotten after its segment was sealed may be there again after a restart.
         """
         with self._state:
             segment = self._segments.get(location.segment)
             if segment is None or segment.live.pop(location.offset, None) is None:
                 return False
             if not segment.live and segment.writer is None:
-                self._remove(segment)
+                self._give_up(segment)
             return True
 
     def recovered(self) -> list[Recovered]:
@@ -163,6 +165,8 @@ class DiskTier(LogTier):
         close the segment being written, if all room is in that one. Do not ask for a frame above `max_frame_bytes`: for a
         batch that is larger than the tier everything goes.
         """
+        if self._unwanted:
+            self._sweep()
         nbytes += (nbytes // _SMALL_FRAME_BYTES + 1 if count is None else count) * (ENTRY_BYTES + ROW_BYTES)
         rounding = (PAGE_BYTES + TRAILER_BYTES) * (2 + 2 * nbytes // self.segment_bytes)
         with self._state:
@@ -199,19 +203,19 @@ class DiskTier(LogTier):
         return moved + self._rewrite(batch)
 
     def reclaim(self, segment: int) -> int:
-        """Remove a sealed segment with all its blocks; gives the bytes that are free now: none if it was gone already.
+        """Remove a sealed segment with all its blocks, and those that nobody wants; gives the bytes that are free now.
 
-        A file that cannot be removed is given up, and its bytes go on counting. Cost: the file system's, some
-        milliseconds for 64 MiB, during which `append` and `forget` wait.
+        None if it was gone already. A file that cannot be removed is given up, and its bytes go on counting. Cost: the
+        file system's, some milliseconds for 64 MiB.
         """
         with self._state:
-            if segment not in self._segments:
-                return 0
-            return self._remove(self._sealed(segment))
+            if segment in self._segments:
+                self._give_up(self._sealed(segment))
+        return self._sweep()
 
     def close(self, remove: bool = True) -> None:
         """Close all files and unlock the folder. Without `remove` the segments stay for the next owner."""
-        with self._writing, self._state:
+        with self._writing, self._removing, self._state:
             if self._closed:
                 return
             self._closed = True
@@ -220,17 +224,18 @@ class DiskTier(LogTier):
                     self._open.live.clear()  # it needs no footer then
                 self._seal(self._open)
             for segment in list(self._segments.values()) if remove else ():
-                self._remove(segment)
+                self._give_up(segment)
+            self._sweep()
             self._reader.close()
             self._folder.close(remove)
 
     def check(self) -> None:
         """Assert that the books agree with the files themselves, that no blocks overlap, and that the cap holds."""
-        with self._writing, self._state:
+        with self._writing, self._removing, self._state:
             assert self._used_bytes <= self._capacity_bytes, f"{self._used_bytes} bytes used of {self._capacity_bytes}"
             if self._closed:
                 return
-            known = {segment.id: segment for segment in [*self._segments.values(), *self._stuck]}
+            known = {segment.id: segment for segment in [*self._segments.values(), *self._unwanted, *self._stuck]}
             sizes = {id: known[id].nbytes for id in sorted(known)}
             assert segments_in(self.folder) == sizes, f"{segments_in(self.folder)} on disk, {sizes} in the books"
             assert self._used_bytes == _FOLDER_BYTES + sum(segment.room_bytes for segment in known.values())
@@ -246,6 +251,7 @@ class DiskTier(LogTier):
         with self._writing:
             if self._closed:
                 raise TieredKVError(Kind.CLOSED, "the disk tier is closed")
+            self._sweep()
             while len(answers) < len(frames):
                 run = self._append_run(frames[len(answers) :], limit_bytes)
                 answers += run
@@ -324,7 +330,8 @@ class DiskTier(LogTier):
             if segment is self._open:
                 self._open = None
             if not segment.live:
-                self._remove(segment)
+                self._give_up(segment)
+        self._sweep()
 
     def _seal_open(self) -> int | None:
         """Close the segment being written; its id, unless there is none, or nothing is left of it."""
@@ -341,19 +348,34 @@ class DiskTier(LogTier):
             raise ValueError(f"segment {id} is being written")
         return self._segments[id]
 
-    def _remove(self, segment: Segment) -> int:
-        """Remove a segment's file and take it out of the books; the bytes that are free now."""
+    def _give_up(self, segment: Segment) -> None:
+        """Take a segment out of those that have blocks; `_state` is held. Its file goes, and its bytes count, until `_sweep`."""
         del self._segments[segment.id]
+        self._unwanted.append(segment)
+
+    def _sweep(self) -> int:
+        """Remove the files of what was given up; the bytes that are free now. Nobody who forgets a block waits for it."""
+        freed = 0
+        with self._removing:
+            while self._unwanted:
+                segment = self._unwanted[-1]
+                freed += self._remove(segment)
+                self._unwanted.remove(segment)
+        return freed
+
+    def _remove(self, segment: Segment) -> int:
+        """Remove the file of a segment that was given up; the bytes that are free now."""
         self._reader.drop(segment.id)
-        before = segment.room_bytes
+        left = 0
         try:
             remove_segment(self.folder, segment.id, self._files)
-            segment.nbytes = 0
         except OSError:
-            segment.nbytes = segments_in(self.folder).get(segment.id, 0)
+            left = segments_in(self.folder).get(segment.id, 0)
             self._stuck.append(segment)
-        freed = before - segment.room_bytes
-        self._used_bytes -= freed
+        with self._state:
+            freed = segment.room_bytes - pages(left)
+            segment.nbytes = left
+            self._used_bytes -= freed
         return freed
 
     def _live_entries(self, id: int) -> list[Entry]:
@@ -397,7 +419,8 @@ class DiskTier(LogTier):
             live = {entry.offset: Live(entry.key, entry.stored_bytes) for entry in entries[id]}
             self._segments[id] = Segment(id, self._folder.inherited[id], live=live)
         for segment in [segment for segment in self._segments.values() if not segment.live]:
-            self._remove(segment)
+            self._give_up(segment)
+        self._sweep()
         for id in [id for id in self._segments if found[id].needs_footer]:
             self._cut_tail(self._segments[id], found[id].data_end)
         self._shrink_to_cap()
@@ -433,7 +456,8 @@ class DiskTier(LogTier):
     def _shrink_to_cap(self) -> None:
         """Bring what an owner with a larger cap has left below this one, the oldest segments first."""
         while self._used_bytes > self._capacity_bytes and self._segments:
-            self._remove(next(iter(self._segments.values())))
+            self._give_up(next(iter(self._segments.values())))
+            self._sweep()
         if self._used_bytes > self._capacity_bytes:
             message = f"disk_path: {self._used_bytes} bytes in {self.folder} cannot be removed, disk allows {self._capacity_bytes}"
             raise TieredKVError(Kind.STORAGE, message, setting="disk_path")

@@ -136,6 +136,19 @@ def claim_folder(root: str | os.PathLike, owner: str, make: Callable[[Path], Cla
     raise TieredKVError(Kind.STORAGE, f"disk_path: all folders in {root} are in use", setting="disk_path", path=str(root))
 
 
+def unused_below(root: str | os.PathLike) -> dict[str, int]:
+    """Node folders below `root`, of this format or older ones (`tkv-…`), that nobody uses now, and the bytes in each.
+
+    They count against no cap. Nothing is locked to find out: a node that starts now could take that for an owner.
+    Raises OSError where they cannot be read.
+    """
+    folders = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) or path.name.startswith("tkv-")]
+    lines = map(str.split, Path("/proc/locks").read_text().splitlines())
+    locked = {int(line[5].rpartition(":")[2]) for line in lines if line[1] == "FLOCK"}
+    unused = [path for path in sorted(folders) if not locked & {file.inode() for file in os.scandir(path) if file.name == "lock"}]
+    return {path.name: sum(file.stat().st_size for file in os.scandir(path) if file.is_file()) for path in unused}
+
+
 def _facts_of(path: Path) -> _Facts:
     """What the folder says of itself; nothing where it says nothing sensible."""
     try:

@@ -79,8 +79,11 @@ class LogTier(Tier):
         """Blocks of a former owner, oldest first; once, before anything else. They are live until `forget`."""
 
     @abstractmethod
-    def needs_reclaim(self, nbytes: int) -> int | None:
-        """The segment that must go before frames of `nbytes` in all are sure to fit; None if they do, or nothing is left to go."""
+    def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
+        """The segment that must go before `count` frames of `nbytes` in all are sure to fit; None if they do, or nothing is left to go.
+
+        Without `count` they are taken to be of 1 KiB or more each.
+        """
 
     @abstractmethod
     def oldest_sealed(self) -> int | None:

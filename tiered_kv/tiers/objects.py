@@ -172,13 +172,15 @@ class ObjectsTier(LogTier):
                 for entry in pack.entries
             ]
 
-    def needs_reclaim(self, nbytes: int) -> int | None:
-        """The segment that must go before frames of `nbytes` in all, of 1 KiB or more each, are sure to fit.
+    def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
+        """The segment that must go before `count` frames of `nbytes` in all are sure to fit.
 
-        None if they do, or nothing is left to go, or the store does not delete what it is asked to: then the append
-        says so.
+        Without `count` they are taken to be of 1 KiB or more each. None if they fit, or nothing is left to go, or the
+        store does not delete what it is asked to: then the append says so.
         """
-        whole = grown_bytes(nbytes, nbytes // _FRAME_BYTES_MIN + 1) + footer_bytes(0) * (2 + 2 * nbytes // self.segment_bytes)
+        whole = grown_bytes(nbytes, nbytes // _FRAME_BYTES_MIN + 1 if count is None else count) + footer_bytes(0) * (
+            2 + 2 * nbytes // self.segment_bytes
+        )
         with self._state:
             kept_bytes = self._used_bytes - sum(self._unwanted.values())
             if self._failing or kept_bytes + whole <= self._capacity_bytes:

@@ -185,6 +185,13 @@ def test_forms_of_a_prompt():
     assert torch.equal(cached.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY), plain)
 
 
+def test_the_policy_is_told_how_long_the_answer_was():
+    cached, client = served(tiny(), store_generated=False)
+    _, report = cached.run(prompt_of(BLOCK), **GREEDY)
+    assert [hint.answer_tokens for hint in client.hints] == [report.generated_tokens]
+    assert report.generated_tokens > 0
+
+
 def test_the_report_measures_the_first_token_and_the_fetch():
     model = tiny()
     clock = ManualClock()
@@ -196,6 +203,9 @@ def test_the_report_measures_the_first_token_and_the_fetch():
     _, report = cached.run(prompt_of(BLOCK), **GREEDY)
     assert (report.seconds_fetch, report.seconds_to_first_token, report.seconds_store) == (0.5, 1.5, 4.0)
     assert cached.last_report is None
+    assert client.prefills == [(BLOCK, 1.0)]
+    cached.run(prompt_of(BLOCK + 3), **GREEDY)
+    assert client.prefills[1:] == [(3, 1.0)], "what was computed, not what was fetched"
 
 
 class Listener:

@@ -49,6 +49,11 @@ class DictClient:
         self.layout = layout
         self.root = (namespace or Namespace.of(model)).root(layout)
         self.blocks = {}
+        self.prefills = []
+        self.hints = []
+
+    def note_prefill(self, tokens, seconds):
+        self.prefills.append((tokens, seconds))
 
     def keys(self, ids):
         return chain_keys(self.root, as_token_ids(ids), self.layout.block_tokens)
@@ -63,7 +68,8 @@ class DictClient:
         kv = torch.cat(held, dim=3) if held else torch.empty(self.layout.kv_shape(0), dtype=self.layout.torch_dtype)
         return Fetched(tokens, kv, {"host": tokens} if tokens else {})
 
-    def store(self, ids, kv, *, start=0):
+    def store(self, ids, kv, *, start=0, hint=None):
+        self.hints.append(hint)
         assert start % self.layout.block_tokens == 0
         stacked = torch.stack([torch.stack(pair) for pair in kv])
         assert stacked.shape[3] == len(ids) - start

@@ -294,3 +294,9 @@ def test_a_disk_tier_has_slots_for_its_blocks_within_an_eighth_of_host():
     assert w.index_bytes(slots) + arena_bytes <= 2 << 20
     assert w.plan(1 << 30, 1 << 50)[0] * w.BYTES_OF_SLOT <= (1 << 30) // 8
     assert w.plan(1 << 30, 1 << 20) == w.plan(1 << 30)
+
+
+@pytest.mark.parametrize(("host_bytes", "lower_bytes"), [(64 << 20, 512 << 20), (16 << 30, 200 << 30), (1 << 30, 12 << 30)])
+def test_blocks_of_64_kib_fill_host_and_disk_and_the_index_is_not_crowded(host_bytes, lower_bytes):
+    slots, _ = w.plan(host_bytes, lower_bytes)
+    assert slots // 2 * 9 // 10 >= (host_bytes + lower_bytes) // (64 << 10)

@@ -230,7 +230,6 @@ def test_statistics_of_one_node_teach_another():
     traffic(teacher, 600, seed=3)
     before = pupil.history.table.copy()
     pupil.history.adopt(teacher.history.statistics())
-    pupil.history.learn(0.0)
     teacher.history.learn(teacher.history.last_s.max())
     assert abs(pupil.history.table - before).max() > 0
     assert np.corrcoef(pupil.history.table, teacher.history.table)[0, 1] > 0.99

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import pytest
@@ -323,8 +325,6 @@ def test_a_disk_that_refuses_once_loses_nothing(node_factory, tmp_path) -> None:
 
 
 def test_a_block_is_readable_at_every_moment_of_its_demotion(node_factory, tmp_path) -> None:
-    import threading
-
     entered, gate = threading.Event(), threading.Event()
     plan = Plan(pwritev={1: waits(entered, gate)})
     node, client = filled_disk(node_factory, tmp_path, plan, turns=29)
@@ -351,6 +351,25 @@ def test_a_full_disk_gives_up_what_is_oldest(node_factory, tmp_path) -> None:
         assert not client.match(tokens_of((0,), LARGE)).tokens
 
 
+def test_no_lock_is_held_while_the_disk_removes_a_segment(node_factory, tmp_path) -> None:
+    free = []
+
+    def removes(call, *arguments):
+        with ThreadPoolExecutor(1) as others:
+            free.append(others.submit(node.engine.lock.acquire, timeout=PATIENCE_S).result())
+            others.submit(node.engine.lock.release if free[-1] else int).result()
+        return call(*arguments)
+
+    node, client = filled_disk(node_factory, tmp_path, disk="1MiB", turns=0)
+    node.place.disk._files = Faulty(Files(), Plan(truncate={EVERY: removes}))
+    with client:
+        for turn in range(120):
+            client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))
+        node.engine.settle()
+    assert free
+    assert all(free)
+
+
 def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client:
@@ -362,6 +381,19 @@ def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> 
         assert hits(client, range(39, 40)) == 1
         for segment in lost:  # as the books say, for the check at the end
             os.truncate(segment_path(disk.folder, segment), disk._segments[segment].nbytes)
+
+
+def test_a_disk_that_hangs_holds_no_fetch_beyond_its_deadline(node_factory, tmp_path) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    _, client = filled_disk(node_factory, tmp_path)
+    with client:
+        turns = [turn for turn in range(40) if client.match(tokens_of((turn,), LARGE)).tokens_by_tier == {"disk": 64}]
+        client._source._disk._segments._files = Faulty(Files(), Plan(preadv={EVERY: waits(entered, gate)}))
+        for turn in turns[:6]:  # more than there are threads to hang
+            assert client.fetch(tokens_of((turn,), LARGE), deadline_ms=20).tokens == 0
+        assert entered.is_set()
+        gate.set()
+        assert hits(client, range(40)) == 40
 
 
 def test_a_disk_tier_that_refuses_whole_batches_is_survived(node_factory, tmp_path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiered_kv
+from tiered_kv.tiers.objectstore import MemoryStore
 
 LAYOUT = tiered_kv.KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="float32", block_tokens=4)
 NAMESPACE = tiered_kv.Namespace(weights="open")
@@ -57,3 +58,23 @@ def test_out_that_cannot_be_written_is_refused() -> None:
 def test_settings_of_another_kind_are_refused(config: object) -> None:
     with pytest.raises(tiered_kv.TieredKVError, match="a Config or a mapping"):
         tiered_kv.open(config, layout=LAYOUT, namespace=NAMESPACE)
+
+
+def test_objects_that_cannot_be_reached_at_the_first_start_name_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(store: MemoryStore) -> dict[str, int]:
+        raise store.failed("cannot be listed", "there is no such bucket")
+
+    monkeypatch.setattr(MemoryStore, "sizes", sizes)
+    config = {"host": "2MiB", "disk": f"2MiB:{tmp_path / 'disk'}", "objects": "memory://", "shm_path": str(tmp_path)}
+    with pytest.raises(tiered_kv.TieredKVError, match=r"^objects: .*no such bucket") as caught:
+        tiered_kv.open(config, layout=LAYOUT, namespace=NAMESPACE)
+    assert caught.value.context["setting"] == "objects"
+    assert not list(tmp_path.glob("tkv-*")), "nothing is left behind"
+
+
+def test_disk_folders_that_no_cap_counts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tkv-old-n0").mkdir()
+    (tmp_path / "tkv-old-n0" / "segment-1").write_bytes(bytes(3 << 20))
+    tiered_kv.open({"host": "2MiB", "disk": f"2MiB:{tmp_path}"}, layout=LAYOUT, namespace=NAMESPACE).close()
+    assert "3.0 MiB below" in caplog.text
+    assert "tkv-old-n0" in caplog.text

@@ -74,3 +74,12 @@ def test_unread_requests_are_bounded_and_losses_counted(monkeypatch):
         record.seen([bytes([number])], None, float(number))
     assert [line["timestamp"] for line in record.take(99.0)] == [2000, 3000, 4000]
     assert record.lost == 2
+
+
+def test_half_a_chain_is_left_out_and_what_came_before_is_kept():
+    record = Recorder(b"salt", 64, lambda key: [] if key == b"c" else chain_to(key), start_s=0.5)
+    record.seen([b"a", b"b"], None, 1.0)
+    record.seen([b"c"], b"b", 2.0)
+    record.check()
+    assert shapes(record.take(99.0)) == [(500, 128, 0, [0, 1])]
+    assert record.lost == 1

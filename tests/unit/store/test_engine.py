@@ -216,6 +216,43 @@ def test_stores_that_wait_for_the_same_demotion_do_not_evict_for_each_other(make
     assert [bench.tier(number) for number in (1, 2, 3, 4)] == [DISK, HOST, HOST, HOST]
 
 
+def test_blocks_are_given_up_instead_of_those_that_a_disk_does_not_take(make) -> None:
+    bench = make(DISK, slots=3)
+    bench.store(1, 2, 3)
+    bench.mover.append_allowed[DISK].clear()
+    assert bench.store(4, 5, wait_s=0.01) == [True, True], "a disk that hangs refuses no store"
+    assert [bench.tier(number) for number in (1, 2, 3)] == [HOST, None, None], "what is on its way may still arrive"
+    assert bench.engine.machine.counts["dropped_under_pressure"] == 2
+
+
+def test_a_promotion_gives_nothing_up_for_a_disk_that_is_slow(make) -> None:
+    bench = make(DISK, OBJECTS, slots=2)
+    bench.store(1)
+    bench.engine.handle([ev.Needed(HOST, 1)])
+    bench.engine.settle()
+    bench.store(2, 3)
+    bench.mover.append_allowed[DISK].clear()
+    bench.index.touched = [key_of(1)]
+    bench.engine.drain_touches()
+    bench.engine.bring([key_of(1)], PATIENCE_S)
+    bench.let_go()
+    assert bench.engine.machine.counts["dropped_under_pressure"] == 0
+
+
+def test_room_that_came_while_a_store_waited_drives_nobody_else_out(make) -> None:
+    bench = make(DISK, slots=4)
+    bench.store(1, 2, 3, 4)
+    bench.mover.append_allowed[DISK].clear()
+    thread, offsets = in_thread(bench.engine.reserve, NBYTES, [key_of(5)], None, PATIENCE_S)
+    assert bench.mover.entered.wait(PATIENCE_S)
+    bench.let_go()
+    thread.join(PATIENCE_S)
+    bench.engine.settle()
+    assert [bench.tier(number) for number in (1, 2, 3, 4)] == [DISK, HOST, HOST, HOST]
+    for offset in offsets[0]:
+        bench.mover.free(Location(HOST, 0, 0, offset, NBYTES, NBYTES))
+
+
 def test_a_block_that_never_fits_drives_nobody_out(make) -> None:
     bench = make(slots=2)
     bench.store(1, 2)

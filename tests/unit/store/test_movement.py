@@ -336,3 +336,10 @@ def test_a_hint_for_an_unknown_chain_pins_nothing() -> None:
     story = Story(HOST)
     story.tell(ev.Hinted(key_of(9), Hint(pinned_s=10, ended=True), 0.0))
     assert not story.machine.held(key_of(9))
+
+
+def test_the_blocks_of_the_chain_that_grows_go_last() -> None:
+    story = Story(HOST, DISK)
+    story.commit(1, 2, 4, 3, 6)
+    story.need(3 * HOST_BYTES, tail=key_of(4), keys=[key_of(8)])
+    assert [copy.key for copy in story.world.copies] == [key_of(6), key_of(3), key_of(4)], "though it was used longest ago"

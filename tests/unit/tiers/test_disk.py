@@ -201,7 +201,10 @@ def test_the_last_forgotten_block_takes_its_segment_along(make) -> None:
         assert tier.forget(location)
         assert not tier.forget(location)
         tier.check()
-    assert 1 not in segments_in(tier.folder)
+    assert tier.keys_in(1) == []
+    assert put(tier, [8], QUARTER)
+    assert 1 not in segments_in(tier.folder), "but for those who forget, with the next one who writes"
+    tier.check()
 
 
 def test_a_segment_whose_blocks_are_all_forgotten_goes_when_it_is_full(make) -> None:

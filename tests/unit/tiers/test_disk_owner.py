@@ -13,7 +13,7 @@ from tiered_kv.blocks import Location
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails
-from tiered_kv.tiers.folder import claim_folder
+from tiered_kv.tiers.folder import claim_folder, unused_below
 from tiered_kv.tiers.segments import Files, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
@@ -216,6 +216,21 @@ def test_folders_claimed_by_others_meanwhile_are_passed_over(tmp_path: Path) -> 
 
     assert claim_folder(tmp_path, "me", make) == "node-2"
     assert asked == ["node-0", "node-1", "node-2"]
+
+
+def test_folders_that_nobody_uses_are_told_with_their_bytes(tmp_path: Path) -> None:
+    with claim(tmp_path, "one") as one, claim(tmp_path, "two") as two:
+        for tier in (one, two):
+            put(tier, [1], KIB)
+        assert unused_below(tmp_path) == {}
+        two.close(remove=False)
+        (tmp_path / "tkv-old-n0").mkdir()
+        (tmp_path / "tkv-old-n0" / "segment").write_bytes(bytes(5000))
+        (tmp_path / "others").mkdir()
+        unused = unused_below(tmp_path)
+        assert list(unused) == ["node-1", "tkv-old-n0"]
+        assert unused["tkv-old-n0"] == 5000
+        assert unused["node-1"] > KIB
 
 
 def test_when_every_folder_is_taken_it_is_said(tmp_path: Path) -> None:

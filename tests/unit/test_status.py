@@ -1,0 +1,71 @@
+"""What `tiered-kv status` says, of nodes as they really are."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from tests.unit.service.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
+from tiered_kv.cluster.status import saved, show, summarize
+
+PATH = (1, 2, 0, 1)
+
+
+def shown(summary: dict) -> str:
+    out = StringIO()
+    show(summary, Console(file=out, width=160))
+    return out.getvalue()
+
+
+def about(*nodes) -> dict:
+    records = [{**node.info(), "address": "10.0.0.1", "silent_s": 0.1, "stats": node.stats()} for node in nodes]
+    return {"cluster_id": "abc", "config": nodes[0].config, "nodes": records}
+
+
+def test_a_status_has_the_figures_of_each_node_and_their_sums(node_factory, client_factory, tmp_path) -> None:
+    nodes = [node_factory(node_id=name, disk="8MiB", disk_path=str(tmp_path / name), policy="adaptive") for name in ("n0", "n1")]
+    for number, node in enumerate(nodes):
+        client = client_factory(node, LAYOUT, NAMESPACE)
+        client.note_prefill(6400, 6400.0 * 3600)
+        client.store(tokens_of(PATH), kv_of(PATH))
+        for _ in range(number + 1):
+            client.fetch(tokens_of(PATH))
+    nodes[0].record(True, b"salt")
+    summary = summarize(about(*nodes))
+    assert summary == json.loads(json.dumps(summary))
+    first, second = summary["nodes"]
+    assert (first["prefill_tokens_saved"], second["prefill_tokens_saved"], summary["prefill_tokens_saved"]) == (64, 128, 192)
+    assert summary["prefill_seconds_saved"] == pytest.approx(192 * 3600, rel=1e-3)
+    assert first["counts"] | {"dropped_under_pressure": 0, "not_admitted": 0} == first["counts"]
+    assert first["tiers"]["host"]["blocks"] == 4
+    assert first["tiers"]["disk"]["write_amplification"] == 1.0
+    assert first["policy"] == {"name": "adaptive", "known_blocks": 4, "adopted_age_s": None}
+    first["tiers"]["disk"] |= {"blocks": 1, "write_amplification": 1.2345}
+    text = shown(summary)
+    assert "n0: prefill saved: 64 tokens, 64 h; disk writes 1.23 bytes for each byte of blocks; is being recorded\n" in text
+    assert "n1: prefill saved: 128 tokens, 128 h\n" in text, "nothing is on its disk"
+    assert "\nprefill saved: 192 tokens, 192 h\n" in text
+
+
+def test_what_happened_is_told_in_words(node_factory) -> None:
+    record = about(node_factory())
+    record["nodes"][0]["stats"] |= {"counts": {"not_admitted": 7, "dropped_under_pressure": 3}, "policy": {"adopted_age_s": 4.2}}
+    text = shown(summarize(record))
+    assert "n0: 7 not worth a write, 3 dropped because the tier below was too slow; what the other nodes have learned came 4.2 s" in text
+    assert "prefill" not in text, "nothing was saved yet"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "words"),
+    [
+        (0, 0.0, ""),
+        (950, 0.0, "prefill saved: 950 tokens"),
+        (1_200_000, 2040.0, "prefill saved: 1.2 M tokens, 34 min"),
+        (12_345, 9.87, "prefill saved: 12 k tokens, 9.9 s"),
+        (5_000_000_000, 119.0, "prefill saved: 5.0 G tokens, 119 s"),
+        (2_000_000_000_000, 3e6, "prefill saved: 2000 G tokens, 833 h"),
+    ],
+)
+def test_savings_as_people_write_them(tokens: int, seconds: float, words: str) -> None:
+    assert saved({"prefill_tokens_saved": tokens, "prefill_seconds_saved": seconds}) == words
