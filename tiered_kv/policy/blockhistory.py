@@ -28,7 +28,7 @@ _FIELDS = {
     "parent": np.int32,
     "depth": np.int32,
     "kind": np.int16,
-    "uses": np.uint8,
+    "uses_of": np.uint8,
     "held": np.uint8,
     "sampled": np.bool_,
 }
@@ -38,8 +38,8 @@ class BlockHistory(History):
     """Known blocks by slot number, in arrays that the policies of all tiers share.
 
     `last_s`: time of the last use; `parent`: slot, -1 for none; `depth`: blocks before it; `kind`: row of `table`;
-    `uses`: 0 for a slot that is free; `held`: in how many tiers it is resident; `sampled`: whether it is learned from.
-    Of blocks in no tier the most recently used are remembered, at most `GHOSTS_PER_BLOCK` for each resident one.
+    `uses_of`: how often it was used, 0 for a slot that is free; `held`: in how many tiers it is resident; `sampled`: whether
+    it is learned from. Of blocks in no tier the most recently used are remembered, at most `GHOSTS_PER_BLOCK` for each resident one.
     """
 
     tag: np.ndarray
@@ -167,7 +167,7 @@ class BlockHistory(History):
     @property
     def nbytes(self) -> int:
         """Memory in use."""
-        return self._keys.nbytes + sum(getattr(self, _name(field)).nbytes for field in _FIELDS)
+        return self._keys.nbytes + sum(getattr(self, field).nbytes for field in _FIELDS)
 
     @property
     def blocks(self) -> int:
@@ -284,11 +284,7 @@ class BlockHistory(History):
         for field, dtype in _FIELDS.items():
             fresh = np.zeros(capacity, dtype)
             if self.capacity:
-                fresh[: self.capacity] = getattr(self, _name(field))
-            setattr(self, _name(field), fresh)
+                fresh[: self.capacity] = getattr(self, field)
+            setattr(self, field, fresh)
         self._free = [*range(capacity - 1, self.capacity - 1, -1), *self._free]
         self.capacity = capacity
-
-
-def _name(field: str) -> str:
-    return "uses_of" if field == "uses" else field

@@ -79,7 +79,10 @@ def sizing(by_policy: dict[str, dict[float, float]]) -> str:
     if "lru" not in by_policy or not others:
         return ""
     best = "adaptive" if "adaptive" in others else max(others, key=others.__getitem__)
-    needed = [f"{memory_ratio(by_policy['lru'], capacity, ratio)} at {percent(capacity)}" for capacity, ratio in by_policy[best].items()]
+    hits = {capacity: ratio for capacity, ratio in by_policy[best].items() if ratio > 0}
+    if not hits:
+        return ""
+    needed = [f"{memory_ratio(by_policy['lru'], capacity, ratio)} at {percent(capacity)}" for capacity, ratio in hits.items()]
     needed[0] = needed[0].replace("×", f"× the memory for the same hits as {best}")
     return f"LRU needs {', '.join(needed)}"
 

@@ -166,6 +166,7 @@ def test_sizing_compares_with_adaptive_or_else_the_best():
     curves["adaptive"] = {0.1: 0.2, 0.4: 0.2}
     assert sizing(curves).startswith("LRU needs 1.0 × the memory for the same hits as adaptive at 10 %")
     assert sizing({"lru": {0.1: 0.2}, "belady": {0.1: 0.3}}) == ""
+    assert sizing({"lru": {0.1: 0.0}, "adaptive": {0.1: 0.0}}) == "", "nothing hits, so nothing can be said"
 
 
 def test_kinds_of_refusal_are_bad_usage():
