@@ -7,11 +7,31 @@ Must never know: tiers, policy, where a frame lies or who asked for it.
 from collections.abc import Mapping
 from typing import Any
 
-from tiered_kv.codecs.base import Codec
+from tiered_kv.codecs.base import Codec, Encoded
+from tiered_kv.codecs.fp8 import Fp8Codec
+from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
+from tiered_kv.codecs.lossless import LosslessCodec
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
 
-CODECS: tuple[type[Codec], ...] = (RawCodec,)
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Encoded",
+    "Fp8Codec",
+    "Int4Codec",
+    "Int6Codec",
+    "Int8Codec",
+    "LosslessCodec",
+    "RawCodec",
+    "codec_by_id",
+    "codec_by_name",
+    "codec_for",
+    "codec_from_spec",
+]
+
+CODECS: tuple[type[Codec], ...] = (RawCodec, LosslessCodec, Int8Codec, Int6Codec, Int4Codec, Fp8Codec)
 """Every codec of this version. Ids and names are for ever: they are in shared indexes and in frames."""
 
 _BY_ID: dict[int, type[Codec]] = {codec.id: codec for codec in CODECS}
@@ -30,6 +50,14 @@ def codec_by_id(codec_id: int) -> Codec:
 def codec_by_name(name: str, **parameters: Any) -> Codec:
     """The codec called `name`, with default parameters unless given; raises (kind `config`) naming what is unknown."""
     return _known(name)(**parameters)
+
+
+def codec_for(name: str, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Codec:
+    """The codec called `name` for blocks of a layout, None if nothing is known of it; `.at(start)` then says which block.
+
+    `rope` is as in `rotation`: the model's inverse frequencies, b"" if it has no RoPE, None if unknown. Raises (kind `config`).
+    """
+    return _known(name).for_layout(layout, rope=rope, rope_halves=rope_halves, **parameters)
 
 
 def codec_from_spec(spec: Mapping[str, Any]) -> Codec:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union
 import numpy as np
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     import torch
@@ -28,21 +29,37 @@ def byte_view(buffer: Buffer) -> memoryview:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What became of a block: a payload, and the codec that reads it, which is another one if the first gave way.
+
+    `error` is the relative mean squared error that the block carries by now, with that of its former codecs;
+    `fell_back` says in a word why the codec gave way ("opaque", "error", "no gain"), and is empty if it did not.
+    """
+
+    codec: "Codec"
+    payload: memoryview
+    error: float = 0.0
+    fell_back: str = ""
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """One way to keep a block. Two codecs are equal when they have the same parameters.
 
     `id` (u8) stands in the shared index and `name` in frames; both are for ever, as is the meaning of the parameters.
-    A parameter is a field of the dataclass that msgpack can carry; `__post_init__` refuses values that cannot be.
+    A parameter is a field of the dataclass that msgpack can carry, and is not called `error` or `codec`;
+    `__post_init__` refuses values that cannot be. `is_lossy`: whether what comes back may differ.
     """
 
     id: ClassVar[int]
     name: ClassVar[str]
+    is_lossy: ClassVar[bool] = False
 
     @abstractmethod
-    def encode(self, raw: "torch.Tensor") -> memoryview:
-        """The payload of `raw`, a 1-D contiguous uint8 tensor on any device; may share its memory, never changes it.
+    def encode(self, raw: "torch.Tensor", carried_error: float = 0.0) -> Encoded:
+        """`raw`, a 1-D contiguous uint8 tensor on any device, as a payload; may share its memory, never changes it.
 
-        Raises (kind `layout`) for a tensor of another kind.
+        `carried_error` is that of the block as it is given. Raises (kind `layout`) for a tensor of another kind.
         """
 
     @abstractmethod
@@ -52,9 +69,27 @@ class Codec(ABC):
         Raises (kind `corrupt`) when the payload does not give that many bytes; `out` is then undefined.
         """
 
+    def decode_kv(self, payload: memoryview, kv: "torch.Tensor") -> None:
+        """Fill `kv` (L, 2, H, T, D), which may be a strided part of a larger tensor; else as `decode`."""
+        import torch
+
+        flat = kv if kv.is_contiguous() else torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+        self.decode(payload, flat.view(-1).view(torch.uint8))
+        if flat is not kv:
+            kv.copy_(flat)
+
     @abstractmethod
     def max_payload_bytes(self, raw_bytes: int) -> int:
-        """The largest payload that `encode` can make of `raw_bytes` bytes."""
+        """The largest payload that `encode` can make of `raw_bytes` bytes, if the codec does not give way to another."""
+
+    @classmethod
+    def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
+        """The codec for blocks of a layout (None: bytes of which nothing is known), with what it needs of the model's RoPE."""
+        return cls(**parameters)
+
+    def at(self, start: int) -> Self:
+        """The codec for the block whose first token has the position `start` in its sequence."""
+        return self
 
     def spec(self) -> dict[str, Any]:
         """Name and parameters, as frames carry them; `codec_from_spec` is the inverse."""

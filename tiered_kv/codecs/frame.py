@@ -3,13 +3,14 @@
 `header || payload || checksum`. The header is little-endian:
 
     magic "TKVF" | version u16 | header bytes u16 | key 32 | namespace 32 | payload bytes u64 | raw bytes u64 |
-    spec bytes u16 | spec (msgpack: codec and its parameters) | zeros up to a multiple of 64
+    spec bytes u16 | spec (msgpack: codec, its parameters, `error` if there is any) | zeros up to a multiple of 64
 
 so that the payload begins at a multiple of 64 bytes. The checksum is xxh3-128 (16 bytes, canonical order) over
 key || header || payload: it finds damage, and a valid block under another key. It does not find a forger; frames stay
 inside one trust domain. A reader understands every version up to its own.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import msgpack
 import xxhash
 
 from tiered_kv.codecs import codec_from_spec
-from tiered_kv.codecs.base import Buffer, Codec, byte_view
+from tiered_kv.codecs.base import Buffer, Codec, Encoded, byte_view
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES
 
@@ -54,7 +55,10 @@ class _Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """A verified frame. `payload` is a view into the buffer that was opened and keeps it alive."""
+    """A verified frame. `payload` is a view into the buffer that was opened and keeps it alive.
+
+    `error`: the relative mean squared error that lossy codecs have left in the block by now (see `Encoded`).
+    """
 
     version: int
     key: bytes
@@ -62,6 +66,7 @@ class Frame:
     codec: Codec
     raw_bytes: int
     payload: memoryview
+    error: float = 0.0
 
     def decode(self, out: "torch.Tensor") -> None:
         """Fill `out`, a 1-D contiguous uint8 tensor of `raw_bytes` bytes on any device; raises (kind `corrupt`) if it cannot."""
@@ -69,34 +74,43 @@ class Frame:
             raise TieredKVError(Kind.CORRUPT, f"the frame is a block of {self.raw_bytes} bytes, {out.numel()} were expected")
         self.codec.decode(self.payload, out)
 
+    def decode_kv(self, kv: "torch.Tensor") -> None:
+        """Fill `kv` (L, 2, H, T, D), which may be a strided part of a larger tensor; else as `decode`."""
+        if kv.nbytes != self.raw_bytes:
+            raise TieredKVError(Kind.CORRUPT, f"the frame is a block of {self.raw_bytes} bytes, {kv.nbytes} were expected")
+        self.codec.decode_kv(self.payload, kv)
+
 
 @lru_cache(maxsize=256)
-def _spec_bytes(codec: Codec) -> bytes:
-    return msgpack.packb(codec.spec())
+def _spec_bytes(codec: Codec, error: float = 0.0) -> bytes:
+    return msgpack.packb(codec.spec() | ({"error": error} if error else {}))
 
 
-def _header_bytes(codec: Codec) -> int:
-    size = _FIXED.size + len(_spec_bytes(codec))
+def _header_bytes(codec: Codec, error: float) -> int:
+    size = _FIXED.size + len(_spec_bytes(codec, error))
     return -(-size // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def frame_bytes(codec: Codec, payload_bytes: int) -> int:
+def frame_bytes(codec: Codec, payload_bytes: int, error: float = 0.0) -> int:
     """Exact size of the frame of a payload, in bytes: header, payload and checksum."""
-    return _header_bytes(codec) + payload_bytes + CHECKSUM_BYTES
+    return _header_bytes(codec, error) + payload_bytes + CHECKSUM_BYTES
 
 
-def encode_header(key: bytes, namespace: bytes, codec: Codec, raw_bytes: int, payload_bytes: int) -> bytes:
+def encode_header(key: bytes, namespace: bytes, codec: Codec, raw_bytes: int, payload_bytes: int, error: float = 0.0) -> bytes:
     """The header of a frame whose payload follows; with `checksum` the whole frame is made without copying the payload.
 
-    `key` and `namespace` (the root of the key's chain) are 32 bytes. Raises (kind `layout`) for a block above the limit.
+    `key` and `namespace` (the root of the key's chain) are 32 bytes; `error` is what the block carries. Raises (kind `layout`)
+    for a block above the limit.
     """
     if len(key) != KEY_BYTES or len(namespace) != KEY_BYTES:
         raise ValueError(f"key and namespace are {KEY_BYTES} bytes, not {len(key)} and {len(namespace)}")
     if not 0 <= payload_bytes <= codec.max_payload_bytes(raw_bytes):
         raise ValueError(f"{codec.name} makes at most {codec.max_payload_bytes(raw_bytes)} of {raw_bytes} bytes, not {payload_bytes}")
-    if max(raw_bytes, frame_bytes(codec, payload_bytes)) > MAX_FRAME_BYTES:
+    if not 0 <= error < math.inf:
+        raise ValueError(f"the error of a block is a number of at least 0, not {error}")
+    if max(raw_bytes, frame_bytes(codec, payload_bytes, error)) > MAX_FRAME_BYTES:
         raise TieredKVError(Kind.LAYOUT, f"a block of {raw_bytes} bytes is above the limit of a frame, {MAX_FRAME_BYTES}")
-    spec, header_bytes = _spec_bytes(codec), _header_bytes(codec)
+    spec, header_bytes = _spec_bytes(codec, error), _header_bytes(codec, error)
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"the spec of {codec.name} has {len(spec)} bytes, too many for a header")
     fixed = _FIXED.pack(MAGIC, VERSION, header_bytes, key, namespace, payload_bytes, raw_bytes, len(spec))
@@ -112,11 +126,17 @@ def checksum(header: bytes, payload_buffers: Iterable[Buffer]) -> bytes:
     return hasher.digest()
 
 
-def encode_frame(key: bytes, namespace: bytes, codec: Codec, raw: "torch.Tensor") -> tuple[bytes, memoryview, bytes]:
+def encode_frame(
+    key: bytes, namespace: bytes, codec: Codec, raw: "torch.Tensor", carried_error: float = 0.0
+) -> tuple[bytes, memoryview, bytes]:
     """A block as a frame in three buffers to be written one after the other: header, payload (maybe a view of `raw`), checksum."""
-    payload = codec.encode(raw)
-    header = encode_header(key, namespace, codec, raw.numel(), payload.nbytes)
-    return header, payload, checksum(header, [payload])
+    return frame_encoded(key, namespace, codec.encode(raw, carried_error), raw.numel())
+
+
+def frame_encoded(key: bytes, namespace: bytes, encoded: Encoded, raw_bytes: int) -> tuple[bytes, memoryview, bytes]:
+    """As `encode_frame`, of what a codec has made of a block of `raw_bytes` bytes."""
+    header = encode_header(key, namespace, encoded.codec, raw_bytes, encoded.payload.nbytes, encoded.error)
+    return header, encoded.payload, checksum(header, [encoded.payload])
 
 
 def open_frame(buffer: Buffer, key: bytes, namespace: bytes | None = None) -> Frame:
@@ -149,8 +169,8 @@ def _verified(fixed: "_Fixed", header: memoryview, payload: memoryview, tail: me
     whole_header = bytes(header)
     if checksum(whole_header, [payload]) != tail:
         raise _corrupt(f"frame of key {key.hex()}: the checksum does not match")
-    codec = _codec(whole_header, fixed)
-    return Frame(fixed.version, fixed.key, fixed.namespace, codec, fixed.raw_bytes, payload)
+    codec, error = _codec(whole_header, fixed)
+    return Frame(fixed.version, fixed.key, fixed.namespace, codec, fixed.raw_bytes, payload, error)
 
 
 def _fixed(view: memoryview, frame_bytes: int) -> _Fixed:
@@ -172,18 +192,22 @@ def _fixed(view: memoryview, frame_bytes: int) -> _Fixed:
     return fixed
 
 
-def _codec(header: bytes, fixed: _Fixed) -> Codec:
-    """The codec that a verified header names."""
+def _codec(header: bytes, fixed: _Fixed) -> tuple[Codec, float]:
+    """The codec that a verified header names, and the error that the block carries."""
     end = _FIXED.size + fixed.spec_bytes
     if any(header[end:]):
         raise _corrupt("frame with bytes behind its spec")
     try:
-        codec = codec_from_spec(msgpack.unpackb(header[_FIXED.size : end]))
+        spec = msgpack.unpackb(header[_FIXED.size : end])
+        error = spec.pop("error", 0.0) if isinstance(spec, dict) else 0.0
+        codec = codec_from_spec(spec)
     except (ValueError, TypeError, TieredKVError) as error:
         raise _corrupt(f"frame whose spec cannot be used: {error}") from error
+    if not isinstance(error, float) or not 0 <= error < math.inf:
+        raise _corrupt(f"frame of a block with the error {error!r}")
     if fixed.payload_bytes > codec.max_payload_bytes(fixed.raw_bytes):
         raise _corrupt(f"frame with a payload of {fixed.payload_bytes} bytes for a block of {fixed.raw_bytes}")
-    return codec
+    return codec, error
 
 
 def _corrupt(message: str, **context: Any) -> TieredKVError:

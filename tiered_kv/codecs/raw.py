@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from tiered_kv.codecs.base import Codec, byte_view, check_raw
+from tiered_kv.codecs.base import Codec, Encoded, byte_view, check_raw
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
@@ -19,26 +19,26 @@ class RawCodec(Codec):
     id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
 
-    def encode(self, raw: "torch.Tensor") -> memoryview:
+    def encode(self, raw: "torch.Tensor", carried_error: float = 0.0) -> Encoded:
         check_raw(raw)
-        return byte_view(raw.detach().cpu())
+        return Encoded(self, byte_view(raw.detach().cpu()), carried_error)
 
     def decode(self, payload: memoryview, out: "torch.Tensor") -> None:
         check_raw(out, "out")
         source = np.frombuffer(payload, np.uint8)
         if source.nbytes != out.numel():
             raise TieredKVError(Kind.CORRUPT, f"raw payload of {source.nbytes} bytes for a block of {out.numel()}", codec=self.name)
-        if out.device.type == "cpu":
-            np.copyto(out.numpy(), source)
-        else:
-            _copy_to_device(source, out)
+        fill(out, source)
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
         return raw_bytes
 
 
-def _copy_to_device(source: np.ndarray, out: "torch.Tensor") -> None:
+def fill(out: "torch.Tensor", source: np.ndarray) -> None:
+    """Copy bytes, maybe read-only ones, into a uint8 tensor of as many on any device."""
     import torch
 
-    # torch has no read-only tensors and warns of sharing such memory.
-    out.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))
+    if out.device.type == "cpu":
+        np.copyto(out.numpy(), source)
+    else:  # torch has no read-only tensors and warns of sharing such memory
+        out.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))

@@ -1,0 +1,54 @@
+"""Makes a frame of version 1 for each codec that has none here yet: `python generate.py` writes it beside itself.
+
+What is here is never made again: these are the bytes that every later version must read. A .json file says what a frame
+holds: `raw` is what decodes from it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tiered_kv.codecs import CODECS, codec_for
+from tiered_kv.codecs.frame import frame_encoded, open_pieces
+from tiered_kv.codecs.rotation import rope_of_theta
+from tiered_kv.layout import KVLayout
+
+HERE = Path(__file__).parent
+KEY, NAMESPACE = bytes(range(32)), bytes(range(100, 132))
+LAYOUT = KVLayout(2, 1, 8, "bfloat16", 20)
+START = 1
+
+
+def block() -> torch.Tensor:
+    """KV of the layout, K with sizes of its own for each channel."""
+    kv = torch.randn(LAYOUT.block_shape, generator=torch.Generator().manual_seed(1))
+    kv[:, 0] *= torch.arange(1, 9) / 4
+    return kv.to(torch.bfloat16).view(-1).view(torch.uint8)
+
+
+def write(name: str) -> None:
+    """The frame of the block by the codec of that name, and its facts."""
+    encoded = codec_for(name, LAYOUT, rope=rope_of_theta(10_000, 8)).at(START).encode(block())
+    assert not encoded.fell_back, name
+    pieces = frame_encoded(KEY, NAMESPACE, encoded, LAYOUT.block_bytes)
+    frame = open_pieces(pieces, KEY)
+    out = torch.zeros(frame.raw_bytes, dtype=torch.uint8)
+    frame.decode(out)
+    facts = {
+        "version": frame.version,
+        "key": KEY.hex(),
+        "namespace": NAMESPACE.hex(),
+        "spec": {key: value.hex() if isinstance(value, bytes) else value for key, value in frame.codec.spec().items()},
+        "raw_bytes": frame.raw_bytes,
+        "error": frame.error,
+        "raw": out.numpy().tobytes().hex(),
+    }
+    (HERE / f"v1-{name}.frame").write_bytes(b"".join(pieces))
+    (HERE / f"v1-{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    for codec in CODECS:
+        if not (HERE / f"v1-{codec.name}.frame").exists():
+            write(codec.name)

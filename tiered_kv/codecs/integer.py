@@ -1,0 +1,62 @@
+"""Integer codecs: each number as one of 2 ** bits steps between the least and the greatest of its group (see `grouped`).
+
+A group's scales are its least number and its step.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tiered_kv.codecs.grouped import GroupedCodec, towards_bf16
+
+
+@dataclass(frozen=True)
+class IntegerCodec(GroupedCodec):
+    """A finite number x of a group that spans [a, b] comes back as x ± (b - a) / (2 (2 ** bits - 1)), up to the rounding of the
+    scales to bf16 (the span may be 1/64 of |a| + |b| wider) and of the dtype; in the rotated space where there is a rotation,
+    which keeps the mean squared error. For the whole block the bound of `GroupedCodec` holds.
+    """
+
+    scales_of_group: ClassVar[int] = 2
+
+    def _coded(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = 2**self.bits - 1
+        least = towards_bf16(x.amin(axis, keepdim=True), up=False)
+        step = towards_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
+        codes = torch.where(step > 0, (x - least) / step, 0).round_().clamp_(0, levels).nan_to_num_(0)
+        return torch.stack([least, step]), codes.to(torch.uint8)
+
+    def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        least, step = scales
+        out.copy_(codes).mul_(step).add_(least)
+
+
+@dataclass(frozen=True)
+class Int8Codec(IntegerCodec):
+    """8 bits: 1.87 times less than bf16. `near_exact`: on the demo's model a sixtieth of the noise of bf16 arithmetic."""
+
+    id: ClassVar[int] = 2
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+    max_error_default: ClassVar[float] = 4e-4
+
+
+@dataclass(frozen=True)
+class Int6Codec(IntegerCodec):
+    """6 bits: 2.4 times less than bf16."""
+
+    id: ClassVar[int] = 3
+    name: ClassVar[str] = "int6"
+    bits: ClassVar[int] = 6
+    max_error_default: ClassVar[float] = 2.5e-3
+
+
+@dataclass(frozen=True)
+class Int4Codec(IntegerCodec):
+    """4 bits: 3.5 times less than bf16. `balanced`, without calibration."""
+
+    id: ClassVar[int] = 4
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+    max_error_default: ClassVar[float] = 4e-2

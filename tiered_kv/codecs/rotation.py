@@ -1,0 +1,86 @@
+"""Rotations of keys and values: RoPE, which the model has turned K by, and one that spreads a token's values evenly.
+
+K is turned back by RoPE before it is quantized: unturned, a channel has nearly the same size at every token. V and K of which
+no rotation is known are multiplied by a fixed orthogonal matrix, so that no single channel decides a token's range.
+All is in float32.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tiered_kv.errors import Kind, TieredKVError
+
+
+def rope_of_theta(theta: float, rotary_dim: int) -> bytes:
+    """The `rope` parameter of a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
+    return rope_of(1.0 / theta ** (np.arange(0, rotary_dim, 2) / rotary_dim))
+
+
+def rope_of(inverse_frequencies: np.ndarray) -> bytes:
+    """The `rope` parameter of given inverse frequencies, radians a token, one for each pair of channels: float32, little-endian."""
+    return np.asarray(inverse_frequencies, "<f4").tobytes()
+
+
+def check_rope(rope: bytes | None, head_dim: int) -> None:
+    """Raise (kind `config`) unless `rope` is None or finite frequencies for at most `head_dim` channels."""
+    if rope is None:
+        return
+    if not isinstance(rope, bytes) or len(rope) % 4 or len(rope) // 2 > head_dim:
+        raise TieredKVError(Kind.CONFIG, f"rope must be None or 4 bytes for each pair of at most {head_dim} channels", setting="rope")
+    if not np.isfinite(np.frombuffer(rope, "<f4")).all():
+        raise TieredKVError(Kind.CONFIG, "rope has a frequency that is not finite", setting="rope")
+
+
+class Turning(NamedTuple):
+    """RoPE at some positions: each channel is multiplied by `cos` (T, D), and the other one of its pair, times `sin` (T, pairs), is
+    added to the second and taken from the first. Channels without a partner have the cosine 1. Tensors are not to be written.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    first: slice
+    second: slice
+
+    def turn(self, x: torch.Tensor, out: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """Write `x` (…, T, D), turned or turned back, to `out`, another tensor, and return that. Both are float32."""
+        torch.mul(x, self.cos, out=out)
+        out[..., self.first].addcmul_(x[..., self.second], self.sin, value=1 if back else -1)
+        out[..., self.second].addcmul_(x[..., self.first], self.sin, value=-1 if back else 1)
+        return out
+
+    def to(self, device: torch.device) -> "Turning":
+        """The same on another device."""
+        return self if device == self.cos.device else self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
+
+
+@lru_cache(maxsize=512)
+def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -> Turning:
+    """RoPE for the positions from `start` on. `halves`: channel i goes with i + pairs, as in Llama; else 2i with 2i + 1, as in GPT-J."""
+    frequencies = torch.from_numpy(np.frombuffer(rope, "<f4").astype(np.float32))
+    angles = torch.arange(start, start + tokens, dtype=torch.float32)[:, None] * frequencies
+    pairs = len(frequencies)
+    first, second = (slice(pairs), slice(pairs, 2 * pairs)) if halves else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+    cos = torch.ones(tokens, head_dim)
+    cos[:, first] = cos[:, second] = angles.cos()
+    return Turning(cos, angles.sin(), first, second)
+
+
+@lru_cache(maxsize=16)
+def spreading_matrix(dim: int) -> torch.Tensor:
+    """An orthogonal matrix (dim, dim) whose entries are all small: Hadamard's if `dim` is a power of two, else the cosine transform's.
+
+    Not to be written. Multiplying by its transpose undoes it.
+    """
+    if dim & (dim - 1):
+        angles = torch.arange(dim, dtype=torch.float64)[:, None] * (torch.arange(dim, dtype=torch.float64) + 0.5) * (math.pi / dim)
+        matrix = angles.cos() * math.sqrt(2 / dim)
+        matrix[0] = 1 / math.sqrt(dim)
+        return matrix.float()
+    matrix = torch.ones(1, 1)
+    while len(matrix) < dim:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(dim)
