@@ -21,7 +21,7 @@ class NodeActor:
         labels = {"ray_node_id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
             self._node = Node(config, cluster_id, node_id, RayLink(cluster, node_id), labels=labels)
-            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session)
+            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
         except TieredKVError as error:
             # An actor whose constructor raises is restarted for ever, and its error is lost; `info` tells it instead.
             self._refusal = error

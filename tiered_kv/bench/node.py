@@ -11,7 +11,7 @@ from tiered_kv.service.node import Node
 def main() -> None:
     """`python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID`."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
-    server = SessionServer(f"{node.directory}/sock", node.open_session)
+    server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
     try:
         print(json.dumps(node.info()), flush=True)
         sys.stdin.read()

@@ -58,10 +58,11 @@ def _exactly(connection: socket.socket, length: int) -> bytes | bytearray | None
 
 
 class SessionServer:
-    """Serves sessions on the socket at `path`, one thread a worker, until `close`."""
+    """Serves sessions on the socket at `path`, one thread a worker, until `close`; calls `afterwards` behind each answer."""
 
-    def __init__(self, path: str, open_session: Callable[[], Session]) -> None:
+    def __init__(self, path: str, open_session: Callable[[], Session], afterwards: Callable[[], None] = lambda: None) -> None:
         self._open_session = open_session
+        self._afterwards = afterwards
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
@@ -104,6 +105,7 @@ class SessionServer:
             with closing(self._open_session()) as session:
                 while (message := _receive(connection)) is not None:
                     _send(connection, self._answer(session, message))
+                    self._afterwards()
         except (OSError, TieredKVError, ValueError) as error:
             log.info("a worker's session ended: %s", error)
         finally:

@@ -259,6 +259,12 @@ class Node:
             if not self._reporter:
                 self.engine.journal.clear()
 
+    def catch_up(self) -> None:
+        """Let the policy hear of what was committed, while no worker waits for an answer."""
+        if self.engine.machine.behind:
+            with self.engine.lock:
+                self.engine.machine.catch_up()
+
     def check(self) -> None:
         """Assert that machine, index, tiers and reservations agree. Settle the engine before: promotions under way are not known here."""
         with self.engine.lock:

@@ -194,10 +194,11 @@ class Engine:
         return []
 
     def drain_touches(self) -> None:
-        """Tell the machine which blocks the workers have used since the last time."""
+        """Tell the machine which blocks the workers have used since the last time; history and policies know all then."""
         with self.lock:
             if not self._closed and (touched := self._index.harvest()):
                 self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
+            self.machine.catch_up()
 
     def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
         """Have blocks that a worker cannot read where they are in host memory; waits for them at most `wait_s`."""

@@ -33,6 +33,7 @@ class StoreMachine:
         self._policies = dict(policies)
         self._history = history
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
+        self._untold: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []  # runs, their parents, bytes a block, times
         self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
         self._handlers = {
             ev.Committed: self._committed,
@@ -54,6 +55,8 @@ class StoreMachine:
 
     def handle(self, event: ev.Event) -> list[ev.Instruction]:
         """What is to be done about `event`, in this order."""
+        if self._untold and type(event) is not ev.Committed:
+            self.catch_up()
         return self._handlers[type(event)](event)
 
     def has(self, key: BlockKey, tier: Tier) -> bool:
@@ -100,8 +103,22 @@ class StoreMachine:
     def _add_run(self, run: list[BlockKey], parent: BlockKey | None, event: ev.Committed) -> None:
         if run:
             self.counts["committed"] += len(run)
-            self._history.seen(run, parent, event.now_s)
-            self._policies[Tier.HOST].add(run, parent, event.locations[0].stored_bytes)
+            self._untold.append((run, parent, event.locations[0].stored_bytes, event.now_s))
+
+    @property
+    def behind(self) -> bool:
+        """Whether `catch_up` has something to do."""
+        return bool(self._untold)
+
+    def catch_up(self) -> None:
+        """Tell history and policy of what was committed since: before any other event, at the latest.
+
+        Not at once, so that a store need not wait for it: a worker wants to know that its blocks are visible.
+        """
+        untold, self._untold = self._untold, []
+        for run, parent, nbytes, now_s in untold:
+            self._history.seen(run, parent, now_s)
+            self._policies[Tier.HOST].add(run, parent, nbytes)
             for key in run:
                 if len(self.blocks[key].copies) > 1:
                     self._weigh(key, self.blocks[key])
@@ -342,6 +359,7 @@ class StoreMachine:
 
     def check(self) -> None:
         """Recompute everything that is kept in two places, and compare."""
+        self.catch_up()
         for tier in Tier:
             copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
             assert not copies or tier in self.tiers

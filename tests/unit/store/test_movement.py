@@ -343,3 +343,14 @@ def test_the_blocks_of_the_chain_that_grows_go_last() -> None:
     story.commit(1, 2, 4, 3, 6)
     story.need(3 * HOST_BYTES, tail=key_of(4), keys=[key_of(8)])
     assert [copy.key for copy in story.world.copies] == [key_of(6), key_of(3), key_of(4)], "though it was used longest ago"
+
+
+def test_a_commit_need_not_wait_for_the_policy_but_whatever_follows_does() -> None:
+    story, said = watched_story(HOST)
+    story.machine.handle(committed(story, 1, 2))
+    assert story.machine.behind
+    assert said == [], "the blocks are visible, and nobody waited for more"
+    assert story.tiers(2) == {HOST}
+    story.machine.handle(ev.Used([key_of(1)], 1.0))
+    assert [each[0] for each in said] == ["seen", "add", "seen", "use"]
+    assert not story.machine.behind
