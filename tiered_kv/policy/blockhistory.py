@@ -154,8 +154,7 @@ class BlockHistory(History):
 
     def statistics(self) -> bytes:
         """What this node has counted, for `merge_statistics`: at most a few tens of KB."""
-        open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
-        return self.model.statistics(self.kind[open_], self._now_s - self.last_s[open_])
+        return self.model.statistics(*self._open_intervals(self._now_s))
 
     def adopt(self, others: bytes) -> None:
         """Learn from what other nodes have counted as well; replaces what was adopted before."""
@@ -184,8 +183,12 @@ class BlockHistory(History):
         assert (self.uses_of[parents[parents >= 0]] > 0).all()
 
     def _make_table(self, now_s: float) -> None:
+        self.table = self.model.table(*self._open_intervals(now_s))
+
+    def _open_intervals(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds and ages of the blocks that are learned from, of which nobody knows yet when they are used again."""
         open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
-        self.table = self.model.table(self.kind[open_], now_s - self.last_s[open_])
+        return self.kind[open_], now_s - self.last_s[open_]
 
     def _known(self, keys: Sequence[Key], behind: int) -> np.ndarray:
         """Slots of the run, new ones for new blocks, linked to each other."""

@@ -6,24 +6,23 @@ Cherkasova: Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Ca
 from collections.abc import Sequence
 from itertools import count
 
-from tiered_kv.policy.base import Key, RankedPolicy
-from tiered_kv.policy.leaves import Leaves
+from tiered_kv.policy.base import Key
+from tiered_kv.policy.leaves import OneQueuePolicy
 
 
-class GDSFPolicy(RankedPolicy):
+class GDSFPolicy(OneQueuePolicy):
     """Gives up the leaf of the lowest priority. The cost of a block is one, times the factor it was weighed with.
 
     The level makes newcomers comparable with what was hot long ago. O(1) a use, O(log n) a victim.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._tick = count()
         self._level = 0.0
         self._uses: dict[Key, int] = {}
         self._factor: dict[Key, float] = {}
         self._priority: dict[Key, tuple[float, int]] = {}
-        self._leaves = Leaves(self._priority, self._is_free)
+        super().__init__(self._priority)
 
     def weigh(self, key: Key, factor: float) -> None:
         change = self._uses[key] * (factor - self._factor.get(key, 1.0)) / self._bytes[key]
@@ -48,12 +47,3 @@ class GDSFPolicy(RankedPolicy):
             self._level = max(self._level, priority)
         del self._uses[key]
         self._factor.pop(key, None)
-
-    def _offer(self, key: Key) -> None:
-        self._leaves.push(key)
-
-    def _next(self) -> Key | None:
-        return self._leaves.pop()
-
-    def _offered(self) -> set[Key]:
-        return set(self._leaves.queued)

@@ -1,10 +1,10 @@
-"""Queues of blocks that may be given up, lowest rank first."""
+"""Queues of blocks that may be given up, lowest rank first, and the policies that have one of them."""
 
 import heapq
 from collections.abc import Callable
 from typing import Any
 
-from tiered_kv.policy.base import Key
+from tiered_kv.policy.base import Key, RankedPolicy
 
 
 class Leaves:
@@ -52,3 +52,20 @@ class Leaves:
 
     def __bool__(self) -> bool:
         return bool(self.queued)
+
+
+class OneQueuePolicy(RankedPolicy):
+    """A policy that gives up the leaf of the lowest rank. A concrete one keeps `rank`, with an entry for each block."""
+
+    def __init__(self, rank: dict[Key, Any]) -> None:
+        super().__init__()
+        self._leaves = Leaves(rank, self._is_free)
+
+    def _offer(self, key: Key) -> None:
+        self._leaves.push(key)
+
+    def _next(self) -> Key | None:
+        return self._leaves.pop()
+
+    def _offered(self) -> set[Key]:
+        return set(self._leaves.queued)

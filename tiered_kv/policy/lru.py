@@ -7,18 +7,17 @@ Efficient Execution of Structured Language Model Programs, 2024).
 from collections.abc import Sequence
 from itertools import count
 
-from tiered_kv.policy.base import Key, RankedPolicy
-from tiered_kv.policy.leaves import Leaves
+from tiered_kv.policy.base import Key
+from tiered_kv.policy.leaves import OneQueuePolicy
 
 
-class LRUPolicy(RankedPolicy):
+class LRUPolicy(OneQueuePolicy):
     """Gives up the leaf whose last use is longest ago. O(1) a use, O(log n) a victim."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._tick = count()
         self._used: dict[Key, int] = {}
-        self._leaves = Leaves(self._used, self._is_free)
+        super().__init__(self._used)
 
     def _touched(self, keys: Sequence[Key]) -> None:
         self._used.update(zip(reversed(keys), self._tick))
@@ -28,12 +27,3 @@ class LRUPolicy(RankedPolicy):
 
     def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
         del self._used[key]
-
-    def _offer(self, key: Key) -> None:
-        self._leaves.push(key)
-
-    def _next(self) -> Key | None:
-        return self._leaves.pop()
-
-    def _offered(self) -> set[Key]:
-        return set(self._leaves.queued)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tiered_kv import policy as policies
 from tiered_kv.policy import EvictionPolicy, History, create_policy
@@ -123,29 +124,45 @@ def replay_with(
 def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Progress | None = None) -> Result:
     """Send every request of `trace` through `cache` and count."""
     begun_s = time.perf_counter()
-    hit_blocks, hit_weight, weight = 0, 0.0, 0.0
-    for at, request in enumerate(trace, 1):
-        hit = cache.request(request.keys, request.time_s, request.output_tokens)
-        hit_blocks += hit
-        hit_weight += prefill_weight(hit * trace.block_tokens)
-        weight += prefill_weight(request.input_tokens)
-        if progress is not None and (at % PROGRESS_REQUESTS == 0 or at == len(trace)):
-            progress((at - 1) % PROGRESS_REQUESTS + 1)
-    input_tokens = int(trace.input_tokens.sum())
+    hits = send(trace, cache.request, progress)
     return Result(
         trace=trace.name,
         policy=name,
         capacity=capacity,
         capacity_blocks=cache.capacity_blocks,
-        input_tokens=input_tokens,
-        hit_tokens=hit_blocks * trace.block_tokens,
-        token_hit_ratio=hit_blocks * trace.block_tokens / max(input_tokens, 1),
-        flops_saved_ratio=hit_weight / max(weight, 1.0),
+        input_tokens=hits.input_tokens,
+        hit_tokens=hits.hit_tokens,
+        token_hit_ratio=hits.token_ratio,
+        flops_saved_ratio=hits.flops_ratio,
         asked_blocks=len(trace.ids),
-        hit_blocks=hit_blocks,
+        hit_blocks=hits.blocks,
         evictions=cache.evictions,
         seconds=time.perf_counter() - begun_s,
     )
+
+
+class Hits(NamedTuple):
+    """What hit of a trace, and what of its prefill that saved: in tokens, and weighted by their FLOPs."""
+
+    blocks: int
+    hit_tokens: int
+    input_tokens: int
+    token_ratio: float
+    flops_ratio: float
+
+
+def send(trace: Trace, request: Callable[[list[int], float, int], int], progress: Progress | None) -> Hits:
+    """Make every request of `trace`: `request` takes keys, time and answer tokens, and says how many leading blocks hit."""
+    blocks, hit_weight, weight = 0, 0.0, 0.0
+    for at, each in enumerate(trace, 1):
+        hit = request(each.keys, each.time_s, each.output_tokens)
+        blocks += hit
+        hit_weight += prefill_weight(hit * trace.block_tokens)
+        weight += prefill_weight(each.input_tokens)
+        if progress is not None and (at % PROGRESS_REQUESTS == 0 or at == len(trace)):
+            progress((at - 1) % PROGRESS_REQUESTS + 1)
+    hit_tokens, input_tokens = blocks * trace.block_tokens, int(trace.input_tokens.sum())
+    return Hits(blocks, hit_tokens, input_tokens, hit_tokens / max(input_tokens, 1), hit_weight / max(weight, 1.0))
 
 
 def prefill_weight(tokens: int) -> float:

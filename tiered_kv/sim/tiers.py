@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.policy import create_policy
-from tiered_kv.sim.replay import PROGRESS_REQUESTS, Progress, capacity_in_blocks, history_for, prefill_weight
+from tiered_kv.sim.replay import Progress, capacity_in_blocks, history_for, send
 from tiered_kv.sim.trace import Trace
 from tiered_kv.store import events as ev
 from tiered_kv.store.machine import StoreMachine
@@ -227,25 +227,17 @@ def replay_tiers(
     begun_s = time.perf_counter()
     capacities = {tier: capacity_in_blocks(trace, share) for tier, share in shares.items()}
     cache = TieredCache(policy_name, capacities, cost_weight=cost_weight, block_tokens=trace.block_tokens)
-    hits, hit_weight, weight = 0, 0.0, 0.0
-    for at, request in enumerate(trace, 1):
-        hit = cache.request(request.keys, request.time_s, request.output_tokens)
-        hits += hit
-        hit_weight += prefill_weight(hit * trace.block_tokens)
-        weight += prefill_weight(request.input_tokens)
-        if progress is not None and (at % PROGRESS_REQUESTS == 0 or at == len(trace)):
-            progress((at - 1) % PROGRESS_REQUESTS + 1)
-    input_tokens = int(trace.input_tokens.sum())
+    hits = send(trace, cache.request, progress)
     return TiersResult(
         trace=trace.name,
         policy=policy_name,
         capacity=sum(shares.values()),
         tiers={tier.label: share for tier, share in shares.items()},
-        input_tokens=input_tokens,
-        hit_tokens=hits * trace.block_tokens,
-        token_hit_ratio=hits * trace.block_tokens / max(input_tokens, 1),
-        flops_saved_ratio=hit_weight / max(weight, 1.0),
-        hit_ratio_by_tier={tier.label: cache.hits[tier] * trace.block_tokens / max(input_tokens, 1) for tier in shares},
+        input_tokens=hits.input_tokens,
+        hit_tokens=hits.hit_tokens,
+        token_hit_ratio=hits.token_ratio,
+        flops_saved_ratio=hits.flops_ratio,
+        hit_ratio_by_tier={tier.label: cache.hits[tier] * trace.block_tokens / max(hits.input_tokens, 1) for tier in shares},
         writes_per_request={
             tier.label: (cache.logs[tier].written if tier in cache.logs else cache.writes[tier]) / len(trace) for tier in shares
         },

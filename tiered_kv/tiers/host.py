@@ -14,8 +14,7 @@ import torch
 from tiered_kv import blocks
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.memory.extents import ExtentAllocator
-from tiered_kv.tiers.base import Tier
+from tiered_kv.tiers.extent import ExtentTier
 
 HEADER_BYTES = 128
 _MAGIC = b"TKVE"
@@ -33,39 +32,23 @@ class Lineage(NamedTuple):
     root: BlockKey | None
 
 
-class HostTier(Tier):
+class HostTier(ExtentTier):
     """Extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Offsets are those of payloads.
 
-    Not thread-safe: the engine's lock guards it. The cap is the arena's size and cannot be passed.
+    The cap is the arena's size and cannot be passed.
     """
 
     name = blocks.Tier.HOST.label
+    header_bytes = HEADER_BYTES
 
     def __init__(self, arena: torch.Tensor) -> None:
         self._arena = arena
         self._bytes = memoryview(arena.numpy())
-        self.extents = ExtentAllocator(len(arena))
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self.extents.capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the arena in use: payloads, headers, rounding, and reservations not yet committed."""
-        return self.extents.used_bytes
-
-    def fits(self, nbytes: int) -> bool:
-        """Whether a payload of `nbytes` could be held by the tier if it were empty."""
-        return HEADER_BYTES + nbytes <= self.capacity_bytes
-
-    def reserve(self, nbytes: int, count: int) -> list[int]:
-        """Payload offsets of up to `count` extents of `nbytes` each, side by side where possible."""
-        return [offset + HEADER_BYTES for offset in self.extents.allocate_run(HEADER_BYTES + nbytes, count)]
+        super().__init__(len(arena))
 
     def free(self, offset: int) -> None:
         """Give the extent of the payload at `offset` back, and make it nobody's."""
-        self.extents.free(offset - HEADER_BYTES)
+        super().free(offset)
         self.disown(offset)
 
     def disown(self, offset: int) -> None:
@@ -110,11 +93,6 @@ class HostTier(Tier):
             for at in np.flatnonzero(heads == magic).tolist():
                 offset = start + at * step + HEADER_BYTES
                 yield offset, self.lineage(offset)
-
-    def check(self) -> None:
-        """Assert that the allocator's books agree, and that the cap holds."""
-        self.extents.check()
-        assert 0 <= self.used_bytes <= self.capacity_bytes
 
     def close(self) -> None:
         """Let go of the mapped memory."""

@@ -1,0 +1,40 @@
+"""What host and device tier have in common: payloads in extents of one piece of memory, behind headers or without."""
+
+from tiered_kv.memory.extents import ExtentAllocator
+from tiered_kv.tiers.base import Tier
+
+
+class ExtentTier(Tier):
+    """Extents for payloads. Offsets are those of payloads. Not thread-safe: the engine's lock guards it."""
+
+    header_bytes = 0
+    """What lies in front of each payload."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.extents = ExtentAllocator(nbytes)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.extents.capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use: payloads, headers, rounding, and reservations not yet committed."""
+        return self.extents.used_bytes
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a payload of `nbytes` could be held by the tier if it were empty."""
+        return self.header_bytes + nbytes <= self.capacity_bytes
+
+    def reserve(self, nbytes: int, count: int) -> list[int]:
+        """Payload offsets of up to `count` extents of `nbytes` each, side by side where possible."""
+        return [offset + self.header_bytes for offset in self.extents.allocate_run(self.header_bytes + nbytes, count)]
+
+    def free(self, offset: int) -> None:
+        """Give the extent of the payload at `offset` back."""
+        self.extents.free(offset - self.header_bytes)
+
+    def check(self) -> None:
+        """Assert that the allocator's books agree, and that the cap holds."""
+        self.extents.check()
+        assert 0 <= self.used_bytes <= self.capacity_bytes
