@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tiered_kv import picture
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.sim import cells, plot, report
 from tiered_kv.sim.tiers import tiers_of
@@ -41,7 +42,7 @@ def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
     if not 0 <= options.cost_weight <= 1:
         raise TieredKVError(Kind.CONFIG, f"--cost-weight: {options.cost_weight} is not between 0 and 1", setting="cost_weight")
     if options.plot:
-        plot.check_target(options.plot)
+        picture.check_target(options.plot)
     _refuse_equal_names(options.traces)
     traces = [read_trace(path, block_tokens=options.block_tokens, rekey=options.rekey) for path in options.traces]
     for note in (note for trace in traces for note in trace.notes):

@@ -1,21 +1,11 @@
 """The curves as a picture: ratio over capacity, one panel a trace."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv import picture
 from tiered_kv.sim.replay import Result
 from tiered_kv.sim.report import TITLES, curves, percent
-
-
-def check_target(path: str) -> None:
-    """Refuse, before any work, a picture that could not be drawn or written."""
-    endings = set(_figure((1, 1)).canvas.get_supported_filetypes())
-    if Path(path).suffix.lstrip(".") not in endings:
-        raise TieredKVError(Kind.CONFIG, f"--plot: {path} has none of the endings {', '.join(sorted(endings))}", setting="plot")
-    if not Path(path).absolute().parent.is_dir():
-        raise TieredKVError(Kind.CONFIG, f"--plot: {path} is in no folder that exists", setting="plot")
 
 
 def draw(results: Sequence[Result], metric: str, path: str) -> None:
@@ -23,7 +13,7 @@ def draw(results: Sequence[Result], metric: str, path: str) -> None:
     traces = list(dict.fromkeys(result.trace for result in results))
     columns = min(3, len(traces))
     rows = -(-len(traces) // columns)
-    figure = _figure((1 + 5 * columns, 4 * rows))
+    figure = picture.figure((1 + 5 * columns, 4 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, trace in zip(panels, traces, strict=False):
         _draw_panel(panel, trace, curves([result for result in results if result.trace == trace], metric))
@@ -32,10 +22,7 @@ def draw(results: Sequence[Result], metric: str, path: str) -> None:
     panels[0].set_ylabel(TITLES[metric])
     panels[0].legend(fontsize="small")
     figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise TieredKVError(Kind.CONFIG, f"--plot: cannot write {path} ({error.strerror})", setting="plot") from error
+    picture.write(figure, path)
 
 
 def _draw_panel(panel: Any, trace: str, by_policy: dict[str, dict[float, float]]) -> None:
@@ -49,12 +36,3 @@ def _draw_panel(panel: Any, trace: str, by_policy: dict[str, dict[float, float]]
     panel.set_xticks([], minor=True)
     panel.set_xlabel("capacity, of the trace's unique blocks")
     panel.grid(alpha=0.3)
-
-
-def _figure(size_inches: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        said = "--plot: needs matplotlib, which is not installed: pip install 'tiered-kv[plot]'"
-        raise TieredKVError(Kind.CONFIG, said, setting="plot") from error
-    return Figure(size_inches)

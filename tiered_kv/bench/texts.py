@@ -1,0 +1,84 @@
+"""The prompts that measurements run on: texts that every machine has and no calibration uses, or the user's own."""
+
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tiered_kv.errors import Kind, TieredKVError
+
+CHARACTERS_A_TOKEN = 12
+"""A text's beginning of so many characters a token is looked at first: a book has not to be read for its first page."""
+
+
+class Prompts(NamedTuple):
+    """Prompts (1, n) of equal length, and how many texts were too short for one."""
+
+    ids: list[torch.Tensor]
+    skipped: int
+
+
+def own_texts() -> Iterator[str]:
+    """Texts that are on every machine, long ones first of each kind: the demo's documents, then the standard library's modules.
+
+    The documents and the 45 longest modules are never calibrated on (`calibrate.corpus`).
+    """
+    folder = files("tiered_kv.demo") / "documents"
+    yield from (path.read_text("utf-8") for path in sorted(folder.iterdir(), key=lambda path: path.name) if path.name.endswith(".md"))
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    yield from (path.read_text("utf-8") for path in modules)
+
+
+def texts_from(path: str) -> list[str]:
+    """The texts of a file of JSON lines {"text": …}; raises (kind `config`) naming --prompts, the file and the line."""
+    try:
+        lines = Path(path).read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TieredKVError(Kind.CONFIG, f"--prompts: cannot read {path}: {error}", setting="prompts") from error
+    texts = [_text(line, f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise TieredKVError(Kind.CONFIG, f"--prompts: {path} has no text", setting="prompts")
+    return texts
+
+
+def _text(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TieredKVError(Kind.CONFIG, f"{where}: not JSON ({error})", setting="prompts") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise TieredKVError(Kind.CONFIG, f'{where}: needs the text "text"', setting="prompts")
+    return record["text"]
+
+
+def prompts_of(tokenizer: Any, texts: Iterable[str], tokens: int, limit: int | None = None) -> Prompts:
+    """The first `tokens` tokens of each text that has as many, of at most `limit` texts; raises (kind `config`) if none has."""
+    skipped = 0
+
+    def cut() -> Iterator[torch.Tensor]:
+        nonlocal skipped
+        for text in texts:
+            ids = _ids(tokenizer, text, tokens)
+            if ids.shape[1] == tokens:
+                yield ids
+            else:
+                skipped += 1
+
+    prompts = list(islice(cut(), limit))
+    if not prompts:
+        said = f"--prompts: none of {skipped} texts has the {tokens} tokens that --prefix-tokens and --continue-tokens ask for"
+        raise TieredKVError(Kind.CONFIG, said, setting="prompts")
+    return Prompts(prompts, skipped)
+
+
+def _ids(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
+    head = text[: CHARACTERS_A_TOKEN * tokens]
+    ids = tokenizer(head, return_tensors="pt")["input_ids"]
+    if ids.shape[1] < tokens and len(head) < len(text):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids[:, :tokens].long()
