@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tiered_kv.cluster.bench import add_bench
+from tiered_kv.cluster.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.simulate import add_simulate
 from tiered_kv.config import POLICIES, Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -38,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     _add_down(commands)
     _add_status(commands)
     _add_demo(commands)
-    _add_bench(commands)
+    add_bench(commands)
+    add_codec_eval(commands)
+    add_calibrate(commands)
     add_simulate(commands)
     _add_record(commands)
     return top
@@ -190,33 +194,6 @@ def _write_json(path: str, result: dict) -> None:
             json.dump(result, file, indent=1)
     except OSError as error:
         raise TieredKVError(Kind.CONFIG, f"--json: cannot write {path} ({error.strerror})", setting="json") from error
-
-
-def _add_bench(commands: Any) -> None:
-    text = (
-        "Measure the cache on this machine, each figure as a ratio in the same run: to a torch memcpy of the same bytes (fetch), "
-        "or to plain system calls (disk)."
-    )
-    command = _command(commands, "bench", text, "tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv", _bench)
-    what = "fetch: look-up, fetch and store from a second process and from another node; disk: writes, cold reads, and a restart"
-    command.add_argument("what", choices=["fetch", "disk"], help=what)
-    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions; of fetch the same node only")
-    command.add_argument("--folder", help="of disk: where to measure (default: the system's temporary folder)")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-
-def _bench(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.bench import disk, fetch
-
-    if options.what == "disk":
-        report = disk.run_disk_bench(quick=options.quick, say=console.print, folder=options.folder)
-    else:
-        report = fetch.run_bench(quick=options.quick, say=console.print)
-    if options.json:
-        print(json.dumps(report, indent=1))
-    else:
-        (disk if options.what == "disk" else fetch).show(report, console)
-    return 0
 
 
 def _add_record(commands: Any) -> None:

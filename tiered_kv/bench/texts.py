@@ -34,25 +34,30 @@ def own_texts() -> Iterator[str]:
     yield from (path.read_text("utf-8") for path in modules)
 
 
-def texts_from(path: str) -> list[str]:
-    """The texts of a file of JSON lines {"text": …}; raises (kind `config`) naming --prompts, the file and the line."""
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TieredKVError(Kind.CONFIG, f"--prompts: cannot read {path}: {error}", setting="prompts") from error
-    texts = [_text(line, f"--prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+def texts_from(path: str, setting: str = "prompts") -> list[str]:
+    """The texts of a file of JSON lines {"text": …}; raises (kind `config`) naming the flag, the file and the line."""
+    lines = content_of(path, setting).split("\n")
+    texts = [_text(line, f"--{setting}: {path}, line {number}", setting) for number, line in enumerate(lines, 1) if line.strip()]
     if not texts:
-        raise TieredKVError(Kind.CONFIG, f"--prompts: {path} has no text", setting="prompts")
+        raise TieredKVError(Kind.CONFIG, f"--{setting}: {path} has no text", setting=setting)
     return texts
 
 
-def _text(line: str, where: str) -> str:
+def content_of(path: str, setting: str) -> str:
+    """A file's text; raises (kind `config`) naming the flag and the file."""
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TieredKVError(Kind.CONFIG, f"--{setting}: cannot read {path}: {error}", setting=setting) from error
+
+
+def _text(line: str, where: str, setting: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise TieredKVError(Kind.CONFIG, f"{where}: not JSON ({error})", setting="prompts") from error
+        raise TieredKVError(Kind.CONFIG, f"{where}: not JSON ({error})", setting=setting) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise TieredKVError(Kind.CONFIG, f'{where}: needs the text "text"', setting="prompts")
+        raise TieredKVError(Kind.CONFIG, f'{where}: needs the text "text"', setting=setting)
     return record["text"]
 
 

@@ -1,0 +1,43 @@
+"""The rate-quality curve as a picture: KL over bytes a token, a point a codec."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tiered_kv import picture
+
+BF16_KL = 1.0e-3
+"""What computing in bf16 instead of float32 costs the default model on the same KV (docs/design/013)."""
+
+
+def draw(records: Sequence[dict[str, Any]], title: str, path: str) -> None:
+    """Write the picture of what `codec-eval` measured to `path`; codecs that cost nothing stand at its lower edge."""
+    figure = picture.figure((9, 6))
+    panel = figure.subplots()
+    lossy = [each["kl"] for each in records if each["kl"] > 0]
+    lowest = min([*lossy, BF16_KL]) / 4
+    families: dict[str, list[dict[str, Any]]] = {}
+    for each in records:
+        families.setdefault(each["codec"].partition(":")[0], []).append(each)
+    for family in families.values():
+        _draw_family(panel, sorted(family, key=lambda each: each["bytes_per_token"]), lowest)
+    panel.axhline(BF16_KL, color="grey", linestyle="--", linewidth=1)
+    panel.annotate("arithmetic in bf16", (0.01, BF16_KL), xycoords=("axes fraction", "data"), va="bottom", color="grey", fontsize="small")
+    panel.set_yscale("log")
+    panel.set_xscale("log", base=2)
+    panel.set_ylim(bottom=lowest / 1.5)
+    panel.margins(x=0.12)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.set_xlabel("bytes a token, all side information counted")
+    panel.set_ylabel("mean KL to exact KV, nats a token")
+    panel.set_title(title, fontsize="medium")
+    panel.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    picture.write(figure, path)
+
+
+def _draw_family(panel: Any, family: list[dict[str, Any]], lowest: float) -> None:
+    places = [(each["bytes_per_token"], max(each["kl"], lowest)) for each in family]
+    [line] = panel.plot(*zip(*places, strict=True), marker="o", markersize=5, linewidth=1)
+    for each, place in zip(family, places, strict=True):
+        text = f"{each['codec']}\n{each['ratio']:.1f} ×" + ("" if each["kl"] else ", KL 0")
+        panel.annotate(text, place, xytext=(6, 4), textcoords="offset points", fontsize="small", color=line.get_color())

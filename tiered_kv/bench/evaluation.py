@@ -1,0 +1,156 @@
+"""`tiered-kv codec-eval` without its command line: settings as text in, a table, a picture and results out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tiered_kv import picture
+from tiered_kv.bench import curve, report
+from tiered_kv.bench.fetch import machine
+from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_TOKENS, as_records, evaluate, prefix_kv
+from tiered_kv.bench.speeds import prefill_us_per_token, speeds
+from tiered_kv.bench.subject import Subject, codecs_of, needs_calibration
+from tiered_kv.bench.texts import Prompts, own_texts, prompts_of, texts_from
+from tiered_kv.codecs import Calibration
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.integrations.rope import rope_of_model
+
+OWN_PROMPTS = 30
+OWN_TEXTS = 49
+"""The demo's documents and the standard library's modules that no calibration uses."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What the command line says."""
+
+    model: str
+    prompts: str | None = None
+    codec: str = "all"
+    prefix_tokens: int = PREFIX_TOKENS
+    continue_tokens: int = CONTINUE_TOKENS
+    block_tokens: int = 64
+    dtype: str = "bfloat16"
+    calibration: str | None = None
+    limit: int | None = None
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, why in (
+            ("block_tokens", 1, ""),
+            ("prefix_tokens", self.block_tokens, ", a block"),
+            ("continue_tokens", 2, ""),
+            ("limit", 1, ""),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                said = f"--{name.replace('_', '-')}: must be at least {least}{why}, got {value}"
+                raise TieredKVError(Kind.CONFIG, said, setting=name)
+
+
+def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
+    """Measure, print the table to `console`, draw if asked; returns what `--json` prints. Progress goes to standard error."""
+    asked = None if options.codec == "all" else codecs_of(options.codec)
+    texts = texts_from(options.prompts) if options.prompts else None
+    if options.plot:
+        picture.check_target(options.plot)
+    subject = Subject.load(options.model)
+    subject.check_length(options.prefix_tokens + options.continue_tokens)
+    calibration = _calibration(subject, asked, options.calibration)
+    codecs = asked or [*CODECS, *(CALIBRATED if calibration else ())]
+    prompts = _prompts(subject, texts, options)
+    _say(console, _about(prompts, asked is None and calibration is None, subject))
+    kv_dtype = getattr(torch, options.dtype)
+    with report.counting("prompt", len(prompts.ids), console) as advance:
+        records = measured(subject, prompts, codecs, calibration, options.prefix_tokens, options.block_tokens, kv_dtype, advance)
+    title = f"{subject.name}: {len(prompts.ids)} prompts, {options.prefix_tokens} + {options.continue_tokens} tokens, {options.dtype} KV"
+    report.show_quality(records, title, console)
+    if options.plot:
+        curve.draw(records, title, options.plot)
+        _say(console, [f"drawn: {options.plot}"])
+    return {
+        "model": options.model,
+        "prompts": len(prompts.ids),
+        "skipped_prompts": prompts.skipped,
+        "prefix_tokens": options.prefix_tokens,
+        "continue_tokens": options.continue_tokens,
+        "block_tokens": options.block_tokens,
+        "dtype": options.dtype,
+        "calibration_tokens": calibration.tokens if calibration else None,
+        "machine": machine(),
+        "results": records,
+    }
+
+
+def measured(
+    subject: Subject,
+    prompts: Prompts,
+    codecs: Sequence[str],
+    calibration: Calibration | None,
+    prefix_tokens: int = PREFIX_TOKENS,
+    block_tokens: int = 64,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    advance: Any = lambda part: None,
+) -> list[dict[str, Any]]:
+    """The quality of codecs on all prompts, and their speed on the KV of the first: a record for each codec."""
+    qualities = evaluate(
+        subject.model,
+        prompts.ids,
+        codecs,
+        prefix_tokens=prefix_tokens,
+        block_tokens=block_tokens,
+        kv_dtype=kv_dtype,
+        calibration=calibration,
+        advance=advance,
+    )
+    prefix = prompts.ids[0][:, :prefix_tokens]
+    kv, rope = prefix_kv(subject.model, prefix, kv_dtype), rope_of_model(subject.model)
+    fast = speeds(kv, codecs, rope, (block_tokens,), calibration=calibration)
+    prefill_us = prefill_us_per_token(subject.model, prefix)
+    return [quality | _speed(speed, prefill_us) for quality, speed in zip(as_records(qualities), fast, strict=True)]
+
+
+def _speed(speed: dict[str, Any], prefill_us: float) -> dict[str, Any]:
+    return {
+        "encode_vs_memcpy": speed["encode_vs_memcpy"],
+        "decode_vs_memcpy": speed["decode_vs_memcpy"],
+        "decode_us_per_token": speed["decode_us_per_token"],
+        "prefill_us_per_token": prefill_us,
+        "decode_vs_prefill": prefill_us / speed["decode_us_per_token"],
+    }
+
+
+def _calibration(subject: Subject, asked: Sequence[str] | None, path: str | None) -> Calibration | None:
+    needing = next((codec for codec in asked or () if needs_calibration(codec)), None)
+    if asked is not None and needing is None and path is None:
+        return None
+    calibration = subject.calibration(path)
+    if needing and calibration is None:
+        said = f"--codec: {needing} needs a calibrated model; run: tiered-kv calibrate {subject.name}"
+        raise TieredKVError(Kind.CONFIG, said, setting="codec")
+    return calibration
+
+
+def _prompts(subject: Subject, texts: list[str] | None, options: EvalOptions) -> Prompts:
+    tokens = options.prefix_tokens + options.continue_tokens
+    if texts is not None:
+        return prompts_of(subject.tokenizer, texts, tokens, options.limit)
+    return prompts_of(subject.tokenizer, islice(own_texts(), OWN_TEXTS), tokens, options.limit or OWN_PROMPTS)
+
+
+def _about(prompts: Prompts, is_uncalibrated: bool, subject: Subject) -> list[str]:
+    lines = []
+    if prompts.skipped:
+        lines.append(f"[yellow]note[/]: {prompts.skipped} texts are too short and were skipped")
+    if is_uncalibrated:
+        lines.append(f"[yellow]note[/]: ecuq and xlayer are left out: they need `tiered-kv calibrate {subject.name}`")
+    return lines
+
+
+def _say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,80 @@
+"""What people see while codecs are measured, and of what was found."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextmanager
+def counting(what: str, total: int, console: Console) -> Iterator[Callable[[float], None]]:
+    """Shows how much of `total` things is done and the time left, as the function that it gives is told of parts: a bar on a
+    terminal, else a line for each whole thing. On standard error.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda part: progress.advance(task, part)
+    else:
+        yield _Lines(what, total).advance
+
+
+class _Lines:
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._done = 0.0
+        self._begun_s = time.monotonic()
+        self._console = Console(stderr=True, width=120)
+
+    def advance(self, part: float) -> None:
+        before, self._done = round(self._done, 6), self._done + part
+        done = round(self._done, 6)
+        if int(done) > int(before):
+            left_s = (time.monotonic() - self._begun_s) / done * (self._total - done)
+            self._console.print(f"{self._what} {int(done)} of {self._total}, {duration(left_s)} left", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 3 min."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console) -> None:
+    """A table of what `codec-eval` and `calibrate` measure, a row a codec."""
+    table = Table("codec", title=title, title_justify="left")
+    for column in ("ratio", "bytes\na token", "KL", "p99", "top-1", "perplexity\nratio", "encode", "decode", "decode vs\nprefill", "fell\nback"):
+        table.add_column(column, justify="right")
+    for each in records:
+        table.add_row(
+            each["codec"],
+            f"{each['ratio']:.2f}",
+            f"{each['bytes_per_token']:,.0f}",
+            *(f"{each[name]:.1e}" if each[name] else "0" for name in ("kl", "kl_p99")),
+            f"{each['top1']:.4f}",
+            f"{each['ppl_ratio']:.4f}",
+            f"{each['encode_vs_memcpy']:.3f}",
+            f"{each['decode_vs_memcpy']:.3f}",
+            f"{each['decode_vs_prefill']:.0f} ×",
+            f"{each['fell_back']} of {each['blocks']}" if each["fell_back"] else "–",
+        )
+    console.print(table)
+    legend = (
+        "KL in nats a token against exact KV; encode, decode: speed as a fraction of memcpy, one thread; decode vs prefill: how many "
+        "times faster than computing the tokens anew; ratio: whole frames"
+    )
+    console.print(legend, highlight=False, soft_wrap=True)
+
+
+def show_qualities(qualities: Sequence[dict[str, Any]], console: Console) -> None:
+    """A table of what the presets give."""
+    table = Table("--quality", "codec", title="what --quality gives on this model", title_justify="left")
+    table.add_column("ratio", justify="right")
+    table.add_column("KL", justify="right")
+    for each in qualities:
+        table.add_row(each["quality"], each["codec"], f"{each['ratio']:.2f}", f"{each['kl']:.1e}" if each["kl"] else "0")
+    console.print(table)
