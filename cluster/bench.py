@@ -23,7 +23,8 @@ def add_bench(commands: Any) -> None:
         "bench",
         help=text.partition(":")[0],
         description=text,
-        epilog="example:\n  tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n  tiered-kv bench codec --codec int8,int4",
+        epilog="example:\n  tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n"
+        "  tiered-kv bench codec --codec int8,int4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_bench)

@@ -12,8 +12,8 @@ MODEL = "a Hugging Face id or a folder, or `default` (SmolLM2-135M-Instruct, the
 def add_codec_eval(commands: Any) -> None:
     """Add the command to the parser's `commands`."""
     text = (
-        "Measure what codecs cost a model on prompts: mean KL against the run on exact KV, its 99th percentile, the part of tokens with the "
-        "same greedy choice, the perplexity ratio, the size with all side information, and speed beside memcpy. Computes in float32."
+        "Measure what codecs cost a model on prompts: mean KL against the run on exact KV, its 99th percentile, the part of tokens with "
+        "the same greedy choice, the perplexity ratio, the size with all side information, and speed beside memcpy. Computes in float32."
     )
     command = commands.add_parser(
         "codec-eval",
@@ -50,20 +50,25 @@ def add_codec_eval(commands: Any) -> None:
 def add_calibrate(commands: Any) -> None:
     """Add the command to the parser's `commands`."""
     text = (
-        "Fit the codecs ecuq and xlayer to a model, measure every codec on it with texts that the fit has not seen, and write one small file "
-        "that the nodes of this machine find by themselves. Once for each model; minutes on a CPU for a small one."
+        "Fit the codecs ecuq and xlayer to a model, measure every codec on it with texts that the fit has not seen, and write one small "
+        "file that the nodes of this machine find by themselves. Once for each model; minutes on a CPU for a small one."
     )
     command = commands.add_parser(
         "calibrate",
         help="Fit the codecs ecuq and xlayer to a model, and measure all.",
         description=text,
-        epilog="example:\n  tiered-kv calibrate default\n  tiered-kv calibrate Qwen/Qwen3-0.6B --text manual.txt traffic.jsonl --tokens 100000",
+        epilog="example:\n  tiered-kv calibrate default\n"
+        "  tiered-kv calibrate Qwen/Qwen3-0.6B --text manual.txt traffic.jsonl --tokens 100000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_calibrate)
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help='plain text, or JSON lines {"text": …} if it ends in .jsonl (default: texts of ours)'
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help='plain text, or JSON lines {"text": …} where the name ends in .jsonl',
     )
     command.add_argument("--tokens", type=int, default=50_000, metavar="N", help="to fit on, at least 10000 (default: %(default)s)")
     command.add_argument("--out", metavar="FILE", help="write it there instead, for --calibration")

@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tiered_kv import calibrate
 from tiered_kv.bench import report
 from tiered_kv.bench.evaluation import OWN_TEXTS, measured
 from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_TOKENS
 from tiered_kv.bench.subject import Subject, calibrations, longest_prompt
 from tiered_kv.bench.texts import Prompts, content_of, own_texts, prompts_of, texts_from
-from tiered_kv.calibrate import calibrate
 from tiered_kv.codecs import Calibration
 from tiered_kv.codecs.calibration import calibration_file
 from tiered_kv.config import format_size
@@ -53,7 +53,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    calibration = calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
+    calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
     prefix_tokens, prompts = _prompts(subject, MEASURED_ON_QUICK if options.quick else MEASURED_ON)
     with report.counting("measuring on prompt", len(prompts.ids), console) as advance:
         records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, prefix_tokens, advance=advance)

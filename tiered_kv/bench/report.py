@@ -47,7 +47,18 @@ def duration(seconds: float) -> str:
 def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console) -> None:
     """A table of what `codec-eval` and `calibrate` measure, a row a codec."""
     table = Table("codec", title=title, title_justify="left")
-    for column in ("ratio", "bytes\na token", "KL", "p99", "top-1", "perplexity\nratio", "encode", "decode", "decode vs\nprefill", "fell\nback"):
+    for column in (
+        "ratio",
+        "bytes\na token",
+        "KL",
+        "p99",
+        "top-1",
+        "perplexity\nratio",
+        "encode",
+        "decode",
+        "decode vs\nprefill",
+        "fell\nback",
+    ):
         table.add_column(column, justify="right")
     for each in records:
         table.add_row(
