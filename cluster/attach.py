@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiered_kv.cluster import raylocal, start, state
 from tiered_kv.errors import Kind, TieredKVError
@@ -49,8 +49,10 @@ def node_here(nodes: list[dict]) -> dict:
     return (own or here)[0]
 
 
-def attach(namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None) -> "Client":
-    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size."""
+def attach(
+    namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None, **rope: Any
+) -> "Client":
+    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size; `rope` as in `client_of`."""
     from tiered_kv.service.attachment import client_of
 
     join(name, address)
@@ -59,7 +61,7 @@ def attach(namespace: Namespace, layout_of_block_tokens, *, name: str = state.DE
     while True:
         try:
             node = node_here(about["nodes"])
-            return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace)
+            return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace, **rope)
         except TieredKVError as error:
             # A coordinator or a node that was just restarted is whole again after a heartbeat.
             if error.kind not in (Kind.CLUSTER, Kind.MEMORY) or time.monotonic() > deadline_s:

@@ -37,19 +37,23 @@ def attach(
     block_tokens: int | None = None,
     namespace: Namespace | None = None,
     layout: KVLayout | None = None,
+    rope: bytes | None = None,
+    rope_halves: bool = True,
     cluster: str = "default",
     address: str | None = None,
 ) -> "Client":
     """A client of the cache node on this machine, in any process joined to the cluster (or that can join it).
 
     Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
-    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. Costs one pass over
-    the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared, `cluster`
-    where there is no cluster, or none of its nodes runs on this machine.
+    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an engine of your
+    own turns its keys (`tiered_kv.codecs.rotation`), for a cluster that keeps blocks with a small error; read off a model. Costs one
+    pass over the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared, `cluster`
+    where there is no cluster, or none of its nodes runs on this machine, `config` where the cluster's quality needs a calibration of the model.
     """
     from tiered_kv.cluster import attach as attaching
 
     if model is not None:
+        from tiered_kv.integrations.rope import rope_of_model
         from tiered_kv.integrations.transformers import check_supported
 
         if namespace is not None or layout is not None:
@@ -57,20 +61,30 @@ def attach(
         attaching.join(cluster, address)  # first what is quick to fail
         shape = check_supported(model)
         namespace = Namespace.of(model, tokenizer, tenant=tenant)
-        return attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address)
+        turned = {"rope": rope_of_model(model), "rope_halves": rope_halves}
+        return attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address, **turned)
     if namespace is None or layout is None:
         raise TieredKVError(Kind.CONFIG, "attach: a model is needed, or both namespace and layout", setting="model")
     if block_tokens not in (None, layout.block_tokens):
         raise TieredKVError(Kind.CONFIG, f"block_tokens: {block_tokens} is not the layout's {layout.block_tokens}", setting="block_tokens")
-    return attaching.attach(namespace, lambda _: layout, name=cluster, address=address)
+    return attaching.attach(namespace, lambda _: layout, name=cluster, address=address, rope=rope, rope_halves=rope_halves)
 
 
-def open(config: Any = None, *, layout: KVLayout, namespace: Namespace, clock: "Clock | None" = None) -> "Client":
+def open(
+    config: Any = None,
+    *,
+    layout: KVLayout,
+    namespace: Namespace,
+    clock: "Clock | None" = None,
+    rope: bytes | None = None,
+    rope_halves: bool = True,
+) -> "Client":
     """A client with a cache of its own in this process: no Ray, no other process, gone when the client is closed.
 
     `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path` the disk tier's content
     stays there, and the next one who opens it hits it. `clock`: where the cache takes its time from, for tests and replays.
+    `rope`, `rope_halves`: as for `attach`.
     """
     from tiered_kv.service.inprocess import open_client
 
-    return open_client(Config.of(config), layout, namespace, clock)
+    return open_client(Config.of(config), layout, namespace, clock, rope=rope, rope_halves=rope_halves)

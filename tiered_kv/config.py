@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 
 _UNITS = {"": 1, "B": 1}
@@ -57,6 +58,9 @@ class Config:
     content stays; None for a folder in the user's cache that ends with the cluster. objects: URL of the objects tier,
     None for none; objects_cap: its size.
     policy, cost_weight (0: most hits, 1: most computing saved), seed: which blocks go first.
+    quality: how near blocks stay to what was stored (docs/codecs.md): exact, near_exact, balanced, compact, archive. codec: the codec of
+    some tiers by name instead, "host=int8,disk=xlayer:1e-4". error_budget: "kl=1e-3", from which each tier's codec is chosen by what
+    was measured on the model. calibration: that file, or a folder of such files; None for the user's cache.
     store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
     a fetch may wait for other nodes and disks. pull_chunk: bytes a node asks of a peer in one go.
     """
@@ -73,6 +77,10 @@ class Config:
     policy: str = "adaptive"
     cost_weight: float = 0.0
     seed: int = 0
+    quality: str = "exact"
+    codec: str | None = None
+    error_budget: str | None = None
+    calibration: str | None = None
     shm_path: str = "/dev/shm"
     store_wait_ms: int = 1000
     fetch_deadline_ms: int = 5000
@@ -109,6 +117,43 @@ class Config:
                 self._text(setting, words)
         if self.policy not in POLICIES:
             raise TieredKVError(Kind.CONFIG, f"policy: {self.policy!r} is none of {', '.join(POLICIES)}", setting="policy")
+        self._check_quality()
+
+    def _check_quality(self) -> None:
+        if self.quality not in QUALITIES:
+            raise TieredKVError(Kind.CONFIG, f"quality: {self.quality!r} is none of {', '.join(QUALITIES)}", setting="quality")
+        if self.kl_budget is not None and self.quality != "exact":
+            message = f"error_budget: {self.error_budget} and quality {self.quality} both choose codecs; give one of them"
+            raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
+        _ = self.codec_by_tier
+
+    @property
+    def codec_by_tier(self) -> dict[Tier, str]:
+        """The codecs that `codec` names, as they are written there; raises (kind `config`) for what is no list of tiers."""
+        found: dict[Tier, str] = {}
+        for part in self.codec.split(",") if self.codec is not None else ():
+            name, equals, text = (word.strip() for word in part.partition("="))
+            tier = next((tier for tier in CODED_TIERS if tier.label == name), None)
+            if tier is None or not equals or not text or tier in found:
+                message = f"codec: {part.strip()!r} is not TIER=CODEC with a tier of its own of {', '.join(each.label for each in CODED_TIERS)}"
+                raise TieredKVError(Kind.CONFIG, f"{message}; write for example host=int8,disk=lossless", setting="codec")
+            found[tier] = text
+        return found
+
+    @property
+    def kl_budget(self) -> float | None:
+        """The greatest KL that `error_budget` allows, in nats a token; None without one. Raises (kind `config`) for what is none."""
+        if self.error_budget is None:
+            return None
+        name, _, number = self.error_budget.partition("=")
+        try:
+            kl = float(number) if name.strip() == "kl" else -1.0
+        except ValueError:
+            kl = -1.0
+        if not 0 < kl < float("inf"):
+            message = f"error_budget: {self.error_budget!r} is no budget; write for example kl=1e-3 (nats a token, more than 0)"
+            raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
+        return kl
 
     def _part(self, setting: str, other: str) -> None:
         """Take a size like "2GiB:cuda:1" apart into size and `other`."""
@@ -190,5 +235,14 @@ class Config:
 
 
 POLICIES = ("lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive")
-_TEXTS = {"disk_path": "the path of a folder", "device_name": "a device such as cpu or cuda:0", "objects": "a URL"}
+QUALITIES = ("exact", "near_exact", "balanced", "compact", "archive")
+CODED_TIERS = (Tier.HOST, Tier.DISK, Tier.OBJECTS)
+_TEXTS = {
+    "disk_path": "the path of a folder",
+    "device_name": "a device such as cpu or cuda:0",
+    "objects": "a URL",
+    "codec": "a list such as host=int8,disk=lossless",
+    "error_budget": "a budget such as kl=1e-3",
+    "calibration": "the path of a file or a folder",
+}
 _PARTS = {"device": "device_name", "disk": "disk_path"}

@@ -44,7 +44,7 @@ class _Asked:
         return key in self._keys
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(["add", "use", "chain", "remove", "ask", "evict"]), st.integers(1, 40)), max_size=60)
+STEPS = st.lists(st.tuples(st.sampled_from(["add", "use", "chain", "remove", "shrink", "ask", "evict"]), st.integers(1, 40)), max_size=60)
 NUMBERS = st.frozensets(st.integers(1, 40), max_size=8)
 
 shared = settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None)
@@ -57,10 +57,11 @@ class Grown:
     def __init__(self, policy: EvictionPolicy, history: History) -> None:
         self.policy, self.history = policy, history
         self.resident: dict[int, None] = {}  # least recently used first
+        self.shrunk: set[int] = set()
         self.now_s = 0.0
 
     def nbytes(self, number: int) -> int:
-        return NBYTES + number
+        return (NBYTES + number) // (2 if number in self.shrunk else 1)
 
     def step(self, step: str, number: int) -> None:
         self.now_s += 1.0
@@ -75,6 +76,9 @@ class Grown:
             self.use([number])
         elif step == "remove" and number in self.resident:
             self.remove(number)
+        elif step == "shrink" and number in self.resident:
+            self.shrunk.add(number)
+            self.policy.resize(key_of(number), self.nbytes(number))
         self.policy.check()
 
     def add(self, number: int) -> None:
@@ -91,6 +95,7 @@ class Grown:
             self.resident[number] = None
 
     def remove(self, number: int) -> None:
+        self.shrunk.discard(number)
         self.policy.remove(key_of(number))
         del self.resident[number]
 
@@ -151,6 +156,10 @@ class PolicyContract:
         grown.policy.weigh(key_of(4), 0.25)
         grown.policy.check()
         assert grown.victims(1000) == [4, 2, 1]
+
+    def test_a_block_that_takes_fewer_bytes_frees_fewer(self) -> None:
+        grown = self.grown([("chain", 4), ("shrink", 4)])
+        assert grown.victims(8) == [4, 2], "7 bytes are left of the 14 of block 4"
 
     @shared
     @given(STEPS)

@@ -8,6 +8,8 @@ import pytest
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
+from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.node import Node
 from tiered_kv.service.session import Session
 
@@ -48,8 +50,9 @@ class TransportContract:
     def session(self, node: Node, checked) -> Session:
         return checked(self.open(node))
 
-    def chain(self, offsets: list[int], first: int = 0) -> list[tuple[bytes, bytes | None, int]]:
-        return [(key_of(first + at), key_of(first + at - 1) if first + at else None, offset) for at, offset in enumerate(offsets)]
+    def chain(self, offsets: list[int], first: int = 0) -> list[tuple[bytes, bytes | None, int, int]]:
+        places = enumerate(offsets, first)
+        return [(key_of(at), key_of(at - 1) if at else None, offset, at) for at, offset in places]
 
     def store(self, session: Session, count: int, first: int = 0) -> list[bool]:
         return session.commit(ROOT, NBYTES, self.chain(session.reserve(NBYTES, keys_of(count, first), None), first))
@@ -118,21 +121,39 @@ class TransportContract:
         (offset,) = session.reserve(NBYTES, keys_of(1), None)
         for root, key, parent in [(ROOT, bad, None), (bad, key_of(1), None), (ROOT, key_of(1), bad or b"")]:
             with pytest.raises(TieredKVError):
-                session.commit(root, NBYTES, [(key, parent, offset)])
+                session.commit(root, NBYTES, [(key, parent, offset, 0)])
         with pytest.raises(TieredKVError):
-            session.commit(ROOT, NBYTES, [(key_of(1), key_of(1), offset)])
+            session.commit(ROOT, NBYTES, [(key_of(1), key_of(1), offset, 0)])
+        for depth in (-1, 1 << 32, "0", None, True):
+            with pytest.raises(TieredKVError):
+                session.commit(ROOT, NBYTES, [(key_of(1), None, offset, depth)])
         assert node.stats()["reserved_bytes"] == NBYTES
         session.release([offset])
 
     def test_a_block_twice_in_one_commit_is_one_block(self, node, session) -> None:
         a, b = session.reserve(NBYTES, keys_of(2), None)
-        session.commit(ROOT, NBYTES, [(key_of(1), None, a), (key_of(1), None, b)])
+        session.commit(ROOT, NBYTES, [(key_of(1), None, a, 0), (key_of(1), None, b, 0)])
         assert node.stats()["blocks"] == 1
+
+    def test_a_model_is_introduced_by_facts_that_can_be(self, node, session) -> None:
+        facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
+        told = session.introduce(ROOT, facts.as_message())
+        assert told == {"plan": {"host": {"codec": "raw", "why": "quality exact"}}, "calibration": None}
+        assert list(node.stats()["codecs"]["plans"]) == [ROOT.hex()[:12]]
+        good = facts.as_message()
+        for bad in (None, {}, good | {"weights": 7}, good | {"rope": "none"}, good | {"layout": {}}, good | {"more": 1}):
+            with pytest.raises(TieredKVError):
+                session.introduce(ROOT, bad)
+
+    def test_a_block_that_a_worker_doubts_stays_if_it_can_be_read(self, node, session) -> None:
+        self.store(session, 2)
+        session.doubt([key_of(1), key_of(9)])
+        assert node.stats()["blocks"] == 2
 
     def test_alone_a_node_can_locate_and_pull_nothing(self, session) -> None:
         assert session.locate([key_of(1)]) == []
-        assert session.pull(ROOT, NBYTES, None, [key_of(1)], 1.0) == 0
-        assert session.pull(ROOT, NBYTES, None, [], 1.0) == 0
+        assert session.pull(ROOT, NBYTES, None, [key_of(1)], 0, 1.0) == 0
+        assert session.pull(ROOT, NBYTES, None, [], 0, 1.0) == 0
 
     def test_hints_and_wishes_are_taken_and_nonsense_is_not(self, node, session) -> None:
         self.store(session, 2)

@@ -55,7 +55,7 @@ class _Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """A verified frame. `payload` is a view into the buffer that was opened and keeps it alive.
+    """A verified frame. `payload` is a view into the buffer that was opened and keeps it alive; `pieces` are all its bytes.
 
     `error`: the relative mean squared error that lossy codecs have left in the block by now (see `Encoded`).
     """
@@ -67,6 +67,18 @@ class Frame:
     raw_bytes: int
     payload: memoryview
     error: float = 0.0
+    header: bytes = b""
+    tail: bytes = b""
+
+    @property
+    def pieces(self) -> tuple[bytes, memoryview, bytes]:
+        """Header, payload and checksum, as `encode_frame` made them."""
+        return self.header, self.payload, self.tail
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole frame."""
+        return len(self.header) + self.payload.nbytes + len(self.tail)
 
     def decode(self, out: "torch.Tensor") -> None:
         """Fill `out`, a 1-D contiguous uint8 tensor of `raw_bytes` bytes on any device; raises (kind `corrupt`) if it cannot."""
@@ -170,7 +182,7 @@ def _verified(fixed: "_Fixed", header: memoryview, payload: memoryview, tail: me
     if checksum(whole_header, [payload]) != tail:
         raise _corrupt(f"frame of key {key.hex()}: the checksum does not match")
     codec, error = _codec(whole_header, fixed)
-    return Frame(fixed.version, fixed.key, fixed.namespace, codec, fixed.raw_bytes, payload, error)
+    return Frame(fixed.version, fixed.key, fixed.namespace, codec, fixed.raw_bytes, payload, error, whole_header, bytes(tail))
 
 
 def _fixed(view: memoryview, frame_bytes: int) -> _Fixed:

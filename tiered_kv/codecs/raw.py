@@ -30,6 +30,18 @@ class RawCodec(Codec):
             raise TieredKVError(Kind.CORRUPT, f"raw payload of {source.nbytes} bytes for a block of {out.numel()}", codec=self.name)
         fill(out, source)
 
+    def decode_kv(self, payload: memoryview, kv: "torch.Tensor") -> None:
+        """One strided copy."""
+        import torch
+
+        source = np.frombuffer(payload, np.uint8)
+        if source.nbytes != kv.nbytes:
+            raise TieredKVError(Kind.CORRUPT, f"raw payload of {source.nbytes} bytes for a block of {kv.nbytes}", codec=self.name)
+        if not source.nbytes:
+            return
+        block = torch.from_numpy(source if source.flags.writeable else source.copy())  # torch has no read-only tensors
+        kv.detach().copy_(block.view(kv.dtype).view(kv.shape))
+
     def max_payload_bytes(self, raw_bytes: int) -> int:
         return raw_bytes
 

@@ -91,6 +91,9 @@ class AdaptivePolicy(EvictionPolicy):
             if not self._children.item(behind):
                 self._sort_leaf(behind)
 
+    def resize(self, key: Key, nbytes: int) -> None:
+        self._bytes[self._slot(key)] = nbytes
+
     def weigh(self, key: Key, factor: float) -> None:
         if factor == 1.0:
             self._factors.pop(self._slot(key), None)

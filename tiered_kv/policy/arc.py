@@ -117,6 +117,10 @@ class ARCPolicy(RankedPolicy):
         self._queue_of(key).nbytes += self._bytes[key]
         self._without_ghost.discard(key)
 
+    def _resized(self, key: Key, before: int) -> None:
+        if key not in self._chosen:  # of what is chosen, all bytes were taken off and may come back
+            self._queue_of(key).nbytes += self._bytes[key] - before
+
     def _offered(self) -> set[Key]:
         return self._t1.leaves.queued.keys() | self._t2.leaves.queued.keys()
 

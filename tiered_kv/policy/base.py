@@ -52,6 +52,10 @@ class EvictionPolicy(ABC):
         room is for, root first. No block becomes resident or ceases to be; `remove` follows for those that are given up.
         """
 
+    @abstractmethod
+    def resize(self, key: Key, nbytes: int) -> None:
+        """The resident `key` takes `nbytes` from now on; its rank stays as far as it does not depend on bytes."""
+
     def weigh(self, key: Key, factor: float) -> None:  # noqa: B027 - most policies know no costs
         """Getting the resident `key` back would cost `factor` (0 to 1) of computing it again: a copy of it is near."""
 
@@ -110,6 +114,10 @@ class RankedPolicy(EvictionPolicy):
                 del self._children[parent]
                 if parent in self._bytes and parent not in self._chosen:
                     self._offer(parent)
+
+    def resize(self, key: Key, nbytes: int) -> None:
+        before, self._bytes[key] = self._bytes[key], nbytes
+        self._resized(key, before)
 
     def victims(self, nbytes: int, protected: Container[Key], now_s: float, incoming: Sequence[Key] = ()) -> list[Key]:
         self._take_back()
@@ -181,6 +189,9 @@ class RankedPolicy(EvictionPolicy):
 
     def _expect(self, incoming: Sequence[Key]) -> None:
         """Room is being made for these blocks, root first."""
+
+    def _resized(self, key: Key, before: int) -> None:
+        """A resident block takes other bytes than the `before`; it may be chosen."""
 
     def _leaving(self, key: Key) -> None:
         """`key` was chosen. It stays resident until it is removed."""

@@ -25,21 +25,30 @@ class GDSFPolicy(OneQueuePolicy):
         super().__init__(self._priority)
 
     def weigh(self, key: Key, factor: float) -> None:
-        change = self._uses[key] * (factor - self._factor.get(key, 1.0)) / self._bytes[key]
+        before = self._worth(key, self._bytes[key])
         self._factor[key] = factor
+        self._change(key, before)
+
+    def _resized(self, key: Key, before: int) -> None:
+        self._change(key, self._worth(key, before))
+
+    def _change(self, key: Key, before: float) -> None:
+        """The block's worth is another one than `before`."""
         priority, tick = self._priority[key]
-        self._priority[key] = (priority + change, tick)
+        self._priority[key] = (priority + self._worth(key, self._bytes[key]) - before, tick)
         if key in self._leaves.queued:
             self._leaves.push(key)
+
+    def _worth(self, key: Key, nbytes: int) -> float:
+        return self._uses[key] * self._factor.get(key, 1.0) / nbytes
 
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
         self._touched(keys)
 
     def _touched(self, keys: Sequence[Key]) -> None:
         for key in reversed(keys):
-            uses = self._uses[key] = self._uses.get(key, 0) + 1
-            worth = uses * self._factor.get(key, 1.0) / self._bytes[key]
-            self._priority[key] = (self._level + worth, next(self._tick))
+            self._uses[key] = self._uses.get(key, 0) + 1
+            self._priority[key] = (self._level + self._worth(key, self._bytes[key]), next(self._tick))
 
     def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
         priority, _ = self._priority.pop(key)

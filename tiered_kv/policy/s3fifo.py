@@ -115,6 +115,10 @@ class S3FIFOPolicy(RankedPolicy):
     def _staying(self, key: Key) -> None:
         self._queue_of(key).nbytes += self._bytes[key]
 
+    def _resized(self, key: Key, before: int) -> None:
+        if key not in self._chosen:  # of what is chosen, all bytes were taken off and may come back
+            self._queue_of(key).nbytes += self._bytes[key] - before
+
     def _offered(self) -> set[Key]:
         return self._small.leaves.queued.keys() | self._main.leaves.queued.keys()
 

@@ -84,6 +84,15 @@ class Client:
         self._closed = False
         self._warn_again_s = float("-inf")
 
+    def greet(self) -> None:
+        """Connect to the node now; raises what its settings have against this model. A node that is away is no error."""
+        try:
+            self._pool.check()
+        except TieredKVError as error:
+            if error.kind is not Kind.TRANSPORT:
+                raise
+            self._degraded("greeting", error)
+
     @_while_open
     def match(self, token_ids: TokenIds) -> Match:
         """The longest prefix of whole blocks that could be fetched now, and from where; moves no data.
@@ -127,6 +136,8 @@ class Client:
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
         read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        if doubted := self._source.doubted():
+            self._ask(lambda session: session.doubt(doubted), None)
         # Also the one that could not be read, its node will find out why; but not what was stored here just now.
         self._source.touch(found[: min(len(read) + 1, local)])
         where = [*first_found, *found[len(first_found) : local]]  # before anything was brought here for this fetch
@@ -255,7 +266,7 @@ class Client:
         if wait_s <= 0:
             return []
         tail, rest = keys[local - 1] if local else None, keys[local:]
-        count = self._ask(lambda session: session.pull(self._root, self.layout.block_bytes, tail, rest, wait_s), 0)
+        count = self._ask(lambda session: session.pull(self._root, self.layout.block_bytes, tail, rest, local, wait_s), 0)
         return self._source.find(rest[:count])
 
     def _ask(self, question: Callable, otherwise: object):

@@ -4,6 +4,7 @@ import atexit
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
@@ -37,9 +38,9 @@ class InProcessCluster:
         self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
         return self.nodes[node_id]
 
-    def client(self, node_id: str, layout: KVLayout, namespace: Namespace) -> Client:
+    def client(self, node_id: str, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
         """A worker's client, attached to one node (and to what is started under its id later) by direct calls."""
-        return client_of(self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session())
+        return client_of(self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session(), **rope)
 
     def report_all(self) -> None:
         """Bring the directory up to date now, instead of a moment later."""
@@ -97,7 +98,7 @@ class InProcessTransfer:
         return self._frames
 
 
-def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None) -> Client:
+def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
     """A client with a node of its own in this process, which ends with it, at the latest when the interpreter exits.
 
     What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the client.
@@ -121,4 +122,8 @@ def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: C
             scratch.cleanup()
 
     atexit.register(close)
-    return client_of(node.info(), layout, namespace, connect=node.open_session, clock=clock, on_close=close)
+    try:
+        return client_of(node.info(), layout, namespace, connect=node.open_session, clock=clock, on_close=close, **rope)
+    except BaseException:
+        close()
+        raise

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from typing import Any
 
 import msgpack
 
@@ -26,7 +27,7 @@ _LENGTH = struct.Struct("<I")
 MESSAGE_BYTES_MAX = 64 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset({"reserve", "commit", "release", "pull", "bring", "hint", "locate", "stats"})
+METHODS = frozenset({"introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "stats"})
 
 
 def _send(connection: socket.socket, message: object) -> None:
@@ -174,14 +175,20 @@ class SocketSession:
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
         return self._call("reserve", nbytes, keys, tail)
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
+    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
+        return self._call("introduce", root, facts)
+
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
         return self._call("commit", root, nbytes, blocks)
 
     def release(self, offsets: list[int]) -> None:
         self._call("release", offsets)
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
-        return self._call("pull", root, nbytes, tail, keys, wait_s, wait_s=wait_s)
+    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
+        return self._call("pull", root, nbytes, tail, keys, depth, wait_s, wait_s=wait_s)
+
+    def doubt(self, keys: list[BlockKey]) -> None:
+        self._call("doubt", keys)
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         self._call("bring", keys, wait_s, wait_s=wait_s)

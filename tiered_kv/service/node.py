@@ -12,10 +12,13 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import KEY_BYTES, BlockKey
+from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
+from tiered_kv.service.admission import Admission
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import FramePieces, Link
+from tiered_kv.service.nodesession import NodeSession
+from tiered_kv.service.packed import Packed
 from tiered_kv.service.place import Place
 from tiered_kv.service.pull import Puller
 from tiered_kv.service.recorder import ObservedHistory
@@ -29,7 +32,6 @@ from tiered_kv.tiers.host import Lineage
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
-ADMIT_WAIT_S = 0.05
 
 
 class Node:
@@ -85,7 +87,7 @@ class Node:
             **self._labels,
         }
 
-    def open_session(self) -> "NodeSession":
+    def open_session(self) -> NodeSession:
         """A session for one worker; close it when the worker leaves."""
         session = NodeSession(self)
         with self.running():
@@ -100,11 +102,11 @@ class Node:
                 raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} is closed", node=self.node_id)
             yield
 
-    def is_open(self, session: "NodeSession") -> bool:
+    def is_open(self, session: NodeSession) -> bool:
         """Whether the session has not been closed."""
         return session in self._sessions
 
-    def session_closed(self, session: "NodeSession") -> None:
+    def session_closed(self, session: NodeSession) -> None:
         """Take back what the session had reserved, at once or when nobody writes there any more."""
         with self.engine.lock:
             if self._sessions.pop(session, ...) is None and not self._stopped:
@@ -112,19 +114,19 @@ class Node:
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already.
+    def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
+        """Make packed blocks, root first, visible; False for one that was there already.
 
         Fewer answers than blocks: the index has no room for the others, whose extents are free again.
         """
         with self.running():
             self.engine.drain_touches()
-            taken = blocks[: self._index_room_for(blocks)]
-            added = [not self.engine.machine.has(key, Tier.HOST) for key, _, _ in taken]
-            for key, parent, offset in taken:
-                self.place.host.sign(offset, Lineage(key, parent, root))
-            self.engine.handle(_runs(root, nbytes, taken, self._clock.now_s()))
-            self.free_extents(offset for _, _, offset in blocks[len(taken) :])
+            taken = packed[: self._index_room_for(packed)]
+            added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
+            for key, parent, location, depth, error in taken:
+                self.place.sign(location, Lineage(key, parent, root, depth), error)
+            self.engine.handle(_runs(root, taken, self._clock.now_s()))
+            self.free_extents(each.location.offset for each in packed[len(taken) :])
         if self._reporter:
             self._reporter.wake()
         return added
@@ -135,18 +137,18 @@ class Node:
             self.engine.drain_touches()
             self.engine.handle([ev.Hinted(tail, hint, self._clock.now_s())])
 
-    def _index_room_for(self, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> int:
+    def _index_room_for(self, blocks: list[Packed]) -> int:
         """How many of the blocks, from the first on, the index can show, after room was made for them."""
         if len(blocks) <= self.place.index_room:
             return len(blocks)
         known = self.engine.machine.blocks
-        missing = sum(key not in known for key, _, _ in blocks) - self.place.index_room
+        missing = sum(each.key not in known for each in blocks) - self.place.index_room
         if missing <= 0:
             return len(blocks)
-        self.engine.handle([ev.Crowded(missing, blocks[0][1], self._clock.now_s())])
+        self.engine.handle([ev.Crowded(missing, blocks[0].parent, self._clock.now_s())])
         room = self.place.index_room
-        for count, (key, _, _) in enumerate(blocks):
-            room -= key not in known
+        for count, each in enumerate(blocks):
+            room -= each.key not in known
             if room < 0:
                 return count
         return len(blocks)
@@ -158,13 +160,25 @@ class Node:
                 self.place.host.free(offset)
             self.engine.freed.notify_all()
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` (`tail`: the parent of the first) from other nodes; how many are here at the end."""
+    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
+        """Fetch the leading blocks of `keys` from other nodes; how many are here at the end.
+
+        The first stands behind `tail`, with `depth` blocks before it.
+        """
         if not self._puller or not keys:
             return 0
         with closing(self.open_session()) as session:
-            admit = _Admission(self, session, root, nbytes, dict(zip(keys, [tail, *keys], strict=False)))
+            admit = Admission(self, session, root, nbytes, keys, tail, depth)
             return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
+
+    def doubt(self, keys: list[BlockKey]) -> None:
+        """A worker could not read these blocks where they are in host memory: those that the node cannot read either are given up."""
+        for key in keys:
+            with self.running():
+                block = self.engine.machine.blocks.get(key)
+                location = block.copies.get(Tier.HOST) if block else None
+                if location is not None and block.copying_to is None and not self.place.is_readable(key, location):
+                    self.engine.handle([ev.Lost(key, location)])
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         """Have blocks that are here, but where a worker cannot read them, in host memory; waits at most `wait_s`."""
@@ -245,6 +259,7 @@ class Node:
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
+                "codecs": self.place.coder.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
                 "coordinator": self._reporter.reachable if self._reporter else None,
@@ -290,7 +305,7 @@ class Node:
         config, place = self.config, self.place
         memory = [tier for tier in place.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, place.capacities[tier]) for tier in memory}
-        machine = StoreMachine(place.capacities, policies, observed)
+        machine = StoreMachine(place.capacities, policies, observed, shrinks=place.coder.shrinks)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, place.index, place, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
@@ -329,71 +344,6 @@ class Node:
                 log.exception("the node's beat failed")
 
 
-class NodeSession:
-    """One worker's session, in the node's process. `reserved` maps payload offsets to their bytes; the engine's lock guards it."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self.reserved: dict[int, int] = {}
-
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
-        return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000)
-
-    def reserve_within(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float) -> list[int]:
-        """As `reserve`, with a wait of its own."""
-        are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
-        if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
-            raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
-        with self._node.running():
-            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s)  # lets go of the lock while it waits
-            if not self._node.is_open(self):
-                self._node.free_extents(offsets)
-                raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
-            self.reserved.update(dict.fromkeys(offsets, nbytes))
-        return offsets
-
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        _check_chain(root, blocks)
-        with self._node.running():
-            self._take([offset for _, _, offset in blocks], nbytes)
-            return self._node.commit(root, nbytes, blocks)
-
-    def release(self, offsets: list[int]) -> None:
-        with self._node.running():
-            self._take(offsets)
-            self._node.free_extents(offsets)
-
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
-        _check_chain(root, [(key, tail, 0) for key in keys])
-        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), wait_s)
-
-    def bring(self, keys: list[BlockKey], wait_s: float) -> None:
-        for key in keys:
-            _check_chain(key, [])
-        self._node.bring(keys, wait_s)
-
-    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        _check_chain(tail, [])
-        self._node.hint(tail, Hint(answer_tokens, pinned_s, reuse_within_s, ended))
-
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        return self._node.locate(keys)
-
-    def stats(self) -> dict:
-        return self._node.stats()
-
-    def close(self) -> None:
-        self._node.session_closed(self)
-
-    def _take(self, offsets: list[int], nbytes: int | None = None) -> None:
-        """These extents leave the session; only what it reserved itself can, and as blocks of that size."""
-        ours = all(offset in self.reserved and nbytes in (None, self.reserved[offset]) for offset in offsets)
-        if not ours or len(set(offsets)) != len(offsets):
-            raise TieredKVError(Kind.TRANSPORT, "a worker named extents that it had not reserved")
-        for offset in offsets:
-            del self.reserved[offset]
-
-
 def history_of(config: Config) -> History:
     """The history that these settings ask for: only adaptive learns from one, for the others the machine's counts will do."""
     return create_history() if config.policy == "adaptive" else History()
@@ -406,59 +356,14 @@ def policy_of(config: Config, history: History, capacity_bytes: int) -> Eviction
     )
 
 
-def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> None:
-    """Raise (kind `transport`) for what cannot be keys: a worker of another version, or out of its mind."""
-    for key, parent, _ in [(root, None, 0), *blocks]:
-        is_block = type(key) is bytes and len(key) == KEY_BYTES
-        is_behind = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
-        if not is_block or not is_behind or key == parent:
-            raise TieredKVError(Kind.TRANSPORT, f"{key!r} behind {parent!r} is no block of a chain")
-
-
-def _runs(root: BlockKey, nbytes: int, blocks: Sequence[tuple[BlockKey, BlockKey | None, int]], now_s: float) -> list[ev.Committed]:
-    """Blocks (key, parent, offset), root first, as runs in which each is the parent of the next."""
+def _runs(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
+    """Blocks, root first, as runs in which each is the parent of the next."""
     runs: list[ev.Committed] = []
     keys: list[BlockKey] = []
-    for key, parent, offset in blocks:
+    for key, parent, location, depth, _ in packed:
         if not keys or keys[-1] != parent:
             keys = []
-            runs.append(ev.Committed(root, parent, keys, [], now_s))
+            runs.append(ev.Committed(root, parent, keys, [], now_s, depth))
         keys.append(key)
-        runs[-1].locations.append(Location(Tier.HOST, 0, 0, offset, nbytes, nbytes))
+        runs[-1].locations.append(location)
     return runs
-
-
-class _Admission:
-    """Takes pulled frames into the host tier: verified, copied, committed through a session of its own."""
-
-    def __init__(self, node: Node, session: NodeSession, root: BlockKey, nbytes: int, parents: dict[BlockKey, BlockKey | None]) -> None:
-        self._node = node
-        self._session = session
-        self._root = root
-        self._nbytes = nbytes
-        self._parents = parents
-
-    def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
-        """How many of the leading frames are in place; a damaged one ends it."""
-        taken = 0
-        while taken < len(keys):
-            rest = keys[taken:]
-            offsets = self._session.reserve_within(self._nbytes, rest, self._parents[rest[0]], ADMIT_WAIT_S)
-            good = self._unpack(rest, frames[taken:], offsets)
-            blocks = [(key, self._parents[key], offset) for key, offset in zip(rest[:good], offsets, strict=False)]
-            done = len(self._session.commit(self._root, self._nbytes, blocks))
-            self._session.release(offsets[good:])
-            taken += done
-            if not done or done < len(offsets):
-                break
-        return taken
-
-    def _unpack(self, keys: list[BlockKey], frames: list[FramePieces], offsets: list[int]) -> int:
-        """Fill the extents; how many of the leading ones have a good frame."""
-        place = self._node.place
-        good = 0
-        for key, pieces, offset in zip(keys, frames, offsets, strict=False):
-            if not place.unpack(key, pieces, place.host.payload(offset, self._nbytes)):
-                break
-            good += 1
-        return good

@@ -15,19 +15,19 @@ from contextlib import ExitStack, suppress
 import torch
 
 from tiered_kv.blocks import Location, Tier
-from tiered_kv.codecs import RawCodec
-from tiered_kv.codecs.frame import encode_frame, frame_bytes, open_pieces
+from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import KEY_BYTES, BlockKey
+from tiered_kv.keys import BlockKey
 from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.locks import locked_ranges
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
+from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled
+from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.host import HostTier, Lineage
@@ -35,8 +35,6 @@ from tiered_kv.tiers.log import LogTier, Record
 
 log = logging.getLogger(__name__)
 
-_RAW = RawCodec()
-_UNKNOWN_ROOT = bytes(KEY_BYTES)
 CROWDED_PART = 10  # of the index: with fewer slots free than one in so many, the lowest tier gives up a segment
 REQUESTS_AT_ONCE = 8  # to object storage, where one takes some 50 ms whatever its size
 AGING_SEGMENTS = 2
@@ -44,12 +42,13 @@ AGING_SEGMENTS = 2
 
 
 class Place:
-    """Files, index and tiers of one node. Not thread-safe but for `append`, `fill`, `frames` and `unpack`.
+    """Files, index and tiers of one node. Not thread-safe but for `append`, `coded`, `fill`, `keep`, `frames` and `put`.
 
     Files that a node of the same ids left behind are taken over; `restore` says what is in them.
     """
 
     def __init__(self, config: Config, cluster_id: str, node_id: str) -> None:
+        self.coder = Coder(config)
         reclaim_stale(config.shm_path, time.monotonic_ns())
         lower_bytes = config.disk + (config.objects_cap if config.objects else 0)
         self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, lower_bytes)
@@ -78,6 +77,7 @@ class Place:
         self._memory = {Tier.HOST: self.host} | ({Tier.DEVICE: self.device} if self.device else {})
         self._abandoned: dict[int, int] = {}  # extents by their start, that somebody may still be writing to
         self._device_turn = threading.Lock()  # the pool is for one thread at a time
+        self._device_errors: dict[int, float] = {}  # by offset, of blocks that were lossy before they came there
         self._requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="tkv-get")  # starts no thread before it is used
         self.beat()
 
@@ -119,16 +119,19 @@ class Place:
             self._quarantine()
             log.info("took over %d blocks; %d were not where the index said", len(self.index), len(lost))
         in_host.sort(key=lambda item: last_use.get(item[0], 0))
-        host = [ev.Recovered(key, *self.host.lineage(location.offset)[1:], location) for key, location in in_host]
+        host = []
+        for key, location in in_host:
+            _, parent, root, depth, *_ = self.host.lineage(location.offset)
+            host.append(ev.Recovered(key, parent, root, location, depth))
         return self._that_fit(below, {key for key, _ in [*self.index.items(), *in_host]}) + host
 
     def _behind_the_device(self, bytes_by_key: dict[BlockKey, int]) -> list[tuple[BlockKey, Location]]:
         """The host copies of blocks that the index showed on the device of a former node; all other headers are taken back."""
         found = []
-        for offset, (key, _, _) in list(self.host.orphans()):
-            nbytes = bytes_by_key.pop(key, 0)
-            location = Location(Tier.HOST, 0, 0, offset, nbytes, nbytes)
-            if nbytes and self._claim(key, location):
+        for offset, (key, _, _, _, codec, nbytes, raw_bytes, _) in list(self.host.orphans()):
+            location = Location(Tier.HOST, codec, 0, offset, nbytes, raw_bytes)
+            if bytes_by_key.get(key) == raw_bytes and nbytes and self._claim(key, location):
+                del bytes_by_key[key]
                 found.append((key, location))
             else:
                 self.host.disown(offset)
@@ -198,10 +201,15 @@ class Place:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return self._memory[tier].fits(nbytes)
 
+    def free_bytes(self, tier: Tier) -> int:
+        return self._memory[tier].capacity_bytes - self._memory[tier].used_bytes
+
     def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
         return self._memory[tier].reserve(nbytes, count)
 
     def free(self, location: Location) -> None:
+        if location.tier is Tier.DEVICE:
+            self._device_errors.pop(location.offset, None)
         if location.tier in self._memory:
             self._memory[location.tier].free(location.offset)
         else:
@@ -220,24 +228,28 @@ class Place:
                 self.host.extents.free(start)
                 del self._abandoned[start]
 
+    # Blocks from one tier to another
+
+    def form(self, copy: ev.Copy) -> Form:
+        source = copy.source
+        is_kept = copy.target is Tier.HOST and source.codec and self.coder.keeps_frames(copy.root)
+        return Form(source.codec, source.stored_bytes) if is_kept else Form(0, source.raw_bytes)
+
+    def form_of(self, frame: Frame, root: BlockKey) -> Form:
+        """What the block of a frame that a peer sent will be in host memory."""
+        is_kept = frame.codec.id and self.coder.keeps_frames(root)
+        return Form(frame.codec.id, frame.nbytes) if is_kept else Form(0, frame.raw_bytes)
+
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
         if locations[0].tier is Tier.DEVICE:
             return self._to_device(copies, locations)
-        payloads = [self.host.payload(location.offset, location.raw_bytes) for location in locations]
         read = self._requests.map if copies[0].source.tier is Tier.OBJECTS else map
-        outcomes = list(read(self._read, copies, payloads))
-        for copy, location, outcome in zip(copies, locations, outcomes, strict=True):
-            if outcome is Filled.DONE:
-                self.host.sign(location.offset, Lineage(copy.key, copy.parent, copy.root))
-        return outcomes
+        return list(read(self._fill, copies, locations))
 
-    def _read(self, copy: ev.Copy, payload: torch.Tensor) -> Filled:
+    def _fill(self, copy: ev.Copy, location: Location) -> Filled:
         try:
-            if copy.source.tier is Tier.DEVICE:
-                with self._device_turn:
-                    self.device.pool.copy_out(copy.source.offset, copy.source.raw_bytes, payload).wait()
-            else:
-                self.logs[copy.source.tier].read(copy.source, copy.key).decode(payload)
+            held = self._held(copy.key, copy.source)
+            self.put(held, location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
         except TieredKVError as error:
             away = copy.source.tier is Tier.OBJECTS and error.kind is not Kind.CORRUPT and not error.context.get("missing")
             why = str(error)  # the error itself holds on to the arena
@@ -245,19 +257,45 @@ class Place:
             return Filled.LATER if away else Filled.GONE
         return Filled.DONE
 
-    def append(self, tier: Tier, copies: Sequence[ev.Copy]) -> list[Location | None]:
-        records, readable = [], []
-        for copy in copies:
-            raw = self._payload(copy.key, copy.source)
-            readable.append(raw is not None)
-            if raw is not None:
-                buffers = encode_frame(copy.key, copy.root or _UNKNOWN_ROOT, _RAW, raw)
-                records.append(Record(copy.key, buffers, _RAW.id, copy.source.raw_bytes, copy.parent, copy.root))
+    def put(self, held: Held, location: Location, lineage: Lineage) -> None:
+        """Write a block, raw or as its frame, into a reserved extent of host memory, and sign it. Raises (kind `corrupt`)."""
+        payload = self.host.payload(location.offset, location.stored_bytes)
+        if location.codec:
+            put(held.frame.pieces, payload)
+        elif held.frame is not None:
+            held.frame.decode(payload)
+        else:
+            payload.copy_(held.raw)
+        self.sign(location, lineage, held.error)
+
+    def sign(self, location: Location, lineage: Lineage, error: float = 0.0) -> None:
+        """Say whose bytes lie in an extent of host memory, and how."""
+        key, parent, root, depth, *_ = lineage
+        _, codec, _, offset, nbytes, raw_bytes = location
+        self.host.sign(offset, Lineage(key, parent, root, depth, codec, nbytes, raw_bytes, error))
+
+    def coded(self, copy: ev.Copy) -> CodedBlock | None:
+        held = self._readable(copy.key, copy.source)
+        try:
+            return self.coder.coded(copy, held) if held is not None else None
+        except TieredKVError as error:
+            log.warning("block %s cannot be coded for %s: %s", copy.key.hex(), copy.target.label, str(error))
+            return None
+
+    def keep(self, copy: ev.Copy, coded: CodedBlock, offset: int) -> Location:
+        location = Location(Tier.HOST, coded.codec, 0, offset, coded.nbytes, coded.raw_bytes)
+        put(coded.pieces, self.host.payload(offset, coded.nbytes))
+        self.sign(location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
+        return location
+
+    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[CodedBlock | None]) -> list[Location | None]:
+        pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if block is not None]
+        records = [Record(copy.key, block.pieces, block.codec, block.raw_bytes, copy.parent, copy.root) for copy, block in pairs]
         answers = iter(self.logs[tier].append(records))
         locations = []
         refused: Counter[str] = Counter()
-        for good in readable:
-            answer = next(answers) if good else None
+        for block in coded:
+            answer = next(answers) if block is not None else None
             locations.append(answer.location if answer else None)
             if answer and answer.refused:
                 refused[answer.refused] += 1
@@ -265,22 +303,44 @@ class Place:
             log.warning("%s: %d of %d blocks were not written: %s", tier.label, count, len(copies), reason)
         return locations
 
-    def _payload(self, key: BlockKey, location: Location) -> torch.Tensor | None:
-        """The block's bytes in memory, a view where they are in host memory; None if they cannot be read."""
-        if location.tier is Tier.HOST:
-            return self.host.payload(location.offset, location.stored_bytes)
-        raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
-        copy = ev.Copy(key, None, None, location, Tier.HOST)
-        return raw if self._read(copy, raw) is Filled.DONE else None
+    def _held(self, key: BlockKey, location: Location) -> Held:
+        """The block where it lies, its bytes or frame being views of host memory where they are there; raises if it cannot be read."""
+        if location.tier is Tier.DEVICE:
+            raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
+            with self._device_turn:
+                self.device.pool.copy_out(location.offset, location.raw_bytes, raw).wait()
+            return Held(raw, error=self._device_errors.get(location.offset, 0.0))
+        if location.tier is not Tier.HOST:
+            return Held.of(self.logs[location.tier].read(location, key))
+        payload = self.host.payload(location.offset, location.stored_bytes)
+        if location.codec:
+            return Held.of(open_frame(payload, key))
+        return Held(payload, error=self.host.lineage(location.offset).error)
 
-    def segment_to_go(self, tier: Tier, copies: Sequence[ev.Copy]) -> int | None:
+    def is_readable(self, key: BlockKey, location: Location) -> bool:
+        """Whether a block is undamaged where it lies, and its codec is known here."""
+        held = self._readable(key, location)
+        try:
+            return held is not None and held.decoded() is not None
+        except TieredKVError:
+            return False
+
+    def _readable(self, key: BlockKey, location: Location) -> Held | None:
+        """The same; None if it cannot be read."""
+        try:
+            return self._held(key, location)
+        except TieredKVError as error:
+            log.warning("block %s in %s cannot be read: %s", key.hex(), location.tier.label, str(error))
+            return None
+
+    def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
         place = self.logs[tier]
         is_lowest = tier is max(self.logs)  # elsewhere a block that goes may be below as well, and keep its slot
         crowded = is_lowest and self.index_room < self.index.capacity_blocks // CROWDED_PART
         segment = place.oldest_sealed() if crowded else None
         if segment is None:
-            sizes = [size for copy in copies if (size := frame_bytes(_RAW, copy.source.raw_bytes)) <= place.max_frame_bytes]
-            segment = place.needs_reclaim(sum(sizes), len(sizes))
+            fitting = [nbytes for nbytes in sizes if nbytes <= place.max_frame_bytes]
+            segment = place.needs_reclaim(sum(fitting), len(fitting))
         return segment
 
     def segment_to_age(self, tier: Tier) -> int | None:
@@ -303,31 +363,44 @@ class Place:
         self.logs[tier].reclaim(segment)
 
     def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        sources = [self.host.payload(copy.source.offset, copy.source.raw_bytes) for copy in copies]
+        blocks = [self._decoded(copy) for copy in copies]  # alive until the copies have happened
         with self._device_turn:
-            tickets = [self.device.pool.copy_in(location.offset, raw) for location, raw in zip(locations, sources, strict=True)]
+            tickets = []
+            for block, location in zip(blocks, locations, strict=True):
+                if block is not None:
+                    tickets.append(self.device.pool.copy_in(location.offset, block.raw))
+                    if block.error:
+                        self._device_errors[location.offset] = block.error
             for ticket in tickets:
                 ticket.wait()
-        return [Filled.DONE] * len(copies)
+        return [Filled.GONE if block is None else Filled.DONE for block in blocks]
+
+    def _decoded(self, copy: ev.Copy) -> Held | None:
+        """The raw bytes of a block that is to be copied; None if it cannot be read."""
+        try:
+            held = self._held(copy.key, copy.source)
+            return Held(held.decoded(), error=held.error)
+        except TieredKVError as error:
+            log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, str(error))
+            return None
 
     # Peers
 
     def frames(self, blocks: Iterable[tuple[BlockKey, BlockKey | None, Location]]) -> Iterator[FramePieces]:
-        """Blocks (key, root, location) as frames, up to the first that cannot be read. Host payloads are views: pin them."""
+        """Blocks (key, root, location) as frames, up to the first that cannot be read. Of host memory these are views: pin them."""
         for key, root, location in blocks:
-            raw = self._payload(key, location)
-            if raw is None:
+            held = self._readable(key, location)
+            if held is None:
                 return
-            yield encode_frame(key, root or _UNKNOWN_ROOT, _RAW, raw)
+            yield raw_frame(key, root, held)
 
-    def unpack(self, key: BlockKey, pieces: FramePieces, payload: torch.Tensor) -> bool:
-        """Whether the frame is undamaged and that of `key`; its block is then in `payload`."""
+    def opened(self, key: BlockKey, pieces: FramePieces) -> Frame | None:
+        """The frame that a peer sent, if it is undamaged and that of `key`."""
         try:
-            open_pieces(pieces, key).decode(payload)
+            return open_pieces(pieces, key)
         except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, also what is no frame at all
             log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
-            return False
-        return True
+            return None
 
     # Figures
 

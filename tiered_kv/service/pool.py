@@ -40,6 +40,10 @@ class SessionPool:
             raise
         self._give_back(session)
 
+    def check(self) -> None:
+        """Connect once, so that what is wrong is said now; raises as connecting does. Keeps no session and counts no call."""
+        self._connect().close()
+
     def _take(self) -> Session:
         with self._lock:
             if self._closed:

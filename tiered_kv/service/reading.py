@@ -1,7 +1,8 @@
 """Where a worker reads blocks: the node's shared memory, its device pool and its disk segments, all without asking the node.
 
 A block in memory is copied first and believed after: its slot's sequence number must be what it was before the copy (a
-seqlock), and the copy must have happened. A block on disk is believed because its frame's checksum binds it to its key.
+seqlock), and the copy must have happened. Of a block that is coded there, the frame is copied, believed, and then decoded straight
+to where its tokens belong. A block on disk is believed because its frame's checksum binds it to its key.
 Blocks in objects, and on a device that this process does not see, are hidden: the node has to bring them.
 """
 
@@ -17,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from tiered_kv.blocks import Location, Tier
+from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
@@ -48,10 +50,11 @@ class BlockSource:
 
     def __init__(self, view: NodeView, segments: SegmentReader | None, layout: KVLayout, *, has_device: bool = False) -> None:
         self._view = view
-        self._disk = DiskReader(segments, layout.block_bytes) if segments is not None else None
+        self._disk = DiskReader(segments) if segments is not None else None
         self._layout = layout
         self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
+        self._doubted: list[BlockKey] = []
         self.invalidated = 0
         """Blocks that were changed while they were copied, so that the copy was thrown away."""
 
@@ -77,19 +80,16 @@ class BlockSource:
         return self._device is not None and self._device.blocks() is not None
 
     def read(self, found: Sequence[Found], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[Found]:
-        """Copy the found blocks to the first tokens of `kv`; those that came whole, up to the first that did not.
+        """Copy or decode the found blocks to the first tokens of `kv`; those that came whole, up to the first that did not.
 
-        Disk blocks count as missing once `expired()`.
+        Blocks on disk, and coded ones, count as missing once `expired()`.
         """
         done = 0
         while done < len(found):
-            tier, end = found[done].slot.tier, done + 1
-            while end < len(found) and found[end].slot.tier == tier:
+            tier, is_coded, end = found[done].slot.tier, bool(found[done].slot.codec), done + 1
+            while end < len(found) and found[end].slot.tier == tier and bool(found[end].slot.codec) == is_coded:
                 end += 1
-            if tier in _IN_MEMORY:
-                good = self._read_memory(found[done:end], done, kv_L2HND)
-            else:
-                good = self._read_disk(found[done:end], done, kv_L2HND, expired)
+            good = self._read_alike(found[done:end], done, kv_L2HND, expired)
             if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired):
                 good += 1
                 end = done + good
@@ -97,6 +97,53 @@ class BlockSource:
             if done < end:
                 break
         return list(found[:done])
+
+    def _read_alike(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+        """Read blocks of one tier that are all coded or all not; how many of them, from the first on, were had."""
+        slot = found[0].slot
+        if slot.tier not in _IN_MEMORY:
+            return self._read_disk(found, first, kv, expired)
+        return self._read_coded(found, first, kv, expired) if slot.codec else self._read_memory(found, first, kv)
+
+    def _read_coded(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+        """Decode blocks that are coded in host memory; how many of them, from the first on, before `expired()`."""
+        for count, each in enumerate(found):
+            frame = None if expired() else self._frame(each)
+            if frame is None or not self._decode(each.key, frame, first + count, kv):
+                return count
+        return len(found)
+
+    def _frame(self, found: Found) -> Frame | None:
+        """The frame of a block in host memory, copied; None if it changed meanwhile, or is none."""
+        slot = found.slot
+        data = self._view.extent(slot.offset, slot.stored_bytes).numpy().copy()
+        if not self._view.valid(slot):
+            self.invalidated += 1
+            return None
+        try:
+            return open_frame(data, found.key)
+        except TieredKVError as error:
+            self._doubt(found.key, error)
+            return None
+
+    def _decode(self, key: BlockKey, frame: Frame, block: int, kv: torch.Tensor) -> bool:
+        """Whether a frame gave the block that belongs to these tokens of `kv`."""
+        t = self._layout.block_tokens
+        try:
+            frame.decode_kv(kv.detach()[..., block * t : (block + 1) * t, :])
+        except TieredKVError as error:
+            self._doubt(key, error)
+            return False
+        return True
+
+    def _doubt(self, key: BlockKey, error: TieredKVError) -> None:
+        log.warning("block %s cannot be decoded: %s", key.hex(), error)
+        self._doubted.append(key)
+
+    def doubted(self) -> list[BlockKey]:
+        """Blocks that could not be decoded since this was last asked."""
+        doubted, self._doubted = self._doubted, []
+        return doubted
 
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
         """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
@@ -119,19 +166,16 @@ class BlockSource:
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
         count = 0
-        for raw in self._disk.blocks(found, expired):
-            ArenaBlocks(raw, self._layout).unpack(Run(first + count, 0, 0, 1), kv)
+        for frame in self._disk.frames(found, expired):
+            if not self._decode(found[count].key, frame, first + count, kv):
+                break
             count += 1
         return count
 
     def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
         """One more try for a block that moved while it was read: it may be in another place by now."""
         found = self.find([key])
-        if not found:
-            return False
-        if found[0].slot.tier in _IN_MEMORY:
-            return self._read_memory(found, block, kv) == 1
-        return self._read_disk(found, block, kv, expired) == 1
+        return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired) == 1
 
     def touch(self, used: Sequence[Found | Slot]) -> None:
         """Tell the policy what was used, the deepest block first."""
@@ -179,36 +223,36 @@ class BlockSource:
 class DiskReader:
     """Reads blocks from the node's segments on threads of its own, some ahead, so that a disk that hangs holds nobody up."""
 
-    def __init__(self, segments: SegmentReader, block_bytes: int) -> None:
+    def __init__(self, segments: SegmentReader) -> None:
         self._segments = segments
-        self._block_bytes = block_bytes
         self._threads = ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="tkv-read")  # starts none before it is used
 
-    def blocks(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[torch.Tensor]:
-        """The bytes of each block in turn, up to the first that cannot be read, or that is not here when it is `expired()`."""
-        ahead: deque[Future[torch.Tensor | None]] = deque()
+    def frames(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[Frame]:
+        """The verified frame of each block in turn, up to the first that cannot be read, or that is not here when it is `expired()`.
+
+        What a thread reads lies in memory of its own: one that comes too late writes to nobody's tensor.
+        """
+        ahead: deque[Future[Frame | None]] = deque()
         rest = iter(found)
         try:
             while not expired():
                 ahead += (self._threads.submit(self._read, each) for each in islice(rest, READS_AHEAD - len(ahead)))
-                raw = _outcome(ahead.popleft(), expired) if ahead else None
-                if raw is None:
+                frame = _outcome(ahead.popleft(), expired) if ahead else None
+                if frame is None:
                     return
-                yield raw
+                yield frame
         finally:
             for future in ahead:
                 future.cancel()
 
-    def _read(self, found: Found) -> torch.Tensor | None:
+    def _read(self, found: Found) -> Frame | None:
         slot = found.slot
         location = Location(Tier.DISK, slot.codec, slot.segment, slot.offset, slot.stored_bytes, slot.raw_bytes)
         try:
-            raw = torch.empty(self._block_bytes, dtype=torch.uint8)
-            self._segments.read(location, found.key).decode(raw)
+            return self._segments.read(location, found.key)
         except TieredKVError as error:
             log.info("block %s is not readable on disk: %s", found.key.hex(), error)
             return None
-        return raw
 
     def close(self) -> None:
         """Let go of the segments' files, once reads under way have ended."""

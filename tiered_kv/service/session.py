@@ -3,7 +3,7 @@
 Reservations belong to their session and end with it, at the latest when its worker dies.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from tiered_kv.keys import BlockKey
 
@@ -17,8 +17,15 @@ class Session(Protocol):
         `tail` is the parent of the first of these blocks: its chain should not make room for them.
         """
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset), root first, visible; False for one that was there already.
+    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
+        """Say of which model the blocks below `root` are (`ModelFacts`): they are coded for it from now on.
+
+        Gives the plan by tier, and the path of the calibration that is needed to read them, None for none. Raises (kind `config`)
+        where the node's settings ask for what the model does not have.
+        """
+
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
+        """Make packed blocks (key, parent, offset, how many stand before it in the chain), root first, visible; False for one that was there already.
 
         Fewer answers than blocks: there is no room for the others, whose extents are given back.
         """
@@ -26,8 +33,14 @@ class Session(Protocol):
     def release(self, offsets: list[int]) -> None:
         """Give reserved extents back unused."""
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` (`tail`: the parent of the first) from other nodes; how many are here afterwards."""
+    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
+        """Fetch the leading blocks of `keys` from other nodes; how many are here afterwards.
+
+        `tail`: the parent of the first, before which there are `depth` blocks.
+        """
+
+    def doubt(self, keys: list[BlockKey]) -> None:
+        """Say that blocks in host memory cannot be read."""
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         """Have blocks that are on this node, but where the worker cannot read them, in host memory."""

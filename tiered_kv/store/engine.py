@@ -1,8 +1,8 @@
 """The engine: carries out what the machine decides, with bounded threads, under one lock.
 
 Show, Hide and Free happen at once, in the machine's order. Copies run without the lock: those into memory on
-`io_threads` threads, those into each lower tier on one thread of its own, so that a slow disk stops nobody but itself.
-Their outcome is the machine's next event. `freed` wakes those who wait for room or for a block.
+`io_threads` threads, those into each lower tier on one thread of its own, so that a slow disk stops nobody but itself. What
+codes blocks on their way down, or where they are, has as many threads again. Their outcome is the machine's next event. `freed` wakes those who wait for room or for a block.
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import Clock
@@ -28,6 +28,7 @@ QUEUE_BYTES_MIN = 64 << 20
 QUEUE_SHARE = 1 / 8
 """Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
 RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
+SPARE_SHARE = 1 / 16  # of host memory where blocks are coded in it: room for what comes of that, and all that one store gets at a time
 WANTED_WAIT_S = 0.25  # for room for blocks that a worker waits for; it holds one of the threads that copy into memory
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
@@ -48,8 +49,22 @@ class Filled(Enum):
     LATER = "later"  # the source cannot be reached now
 
 
+class Form(NamedTuple):
+    """How a block lies, or will lie, in a tier in memory: the id of its codec, and bytes."""
+
+    codec: int
+    nbytes: int
+
+
+class Coded(Protocol):
+    """A block as it is to be kept in some tier: known to the mover, but for its size."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Mover(Protocol):
-    """Moves bytes between tiers; knows frames and tiers, decides nothing."""
+    """Moves bytes between tiers; knows frames, codecs and tiers, decides nothing."""
 
     def fits(self, tier: Tier, nbytes: int) -> bool:
         """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
@@ -57,20 +72,32 @@ class Mover(Protocol):
     def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
         """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory."""
 
+    def free_bytes(self, tier: Tier) -> int:
+        """Bytes of a tier in memory that are not in use."""
+
     def free(self, location: Location) -> None:
         """Give the bytes of one copy, or of a reserved extent, back."""
 
-    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        """Read blocks of one source tier into reserved extents of one tier in memory; how each went."""
+    def form(self, copy: ev.Copy) -> Form:
+        """What a block that is copied into a tier in memory will be there."""
 
-    def append(self, tier: Tier, copies: Sequence[ev.Copy]) -> list[Location | None]:
-        """Write blocks to a lower tier; None for one that could not be written."""
+    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+        """Read blocks of one source tier into reserved extents, of their form, of one tier in memory; how each went."""
+
+    def coded(self, copy: ev.Copy) -> Coded | None:
+        """A block as it should be kept in the tier that it is copied to; None if it cannot be read. Takes time, for several threads."""
+
+    def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
+        """Put a coded block into a reserved extent of host memory."""
+
+    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[Coded | None]) -> list[Location | None]:
+        """Write coded blocks to a lower tier; None for one that could not be written."""
 
     def batch_bytes(self, tier: Tier) -> int:
         """How much to write to `tier` in one go."""
 
-    def segment_to_go(self, tier: Tier, copies: Sequence[ev.Copy]) -> int | None:
-        """The segment that must go before these copies can be written; None if there is room, or nothing can go."""
+    def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
+        """The segment that must go before blocks of these sizes can be written; None if there is room, or nothing can go."""
 
     def segment_to_age(self, tier: Tier) -> int | None:
         """A segment that will have to go before long, if there is one."""
@@ -111,6 +138,8 @@ class Engine:
         self._clock = clock
         self._queue_bytes = queue_bytes
         self._up = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
+        self._coding = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code")
+        self._spare_bytes = int(machine.shrinking.capacity_bytes * SPARE_SHARE)
         lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
         self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
@@ -137,44 +166,65 @@ class Engine:
                 self._start(copies)
 
     def reserve(
-        self, nbytes: int, keys: Sequence[BlockKey], tail: BlockKey | None, wait_s: float, tier: Tier = Tier.HOST, *, insist: bool = True
+        self,
+        nbytes: int,
+        keys: Sequence[BlockKey],
+        tail: BlockKey | None,
+        wait_s: float,
+        tier: Tier = Tier.HOST,
+        *,
+        insist: bool = True,
+        is_coded: bool = False,
     ) -> list[int]:
         """Extents for the first of the new blocks `keys`; makes room for them, waits at most `wait_s` for the first.
 
         Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused. Where
         blocks were to leave for a lower tier that has not taken any for `wait_s`, others are given up instead, if the
-        caller does `insist`.
+        caller does `insist`. Where host memory is coded, a part of it is spared for what `is_coded`, which nobody else is to shrink for.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # and nobody else has to go for it
+        spare_bytes = self._spare_bytes if tier is Tier.HOST and not is_coded and self._mover.fits(tier, nbytes + self._spare_bytes) else 0
+        if spare_bytes:
+            keys = keys[: max(spare_bytes // nbytes, 1)]
         with self.lock:
-            offsets = self._mover.reserve(tier, nbytes, len(keys))
+            offsets = self._take(tier, nbytes, len(keys), spare_bytes)
             if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()
             deadline_s = self._clock.now_s() + wait_s
             while not self._closed:
                 missing_bytes = (len(keys) - len(offsets)) * nbytes
-                gave = self._make_room(tier, missing_bytes - self._leaving[tier], tail, keys)
-                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets))
+                if spare_bytes:
+                    missing_bytes += spare_bytes - self._mover.free_bytes(tier)
+                gave = self._make_room(tier, missing_bytes - self._leaving[tier], tail, keys, shrink=not is_coded)
+                offsets += self._take(tier, nbytes, len(keys) - len(offsets), spare_bytes)
                 left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
                 if offsets or not self._leaving[tier]:
                     return offsets or self._defragment(tier, nbytes, tail, keys, gave)
                 if left_s <= 0:
                     return self._instead(tier, nbytes, tail, keys) if insist and wait_s else []
                 self.freed.wait(left_s)
-                offsets = self._mover.reserve(tier, nbytes, len(keys))
+                offsets = self._take(tier, nbytes, len(keys), spare_bytes)
                 if offsets:  # enough to go on with, for which nobody else has to go
                     return offsets
             return offsets
 
-    def _make_room(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], queue: bool = True) -> bool:
-        """Have blocks leave the tier for `nbytes`, without `queue` none of them for a lower one; whether any did at once."""
+    def _take(self, tier: Tier, nbytes: int, count: int, spare_bytes: int) -> list[int]:
+        """Offsets of up to `count` extents, of what is free beyond `spare_bytes`."""
+        if spare_bytes:
+            count = max(min(count, (self._mover.free_bytes(tier) - spare_bytes) // nbytes), 0)
+        return self._mover.reserve(tier, nbytes, count)
+
+    def _make_room(
+        self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], queue: bool = True, shrink: bool = True
+    ) -> bool:
+        """Have blocks leave the tier, or shrink, for `nbytes`, without `queue` none of them for a lower one; whether any left at once."""
         if nbytes <= 0:
             return False
         blocks_before = self.machine.blocks_by_tier[tier]
         queue_bytes = self._queue_bytes - self._leaving[tier] if queue else 0
-        self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes)])
+        self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes, shrink and queue)])
         return self.machine.blocks_by_tier[tier] < blocks_before
 
     def _instead(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey]) -> list[int]:
@@ -220,7 +270,7 @@ class Engine:
         with self.lock:
             self._closed = True
             self.freed.notify_all()
-        for pool in (self._up, *self._down.values()):
+        for pool in (self._up, *self._down.values(), self._coding):
             pool.shutdown(wait=True)
 
     @property
@@ -256,13 +306,17 @@ class Engine:
         for copy in copies:
             ways.setdefault((copy.source.tier, copy.target), []).append(copy)
         for (source, target), together in ways.items():
-            pool, run = (self._up, self._fill) if target in IN_MEMORY else (self._down[target], self._append)
-            for batch in _batches(together, self._mover.batch_bytes(target)):
+            pool, run, batch_bytes = self._up, self._fill, self._mover.batch_bytes(target)
+            if target is source:
+                pool, run, batch_bytes = self._coding, self._shrink, 1
+            elif target not in IN_MEMORY:
+                pool, run = self._down[target], self._append
+            for batch in _batches(together, batch_bytes):
                 self._batches += 1
-                if target > source:
+                if target >= source:
                     if not self._leaving[source]:
                         self._progress_s[source] = self._clock.now_s()
-                    self._leaving[source] += _size(batch)
+                    self._leaving[source] += _gain(batch)
                 if self._closed:
                     self._finish(batch, _failed(batch))
                 else:
@@ -281,8 +335,8 @@ class Engine:
     def _finish(self, batch: list[ev.Copy], failed: list[ev.CopyFailed]) -> None:
         with self.lock:
             self._batches -= 1
-            if batch[0].target > batch[0].source.tier:
-                self._leaving[batch[0].source.tier] -= _size(batch)
+            if batch[0].target >= batch[0].source.tier:
+                self._leaving[batch[0].source.tier] -= _gain(batch)
                 self._progress_s[batch[0].source.tier] = self._clock.now_s()
             self.handle(failed)
             self.freed.notify_all()
@@ -290,9 +344,11 @@ class Engine:
     def _append(self, batch: list[ev.Copy]) -> None:
         """Into a lower tier; on its one thread, so that no segment goes of whose blocks the machine has not heard."""
         tier = batch[0].target
-        while (segment := self._mover.segment_to_go(tier, batch)) is not None:
+        coded = list(self._coding.map(self._mover.coded, batch))
+        sizes = [each.nbytes for each in coded if each is not None]
+        while (segment := self._mover.segment_to_go(tier, sizes)) is not None:
             self._reclaim(tier, segment)
-        locations = self._mover.append(tier, batch)
+        locations = self._mover.append(tier, batch, coded)
         self.handle(
             ev.Copied(copy.key, location) if location else ev.CopyFailed(copy.key, tier)
             for copy, location in zip(batch, locations, strict=True)
@@ -326,16 +382,28 @@ class Engine:
         rest, target = batch, batch[0].target
         wait_s = WANTED_WAIT_S if batch[0].source.tier is Tier.OBJECTS else 0
         while rest:
-            nbytes = rest[0].source.raw_bytes
-            same = [copy for copy in rest if copy.source.raw_bytes == nbytes]
+            codec, nbytes = form = self._mover.form(rest[0])
+            same = [copy for copy in rest if self._mover.form(copy) == form]
             offsets = self.reserve(nbytes, [copy.key for copy in same], same[-1].key, wait_s, target, insist=False)
             taken = same[: len(offsets)] or same
             if offsets:
-                self._fill_extents(taken, [Location(target, 0, 0, offset, nbytes, nbytes) for offset in offsets])
+                places = zip(taken, offsets, strict=True)
+                self._fill_extents(taken, [Location(target, codec, 0, offset, nbytes, copy.source.raw_bytes) for copy, offset in places])
             else:
                 self.handle(_failed(taken))
             done = set(map(id, taken))
             rest = [copy for copy in rest if id(copy) not in done]
+
+    def _shrink(self, batch: list[ev.Copy]) -> None:
+        """Where they are: coded by what is spared for it, or by what others give up."""
+        for copy in batch:
+            tier, coded = copy.target, self._mover.coded(copy)
+            if coded is None or coded.nbytes >= copy.source.stored_bytes:
+                self.handle([ev.CopyFailed(copy.key, tier, again=False)])
+                continue
+            offsets = self.reserve(coded.nbytes, [copy.key], copy.key, 0, tier, insist=False, is_coded=True)
+            event = ev.Copied(copy.key, self._mover.keep(copy, coded, offsets[0])) if offsets else ev.CopyFailed(copy.key, tier)
+            self.handle([event])
 
     def _fill_extents(self, batch: list[ev.Copy], locations: list[Location]) -> None:
         outcomes: list[Filled] = []
@@ -359,11 +427,11 @@ class Engine:
 
 
 def _failed(batch: list[ev.Copy]) -> list[ev.CopyFailed]:
-    return [ev.CopyFailed(copy.key, copy.target) for copy in batch]
+    return [ev.CopyFailed(copy.key, copy.target, again=False) for copy in batch]
 
 
-def _size(batch: list[ev.Copy]) -> int:
-    return sum(copy.source.stored_bytes for copy in batch)
+def _gain(batch: list[ev.Copy]) -> int:
+    return sum(copy.gain for copy in batch)
 
 
 def _batches(copies: list[ev.Copy], batch_bytes: int) -> Iterable[list[ev.Copy]]:

@@ -11,13 +11,17 @@ from tiered_kv.keys import BlockKey
 
 
 class Committed(NamedTuple):
-    """A run of one chain lies complete in host memory: each key at its location, the first one behind `parent`."""
+    """A run of one chain lies complete in host memory: each key at its location, the first one behind `parent`.
+
+    `depth`: how many blocks stand before the first one; None: not known.
+    """
 
     root: BlockKey
     parent: BlockKey | None
     keys: Sequence[BlockKey]
     locations: Sequence[Location]
     now_s: float
+    depth: int | None = None
 
 
 class Recovered(NamedTuple):
@@ -27,6 +31,7 @@ class Recovered(NamedTuple):
     parent: BlockKey | None
     root: BlockKey | None
     location: Location
+    depth: int | None = None
 
 
 class Used(NamedTuple):
@@ -45,7 +50,8 @@ class Wanted(NamedTuple):
 class Needed(NamedTuple):
     """`nbytes` more are needed in `tier` for the blocks `keys` of a chain that grows at `tail`, whose ancestors should stay.
 
-    `queue_bytes`: how much may be sent to the tier below now; beyond it the tier below is too slow.
+    `queue_bytes`: how much may be sent to the tier below now; beyond it the tier below is too slow. `shrink`: whether blocks that
+    could take fewer bytes where they are may be asked to, before any goes.
     """
 
     tier: Tier
@@ -54,6 +60,7 @@ class Needed(NamedTuple):
     keys: Sequence[BlockKey] = ()
     now_s: float = 0.0
     queue_bytes: float = float("inf")
+    shrink: bool = True
 
 
 class Crowded(NamedTuple):
@@ -65,17 +72,18 @@ class Crowded(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """A copy is complete: the block lies at `location` as well."""
+    """A copy is complete: the block lies at `location` as well, or instead where that is in the source's own tier."""
 
     key: BlockKey
     location: Location
 
 
 class CopyFailed(NamedTuple):
-    """A copy to `target` did not succeed; the source is as it was."""
+    """A copy to `target` did not succeed; the source is as it was. `again`: another try may."""
 
     key: BlockKey
     target: Tier
+    again: bool = True
 
 
 class Lost(NamedTuple):
@@ -169,13 +177,20 @@ class Free(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`."""
+    """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`.
+
+    Where `target` is the source's own tier, the copy is to take fewer bytes. `depth`: how many blocks stand before it in its chain,
+    None if that is not known; `is_tail`: no block behind it is known. `gain`: bytes that its tier has more room for afterwards, about.
+    """
 
     key: BlockKey
     root: BlockKey | None
     parent: BlockKey | None
     source: Location
     target: Tier
+    depth: int | None = None
+    is_tail: bool = False
+    gain: int = 0
 
 
 Instruction = Show | Hide | Free | Copy

@@ -14,6 +14,7 @@ from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
 from tiered_kv.store.holds import HOLD_SHARE, Holds
 from tiered_kv.store.movement import Block, Fate, Movement
+from tiered_kv.store.shrinking import Shrinking
 
 
 class StoreMachine:
@@ -21,9 +22,12 @@ class StoreMachine:
 
     `capacities`: the cap of every tier that there is, host among them. `policies`: for the tiers in memory (device, host)
     which block goes first; the others give up whole segments. `history`: of all uses, the same that the policies look at.
+    `shrinks`: whether a block that lies in host memory as it was stored can take fewer bytes there.
     """
 
-    def __init__(self, capacities: Mapping[Tier, int], policies: Mapping[Tier, EvictionPolicy], history: History) -> None:
+    def __init__(
+        self, capacities: Mapping[Tier, int], policies: Mapping[Tier, EvictionPolicy], history: History, *, shrinks: bool = False
+    ) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
@@ -33,6 +37,8 @@ class StoreMachine:
         self._policies = dict(policies)
         self._history = history
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
+        self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
+        self._children: Counter[BlockKey] = Counter()  # of blocks that are known, also behind one that is not
         self._untold: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []  # runs, their parents, bytes a block, times
         self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
         self._handlers = {
@@ -82,12 +88,8 @@ class StoreMachine:
         instructions: list[ev.Instruction] = []
         run: list[BlockKey] = []
         behind = parent = event.parent
-        for key, location in zip(event.keys, event.locations, strict=True):
-            block = self.blocks.get(key)
-            if block is None:
-                block = self.blocks[key] = Block(parent, event.root)
-            elif block.parent is None:  # what was found after a restart may have no past
-                block.parent, block.root = parent, event.root
+        for number, (key, location) in enumerate(zip(event.keys, event.locations, strict=True)):
+            block = self._known(key, parent, event.root, None if event.depth is None else event.depth + number)
             if Tier.HOST in block.copies:  # somebody else was faster; the first copy stays
                 self.counts["duplicate"] += 1
                 instructions.append(ev.Free(key, location))
@@ -98,7 +100,22 @@ class StoreMachine:
                 instructions += self._place(key, block, location)
             parent = key
         self._add_run(run, behind, event)
-        return instructions
+        return instructions + self._shrink()
+
+    def _known(self, key: BlockKey, parent: BlockKey | None, root: BlockKey | None, depth: int | None) -> Block:
+        """The block, with what is said of its place in the chain where nothing was known."""
+        block = self.blocks.get(key)
+        if block is None:
+            block = self.blocks[key] = Block(parent, root, depth)
+        elif block.parent is None:  # what was found after a restart may have no past
+            block.parent, block.root = parent, root
+        else:
+            parent = None
+        if parent is not None:
+            self._children[parent] += 1
+        if block.depth is None:
+            block.depth = depth
+        return block
 
     def _add_run(self, run: list[BlockKey], parent: BlockKey | None, event: ev.Committed) -> None:
         if run:
@@ -124,9 +141,7 @@ class StoreMachine:
                     self._weigh(key, self.blocks[key])
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
-        block = self.blocks.get(event.key)
-        if block is None:
-            block = self.blocks[event.key] = Block(event.parent, event.root)
+        block = self._known(event.key, event.parent, event.root, event.depth)
         if event.location.tier in block.copies:
             return [ev.Free(event.key, event.location)]
         return self._add_copy(event.key, block, event.location)
@@ -142,6 +157,7 @@ class StoreMachine:
         for tier, policy in self._policies.items():
             if here := [key for key, block in known if tier in block.copies]:
                 policy.use(here)
+        self.shrinking.used([key for key, _ in known])
         return self._promoted(known)
 
     def _wanted(self, event: ev.Wanted) -> list[ev.Instruction]:
@@ -196,6 +212,9 @@ class StoreMachine:
         self._holds.expire(event.now_s)
         chain = self._chain_to(event.tail)
         instructions: list[ev.Instruction] = []
+        if tier is Tier.HOST and event.shrink:
+            instructions += self._shrink(nbytes)
+            nbytes -= sum(copy.gain for copy in instructions)
         for stays in (chain, None):
             if nbytes <= 0:
                 break
@@ -237,13 +256,51 @@ class StoreMachine:
 
     # Copies
 
-    def _copy(self, key: BlockKey, block: Block, source: Location, target: Tier) -> ev.Copy:
+    def _copy(self, key: BlockKey, block: Block, source: Location, target: Tier, gain: int | None = None) -> ev.Copy:
         block.copying_to = target
-        return ev.Copy(key, block.root, block.parent, source, target)
+        if gain is None:
+            gain = source.stored_bytes if target > source.tier else 0
+        return ev.Copy(key, block.root, block.parent, source, target, self._depth(block), not self._children[key], gain)
+
+    def _depth(self, block: Block) -> int | None:
+        """How many blocks stand before this one, by the nearest one before it of which that is known."""
+        missing = []
+        while block.depth is None and block.parent is not None:
+            missing.append(block)
+            if block.parent not in self.blocks or len(missing) > len(self.blocks):
+                return None
+            block = self.blocks[block.parent]
+        depth = block.depth or 0
+        for number, each in enumerate(reversed(missing), 1):
+            each.depth = depth + number
+        return depth + len(missing)
+
+    def _shrink(self, nbytes: int = 0) -> list[ev.Instruction]:
+        """Have blocks in host memory take fewer bytes, for at least `nbytes` if so many can be had."""
+        over_bytes = self.shrinking.over(self.bytes_by_tier[Tier.HOST], nbytes)
+        if over_bytes <= 0:
+            return []
+        chosen = self.shrinking.choose(over_bytes, lambda key: self.blocks[key].copying_to is not None)
+        return [self._copy(key, self.blocks[key], self.blocks[key].copies[Tier.HOST], Tier.HOST, gain) for key, gain in chosen]
+
+    def _shrunk(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
+        """A smaller copy lies at `location`, in place of the one that was there."""
+        block.copying_to = None
+        if self.pinned(key):
+            self.shrinking.failed(key, again=True)
+            return [ev.Free(key, location)]
+        before, block.copies[Tier.HOST] = block.copies[Tier.HOST], location
+        self.shrinking.done(key, location.stored_bytes)
+        self.bytes_by_tier[Tier.HOST] += location.stored_bytes - before.stored_bytes
+        self._policies[Tier.HOST].resize(key, location.stored_bytes)
+        self.counts["shrunk"] += 1
+        return [*([ev.Show(key, location)] if block.best is location else []), ev.Free(key, before)]
 
     def _copied(self, event: ev.Copied) -> list[ev.Instruction]:
         key, location = event
         block, tier = self.blocks.get(key), location.tier
+        if block is not None and tier is Tier.HOST and key in self.shrinking.under_way:
+            return self._shrunk(key, block, location)
         if block is None or block.copying_to is not tier:
             return [ev.Free(key, location)]  # lost or committed anew meanwhile
         leaving, block.leaving, block.copying_to = block.leaving, None, None
@@ -253,11 +310,14 @@ class StoreMachine:
         instructions = self._add_copy(key, block, location)
         if leaving in block.copies and not self.pinned(key):
             instructions += self._drop_copy(key, block, leaving)
-        return instructions
+        return instructions + (self._shrink() if tier is Tier.HOST else [])
 
     def _copy_failed(self, event: ev.CopyFailed) -> list[ev.Instruction]:
         block = self.blocks.get(event.key)
-        if block is not None and block.copying_to is event.target:
+        if block is not None and event.target is Tier.HOST and event.key in self.shrinking.under_way:
+            block.copying_to = None
+            self.shrinking.failed(event.key, event.again)
+        elif block is not None and block.copying_to is event.target:
             if event.target > min(block.copies):
                 self.counts["demote_failed"] += 1
                 block.refused = True  # the next time its room is needed it is dropped instead
@@ -322,6 +382,8 @@ class StoreMachine:
         block.refused = False
         if tier not in self._policies:
             block.used_below = False
+        elif tier is Tier.HOST and location.stored_bytes == location.raw_bytes:
+            self.shrinking.add(key, location.stored_bytes)
         self.bytes_by_tier[tier] += location.stored_bytes
         self.blocks_by_tier[tier] += 1
         return [ev.Show(key, location)] if block.best is location else []
@@ -335,15 +397,23 @@ class StoreMachine:
             self._policies[tier].remove(key)
         if tier is Tier.HOST:
             self._holds.release(key)
+            self.shrinking.remove(key)
         instructions: list[ev.Instruction] = []
         if not block.copies:
             del self.blocks[key]
+            self._forget_child(block.parent)
             instructions.append(ev.Hide(key))
         else:
             self._weigh(key, block)
             if was_best:
                 instructions.append(ev.Show(key, block.best))
         return [*instructions, ev.Free(key, location)]
+
+    def _forget_child(self, parent: BlockKey | None) -> None:
+        if parent is not None:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                del self._children[parent]
 
     def _weigh(self, key: BlockKey, block: Block) -> None:
         for tier, policy in self._policies.items():
@@ -375,6 +445,10 @@ class StoreMachine:
             policy.check()
         self._movement.check()
         self._holds.check()
+        assert self._children == Counter(block.parent for block in self.blocks.values() if block.parent is not None)
+        in_host = {key: block.copies[Tier.HOST] for key, block in self.blocks.items() if Tier.HOST in block.copies}
+        self.shrinking.check({key: each.stored_bytes for key, each in in_host.items() if each.stored_bytes == each.raw_bytes})
+        assert all(self.blocks[key].copying_to is Tier.HOST for key in self.shrinking.under_way)
         assert all(self.has(key, Tier.HOST) for key in self.blocks if self.held(key))
 
 

@@ -41,10 +41,12 @@ class Block:
 
     `copying_to`: where a copy of it is under way. `leaving`: the tier that it leaves once that copy is there.
     `refused`: the last try to copy it down failed. `used_below`: it was used since it was written to a lower tier.
+    `depth`: how many blocks stand before it in its chain, None if nobody has said.
     """
 
     parent: BlockKey | None
     root: BlockKey | None
+    depth: int | None = None
     copies: dict[Tier, Location] = field(default_factory=dict)
     uses: int = 1
     copying_to: Tier | None = None

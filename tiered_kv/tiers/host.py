@@ -1,7 +1,7 @@
 """The host tier: blocks in a shared-memory arena, each behind a small header that says whose bytes they are.
 
 An extent is `header (128 bytes) ‖ payload`. The header holds key, parent and root, so that a restarted node knows the
-chain again, and can tell an extent that does not belong to its index entry.
+chain again, and can tell an extent that does not belong to its index entry. The payload is the block's raw bytes, or its frame.
 """
 
 import struct
@@ -18,18 +18,28 @@ from tiered_kv.tiers.extent import ExtentTier
 
 HEADER_BYTES = 128
 _MAGIC = b"TKVE"
-_HEADER = struct.Struct(f"<4sHxx{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}s")
+_HEADER = struct.Struct(f"<4sHH{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sIIfI")
 _NOBODYS = struct.Struct("<I")  # over the magic
-_VERSION = 1
+_VERSION = 2
 _NONE = bytes(KEY_BYTES)
+_UNKNOWN_DEPTH = (1 << 32) - 1
 
 
 class Lineage(NamedTuple):
-    """Who a block is: its key, its parent's key and the root of its chain (None: not known)."""
+    """Who a block is: its key, its parent's key and the root of its chain (None: not known), and how its bytes lie in the extent.
+
+    `depth`: how many blocks stand before it. `nbytes` of payload hold `raw_bytes` by the codec of that id (0: as they were stored).
+    `error`: what raw bytes carry of it (see `codecs.Encoded`); a frame says it itself.
+    """
 
     key: BlockKey
     parent: BlockKey | None
     root: BlockKey | None
+    depth: int | None = None
+    codec: int = 0
+    nbytes: int = 0
+    raw_bytes: int = 0
+    error: float = 0.0
 
 
 class HostTier(ExtentTier):
@@ -69,16 +79,18 @@ class HostTier(ExtentTier):
 
     def sign(self, offset: int, lineage: Lineage) -> None:
         """Write the header of the extent whose payload is at `offset`."""
-        key, parent, root = lineage
-        header = _HEADER.pack(_MAGIC, _VERSION, key, parent or _NONE, root or _NONE)
+        key, parent, root, depth, codec, nbytes, raw_bytes, error = lineage
+        known_depth = _UNKNOWN_DEPTH if depth is None else depth
+        header = _HEADER.pack(_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
         self._bytes[offset - HEADER_BYTES : offset - HEADER_BYTES + len(header)] = header
 
     def lineage(self, offset: int) -> Lineage:
         """Whose payload lies at `offset`; raises (kind `corrupt`) where no header is."""
-        magic, version, key, parent, root = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
+        magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
         if (magic, version) != (_MAGIC, _VERSION):
             raise TieredKVError(Kind.CORRUPT, f"no block header before byte {offset} of the arena", offset=offset)
-        return Lineage(key, parent if parent != _NONE else None, root if root != _NONE else None)
+        parent, root = (each if each != _NONE else None for each in chain)
+        return Lineage(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
 
     def orphans(self) -> Iterator[tuple[int, Lineage]]:
         """Payload offset and lineage of what is signed within bytes that are free: blocks of a former node.

@@ -96,7 +96,7 @@ def test_a_store_of_a_session_that_is_gone_changes_nothing(node_factory) -> None
     (offset,) = session.reserve(NBYTES, keys_of(1), None)
     session.close()
     with pytest.raises(TieredKVError):
-        session.commit(ROOT, NBYTES, [(key_of(1), None, offset)])
+        session.commit(ROOT, NBYTES, [(key_of(1), None, offset, 0)])
     with pytest.raises(TieredKVError):
         session.reserve(NBYTES, keys_of(1), None)
     assert node.stats()["blocks"] == node.stats()["tiers"]["host"]["used_bytes"] == 0

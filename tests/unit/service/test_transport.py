@@ -57,7 +57,7 @@ class TestDirectSession(TransportContract):
         node.close()
         calls = [
             lambda: session.reserve(NBYTES, keys_of(1), None),
-            lambda: session.commit(ROOT, NBYTES, [(key_of(1), None, offsets[0])]),
+            lambda: session.commit(ROOT, NBYTES, [(key_of(1), None, offsets[0], 0)]),
             lambda: session.release(offsets),
             session.stats,
             node.open_session,

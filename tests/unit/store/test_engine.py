@@ -10,7 +10,7 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import SystemClock
 from tiered_kv.store import engine
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Engine, Filled
+from tiered_kv.store.engine import Engine, Filled, Form
 
 PATIENCE_S = 30.0
 NBYTES = 100
@@ -58,6 +58,15 @@ class Mover:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return nbytes <= NBYTES
 
+    def free_bytes(self, tier: Tier) -> int:
+        return len(self.free_slots[tier]) * NBYTES
+
+    def form(self, copy: ev.Copy) -> Form:
+        return Form(0, NBYTES)
+
+    def coded(self, copy: ev.Copy) -> memoryview:
+        return memoryview(bytes(NBYTES))
+
     def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
         assert nbytes <= NBYTES
         free = self.free_slots[tier]
@@ -81,7 +90,8 @@ class Mover:
     def batch_bytes(self, tier: Tier) -> int:
         return 2 * NBYTES
 
-    def append(self, tier: Tier, copies: list[ev.Copy]) -> list[Location | None]:
+    def append(self, tier: Tier, copies: list[ev.Copy], coded: list[memoryview]) -> list[Location | None]:
+        assert list(map(len, coded)) == [NBYTES] * len(copies)
         self._enter(self.append_allowed[tier])
         return [None] * len(copies) if self.refused else self._write(tier, [copy.key for copy in copies])
 
@@ -99,7 +109,7 @@ class Mover:
         tier, _, segment, *_ = copy.source
         return tier in IN_MEMORY or copy.key in self.segments[tier].get(segment, ())
 
-    def segment_to_go(self, tier: Tier, copies: list[ev.Copy]) -> int | None:
+    def segment_to_go(self, tier: Tier, sizes: list[int]) -> int | None:
         return min(self.segments[tier]) if len(self.segments[tier]) >= self.segments_max else None
 
     def segment_to_age(self, tier: Tier) -> int | None:

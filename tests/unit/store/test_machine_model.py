@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, IN_MEMORY, World, key_of, machine_of, parent_of
+from tests.unit.store.world import CODED_BYTES, FRAME_BYTES, HOST_BYTES, IN_MEMORY, World, key_of, machine_of, parent_of
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.store import events as ev
 
@@ -21,10 +21,12 @@ BLOCKS = {Tier.DEVICE: 2, Tier.HOST: 5, Tier.DISK: 6, Tier.OBJECTS: 8}
 class MachineModel(RuleBasedStateMachine):
     """`may_end` has the blocks that something happened to which allows to drop them."""
 
-    @initialize(tiers=st.sampled_from(COMBINATIONS), policy=st.sampled_from(["lru", "gdsf", "s3fifo", "adaptive"]))
-    def begin(self, tiers: tuple[Tier, ...], policy: str) -> None:
+    @initialize(
+        tiers=st.sampled_from(COMBINATIONS), policy=st.sampled_from(["lru", "gdsf", "s3fifo", "arc", "adaptive"]), shrinks=st.booleans()
+    )
+    def begin(self, tiers: tuple[Tier, ...], policy: str, shrinks: bool) -> None:
         self.room = {tier: BLOCKS[tier] * (HOST_BYTES if tier in IN_MEMORY else FRAME_BYTES) for tier in tiers}
-        self.machine = machine_of(self.room, policy)
+        self.machine = machine_of(self.room, policy, shrinks=shrinks)
         self.world = World()
         self.may_end: set[bytes] = set()
         self.now_s = 0.0
@@ -34,10 +36,10 @@ class MachineModel(RuleBasedStateMachine):
         for event in events:
             self.world.carry_out(self.machine.handle(event))
 
-    def place(self, tier: Tier, key: bytes) -> Location | None:
+    def place(self, tier: Tier, key: bytes, coded: bool = False) -> Location | None:
         """A place, if the tier is not full."""
-        nbytes = HOST_BYTES if tier in IN_MEMORY else FRAME_BYTES
-        return self.world.place(tier, key) if self.world.bytes_in(tier) + nbytes <= self.room[tier] else None
+        nbytes = CODED_BYTES if coded else HOST_BYTES if tier in IN_MEMORY else FRAME_BYTES
+        return self.world.place(tier, key, coded) if self.world.bytes_in(tier) + nbytes <= self.room[tier] else None
 
     @rule(number=NUMBERS)
     def commit(self, number: int) -> None:
@@ -113,17 +115,22 @@ class MachineModel(RuleBasedStateMachine):
         elif self.world.content.get(copy.source) != copy.key:  # its segment was reclaimed meanwhile: no frame of this key there
             self.tell(ev.CopyFailed(copy.key, copy.target), ev.Lost(copy.key, copy.source))
             return
-        location = self.place(copy.target, copy.key)
+        is_shrinking = copy.target is copy.source.tier
+        assert not is_shrinking or copy.source.codec == 0, "coded twice"
+        location = self.place(copy.target, copy.key, coded=is_shrinking)
+        if is_shrinking and location is None:
+            self.tell(ev.CopyFailed(copy.key, copy.target))
+            return
         self.tell(ev.Copied(copy.key, location) if location else ev.CopyFailed(copy.key, copy.target))
         if location is None:
             self.may_end.add(copy.key)
 
     @precondition(lambda self: self.world.copies)
-    @rule(data=st.data(), damaged=st.booleans())
-    def fail_a_copy(self, data, damaged: bool) -> None:
+    @rule(data=st.data(), damaged=st.booleans(), again=st.booleans())
+    def fail_a_copy(self, data, damaged: bool, again: bool) -> None:
         copy = self.take_a_copy(data)
         shown = dict(self.world.shown)
-        self.tell(ev.CopyFailed(copy.key, copy.target))
+        self.tell(ev.CopyFailed(copy.key, copy.target, again))
         assert self.world.shown == shown, "a failed copy changes nothing for readers"
         self.may_end.add(copy.key)
         if damaged and copy.source.tier not in IN_MEMORY:
@@ -211,7 +218,7 @@ class MachineModel(RuleBasedStateMachine):
                 self.tell(ev.Emptied(tier, segment, keys))
         for tier in (Tier.DEVICE, Tier.HOST) * 2:  # what is on the device alone has to be refused by memory first
             if tier in self.room:
-                self.tell(ev.Needed(tier, 10_000, None, (), self.now_s + 1000, 0))
+                self.tell(ev.Needed(tier, 10_000, None, (), self.now_s + 1000, 0, shrink=False))
                 for copy in list(self.world.copies):
                     self.world.copies.remove(copy)
                     self.tell(ev.CopyFailed(copy.key, copy.target))

@@ -10,6 +10,7 @@ from tiered_kv.store.machine import StoreMachine
 
 HOST_BYTES = 100
 FRAME_BYTES = 110
+CODED_BYTES = 60
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
@@ -22,11 +23,13 @@ def parent_of(number: int) -> bytes | None:
     return key_of(number // 2) if number > 1 else None
 
 
-def machine_of(capacities: Mapping[Tier, int], policy: str = "lru", history: History | None = None) -> StoreMachine:
+def machine_of(
+    capacities: Mapping[Tier, int], policy: str = "lru", history: History | None = None, *, shrinks: bool = False
+) -> StoreMachine:
     """A machine for these tiers."""
     history = history or (create_history() if policy == "adaptive" else History())
     policies = {tier: create_policy(policy, history, nbytes) for tier, nbytes in capacities.items() if tier in IN_MEMORY}
-    return StoreMachine(capacities, policies, history)
+    return StoreMachine(capacities, policies, history, shrinks=shrinks)
 
 
 class World:
@@ -42,11 +45,11 @@ class World:
         self.pinned: list[bytes] = []
         self._next = 0
 
-    def place(self, tier: Tier, key: bytes) -> Location:
-        """A new place in a tier, with the block in it."""
+    def place(self, tier: Tier, key: bytes, coded: bool = False) -> Location:
+        """A new place in a tier, with the block in it, or with its `coded` form."""
         self._next += 1
         nbytes, segment = (HOST_BYTES, 0) if tier in IN_MEMORY else (FRAME_BYTES, self._next // 2)
-        location = Location(tier, 0, segment, self._next, nbytes, HOST_BYTES)
+        location = Location(tier, int(coded), segment, self._next, CODED_BYTES if coded else nbytes, HOST_BYTES)
         self.content[location] = key
         return location
 

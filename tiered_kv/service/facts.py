@@ -1,0 +1,37 @@
+"""What a worker says of its model when it attaches, so that its node can code the model's blocks."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """`weights` as in `Namespace`: what tells a calibration of this model from others.
+
+    `rope`: the inverse frequencies of the model's rotation of K (see `codecs.rotation`), b"" if it has none, None if unknown: K is
+    then coded as it is, which costs quality, not correctness. `rope_halves`: how channels are paired.
+    """
+
+    layout: KVLayout
+    weights: str
+    rope: bytes | None = None
+    rope_halves: bool = True
+
+    def as_message(self) -> dict[str, Any]:
+        """As msgpack carries it; `of_message` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def of_message(cls, message: Any) -> Self:
+        """Raises (kind `transport`) for what is none: a worker of another version."""
+        try:
+            facts = cls(**{**message, "layout": KVLayout(**message["layout"])})
+            is_one = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
+        except (TypeError, KeyError, TieredKVError) as error:
+            raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {error}") from error
+        if not is_one:
+            raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {message!r}")
+        return facts
