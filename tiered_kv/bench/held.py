@@ -1,0 +1,145 @@
+"""`bench held`: how much of a workload a codec keeps in host memory that is too small for it.
+
+The demo's questions about long documents, one about each document in turn, so that a document comes back after all others. Each is
+fetched, and what is missing is stored, with the model's own KV. Hit ratio: tokens fetched over tokens asked for, from a cold
+start. W is host memory that is just enough for all blocks as they are; each quality has W and parts of it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tiered_kv
+from tiered_kv.bench.fetch import machine
+from tiered_kv.bench.quality import prefix_kv
+from tiered_kv.bench.subject import Subject
+from tiered_kv.config import format_size
+from tiered_kv.demo.workload import own_questions, prompt_ids
+from tiered_kv.integrations.rope import rope_of_model
+from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
+from tiered_kv.layout import KVLayout
+
+Say = Callable[[str], None]
+SHARES = (0.25, 0.5, 1.0, 2.0)
+QUALITIES = ("exact", "near_exact")
+QUESTIONS, QUESTIONS_QUICK = 5, 2
+AMPLE_BYTES = 2 << 30
+LOOK_S, SETTLE_S_MAX = 0.02, 5.0
+
+
+class Request(NamedTuple):
+    """A prompt and its KV (L, 2, H, T, D) as the cache keeps it."""
+
+    ids: list[int]
+    kv: torch.Tensor
+
+
+class Held(NamedTuple):
+    """What one run of the workload found and left."""
+
+    asked_tokens: int
+    hit_tokens: int
+    used_bytes: int
+    capacity_bytes: int
+    codecs: dict[str, Any]
+
+
+def run_held_bench(model: str = "default", quick: bool = False, say: Say = print) -> dict:
+    """Measure; two minutes, most of it to compute the KV. Raises as `Subject.load`."""
+    subject = Subject.load(model)
+    requests = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, say)
+    layout = KVLayout(requests[0].kv.shape[0], requests[0].kv.shape[2], requests[0].kv.shape[4], "bfloat16")
+    namespace = tiered_kv.Namespace.of(subject.model, subject.tokenizer)
+    cache = {"layout": layout, "namespace": namespace, "rope": rope_of_model(subject.model)}
+    ample = held({"host": AMPLE_BYTES}, requests, cache)
+    enough_bytes = _whole_mib(ample.used_bytes * AMPLE_BYTES / ample.capacity_bytes)
+    say(f"{len(requests)} requests, {ample.asked_tokens:,} tokens; W, enough for all blocks as they are: {format_size(enough_bytes)}")
+    results = []
+    for quality in QUALITIES:
+        for share in SHARES:
+            host = _whole_mib(share * enough_bytes)
+            found = held({"host": host, "quality": quality}, requests, cache)
+            ratio = found.hit_tokens / found.asked_tokens
+            say(f"{quality} in {share:g} W, {format_size(host)}: hit ratio {ratio:.4f}")
+            results.append({"quality": quality, "share": share, "host_bytes": host, "hit_ratio": ratio} | found._asdict())
+    return {"machine": machine(), "model": model, "requests": len(requests), "enough_bytes": enough_bytes, "results": results}
+
+
+def requests_of(subject: Subject, per_document: int, say: Say) -> list[Request]:
+    """One question about each document in turn, `per_document` times, each with its KV: the document's is computed once."""
+    asked = own_questions(per_document)
+    in_turn = [question for number in range(per_document) for question in asked[number::per_document]]
+    first: dict[str, Request] = {}
+    requests = []
+    for number, question in enumerate(in_turn, 1):
+        ids = prompt_ids(subject.tokenizer, question)
+        requests.append(_computed(subject.model, ids, first.get(question.title)))
+        first.setdefault(question.title, requests[-1])
+        say(f"computed the KV of prompt {number} of {len(in_turn)}: {len(ids)} tokens")
+    return requests
+
+
+@torch.inference_mode()
+def _computed(model: Any, ids: list[int], before: Request | None) -> Request:
+    """The KV of a prompt in bf16, of which what is `before`'s is taken from there."""
+    tokens = torch.tensor([ids])
+    if before is None:
+        return Request(ids, prefix_kv(model, tokens, torch.bfloat16))
+    common = next(
+        (at for at, (one, other) in enumerate(zip(ids, before.ids, strict=False)) if one != other), min(len(ids), len(before.ids))
+    )
+    common = min(common, len(ids) - 1)
+    head = before.kv[..., :common, :]
+    cache = cache_from_kv(head.to(model.dtype), model.config)
+    cache = model(tokens[:, common:], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return Request(ids, torch.cat([head, kv_from_cache(cache, common, len(ids)).bfloat16()], 3))
+
+
+def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, Any]) -> Held:
+    """The workload once, from a cold start, in a cache of these settings. `cache`: what `tiered_kv.open` is told of the model.
+
+    Behind each request what goes on in the background comes to its end, as it does while a model computes.
+    """
+    asked = hit = 0
+    with tiered_kv.open(config, **cache) as client:
+        for request in requests:
+            found = client.fetch(request.ids).tokens
+            client.store(request.ids, request.kv[..., found:, :], start=found)
+            asked, hit = asked + len(request.ids), hit + found
+            node = _settled(client)
+    host = node["tiers"]["host"]
+    return Held(asked, hit, host["used_bytes"], host["capacity_bytes"], node["codecs"]["coded"].get("host", {}))
+
+
+def _settled(client: tiered_kv.Client) -> dict[str, Any]:
+    """The node's figures, once nothing changes any more."""
+    end_s = time.monotonic() + SETTLE_S_MAX
+    before, node = None, client.stats()["node"]
+    while (node["tiers"], node["codecs"]["coded"]) != before and time.monotonic() < end_s:
+        before = node["tiers"], node["codecs"]["coded"]
+        time.sleep(LOOK_S)
+        node = client.stats()["node"]
+    return node
+
+
+def _whole_mib(nbytes: float) -> int:
+    return -(-int(nbytes) // (1 << 20)) << 20
+
+
+def show(report: dict, console: Console) -> None:
+    """The report as a table, and whether half the memory does with int8."""
+    table = Table(title=f"tiered-kv bench held: hit ratio of the demo's workload, W = {format_size(report['enough_bytes'])} of host memory")
+    table.add_column("quality")
+    for share in SHARES:
+        table.add_column(f"{share:g} W", justify="right")
+    ratios = {(each["quality"], each["share"]): each["hit_ratio"] for each in report["results"]}
+    for quality in QUALITIES:
+        table.add_row(quality, *(f"{ratios[quality, share]:.4f}" for share in SHARES))
+    console.print(table)
+    lost = [100 * (ratios["exact", 2 * share] - ratios["near_exact", share]) for share in SHARES[:-1]]
+    points = ", ".join(f"{points:+.1f} points at {share:g} W" for points, share in zip((-each for each in lost), SHARES, strict=False))
+    console.print(f"near_exact beside exact with twice the memory: {points}", highlight=False)
