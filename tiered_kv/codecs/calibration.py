@@ -185,6 +185,11 @@ class Calibration:
         return cls(**meta, ecuq=EcuqTables(**tables["ecuq"]), xlayer=XlayerTables(**tables["xlayer"]))
 
 
+def calibration_file(folder: Path, weights: str) -> Path:
+    """Where the calibration of a model lies below `folder`, by the digest of its weights (`Namespace.weights`)."""
+    return folder / f"{weights[:16]}.tkvcal"
+
+
 _registered: dict[str, Calibration] = {}
 
 
