@@ -10,7 +10,7 @@ from rich.console import Console
 from tiered_kv.cluster.bench import add_bench
 from tiered_kv.cluster.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.simulate import add_simulate
-from tiered_kv.config import POLICIES, Config
+from tiered_kv.config import POLICIES, QUALITIES, Config
 from tiered_kv.errors import Kind, TieredKVError
 
 BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
@@ -78,6 +78,10 @@ SETTINGS = {
     "objects-cap": ("SIZE", "object storage of one node, hard cap (default: 1TiB)"),
     "policy": ("NAME", f"which blocks go first: {', '.join(POLICIES)} (default: {Config.policy})"),
     "block-tokens": ("N", "tokens of a block (default: 64)"),
+    "quality": ("NAME", f"how near blocks stay to what was stored: {', '.join(QUALITIES)} (default: {Config.quality}); see docs/codecs.md"),
+    "codec": ("TIER=CODEC,…", "codec of some tiers by name, for example host=int8,disk=xlayer:1e-4 (default: those of the quality)"),
+    "error-budget": ("kl=KL", "choose each tier's codec by the KL that was measured on the model, for example kl=1e-3 (default: none)"),
+    "calibration": ("PATH", "file that `tiered-kv calibrate` wrote, or a folder of them (default: the user's cache)"),
 }
 """Settings that are options of commands: how the value is called, and what it says."""
 

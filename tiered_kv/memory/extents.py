@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 
 from tiered_kv.errors import Kind, TieredKVError
 
+SNUG_SHARE = 1 / 8
 _SHIFT = 48
 _OFFSET_MASK = (1 << _SHIFT) - 1
 
@@ -69,6 +70,34 @@ class ExtentAllocator:
             self._taken[offset] = size
         return offset
 
+    def allocate_apart(self, nbytes: int, floor: int) -> int | None:
+        """As `allocate`, for extents that are smaller than others and stay longer; none of them begins before byte `floor`.
+
+        They lie in a free range of about their size, else at the end of the last one that is large enough: so they gather at the
+        arena's end, and what comes and goes at its beginning. Cost: O(free ranges).
+        """
+        size = self._aligned(nbytes)
+        snug_bytes = size + int(size * SNUG_SHARE)
+        fitting = [(start, length) for start, length in self._size_by_start.items() if length >= size and start + length - size >= floor]
+        if not fitting:
+            return None
+        snug = [each for each in fitting if each[1] <= snug_bytes and each[0] >= floor]
+        start, length = min(snug, key=lambda each: each[1]) if snug else max(fitting)
+        return self._take_at(start, length, start if snug else start + length - size, size)
+
+    def allocate_below(self, nbytes: int, count: int, ceiling: int) -> list[int]:
+        """Offsets of up to `count` new extents that end before byte `ceiling`, the first ones that fit. Cost: O(free ranges)."""
+        stride = self._aligned(nbytes)
+        offsets: list[int] = []
+        for start in sorted(start for start in self._size_by_start if start < ceiling):
+            while len(offsets) < count and start in self._size_by_start and start + stride <= ceiling:
+                length = self._size_by_start[start]
+                if length < stride:
+                    break
+                offsets.append(self._take_at(start, length, start, stride))
+                start += stride
+        return offsets
+
     def allocate_run(self, nbytes: int, count: int) -> list[int]:
         """Offsets of up to `count` new extents of `nbytes` each, every one to be freed by itself.
 
@@ -113,9 +142,7 @@ class ExtentAllocator:
         size = self._aligned(nbytes)
         for start, length in reversed(self._size_by_start.items()):  # the newest range is the rest behind the last claim
             if start <= offset and offset + size <= start + length and offset % self.alignment == 0:
-                self._remove_free(start, length)
-                self._split(start, length, offset, size)
-                self._taken[offset] = size
+                self._take_at(start, length, offset, size)
                 return
         raise TieredKVError(Kind.MEMORY, f"bytes {offset} to {offset + size} cannot be claimed: taken or out of bounds", offset=offset)
 
@@ -140,6 +167,13 @@ class ExtentAllocator:
         if nbytes < 1:
             raise TieredKVError(Kind.MEMORY, f"an extent needs at least 1 byte, not {nbytes}")
         return -(-nbytes // self.alignment) * self.alignment
+
+    def _take_at(self, start: int, length: int, offset: int, size: int) -> int:
+        """Take the extent at `offset` out of a free range."""
+        self._remove_free(start, length)
+        self._split(start, length, offset, size)
+        self._taken[offset] = size
+        return offset
 
     def _take(self, size: int) -> int | None:
         at = bisect_left(self._free, size << _SHIFT)

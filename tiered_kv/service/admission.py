@@ -51,7 +51,8 @@ class Admission:
         while taken < len(good):
             form = self._place.form_of(good[taken], self._root)
             same = list(takewhile(lambda frame, form=form: self._place.form_of(frame, self._root) == form, good[taken:]))
-            offsets = self._session.reserve_within(form.nbytes, keys[taken : taken + len(same)], self._parents[keys[taken]], ADMIT_WAIT_S)
+            wanted, tail, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
+            offsets = self._session.reserve_within(form.nbytes, wanted, tail, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
             done = len(self._session.commit_packed(self._root, packed))
             self._session.release(offsets[len(packed) :])

@@ -196,6 +196,19 @@ class Coder:
             return {"plans": plans, "coded": coded, "fell_back": {why: count for why, count in self._fell_back.items() if count}}
 
 
+def work_alone() -> None:
+    """Have torch use this thread alone for what it computes here: blocks are coded side by side, and threads that wait for each
+    other in pieces of a millisecond cost several times what they give.
+
+    torch keeps the number of threads for each thread, and one more number for threads to come, which is put back.
+    """
+    others = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=[others])
+    restoring.start()
+    restoring.join()
+
+
 def registered(path: str | Path) -> Calibration:
     """The calibration in a file, ready for codecs to find; read once as long as the file stays as it is. Raises as `Calibration.load`."""
     with suppress(OSError):

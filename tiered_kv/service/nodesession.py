@@ -23,13 +23,15 @@ class NodeSession:
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
         return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000)
 
-    def reserve_within(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float) -> list[int]:
-        """As `reserve`, with a wait of its own."""
+    def reserve_within(
+        self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
+    ) -> list[int]:
+        """As `reserve`, with a wait of its own; also for blocks that are coded."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
         if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
             raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
         with self._node.running():
-            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s)  # lets go of the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s, is_coded=is_coded)  # lets go of the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")

@@ -23,11 +23,12 @@ from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.locks import locked_ranges
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
-from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame
+from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame, work_alone
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form
+from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.host import HostTier, Lineage
@@ -201,11 +202,13 @@ class Place:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return self._memory[tier].fits(nbytes)
 
-    def free_bytes(self, tier: Tier) -> int:
-        return self._memory[tier].capacity_bytes - self._memory[tier].used_bytes
-
-    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
-        return self._memory[tier].reserve(nbytes, count)
+    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
+        if tier is not Tier.HOST or not self.coder.shrinks:
+            return self._memory[tier].reserve(nbytes, count)
+        capacity_bytes = self.host.capacity_bytes
+        if apart:
+            return self.host.reserve_apart(nbytes, staging_bytes(capacity_bytes))
+        return self.host.stage(nbytes, count, staging_bytes(capacity_bytes), int(capacity_bytes * FULL_SHARE))
 
     def free(self, location: Location) -> None:
         if location.tier is Tier.DEVICE:
@@ -281,6 +284,9 @@ class Place:
         except TieredKVError as error:
             log.warning("block %s cannot be coded for %s: %s", copy.key.hex(), copy.target.label, str(error))
             return None
+
+    def settle_in(self) -> None:
+        work_alone()
 
     def keep(self, copy: ev.Copy, coded: CodedBlock, offset: int) -> Location:
         location = Location(Tier.HOST, coded.codec, 0, offset, coded.nbytes, coded.raw_bytes)

@@ -24,6 +24,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
 from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView, Slot
+from tiered_kv.service.decoders import Decoders
 from tiered_kv.service.packing import ArenaBlocks, Run, runs_of
 from tiered_kv.tiers.segments import SegmentReader
 
@@ -54,6 +55,7 @@ class BlockSource:
         self._layout = layout
         self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
+        self._decoders = Decoders()
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
         """Blocks that were changed while they were copied, so that the copy was thrown away."""
@@ -107,11 +109,15 @@ class BlockSource:
 
     def _read_coded(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
         """Decode blocks that are coded in host memory; how many of them, from the first on, before `expired()`."""
-        for count, each in enumerate(found):
+
+        def read(each: Found, block: int) -> bool:
             frame = None if expired() else self._frame(each)
-            if frame is None or not self._decode(each.key, frame, first + count, kv):
-                return count
-        return len(found)
+            return frame is not None and self._decode(each.key, frame, block, kv)
+
+        with self._decoders.side_by_side() as results:
+            for block, each in enumerate(found, first):
+                results.add(read, each, block)
+        return results.leading
 
     def _frame(self, found: Found) -> Frame | None:
         """The frame of a block in host memory, copied; None if it changed meanwhile, or is none."""
@@ -165,12 +171,10 @@ class BlockSource:
         """Copy blocks of a lower tier; how many of them, from the first on, could be read before `expired()`."""
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
-        count = 0
-        for frame in self._disk.frames(found, expired):
-            if not self._decode(found[count].key, frame, first + count, kv):
-                break
-            count += 1
-        return count
+        with self._decoders.side_by_side() as results:
+            for block, (each, frame) in enumerate(zip(found, self._disk.frames(found, expired), strict=False), first):
+                results.add(self._decode, each.key, frame, block, kv)
+        return results.leading
 
     def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
         """One more try for a block that moved while it was read: it may be in another place by now."""
@@ -215,6 +219,7 @@ class BlockSource:
         self.arena = None
         if self._device is not None:
             self._device.close()
+        self._decoders.close()
         self._view.close()
         if self._disk is not None:
             self._disk.close()

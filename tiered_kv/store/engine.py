@@ -6,6 +6,7 @@ codes blocks on their way down, or where they are, has as many threads again. Th
 """
 
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 from tiered_kv.store.runs import uses_of
+from tiered_kv.store.shrinking import staging_bytes
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,6 @@ QUEUE_BYTES_MIN = 64 << 20
 QUEUE_SHARE = 1 / 8
 """Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
 RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
-SPARE_SHARE = 1 / 16  # of host memory where blocks are coded in it: room for what comes of that, and all that one store gets at a time
 WANTED_WAIT_S = 0.25  # for room for blocks that a worker waits for; it holds one of the threads that copy into memory
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
@@ -69,11 +70,8 @@ class Mover(Protocol):
     def fits(self, tier: Tier, nbytes: int) -> bool:
         """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
 
-    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
-        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory."""
-
-    def free_bytes(self, tier: Tier) -> int:
-        """Bytes of a tier in memory that are not in use."""
+    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
+        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; `apart`: of one, among other small ones."""
 
     def free(self, location: Location) -> None:
         """Give the bytes of one copy, or of a reserved extent, back."""
@@ -86,6 +84,9 @@ class Mover(Protocol):
 
     def coded(self, copy: ev.Copy) -> Coded | None:
         """A block as it should be kept in the tier that it is copied to; None if it cannot be read. Takes time, for several threads."""
+
+    def settle_in(self) -> None:
+        """What a thread does first that will call `coded`."""
 
     def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
         """Put a coded block into a reserved extent of host memory."""
@@ -138,8 +139,9 @@ class Engine:
         self._clock = clock
         self._queue_bytes = queue_bytes
         self._up = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
-        self._coding = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code")
-        self._spare_bytes = int(machine.shrinking.capacity_bytes * SPARE_SHARE)
+        self._coding = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
+        self._demoting = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
+        self._staging_bytes = staging_bytes(machine.shrinking.capacity_bytes)
         lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
         self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
@@ -180,41 +182,39 @@ class Engine:
 
         Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused. Where
         blocks were to leave for a lower tier that has not taken any for `wait_s`, others are given up instead, if the
-        caller does `insist`. Where host memory is coded, a part of it is spared for what `is_coded`, which nobody else is to shrink for.
+        caller does `insist`. Where blocks are coded in host memory, all get no more than its staging area at a time; for one that `is_coded`
+        others go, but are not coded themselves.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # and nobody else has to go for it
-        spare_bytes = self._spare_bytes if tier is Tier.HOST and not is_coded and self._mover.fits(tier, nbytes + self._spare_bytes) else 0
-        if spare_bytes:
-            keys = keys[: max(spare_bytes // nbytes, 1)]
+        if self._staging_bytes and tier is Tier.HOST:
+            keys = keys[: max(self._staging_bytes // nbytes, 1)]
         with self.lock:
-            offsets = self._take(tier, nbytes, len(keys), spare_bytes)
+            offsets = self._mover.reserve(tier, nbytes, len(keys), apart=is_coded)
             if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()
             deadline_s = self._clock.now_s() + wait_s
             while not self._closed:
                 missing_bytes = (len(keys) - len(offsets)) * nbytes
-                if spare_bytes:
-                    missing_bytes += spare_bytes - self._mover.free_bytes(tier)
-                gave = self._make_room(tier, missing_bytes - self._leaving[tier], tail, keys, shrink=not is_coded)
-                offsets += self._take(tier, nbytes, len(keys) - len(offsets), spare_bytes)
+                gave = self._make_room(tier, missing_bytes - self._coming_bytes(tier, is_coded), tail, keys, shrink=not is_coded)
+                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets), apart=is_coded)
                 left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
                 if offsets or not self._leaving[tier]:
                     return offsets or self._defragment(tier, nbytes, tail, keys, gave)
                 if left_s <= 0:
                     return self._instead(tier, nbytes, tail, keys) if insist and wait_s else []
                 self.freed.wait(left_s)
-                offsets = self._take(tier, nbytes, len(keys), spare_bytes)
+                offsets = self._mover.reserve(tier, nbytes, len(keys), apart=is_coded)
                 if offsets:  # enough to go on with, for which nobody else has to go
                     return offsets
             return offsets
 
-    def _take(self, tier: Tier, nbytes: int, count: int, spare_bytes: int) -> list[int]:
-        """Offsets of up to `count` extents, of what is free beyond `spare_bytes`."""
-        if spare_bytes:
-            count = max(min(count, (self._mover.free_bytes(tier) - spare_bytes) // nbytes), 0)
-        return self._mover.reserve(tier, nbytes, count)
+    def _coming_bytes(self, tier: Tier, is_coded: bool) -> float:
+        """How much room there will be without anybody else going, for a block that `is_coded` or not."""
+        if is_coded:
+            return 0  # what leaves is larger, and leaves the staging area
+        return math.inf if tier is Tier.HOST and self._staging_bytes and self._leaving[tier] else self._leaving[tier]
 
     def _make_room(
         self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], queue: bool = True, shrink: bool = True
@@ -270,7 +270,7 @@ class Engine:
         with self.lock:
             self._closed = True
             self.freed.notify_all()
-        for pool in (self._up, *self._down.values(), self._coding):
+        for pool in (self._up, *self._down.values(), self._coding, self._demoting):
             pool.shutdown(wait=True)
 
     @property
@@ -344,7 +344,7 @@ class Engine:
     def _append(self, batch: list[ev.Copy]) -> None:
         """Into a lower tier; on its one thread, so that no segment goes of whose blocks the machine has not heard."""
         tier = batch[0].target
-        coded = list(self._coding.map(self._mover.coded, batch))
+        coded = list(self._demoting.map(self._mover.coded, batch))
         sizes = [each.nbytes for each in coded if each is not None]
         while (segment := self._mover.segment_to_go(tier, sizes)) is not None:
             self._reclaim(tier, segment)
@@ -384,7 +384,8 @@ class Engine:
         while rest:
             codec, nbytes = form = self._mover.form(rest[0])
             same = [copy for copy in rest if self._mover.form(copy) == form]
-            offsets = self.reserve(nbytes, [copy.key for copy in same], same[-1].key, wait_s, target, insist=False)
+            keys = [copy.key for copy in same]
+            offsets = self.reserve(nbytes, keys, same[-1].key, wait_s, target, insist=False, is_coded=codec != 0)
             taken = same[: len(offsets)] or same
             if offsets:
                 places = zip(taken, offsets, strict=True)
@@ -395,13 +396,13 @@ class Engine:
             rest = [copy for copy in rest if id(copy) not in done]
 
     def _shrink(self, batch: list[ev.Copy]) -> None:
-        """Where they are: coded by what is spared for it, or by what others give up."""
+        """Where they are: each to where coded blocks lie, for which others go if there is no room."""
         for copy in batch:
             tier, coded = copy.target, self._mover.coded(copy)
             if coded is None or coded.nbytes >= copy.source.stored_bytes:
                 self.handle([ev.CopyFailed(copy.key, tier, again=False)])
                 continue
-            offsets = self.reserve(coded.nbytes, [copy.key], copy.key, 0, tier, insist=False, is_coded=True)
+            offsets = self.reserve(coded.nbytes, [copy.key], copy.key, WANTED_WAIT_S, tier, insist=False, is_coded=True)
             event = ev.Copied(copy.key, self._mover.keep(copy, coded, offsets[0])) if offsets else ev.CopyFailed(copy.key, tier)
             self.handle([event])
 

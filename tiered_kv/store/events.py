@@ -79,7 +79,7 @@ class Copied(NamedTuple):
 
 
 class CopyFailed(NamedTuple):
-    """A copy to `target` did not succeed; the source is as it was. `again`: another try may."""
+    """A copy to `target` did not succeed; the source is as it was. `again`: another try may, when there is more room."""
 
     key: BlockKey
     target: Tier

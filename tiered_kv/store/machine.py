@@ -100,6 +100,7 @@ class StoreMachine:
                 instructions += self._place(key, block, location)
             parent = key
         self._add_run(run, behind, event)
+        self.shrinking.used(event.keys)
         return instructions + self._shrink()
 
     def _known(self, key: BlockKey, parent: BlockKey | None, root: BlockKey | None, depth: int | None) -> Block:
@@ -214,7 +215,8 @@ class StoreMachine:
         instructions: list[ev.Instruction] = []
         if tier is Tier.HOST and event.shrink:
             instructions += self._shrink(nbytes)
-            nbytes -= sum(copy.gain for copy in instructions)
+            if self.shrinking.under_way:  # each of these asks for the room that it needs, and leaves more
+                return instructions
         for stays in (chain, None):
             if nbytes <= 0:
                 break

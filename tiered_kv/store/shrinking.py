@@ -11,7 +11,14 @@ from tiered_kv.keys import BlockKey
 
 FULL_SHARE = 3 / 4
 """Of host memory: up to here all blocks may stay as they were stored, which is what is read fastest."""
+STAGING_SHARE = 1 / 16
+STAGING_BYTES_MAX = 256 << 20
 SHARE_AT_FIRST = 0.55  # of its bytes that a block is expected to take once coded, before any was
+
+
+def staging_bytes(capacity_bytes: int) -> int:
+    """How much of host memory coded blocks leave to those that come as they are; one store gets as much at a time."""
+    return min(int(capacity_bytes * STAGING_SHARE), STAGING_BYTES_MAX)
 
 
 class UnderWay(NamedTuple):
@@ -34,6 +41,7 @@ class Shrinking:
         self.under_way: dict[BlockKey, UnderWay] = {}
         self._gain_bytes = 0
         self._before_bytes, self._after_bytes = 0, 0
+        self._is_stuck = False  # the last one found no room to be coded into
 
     def add(self, key: BlockKey, nbytes: int) -> None:
         """The block lies there as it was stored."""
@@ -46,6 +54,7 @@ class Shrinking:
             self._plain.pop(key, None)
             self._hopeless.discard(key)
             self._end(key)
+            self._is_stuck = False
 
     def used(self, keys: Sequence[BlockKey]) -> None:
         """A run of a chain, root first, was used: of it the deepest block is coded first."""
@@ -63,6 +72,8 @@ class Shrinking:
 
     def choose(self, nbytes: float, is_busy: Callable[[BlockKey], bool]) -> list[tuple[BlockKey, int]]:
         """Blocks to code now for a gain of `nbytes`, each with its own, the least recently used first. They are under way from now on."""
+        if self._is_stuck:  # until somebody goes
+            return []
         share = self._after_bytes / self._before_bytes if self._before_bytes else SHARE_AT_FIRST
         chosen: list[tuple[BlockKey, int]] = []
         for key, size in self._plain.items():
@@ -78,14 +89,16 @@ class Shrinking:
 
     def done(self, key: BlockKey, after_bytes: int) -> None:
         """The block takes `after_bytes` now."""
+        self._is_stuck = False
         self._before_bytes += self._end(key)
         self._after_bytes += after_bytes
 
     def failed(self, key: BlockKey, again: bool) -> None:
-        """The block is as it was; `again`: it may be tried once more."""
+        """The block is as it was; `again`: for lack of room, so that it may be tried once more when there is some."""
         nbytes = self._end(key)
         if again:
             self._plain[key] = nbytes
+            self._is_stuck = True
         else:
             self._hopeless.add(key)
 

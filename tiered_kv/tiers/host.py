@@ -56,6 +56,23 @@ class HostTier(ExtentTier):
         self._bytes = memoryview(arena.numpy())
         super().__init__(len(arena))
 
+    def stage(self, nbytes: int, count: int, staging_bytes: int, roomy_bytes: int) -> list[int]:
+        """Payload offsets of up to `count` extents in the first `staging_bytes`; anywhere as long as no more than `roomy_bytes` are used.
+
+        What is larger than the staging area may lie anywhere at any time.
+        """
+        size = HEADER_BYTES + nbytes
+        offsets = self.extents.allocate_below(size, count, staging_bytes)
+        more = count - len(offsets)
+        if size <= staging_bytes:
+            more = min(more, max(roomy_bytes - self.used_bytes, 0) // size)
+        return [offset + HEADER_BYTES for offset in offsets + self.extents.allocate_run(size, more)]
+
+    def reserve_apart(self, nbytes: int, staging_bytes: int) -> list[int]:
+        """The payload offset of one extent behind the first `staging_bytes`, away from larger ones; none if there is no room."""
+        offset = self.extents.allocate_apart(HEADER_BYTES + nbytes, staging_bytes)
+        return [] if offset is None else [offset + HEADER_BYTES]
+
     def free(self, offset: int) -> None:
         """Give the extent of the payload at `offset` back, and make it nobody's."""
         super().free(offset)

@@ -58,16 +58,16 @@ class Mover:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return nbytes <= NBYTES
 
-    def free_bytes(self, tier: Tier) -> int:
-        return len(self.free_slots[tier]) * NBYTES
-
     def form(self, copy: ev.Copy) -> Form:
         return Form(0, NBYTES)
 
     def coded(self, copy: ev.Copy) -> memoryview:
         return memoryview(bytes(NBYTES))
 
-    def reserve(self, tier: Tier, nbytes: int, count: int) -> list[int]:
+    def settle_in(self) -> None:
+        pass
+
+    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
         assert nbytes <= NBYTES
         free = self.free_slots[tier]
         taken, self.free_slots[tier] = free[:count], free[count:]
