@@ -11,7 +11,9 @@ from tiered_kv.codecs.base import Codec, Encoded
 from tiered_kv.codecs.fp8 import Fp8Codec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
 from tiered_kv.codecs.lossless import LosslessCodec
+from tiered_kv.codecs.lowrank import LowRankCodec
 from tiered_kv.codecs.raw import RawCodec
+from tiered_kv.codecs.sparse import SparseCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 
@@ -24,14 +26,16 @@ __all__ = [
     "Int6Codec",
     "Int8Codec",
     "LosslessCodec",
+    "LowRankCodec",
     "RawCodec",
+    "SparseCodec",
     "codec_by_id",
     "codec_by_name",
     "codec_for",
     "codec_from_spec",
 ]
 
-CODECS: tuple[type[Codec], ...] = (RawCodec, LosslessCodec, Int8Codec, Int6Codec, Int4Codec, Fp8Codec)
+CODECS: tuple[type[Codec], ...] = (RawCodec, LosslessCodec, Int8Codec, Int6Codec, Int4Codec, Fp8Codec, LowRankCodec, SparseCodec)
 """Every codec of this version. Ids and names are for ever: they are in shared indexes and in frames."""
 
 _BY_ID: dict[int, type[Codec]] = {codec.id: codec for codec in CODECS}

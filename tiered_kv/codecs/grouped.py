@@ -1,104 +1,33 @@
 """What codecs share that keep a block as 8 bits or less a number, in groups with their own scale.
 
-A group is a channel of K over the block's tokens, K being turned back by the model's RoPE first, or a token of V over a head's
-channels, below 8 bits after a fixed rotation (KIVI, Liu et al. 2024; KVQuant, Hooper et al. 2024; QuaRot, Ashkboos et al. 2024).
-K is treated as V where its rotation is unknown, and in blocks too short to pay for a channel's scale. The first tokens of
-a sequence, on which all later ones lean (Xiao et al. 2023), stay exact.
+A group is a channel of K over the block's tokens, or a token of V over a head's channels (KIVI, Liu et al. 2024; KVQuant, Hooper et
+al. 2024; QuaRot, Ashkboos et al. 2024). K is treated as V where its rotation is unknown, and in blocks too short to pay for a
+channel's scale. Exact tokens, rotations and the bound: see `measured`.
 
-The payload, with n = D for groups that are channels and T for tokens:
-
-    the exact tokens (L, 2, H, sinks, D) | for K, then for V: scales (S, L, H, n) bf16 | packed codes (L, H, T, D)
-
-Shapes: kv (L, 2, H, T, D); a part, K or V, is (L, H, T, D) without the exact tokens, float32 while it is worked on.
+Of a part, with n = D for groups that are channels and T for tokens: scales (S, L, H, n) bf16, packed codes (L, H, T, D).
 """
 
-import math
-import threading
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from tiered_kv.codecs.base import Codec, Encoded, check_raw
-from tiered_kv.codecs.fidelity import relative_error
-from tiered_kv.codecs.lossless import LosslessCodec
+from tiered_kv.codecs.measured import MeasuredCodec, Part, chunks_of, scratch_of
 from tiered_kv.codecs.packing import pack, packed_bytes, unpack
-from tiered_kv.codecs.rotation import Turning, check_rope, spreading_matrix, turning
-from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import ITEM_BYTES, KVLayout
 
-CHANNEL_TOKENS_MIN = 16
 ENCODE_ELEMENTS = 1 << 17
 """As many numbers are encoded at a time as whole layers have: what comes in between stays in the processor's cache."""
 DECODE_ELEMENTS = 1 << 19
 """As many are decoded at a time, in 4 MiB of a thread's memory that is kept: few calls for the blocks of small models."""
-_of_thread = threading.local()
-
-
-class Part(NamedTuple):
-    """Where K or V lies in a payload, and how it was quantized."""
-
-    which: int
-    per_channel: bool
-    rope: bytes
-    is_spread: bool
-    scales: slice
-    codes: slice
 
 
 @dataclass(frozen=True)
-class GroupedCodec(Codec):
-    """The relative mean squared error of any layer's K or V is at most `max_error`, together with what the block carried before, and
-    every number is finite: a block for which that would not hold is kept losslessly (`fell_back` says "error"), as is one that
-    would not shrink ("no gain") and one without a layout ("opaque"). The size of the payload is exact.
+class GroupedCodec(MeasuredCodec):
+    """`bits` a number and `scales_of_group` numbers a group; the rest as of `MeasuredCodec`."""
 
-    `shape` is (L, H, T, D); `start` the position of the first token; `sinks` of a sequence's first tokens stay exact; `rope` the inverse
-    frequencies (see `rotation`), b"" for a model without, None if unknown; `rope_halves` says how channels are paired.
-    """
-
-    is_lossy: ClassVar[bool] = True
-    bits: ClassVar[int]
     scales_of_group: ClassVar[int]
-    max_error_default: ClassVar[float]
-
-    shape: tuple[int, int, int, int] | None = None
-    dtype: str = "bfloat16"
-    start: int = 0
-    sinks: int = 4
-    rope: bytes | None = None
-    rope_halves: bool = True
-    max_error: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_error is None:
-            object.__setattr__(self, "max_error", self.max_error_default)
-        if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(self.shape))
-            if len(self.shape) != 4:
-                raise self._refused("shape", "four whole numbers (L, H, T, D)")
-            object.__setattr__(self, "dtype", self._layout.dtype)  # raises for what is none
-            check_rope(self.rope, self.shape[3])
-        for name in ("start", "sinks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise self._refused(name, "a whole number of at least 0")
-        if not isinstance(self.rope_halves, bool):
-            raise self._refused("rope_halves", "True or False")
-        if not isinstance(self.max_error, float) or not 0 <= self.max_error < math.inf:
-            raise self._refused("max_error", "a float of at least 0")
-
-    @classmethod
-    def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
-        if layout is None:
-            return cls(**parameters)
-        shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
-        return cls(shape, layout.dtype, rope=rope, rope_halves=rope_halves, **parameters)
-
-    def at(self, start: int) -> Self:
-        return replace(self, start=start)
 
     @abstractmethod
     def _coded(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,186 +40,41 @@ class GroupedCodec(Codec):
     def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         """Write the numbers of codes and scales, as `_coded` made them, to `out`, contiguous float32."""
 
-    def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
-        """As of every codec. Decodes what it made, to measure the error."""
-        check_raw(raw)
-        if self.shape is None:
-            return self._give_way(raw, carried_error, "opaque")
-        if raw.numel() != self.raw_bytes:
-            raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
-        if self.payload_bytes >= self.raw_bytes:
-            return self._give_way(raw, carried_error, "no gain")
-        kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        payload = memoryview(self._payload(kv))
-        again = torch.empty_like(kv)
-        self.decode_kv(payload, again)
-        error = carried_error + relative_error(kv, again)
-        if not error <= self.max_error:  # nor if it is no number
-            return self._give_way(raw, carried_error, "error")
-        return Encoded(self, payload, error)
+    def _pack(self, codes: np.ndarray) -> np.ndarray:
+        """The codes of a part as they are kept, and `_unpack` the codes again, in new memory."""
+        return pack(codes, self.bits)
 
-    def decode(self, payload: memoryview, out: torch.Tensor) -> None:
-        check_raw(out, "out")
-        if self.shape is None or out.numel() != self.raw_bytes:
-            raise self._corrupt(f"a block of {out.numel()} bytes cannot be what {self.shape} of {self.dtype} is")
-        target = out if self._is_aligned(out) else torch.empty_like(out)
-        self.decode_kv(payload, self._typed(target))
-        if target is not out:
-            out.copy_(target)
+    def _unpack(self, packed: np.ndarray, codes: int) -> np.ndarray:
+        return unpack(packed, codes, self.bits)
 
-    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
-        if self.shape is not None:
-            self._layout.check_kv(kv, self.shape[2])
-        if self.shape is None or payload.nbytes != self.payload_bytes:
-            raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
-        data = np.frombuffer(payload, np.uint8)
-        if self._exact:
-            exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
-            kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
-        for part in self._parts():
-            self._restore(part, data, kv[:, part.which, :, self._exact :])
+    def _packed_bytes(self, tokens: int, per_channel: bool) -> int:
+        layers, heads, _, dim = self.shape
+        return packed_bytes(layers * heads * tokens * dim, self.bits)
 
-    def max_payload_bytes(self, raw_bytes: int) -> int:
-        return self.payload_bytes if self.shape else 0
+    def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
+        layers, heads, _, dim = self.shape
+        return 2 * self.scales_of_group * layers * heads * (dim if per_channel else tokens), self._packed_bytes(tokens, per_channel)
 
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the block."""
-        return self._layout.block_bytes
-
-    @property
-    def _layout(self) -> KVLayout:
-        layers, heads, tokens, dim = self.shape
-        return KVLayout(layers, heads, dim, self.dtype, tokens)
-
-    @property
-    def payload_bytes(self) -> int:
-        """Exact size of a payload, all side information counted."""
-        parts = self._parts()
-        return parts[-1].codes.stop if parts else self._exact_bytes
-
-    @property
-    def _exact(self) -> int:
-        """How many of the block's tokens are among the first of the sequence."""
-        return min(max(self.sinks - self.start, 0), self.shape[2])
-
-    @property
-    def _exact_bytes(self) -> int:
-        return self.raw_bytes // self.shape[2] * self._exact
-
-    def _parts(self) -> list[Part]:
-        """K and V in the order of the payload; none if all tokens are exact."""
-        layers, heads, tokens, dim = self.shape
-        tokens -= self._exact
-        end, parts = self._exact_bytes, []
-        for which in (0, 1) if tokens else ():
-            per_channel = which == 0 and self.rope is not None and tokens >= CHANNEL_TOKENS_MIN
-            scales_end = end + 2 * self.scales_of_group * layers * heads * (dim if per_channel else tokens)
-            codes_end = scales_end + packed_bytes(layers * heads * tokens * dim, self.bits)
-            is_spread = not per_channel and self.bits < 8
-            rope = self.rope if per_channel else b""
-            parts.append(Part(which, per_channel, rope, is_spread, slice(end, scales_end), slice(scales_end, codes_end)))
-            end = codes_end
-        return parts
-
-    def _typed(self, flat: torch.Tensor) -> torch.Tensor:
-        layers, heads, tokens, dim = self.shape
-        return flat.view(getattr(torch, self.dtype)).view(layers, 2, heads, tokens, dim)
-
-    def _is_aligned(self, flat: torch.Tensor) -> bool:
-        return not flat.storage_offset() % ITEM_BYTES[self.dtype]
-
-    def _payload(self, kv: torch.Tensor) -> np.ndarray:
-        payload = np.empty(self.payload_bytes, np.uint8)
-        exact = kv[..., : self._exact, :].contiguous().view(-1).view(torch.uint8)
-        payload[: self._exact_bytes] = exact.cpu().numpy()
-        for part in self._parts():
-            scales, codes = self._quantized(part, kv[:, part.which, :, self._exact :])
-            payload[part.scales] = scales.view(-1).view(torch.uint8).cpu().numpy()
-            payload[part.codes] = pack(codes.view(-1).cpu().numpy(), self.bits)
-        return payload
-
-    def _quantized(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales (S, L, H, n) in bf16, and codes (L, H, T, D) in u8, of a part in the block's dtype."""
+    def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
         axis = -2 if part.per_channel else -1
         scales_shape = (self.scales_of_group, *kv.shape[:2], kv.shape[3 if part.per_channel else 2])
         scales = torch.empty(scales_shape, dtype=torch.bfloat16, device=kv.device)
         codes = torch.empty(kv.shape, dtype=torch.uint8, device=kv.device)
-        for layers in _chunks(kv, ENCODE_ELEMENTS):
+        for layers in chunks_of(kv, ENCODE_ELEMENTS):
             scale, codes[layers] = self._coded(self._in_space(part, kv[layers].float()), axis)
             scales[:, layers] = scale.squeeze(axis)
-        return scales, codes
+        return scales, self._pack(codes.view(-1).cpu().numpy())
 
-    def _in_space(self, part: Part, x: torch.Tensor) -> torch.Tensor:
-        """Some layers of a part, rotated to where they are quantized."""
-        if part.rope:
-            return self._turning(part, x).turn(x, torch.empty_like(x), back=True)
-        return x @ spreading_matrix(x.shape[-1]).to(x.device).T if part.is_spread else x
-
-    def _restore(self, part: Part, data: np.ndarray, out: torch.Tensor) -> None:
-        """Fill `out` (L, H, T, D) of the block's dtype, strided as it may be."""
-        codes = torch.from_numpy(unpack(data[part.codes], out.numel(), self.bits)).to(out.device).view(out.shape)
-        scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(out.device).float()
+    def _read(self, part: Part, scales: torch.Tensor, codes: np.ndarray, out: torch.Tensor) -> None:
+        whole = torch.from_numpy(self._unpack(codes, out.numel())).to(out.device).view(out.shape)
         scales = scales.view(self.scales_of_group, *out.shape[:2], -1).unsqueeze(-2 if part.per_channel else -1)
         rotated = self._rotated(part, out)
-        chunks = _chunks(out, DECODE_ELEMENTS)
-        scratch = _scratch(out[chunks[0]].numel(), out.device)
+        chunks = chunks_of(out, DECODE_ELEMENTS)
+        scratch = scratch_of(out[chunks[0]].numel(), out.device)
         for layers in chunks:
-            x, spare = (memory[: codes[layers].numel()].view(codes[layers].shape) for memory in scratch)
-            self._numbers(codes[layers], scales[:, layers], x)
+            x, spare = (memory[: whole[layers].numel()].view(whole[layers].shape) for memory in scratch)
+            self._numbers(whole[layers], scales[:, layers], x)
             out[layers] = rotated(x, spare)
-
-    def _rotated(self, part: Part, out: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The inverse of `_in_space`: (x, memory like x) -> the numbers of the block, in either memory."""
-        if part.rope:
-            return self._turning(part, out).turn
-        if not part.is_spread:
-            return lambda x, spare: x
-        matrix = spreading_matrix(out.shape[-1]).to(out.device, _product_dtype(out))
-        if matrix.dtype is torch.float32:
-            return lambda x, spare: torch.matmul(x, matrix, out=spare)
-        return lambda x, spare: _narrow(spare, matrix.dtype).copy_(x) @ matrix
-
-    def _turning(self, part: Part, like: torch.Tensor) -> Turning:
-        start = self.start + self._exact
-        return turning(part.rope, self.rope_halves, start, *like.shape[2:]).to(like.device)
-
-    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
-        lossless = LosslessCodec(ITEM_BYTES[self.dtype] if self.shape else 1)
-        return replace(lossless.encode(raw, carried_error), fell_back=why)
-
-    def _refused(self, name: str, needed: str) -> TieredKVError:
-        return TieredKVError(Kind.CONFIG, f"{self.name}: {name} must be {needed}, not {getattr(self, name)!r}", setting=name)
-
-    def _corrupt(self, what: str) -> TieredKVError:
-        return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
-
-
-def _product_dtype(out: torch.Tensor) -> torch.dtype:
-    """bf16 for blocks of bf16 where that is fast: its rounding is small beside that of the codes, which are of less than 8 bits."""
-    is_fast = out.device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.bfloat16 if out.dtype is torch.bfloat16 and is_fast else torch.float32
-
-
-def _narrow(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The first half of contiguous float32 memory as as many numbers of a dtype of half the width."""
-    return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
-
-
-def _chunks(part: torch.Tensor, elements: int) -> list[slice]:
-    """The layers of a part, as many at a time as have so many elements, but at least one."""
-    step = max(elements // part[0].numel(), 1)
-    return [slice(first, first + step) for first in range(0, len(part), step)]
-
-
-def _scratch(elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Twice that many float32; on the CPU this thread's own, kept: new memory of this size may cost more than all the arithmetic."""
-    if device.type != "cpu":
-        return torch.empty(elements, device=device), torch.empty(elements, device=device)
-    memory = getattr(_of_thread, "memory", None)
-    if memory is None or memory.shape[1] < elements:
-        memory = _of_thread.memory = np.empty((2, elements), np.float32)
-    return torch.from_numpy(memory[0, :elements]), torch.from_numpy(memory[1, :elements])
 
 
 def towards_bf16(x: torch.Tensor, up: bool) -> torch.Tensor:

@@ -21,15 +21,25 @@ class IntegerCodec(GroupedCodec):
     scales_of_group: ClassVar[int] = 2
 
     def _coded(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        levels = 2**self.bits - 1
-        least = towards_bf16(x.amin(axis, keepdim=True), up=False)
-        step = towards_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
-        codes = torch.where(step > 0, (x - least) / step, 0).round_().clamp_(0, levels).nan_to_num_(0)
-        return torch.stack([least, step]), codes.to(torch.uint8)
+        return in_steps(x, axis, self.bits)
 
     def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        least, step = scales
-        out.copy_(codes).mul_(step).add_(least)
+        numbers_of_steps(codes, scales, out)
+
+
+def in_steps(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least numbers and steps (2, …) that bf16 can hold, and codes (u8) below 2 ** bits, of float32 numbers in groups along `axis`."""
+    levels = 2**bits - 1
+    least = towards_bf16(x.amin(axis, keepdim=True), up=False)
+    step = towards_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
+    codes = torch.where(step > 0, (x - least) / step, 0).round_().clamp_(0, levels).nan_to_num_(0)
+    return torch.stack([least, step]), codes.to(torch.uint8)
+
+
+def numbers_of_steps(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the numbers of what `in_steps` made to `out`, contiguous float32, and return that."""
+    least, step = scales
+    return out.copy_(codes).mul_(step).add_(least)
 
 
 @dataclass(frozen=True)
