@@ -119,7 +119,8 @@ class MeasuredCodec(Codec):
         if self.payload_bytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
         kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        payload = memoryview(self._payload(kv))
+        with as_written(kv.device):
+            payload = memoryview(self._payload(kv))
         again = torch.empty_like(kv)
         self.decode_kv(payload, again)
         error = carried_error + relative_error(kv, again)
@@ -145,9 +146,10 @@ class MeasuredCodec(Codec):
         if self._exact:
             exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
             kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
-        for part in self._parts():
-            scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(kv.device).float()
-            self._read(part, scales, data[part.codes], kv[:, part.which, :, self._exact :])
+        with as_written(kv.device):
+            for part in self._parts():
+                scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(kv.device).float()
+                self._read(part, scales, data[part.codes], kv[:, part.which, :, self._exact :])
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
         return self.payload_bytes if self.shape else 0
@@ -247,6 +249,11 @@ def _product_dtype(out: torch.Tensor) -> torch.dtype:
 def _narrow(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The first half of contiguous float32 memory as as many numbers of a dtype of half the width."""
     return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
+
+
+def as_written(device: torch.device) -> torch.autocast:
+    """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def chunks_of(part: torch.Tensor, elements: int) -> list[slice]:
