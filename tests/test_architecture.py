@@ -59,7 +59,7 @@ MAY_OPEN_ROOMS = {"tiered_kv.cluster.cli", "tiered_kv.cluster.simulate"}
 NOT_FOR_THE_PURE = {"time", "random", "threading", "asyncio", "socket", "os"}
 LIBRARIES = {
     "": {"numpy", "xxhash", "torch"},
-    "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard"},
+    "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard", "triton"},  # triton: see test_kernels_are_optional
     "policy": {"numpy"},
     "memory": {"numpy", "torch", "msgpack"},
     "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore"},
@@ -85,6 +85,7 @@ BOUNDARIES = {
     "tiered_kv/service/node.py Node._run_beats",
     "tiered_kv/service/reporter.py Reporter._report_guarded",
     "tiered_kv/store/engine.py Engine._guarded",
+    "tiered_kv/codecs/kernels.py works_on",
     "tiered_kv/integrations/support.py _probe",
     "tiered_kv/integrations/transformers.py CachedModel._fetch",
     "tiered_kv/integrations/transformers.py CachedModel._store",
@@ -200,6 +201,14 @@ def test_a_folder_uses_the_libraries_of_its_rule(folder):
             elif name in late_only and not (each.later or each.typing):
                 wrong.append(said(module, each.line, f"imports {name} at import"))
     assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_are_optional():
+    """One module needs triton, and who needs that module brings it when it is needed."""
+    users = {name for name, found in IMPORTS.items() if any(each.module.split(".")[0] == "triton" for each in found)}
+    assert users == {"tiered_kv.codecs.kernels"}
+    early = [name for name, found in IMPORTS.items() for each in found if each.module in users and not each.later]
+    assert not early, early
 
 
 def test_decisions_are_pure():

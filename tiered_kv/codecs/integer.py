@@ -4,11 +4,15 @@ A group's scales are its least number and its step.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from tiered_kv.codecs.grouped import GroupedCodec, towards_bf16
+from tiered_kv.codecs.measured import Part
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,34 @@ class IntegerCodec(GroupedCodec):
 
     def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         numbers_of_steps(codes, scales, out)
+
+    def _read(self, part: Part, scales: torch.Tensor, codes: np.ndarray, out: torch.Tensor) -> None:
+        kernels = kernels_of(out.device)
+        if kernels is None or self.bits not in kernels.BITS or out.dtype not in kernels.DTYPES:
+            super()._read(part, scales, codes, out)
+            return
+        kernels.restore(
+            torch.from_numpy(codes.copy()).to(out.device),
+            scales.view(self.scales_of_group, *out.shape[:2], -1),
+            out,
+            bits=self.bits,
+            per_channel=part.per_channel,
+            turn=self._turning(part, out) if part.rope else None,
+            is_halves=self.rope_halves,
+            matrix=self._spreading(out) if part.is_spread else None,
+        )
+
+
+@lru_cache
+def kernels_of(device: torch.device) -> ModuleType | None:
+    """The module of kernels, where they decode for a device: on CUDA, if triton is there and its kernels answer rightly."""
+    if device.type != "cuda":
+        return None
+    try:
+        from tiered_kv.codecs import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.works_on(device) else None
 
 
 def in_steps(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -220,10 +220,14 @@ class MeasuredCodec(Codec):
             return self._turning(part, out).turn
         if not part.is_spread:
             return lambda x, spare: x
-        matrix = spreading_matrix(out.shape[-1]).to(out.device, _product_dtype(out))
+        matrix = self._spreading(out)
         if matrix.dtype is torch.float32:
             return lambda x, spare: torch.matmul(x, matrix, out=spare)
         return lambda x, spare: _narrow(spare, matrix.dtype).copy_(x) @ matrix
+
+    def _spreading(self, out: torch.Tensor) -> torch.Tensor:
+        """What a part that is spread is multiplied by to have the numbers of the block again."""
+        return spreading_matrix(out.shape[-1]).to(out.device, product_dtype(out))
 
     def _turning(self, part: Part, like: torch.Tensor) -> Turning:
         start = self.start + self._exact
@@ -240,7 +244,7 @@ class MeasuredCodec(Codec):
         return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
 
 
-def _product_dtype(out: torch.Tensor) -> torch.dtype:
+def product_dtype(out: torch.Tensor) -> torch.dtype:
     """bf16 for blocks of bf16 where that is fast: its rounding is small beside that of the codes, which are of less than 8 bits."""
     is_fast = out.device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if out.dtype is torch.bfloat16 and is_fast else torch.float32
