@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiered_kv.codecs import Codec, Encoded, codec_for
+from tiered_kv.codecs import Calibration, Codec, Encoded, codec_for
 from tiered_kv.codecs.frame import frame_bytes
-from tiered_kv.codecs.rotation import rope_of
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
 from tiered_kv.layout import KVLayout
 
@@ -107,19 +107,6 @@ def prompts_of(tokenizer: Any, texts: Iterator[str], count: int, tokens: int) ->
     return prompts
 
 
-def rope_of_model(model: Any) -> bytes | None:
-    """The `rope` parameter of a transformers model's codecs: b"" if it has learned positions instead, None where its rotation is
-    unknown or changes with the length of the text.
-    """
-    body = getattr(model, "base_model", model)
-    frequencies = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
-    if frequencies is None:
-        return b"" if hasattr(body, "wpe") else None
-    if body.rotary_emb.rope_type in ("dynamic", "longrope"):
-        return None
-    return rope_of(frequencies.detach().float().cpu().numpy())
-
-
 def evaluate(
     model: Any,
     prompts: Sequence[torch.Tensor],
@@ -128,6 +115,7 @@ def evaluate(
     prefix_tokens: int = PREFIX_TOKENS,
     block_tokens: int = 64,
     kv_dtype: torch.dtype = torch.bfloat16,
+    calibration: Calibration | None = None,
     say: Say = lambda line: None,
 ) -> list[Quality]:
     """The quality of each codec on prompts (1, n), n above `prefix_tokens`, whose rest is the continuation."""
@@ -137,7 +125,7 @@ def evaluate(
         kv, exact = _exact_run(model, ids, prefix_tokens, kv_dtype)
         layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], kv_dtype, block_tokens)
         for name, tally in tallies.items():
-            decoded = _through(kv, codec_for(name, layout, rope=rope), block_tokens, tally)
+            decoded = _through(kv, codec_for(name, layout, rope=rope, calibration=calibration), block_tokens, tally)
             _compare(exact, _continued(model, ids, decoded), ids[0, prefix_tokens + 1 :], tally)
         say(f"prompt {number} of {len(prompts)}")
     return [tally.quality(name) for name, tally in tallies.items()]
@@ -177,7 +165,8 @@ def _through(kv: torch.Tensor, codec: Codec, block_tokens: int, tally: _Tally) -
 def encoded_block(kv: torch.Tensor, codec: Codec, start: int, block_tokens: int) -> tuple[torch.Tensor, Encoded]:
     """The bytes of the block of `kv` that begins at token `start`, and what the codec makes of them."""
     raw = kv[..., start : start + block_tokens, :].contiguous().view(-1).view(torch.uint8)
-    return raw, codec.at(start).encode(raw)
+    is_tail = start + 2 * block_tokens > kv.shape[3]
+    return raw, codec.at(start, is_tail).encode(raw)
 
 
 def _compare(exact: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, tally: _Tally) -> None:
@@ -194,6 +183,7 @@ def speeds(
     block_tokens: Sequence[int] = (16, 64, 256),
     *,
     working_set_bytes: int = WORKING_SET_BYTES,
+    calibration: Calibration | None = None,
 ) -> list[dict]:
     """Encode and decode of blocks of `kv` on one thread, as ratios to a memcpy of the raw bytes in the same run: medians.
 
@@ -203,14 +193,16 @@ def speeds(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_speed(kv, name, rope, tokens, working_set_bytes) for tokens in block_tokens for name in codecs]
+        return [_speed(kv, name, rope, tokens, working_set_bytes, calibration) for tokens in block_tokens for name in codecs]
     finally:
         torch.set_num_threads(threads)
 
 
-def _speed(kv: torch.Tensor, name: str, rope: bytes | None, tokens: int, working_set_bytes: int) -> dict:
+def _speed(
+    kv: torch.Tensor, name: str, rope: bytes | None, tokens: int, working_set_bytes: int, calibration: Calibration | None
+) -> dict:
     layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], kv.dtype, tokens)
-    codec = codec_for(name, layout, rope=rope)
+    codec = codec_for(name, layout, rope=rope, calibration=calibration)
     starts = range(0, kv.shape[3] - tokens + 1, tokens)
     blocks = [encoded_block(kv, codec, start, tokens) for start in starts]
     rounds = max(working_set_bytes // (layout.block_bytes * len(blocks)), 1)

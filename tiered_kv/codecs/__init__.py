@@ -4,22 +4,28 @@ Owns: tensor to payload to frame, and the list of codecs. May import: layout, ke
 Must never know: tiers, policy, where a frame lies or who asked for it.
 """
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from tiered_kv.codecs.base import Codec, Encoded
+from tiered_kv.codecs.calibration import Calibration
+from tiered_kv.codecs.ecuq import EcuqCodec
 from tiered_kv.codecs.fp8 import Fp8Codec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
 from tiered_kv.codecs.lossless import LosslessCodec
 from tiered_kv.codecs.lowrank import LowRankCodec
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.codecs.sparse import SparseCodec
+from tiered_kv.codecs.xlayer import XlayerCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 
 __all__ = [
     "CODECS",
+    "Calibration",
     "Codec",
+    "EcuqCodec",
     "Encoded",
     "Fp8Codec",
     "Int4Codec",
@@ -29,13 +35,26 @@ __all__ = [
     "LowRankCodec",
     "RawCodec",
     "SparseCodec",
+    "XlayerCodec",
     "codec_by_id",
     "codec_by_name",
     "codec_for",
     "codec_from_spec",
+    "parse_codec",
 ]
 
-CODECS: tuple[type[Codec], ...] = (RawCodec, LosslessCodec, Int8Codec, Int6Codec, Int4Codec, Fp8Codec, LowRankCodec, SparseCodec)
+CODECS: tuple[type[Codec], ...] = (
+    RawCodec,
+    LosslessCodec,
+    Int8Codec,
+    Int6Codec,
+    Int4Codec,
+    Fp8Codec,
+    EcuqCodec,
+    XlayerCodec,
+    LowRankCodec,
+    SparseCodec,
+)
 """Every codec of this version. Ids and names are for ever: they are in shared indexes and in frames."""
 
 _BY_ID: dict[int, type[Codec]] = {codec.id: codec for codec in CODECS}
@@ -56,12 +75,38 @@ def codec_by_name(name: str, **parameters: Any) -> Codec:
     return _known(name)(**parameters)
 
 
-def codec_for(name: str, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Codec:
-    """The codec called `name` for blocks of a layout, None if nothing is known of it; `.at(start)` then says which block.
+def parse_codec(text: str) -> tuple[type[Codec], dict[str, Any]]:
+    """The class and the parameters of a codec as people write it: "int8", "ecuq:6e-5", "xlayer:2e-4:3e-5".
 
-    `rope` is as in `rotation`: the model's inverse frequencies, b"" if it has no RoPE, None if unknown. Raises (kind `config`).
+    Raises (kind `config`) for an unknown name, naming the nearest known one, and for what the codec does not take.
     """
-    return _known(name).for_layout(layout, rope=rope, rope_halves=rope_halves, **parameters)
+    name, colon, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
+    cls = _known(name)
+    return cls, cls.parameters_of(rest) if colon else {}
+
+
+def codec_for(
+    text: str,
+    layout: KVLayout | None,
+    *,
+    rope: bytes | None = None,
+    rope_halves: bool = True,
+    calibration: Calibration | None = None,
+    **parameters: Any,
+) -> Codec:
+    """The codec written as `text` (see `parse_codec`) for blocks of a layout, None if nothing is known of it; `.at(start)` then
+    says which block.
+
+    `rope` is as in `rotation`: the model's inverse frequencies, b"" if it has no RoPE, None if unknown; calibrated codecs
+    take it from `calibration`. Raises (kind `config`), also for a calibrated codec without calibration.
+    """
+    cls, written = parse_codec(text)
+    if cls.needs_calibration:
+        if calibration is None:
+            message = f"codec {text!r} needs a calibrated model; run: tiered-kv calibrate MODEL"
+            raise TieredKVError(Kind.CONFIG, message, codec=cls.name, setting="codec")
+        parameters = {"calibration": calibration} | parameters
+    return cls.for_layout(layout, rope=rope, rope_halves=rope_halves, **written | parameters)
 
 
 def codec_from_spec(spec: Mapping[str, Any]) -> Codec:
@@ -73,5 +118,7 @@ def codec_from_spec(spec: Mapping[str, Any]) -> Codec:
 
 def _known(name: object) -> type[Codec]:
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise TieredKVError(Kind.CONFIG, f"codec {name!r} is unknown; known are {', '.join(_BY_NAME)}", codec=name)
+        near = difflib.get_close_matches(name, _BY_NAME, 1) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TieredKVError(Kind.CONFIG, f"codec {name!r} is unknown; known are {', '.join(_BY_NAME)}{hint}", codec=name)
     return _BY_NAME[name]

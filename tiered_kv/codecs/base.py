@@ -48,12 +48,14 @@ class Codec(ABC):
 
     `id` (u8) stands in the shared index and `name` in frames; both are for ever, as is the meaning of the parameters.
     A parameter is a field of the dataclass that msgpack can carry, and is not called `error` or `codec`;
-    `__post_init__` refuses values that cannot be. `is_lossy`: whether what comes back may differ.
+    `__post_init__` refuses values that cannot be. `is_lossy`: whether what comes back may differ;
+    `needs_calibration`: whether `for_layout` needs to be given what was learned of the model.
     """
 
     id: ClassVar[int]
     name: ClassVar[str]
     is_lossy: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, raw: "torch.Tensor", carried_error: float = 0.0) -> Encoded:
@@ -87,8 +89,13 @@ class Codec(ABC):
         """The codec for blocks of a layout (None: bytes of which nothing is known), with what it needs of the model's RoPE."""
         return cls(**parameters)
 
-    def at(self, start: int) -> Self:
-        """The codec for the block whose first token has the position `start` in its sequence."""
+    @classmethod
+    def parameters_of(cls, text: str) -> dict[str, Any]:
+        """The parameters that people write behind a codec's name and a colon; raises (kind `config`) where none are allowed."""
+        raise TieredKVError(Kind.CONFIG, f"codec {cls.name!r} takes nothing behind its name, not {text!r}", codec=cls.name)
+
+    def at(self, start: int, is_tail: bool = False) -> Self:
+        """The codec for the block whose first token has the position `start` in its sequence; `is_tail`: it is the last of its chain."""
         return self
 
     def spec(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A group is a channel of K over the block's tokens, or a token of V over a head's channels (KIVI, Liu et al. 2024; KVQuant, Hooper et
 al. 2024; QuaRot, Ashkboos et al. 2024). K is treated as V where its rotation is unknown, and in blocks too short to pay for a
-channel's scale. Exact tokens, rotations and the bound: see `measured`.
+channel's scale. Exact tokens, rotations and the bound: see `parts`.
 
 Of a part, with n = D for groups that are channels and T for tokens: scales (S, L, H, n) bf16, packed codes (L, H, T, D).
 """
@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.measured import MeasuredCodec, Part, chunks_of, scratch_of
 from tiered_kv.codecs.packing import pack, packed_bytes, unpack
+from tiered_kv.codecs.parts import Part, PartsCodec, chunks_of, scratch_of
 
 ENCODE_ELEMENTS = 1 << 17
 """As many numbers are encoded at a time as whole layers have: what comes in between stays in the processor's cache."""
@@ -24,8 +24,8 @@ DECODE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
-class GroupedCodec(MeasuredCodec):
-    """`bits` a number and `scales_of_group` numbers a group; the rest as of `MeasuredCodec`."""
+class GroupedCodec(PartsCodec):
+    """`bits` a number and `scales_of_group` numbers a group; the rest as of `PartsCodec`."""
 
     scales_of_group: ClassVar[int]
 

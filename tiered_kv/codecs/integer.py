@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tiered_kv.codecs.grouped import GroupedCodec, towards_bf16
-from tiered_kv.codecs.measured import Part
+from tiered_kv.codecs.parts import Part
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ before the last rounding (a GPU multiplies and adds in one step), where a part i
 is the same or, near the middle between two numbers of the destination's dtype, the next one. Triton's interpreter, on CPUs, differs in
 two ways: it cuts off where it should round to bf16, which is the next number at most too, and it cannot multiply matrices of bf16.
 Importing this module needs triton (Tillet et al. 2019), which the extra `triton` brings; nothing else imports it.
-Shapes: a part is (L, H, T, D) as in `measured`; a program restores some tokens of one head.
+Shapes: a part is (L, H, T, D) as in `parts`; a program restores some tokens of one head.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tiered_kv.codecs.measured import product_dtype
+from tiered_kv.codecs.parts import product_dtype
 from tiered_kv.codecs.rotation import Turning, rope_of_theta, spreading_matrix, turning
 
 BITS = (8, 4)

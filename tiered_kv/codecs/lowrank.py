@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tiered_kv.codecs.integer import in_steps, numbers_of_steps
-from tiered_kv.codecs.measured import Part, chunks_of, scratch_of
+from tiered_kv.codecs.parts import Part, chunks_of, scratch_of
 from tiered_kv.codecs.reduced import ReducedCodec
 
 ELEMENTS = 1 << 19
@@ -21,7 +21,7 @@ SCALES_BYTES = 8
 
 @dataclass(frozen=True)
 class LowRankCodec(ReducedCodec):
-    """No bound holds for a single number; for the whole block that of `MeasuredCodec` does. The components are those of the truncated
+    """No bound holds for a single number; for the whole block that of `BlockCodec` does. The components are those of the truncated
     singular value decomposition, which leaves the least mean squared error of all of their rank (Eckart and Young, 1936); 8 bits
     for the factors buy nearly twice the rank of bf16. Encoding costs an eigenvalue problem of n for each layer's K and V.
     """

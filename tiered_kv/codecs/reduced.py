@@ -7,15 +7,15 @@ for them by name.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tiered_kv.codecs.measured import MeasuredCodec
+from tiered_kv.codecs.parts import PartsCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import ITEM_BYTES
 
 
 @dataclass(frozen=True)
-class ReducedCodec(MeasuredCodec):
+class ReducedCodec(PartsCodec):
     """`keep`, above 0 and at most 1, is the part of the bytes of tokens that do not stay exact; a payload takes at most that, all side
-    information counted, but never less than one component or number. The rest as of `MeasuredCodec`.
+    information counted, but never less than one component or number. The rest as of `PartsCodec`.
     """
 
     bits: ClassVar[int] = 8

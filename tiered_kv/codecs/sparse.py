@@ -20,7 +20,7 @@ CENTER = 128
 @dataclass(frozen=True)
 class SparseCodec(ReducedCodec, GroupedCodec):
     """A finite number x of a group with the mean c and the greatest distance a from it comes back as x ± a / 254 if it stays, else as c,
-    up to the rounding of the scales to bf16 and of the dtype. For the whole block the bound of `MeasuredCodec` holds.
+    up to the rounding of the scales to bf16 and of the dtype. For the whole block the bound of `BlockCodec` holds.
     """
 
     id: ClassVar[int] = 9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.codecs.kv import as_bytes, kv_of
-from tiered_kv.codecs import codec_for, integer, kernels, measured
+from tiered_kv.codecs import codec_for, integer, kernels, parts
 from tiered_kv.codecs.integer import IntegerCodec
 from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.layout import KVLayout
@@ -39,7 +39,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         restore(codes, scales, out, **how)
 
     if DEVICE.type == "cpu":  # the interpreter multiplies the bits of bf16
-        for module in (measured, kernels):
+        for module in (parts, kernels):
             monkeypatch.setattr(module, "product_dtype", lambda out: torch.float32)
     monkeypatch.setattr(integer, "kernels_of", lambda device: kernels)
     monkeypatch.setattr(kernels, "restore", noted)

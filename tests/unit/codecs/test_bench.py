@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.unit.integrations.tiny_models import prompt_of, tiny
-from tiered_kv.bench.codec import as_records, evaluate, own_texts, prompts_of, rope_of_model, speeds
+from tiered_kv.bench.codec import as_records, evaluate, own_texts, prompts_of, speeds
 from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.integrations.rope import rope_of_model
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])

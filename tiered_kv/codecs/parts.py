@@ -1,30 +1,25 @@
-"""What lossy codecs of blocks with a known layout share: parts, exact tokens, and an error that is measured.
+"""What codecs share that code a block as two parts, K and V, by themselves.
 
-A block is coded as two parts, K and V. K is turned back by the model's RoPE first, where that is known and the block is long enough
-for channels to pay; what has no rotation of its own is multiplied by a fixed matrix below 8 bits (see `rotation`). The first tokens
-of a sequence, on which all later ones lean (Xiao et al. 2023), stay exact.
+K is turned back by the model's RoPE first, where that is known and the block is long enough for channels to pay; what has no rotation
+of its own is multiplied by a fixed matrix below 8 bits (see `rotation`).
 
 The payload: the exact tokens (L, 2, H, sinks, D) | for K, then for V: scales bf16 | codes
 
 Shapes: kv (L, 2, H, T, D); a part, K or V, is (L, H, T, D) without the exact tokens, float32 while it is worked on.
 """
 
-import math
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from tiered_kv.codecs.base import Codec, Encoded, check_raw
-from tiered_kv.codecs.fidelity import relative_error
-from tiered_kv.codecs.lossless import LosslessCodec
+from tiered_kv.codecs.block import BlockCodec, as_written
 from tiered_kv.codecs.rotation import Turning, check_rope, spreading_matrix, turning
-from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import ITEM_BYTES, KVLayout
+from tiered_kv.layout import KVLayout
 
 CHANNEL_TOKENS_MIN = 16
 _of_thread = threading.local()
@@ -42,44 +37,26 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MeasuredCodec(Codec):
-    """The relative mean squared error of any layer's K or V is at most `max_error`, together with what the block carried before, and
-    every number is finite: a block for which that would not hold is kept losslessly (`fell_back` says "error"), as is one that
-    would not shrink ("no gain") and one without a layout ("opaque"). The size of the payload is exact.
+class PartsCodec(BlockCodec):
+    """As `BlockCodec`; gives way to the lossless codec. The size of the payload is exact.
 
-    `shape` is (L, H, T, D); `start` the position of the first token; `sinks` of a sequence's first tokens stay exact; `rope` the inverse
-    frequencies (see `rotation`), b"" for a model without, None if unknown; `rope_halves` says how channels are paired.
+    `rope`: the inverse frequencies (see `rotation`), b"" for a model without, None if unknown; `rope_halves` says how channels are paired.
     """
 
-    is_lossy: ClassVar[bool] = True
     bits: ClassVar[int]
     max_error_default: ClassVar[float]
 
-    shape: tuple[int, int, int, int] | None = None
-    dtype: str = "bfloat16"
-    start: int = 0
-    sinks: int = 4
     rope: bytes | None = None
     rope_halves: bool = True
-    max_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_error is None:
             object.__setattr__(self, "max_error", self.max_error_default)
+        super().__post_init__()
         if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(self.shape))
-            if len(self.shape) != 4:
-                raise self._refused("shape", "four whole numbers (L, H, T, D)")
-            object.__setattr__(self, "dtype", self._layout.dtype)  # raises for what is none
             check_rope(self.rope, self.shape[3])
-        for name in ("start", "sinks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise self._refused(name, "a whole number of at least 0")
         if not isinstance(self.rope_halves, bool):
             raise self._refused("rope_halves", "True or False")
-        if not isinstance(self.max_error, float) or not 0 <= self.max_error < math.inf:
-            raise self._refused("max_error", "a float of at least 0")
 
     @classmethod
     def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
@@ -88,8 +65,8 @@ class MeasuredCodec(Codec):
         shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
         return cls(shape, layout.dtype, rope=rope, rope_halves=rope_halves, **parameters)
 
-    def at(self, start: int) -> Self:
-        return replace(self, start=start)
+    def _bound(self) -> float:
+        return self.max_error
 
     @abstractmethod
     def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
@@ -109,43 +86,13 @@ class MeasuredCodec(Codec):
         Raises (kind `corrupt`) for codes that cannot be.
         """
 
-    def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
-        """As of every codec. Decodes what it made, to measure the error."""
-        check_raw(raw)
-        if self.shape is None:
-            return self._give_way(raw, carried_error, "opaque")
-        if raw.numel() != self.raw_bytes:
-            raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
-        if self.payload_bytes >= self.raw_bytes:
-            return self._give_way(raw, carried_error, "no gain")
-        kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        with as_written(kv.device):
-            payload = memoryview(self._payload(kv))
-        again = torch.empty_like(kv)
-        self.decode_kv(payload, again)
-        error = carried_error + relative_error(kv, again)
-        if not error <= self.max_error:  # nor if it is no number
-            return self._give_way(raw, carried_error, "error")
-        return Encoded(self, payload, error)
-
-    def decode(self, payload: memoryview, out: torch.Tensor) -> None:
-        check_raw(out, "out")
-        if self.shape is None or out.numel() != self.raw_bytes:
-            raise self._corrupt(f"a block of {out.numel()} bytes cannot be what {self.shape} of {self.dtype} is")
-        target = out if self._is_aligned(out) else torch.empty_like(out)
-        self.decode_kv(payload, self._typed(target))
-        if target is not out:
-            out.copy_(target)
-
     def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
         if self.shape is not None:
             self._layout.check_kv(kv, self.shape[2])
         if self.shape is None or payload.nbytes != self.payload_bytes:
             raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
         data = np.frombuffer(payload, np.uint8)
-        if self._exact:
-            exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
-            kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
+        self._put_exact(data, kv)
         with as_written(kv.device):
             for part in self._parts():
                 scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(kv.device).float()
@@ -155,29 +102,10 @@ class MeasuredCodec(Codec):
         return self.payload_bytes if self.shape else 0
 
     @property
-    def raw_bytes(self) -> int:
-        """Bytes of the block."""
-        return self._layout.block_bytes
-
-    @property
-    def _layout(self) -> KVLayout:
-        layers, heads, tokens, dim = self.shape
-        return KVLayout(layers, heads, dim, self.dtype, tokens)
-
-    @property
     def payload_bytes(self) -> int:
         """Exact size of a payload, all side information counted."""
         parts = self._parts()
         return parts[-1].codes.stop if parts else self._exact_bytes
-
-    @property
-    def _exact(self) -> int:
-        """How many of the block's tokens are among the first of the sequence."""
-        return min(max(self.sinks - self.start, 0), self.shape[2])
-
-    @property
-    def _exact_bytes(self) -> int:
-        return self.raw_bytes // self.shape[2] * self._exact
 
     def _parts(self) -> list[Part]:
         """K and V in the order of the payload; none if all tokens are exact."""
@@ -192,17 +120,9 @@ class MeasuredCodec(Codec):
             end = codes_end
         return parts
 
-    def _typed(self, flat: torch.Tensor) -> torch.Tensor:
-        layers, heads, tokens, dim = self.shape
-        return flat.view(getattr(torch, self.dtype)).view(layers, 2, heads, tokens, dim)
-
-    def _is_aligned(self, flat: torch.Tensor) -> bool:
-        return not flat.storage_offset() % ITEM_BYTES[self.dtype]
-
     def _payload(self, kv: torch.Tensor) -> np.ndarray:
         payload = np.empty(self.payload_bytes, np.uint8)
-        exact = kv[..., : self._exact, :].contiguous().view(-1).view(torch.uint8)
-        payload[: self._exact_bytes] = exact.cpu().numpy()
+        payload[: self._exact_bytes] = self._exact_of(kv)
         for part in self._parts():
             scales, payload[part.codes] = self._write(part, kv[:, part.which, :, self._exact :])
             payload[part.scales] = scales.view(-1).view(torch.uint8).cpu().numpy()
@@ -233,16 +153,6 @@ class MeasuredCodec(Codec):
         start = self.start + self._exact
         return turning(part.rope, self.rope_halves, start, *like.shape[2:]).to(like.device)
 
-    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
-        lossless = LosslessCodec(ITEM_BYTES[self.dtype] if self.shape else 1)
-        return replace(lossless.encode(raw, carried_error), fell_back=why)
-
-    def _refused(self, name: str, needed: str) -> TieredKVError:
-        return TieredKVError(Kind.CONFIG, f"{self.name}: {name} must be {needed}, not {getattr(self, name)!r}", setting=name)
-
-    def _corrupt(self, what: str) -> TieredKVError:
-        return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
-
 
 def product_dtype(out: torch.Tensor) -> torch.dtype:
     """bf16 for blocks of bf16 where that is fast: its rounding is small beside that of the codes, which are of less than 8 bits."""
@@ -253,11 +163,6 @@ def product_dtype(out: torch.Tensor) -> torch.dtype:
 def _narrow(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The first half of contiguous float32 memory as as many numbers of a dtype of half the width."""
     return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
-
-
-def as_written(device: torch.device) -> torch.autocast:
-    """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def chunks_of(part: torch.Tensor, elements: int) -> list[slice]:

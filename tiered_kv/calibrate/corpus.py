@@ -1,0 +1,163 @@
+"""Texts to calibrate on: those that every machine has, or the user's own, cut into prompts.
+
+What measurements use stays out: the demo's documents, and the longest modules of the standard library.
+"""
+
+import importlib.metadata
+import json
+import random
+import sysconfig
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiered_kv.errors import Kind, TieredKVError
+
+TOKENS_MIN = 10_000
+PROMPT_TOKENS_MIN = 64
+TEXT_CHARACTERS_MAX = 24_000
+KEPT_FOR_MEASUREMENTS = 45
+"""As many of the standard library's longest modules are left to measurements."""
+_SEED = 20
+
+
+def own_texts() -> list[str]:
+    """Texts that are on every machine, kind after kind in turn: Python, prose of manuals, READMEs, licences, data, C headers.
+
+    The same machine gives the same list. Which packages are installed makes a difference, hardly one to the tables.
+    """
+    kinds = [_modules(), _topics(), _readmes(), _packages(), _licences(), _notes(), _readmes(skip=1), _data(), _headers()]
+    taken = chain.from_iterable(zip_longest(*kinds))
+    texts = dict.fromkeys(text for text in taken if text)
+    return list(texts)
+
+
+def prompts_of(tokenizer: Any, texts: Sequence[str], tokens: int, prompt_tokens: int, least: int = TOKENS_MIN) -> list[torch.Tensor]:
+    """At least `tokens` tokens as prompts (1, n) of at most `prompt_tokens`, one of each text in turn, then the next of each.
+
+    All there are, if there are fewer; raises (kind `config`) below `least`. Each prompt begins as the tokenizer begins a text.
+    """
+    head = list(tokenizer("")["input_ids"])
+    found: list[torch.Tensor] = []
+    count = 0
+    waiting: list[Iterator[list[int]]] = [_cut(tokenizer, text, head, prompt_tokens) for text in texts]
+    while waiting and count < tokens:
+        left = []
+        for pieces in waiting:
+            piece = next(pieces, None)
+            if piece is None or count >= tokens:
+                continue
+            found.append(torch.tensor([piece]))
+            count += len(piece)
+            left.append(pieces)
+        waiting = left
+    if count < least:
+        message = f"--text: {count} tokens are too few to calibrate on: at least {least} are needed, 50000 or more are better"
+        raise TieredKVError(Kind.CONFIG, message, setting="text", tokens=count)
+    return found
+
+
+def _cut(tokenizer: Any, text: str, head: list[int], prompt_tokens: int) -> Iterator[list[int]]:
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    step = prompt_tokens - len(head)
+    for start in range(0, len(ids), step):
+        piece = head + ids[start : start + step]
+        if len(piece) >= min(PROMPT_TOKENS_MIN, prompt_tokens):
+            yield piece
+
+
+def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
+    """The texts of files long enough, in a seeded order; every second one begins somewhere in its middle."""
+    paths = sorted(paths)
+    generator = random.Random(_SEED)
+    generator.shuffle(paths)
+    for number, path in enumerate(paths):
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) >= least:
+            yield _part(text, generator if number % 2 else None)
+
+
+def _part(text: str, generator: random.Random | None) -> str:
+    """At most TEXT_CHARACTERS_MAX of a text, from its beginning or from a line somewhere in it."""
+    if generator and len(text) > 2 * TEXT_CHARACTERS_MAX:
+        start = generator.randrange(len(text) - TEXT_CHARACTERS_MAX)
+        text = text[text.find("\n", start) + 1 :]
+    return text[:TEXT_CHARACTERS_MAX]
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _modules() -> Iterator[str]:
+    by_size = sorted(_library().glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    return _read(by_size[KEPT_FOR_MEASUREMENTS:])
+
+
+def _packages() -> Iterator[str]:
+    folders = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "xml", "concurrent")
+    return _read([path for folder in folders for path in (_library() / folder).rglob("*.py")])
+
+
+def _topics() -> Iterator[str]:
+    """Chapters of the language reference."""
+    from pydoc_data.topics import topics
+
+    names = sorted(name for name, text in topics.items() if len(text) >= 6000)
+    generator = random.Random(_SEED)
+    generator.shuffle(names)
+    return (_part(topics[name], generator) for name in names)
+
+
+def _readmes(skip: int = 0) -> Iterator[str]:
+    """Every second package's description, without the fields above it."""
+    found = {dist.name or "": dist for dist in importlib.metadata.distributions()}
+    for name in sorted(found)[skip::2]:
+        text = (found[name].read_text("METADATA") or "").partition("\n\n")[2]
+        if len(text) >= 3000:
+            yield text[:TEXT_CHARACTERS_MAX]
+
+
+def _licences() -> Iterator[str]:
+    """Distinct licences of installed packages and of the system."""
+    system = Path("/usr/share/common-licenses")
+    paths = [path for path in system.glob("*") if path.is_file()] if system.is_dir() else []
+    for dist in importlib.metadata.distributions():
+        names = [file for file in dist.files or [] if any(word in file.name.upper() for word in ("LICENSE", "COPYING", "NOTICE"))]
+        paths += [Path(str(file.locate())) for file in names if file.suffix in ("", ".txt", ".md", ".rst")]
+    seen = set()
+    for text in _read(paths, least=5000):
+        mark = " ".join(text[:3000].split())[:300]
+        if mark not in seen:
+            seen.add(mark)
+            yield text
+
+
+def _notes() -> Iterator[str]:
+    """Notes, help pages and changelogs that lie about in the library and the system."""
+    places = [(_library() / "idlelib", "*.txt"), (_library() / "idlelib", "*.html"), (Path("/usr/share/doc"), "*/README*")]
+    paths = [path for folder, pattern in places if folder.is_dir() for path in folder.glob(pattern) if path.suffix != ".gz"]
+    return _read(paths)
+
+
+def _headers() -> Iterator[str]:
+    folder = Path(sysconfig.get_path("include"))
+    return _read(list(folder.glob("*.h"))) if folder.is_dir() else iter(())
+
+
+def _data() -> Iterator[str]:
+    """Records as JSON, and tables of numbers: a few."""
+    generator = random.Random(_SEED)
+    words = ("north", "river", "invoice", "engine", "status", "pending", "delivered", "temperature", "Anna", "Karl", "Lagos", "Lima")
+    rows = [
+        {"id": number, "name": generator.choice(words), "value": round(generator.gauss(100, 30), 3), "tags": generator.sample(words, 2)}
+        for number in range(120)
+    ]
+    yield json.dumps(rows, indent=1)
+    yield "\n".join(",".join(f"{generator.gauss(0, 10 ** (column % 4)):.3f}" for column in range(8)) for _ in range(120))

@@ -1,0 +1,140 @@
+"""What codecs share that keep a block of known shape with an error that they measure.
+
+Shapes: kv (L, 2, H, T, D). The first tokens of a sequence, on which all later ones lean (Xiao et al. 2023), stay exact and stand
+first in the payload: (L, 2, H, sinks, D).
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+
+from tiered_kv.codecs.base import Codec, Encoded, check_raw
+from tiered_kv.codecs.fidelity import relative_error
+from tiered_kv.codecs.lossless import LosslessCodec
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import ITEM_BYTES, KVLayout
+
+
+@dataclass(frozen=True)
+class BlockCodec(Codec):
+    """The relative mean squared error of any layer's K or V is within the codec's bound, together with what the block carried before,
+    and every number is finite: a block for which that would not hold is kept by a better codec (`fell_back` says "error"), as is one
+    that would not shrink ("no gain") and one without a layout ("opaque").
+
+    `shape` is (L, H, T, D); `start` the position of the first token; `sinks` of a sequence's first tokens stay exact.
+    """
+
+    is_lossy: ClassVar[bool] = True
+
+    shape: tuple[int, int, int, int] | None = None
+    dtype: str = "bfloat16"
+    start: int = 0
+    sinks: int = 4
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
+            if len(self.shape) != 4:
+                raise self._refused("shape", "four whole numbers (L, H, T, D)")
+            object.__setattr__(self, "dtype", self._layout.dtype)  # raises for what is none
+        for name in ("start", "sinks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise self._refused(name, "a whole number of at least 0")
+        if self.max_error is not None and not (isinstance(self.max_error, float) and 0 <= self.max_error < math.inf):
+            raise self._refused("max_error", "a float of at least 0")
+
+    def at(self, start: int, is_tail: bool = False) -> Self:
+        return replace(self, start=start)
+
+    @abstractmethod
+    def _payload(self, kv: torch.Tensor) -> np.ndarray:
+        """The payload (u8) of a block."""
+
+    @abstractmethod
+    def _bound(self) -> float:
+        """The greatest relative error that a block may carry."""
+
+    def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
+        """As of every codec. Decodes what it made, to measure the error."""
+        check_raw(raw)
+        if self.shape is None:
+            return self._give_way(raw, carried_error, "opaque")
+        if raw.numel() != self.raw_bytes:
+            raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
+        kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
+        with as_written(kv.device):
+            payload = memoryview(self._payload(kv))
+        if payload.nbytes >= self.raw_bytes:
+            return self._give_way(raw, carried_error, "no gain")
+        again = torch.empty_like(kv)
+        self.decode_kv(payload, again)
+        error = carried_error + relative_error(kv, again)
+        if not error <= self._bound():  # nor if it is no number
+            return self._give_way(raw, carried_error, "error")
+        return Encoded(self, payload, error)
+
+    def decode(self, payload: memoryview, out: torch.Tensor) -> None:
+        check_raw(out, "out")
+        if self.shape is None or out.numel() != self.raw_bytes:
+            raise self._corrupt(f"a block of {out.numel()} bytes cannot be what {self.shape} of {self.dtype} is")
+        target = out if self._is_aligned(out) else torch.empty_like(out)
+        self.decode_kv(payload, self._typed(target))
+        if target is not out:
+            out.copy_(target)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the block."""
+        return self._layout.block_bytes
+
+    @property
+    def _layout(self) -> KVLayout:
+        layers, heads, tokens, dim = self.shape
+        return KVLayout(layers, heads, dim, self.dtype, tokens)
+
+    @property
+    def _exact(self) -> int:
+        """How many of the block's tokens are among the first of the sequence."""
+        return min(max(self.sinks - self.start, 0), self.shape[2])
+
+    @property
+    def _exact_bytes(self) -> int:
+        return self.raw_bytes // self.shape[2] * self._exact
+
+    def _exact_of(self, kv: torch.Tensor) -> np.ndarray:
+        """The bytes of the exact tokens."""
+        return kv[..., : self._exact, :].contiguous().view(-1).view(torch.uint8).cpu().numpy()
+
+    def _put_exact(self, data: np.ndarray, kv: torch.Tensor) -> None:
+        """Fill in the exact tokens from the bytes that a payload begins with."""
+        if self._exact:
+            exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
+            kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
+
+    def _typed(self, flat: torch.Tensor) -> torch.Tensor:
+        layers, heads, tokens, dim = self.shape
+        return flat.view(getattr(torch, self.dtype)).view(layers, 2, heads, tokens, dim)
+
+    def _is_aligned(self, flat: torch.Tensor) -> bool:
+        return not flat.storage_offset() % ITEM_BYTES[self.dtype]
+
+    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
+        lossless = LosslessCodec(ITEM_BYTES[self.dtype] if self.shape else 1)
+        return replace(lossless.encode(raw, carried_error), fell_back=why)
+
+    def _refused(self, name: str, needed: str) -> TieredKVError:
+        return TieredKVError(Kind.CONFIG, f"{self.name}: {name} must be {needed}, not {getattr(self, name)!r}", setting=name)
+
+    def _corrupt(self, what: str) -> TieredKVError:
+        return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
+
+
+def as_written(device: torch.device) -> torch.autocast:
+    """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,203 @@
+"""What the codecs share that use tables fitted to a model: which tables, which step, and what takes over where they do not fit.
+
+Numbers are rounded along axes on which a step costs the same in the next tokens' distribution, KL growing as its square; the codes are
+packed by `modepack`. The payload: the exact tokens (see `block`) | packed codes.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from tiered_kv.codecs.base import Encoded
+from tiered_kv.codecs.block import BlockCodec
+from tiered_kv.codecs.calibration import FINGERPRINT_BYTES, Calibration, calibration_of, register
+from tiered_kv.codecs.grouped import GroupedCodec
+from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
+from tiered_kv.codecs.modepack import Alphabet
+from tiered_kv.codecs.rotation import turning
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
+
+STEP_LEAST, STEP_GREATEST = 1e-7, 1e-1
+FINISH_ELEMENTS = 1 << 18
+"""As many numbers are brought to their place at a time: what comes in between stays in the processor's cache."""
+_of_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class CalibratedCodec(BlockCodec):
+    """As `BlockCodec`, on the tables of the calibration `fingerprint`, with steps of `step`; `tail_step`, if any, serves for the last block
+    of a chain. The bound of the error is that of the calibration (`Calibration.bound`) unless `max_error` is given.
+
+    A block that breaks it is kept by int8 ("error"). One that is not smaller than by the simple codec of the same quality is kept by
+    that ("domain"): int4, int6 or int8, by the step. Decoding raises (kind `corrupt`) if the calibration is not registered.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    step_default: ClassVar[float]
+
+    step: float | None = None
+    tail_step: float | None = None
+    fingerprint: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.step is None:
+            object.__setattr__(self, "step", self.step_default)
+        super().__post_init__()
+        for name in ("step", "tail_step"):
+            value = getattr(self, name)
+            if not (isinstance(value, float) and STEP_LEAST <= value <= STEP_GREATEST) and (value is not None or name == "step"):
+                raise self._refused(name, f"a float from {STEP_LEAST:g} to {STEP_GREATEST:g}")
+        if not isinstance(self.fingerprint, bytes) or len(self.fingerprint) not in (0, FINGERPRINT_BYTES):
+            raise self._refused("fingerprint", f"{FINGERPRINT_BYTES} bytes")
+
+    @classmethod
+    def for_layout(
+        cls,
+        layout: KVLayout | None,
+        *,
+        rope: bytes | None = None,
+        rope_halves: bool = True,
+        calibration: Calibration | None = None,
+        **parameters: Any,
+    ) -> Self:
+        """As of every codec; registers the calibration, which knows of the model's RoPE itself."""
+        if layout is None or calibration is None:
+            return cls(**parameters)
+        if (layout.layers, layout.kv_heads, layout.head_dim) != (calibration.layers, calibration.kv_heads, calibration.head_dim):
+            made_for = f"{calibration.layers} layers of {calibration.kv_heads} KV heads of {calibration.head_dim}"
+            message = f"{cls.name}: the calibration of {calibration.model} is for {made_for}, not for {layout.spec}"
+            raise TieredKVError(Kind.CONFIG, message, codec=cls.name, setting="calibration")
+        shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        return cls(shape, layout.dtype, fingerprint=bytes.fromhex(register(calibration)), **parameters)
+
+    @classmethod
+    def parameters_of(cls, text: str) -> dict[str, Any]:
+        """`step` or `step:step of the last block of a chain`."""
+        try:
+            steps = [float(part) for part in text.split(":")]
+        except ValueError:
+            steps = []
+        if not 1 <= len(steps) <= 2 or not all(STEP_LEAST <= step <= STEP_GREATEST for step in steps):
+            allowed = f"{cls.name}, {cls.name}:STEP or {cls.name}:STEP:STEP OF THE LAST BLOCK, steps from {STEP_LEAST:g} to {STEP_GREATEST:g}"
+            raise TieredKVError(Kind.CONFIG, f"codec '{cls.name}:{text}': needed is {allowed}", codec=cls.name)
+        return dict(zip(("step", "tail_step"), steps, strict=False))
+
+    def at(self, start: int, is_tail: bool = False) -> Self:
+        return replace(self, start=start, step=self.tail_step if is_tail and self.tail_step else self.step)
+
+    def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
+        encoded = super().encode(raw, carried_error)
+        if encoded.codec is self and encoded.payload.nbytes >= self._simple().payload_bytes:
+            return self._give_way(raw, carried_error, "domain")
+        return encoded
+
+    def max_payload_bytes(self, raw_bytes: int) -> int:
+        return self.raw_bytes if self.shape else 0
+
+    def _calibration(self) -> Calibration:
+        calibration = calibration_of(self.fingerprint.hex())
+        if (calibration.layers, calibration.kv_heads, calibration.head_dim) != (self.shape[0], self.shape[1], self.shape[3]):
+            raise self._corrupt(f"a block of {self.shape} and a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads")
+        return calibration
+
+    def _bound(self) -> float:
+        return self._calibration().bound(self.name, self.step) if self.max_error is None else self.max_error
+
+    def _simple(self) -> GroupedCodec:
+        """The codec without tables that is about as good at this step, or better."""
+        cls = Int4Codec if self.step >= 1.5e-4 else Int6Codec if self.step >= 2.5e-5 else Int8Codec
+        return self._as(cls)
+
+    def _as(self, cls: type[GroupedCodec]) -> GroupedCodec:
+        calibration = self._calibration()
+        turned = {"rope": calibration.rope, "rope_halves": calibration.rope_halves}
+        return cls(self.shape, self.dtype, self.start, self.sinks, **turned)
+
+    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
+        if why == "opaque":
+            return super()._give_way(raw, carried_error, why)
+        other = self._as(Int8Codec) if why == "error" else self._simple()
+        return replace(other.encode(raw, carried_error), fell_back="error" if why == "error" else "domain")
+
+    def _fingerprint(self) -> str:
+        return self.fingerprint.hex()
+
+    def _opened(self, payload: memoryview, kv: torch.Tensor) -> memoryview:
+        """The packed codes of a payload, whose exact tokens are put into `kv`; raises (kind `corrupt`) if it cannot be one."""
+        if self.shape is None:
+            raise self._corrupt("without a shape nothing can be read")
+        self._layout.check_kv(kv, self.shape[2])
+        self._calibration()
+        if payload.nbytes < self._exact_bytes or (payload.nbytes > self._exact_bytes) is (self._exact == self.shape[2]):
+            raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
+        self._put_exact(np.frombuffer(payload, np.uint8), kv)
+        return payload[self._exact_bytes :]
+
+    def _unpacked(self, unpack: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return unpack()
+        except ValueError as error:
+            raise self._corrupt(f"payload that cannot be read: {error}") from error
+
+    def _channels(self, kv: torch.Tensor) -> torch.Tensor:
+        """The block (L, 2, H, T, D) without the exact tokens as float32 (L, 2, H, D, T), K turned back."""
+        calibration = self._calibration()
+        x = kv[..., self._exact :, :].float()
+        if calibration.rope:
+            turn = turning(calibration.rope, calibration.rope_halves, self.start + self._exact, *x.shape[3:]).to(x.device)
+            x = torch.stack([turn.turn(x[:, 0], torch.empty_like(x[:, 0]), back=True), x[:, 1]], 1)
+        return x.transpose(-1, -2).contiguous()
+
+    def _finish(self, x: torch.Tensor, mean: torch.Tensor, width: torch.Tensor | None, kv: torch.Tensor) -> None:
+        """Fill `kv` (L, 2, H, T, D) behind the exact tokens from x (L, 2, H, D, T), any dtype and strides: times width, plus mean (L, 2, H, 1, D)."""
+        calibration = self._calibration()
+        kv = kv[..., self._exact :, :]
+        turn = turning(calibration.rope, calibration.rope_halves, self.start + self._exact, *kv.shape[3:])
+        step = max(FINISH_ELEMENTS // kv[0].numel(), 1)
+        memory = kept("finish", (3, step * kv[0, 0].numel()), np.float32)
+        for first in range(0, len(kv), step):
+            layers = slice(first, first + step)
+            shape = kv[layers, 0].shape
+            work, turned = memory[:2].reshape(-1), memory[2, : shape.numel()]
+            plain = torch.from_numpy(work[: 2 * shape.numel()]).view(shape[0], 2, *shape[1:])
+            plain.copy_(x[layers].transpose(-1, -2))
+            if width is not None:
+                plain.mul_(width[layers])
+            plain.add_(mean[layers])
+            k = turn.turn(plain[:, 0], torch.from_numpy(turned).view(shape)) if calibration.rope else plain[:, 0]
+            kv[layers, 0], kv[layers, 1] = k, plain[:, 1]
+
+
+def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array, this thread's own and kept: new memory of such a size may cost more than all the arithmetic."""
+    count = math.prod(shape)
+    memory = getattr(_of_thread, name, None)
+    if memory is None or len(memory) < count or memory.dtype != dtype:
+        memory = np.empty(count, dtype)
+        setattr(_of_thread, name, memory)
+    return memory[:count].reshape(shape)
+
+
+@lru_cache(maxsize=2)
+def alphabet(dtype: torch.dtype) -> Alphabet:
+    """Codes as numbers of a dtype, bf16 as the u16 that its bits are; beyond 256 those of bf16 are rounded."""
+    if dtype is torch.float32:
+        return Alphabet.of(lambda codes: codes.astype(np.float32))
+    return Alphabet.of(lambda codes: torch.from_numpy(codes).to(torch.bfloat16).view(torch.uint16).numpy())
+
+
+def falling(spread: torch.Tensor) -> np.ndarray:
+    """The places of the numbers of a table, flat, in falling order."""
+    return np.argsort(-spread.reshape(-1).numpy(), kind="stable")
+
+
+def as_codes(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to whole numbers that int16 has; what is not finite becomes anything."""
+    return x.round().nan_to_num_(0, 0, 0).clamp_(-32767, 32767)
