@@ -57,6 +57,10 @@ class BlockCodec(Codec):
         """The payload (u8) of a block."""
 
     @abstractmethod
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
+        """Fill `kv`, strided as it may be, from a payload; raises (kind `corrupt`) if that is none of such a block."""
+
+    @abstractmethod
     def _bound(self) -> float:
         """The greatest relative error that a block may carry."""
 
@@ -68,7 +72,7 @@ class BlockCodec(Codec):
         if raw.numel() != self.raw_bytes:
             raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
         kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        with as_written(kv.device):
+        with _as_written(kv.device):
             payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
@@ -87,6 +91,10 @@ class BlockCodec(Codec):
         self.decode_kv(payload, self._typed(target))
         if target is not out:
             out.copy_(target)
+
+    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
+        with _as_written(kv.device):
+            self._fill(payload, kv)
 
     @property
     def raw_bytes(self) -> int:
@@ -135,6 +143,6 @@ class BlockCodec(Codec):
         return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
 
 
-def as_written(device: torch.device) -> torch.autocast:
+def _as_written(device: torch.device) -> torch.autocast:
     """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
     return torch.autocast(device.type, enabled=False)

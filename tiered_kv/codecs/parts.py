@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import torch
 
-from tiered_kv.codecs.block import BlockCodec, as_written
+from tiered_kv.codecs.block import BlockCodec
 from tiered_kv.codecs.rotation import Turning, check_rope, spreading_matrix, turning
 from tiered_kv.layout import KVLayout
 
@@ -86,17 +86,16 @@ class PartsCodec(BlockCodec):
         Raises (kind `corrupt`) for codes that cannot be.
         """
 
-    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         if self.shape is not None:
             self._layout.check_kv(kv, self.shape[2])
         if self.shape is None or payload.nbytes != self.payload_bytes:
             raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
         data = np.frombuffer(payload, np.uint8)
         self._put_exact(data, kv)
-        with as_written(kv.device):
-            for part in self._parts():
-                scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(kv.device).float()
-                self._read(part, scales, data[part.codes], kv[:, part.which, :, self._exact :])
+        for part in self._parts():
+            scales = torch.from_numpy(data[part.scales].copy()).view(torch.bfloat16).to(kv.device).float()
+            self._read(part, scales, data[part.codes], kv[:, part.which, :, self._exact :])
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
         return self.payload_bytes if self.shape else 0
