@@ -5,6 +5,7 @@ first in the payload: (L, 2, H, sinks, D).
 """
 
 import math
+import threading
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -17,6 +18,8 @@ from tiered_kv.codecs.fidelity import relative_error
 from tiered_kv.codecs.lossless import LosslessCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import ITEM_BYTES, KVLayout
+
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class BlockCodec(Codec):
             payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
-        again = torch.empty_like(kv)
+        again = _kept_like(kv)
         self.decode_kv(payload, again)
         error = carried_error + relative_error(kv, again)
         if not error <= self._bound():  # nor if it is no number
@@ -141,6 +144,16 @@ class BlockCodec(Codec):
 
     def _corrupt(self, what: str) -> TieredKVError:
         return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
+
+
+def _kept_like(kv: torch.Tensor) -> torch.Tensor:
+    """Memory for as many numbers; on the CPU this thread's own, kept, for new memory costs as much as filling it twice."""
+    if kv.device.type != "cpu":
+        return torch.empty_like(kv)
+    memory = getattr(_of_thread, "memory", None)
+    if memory is None or memory.nbytes < kv.nbytes:
+        memory = _of_thread.memory = np.empty(kv.nbytes, np.uint8)
+    return torch.from_numpy(memory[: kv.nbytes]).view(kv.dtype).view(kv.shape)
 
 
 def _as_written(device: torch.device) -> torch.autocast:

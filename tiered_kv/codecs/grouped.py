@@ -77,6 +77,11 @@ class GroupedCodec(PartsCodec):
             out[layers] = rotated(x, spare)
 
 
+def as_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Float32 numbers that are whole and below 256 as u8; by way of int32, which processors convert to and from four times faster."""
+    return codes.to(torch.int32).to(torch.uint8)
+
+
 def towards_bf16(x: torch.Tensor, up: bool) -> torch.Tensor:
     """Float32 numbers rounded up or down to what bf16 can hold, so that a group's span is covered; those that are not finite stay so."""
     bits = x.contiguous().view(torch.int32)

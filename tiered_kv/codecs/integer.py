@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.grouped import GroupedCodec, towards_bf16
+from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, towards_bf16
 from tiered_kv.codecs.parts import Part
 
 
@@ -64,8 +64,8 @@ def in_steps(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch
     levels = 2**bits - 1
     least = towards_bf16(x.amin(axis, keepdim=True), up=False)
     step = towards_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
-    codes = torch.where(step > 0, (x - least) / step, 0).round_().clamp_(0, levels).nan_to_num_(0)
-    return torch.stack([least, step]), codes.to(torch.uint8)
+    codes = (x - least).div_(torch.where(step > 0, step, 1)).round_()  # from 0 to `levels`, for least and step cover the span
+    return torch.stack([least, step]), as_bytes(codes)
 
 
 def numbers_of_steps(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.grouped import GroupedCodec, towards_bf16
+from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, towards_bf16
 from tiered_kv.codecs.reduced import ReducedCodec
 
 CENTER = 128
@@ -31,11 +31,11 @@ class SparseCodec(ReducedCodec, GroupedCodec):
         center = x.mean(axis, keepdim=True).bfloat16().float()
         apart = x - center
         step = towards_bf16(apart.abs().amax(axis, keepdim=True) / (CENTER - 1), up=True)
-        codes = torch.where(step > 0, apart / step, 0).round_().add_(CENTER).nan_to_num_(CENTER).clamp_(1, 2 * CENTER - 1)
+        codes = (apart / torch.where(step > 0, step, 1)).round_().add_(CENTER).nan_to_num_(CENTER).clamp_(1, 2 * CENTER - 1)
         farthest = apart.abs().flatten(-2).topk(self._staying(x.shape[2], axis == -2), sorted=False).indices
         kept = torch.zeros_like(codes).flatten(-2)
         kept.scatter_(-1, farthest, codes.flatten(-2).gather(-1, farthest))
-        return torch.stack([center, step]), kept.view(x.shape).to(torch.uint8)
+        return torch.stack([center, step]), as_bytes(kept.view(x.shape))
 
     def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         center, step = scales
