@@ -21,7 +21,7 @@ def relative_error(kv: torch.Tensor, again: torch.Tensor) -> float:
 def _of_layers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(L, 2) of some layers, which are scaled where a square might leave the range of floats."""
     norm = _norm(x)
-    if not ((norm == 0) | (norm > NORM_LEAST) & (norm < NORM_GREATEST)).all():
+    if not ((norm > NORM_LEAST) & (norm < NORM_GREATEST)).all():
         greatest = x.abs().amax((2, 3, 4), keepdim=True)
         unit = torch.where(greatest == 0, 1, greatest)
         x, y = x / unit, y / unit
