@@ -15,12 +15,18 @@ from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from tiered_kv.clock import Clock
+    from tiered_kv.compression import Compressor
+    from tiered_kv.quantization import Quantizer
     from tiered_kv.service.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Config", "Hint", "KVLayout", "Kind", "Namespace", "TieredKVError", "attach", "open"]
+__all__ = ["Client", "Compressor", "Config", "Hint", "KVLayout", "Kind", "Namespace", "Quantizer", "TieredKVError", "attach", "open"]
 
-_LATER = {"Client": "tiered_kv.service.client"}
+_LATER = {
+    "Client": "tiered_kv.service.client",
+    "Compressor": "tiered_kv.compression",
+    "Quantizer": "tiered_kv.quantization",
+}
 
 
 def __getattr__(name: str) -> Any:
