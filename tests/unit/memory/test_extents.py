@@ -144,8 +144,8 @@ def test_a_gap_of_about_its_size_is_taken_before_any_other(checked) -> None:
     extents.free(second)
     assert extents.allocate_apart(8 * KIB - 512, 0) == second
     extents.free(second)
-    assert extents.allocate_apart(1 * KIB, 0) == third - 1 * KIB, "but not one that would be cut up"
-    assert first > second
+    assert extents.allocate_apart(1 * KIB, 0) == first - 1 * KIB, "a much smaller one lies at the end of the last gap"
+    assert extents.allocate_apart(8 * KIB, 0) == third - 8 * KIB
 
 
 def test_extents_below_a_ceiling_are_the_first_that_fit(checked) -> None:
