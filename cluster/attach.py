@@ -52,7 +52,10 @@ def node_here(nodes: list[dict]) -> dict:
 def attach(
     namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None, **rope: Any
 ) -> "Client":
-    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size; `rope` as in `client_of`."""
+    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size.
+
+    `rope`: as in `client_of`.
+    """
     from tiered_kv.service.attachment import client_of
 
     join(name, address)

@@ -30,6 +30,11 @@ def up(
     `say` gets a line for each step. If anything fails, all that was started is stopped again. Raises `TieredKVError`
     that names the setting at fault; kind `cluster` if `name` is running.
     """
+    from tiered_kv.service.quality import check_settings
+
+    check_settings(config)
+    if config.calibration is not None:  # nodes have a working directory of their own
+        config = config.with_(calibration=str(Path(config.calibration).expanduser().absolute()))
     with state.starting(name), ExitStack() as undo:
         _refuse_second(name)
         cluster_id = state.new_cluster_id()

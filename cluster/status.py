@@ -1,5 +1,7 @@
 """What people see of a cluster: its nodes, their tiers, bytes, blocks and hits."""
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +30,7 @@ def summarize(about: dict) -> dict:
                 "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
                 "leaving_bytes": stats["leaving_bytes"],
                 "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
+                "codecs": stats["codecs"],
                 "policy": stats["policy"],
                 "recording": stats["recording"],
             }
@@ -37,6 +40,10 @@ def summarize(about: dict) -> dict:
     return {
         "cluster_id": about["cluster_id"],
         "policy": about["config"].policy,
+        "quality": about["config"].quality,
+        "codec": about["config"].codec,
+        "error_budget": about["config"].error_budget,
+        "codecs": _plans(nodes),
         "block_tokens": about["config"].block_tokens,
         "nodes": nodes,
         "asked_blocks": asked,
@@ -71,10 +78,43 @@ def show(summary: dict, console: Console) -> None:
     for node in summary["nodes"]:
         if said := "; ".join(part for part in (saved(node), _movement(node), _writes(node), _learned(node)) if part):
             console.print(f"{node['node']}: {said}", highlight=False, soft_wrap=True)
+    for model, plan in summary["codecs"].items():
+        chosen = ", ".join(f"{tier} {each['codec']} ({each['why']})" for tier, each in plan.items())
+        console.print(f"blocks of model {model} are kept as: {chosen}", highlight=False, soft_wrap=True)
+    if said := coded_blocks(summary):
+        console.print(f"coded: {said}", highlight=False, soft_wrap=True)
     hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for"
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
     if said := saved(summary):
         console.print(said, highlight=False)
+
+
+def _plans(nodes: list[dict]) -> dict[str, dict]:
+    """By model, as its weights begin, the codec of each tier and why; all nodes come to the same."""
+    plans: dict[str, dict] = {}
+    for node in nodes:
+        for plan in node["codecs"]["plans"].values():
+            plans[plan["weights"]] = {tier: each for tier, each in plan.items() if tier != "weights"}
+    return plans
+
+
+def coded_blocks(summary: dict) -> str:
+    """What all nodes have coded by now, by tier and codec, and what fell back, for people; nothing where it is none."""
+    blocks, raw_bytes, kept_bytes = Counter(), Counter(), Counter()
+    fell_back: Counter[str] = Counter()
+    for node in summary["nodes"]:
+        fell_back.update(node["codecs"]["fell_back"])
+        for tier, codecs in node["codecs"]["coded"].items():
+            for codec, figures in codecs.items():
+                blocks[tier, codec] += figures["blocks"]
+                raw_bytes[tier, codec] += figures["raw_bytes"]
+                kept_bytes[tier, codec] += figures["kept_bytes"]
+    said = [
+        f"{tier} {count} blocks as {codec}, {raw_bytes[tier, codec] / kept_bytes[tier, codec]:.2f} × smaller"
+        for (tier, codec), count in blocks.items()
+    ]
+    said += [f"{count} blocks fell back to a better codec ({why})" for why, count in fell_back.items()]
+    return ", ".join(said)
 
 
 def saved(record: dict) -> str:
@@ -85,6 +125,7 @@ def saved(record: dict) -> str:
 
 
 MOVEMENT = {
+    "shrunk": "coded in memory",
     "promoted": "copied up",
     "demoted": "copied down",
     "reinserted": "written again",

@@ -19,6 +19,9 @@ PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and p
 
 # The root's modules, lowest first: each may import only what stands in a line before its own.
 ROOT_LEVELS = [["errors", "clock"], ["layout", "picture"], ["keys"], ["blocks"], ["config"]]
+# Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
+DOORS = {"quantization": ["codecs", "errors"], "compression": ["codecs", "quantization", "errors"]}
+DOOR_LINES_MAX = 120
 
 EVERYTHING = ["errors", "clock", "layout", "keys", "blocks", "config", "codecs", "memory", "policy", "store", "tiers", "service"]
 # What a folder may import of the project, beside itself: a folder or module with all below it. Marked + is what the
@@ -43,22 +46,21 @@ MAY_IMPORT = {
         "errors",
         "clock",
     ],  # + the vocabulary
-    "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + rotation, blocks, errors, clock
-    "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
+    "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
     "actors": ["service", "config", "errors", "keys", "clock"],  # + keys, clock
     "cluster": ["actors", "service", "config", "errors", "keys"],  # + errors, keys; the rooms below: only its commands, only later
+    "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
     "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
     "bench": [*EVERYTHING, "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],
 }
-ROOMS = {"demo", "bench", "sim"}
+ROOMS = {"demo", "bench", "sim", "calibrate"}
 MAY_OPEN_ROOMS = {"tiered_kv.cluster.bench", "tiered_kv.cluster.cli", "tiered_kv.cluster.codecs", "tiered_kv.cluster.simulate"}
 
 # What a folder may import of others' libraries, beside the standard library without these modules.
 NOT_FOR_THE_PURE = {"time", "random", "threading", "asyncio", "socket", "os"}
 LIBRARIES = {
     "": {"numpy", "xxhash", "torch", "matplotlib"},
-    "calibrate": {"numpy", "torch", "transformers"},
-    "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard"},
+    "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard", "triton"},  # triton: see test_kernels_are_optional
     "policy": {"numpy"},
     "memory": {"numpy", "torch", "msgpack"},
     "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore"},
@@ -67,6 +69,7 @@ LIBRARIES = {
     "integrations": {"numpy", "torch", "transformers"},
     "actors": {"numpy", "ray"},
     "cluster": {"ray", "rich"},
+    "calibrate": {"numpy", "torch", "transformers"},
     "demo": {"numpy", "torch", "ray", "rich", "transformers"},
     "bench": {"numpy", "torch", "ray", "rich"},
     "sim": {"numpy", "rich", "zstandard"},
@@ -83,6 +86,7 @@ BOUNDARIES = {
     "tiered_kv/service/node.py Node._run_beats",
     "tiered_kv/service/reporter.py Reporter._report_guarded",
     "tiered_kv/store/engine.py Engine._guarded",
+    "tiered_kv/codecs/kernels.py works_on",
     "tiered_kv/integrations/support.py _probe",
     "tiered_kv/integrations/transformers.py CachedModel._fetch",
     "tiered_kv/integrations/transformers.py CachedModel._store",
@@ -119,13 +123,33 @@ def test_every_folder_has_its_rules():
 
 def test_root_modules_import_downwards_only():
     level = {f"tiered_kv.{name}": number for number, names in enumerate(ROOT_LEVELS) for name in names}
-    roots = [module for module in MODULES if not module.folder and module.name != "tiered_kv"]
+    doors = {f"tiered_kv.{name}" for name in DOORS}
+    roots = [module for module in MODULES if not module.folder and module.name not in {"tiered_kv", *doors}]
     assert {module.name for module in roots} == set(level), "a root module without a level"
     wrong = [
         said(module, each.line, f"imports {each.module}")
         for module in roots
         for each in own_imports(module)
         if level.get(each.module, 99) >= level[module.name]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_is_thin_and_opens_to_its_rooms_only(door):
+    module = BY_NAME[f"tiered_kv.{door}"]
+    wrong = [each.module for each in own_imports(module) if not any(below(each.module, name) for name in DOORS[door])]
+    assert not wrong, wrong
+    assert len(module.path.read_text().splitlines()) <= DOOR_LINES_MAX
+
+
+def test_the_engine_does_not_go_through_doors():
+    inside = [module for module in MODULES if module.name != "tiered_kv" and module.name.removeprefix("tiered_kv.") not in DOORS]
+    wrong = [
+        said(module, each.line, f"imports {each.module}")
+        for module in inside
+        for each in own_imports(module)
+        if any(below(each.module, door) for door in DOORS)
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -178,6 +202,14 @@ def test_a_folder_uses_the_libraries_of_its_rule(folder):
             elif name in late_only and not (each.later or each.typing):
                 wrong.append(said(module, each.line, f"imports {name} at import"))
     assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_are_optional():
+    """One module needs triton, and who needs that module brings it when it is needed."""
+    users = {name for name, found in IMPORTS.items() if any(each.module.split(".")[0] == "triton" for each in found)}
+    assert users == {"tiered_kv.codecs.kernels"}
+    early = [name for name, found in IMPORTS.items() for each in found if each.module in users and not each.later]
+    assert not early, early
 
 
 def test_decisions_are_pure():

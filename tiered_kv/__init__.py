@@ -15,12 +15,18 @@ from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from tiered_kv.clock import Clock
+    from tiered_kv.compression import Compressor
+    from tiered_kv.quantization import Quantizer
     from tiered_kv.service.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Config", "Hint", "KVLayout", "Kind", "Namespace", "TieredKVError", "attach", "open"]
+__all__ = ["Client", "Compressor", "Config", "Hint", "KVLayout", "Kind", "Namespace", "Quantizer", "TieredKVError", "attach", "open"]
 
-_LATER = {"Client": "tiered_kv.service.client"}
+_LATER = {
+    "Client": "tiered_kv.service.client",
+    "Compressor": "tiered_kv.compression",
+    "Quantizer": "tiered_kv.quantization",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -45,10 +51,11 @@ def attach(
     """A client of the cache node on this machine, in any process joined to the cluster (or that can join it).
 
     Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
-    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an engine of your
-    own turns its keys (`tiered_kv.codecs.rotation`), for a cluster that keeps blocks with a small error; read off a model. Costs one
-    pass over the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared, `cluster`
-    where there is no cluster, or none of its nodes runs on this machine, `config` where the cluster's quality needs a calibration of the model.
+    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an
+    engine of your own turns its keys (`tiered_kv.codecs.rotation`), for a cluster that keeps blocks with a small error; read
+    off a model. Costs one pass over the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV
+    cannot be shared, `cluster` where there is no cluster, or none of its nodes runs on this machine, `config` where the
+    cluster's quality needs a calibration of the model that is not there.
     """
     from tiered_kv.cluster import attach as attaching
 

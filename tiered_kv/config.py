@@ -135,7 +135,9 @@ class Config:
             name, equals, text = (word.strip() for word in part.partition("="))
             tier = next((tier for tier in CODED_TIERS if tier.label == name), None)
             if tier is None or not equals or not text or tier in found:
-                message = f"codec: {part.strip()!r} is not TIER=CODEC with a tier of its own of {', '.join(each.label for each in CODED_TIERS)}"
+                message = (
+                    f"codec: {part.strip()!r} is not TIER=CODEC with a tier of its own of {', '.join(each.label for each in CODED_TIERS)}"
+                )
                 raise TieredKVError(Kind.CONFIG, f"{message}; write for example host=int8,disk=lossless", setting="codec")
             found[tier] = text
         return found

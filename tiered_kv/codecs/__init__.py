@@ -14,7 +14,9 @@ from tiered_kv.codecs.ecuq import EcuqCodec
 from tiered_kv.codecs.fp8 import Fp8Codec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
 from tiered_kv.codecs.lossless import LosslessCodec
+from tiered_kv.codecs.lowrank import LowRankCodec
 from tiered_kv.codecs.raw import RawCodec
+from tiered_kv.codecs.sparse import SparseCodec
 from tiered_kv.codecs.xlayer import XlayerCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
@@ -30,7 +32,9 @@ __all__ = [
     "Int6Codec",
     "Int8Codec",
     "LosslessCodec",
+    "LowRankCodec",
     "RawCodec",
+    "SparseCodec",
     "XlayerCodec",
     "codec_by_id",
     "codec_by_name",
@@ -39,7 +43,18 @@ __all__ = [
     "parse_codec",
 ]
 
-CODECS: tuple[type[Codec], ...] = (RawCodec, LosslessCodec, Int8Codec, Int6Codec, Int4Codec, Fp8Codec, EcuqCodec, XlayerCodec)
+CODECS: tuple[type[Codec], ...] = (
+    RawCodec,
+    LosslessCodec,
+    Int8Codec,
+    Int6Codec,
+    Int4Codec,
+    Fp8Codec,
+    EcuqCodec,
+    XlayerCodec,
+    LowRankCodec,
+    SparseCodec,
+)
 """Every codec of this version. Ids and names are for ever: they are in shared indexes and in frames."""
 
 _BY_ID: dict[int, type[Codec]] = {codec.id: codec for codec in CODECS}

@@ -5,9 +5,10 @@ first in the payload: (L, 2, H, sinks, D).
 """
 
 import math
+import threading
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from tiered_kv.codecs.fidelity import relative_error
 from tiered_kv.codecs.lossless import LosslessCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import ITEM_BYTES, KVLayout
+
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class BlockCodec(Codec):
         """The payload (u8) of a block."""
 
     @abstractmethod
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
+        """Fill `kv`, strided as it may be, from a payload; raises (kind `corrupt`) if that is none of such a block."""
+
+    @abstractmethod
     def _bound(self) -> float:
         """The greatest relative error that a block may carry."""
 
@@ -68,10 +75,11 @@ class BlockCodec(Codec):
         if raw.numel() != self.raw_bytes:
             raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
         kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        payload = memoryview(self._payload(kv))
+        with _as_written(kv.device):
+            payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
-        again = torch.empty_like(kv)
+        again = _kept_like(kv)
         self.decode_kv(payload, again)
         error = carried_error + relative_error(kv, again)
         if not error <= self._bound():  # nor if it is no number
@@ -86,6 +94,10 @@ class BlockCodec(Codec):
         self.decode_kv(payload, self._typed(target))
         if target is not out:
             out.copy_(target)
+
+    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
+        with _as_written(kv.device):
+            self._fill(payload, kv)
 
     @property
     def raw_bytes(self) -> int:
@@ -132,3 +144,18 @@ class BlockCodec(Codec):
 
     def _corrupt(self, what: str) -> TieredKVError:
         return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
+
+
+def _kept_like(kv: torch.Tensor) -> torch.Tensor:
+    """Memory for as many numbers; on the CPU this thread's own, kept, for new memory costs as much as filling it twice."""
+    if kv.device.type != "cpu":
+        return torch.empty_like(kv)
+    memory = getattr(_of_thread, "memory", None)
+    if memory is None or memory.nbytes < kv.nbytes:
+        memory = _of_thread.memory = np.empty(kv.nbytes, np.uint8)
+    return torch.from_numpy(memory[: kv.nbytes]).view(kv.dtype).view(kv.shape)
+
+
+def _as_written(device: torch.device) -> torch.autocast:
+    """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
+    return torch.autocast(device.type, enabled=False)

@@ -52,7 +52,7 @@ class EcuqCodec(CalibratedCodec):
         rows = codes.view(-1, x.shape[-1]).numpy()[tables.order]
         return np.concatenate([self._exact_of(kv), np.frombuffer(pack(rows), np.uint8)])
 
-    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         data = self._opened(payload, kv)
         tokens = self.shape[2] - self._exact
         if not tokens:

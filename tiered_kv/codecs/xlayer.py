@@ -105,7 +105,7 @@ class XlayerCodec(CalibratedCodec):
         rows = codes.view(-1, tokens).numpy()[tables.codes]
         return np.concatenate([self._exact_of(kv), np.frombuffer(pack(rows), np.uint8)])
 
-    def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         data = self._opened(payload, kv)
         tokens = self.shape[2] - self._exact
         if not tokens:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tiered_kv.cluster.status import saved
-from tiered_kv.config import format_size
+from tiered_kv.cluster.status import coded_blocks, saved
+from tiered_kv.config import Config, format_size
 
 if TYPE_CHECKING:
     from tiered_kv.demo.run import DemoOptions
@@ -19,13 +19,23 @@ REFERENCES = {
 }
 
 
-def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict) -> dict:
+EQUAL_SHARE_NEEDED = {"exact": 1.0, "near_exact": 0.95}
+"""Of the outputs; a quality that allows more error promises none."""
+
+
+def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict, config: Config) -> dict:
     """Everything as one JSON-ready record; `requests` in the order they were asked."""
     warm = [request for request in requests if request["reused_tokens"] * 2 >= request["prompt_tokens"]]
     cold = [request for request in requests if request not in warm]
     prompt_tokens = sum(request["prompt_tokens"] for request in requests)
     reused_tokens = sum(request["reused_tokens"] for request in requests)
+    equal = sum(request["equal"] for request in requests)
+    is_named = config.codec is not None or config.error_budget is not None
+    needed_share = 0.0 if is_named else EQUAL_SHARE_NEEDED.get(config.quality, 0.0)
     return {
+        "quality": config.quality,
+        "codec": config.codec,
+        "error_budget": config.error_budget,
         "dtype": options.dtype,
         "reference": REFERENCES[options.dtype],
         "block_tokens": about["block_tokens"],
@@ -40,8 +50,9 @@ def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster
         "prompt_tokens": prompt_tokens,
         "reused_tokens": reused_tokens,
         "token_hit_ratio": reused_tokens / prompt_tokens,
-        "equal": sum(request["equal"] for request in requests),
-        "all_equal": all(request["equal"] for request in requests),
+        "equal": equal,
+        "all_equal": equal == len(requests),
+        "passed": equal >= needed_share * len(requests),
         "cluster": cluster,
     }
 
@@ -93,12 +104,27 @@ def show(result: dict, console: Console) -> None:
     )
     if said := saved(result["cluster"]):
         console.print(said, highlight=False)
-    verdict = "[green]equal[/]" if result["all_equal"] else "[bold red]NOT equal[/]"
+    for request in result["requests"]:
+        if not request["equal"]:
+            console.print(f"{request['document']}: {_difference(request)}", highlight=False, markup=False, soft_wrap=True)
+    if coded := coded_blocks(result["cluster"]):
+        console.print(f"coded: {coded}", highlight=False, soft_wrap=True)
+    color = "green" if result["all_equal"] else "yellow" if result["passed"] else "bold red"
+    verdict = f"[{color}]{'equal' if result['all_equal'] else 'equal, the others see above,'}[/]"
     console.print(
         f"outputs with the cache: {result['equal']} of {len(result['requests'])} token for token {verdict} to the reference "
         f"({result['dtype']}: {result['reference']})",
         highlight=False,
     )
+
+
+def _difference(request: dict) -> str:
+    """Where an output left that of the reference, with both texts."""
+    pairs = zip(request["output_ids"], request["reference_ids"], strict=False)
+    at = next(
+        (at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(map(len, (request["output_ids"], request["reference_ids"])))
+    )
+    return f"differs from new token {at + 1} on: {request['output_text']!r}, the reference {request['reference_text']!r}"
 
 
 def _requests_table(result: dict) -> Table:

@@ -43,7 +43,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     """The whole demo; what it found as JSON-ready data. All that it started is stopped again, also on an error or Ctrl-C."""
     asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
     model = options.model or str(ensure_default_model(console.print))
-    prompts = _prompts(model, asked, options.new_tokens)
+    prompts, tokenizer = _prompts(model, asked, options.new_tokens)
     name = f"demo-{os.getpid()}"
     with ExitStack() as stack:
         start.up(config, name=name, nodes=options.nodes, say=console.print)
@@ -52,12 +52,15 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
             requests = _ask(options, processes, asked, prompts, console)
             about = processes.about
         cluster = status.summarize(start.describe(name))
-    result = report.summarize(options, about, requests, cluster)
+    for request in requests:
+        request |= {name: tokenizer.decode(request[f"{name.removesuffix('text')}ids"]) for name in ("output_text", "reference_text")}
+    result = report.summarize(options, about, requests, cluster, config)
     report.show(result, console)
     return result
 
 
-def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> list[list[int]]:
+def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
+    """The token ids of the questions, and the tokenizer."""
     config, tokenizer = load_words(model)
     longest = getattr(config, "max_position_embeddings", None)
     prompts = [workload.prompt_ids(tokenizer, question) for question in asked]
@@ -67,7 +70,7 @@ def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> lis
         if longest and len(ids) + new_tokens > longest:
             message = f"question {number} has {len(ids)} tokens; with {new_tokens} new ones that is more than the model's {longest}"
             raise TieredKVError(Kind.CONFIG, f"--prompts: {message}", setting="prompts")
-    return prompts
+    return prompts, tokenizer
 
 
 class _Processes:

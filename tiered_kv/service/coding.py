@@ -233,7 +233,7 @@ def raw_frame(key: BlockKey, root: BlockKey | None, held: Held) -> FramePieces:
 
 def _may_improve(codec: Codec, present: Codec) -> bool:
     """Whether coding anew can give a smaller frame: an exact codec only of what is raw, a lossy one unless it made this one."""
-    return isinstance(present, RawCodec) and not isinstance(codec, RawCodec) or (codec.is_lossy and codec != present)
+    return (isinstance(present, RawCodec) and not isinstance(codec, RawCodec)) or (codec.is_lossy and codec != present)
 
 
 def _as_it_is(frame: Frame) -> CodedBlock:

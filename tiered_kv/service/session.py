@@ -25,7 +25,9 @@ class Session(Protocol):
         """
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset, how many stand before it in the chain), root first, visible; False for one that was there already.
+        """Make packed blocks (key, parent, offset, depth), root first, visible; False for one that was there already.
+
+        The depth of a block says how many stand before it in its chain.
 
         Fewer answers than blocks: there is no room for the others, whose extents are given back.
         """

@@ -56,7 +56,9 @@ class BlockWriter:
             if not ours:  # the node began anew since it reserved them
                 raise TieredKVError(Kind.TRANSPORT, "the node was restarted during a store")
             self._pack(taken, offsets, kv, start)
-            blocks = [(keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)]
+            blocks = [
+                (keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)
+            ]
             added = session.commit(self._root, nbytes, blocks)
         return len(added), sum(added)
 

@@ -2,7 +2,8 @@
 
 Show, Hide and Free happen at once, in the machine's order. Copies run without the lock: those into memory on
 `io_threads` threads, those into each lower tier on one thread of its own, so that a slow disk stops nobody but itself. What
-codes blocks on their way down, or where they are, has as many threads again. Their outcome is the machine's next event. `freed` wakes those who wait for room or for a block.
+codes blocks on their way down, or where they are, has as many threads again. Their outcome is the machine's next event.
+`freed` wakes those who wait for room or for a block.
 """
 
 import logging
@@ -182,8 +183,8 @@ class Engine:
 
         Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused. Where
         blocks were to leave for a lower tier that has not taken any for `wait_s`, others are given up instead, if the
-        caller does `insist`. Where blocks are coded in host memory, all get no more than its staging area at a time; for one that `is_coded`
-        others go, but are not coded themselves.
+        caller does `insist`. Where blocks are coded in host memory, all get no more than its staging area at a time; for one
+        that `is_coded` others go, but are not coded themselves.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # and nobody else has to go for it

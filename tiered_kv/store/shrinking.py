@@ -65,7 +65,7 @@ class Shrinking:
                     self._plain[key] = nbytes
 
     def over(self, used_bytes: int, nbytes: int) -> float:
-        """How many bytes should be gained by coding: for `nbytes` more than is under way, and for what `used_bytes` are above FULL_SHARE."""
+        """How many bytes should be gained by coding: `nbytes` more than is under way, or what `used_bytes` are above FULL_SHARE."""
         if not self.capacity_bytes:
             return 0
         return max(used_bytes - self._gain_bytes - FULL_SHARE * self.capacity_bytes, nbytes)

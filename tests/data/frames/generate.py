@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 KEY, NAMESPACE = bytes(range(32)), bytes(range(100, 132))
 LAYOUT = KVLayout(2, 1, 8, "bfloat16", 20)
 START = 1
+PARAMETERS = {"lowrank": {"keep": 0.8}, "sparse": {"keep": 0.8}}
+"""Of codecs that would give way for the block of noise with their defaults."""
 
 
 def block() -> torch.Tensor:
@@ -29,7 +31,7 @@ def block() -> torch.Tensor:
 
 def write(name: str) -> None:
     """The frame of the block by the codec of that name, and its facts."""
-    encoded = codec_for(name, LAYOUT, rope=rope_of_theta(10_000, 8)).at(START).encode(block())
+    encoded = codec_for(name, LAYOUT, rope=rope_of_theta(10_000, 8), **PARAMETERS.get(name, {})).at(START).encode(block())
     assert not encoded.fell_back, name
     pieces = frame_encoded(KEY, NAMESPACE, encoded, LAYOUT.block_bytes)
     frame = open_pieces(pieces, KEY)

@@ -210,6 +210,16 @@ def test_memory_of_inference_mode_serves_outside_of_it_too() -> None:
     assert torch.equal(through(codec, kv)[1], within)
 
 
+def test_an_autocast_region_of_the_caller_changes_nothing() -> None:
+    """In float16 the rotation of large V would overflow."""
+    kv, codec = kv_of(LAYOUT) * 3e4, codec_for("int4", LAYOUT, rope=ROPE)
+    outside = through(codec, kv)
+    with torch.autocast("cpu", dtype=torch.float16):
+        inside = through(codec, kv)
+    assert inside[0] == outside[0] and not inside[0].fell_back
+    assert torch.equal(inside[1], outside[1])
+
+
 @pytest.mark.parametrize("layers", [1, 5, 7])
 def test_layers_are_coded_alike_whatever_the_number_at_a_time(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = KVLayout(layers, 3, 16, "bfloat16", 32)

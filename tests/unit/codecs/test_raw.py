@@ -19,7 +19,7 @@ class TestRawCodec(CodecContract):
 
 def test_ids_and_names_are_for_ever() -> None:
     known = {codec.id: codec.name for codec in CODECS}
-    assert {0: "raw", 1: "lossless", 2: "int8", 3: "int6", 4: "int4", 5: "fp8"}.items() <= known.items()
+    assert {0: "raw", 1: "lossless", 2: "int8", 3: "int6", 4: "int4", 5: "fp8", 8: "lowrank", 9: "sparse"}.items() <= known.items()
 
 
 def test_raw_payload_shares_the_blocks_memory() -> None:

@@ -10,6 +10,7 @@ from tiered_kv.memory.extents import ExtentAllocator
 
 UNIT = 16
 UNITS = 64
+KIB = 1024
 
 
 def refused(call, *arguments) -> None:
@@ -121,3 +122,36 @@ def test_claims_of_a_rebuilt_arena_repeat_the_allocations(sizes):
         second.claim(offset, nbytes)
     second.check()
     assert second.free_ranges() == first.free_ranges()
+
+
+def test_small_extents_gather_at_the_end(checked) -> None:
+    extents = checked(ExtentAllocator(64 * KIB))
+    large = extents.allocate_run(8 * KIB, 2)
+    assert large == [0, 8 * KIB]
+    assert [extents.allocate_apart(4 * KIB, 0) for _ in range(2)] == [60 * KIB, 56 * KIB]
+
+
+def test_small_extents_leave_the_beginning_to_others(checked) -> None:
+    extents = checked(ExtentAllocator(64 * KIB))
+    given = [extents.allocate_apart(8 * KIB, 32 * KIB) for _ in range(5)]
+    assert given == [56 * KIB, 48 * KIB, 40 * KIB, 32 * KIB, None]
+    assert extents.free_bytes == 32 * KIB
+
+
+def test_a_gap_of_about_its_size_is_taken_before_any_other(checked) -> None:
+    extents = checked(ExtentAllocator(64 * KIB))
+    first, second, third = (extents.allocate_apart(8 * KIB, 0) for _ in range(3))
+    extents.free(second)
+    assert extents.allocate_apart(8 * KIB - 512, 0) == second
+    extents.free(second)
+    assert extents.allocate_apart(1 * KIB, 0) == first - 1 * KIB, "a much smaller one lies at the end of the last gap"
+    assert extents.allocate_apart(8 * KIB, 0) == third - 8 * KIB
+
+
+def test_extents_below_a_ceiling_are_the_first_that_fit(checked) -> None:
+    extents = checked(ExtentAllocator(64 * KIB))
+    assert extents.allocate_below(8 * KIB, 3, 20 * KIB) == [0, 8 * KIB]
+    extents.free(0)
+    assert extents.allocate_below(8 * KIB, 3, 20 * KIB) == [0]
+    assert extents.allocate_below(4 * KIB, 3, 20 * KIB) == [16 * KIB]
+    assert extents.allocate_below(4 * KIB, 1, 20 * KIB) == []

@@ -1,0 +1,96 @@
+"""A key and a value in the hands of a library's user, through a codec: one block to the codec, two records to the user.
+
+Key and value are (B, H, T, D): batch, heads, tokens, head dim. To the codec they are a block (B, 2, H, T, D), with a sequence of the batch
+in the place of a layer, whose positions and rotation are unknown: K is coded as V, and no token stays exact.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from tiered_kv.codecs import codec_for
+from tiered_kv.codecs.base import Codec
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import ITEM_BYTES, KVLayout
+
+AXES = "(batch, heads, tokens, head_dim)"
+
+
+@dataclass(frozen=True)
+class CodedTensor:
+    """The key (`which` 0) or the value (1) of a pair, as a codec keeps it. May be pickled and copied; holds no memory of a GPU.
+
+    `shape`, `dtype` and `device` are those of the tensor. `error` is the relative mean squared error of the pair's sequence, key or
+    value, where it is greatest, measured when it was coded, with that of what was done to it before. `fell_back` says why the pair
+    is kept exactly instead, and is empty if it is not: "error" (numbers that are not finite, or too far from what they were),
+    "no gain". `payload` is shared by both records of a pair.
+    """
+
+    codec: Codec
+    payload: bytes
+    which: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    error: float
+    fell_back: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its half of the pair's payload; those of both records together are exact."""
+        return (len(self.payload) + 1 - self.which) // 2
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.codec.name}, {tuple(self.shape)}, {self.dtype}, {self.nbytes} bytes, error {self.error:.2g})"
+
+
+Coded = TypeVar("Coded", bound=CodedTensor)
+
+
+def check_pair(key: object, value: object) -> None:
+    """Raise (kind `layout`) unless both are dense floating-point tensors (B, H, T, D), alike in shape, dtype and device."""
+    for name, each in (("key", key), ("value", value)):
+        if not isinstance(each, torch.Tensor):
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor {AXES}, not {type(each).__name__}", argument=name)
+        if each.dim() != 4 or not each.numel():
+            message = f"{name} must be {AXES}, each at least 1, not of shape {tuple(each.shape)}"
+            raise TieredKVError(Kind.LAYOUT, message, argument=name)
+        if str(each.dtype).removeprefix("torch.") not in ITEM_BYTES:
+            message = f"{name} must be of a floating-point dtype ({', '.join(ITEM_BYTES)}), not {each.dtype}"
+            raise TieredKVError(Kind.LAYOUT, message, argument=name)
+    for what in ("shape", "dtype", "device"):
+        if (of_value := getattr(value, what)) != (of_key := getattr(key, what)):
+            message = f"value must have the {what} of key, {tuple(of_key) if what == 'shape' else of_key}, not "
+            raise TieredKVError(Kind.LAYOUT, message + str(tuple(of_value) if what == "shape" else of_value), argument="value")
+
+
+def encode_pair(
+    kind: type[Coded], codec: str, key: torch.Tensor, value: torch.Tensor, carried_error: float = 0.0, **parameters: Any
+) -> tuple[Coded, Coded]:
+    """The records of a pair by the lossy codec of that name; changes and keeps neither tensor. Raises as `check_pair`."""
+    check_pair(key, value)
+    batch, heads, tokens, dim = key.shape
+    chosen = codec_for(codec, KVLayout(batch, heads, dim, key.dtype, tokens), sinks=0, **parameters)
+    with torch.autocast(key.device.type, enabled=False):  # a region of another dtype refuses to stack
+        block = torch.stack([key.detach(), value.detach()], 1)
+    encoded = chosen.encode(block.view(-1).view(torch.uint8), carried_error)
+    payload = bytes(encoded.payload)
+    of_key, of_value = (
+        kind(encoded.codec, payload, which, key.shape, key.dtype, key.device, encoded.error, encoded.fell_back) for which in (0, 1)
+    )
+    return of_key, of_value
+
+
+def decode_pair(key: CodedTensor, value: CodedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors of two records, in their shapes and dtypes on their devices; records of one pair are decoded once."""
+    of_key = _decoded(key)
+    of_value = of_key if value.payload is key.payload else _decoded(value)
+    return of_key[:, key.which], of_value[:, value.which]
+
+
+def _decoded(coded: CodedTensor) -> torch.Tensor:
+    batch, heads, tokens, dim = coded.shape
+    kv = torch.empty((batch, 2, heads, tokens, dim), dtype=coded.dtype, device=coded.device)
+    coded.codec.decode_kv(memoryview(coded.payload), kv)
+    return kv
