@@ -16,20 +16,14 @@ from tiered_kv.bench.evaluation import OWN_TEXTS, measured
 from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_TOKENS
 from tiered_kv.bench.subject import Subject, calibrations, longest_prompt
 from tiered_kv.bench.texts import Prompts, content_of, own_texts, prompts_of, texts_from
+from tiered_kv.blocks import Tier
 from tiered_kv.codecs import Calibration
 from tiered_kv.codecs.calibration import calibration_file
-from tiered_kv.config import format_size
+from tiered_kv.config import MIN_TIER_BYTES, QUALITIES, Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.quality import plan
 
 MEASURED_ON, MEASURED_ON_QUICK = 12, 3
-QUALITIES = {
-    "exact": "lossless",
-    "near_exact": "int8",
-    "balanced": "ecuq:1e-4",
-    "compact": "xlayer:1e-4",
-    "archive": "xlayer:2e-4",
-}
-"""What `--quality` gives a calibrated model in the tiers that it concerns (docs/codecs.md)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     calibration = calibration.with_measured(records)
     paths = written(calibration, options.out)
     report.show_quality(records, f"{subject.name}, {len(prompts.ids)} prompts of {prefix_tokens} tokens that the fit has not seen", console)
-    qualities = _qualities(records)
+    qualities = _qualities(calibration)
     report.show_qualities(qualities, console)
     say(f"fitted on {calibration.tokens:,} tokens; written: {paths[0]}, {format_size(paths[0].stat().st_size)}")
     if not options.out:
@@ -117,9 +111,12 @@ def _link(first: Path, other: Path) -> None:
         raise TieredKVError(Kind.STORAGE, f"{other}: the calibration cannot be written ({error})", path=str(other)) from error
 
 
-def _qualities(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_codec = {each["codec"]: each for each in records}
-    return [
-        {"quality": quality, "codec": codec, "ratio": by_codec[codec]["ratio"], "kl": by_codec[codec]["kl"]}
-        for quality, codec in QUALITIES.items()
-    ]
+def _qualities(calibration: Calibration) -> list[dict[str, Any]]:
+    """What each quality gives this model, of a node with a disk: the codec of both tiers, and what was measured of the colder one's."""
+    measured_of = {row["codec"]: row for row in calibration.measured}
+    found = []
+    for quality in QUALITIES:
+        codecs = plan(Config.of({"quality": quality, "disk": MIN_TIER_BYTES}), calibration).codecs
+        row = measured_of[codecs[Tier.DISK]]
+        found.append({"quality": quality, "host": codecs[Tier.HOST], "disk": row["codec"], "ratio": row["ratio"], "kl": row["kl"]})
+    return found

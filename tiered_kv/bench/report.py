@@ -83,9 +83,10 @@ def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console
 
 def show_qualities(qualities: Sequence[dict[str, Any]], console: Console) -> None:
     """A table of what the presets give."""
-    table = Table("--quality", "codec", title="what --quality gives on this model", title_justify="left")
-    table.add_column("ratio", justify="right")
+    table = Table("--quality", "host memory", "disk, objects", title="what --quality gives this model", title_justify="left")
+    table.add_column("ratio there", justify="right")
     table.add_column("KL", justify="right")
     for each in qualities:
-        table.add_row(each["quality"], each["codec"], f"{each['ratio']:.2f}", f"{each['kl']:.1e}" if each["kl"] else "0")
+        kl = f"{each['kl']:.1e}" if each["kl"] else "0"
+        table.add_row(each["quality"], each["host"], each["disk"], f"{each['ratio']:.2f}", kl)
     console.print(table)

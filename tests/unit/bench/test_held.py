@@ -1,0 +1,66 @@
+"""`bench held`: the demo's workload in host memory of several sizes, on a tiny model."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.unit.integrations.tiny_models import tiny
+from tiered_kv.bench import held, subject
+from tiered_kv.cluster.cli import main
+
+
+class Letters:
+    """A tokenizer of 40 letters a token, so that a document has some hundred."""
+
+    chat_template = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1 + sum(text[at : at + 40].encode()) % 90 for at in range(0, len(text), 40)]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def loaded(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A tiny model whose block is 96 KiB."""
+    return tiny("llama", dtype, num_hidden_layers=6, hidden_size=256, num_key_value_heads=4), Letters()
+
+
+def test_a_request_s_kv_is_what_one_run_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "load_model", loaded)
+    measured = subject.Subject.load("default")
+    requests = held.requests_of(measured, 2, lambda line: None)
+    assert [request.title for request in requests[:4]] == [request.title for request in requests[4:]]
+    for request in requests[4:]:
+        alone = held.prefix_kv(measured.model, torch.tensor([request.ids]), torch.bfloat16)
+        assert torch.allclose(request.kv.float(), alone.float(), rtol=0.02, atol=0.02)
+
+
+def test_every_order_quality_and_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "load_model", loaded)
+    monkeypatch.setattr(held, "AMPLE_BYTES", 64 << 20)
+    report = held.run_held_bench(quick=True, say=lambda line: None)
+    ratios = {(each["order"], each["quality"], each["share"]): each["hit_ratio"] for each in report["results"]}
+    assert len(ratios) == 2 * 2 * 3
+    assert ratios["turn", "exact", 1.0] == ratios["turn", "near_exact", 1.0] == ratios["demo", "exact", 1.0] > 0.2
+    assert ratios["turn", "exact", 0.25] < ratios["turn", "exact", 1.0]
+    said = io.StringIO()
+    held.show(report, Console(width=200, file=said))
+    assert f"{ratios['turn', 'exact', 1.0]:.4f}" in said.getvalue()
+    assert "beside exact with twice the memory" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fetch", "--codec", "int8"], "--codec: is for bench codec, not fetch"),
+        (["held", "--folder", "here"], "--folder: is for bench disk, not held"),
+        (["disk", "--model", "default"], "--model: is for bench codec and held, not disk"),
+    ],
+)
+def test_options_of_another_bench_are_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().out
