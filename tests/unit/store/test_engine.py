@@ -49,6 +49,9 @@ class Mover:
             event.set()
         self.entered = threading.Event()
         self.failure: Exception | None = None
+        self.coding_failure: Exception | None = None
+        self.coded_bytes = NBYTES // 2
+        self.codings: list[bytes] = []
         self.refused = False
         self.outcome: Filled | None = None
         self.ages = False
@@ -62,7 +65,13 @@ class Mover:
         return Form(0, NBYTES)
 
     def coded(self, copy: ev.Copy) -> memoryview:
-        return memoryview(bytes(NBYTES))
+        self.codings.append(copy.key)
+        if self.coding_failure:
+            raise self.coding_failure
+        return memoryview(bytes(NBYTES if copy.target is not copy.source.tier else self.coded_bytes))
+
+    def keep(self, copy: ev.Copy, coded: memoryview, offset: int) -> Location:
+        return Location(copy.target, 1, 0, offset, coded.nbytes, NBYTES)
 
     def settle_in(self) -> None:
         pass
@@ -132,9 +141,17 @@ class Mover:
 class Bench:
     """An engine on fakes, and short ways to say what a test does."""
 
-    def __init__(self, *tiers: Tier, slots: int = 4, segments: int = 8, io_threads: int = 2, queue_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        *tiers: Tier,
+        slots: int = 4,
+        segments: int = 8,
+        io_threads: int = 2,
+        queue_bytes: int = 1 << 20,
+        shrinks: bool = False,
+    ) -> None:
         self.index, self.mover = Index(), Mover(list(tiers), slots, segments)
-        machine = machine_of({tier: slots * NBYTES if tier in IN_MEMORY else 100 * NBYTES for tier in tiers})
+        machine = machine_of({tier: slots * NBYTES if tier in IN_MEMORY else 100 * NBYTES for tier in tiers}, shrinks=shrinks)
         self.engine = Engine(machine, self.index, self.mover, SystemClock(), io_threads, queue_bytes=queue_bytes)
 
     def store(self, *numbers: int, wait_s: float = PATIENCE_S) -> list[bool]:
@@ -464,3 +481,45 @@ def test_a_block_used_since_it_was_written_survives_its_segment(make) -> None:
     assert bench.mover.reinserted == [key_of(1)]
     assert bench.tier(1) is DISK
     assert bench.engine.machine.counts["reinserted"] == 1
+
+
+# Blocks that are coded where they are
+
+
+def test_blocks_are_coded_behind_the_store_that_fills_memory(make) -> None:
+    bench = make(slots=8, shrinks=True)
+    assert all(bench.store(*range(1, 8)))
+    bench.engine.settle()
+    coded = [number for number in range(1, 8) if bench.index[key_of(number)].codec]
+    assert coded == [1, 2, 3]
+    assert bench.engine.machine.bytes_by_tier[HOST] == 4 * NBYTES + 3 * NBYTES // 2
+
+
+@pytest.mark.parametrize("why", ["it fails", "it gains nothing"])
+def test_a_block_that_cannot_be_coded_stays_as_it_was_and_is_tried_once(make, why: str) -> None:
+    bench = make(slots=8, shrinks=True)
+    bench.mover.coding_failure = ValueError("a codec with a fault") if why == "it fails" else None
+    bench.mover.coded_bytes = NBYTES
+    for number in range(1, 9):
+        bench.store(number)
+        bench.engine.settle()
+    assert all(bench.tier(number) is HOST and not bench.index[key_of(number)].codec for number in range(1, 9))
+    assert len(bench.mover.codings) == len(set(bench.mover.codings)) > 2
+
+
+def test_a_block_that_cannot_be_coded_can_still_make_room(make) -> None:
+    bench = make(slots=4, shrinks=True)
+    bench.mover.coding_failure = ValueError("a codec with a fault")
+    assert all(bench.store(*range(1, 9)))
+    assert sum(bench.tier(number) is HOST for number in range(1, 9)) == 4
+
+
+def test_what_cannot_be_coded_on_its_way_down_is_not_written_and_stays(make) -> None:
+    bench = make(DISK, slots=1)
+    bench.store(1)
+    bench.mover.coding_failure = ValueError("a codec with a fault")
+    bench.store(2, wait_s=0)
+    bench.engine.settle()
+    assert bench.tier(1) is HOST
+    bench.mover.coding_failure = None
+    assert bench.store(2) == [True]
