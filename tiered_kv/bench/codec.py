@@ -198,9 +198,7 @@ def speeds(
         torch.set_num_threads(threads)
 
 
-def _speed(
-    kv: torch.Tensor, name: str, rope: bytes | None, tokens: int, working_set_bytes: int, calibration: Calibration | None
-) -> dict:
+def _speed(kv: torch.Tensor, name: str, rope: bytes | None, tokens: int, working_set_bytes: int, calibration: Calibration | None) -> dict:
     layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], kv.dtype, tokens)
     codec = codec_for(name, layout, rope=rope, calibration=calibration)
     starts = range(0, kv.shape[3] - tokens + 1, tokens)

@@ -7,7 +7,7 @@ first in the payload: (L, 2, H, sinks, D).
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -71,12 +71,20 @@ class BlockCodec(Codec):
         payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
-        again = torch.empty_like(kv)
-        self.decode_kv(payload, again)
-        error = carried_error + relative_error(kv, again)
+        error = carried_error + self._distance(kv, payload)
         if not error <= self._bound():  # nor if it is no number
             return self._give_way(raw, carried_error, "error")
         return Encoded(self, payload, error)
+
+    def distance(self, raw: torch.Tensor) -> float:
+        """The relative error that this codec alone makes of a block, within its bound or not."""
+        kv = self._typed(raw)
+        return self._distance(kv, memoryview(self._payload(kv)))
+
+    def _distance(self, kv: torch.Tensor, payload: memoryview) -> float:
+        again = torch.empty_like(kv)
+        self.decode_kv(payload, again)
+        return relative_error(kv, again)
 
     def decode(self, payload: memoryview, out: torch.Tensor) -> None:
         check_raw(out, "out")
