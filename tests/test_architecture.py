@@ -46,13 +46,14 @@ MAY_IMPORT = {
         "errors",
         "clock",
     ],  # + the vocabulary
-    "integrations": ["service", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
+    "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
     "actors": ["service", "config", "errors", "keys", "clock"],  # + keys, clock
     "cluster": ["actors", "service", "config", "errors", "keys"],  # + errors, keys; the rooms below: only its commands, only later
+    "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
     "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
     "bench": [*EVERYTHING, "integrations", "actors", "cluster"],
 }
-ROOMS = {"demo", "bench", "sim"}
+ROOMS = {"demo", "bench", "sim", "calibrate"}
 MAY_OPEN_ROOMS = {"tiered_kv.cluster.cli", "tiered_kv.cluster.simulate"}
 
 # What a folder may import of others' libraries, beside the standard library without these modules.
@@ -68,6 +69,7 @@ LIBRARIES = {
     "integrations": {"numpy", "torch", "transformers"},
     "actors": {"numpy", "ray"},
     "cluster": {"ray", "rich"},
+    "calibrate": {"numpy", "torch", "transformers"},
     "demo": {"numpy", "torch", "ray", "rich", "transformers"},
     "bench": {"numpy", "torch", "ray", "rich"},
     "sim": {"numpy", "rich", "zstandard", "matplotlib"},
