@@ -6,10 +6,9 @@ document comes back after all others, which is the worst for a cache that does n
 over tokens asked for, from a cold start. W is host memory that is just enough for all blocks as they are.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import product, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +94,7 @@ def _computed(model: Any, ids: list[int], before: Request | None) -> torch.Tenso
     tokens = torch.tensor([ids])
     if before is None:
         return prefix_kv(model, tokens, torch.bfloat16)
-    common = len(os.path.commonprefix([ids[:-1], before.ids]))
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], before.ids, strict=False)))
     head = before.kv[..., :common, :]
     cache = cache_from_kv(head.to(model.dtype), model.config)
     cache = model(tokens[:, common:], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values

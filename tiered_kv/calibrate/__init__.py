@@ -3,3 +3,7 @@
 May import: integrations, codecs, layout, keys, errors; torch, numpy, transformers. Imported by the command line only.
 Never knows: tiers, service, cluster; where the file that it makes is kept.
 """
+
+from tiered_kv.calibrate.engine import calibrate
+
+__all__ = ["calibrate"]

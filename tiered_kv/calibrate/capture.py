@@ -46,6 +46,16 @@ class Geometry:
         x = x.view(layers, 2, self.groups, heads // self.groups, tokens, dim)
         return x.permute(0, 4, 2, 1, 3, 5).reshape(layers, tokens, self.channels)
 
+    def kv_of(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """The inverse of `channels_of`: (L, T, C) as kv (L, 2, H, T, D) in float32."""
+        layers, tokens, _ = x.shape
+        x = x.float().view(layers, tokens, self.groups, 2, self.kv_heads // self.groups, self.head_dim)
+        kv = x.permute(0, 3, 2, 4, 1, 5).reshape(layers, 2, self.kv_heads, tokens, self.head_dim)
+        if self.rope:
+            turn = turning(self.rope, self.rope_halves, start, tokens, self.head_dim)
+            kv[:, 0] = turn.turn(kv[:, 0].clone(), torch.empty_like(kv[:, 0]))
+        return kv
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -97,7 +107,7 @@ def _prefix_kv(model: Any, prefix: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The gradient of the log-probability of tokens drawn from the model behind each token after the prefix, as to its KV (L, 2, H, T, D)."""
+    """The gradient as to the prefix's KV (L, 2, H, T, D) of the log-probability of tokens drawn from the model behind each later token."""
     held = kv.clone().to(model.device, model.dtype).requires_grad_()
     was = [each.requires_grad for each in model.parameters()]
     model.requires_grad_(False)

@@ -79,12 +79,22 @@ class BlockCodec(Codec):
             payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
             return self._give_way(raw, carried_error, "no gain")
-        again = _kept_like(kv)
-        self.decode_kv(payload, again)
-        error = carried_error + relative_error(kv, again)
+        error = carried_error + self._distance(kv, payload)
         if not error <= self._bound():  # nor if it is no number
             return self._give_way(raw, carried_error, "error")
         return Encoded(self, payload, error)
+
+    def distance(self, raw: torch.Tensor) -> float:
+        """The relative error that this codec alone makes of a block, within its bound or not."""
+        kv = self._typed(raw)
+        with _as_written(kv.device):
+            payload = memoryview(self._payload(kv))
+        return self._distance(kv, payload)
+
+    def _distance(self, kv: torch.Tensor, payload: memoryview) -> float:
+        again = _kept_like(kv)
+        self.decode_kv(payload, again)
+        return relative_error(kv, again)
 
     def decode(self, payload: memoryview, out: torch.Tensor) -> None:
         check_raw(out, "out")

@@ -85,7 +85,9 @@ class CalibratedCodec(BlockCodec):
         except ValueError:
             steps = []
         if not 1 <= len(steps) <= 2 or not all(STEP_LEAST <= step <= STEP_GREATEST for step in steps):
-            allowed = f"{cls.name}, {cls.name}:STEP or {cls.name}:STEP:STEP OF THE LAST BLOCK, steps from {STEP_LEAST:g} to {STEP_GREATEST:g}"
+            allowed = (
+                f"{cls.name}, {cls.name}:STEP or {cls.name}:STEP:STEP OF THE LAST BLOCK, steps from {STEP_LEAST:g} to {STEP_GREATEST:g}"
+            )
             raise TieredKVError(Kind.CONFIG, f"codec '{cls.name}:{text}': needed is {allowed}", codec=cls.name)
         return dict(zip(("step", "tail_step"), steps, strict=False))
 
@@ -104,7 +106,9 @@ class CalibratedCodec(BlockCodec):
     def _calibration(self) -> Calibration:
         calibration = calibration_of(self.fingerprint.hex())
         if (calibration.layers, calibration.kv_heads, calibration.head_dim) != (self.shape[0], self.shape[1], self.shape[3]):
-            raise self._corrupt(f"a block of {self.shape} and a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads")
+            raise self._corrupt(
+                f"a block of {self.shape} and a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads"
+            )
         return calibration
 
     def _bound(self) -> float:
@@ -156,7 +160,9 @@ class CalibratedCodec(BlockCodec):
         return x.transpose(-1, -2).contiguous()
 
     def _finish(self, x: torch.Tensor, mean: torch.Tensor, width: torch.Tensor | None, kv: torch.Tensor) -> None:
-        """Fill `kv` (L, 2, H, T, D) behind the exact tokens from x (L, 2, H, D, T), any dtype and strides: times width, plus mean (L, 2, H, 1, D)."""
+        """Fill `kv` (L, 2, H, T, D) behind the exact tokens from x (L, 2, H, D, T), of any dtype and strides: times `width`, plus `mean`,
+        both (L, 2, H, 1, D), and K turned.
+        """
         calibration = self._calibration()
         kv = kv[..., self._exact :, :]
         turn = turning(calibration.rope, calibration.rope_halves, self.start + self._exact, *kv.shape[3:])

@@ -116,6 +116,10 @@ class Calibration:
         """The same with other records of what was measured; the fingerprint stays."""
         return replace(self, measured=tuple(dict(row) for row in rows))
 
+    def with_errors(self, errors: Mapping[str, tuple[tuple[float, float], ...]]) -> Self:
+        """The same with other errors of blocks; the fingerprint stays."""
+        return replace(self, errors=dict(errors))
+
     def save(self, path: str | Path) -> None:
         """Write the file, all or nothing. Raises (kind `storage`) if it cannot."""
         path = Path(path)
@@ -201,7 +205,9 @@ def register(calibration: Calibration) -> str:
 def calibration_of(fingerprint: str) -> Calibration:
     """The registered calibration of a fingerprint; raises (kind `corrupt`) if there is none: what was coded with it cannot be read."""
     if fingerprint not in _registered:
-        raise TieredKVError(Kind.CORRUPT, f"a calibration of fingerprint {fingerprint or '(none)'} is not loaded here", calibration=fingerprint)
+        raise TieredKVError(
+            Kind.CORRUPT, f"a calibration of fingerprint {fingerprint or '(none)'} is not loaded here", calibration=fingerprint
+        )
     return _registered[fingerprint]
 
 

@@ -1,38 +1,38 @@
 """Mode packing: rows of small whole numbers as few bytes, quick to unpack by tables, and then an entropy coder over the bytes.
 
-Each row has the mode of its greatest number: zeros take nothing, up to 1 four numbers share a byte as digits of base 3, up to 2 three of
-base 5, up to 7 two of base 15; larger ones have one byte or two. So a byte stands for some two to six bits, and Huffman's code, which
-cannot go below one bit a symbol, loses next to nothing. Rows come in an order in which their spread falls, so that neighbours
-are alike and each part of the bytes has a code of its own. Why zstd, and with which parameters: docs/design/014.
+Each row has the mode of its greatest number: zeros take nothing, up to 1 four numbers share a byte as digits of base 3, up to 7 two
+of base 15; larger ones have one byte or two. So a byte stands for some two to six bits, and Huffman's code, which cannot go
+below one bit a symbol, loses next to nothing. Rows come in an order in which their spread falls, so that neighbours are alike
+and each part of the bytes has a code of its own. Why zstd, and with which parameters: docs/design/014.
 
 The packed bytes, little-endian:
 
-    bytes of stream 0 u32 | … of stream 6 | stream 0 | …
+    bytes of stream 0 u32 | … of stream 5 | stream 0 | …
 
-Stream 0 has the rows' modes, 1 to 5 the rows of each mode but zero, one behind the other, 6 the second bytes of those of mode 5.
+Stream 0 has the rows' modes, 1 to 4 the rows of each mode but zero, one behind the other, 5 the second bytes of those of mode 4.
 An empty stream has no bytes, a zstd frame says its own content size, and one that did not shrink is as it was.
 """
 
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import zstandard
 
-LIMITS = (0, 1, 2, 7, 127, 32767)
+LIMITS = (0, 1, 7, 127, 32767)
 """The greatest number of each mode."""
-DIGITS = (0, 4, 3, 2, 1, 1)
+DIGITS = (0, 4, 2, 1, 1)
 """How many numbers share a byte in each mode."""
-STREAMS = 7
+STREAMS = 6
 WIDE = len(LIMITS) - 1
 _HEAD = struct.Struct(f"<{STREAMS}I")
 # Huffman's code for every 16 KiB; no matches are looked for, as in `lossless`.
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=14, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
 )
-_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Alphabet:
     wide: np.ndarray
 
     @classmethod
-    def of(cls, as_words) -> "Alphabet":
+    def of(cls, as_words: Callable[[np.ndarray], np.ndarray]) -> "Alphabet":
         """`as_words` turns an int16 array into the words that stand for its numbers."""
         tables = []
         for limit, digits in zip(LIMITS[:WIDE], DIGITS[:WIDE], strict=True):
@@ -117,7 +117,7 @@ def _streams(packed: memoryview) -> list[memoryview]:
 def _compressed(stream: np.ndarray) -> bytes:
     if not len(stream):
         return b""
-    small = _tools().compressor.compress(stream)
+    small = _tools.compressor.compress(stream)
     return small if len(small) < len(stream) else stream.tobytes()
 
 
@@ -128,7 +128,7 @@ def _restored(stream: memoryview, count: int) -> np.ndarray:
     try:
         if zstandard.frame_content_size(stream) != count:
             raise ValueError(f"a stream of other than {count} bytes")
-        return np.frombuffer(_tools().decompressor.decompress(stream), np.uint8)
+        return np.frombuffer(_tools.decompressor.decompress(stream), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"a stream that cannot be read: {error}") from error
 
@@ -141,8 +141,4 @@ class _Tools(threading.local):
         self.decompressor = zstandard.ZstdDecompressor()
 
 
-_own_tools = _Tools()
-
-
-def _tools() -> _Tools:
-    return _own_tools
+_tools = _Tools()

@@ -23,6 +23,8 @@ from tiered_kv.layout import KVLayout
 
 BEFORE = 2
 """How many layers a layer is predicted from."""
+CODES_STEP = 64
+"""Products take the codes up to a multiple of this: they are prepared once for each size."""
 
 
 class Prepared(NamedTuple):
@@ -63,8 +65,8 @@ def _analysis(fingerprint: str, step: float, product: str) -> tuple[torch.Tensor
 class XlayerCodec(CalibratedCodec):
     """Nine times less than bf16 at the default step, `compact`, for about what computing in bf16 costs; `archive` is 2e-4.
 
-    `product`: the dtype of the products, "bfloat16" or "float32", which encoding and decoding share: float32 sums, rounded at the end. Another
-    machine's rounding may differ in the last bit and costs a little quality, nothing else.
+    `product`: the dtype of the products, "bfloat16" or "float32", which encoding and decoding share; sums are float32 and rounded at
+    the end. Another machine's rounding may differ in the last bit, which costs a little quality, nothing else.
     """
 
     id: ClassVar[int] = 7
@@ -101,7 +103,7 @@ class XlayerCodec(CalibratedCodec):
                 found = as_codes(inverse[group, layer] @ (x[group, layer] - predictor[group, layer] @ known))
                 codes[group, layer] = found
                 space[group, layer + BEFORE] = found
-                self._advance(tables, space, group, layer, size)
+                self._advance(tables, space, group, layer, _end(found))
         rows = codes.view(-1, tokens).numpy()[tables.codes]
         return np.concatenate([self._exact_of(kv), np.frombuffer(pack(rows), np.uint8)])
 
@@ -139,6 +141,14 @@ class XlayerCodec(CalibratedCodec):
     def _advance(self, tables: Prepared, space: torch.Tensor, group: int, layer: int, end: int) -> None:
         """Turn a layer's codes into its channels; from the code `end` on they are all zero."""
         _, _, size, tokens = space.shape
-        upto = BEFORE * size + end
+        upto = BEFORE * size + min(-(-end // CODES_STEP) * CODES_STEP, size)
+        decoded = torch.empty(size, tokens, dtype=space.dtype)
         inputs = space[group, layer : layer + BEFORE + 1].view(-1, tokens)[:upto]
-        space[group, layer + BEFORE] = torch.mm(tables.matrix[group, layer, :, :upto], inputs)
+        torch.mm(tables.matrix[group, layer, :, :upto], inputs, out=decoded)
+        space[group, layer + BEFORE] = decoded
+
+
+def _end(codes: torch.Tensor) -> int:
+    """How many rows (c, T) there are up to the last one that is not all zero."""
+    some = codes.any(1).nonzero()
+    return int(some[-1]) + 1 if len(some) else 0

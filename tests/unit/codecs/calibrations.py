@@ -1,34 +1,63 @@
-"""Calibrations that no model needs: plain tables for any shape, so that calibrated codecs stand beside the others in tests."""
-
-from functools import lru_cache
+"""A small calibration made in code, and KV as it expects it: layers that follow from the two before them."""
 
 import torch
 
 from tiered_kv.codecs.calibration import Calibration, EcuqTables, XlayerTables
+from tiered_kv.codecs.rotation import rope_of_theta, turning
 from tiered_kv.layout import KVLayout
 
+LAYERS, HEADS, DIM = 3, 2, 8
+ROPE = rope_of_theta(10_000, DIM)
+CHANNELS = 2 * HEADS * DIM
+NOISE = 0.05
 
-def plain_calibration(layout: KVLayout, rope: bytes = b"") -> Calibration:
-    """Channels without a mean, steps of 1e-2 of numbers of size 1 at the default step, nothing predicted."""
-    return _plain(layout.layers, layout.kv_heads, layout.head_dim, rope)
+
+def layout_of(tokens: int = 32, dtype: str = "bfloat16") -> KVLayout:
+    """Blocks of the calibration's model."""
+    return KVLayout(LAYERS, HEADS, DIM, dtype, tokens)
 
 
-@lru_cache(maxsize=64)
-def _plain(layers: int, kv_heads: int, head_dim: int, rope: bytes) -> Calibration:
-    channels = 2 * kv_heads * head_dim
-    zeros, ones = torch.zeros(layers, channels), torch.ones(layers, channels)
-    unit = torch.eye(channels).expand(layers, 1, channels, channels)
-    matrix = torch.cat([torch.zeros(layers, 1, channels, 2 * channels), 100 * unit], -1).bfloat16()
+def calibration(groups: int = 1, rope: bytes = ROPE, seed: int = 0) -> Calibration:
+    """Tables with orthogonal axes; a step of 1e-3 is about a hundredth of a deviation of the KV that `kv_of` makes."""
+    generator = torch.Generator().manual_seed(seed)
+    size = CHANNELS // groups
+    mean = 2 * torch.randn(LAYERS, CHANNELS, generator=generator)
+    axes = torch.linalg.qr(torch.randn(LAYERS, groups, size, size, generator=generator)).Q
+    predictor = torch.randn(LAYERS, groups, size, 2 * size, generator=generator) * (0.5 / size) ** 0.5
+    spread = torch.linspace(1, 0.05, size).repeat(LAYERS, groups)
+    tables = XlayerTables(mean, spread, torch.cat([predictor, axes], -1).bfloat16())
+    width = torch.rand(LAYERS, CHANNELS, generator=generator) + 0.5
     return Calibration(
-        model="none",
-        weights=(),
-        layers=layers,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        model="tiny",
+        weights=("a", "b"),
+        layers=LAYERS,
+        kv_heads=HEADS,
+        head_dim=DIM,
         rope=rope,
         rope_halves=True,
-        tokens=100_000,
-        ecuq=EcuqTables(zeros, 200 * ones, ones),
-        xlayer=XlayerTables(zeros, ones, matrix),
-        errors={"ecuq": ((6e-5, 1e-2),), "xlayer": ((1e-4, 1e-2),)},
+        tokens=50_000,
+        ecuq=EcuqTables(_plain(mean, groups), width, 1 / width),
+        xlayer=tables,
+        errors={name: ((1e-3, 1e-4), (1e-1, 0.2)) for name in ("ecuq", "xlayer")},
     )
+
+
+def kv_of(made: Calibration, layout: KVLayout, start: int = 0, seed: int = 0) -> torch.Tensor:
+    """(L, 2, H, T, D) at some position, drawn from the model that the tables of xlayer describe."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, size = made.xlayer.groups, CHANNELS // made.xlayer.groups
+    matrix, spread = made.xlayer.matrix.float(), made.xlayer.spread.view(LAYERS, groups, size)
+    x = torch.zeros(LAYERS + 2, groups, size, layout.block_tokens)
+    for layer in range(LAYERS):
+        codes = torch.randn(groups, size, layout.block_tokens, generator=generator) * spread[layer, :, :, None]
+        x[layer + 2] = matrix[layer] @ torch.cat([x[layer], x[layer + 1], codes], 1)
+    x = x[2:].reshape(LAYERS, CHANNELS, -1) + made.xlayer.mean[..., None]
+    x = x.view(LAYERS, groups, 2, HEADS // groups, DIM, -1).transpose(1, 2).reshape(LAYERS, 2, HEADS, DIM, -1).transpose(-1, -2)
+    kv = x.contiguous()
+    if made.rope:
+        kv[:, 0] = turning(made.rope, True, start, layout.block_tokens, DIM).turn(kv[:, 0].clone(), torch.empty_like(kv[:, 0]))
+    return kv.to(layout.torch_dtype)
+
+
+def _plain(mean: torch.Tensor, groups: int) -> torch.Tensor:
+    return mean.view(LAYERS, groups, 2, -1).transpose(1, 2).reshape(LAYERS, -1).contiguous()

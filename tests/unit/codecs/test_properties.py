@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from tests.unit.codecs.calibrations import plain_calibration
 from tests.unit.codecs.kv import as_bytes
+from tests.unit.codecs.plain_calibrations import plain_calibration
 from tiered_kv.codecs import CODECS, Codec, Encoded, codec_for
 from tiered_kv.codecs.block import BlockCodec
 from tiered_kv.codecs.fidelity import relative_error

@@ -1,0 +1,125 @@
+"""Calibration of tiny random models: what is refused, what the tables are worth, and which model they belong to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.integrations.tiny_models import VOCAB, prompt_of, tiny
+from tiered_kv.bench.codec import evaluate
+from tiered_kv.calibrate import calibrate
+from tiered_kv.calibrate.corpus import KEPT_FOR_MEASUREMENTS, own_texts, prompts_of
+from tiered_kv.calibrate.engine import COST_PART, fitted, groups_of
+from tiered_kv.codecs import Calibration
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import Namespace
+
+
+class Characters:
+    """A tokenizer: a token for each character, one at the beginning of a text."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
+        return {"input_ids": [1] * add_special_tokens + [ord(character) % VOCAB for character in text]}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gpt2"])
+def fit(request: pytest.FixtureRequest):
+    torch.set_num_threads(1)
+    model = tiny(request.param)
+    return model, fitted(model, [prompt_of(60, seed) for seed in range(16)], 12)
+
+
+def test_tables_of_a_model_are_for_its_shape_and_weights(fit) -> None:
+    model, made = fit
+    assert (made.layers, made.tokens) == (3, 16 * 44)
+    assert made.weights[0] == Namespace.of(model).weights
+    assert len(set(made.weights)) == 3
+    assert (made.rope == b"") is hasattr(model.base_model, "wpe")
+
+
+def test_it_is_valid_for_the_model_in_other_dtypes() -> None:
+    weights = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12).weights
+    assert [Namespace.of(tiny("llama", dtype)).weights for dtype in (torch.bfloat16, torch.float16)] == list(weights[1:])
+    assert Namespace.of(tiny("llama", seed=1)).weights not in weights
+
+
+def test_codecs_fitted_to_a_model_keep_its_kv(fit, tmp_path: Path) -> None:
+    model, made = fit
+    made.save(tmp_path / "a")
+    again = Calibration.load(tmp_path / "a")
+    prompts = [prompt_of(60, seed) for seed in (101, 102)]
+    steps = [f"{name}:{step}" for name in ("ecuq", "xlayer") for step in (1e-3, 1e-2)]
+    fine, coarse, fine_x, coarse_x = evaluate(model, prompts, steps, prefix_tokens=48, block_tokens=16, calibration=again)
+    assert [each.fell_back for each in (coarse, coarse_x)] == [0, 0]
+    assert 0 < fine.kl < coarse.kl < 0.2 and 0 < fine_x.kl < coarse_x.kl < 0.2
+    assert coarse.error <= made.bound("ecuq", 1e-2) and coarse_x.error <= made.bound("xlayer", 1e-2)
+
+
+def test_the_same_texts_give_the_same_tables() -> None:
+    made = [fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12) for _ in range(2)]
+    assert made[0].fingerprint == made[1].fingerprint
+
+
+def test_a_model_stays_as_it_was() -> None:
+    model = tiny("llama")
+    model.lm_head.weight.requires_grad_(False)
+    before = Namespace.of(model).weights
+    needs = [each.requires_grad for each in model.parameters()]
+    fitted(model, [prompt_of(60)], 12)
+    assert Namespace.of(model).weights == before
+    assert [each.requires_grad for each in model.parameters()] == needs
+    assert all(each.grad is None for each in model.parameters())
+
+
+def test_a_wide_model_is_fitted_by_groups_of_heads() -> None:
+    model = tiny("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=40)
+    made = fitted(model, [prompt_of(60, seed) for seed in range(4)], 12)
+    assert made.xlayer.groups == 8 == groups_of(10**5, 3, 8, 40)
+    [result] = evaluate(model, [prompt_of(60, 77)], ["xlayer:0.001"], prefix_tokens=48, block_tokens=16, calibration=made)
+    assert result.fell_back == 0 and 0 < result.kl < 0.1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "layers", "heads", "dim", "groups"),
+    [(134_515_008, 30, 3, 64, 1), (8_030_261_248, 32, 8, 128, 2), (70_553_706_496, 80, 8, 128, 1), (6_738_415_616, 32, 32, 128, 32)],
+    ids=["SmolLM2-135M", "Llama-3-8B", "Llama-3-70B", "Llama-2-7B"],
+)
+def test_decoding_costs_a_twentieth_of_a_prefill_at_most(parameters: int, layers: int, heads: int, dim: int, groups: int) -> None:
+    assert groups_of(parameters, layers, heads, dim) == groups
+    if 2 * heads * dim > 512:
+        assert 3 * (2 * heads * dim) ** 2 * layers / groups <= COST_PART * parameters
+
+
+def test_too_little_text_is_refused_with_what_is_needed() -> None:
+    with pytest.raises(TieredKVError, match=r"--text: 5\d* tokens are too few.*10000") as caught:
+        calibrate(tiny("llama"), Characters(), ["hello " * 900])
+    assert caught.value.kind is Kind.CONFIG
+    with pytest.raises(TieredKVError, match="--tokens: at least 10000"):
+        calibrate(tiny("llama"), Characters(), tokens=9_999)
+
+
+def test_a_model_that_turns_its_keys_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered_kv.calibrate.engine.rope_of_model", lambda model: None)
+    with pytest.raises(TieredKVError, match="how it turns its keys") as caught:
+        fitted(tiny("llama"), [prompt_of(60)], 12)
+    assert caught.value.kind is Kind.MODEL
+
+
+def test_prompts_take_turns_among_texts_and_begin_as_texts_do() -> None:
+    texts = [character * 500 for character in "abc"]
+    prompts = prompts_of(Characters(), texts, 700, 101, least=0)
+    assert [ids.shape for ids in prompts] == [(1, 101)] * 7
+    assert [int(ids[0, 1]) for ids in prompts] == [ord(character) % VOCAB for character in "abcabca"]
+    assert all(int(ids[0, 0]) == 1 for ids in prompts)
+
+
+def test_own_texts_are_many_and_not_those_of_measurements() -> None:
+    import sysconfig
+
+    texts = own_texts()
+    assert texts == own_texts()
+    assert sum(map(len, texts)) > 500_000 and len(texts) > 100
+    by_size = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    kept = {path.read_text("utf-8")[:1000] for path in by_size[:KEPT_FOR_MEASUREMENTS]}
+    assert not kept & {text[:1000] for text in texts}
+    assert not any("longitude" in text.lower() and "harrison" in text.lower() for text in texts)
