@@ -119,7 +119,7 @@ class Coder:
             tier: codec_for(text, facts.layout, rope=facts.rope, rope_halves=facts.rope_halves, calibration=calibration)
             for tier, text in made.codecs.items()
         }
-        if facts.rope is None and any(codec.is_lossy for codec in codecs.values()):
+        if facts.rope is None and any(codec.is_lossy and not codec.needs_calibration for codec in codecs.values()):
             log.warning("the rotation of this model's keys is not known: they are coded as they are, with a little more error")
         for tier, text in made.codecs.items():
             log.info("model %s: %s keeps blocks as %s (%s)", facts.weights[:12], tier.label, text, made.why[tier])
