@@ -43,11 +43,8 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise TieredKVError(Kind.CONFIG, f"--out: {options.out} is in no folder that exists", setting="out")
     subject = Subject.load(options.model)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
+    with report.telling(console) as say:
+        calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
     prefix_tokens, prompts = _prompts(subject, MEASURED_ON_QUICK if options.quick else MEASURED_ON)
     with report.counting("measuring on prompt", len(prompts.ids), console) as advance:
         records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, prefix_tokens, advance=advance)
@@ -56,9 +53,11 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     report.show_quality(records, f"{subject.name}, {len(prompts.ids)} prompts of {prefix_tokens} tokens that the fit has not seen", console)
     qualities = _qualities(calibration)
     report.show_qualities(qualities, console)
-    say(f"fitted on {calibration.tokens:,} tokens; written: {paths[0]}, {format_size(paths[0].stat().st_size)}")
+    lines = [f"fitted on {calibration.tokens:,} tokens; written: {paths[0]}, {format_size(paths[0].stat().st_size)}"]
     if not options.out:
-        say(f"nodes of this machine find it by the weights; on other machines copy {paths[0].parent} or run this there")
+        lines.append(f"nodes of this machine find it by the weights; for other machines copy {paths[0].parent}, or run this there")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     return {
         "model": options.model,
         "tokens": calibration.tokens,

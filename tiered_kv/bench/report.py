@@ -24,6 +24,16 @@ def counting(what: str, total: int, console: Console) -> Iterator[Callable[[floa
         yield _Lines(what, total).advance
 
 
+@contextmanager
+def telling(console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, as the function that it gives is told: the last step only on a terminal, else a line for each."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+    else:
+        yield lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 class _Lines:
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total = what, total

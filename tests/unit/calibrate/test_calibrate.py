@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.unit.integrations.tiny_models import VOCAB, prompt_of, tiny
-from tiered_kv.bench.codec import evaluate
+from tiered_kv.bench.quality import evaluate
 from tiered_kv.calibrate import calibrate
 from tiered_kv.calibrate.corpus import KEPT_FOR_MEASUREMENTS, own_texts, prompts_of
 from tiered_kv.calibrate.engine import COST_PART, fitted, groups_of
