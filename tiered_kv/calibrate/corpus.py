@@ -8,6 +8,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ _SEED = 20
 
 
 def own_texts() -> list[str]:
-    """Texts that are on every machine, kind after kind in turn: Python, prose of manuals, READMEs, licences, data, C headers.
+    """Texts that are on every machine, kind after kind in turn: Python, the language reference, READMEs, prose, licences,
+    notes, data, C headers.
 
-    The same machine gives the same list. Which packages are installed makes a difference, hardly one to the tables.
+    The same machine gives the same list. What is installed on it makes a difference, hardly one to the tables.
     """
-    kinds = [_modules(), _topics(), _readmes(), _packages(), _licences(), _notes(), _readmes(skip=1), _data(), _headers()]
+    kinds = [_modules(), _topics(), _readmes(), _prose(), _licences(), _packages(), _notes(), _readmes(skip=1), _data(), _headers()]
     taken = chain.from_iterable(zip_longest(*kinds))
     texts = dict.fromkeys(text for text in taken if text)
     return list(texts)
@@ -144,6 +146,15 @@ def _notes() -> Iterator[str]:
     places = [(_library() / "idlelib", "*.txt"), (_library() / "idlelib", "*.html"), (Path("/usr/share/doc"), "*/README*")]
     paths = [path for folder, pattern in places if folder.is_dir() for path in folder.glob(pattern) if path.suffix != ".gz"]
     return _read(paths)
+
+
+def _prose() -> Iterator[str]:
+    """Stories, news, letters and answers, written for this: such texts lie on no machine by themselves."""
+    text = (files("tiered_kv.calibrate") / "prose.md").read_text("utf-8")
+    paragraphs = text.split("\n\n")
+    third = -(-len(paragraphs) // 3)
+    for first in range(0, len(paragraphs), third):
+        yield "\n\n".join(paragraphs[first : first + third])
 
 
 def _headers() -> Iterator[str]:

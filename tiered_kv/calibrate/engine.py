@@ -20,11 +20,11 @@ from tiered_kv.keys import tensors_digest
 from tiered_kv.layout import KVLayout
 
 Say = Callable[[str], None]
-TOKENS = 50_000
+TOKENS = 80_000
 PROMPT_TOKENS = 1280
 CONTINUE_PART = 5
 """A fifth of a prompt is what the sensitivity of the rest is measured by."""
-SENSITIVITY_PROMPTS = 26
+SENSITIVITY_PROMPTS = 40
 COST_PART = 0.05
 NARROW_CHANNELS = 512
 """Of models with as few channels a layer all heads are coded together: a decode costs little whatever its part of so small a prefill."""

@@ -24,6 +24,9 @@ ECUQ_FLOOR = 0.75
 V_STEP = 0.8
 """V is rounded this much finer: its errors add up over the tokens that attend to it."""
 
+UNIT = 0.94
+"""A step of xlayer is this much of what the metric says: so 2e-4 is on the default model within the quality that is promised of it."""
+
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
     """Mean, step and spread of each channel, in the order (2, H, D)."""
@@ -71,8 +74,8 @@ def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) ->
     metric, inverse = _metric(fisher.double())
     power, axes = torch.linalg.eigh(metric @ covariance @ metric)
     power, axes = power.flip(0), axes.flip(1)
-    matrix = torch.cat([predictor.T, inverse @ axes], 1)
-    return power.clamp_min(0).sqrt().float(), matrix.bfloat16()
+    matrix = torch.cat([predictor.T, UNIT * (inverse @ axes).float()], 1)
+    return power.clamp_min(0).sqrt().float() / UNIT, matrix.bfloat16()
 
 
 def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,6 @@ class Characters:
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gpt2"])
 def fit(request: pytest.FixtureRequest):
-    torch.set_num_threads(1)
     model = tiny(request.param)
     return model, fitted(model, [prompt_of(60, seed) for seed in range(16)], 12)
 
@@ -48,11 +47,11 @@ def test_codecs_fitted_to_a_model_keep_its_kv(fit, tmp_path: Path) -> None:
     made.save(tmp_path / "a")
     again = Calibration.load(tmp_path / "a")
     prompts = [prompt_of(60, seed) for seed in (101, 102)]
-    steps = [f"{name}:{step}" for name in ("ecuq", "xlayer") for step in (1e-3, 1e-2)]
+    steps = [f"{name}:{step}" for name in ("ecuq", "xlayer") for step in (1e-2, 3e-2)]
     fine, coarse, fine_x, coarse_x = evaluate(model, prompts, steps, prefix_tokens=48, block_tokens=16, calibration=again)
-    assert [each.fell_back for each in (coarse, coarse_x)] == [0, 0]
-    assert 0 < fine.kl < coarse.kl < 0.2 and 0 < fine_x.kl < coarse_x.kl < 0.2
-    assert coarse.error <= made.bound("ecuq", 1e-2) and coarse_x.error <= made.bound("xlayer", 1e-2)
+    assert [each.fell_back for each in (fine, coarse, fine_x, coarse_x)] == [0, 0, 0, 0]
+    assert 0 < fine.kl < coarse.kl < 0.3 and 0 < fine_x.kl < coarse_x.kl < 0.3
+    assert coarse.error <= made.bound("ecuq", 3e-2) and coarse_x.error <= made.bound("xlayer", 3e-2)
 
 
 def test_the_same_texts_give_the_same_tables() -> None:
@@ -75,8 +74,8 @@ def test_a_wide_model_is_fitted_by_groups_of_heads() -> None:
     model = tiny("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=40)
     made = fitted(model, [prompt_of(60, seed) for seed in range(4)], 12)
     assert made.xlayer.groups == 8 == groups_of(10**5, 3, 8, 40)
-    [result] = evaluate(model, [prompt_of(60, 77)], ["xlayer:0.001"], prefix_tokens=48, block_tokens=16, calibration=made)
-    assert result.fell_back == 0 and 0 < result.kl < 0.1
+    [result] = evaluate(model, [prompt_of(60, 77)], ["xlayer:0.005"], prefix_tokens=48, block_tokens=16, calibration=made)
+    assert result.fell_back == 0 and 0 < result.kl < 0.3
 
 
 @pytest.mark.parametrize(
