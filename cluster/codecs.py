@@ -70,7 +70,7 @@ def add_calibrate(commands: Any) -> None:
         metavar="FILE",
         help='plain text, or JSON lines {"text": …} where the name ends in .jsonl',
     )
-    command.add_argument("--tokens", type=int, default=50_000, metavar="N", help="to fit on, at least 10000 (default: %(default)s)")
+    command.add_argument("--tokens", type=int, metavar="N", help="to fit on, at least 10000 (default: 80000)")
     command.add_argument("--out", metavar="FILE", help="write it there instead, for --calibration")
     command.add_argument("--quick", action="store_true", help="measure on a few prompts only")
     command.add_argument("--json", action="store_true", help="print what was measured as JSON")
@@ -90,7 +90,8 @@ def _calibrate(options: argparse.Namespace, console: Console) -> int:
 
 def _run(options: argparse.Namespace, console: Console, kind: Any, run: Any) -> int:
     names = kind.__dataclass_fields__
-    found = run(kind(**{name: value for name, value in vars(options).items() if name in names}), console)
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    found = run(kind(**given), console)
     if options.json:
         print(json.dumps(found))
     return 0

@@ -17,6 +17,7 @@ from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_
 from tiered_kv.bench.subject import Subject, calibrations, longest_prompt
 from tiered_kv.bench.texts import Prompts, content_of, own_texts, prompts_of, texts_from
 from tiered_kv.blocks import Tier
+from tiered_kv.calibrate.engine import TOKENS
 from tiered_kv.codecs import Calibration
 from tiered_kv.codecs.calibration import calibration_file
 from tiered_kv.config import MIN_TIER_BYTES, QUALITIES, Config, format_size
@@ -32,7 +33,7 @@ class CalibrateOptions:
 
     model: str
     text: Sequence[str] = ()
-    tokens: int = 50_000
+    tokens: int = TOKENS
     out: str | None = None
     quick: bool = False
 

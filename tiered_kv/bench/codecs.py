@@ -70,7 +70,7 @@ def _synthetic() -> tuple[dict[str, Any], torch.Tensor, bytes | None, None]:
 
 def _line(record: dict) -> str:
     what = f"{record['codec']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, {record['block_tokens']} tokens"
-    return f"{what}: encode {record['encode_vs_memcpy']:.3f}, decode {record['decode_vs_memcpy']:.3f} of memcpy"
+    return f"{what}: encode {record['encode_vs_memcpy']:.2g}, decode {record['decode_vs_memcpy']:.2g} of memcpy"
 
 
 def show(report: dict, console: Console) -> None:
@@ -87,8 +87,8 @@ def show(report: dict, console: Console) -> None:
             str(each["block_tokens"]),
             format_size(each["block_bytes"]),
             f"{each['ratio']:.2f}",
-            f"{each['encode_vs_memcpy']:.3f}",
-            f"{each['decode_vs_memcpy']:.3f}",
+            f"{each['encode_vs_memcpy']:.2g}",
+            f"{each['decode_vs_memcpy']:.2g}",
             f"{us:.1f}",
             f"{prefill_us / us:.0f} ×" if prefill_us and each["threads"] == 1 else "",
         )

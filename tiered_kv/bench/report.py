@@ -78,8 +78,8 @@ def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console
             *(f"{each[name]:.1e}" if each[name] else "0" for name in ("kl", "kl_p99")),
             f"{each['top1']:.4f}",
             f"{each['ppl_ratio']:.4f}",
-            f"{each['encode_vs_memcpy']:.3f}",
-            f"{each['decode_vs_memcpy']:.3f}",
+            f"{each['encode_vs_memcpy']:.2g}",
+            f"{each['decode_vs_memcpy']:.2g}",
             f"{each['decode_vs_prefill']:.0f} ×",
             f"{each['fell_back']} of {each['blocks']}" if each["fell_back"] else "–",
         )
