@@ -96,19 +96,24 @@ class Coder:
         self._kept_bytes: Counter[tuple[str, str]] = Counter()
         self._fell_back: Counter[str] = Counter()
 
+    def knows(self, root: BlockKey, facts: ModelFacts) -> bool:
+        """Whether the model was introduced, in the same words."""
+        known = self._models.get(root)
+        return known is not None and known.facts == facts
+
     def introduce(self, root: BlockKey, facts: ModelFacts) -> dict:
         """A worker's model: from now on blocks below `root` are coded for it. What the worker must know to read them.
 
         Raises (kind `config`) where the settings need a calibration of the model that is not there; kinds `storage` and `corrupt`
         for one that cannot be read.
         """
-        known = self._models.get(root)
-        if known is None or known.facts != facts:
-            known = self._planned(facts)
+        if not self.knows(root, facts):
+            made = self._planned(facts)
             with self._lock:
-                self._models[root] = known
+                self._models[root] = made
                 while len(self._models) > MODELS_MAX:
                     del self._models[next(iter(self._models))]
+        known = self._models[root]
         path = self._calibration_path(facts) if known.plan.needs_calibration() else None
         return {"plan": known.plan.as_record(), "calibration": path and str(path)}
 

@@ -15,6 +15,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
 from tiered_kv.service.admission import Admission
+from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.nodesession import NodeSession
@@ -113,6 +114,16 @@ class Node:
                 self.place.abandon(session.reserved)
                 session.reserved.clear()
                 self.engine.freed.notify_all()
+
+    def introduce(self, root: BlockKey, facts: ModelFacts) -> dict:
+        """A worker's model, as `Coder.introduce`; blocks of it that were here before can be coded from now on."""
+        coder = self.place.coder
+        is_new = not coder.knows(root, facts)
+        told = coder.introduce(root, facts)
+        if is_new:
+            with self.running():
+                self.engine.machine.shrinking.hope()
+        return told
 
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks, root first, visible; False for one that was there already.

@@ -40,7 +40,7 @@ class NodeSession:
 
     def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
         _check_chain(root, [])
-        return self._node.place.coder.introduce(root, ModelFacts.of_message(facts))
+        return self._node.introduce(root, ModelFacts.of_message(facts))
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
         _check_chain(root, [(key, parent) for key, parent, _, _ in blocks])

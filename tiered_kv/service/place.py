@@ -27,7 +27,7 @@ from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame, wo
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form
+from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form, Room
 from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
@@ -202,11 +202,11 @@ class Place:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return self._memory[tier].fits(nbytes)
 
-    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
-        if tier is not Tier.HOST or not self.coder.shrinks:
+    def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
+        if tier is not Tier.HOST or not self.coder.shrinks or room is Room.ANYWHERE:
             return self._memory[tier].reserve(nbytes, count)
         capacity_bytes = self.host.capacity_bytes
-        if apart:
+        if room is Room.APART:
             return self.host.reserve_apart(nbytes, staging_bytes(capacity_bytes))
         return self.host.stage(nbytes, count, staging_bytes(capacity_bytes), int(capacity_bytes * FULL_SHARE))
 

@@ -51,6 +51,14 @@ class Filled(Enum):
     LATER = "later"  # the source cannot be reached now
 
 
+class Room(Enum):
+    """Where in a tier in memory an extent may lie, if blocks are coded in it; elsewhere it makes no difference."""
+
+    STAGING = "staging"  # for a block as it was stored: where it can be coded from, or anywhere while there is plenty of room
+    APART = "apart"  # for one that is coded: among its like
+    ANYWHERE = "anywhere"  # for a store that cannot wait
+
+
 class Form(NamedTuple):
     """How a block lies, or will lie, in a tier in memory: the id of its codec, and bytes."""
 
@@ -71,8 +79,8 @@ class Mover(Protocol):
     def fits(self, tier: Tier, nbytes: int) -> bool:
         """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
 
-    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
-        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; `apart`: of one, among other small ones."""
+    def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
+        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one that is to lie apart."""
 
     def free(self, location: Location) -> None:
         """Give the bytes of one copy, or of a reserved extent, back."""
@@ -190,8 +198,9 @@ class Engine:
             return []  # and nobody else has to go for it
         if self._staging_bytes and tier is Tier.HOST:
             keys = keys[: max(self._staging_bytes // nbytes, 1)]
+        room = Room.APART if is_coded else Room.STAGING
         with self.lock:
-            offsets = self._mover.reserve(tier, nbytes, len(keys), apart=is_coded)
+            offsets = self._mover.reserve(tier, nbytes, len(keys), room)
             if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()
@@ -199,14 +208,14 @@ class Engine:
             while not self._closed:
                 missing_bytes = (len(keys) - len(offsets)) * nbytes
                 gave = self._make_room(tier, missing_bytes - self._coming_bytes(tier, is_coded), tail, keys, shrink=not is_coded)
-                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets), apart=is_coded)
+                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets), room)
                 left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
                 if offsets or not self._leaving[tier]:
                     return offsets or self._defragment(tier, nbytes, tail, keys, gave)
                 if left_s <= 0:
                     return self._instead(tier, nbytes, tail, keys) if insist and wait_s else []
                 self.freed.wait(left_s)
-                offsets = self._mover.reserve(tier, nbytes, len(keys), apart=is_coded)
+                offsets = self._mover.reserve(tier, nbytes, len(keys), room)
                 if offsets:  # enough to go on with, for which nobody else has to go
                     return offsets
             return offsets
@@ -232,14 +241,14 @@ class Engine:
         """Extents of blocks that are given up instead of those on their way to a lower tier that is too slow."""
         offsets: list[int] = []
         while not offsets and self._make_room(tier, len(keys) * nbytes, tail, keys, queue=False):
-            offsets = self._mover.reserve(tier, nbytes, len(keys))
+            offsets = self._mover.reserve(tier, nbytes, len(keys), Room.ANYWHERE)
         return offsets
 
     def _defragment(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], gave: bool) -> list[int]:
         """Room was made, but in pieces: give up more blocks until one extent fits, or nothing is left to give."""
         while gave and not self._leaving[tier]:
             gave = self._make_room(tier, nbytes, tail, keys)
-            offsets = self._mover.reserve(tier, nbytes, 1)
+            offsets = self._mover.reserve(tier, nbytes, 1, Room.ANYWHERE)
             if offsets:
                 return offsets
         return []

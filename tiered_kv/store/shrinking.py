@@ -37,7 +37,7 @@ class Shrinking:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._plain: dict[BlockKey, int] = {}  # bytes; least recently used first
-        self._hopeless: set[BlockKey] = set()
+        self._hopeless: dict[BlockKey, int] = {}
         self.under_way: dict[BlockKey, UnderWay] = {}
         self._gain_bytes = 0
         self._before_bytes, self._after_bytes = 0, 0
@@ -52,7 +52,7 @@ class Shrinking:
         """The block is not there any more."""
         if self.capacity_bytes:
             self._plain.pop(key, None)
-            self._hopeless.discard(key)
+            self._hopeless.pop(key, None)
             self._end(key)
             self._is_stuck = False
 
@@ -100,7 +100,12 @@ class Shrinking:
             self._plain[key] = nbytes
             self._is_stuck = True
         else:
-            self._hopeless.add(key)
+            self._hopeless[key] = nbytes
+
+    def hope(self) -> None:
+        """What could not be made smaller may be now: another codec is there."""
+        self._plain |= self._hopeless
+        self._hopeless.clear()
 
     def _end(self, key: BlockKey) -> int:
         """The block is not being coded any more; the bytes that it had before, 0 if it was not."""
@@ -114,5 +119,5 @@ class Shrinking:
         if self.capacity_bytes:
             known = self._plain | {key: nbytes for key, (nbytes, _) in self.under_way.items()}
             assert len(known) == len(self._plain) + len(self.under_way)
-            assert not self._hopeless & known.keys()
-            assert known | {key: stored[key] for key in self._hopeless} == stored
+            assert not self._hopeless.keys() & known.keys()
+            assert known | self._hopeless == stored

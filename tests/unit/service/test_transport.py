@@ -24,11 +24,11 @@ class TestDirectSession(TransportContract):
         session = node.open_session()
         reserve, entered, gate = node.engine.reserve, threading.Event(), threading.Event()
 
-        def slow(*arguments):
+        def slow(*arguments, **options):
             entered.set()
             with node.engine.lock:
                 node.engine.freed.wait_for(gate.is_set, PATIENCE_S)
-            return reserve(*arguments)
+            return reserve(*arguments, **options)
 
         node.engine.reserve = slow
         failures = []

@@ -6,7 +6,7 @@ from tests.unit.store.world import IN_MEMORY, key_of, machine_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import SystemClock
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Engine, Filled, Form
+from tiered_kv.store.engine import Engine, Filled, Form, Room
 
 PATIENCE_S = 30.0
 NBYTES = 100
@@ -72,7 +72,8 @@ class Mover:
     def settle_in(self) -> None:
         pass
 
-    def reserve(self, tier: Tier, nbytes: int, count: int, *, apart: bool = False) -> list[int]:
+    def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
+        assert room in Room
         assert nbytes <= NBYTES
         free = self.free_slots[tier]
         taken, self.free_slots[tier] = free[:count], free[count:]

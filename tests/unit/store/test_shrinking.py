@@ -119,7 +119,10 @@ def test_a_block_that_does_not_shrink_is_tried_once(story: Story) -> None:
         story.world.copies.remove(copy)
         story.tell(ev.CopyFailed(copy.key, HOST, again=False))
     story.commit(8)
-    assert not {1, 2} & set(asked(story))
+    assert not {1, 2, 3} & set(asked(story))
+    story.machine.shrinking.hope()
+    story.need(HOST_BYTES)
+    assert {1, 2, 3} & set(asked(story)), "another codec may do better"
 
 
 def test_the_gain_is_expected_from_what_was_gained_before() -> None:
