@@ -47,8 +47,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     with report.telling(console) as say:
         calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
     prefix_tokens, prompts = _prompts(subject, MEASURED_ON_QUICK if options.quick else MEASURED_ON)
-    with report.counting("measuring on prompt", len(prompts.ids), console) as advance:
-        records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, prefix_tokens, advance=advance)
+    records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, console, prefix_tokens)
     calibration = calibration.with_measured(records)
     paths = written(calibration, options.out)
     report.show_quality(records, f"{subject.name}, {len(prompts.ids)} prompts of {prefix_tokens} tokens that the fit has not seen", console)

@@ -65,8 +65,7 @@ def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     prompts = _prompts(subject, texts, options)
     _say(console, _about(prompts, asked is None and calibration is None, subject))
     kv_dtype = getattr(torch, options.dtype)
-    with report.counting("prompt", len(prompts.ids), console) as advance:
-        records = measured(subject, prompts, codecs, calibration, options.prefix_tokens, options.block_tokens, kv_dtype, advance)
+    records = measured(subject, prompts, codecs, calibration, console, options.prefix_tokens, options.block_tokens, kv_dtype)
     title = f"{subject.name}: {len(prompts.ids)} prompts, {options.prefix_tokens} + {options.continue_tokens} tokens, {options.dtype} KV"
     report.show_quality(records, title, console)
     if options.plot:
@@ -91,27 +90,23 @@ def measured(
     prompts: Prompts,
     codecs: Sequence[str],
     calibration: Calibration | None,
+    console: Console,
     prefix_tokens: int = PREFIX_TOKENS,
     block_tokens: int = 64,
     kv_dtype: torch.dtype = torch.bfloat16,
-    advance: Any = lambda part: None,
 ) -> list[dict[str, Any]]:
-    """The quality of codecs on all prompts, and their speed on the KV of the first: a record for each codec."""
-    qualities = evaluate(
-        subject.model,
-        prompts.ids,
-        codecs,
-        prefix_tokens=prefix_tokens,
-        block_tokens=block_tokens,
-        kv_dtype=kv_dtype,
-        calibration=calibration,
-        advance=advance,
-    )
+    """The quality of codecs on all prompts, and their speed on the KV of the first: a record for each codec. Shows how far it is."""
+    facts = {"prefix_tokens": prefix_tokens, "block_tokens": block_tokens, "kv_dtype": kv_dtype, "calibration": calibration}
+    with report.counting("prompt", len(prompts.ids), console) as advance:
+        qualities = as_records(evaluate(subject.model, prompts.ids, codecs, advance=advance, **facts))
     prefix = prompts.ids[0][:, :prefix_tokens]
     kv, rope = prefix_kv(subject.model, prefix, kv_dtype), rope_of_model(subject.model)
-    fast = speeds(kv, codecs, rope, (block_tokens,), calibration=calibration)
     prefill_us = prefill_us_per_token(subject.model, prefix)
-    return [quality | _speed(speed, prefill_us) for quality, speed in zip(as_records(qualities), fast, strict=True)]
+    with report.counting("speed of codec", len(codecs), console) as advance:
+        for codec, record in zip(codecs, qualities, strict=True):
+            record |= _speed(speeds(kv, [codec], rope, (block_tokens,), calibration=calibration)[0], prefill_us)
+            advance(1)
+    return qualities
 
 
 def _speed(speed: dict[str, Any], prefill_us: float) -> dict[str, Any]:
