@@ -31,9 +31,11 @@ check: $(STAMP)  ## lint and format
 sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
 	$(BIN)/tiered-kv simulate $(TRACES)
 
-bench: $(STAMP)  ## fetch, store and disk as ratios to memcpy and plain system calls
+bench: $(STAMP)  ## fetch, store, disk and codecs as ratios to memcpy and plain system calls; the memory that codecs save
 	$(BIN)/tiered-kv bench fetch
 	$(BIN)/tiered-kv bench disk
+	$(BIN)/tiered-kv bench codec
+	$(BIN)/tiered-kv bench held
 
 clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist *.egg-info
