@@ -170,6 +170,10 @@ BAD = [
     *[("objects_cap", value) for value in (0, "1KiB", "lots", None)],
     *[("cost_weight", value) for value in (-0.1, 1.1, "1", None, True, float("nan"))],
     *[("seed", value) for value in (-1, "1", None, True, 1.5)],
+    *[("quality", value) for value in ("", "best", "EXACT", None, 1)],
+    *[("codec", value) for value in ("", "int8", "host=", "=int8", "gpu=int8", "device=int8", "host=int8,host=int4", "host=int8,", 1)],
+    *[("error_budget", value) for value in ("", "1e-3", "kl", "kl=", "kl=0", "kl=-1", "kl=nan", "kl=inf", "mse=1", 1e-3)],
+    *[("calibration", value) for value in ("", 1)],
 ]
 
 
