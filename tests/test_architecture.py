@@ -102,6 +102,7 @@ BOUNDARIES = {
     "tiered_kv/integrations/support.py _probe",
     "tiered_kv/integrations/transformers.py CachedModel._fetch",
     "tiered_kv/integrations/transformers.py CachedModel._store",
+    "tiered_kv/integrations/transformers.py CachedModel.keep",
     "tiered_kv/demo/model.py _attempt",
 }
 

@@ -4,6 +4,9 @@ Shapes: by prefix kv is (L, 2, H, N, D) as in `layout`; by position key and valu
 """
 
 import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -21,6 +24,16 @@ from tiered_kv.service.profile import Profile
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _EVICTED = ("dropped", "not_admitted", "dropped_under_pressure")
+_COUNTS = {
+    "lookups": "asked_blocks",
+    "hits": "hit_blocks",
+    "tokens_saved": "prefill_tokens_saved",
+    "prefill_seconds_saved": "prefill_seconds_saved",
+    "evictions": "",
+    "stores": "",
+    "refused_blocks": "",
+}
+"""Counts of `get_stats`, and those of the node that they are."""
 _MIB = 1 << 20
 
 
@@ -58,12 +71,13 @@ class BaseKVCache:
         self.layout = layout or config.layout
         self.namespace = namespace or Namespace(weights="kv_cache")
         self.profile = Profile(clock) if config.enable_profiling else None
-        self._rope = rope
+        self.rope = rope
         self._clock = clock
         self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._placed: dict[int, Placed] = {}
         self._serial = 0
+        self._rehearsed: Counter[str] = Counter()
         self._closed = False
 
     # By prefix
@@ -88,7 +102,7 @@ class BaseKVCache:
             raise TieredKVError(
                 Kind.LAYOUT, "the layout is not known yet: give layout=, or num_layers, num_heads, head_dim and dtype, or store first"
             )
-        return self.engine(self.layout).client(self.layout, self.namespace, rope=self._rope)
+        return self.engine(self.layout).client(self.layout, self.namespace, rope=self.rope)
 
     def _layout_of(self, kv: Any) -> KVLayout:
         if not isinstance(kv, torch.Tensor) or kv.ndim != 5 or kv.shape[1] != 2:
@@ -180,29 +194,47 @@ class BaseKVCache:
         """
         with self._lock:
             engine = self._engine
-        fixed = {"strategy": self.config.cache_strategy.value, "mode": self.config.cache_mode.value, "max_tokens": self.config.max_tokens}
-        node = engine.node.stats() if engine is not None else {"tiers": {"host": {}}, "counts": {}}
-        host, counts = node["tiers"]["host"], node["counts"]
+        node = engine.node.stats() if engine is not None else {"tiers": {}, "codecs": {"coded": {}}, "blocks": 0}
+        host = node["tiers"].get("host", {"used_bytes": 0, "capacity_bytes": 0})
         withheld = engine.withheld_bytes if engine is not None else 0
-        lookups, hits = node.get("asked_blocks", 0), node.get("hit_blocks", 0)
-        used_bytes = host.get("used_bytes", 0) - withheld
-        return fixed | {
-            "lookups": lookups,
-            "hits": hits,
-            "misses": lookups - hits,
-            "hit_rate": hits / lookups if lookups else 0.0,
-            "num_entries": node.get("blocks", 0),
-            "evictions": sum(counts.get(name, 0) for name in _EVICTED),
+        counts = self._counted(engine)
+        lookups, used_bytes = counts["lookups"], host["used_bytes"] - withheld
+        return {
+            "strategy": self.config.cache_strategy.value,
+            "mode": self.config.cache_mode.value,
+            "max_tokens": self.config.max_tokens,
+            **counts,
+            "misses": lookups - counts["hits"],
+            "hit_rate": counts["hits"] / lookups if lookups else 0.0,
+            "num_entries": node["blocks"],
             "memory_usage_bytes": used_bytes,
             "memory_usage_mb": used_bytes / _MIB,
-            "capacity_bytes": host.get("capacity_bytes", 0) - withheld,
-            "tokens_saved": node.get("prefill_tokens_saved", 0),
-            "prefill_seconds_saved": node.get("prefill_seconds_saved", 0.0),
-            "stores": int(engine.client_stats("stores")) if engine is not None else 0,
-            "refused_blocks": int(engine.client_stats("refused_blocks")) if engine is not None else 0,
-            "tiers": node["tiers"] if engine is not None else {},
-            "codecs": node["codecs"]["coded"] if engine is not None else {},
+            "capacity_bytes": host["capacity_bytes"] - withheld,
+            "tiers": node["tiers"],
+            "codecs": node["codecs"]["coded"],
         }
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[Client]:
+        """A client of a namespace of its own, whose blocks are given up at the end; figures and profile are those of before."""
+        engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
+        before = self._counted(engine)
+        yield engine.client(self.layout, namespace)
+        engine.forget(namespace)
+        for name, count in self._counted(engine).items():
+            self._rehearsed[name] += count - before[name]
+        if self.profile is not None:
+            self.profile.reset()
+
+    def _counted(self, engine: Engine | None) -> Counter[str]:
+        """Counts that only ever grow, less those of rehearsals."""
+        if engine is None:
+            return Counter(dict.fromkeys(_COUNTS, 0))
+        node = engine.node.stats()
+        counts = {name: node[of] for name, of in _COUNTS.items() if of}
+        counts["evictions"] = sum(node["counts"].get(name, 0) for name in _EVICTED)
+        counts |= {name: engine.client_stats(name) for name in ("stores", "refused_blocks")}
+        return Counter({name: count - self._rehearsed[name] for name, count in counts.items()})
 
     def profile_table(self) -> str:
         """Time by stage as text. Raises (kind `config`) unless `enable_profiling` is set."""
@@ -214,6 +246,7 @@ class BaseKVCache:
         """Forget everything, figures as well, and give the memory back until the next store."""
         with self._lock:
             self._placed.clear()
+            self._rehearsed.clear()
             engine, self._engine = self._engine, None
             if engine is not None:
                 engine.close()

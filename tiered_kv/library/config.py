@@ -32,8 +32,8 @@ class CacheMode(Enum):
     """What a model with a cache attached is used for.
 
     INFERENCE: prompts and what was generated behind them are kept. BULK: prompts only, for many independent requests.
-    TRAINING: calls in training mode run past the cache, and whenever the weights have changed a new namespace is begun; in the
-    other modes a model in training mode is refused.
+    TRAINING: calls in training mode run past the cache; in the other modes they are refused. Whenever weights have changed, in any
+    mode, a new namespace is begun.
     """
 
     INFERENCE = "inference"

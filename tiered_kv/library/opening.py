@@ -64,6 +64,13 @@ class Engine:
         with self._lock:
             return sum(client.own_stats().get(name) or 0 for client in self._clients.values())
 
+    def forget(self, namespace: Namespace) -> None:
+        """Give up all blocks of a namespace."""
+        with self._lock:
+            ours = [key for key in self._clients if key[1] == namespace]
+        for layout, _ in ours:
+            self.node.forget(namespace.root(layout))
+
     def settle(self) -> None:
         """Wait until nothing is on its way within the engine, and what was used is counted."""
         self.node.engine.drain_touches()

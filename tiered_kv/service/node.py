@@ -223,6 +223,15 @@ class Node:
         """End one `hold` of each of these blocks."""
         self.engine.handle([ev.Unpinned(key) for key in keys])
 
+    def forget(self, root: BlockKey) -> None:
+        """Give up all blocks below `root`, in every tier; nobody may be holding one."""
+        self.engine.settle()
+        with self.running():
+            blocks = self.engine.machine.blocks
+            ours = [key for key, block in blocks.items() if block.root == root]
+            for key in reversed(ours):  # children came later
+                self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
+
     def report(self) -> None:
         """Tell the coordinator now what would be told in a moment."""
         if self._reporter and not self._closing.is_set():

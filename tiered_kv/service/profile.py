@@ -27,7 +27,12 @@ class Profile:
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._stages = {stage: Stage(stage, 0, 0.0, 0.0) for stage in STAGES}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        with self._lock:
+            self._stages = {stage: Stage(stage, 0, 0.0, 0.0) for stage in STAGES}
 
     def timed(self, stage: str, function: Callable) -> Callable:
         """The function, its time counted to `stage`."""
