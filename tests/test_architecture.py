@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "clock",
     ],  # + the vocabulary
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
-    "library": ["service", "integrations", "ops", "codecs", "config", "layout", "keys", "blocks", "errors", "clock"],
+    "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],
     "integrations": ["service", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
     "actors": ["service", "config", "errors", "keys", "clock"],  # + keys, clock
     "cluster": ["actors", "service", "config", "errors", "keys"],  # + errors, keys; the rooms below: only its commands, only later

@@ -2,6 +2,6 @@
 
 Owns: the settings of such a cache, look-up by prefix, by position and by page, and models with a cache attached. All of it
 stands on a node of this process (`service.inprocess`); there is no second store, policy or codec here.
-May import: service, integrations, ops, codecs, config, keys, layout, blocks, errors, clock; numpy, torch, transformers.
-Must never know: ray, actors, cluster, tiers, store.
+May import: service, integrations, ops, codecs, tiers.folderstore, config, keys, layout, blocks, errors, clock; numpy, torch.
+Must never know: ray, actors, cluster, store, other tiers.
 """

@@ -153,6 +153,17 @@ class BaseKVCache:
         with self._lock:
             return [at for at, placed in self._placed.items() if self._is_there(placed)]
 
+    def placed(self) -> dict[int, Placed]:
+        """What lies at which position."""
+        with self._lock:
+            return {at: self._placed[at] for at in self.positions()}
+
+    def place(self, placed: dict[int, Placed]) -> None:
+        """Say what lies at positions whose blocks came from a checkpoint, in place of what was there."""
+        with self._lock:
+            self._placed |= placed
+            self._serial = max([self._serial, *(each.serial + 1 for each in placed.values())])
+
     def _is_there(self, placed: Placed) -> bool:
         ids = [placed.serial] * placed.layout.block_tokens
         return self._positions(placed.layout).match(ids).tokens > 0
@@ -165,10 +176,11 @@ class BaseKVCache:
             self._positions(placed.layout).store(ids, empty, start=len(ids), hint=Hint(ended=True))
 
     def _positions(self, layout: KVLayout) -> Client:
-        return self.engine(layout).client(layout, self._namespace_of_positions)
+        return self.engine(layout).client(layout, self.namespace_of_positions)
 
     @property
-    def _namespace_of_positions(self) -> Namespace:
+    def namespace_of_positions(self) -> Namespace:
+        """Under which namespace pairs lie that were put at positions; of each layout they are a model of their own."""
         return Namespace(weights=f"positions of {self.namespace.digest.hex()}", tenant=self.namespace.tenant)
 
     @staticmethod

@@ -50,6 +50,7 @@ class Advice(NamedTuple):
 
 _MORE_MEMORY = "raise max_tokens, quantize (use_quantization), or add a disk tier"
 _IDLE = "less memory would do: lower max_tokens"
+_PROFILE = "look at the profile (enable_profiling)"
 THRESHOLDS: dict[str, Advice] = {
     "hit_rate": Advice("hit rate", True, f"few prompts share a prefix, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
     "recent_hit_rate": Advice("recent hit rate", True, f"traffic has changed, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
@@ -57,10 +58,8 @@ THRESHOLDS: dict[str, Advice] = {
     "memory_share": Advice("share of memory used", False, _IDLE, _MORE_MEMORY),
     "evictions": Advice("evictions", False, "nothing is wrong", f"blocks leave before they are used again: {_MORE_MEMORY}"),
     "num_entries": Advice("blocks", False, "nothing is kept: see whether prompts reach a whole block (block_tokens)", _MORE_MEMORY),
-    "operation_time_s": Advice("mean operation time in s", False, "nothing is wrong", "look at the profile (enable_profiling)"),
-    "operation_time_p99_s": Advice(
-        "slowest hundredth of operations in s", False, "nothing is wrong", "look at the profile (enable_profiling)"
-    ),
+    "operation_time_s": Advice("mean operation time in s", False, "nothing is wrong", _PROFILE),
+    "operation_time_p99_s": Advice("slowest hundredth of operations in s", False, "nothing is wrong", _PROFILE),
     "operations_per_s": Advice("operations a second", True, "the cache is hardly used, or slow: look at the profile", "traffic is high"),
 }
 """The metrics that thresholds may be set for."""

@@ -62,8 +62,15 @@ def test_both_bounds_of_one_metric() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"hitrate": 0.3}, {"hit_rate": "0.3"}, {"hit_rate": (0.9, 0.1)}, {"hit_rate": (None, None)}, {"hit_rate": (1, 2, 3)}]
-    + [{"evictions": float("nan")}, {"evictions": True}],
+    [
+        {"hitrate": 0.3},
+        {"hit_rate": "0.3"},
+        {"hit_rate": (0.9, 0.1)},
+        {"hit_rate": (None, None)},
+        {"hit_rate": (1, 2, 3)},
+        {"evictions": float("nan")},
+        {"evictions": True},
+    ],
 )
 def test_thresholds_that_are_none_are_refused(wrong: dict) -> None:
     with pytest.raises(TieredKVError, match="alert_thresholds") as caught:
