@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -102,9 +102,12 @@ class TransformersKVCache:
     # Attaching
 
     def attach(self) -> None:
-        """From now on `model.generate` and `model(...)` use this cache; a second time does nothing."""
+        """From now on `model.generate` and `model(...)` use this cache; a second time does nothing. Takes the memory: raises where there
+        is too little of it.
+        """
         if self.attachment is None:
             raise TieredKVError(Kind.MODEL, "there is no model; give model= or call bind(model)")
+        self.cache.client()
         if not self.attachment.is_attached:
             self.attachment.attach()
 
@@ -212,6 +215,11 @@ class _Fresh:
     def __init__(self, client: Callable[[], Any], layout: Any) -> None:
         self._client = client
         self.layout = layout
+
+    def note_prefill(self, tokens: int, seconds: float) -> None:
+        """As the client's; a cache that was closed meanwhile is no error of the request."""
+        with suppress(TieredKVError):
+            self._client().note_prefill(tokens, seconds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client(), name)

@@ -305,6 +305,26 @@ def test_detached_the_model_is_as_before(attached):
     assert cache.get_cache_stats()["lookups"] == 0
 
 
+def test_a_cache_that_fails_fails_no_request(attached, monkeypatch):
+    model = tiny()
+    ids = prompt_of(20)
+    plain = model.generate(ids, **GREEDY)
+    with torch.no_grad():
+        logits = model(ids).logits
+        cache = attached(model)
+        cache.cache.close()  # as another thread might
+        for inputs in ({"input_ids": ids}, {"input_ids": ids.repeat(2, 1)}):
+            assert torch.equal(model.generate(**inputs, **GREEDY)[:1], plain)
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_too_little_memory_is_said_when_attaching(tmp_path):
+    model = tiny()
+    with pytest.raises(TieredKVError, match="shm_path"):
+        TransformersKVCache(CONFIG.with_(tiers={"shm_path": str(tmp_path / "nowhere")}), model=model)
+    assert "generate" not in vars(model)
+
+
 def test_what_was_put_over_the_cache_stays(attached):
     model = tiny()
     cache = attached(model)
