@@ -226,7 +226,7 @@ class _Fresh:
 
 
 def _weights_of(model: Any) -> tuple:
-    """What changes when weights are written or replaced, or adapters switched: no pass over them, some 0.1 ms."""
+    """What changes when weights are written or replaced, or adapters switched: no pass over them, 4 µs a tensor."""
     tensors = [*model.parameters(), *model.buffers()]
     adapters = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
     return (str(adapters), *((each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in tensors))

@@ -227,6 +227,40 @@ def test_streaming(attached):
         assert listener.heard == [*output[0].tolist(), "end"]
 
 
+def test_chat_templates(attached):
+    words = {f"w{number}": number for number in range(VOCAB)}
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}w1 {{ message.content }} w2 {% endfor %}"
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", chat_template=template)
+    model = tiny()
+    talk = [{"role": "user", "content": " ".join(f"w{number}" for number in range(3, 40))}]
+    cache, reused = attached(model, tokenizer=tokenizer), []
+    for _ in range(3):
+        inputs = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt")
+        output = model.generate(**inputs, **GREEDY)
+        assert torch.equal(output, tiny().generate(**inputs, **GREEDY))
+        reused.append(cache.last_report.reused_tokens)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "w5 w6 w7"}]
+    assert reused == sorted(reused)
+    assert reused[1] >= 4 * BLOCK
+    assert cache.get_cache_stats()["passed"] == {}
+
+
+@pytest.mark.gpu
+def test_a_device_of_its_own(attached):
+    model = tiny().to("cuda")
+    ids = prompt_of(20).to("cuda")
+    plain = model.generate(ids, **GREEDY)
+    cache = attached(model)
+    for inputs in (ids, ids, ids.repeat(2, 1)):
+        assert torch.equal(model.generate(inputs, **GREEDY)[:1], plain)
+    assert cache.last_report.reused_tokens == 4 * BLOCK
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_dtype_of_its_own(dtype, attached):
     model = tiny(dtype=dtype)
