@@ -54,7 +54,11 @@ class TransformersKVCache:
         self._cached: CachedModel | None = None
         if model is not None:
             self.bind(model)
-            self.attach()
+            try:
+                self.attach()
+            except TieredKVError:
+                self.cache.close()
+                raise
 
     def bind(self, model: Any) -> None:
         """Make this the cache of `model`, without attaching it yet. Cost: a few tokens through the model, one pass over its weights."""
