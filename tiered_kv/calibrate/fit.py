@@ -25,7 +25,7 @@ V_STEP = 0.8
 """V is rounded this much finer: its errors add up over the tokens that attend to it."""
 
 UNIT = 0.87
-"""A step is this much of what the metric says: so the steps that qualities name are, on the default model, a sixth within what is promised."""
+"""A step is this much of what the metric says, so that the steps of the qualities are well within what is promised on the default model."""
 
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
