@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integrations")]
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +20,21 @@ def quiet():
     yield
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(before)
+
+
+@pytest.fixture
+def attached(request):
+    """`attached(model)` is a cache of it; closed at the end, its books checked."""
+
+    def make(model, config=None, **options):
+        from library_config import CONFIG
+
+        from tiered_kv import TransformersKVCache
+
+        config = config or CONFIG
+        cache = TransformersKVCache(config, model=model, **options)
+        request.addfinalizer(cache.close)
+        request.addfinalizer(cache.cache.check)
+        return cache
+
+    return make
