@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test check sim bench clean
+.PHONY: help demo test check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -36,6 +36,10 @@ bench: $(STAMP)  ## fetch, store, disk and codecs as ratios to memcpy and plain 
 	$(BIN)/tiered-kv bench disk
 	$(BIN)/tiered-kv bench codec
 	$(BIN)/tiered-kv bench held
+
+docs: $(STAMP)  ## the pages of docs/ and the API reference, in build/docs; warnings and broken links are errors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist *.egg-info

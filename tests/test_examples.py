@@ -1,6 +1,7 @@
 """Every example runs as its reader would run it: a process of its own beside a cluster that `tiered-kv up` started."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,3 +42,15 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 @pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_an_example_runs(example, running_cluster):
     assert run(str(example), environment=running_cluster).strip(), "an example shows what it does"
+
+
+LIBRARY_EXAMPLES = [path for path in sorted((ROOT / "examples" / "library").glob("*.py")) if path.stem != "tiny"]
+
+
+@pytest.mark.parametrize("example", LIBRARY_EXAMPLES, ids=[path.stem for path in LIBRARY_EXAMPLES])
+def test_an_example_of_the_library_runs(example, tmp_path, monkeypatch, capsys):
+    """In this process, for the time that it takes to import torch; beside the file that it imports, as Python runs a script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(example.parent))
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "an example shows what it does"

@@ -16,16 +16,60 @@ from tiered_kv.layout import KVLayout
 if TYPE_CHECKING:
     from tiered_kv.clock import Clock
     from tiered_kv.compression import Compressor
+    from tiered_kv.library.cache import AdaptiveKVCache, BaseKVCache
+    from tiered_kv.library.config import CacheMode, CacheStrategy, KVCacheConfig
+    from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
+    from tiered_kv.library.paged import PagedKVCache
+    from tiered_kv.library.persistence import CachePersistence
+    from tiered_kv.memory_manager import MemoryManager
+    from tiered_kv.ops.monitor import CacheMonitor
     from tiered_kv.quantization import Quantizer
     from tiered_kv.service.client import Client
+    from tiered_kv.strategies import create_eviction_strategy
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Compressor", "Config", "Hint", "KVLayout", "Kind", "Namespace", "Quantizer", "TieredKVError", "attach", "open"]
+__all__ = [
+    "AdaptiveKVCache",
+    "BaseKVCache",
+    "CacheMode",
+    "CacheMonitor",
+    "CachePersistence",
+    "CacheStrategy",
+    "Client",
+    "Compressor",
+    "Config",
+    "Hint",
+    "KVCacheConfig",
+    "KVLayout",
+    "Kind",
+    "MemoryManager",
+    "ModelCacheWrapper",
+    "Namespace",
+    "PagedKVCache",
+    "Quantizer",
+    "TieredKVError",
+    "TransformersKVCache",
+    "attach",
+    "create_eviction_strategy",
+    "open",
+]
 
 _LATER = {
+    "AdaptiveKVCache": "tiered_kv.library.cache",
+    "BaseKVCache": "tiered_kv.library.cache",
+    "CacheMode": "tiered_kv.library.config",
+    "CacheMonitor": "tiered_kv.ops.monitor",
+    "CachePersistence": "tiered_kv.library.persistence",
+    "CacheStrategy": "tiered_kv.library.config",
     "Client": "tiered_kv.service.client",
     "Compressor": "tiered_kv.compression",
+    "KVCacheConfig": "tiered_kv.library.config",
+    "MemoryManager": "tiered_kv.memory_manager",
+    "ModelCacheWrapper": "tiered_kv.library.model",
+    "PagedKVCache": "tiered_kv.library.paged",
     "Quantizer": "tiered_kv.quantization",
+    "TransformersKVCache": "tiered_kv.library.model",
+    "create_eviction_strategy": "tiered_kv.strategies",
 }
 
 

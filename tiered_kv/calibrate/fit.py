@@ -24,8 +24,8 @@ ECUQ_FLOOR = 0.75
 V_STEP = 0.8
 """V is rounded this much finer: its errors add up over the tokens that attend to it."""
 
-UNIT = 0.94
-"""A step of xlayer is this much of what the metric says: so 2e-4 is on the default model within the quality that is promised of it."""
+UNIT = 0.87
+"""A step is this much of what the metric says, so that the steps of the qualities are well within what is promised on the default model."""
 
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
@@ -39,6 +39,7 @@ def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
     floor = ECUQ_FLOOR * sensitivity.mean((-1, -2), keepdim=True)
     width = _tiny_guard(sensitivity + floor).rsqrt()
     width[:, 1] *= V_STEP
+    width *= UNIT
     width = width.transpose(1, 2).reshape(layers, channels)
     return EcuqTables(*(_plain(each, geometry) for each in (mean, width, spread / width)))
 

@@ -49,6 +49,7 @@ _RULES = {
     "use_cache": Rule(lambda value: value is None or bool(value), "without a KV cache nothing can be reused"),
     "cache_implementation": Rule(lambda value: value in (None, "hybrid"), "the cache is filled by tiered_kv and is always a dynamic one"),
 }
+_REPEATS = ("num_beams", "num_return_sequences")
 _NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
 _SETTINGS = frozenset(vars(GenerationConfig()))
 _BESIDE = frozenset({"attention_mask", "tokenizer"})
@@ -56,20 +57,59 @@ _BESIDE = frozenset({"attention_mask", "tokenizer"})
 
 def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     """The prompt as (1, n) ids, or `TieredKVError` (kind `model`) that names the argument which cannot be served."""
+    _check_model(model)
+    prompt = _one_prompt(model, input_ids)
+    _check_arguments(model, arguments, _RULES)
+    _check_padding(model, prompt, arguments)
+    return prompt
+
+
+class Batch(NamedTuple):
+    """Several prompts as rows of `input_ids`, each behind `pads` columns of padding, and how often generate repeats each row."""
+
+    input_ids: torch.Tensor
+    pads: list[int]
+    copies: int
+
+
+def check_batch(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> Batch:
+    """The prompts of a request with padding on the left, beams or several answers; raises as `check_request`."""
+    _check_model(model)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+        raise _refusal("input_ids", "a tensor (prompts, tokens) of whole numbers is needed")
+    _check_arguments(model, arguments, {name: rule for name, rule in _RULES.items() if name not in _REPEATS})
+    copies = max(int(effective(model, arguments, name) or 1) for name in _REPEATS)
+    if arguments.get("attention_mask") is None:
+        _check_padding(model, input_ids, arguments)
+        return Batch(input_ids, [0] * len(input_ids), copies)
+    return Batch(input_ids, left_pads(input_ids, arguments["attention_mask"]), copies)
+
+
+def left_pads(input_ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
+    """How many columns of padding stand before each prompt; raises (kind `model`) for a mask of anything else."""
+    if tuple(mask.shape) == tuple(input_ids.shape) and bool(((mask == 0) | (mask == 1)).all()):
+        pads = (mask == 0).sum(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        if bool((mask[:, -1] == 1).all()) and bool(((columns >= pads[:, None]) == (mask == 1)).all()):
+            return pads.tolist()
+    raise _refusal("attention_mask", "it must be zeros for padding on the left of a prompt and ones for its tokens")
+
+
+def _check_model(model: Any) -> None:
     if model.training:
         raise _refusal("model", "it is in training mode, where dropout makes KV random; call model.eval()")
     if torch.is_autocast_enabled(model.device.type):
         raise _refusal("autocast", "KV computed under torch.autocast is not the model's own; load the model in the wanted dtype")
-    prompt = _one_prompt(model, input_ids)
+
+
+def _check_arguments(model: Any, arguments: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, value in arguments.items():
         if value is not None and name not in _SETTINGS and name not in _NAMED and name not in _BESIDE:
             raise _refusal(name, "KV may depend on it, not on token ids alone")
-    for name, rule in _RULES.items():
+    for name, rule in rules.items():
         value = effective(model, arguments, name)
         if not rule.allows(value):
             raise _refusal(name, f"{rule.why}, got {value if isinstance(value, int | float | str) else type(value).__name__!r}")
-    _check_padding(model, prompt, arguments)
-    return prompt
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:

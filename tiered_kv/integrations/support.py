@@ -42,16 +42,17 @@ def layout_of(model: Any, block_tokens: int = 64) -> KVLayout:
     return check_supported(model).layout(block_tokens)
 
 
-def check_supported(model: Any) -> CacheShape:
+def check_supported(model: Any, *, generates: bool = True) -> CacheShape:
     """The shape of the model's cache, if its KV can be reused; else `TieredKVError` (kind `model`) that says why not.
 
+    `generates` False: also a decoder without a language head, such as `AutoModel` makes; it is run by its forward.
     Cost: three runs of the model on at most five tokens. No random number is drawn, no state of the model changes.
     """
     for check in _CHECKS:
-        reason = check(model)
+        reason = check(model) if generates or check is not _cannot_generate else None
         if reason:
             raise _refusal(model, reason)
-    return _probe(model)
+    return _probe(model, _one_step if model.can_generate() else _one_forward)
 
 
 def _refusal(model: Any, reason: str) -> TieredKVError:
@@ -59,11 +60,17 @@ def _refusal(model: Any, reason: str) -> TieredKVError:
     return TieredKVError(Kind.MODEL, f"{name} cannot be served from the cache: {reason}", model=name, reason=reason)
 
 
-def _cannot_generate(model: Any) -> str | None:
+def _is_other(model: Any) -> str | None:
+    if hasattr(model, "_orig_mod"):
+        return "it is the result of torch.compile; attach the model itself, and compile it afterwards"
     if not hasattr(model, "config") or not hasattr(model, "can_generate"):
         return "it is not a transformers model"
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder model, whose KV depends on the encoder's input"
+    return None
+
+
+def _cannot_generate(model: Any) -> str | None:
     if not model.can_generate():
         return "it does not generate text (an encoder, or a model without a language head); load it with AutoModelForCausalLM"
     return None
@@ -143,6 +150,7 @@ def _adapter_sees_other_tokens(model: Any) -> str | None:
 
 
 _CHECKS: tuple[Callable[[Any], str | None], ...] = (
+    _is_other,
     _cannot_generate,
     _reads_more_than_tokens,
     _runs_otherwise,
@@ -153,15 +161,18 @@ _CHECKS: tuple[Callable[[Any], str | None], ...] = (
 )
 
 
-def _probe(model: Any) -> CacheShape:
+Step = Callable[[Any, torch.Tensor, DynamicCache], tuple[torch.Tensor, DynamicCache]]
+
+
+def _probe(model: Any, step: Step) -> CacheShape:
     """Run five tokens at once and as three plus two, and compare what the cache holds."""
     ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
     try:
-        whole_logits, whole = _one_step(model, ids, DynamicCache(config=model.config))
-        _, prefix = _one_step(model, ids[:, :PROBE_PREFIX_TOKENS], DynamicCache(config=model.config))
+        whole_logits, whole = step(model, ids, DynamicCache(config=model.config))
+        _, prefix = step(model, ids[:, :PROBE_PREFIX_TOKENS], DynamicCache(config=model.config))
         shape = _shape_of(model, whole, PROBE_TOKENS)
         _shape_of(model, prefix, PROBE_PREFIX_TOKENS)
-        parts_logits, parts = _one_step(model, ids, prefix)
+        parts_logits, parts = step(model, ids, prefix)
         _shape_of(model, parts, PROBE_TOKENS)
     except TieredKVError:
         raise
@@ -183,6 +194,13 @@ def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch
     )  # fmt: skip
     output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=settings)
     return output.logits[0], output.past_key_values
+
+
+def _one_forward(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:
+    """The same for a model without a language head: what it makes of the last token."""
+    with torch.no_grad():
+        output = model(ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True)
+    return output.last_hidden_state[:, -1], output.past_key_values
 
 
 def _shape_of(model: Any, cache: Any, tokens: int) -> CacheShape:

@@ -188,6 +188,27 @@ class CachedModel:
         )
         return output, report
 
+    @property
+    def shape(self) -> CacheShape:
+        """What the model's cache looks like."""
+        return self._shape
+
+    def found(self, ids: np.ndarray) -> Fetched:
+        """The longest prefix of a prompt that the cache has, in memory of its own; nothing where the cache fails."""
+        return self._fetch(ids, None)
+
+    def nothing(self) -> Fetched:
+        """What is found where nothing is looked for."""
+        return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
+
+    def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int) -> Stored:
+        """Keep the KV of ids[start:], one (key, value) of (H, n, D) a layer; refused where the cache fails."""
+        try:
+            return self.client.store(ids, pairs, start=start)
+        except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
+            self._log_once("store", error)
+            return Stored(0, 0, 0)
+
     def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None) -> Fetched:
         try:
             fetched = self.client.fetch(ids, scratch)
@@ -196,7 +217,7 @@ class CachedModel:
                 raise TieredKVError(Kind.LAYOUT, f"fetched {fetched.tokens} tokens for a prompt of {len(ids)}")
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("fetch", error)
-            return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
+            return self.nothing()
         return fetched
 
     def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint) -> Stored:

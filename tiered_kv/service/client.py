@@ -76,6 +76,7 @@ class Client:
         self._clock = clock or SystemClock()
         self._pool = SessionPool(connect, self._clock)
         self._writer = BlockWriter(layout, self._root, source)
+        self._hash = chain_keys
         self._deadline_ms = deadline_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
@@ -164,7 +165,7 @@ class Client:
         self._check_open()
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
-        keys = chain_keys(self._root, ids, self.layout.block_tokens)
+        keys = self._hash(self._root, ids, self.layout.block_tokens)
         kv = self._writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
         shown = self._source.lookup_all(keys)
@@ -225,11 +226,20 @@ class Client:
         `prefill_tokens_per_s` is None.
         """
         self._check_open()
+        return {"client": self.own_stats(), "node": self._ask(lambda session: session.stats(), None)}
+
+    def own_stats(self) -> dict:
+        """The counts of this client alone; no call."""
         with self._lock:
             own = dict(self._counts)
         own |= self._savings.stats()
-        own |= {"node_calls": self._pool.calls, "retries": self._source.retries}
-        return {"client": own, "node": self._ask(lambda session: session.stats(), None)}
+        return own | {"node_calls": self._pool.calls, "retries": self._source.retries}
+
+    def measure(self, timed: Callable[[str, Callable], Callable]) -> None:
+        """From now on run each stage's function as `timed(stage, function)` gives it (`service.profile`); once, before any use."""
+        self._hash = timed("hash", self._hash)
+        self._writer.write = timed("store", self._writer.write)
+        self._source.measure(timed)
 
     @property
     def node_calls(self) -> int:
@@ -252,7 +262,7 @@ class Client:
 
     def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
         self._check_open()
-        return chain_keys(self._root, as_token_ids(token_ids), self.layout.block_tokens)
+        return self._hash(self._root, as_token_ids(token_ids), self.layout.block_tokens)
 
     def _bring(self, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
         """What can be found after the node was asked for blocks that only it can read."""

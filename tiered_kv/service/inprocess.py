@@ -3,6 +3,7 @@
 import atexit
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,32 +99,45 @@ class InProcessTransfer:
         return self._frames
 
 
-def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
-    """A client with a node of its own in this process, which ends with it, at the latest when the interpreter exits.
+class Embedded:
+    """A node of its own in this process, without peers, which ends with `close`, at the latest when the interpreter exits.
 
-    What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the client.
+    What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the node.
     """
-    scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
-    if scratch:
-        config = config.with_(disk_path=str(Path(scratch.name) / "segments"))
-    try:
-        if scratch:
-            Path(config.disk_path).mkdir(mode=0o700)
-        node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
-    except TieredKVError:
-        if scratch:
-            scratch.cleanup()
-        raise
 
-    def close() -> None:
-        atexit.unregister(close)
-        node.close()
-        if scratch:
-            scratch.cleanup()
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        self._clock = clock
+        self._scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
+        if self._scratch:
+            config = config.with_(disk_path=str(Path(self._scratch.name) / "segments"))
+        try:
+            if self._scratch:
+                Path(config.disk_path).mkdir(mode=0o700)
+            self.node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
+        except TieredKVError:
+            if self._scratch:
+                self._scratch.cleanup()
+            raise
+        atexit.register(self.close)
 
-    atexit.register(close)
+    def client(self, layout: KVLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
+        """A client of the node by direct calls; several may be open, of different layouts and namespaces."""
+        node = self.node
+        return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
+
+    def close(self) -> None:
+        """End the node and remove its files; close its clients before. A second time does nothing."""
+        atexit.unregister(self.close)
+        self.node.close()
+        if self._scratch:
+            self._scratch.cleanup()
+
+
+def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
+    """A client with a node of its own in this process (`Embedded`), which ends with it."""
+    embedded = Embedded(config, clock)
     try:
-        return client_of(node.info(), layout, namespace, connect=node.open_session, clock=clock, on_close=close, **rope)
+        return embedded.client(layout, namespace, on_close=embedded.close, **rope)
     except BaseException:
-        close()
+        embedded.close()
         raise

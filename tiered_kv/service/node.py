@@ -218,6 +218,31 @@ class Node:
         finally:
             self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
 
+    def hold(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Keep the leading `keys` that are in host memory there, where they are, until `let_go`; their payloads' offsets."""
+        offsets = []
+        with self.running():
+            for key in keys:
+                block = self.engine.machine.blocks.get(key)
+                if block is None or Tier.HOST not in block.copies:
+                    break
+                offsets.append(block.copies[Tier.HOST].offset)
+                self.engine.handle([ev.Pinned(key)])
+        return offsets
+
+    def let_go(self, keys: Sequence[BlockKey]) -> None:
+        """End one `hold` of each of these blocks."""
+        self.engine.handle([ev.Unpinned(key) for key in keys])
+
+    def forget(self, root: BlockKey) -> None:
+        """Give up all blocks below `root`, in every tier; nobody may be holding one."""
+        self.engine.settle()
+        with self.running():
+            blocks = self.engine.machine.blocks
+            ours = [key for key, block in blocks.items() if block.root == root]
+            for key in reversed(ours):  # children came later
+                self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
+
     def report(self) -> None:
         """Tell the coordinator now what would be told in a moment."""
         if self._reporter and not self._closing.is_set():

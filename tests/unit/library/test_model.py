@@ -1,0 +1,505 @@
+"""A cache attached to a model: called as before, equal results, fewer tokens run; what cannot be served runs past it or is refused."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import transformers
+from tiny_models import VOCAB, build, prompt_of, tiny
+
+from tiered_kv import CacheMode, CacheStrategy, KVCacheConfig
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
+
+BLOCK = 8
+FAMILIES = ("llama", "qwen2", "gpt2")
+GREEDY = dict(do_sample=False, max_new_tokens=5)
+CONFIG = KVCacheConfig(max_tokens=2048, block_tokens=BLOCK, cache_strategy=CacheStrategy.LRU)
+
+
+@pytest.fixture
+def attached(request):
+    """`attached(model)` is a cache of it; closed at the end, its books checked."""
+
+    def make(model, config=CONFIG, **options):
+        cache = TransformersKVCache(config, model=model, **options)
+        request.addfinalizer(cache.close)
+        request.addfinalizer(cache.cache.check)
+        return cache
+
+    return make
+
+
+def tokens_run(model):
+    """A list that gets (rows, tokens) of all that is really computed: of what comes to the embeddings."""
+    runs = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, given: runs.append(tuple(given[0].shape)))
+    return runs
+
+
+def padded(side, *lengths, pad=0):
+    """Prompts of these lengths with a common beginning, padded on one side: input_ids and attention_mask."""
+    width = max(lengths)
+    ids, mask = torch.full((len(lengths), width), pad), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        prompt = torch.cat([prompt_of(2 * BLOCK), prompt_of(width, seed=row + 2)], 1)[0, :length]
+        where = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, where], mask[row, where] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_reuses_every_whole_block_and_changes_nothing(family, attached):
+    model = tiny(family)
+    inputs = {"input_ids": prompt_of(5 * BLOCK + 3), "attention_mask": torch.ones(1, 5 * BLOCK + 3, dtype=torch.long)}
+    wanted = dict(GREEDY, use_cache=True, return_dict_in_generate=True, output_logits=True)
+    plain = model.generate(**inputs, **wanted)
+    cache = attached(model)
+    runs = tokens_run(model)
+    cold = model.generate(**inputs, **wanted)
+    assert runs == [(1, 5 * BLOCK + 3)] + [(1, 1)] * 4
+    runs.clear()
+    warm = model.generate(**inputs, **wanted)
+    assert runs == [(1, 3)] + [(1, 1)] * 4
+    assert cache.last_report.reused_tokens == 5 * BLOCK
+    for output in (cold, warm):
+        assert torch.equal(output.sequences, plain.sequences)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    assert cache.get_cache_stats()["hit_rate"] == 0.5
+    assert cache.get_cache_stats()["passed"] == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_gives_the_logits_of_all_tokens(family, attached):
+    model = tiny(family)
+    ids = prompt_of(3 * BLOCK + 2)
+    with torch.no_grad():
+        plain, last = model(ids), model(ids, logits_to_keep=2)
+        cache = attached(model)
+        for _ in range(2):
+            output = model(ids)
+            assert torch.equal(output.logits, plain.logits)
+            assert output.past_key_values.get_seq_length() == 3 * BLOCK + 2
+        runs = tokens_run(model)
+        kept = model(ids, logits_to_keep=2)
+    assert runs == [(1, 2)], "who asks for the last logits only has the prefix reused"
+    torch.testing.assert_close(kept.logits, last.logits, rtol=1e-4, atol=1e-4)
+    assert cache.cache.match(ids).tokens == 3 * BLOCK
+    assert torch.equal(model.generate(ids, **GREEDY), cache.attachment._doors["generate"]._plain(ids, **GREEDY))
+
+
+def test_gradients_and_labels_are_the_models_own(attached):
+    model = tiny()
+    ids = prompt_of(3 * BLOCK)
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
+    attached(model)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0], plain)
+        kept = model(ids, logits_to_keep=1).logits
+        assert kept.requires_grad
+    runs = tokens_run(model)
+    torch.autograd.grad(model(ids, logits_to_keep=1).logits.sum(), model.model.embed_tokens.weight)
+    assert runs == [(1, 3 * BLOCK)], "a gradient goes through the whole prompt"
+
+
+CASES = {
+    "left padding": dict(padded("left", 20, 27, 33), pad_token_id=0),
+    "equal lengths": dict(padded("left", 24, 24)),
+    "one padded prompt": dict(padded("left", 20, 33)) | {"input_ids": padded("left", 20, 33)["input_ids"][:1]},
+    "beams": dict(input_ids=prompt_of(26), num_beams=3),
+    "beams in a batch": dict(padded("left", 20, 27), num_beams=2, pad_token_id=0),
+    "several beams each": dict(input_ids=prompt_of(26), num_beams=4, num_return_sequences=2),
+    "several samples": dict(input_ids=prompt_of(26), num_return_sequences=3, do_sample=True),
+    "samples in a batch": dict(padded("left", 20, 27), num_return_sequences=2, do_sample=True, pad_token_id=0),
+    "sampling": dict(input_ids=prompt_of(26), do_sample=True, temperature=0.8, top_k=20),
+    "repetition penalty": dict(padded("left", 20, 27), repetition_penalty=1.3, pad_token_id=0),
+}
+CASES["one padded prompt"]["attention_mask"] = CASES["one padded prompt"]["attention_mask"][:1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_batches_beams_and_samples_are_served(family, case, attached):
+    model = tiny(family)
+    inputs = dict(GREEDY, **CASES[case]) if "do_sample" not in CASES[case] else dict(CASES[case], max_new_tokens=5)
+    outputs, runs = [], tokens_run(model)
+    torch.manual_seed(5)
+    outputs.append(model.generate(**inputs))
+    plain_tokens = runs[0][1]
+    cache = attached(model)
+    for _ in range(2):
+        runs.clear()
+        torch.manual_seed(5)
+        outputs.append(model.generate(**inputs))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert plain_tokens - runs[0][1] >= 2 * BLOCK
+    assert cache.last_report.reused_tokens > 0
+    assert cache.attachment.passed == {}
+
+
+def test_a_batch_and_single_prompts_share_their_blocks(attached):
+    model = tiny()
+    batch = padded("left", 20, 33)
+    row = batch["input_ids"][0, 13:][None]
+    plain = model.generate(row, **GREEDY)
+    cache = attached(model)
+    model.generate(**batch, pad_token_id=0, **GREEDY)
+    assert torch.equal(model.generate(row, **GREEDY), plain)
+    assert cache.last_report.reused_tokens == 2 * BLOCK
+
+
+PASSED = {
+    "right padding": (dict(padded("right", 20, 27), pad_token_id=0), "generate: attention_mask"),
+    "assisted": (dict(input_ids=prompt_of(20), prompt_lookup_num_tokens=3), "generate: prompt_lookup_num_tokens"),
+    "no cache": (dict(input_ids=prompt_of(20), use_cache=False), "generate: use_cache"),
+    "hidden states": (dict(input_ids=prompt_of(20), output_hidden_states=True), "generate: output_hidden_states"),
+    "static cache": (dict(input_ids=prompt_of(20), cache_implementation="static"), "generate: cache_implementation"),
+    "pad token as a token": (dict(input_ids=prompt_of(20), pad_token_id=int(prompt_of(20)[0, 3])), "generate: input_ids"),
+}
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_what_cannot_be_served_runs_past_the_cache(case, attached):
+    model = tiny()
+    inputs, reason = PASSED[case]
+    plain = model.generate(**inputs, **GREEDY)
+    cache = attached(model)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+    assert cache.get_cache_stats()["passed"] == {reason: 2}
+    assert cache.get_cache_stats()["num_entries"] == 0
+
+
+def test_an_assistant_of_its_own(attached):
+    model, assistant = tiny(), tiny(seed=1)
+    ids = prompt_of(20)
+    plain = model.generate(ids, **GREEDY)
+    attached(model), attached(assistant)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), plain)
+
+
+def test_forward_in_a_batch(attached):
+    model = tiny()
+    right, left = padded("right", 20, 27), padded("left", 20, 27)
+    with torch.no_grad():
+        plain = [model(**each).logits for each in (right, left)]
+        cache = attached(model)
+        for _ in range(2):
+            for each, wanted in zip((right, left), plain, strict=True):
+                assert torch.equal(model(**each).logits, wanted)
+    assert cache.attachment.passed == {"forward: attention_mask": 2}
+    assert cache.cache.match(right["input_ids"][0, :20]).tokens == 2 * BLOCK
+    assert torch.equal(model.generate(right["input_ids"][:1, :20], **GREEDY), tiny().generate(right["input_ids"][:1, :20], **GREEDY))
+
+
+def test_a_decode_loop_of_ones_own(attached):
+    model = tiny()
+    attached(model)
+    ids, tokens = prompt_of(20), []
+    wanted = model.generate(ids, **GREEDY)[0, 20:].tolist()
+    with torch.no_grad():
+        output = model(ids, logits_to_keep=1)
+        for _ in range(5):
+            tokens.append(int(output.logits[0, -1].argmax()))
+            output = model(torch.tensor([[tokens[-1]]]), past_key_values=output.past_key_values)
+    assert tokens == wanted
+
+
+def test_streaming(attached):
+    class Listener:
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard += value.flatten().tolist()
+
+        def end(self):
+            self.heard.append("end")
+
+    model = tiny()
+    attached(model)
+    for _ in range(2):
+        listener = Listener()
+        output = model.generate(prompt_of(20), streamer=listener, **GREEDY)
+        assert listener.heard == [*output[0].tolist(), "end"]
+
+
+def test_chat_templates(attached):
+    words = {f"w{number}": number for number in range(VOCAB)}
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}w1 {{ message.content }} w2 {% endfor %}"
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", chat_template=template)
+    model = tiny()
+    talk = [{"role": "user", "content": " ".join(f"w{number}" for number in range(3, 40))}]
+    cache, reused = attached(model, tokenizer=tokenizer), []
+    for _ in range(3):
+        inputs = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt")
+        output = model.generate(**inputs, **GREEDY)
+        assert torch.equal(output, tiny().generate(**inputs, **GREEDY))
+        reused.append(cache.last_report.reused_tokens)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "w5 w6 w7"}]
+    assert reused == sorted(reused)
+    assert reused[1] >= 4 * BLOCK
+    assert cache.get_cache_stats()["passed"] == {}
+
+
+@pytest.mark.gpu
+def test_a_device_of_its_own(attached):
+    model = tiny().to("cuda")
+    ids = prompt_of(20).to("cuda")
+    plain = model.generate(ids, **GREEDY)
+    cache = attached(model)
+    for inputs in (ids, ids, ids.repeat(2, 1)):
+        assert torch.equal(model.generate(inputs, **GREEDY)[:1], plain)
+    assert cache.last_report.reused_tokens == 4 * BLOCK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_dtype_of_its_own(dtype, attached):
+    model = tiny(dtype=dtype)
+    ids = prompt_of(20)
+    plain = model.generate(ids, **GREEDY)
+    cache = attached(model)
+    assert cache.facts.dtype == str(dtype).removeprefix("torch.")
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **GREEDY), plain)
+    assert cache.last_report.reused_tokens == 2 * BLOCK
+
+
+def test_a_model_that_changes_its_dtype_or_weights_begins_anew(attached):
+    model, other = tiny(), tiny(seed=3)
+    ids = prompt_of(20)
+    cache = attached(model)
+    model.generate(ids, **GREEDY)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(ids, **GREEDY), other.generate(ids, **GREEDY))
+    assert cache.last_report.reused_tokens == 0
+    model.generate(ids, **GREEDY)
+    assert cache.last_report.reused_tokens == 2 * BLOCK
+    model.double(), other.double()
+    assert torch.equal(model.generate(ids, **GREEDY), other.generate(ids, **GREEDY))
+    assert cache.last_report.reused_tokens == 0
+    model.lm_head.weight.data.mul_(0.5)
+    cache.refresh()
+    model.generate(ids, **GREEDY)
+    assert cache.last_report.reused_tokens == 0
+
+
+def test_compiled_models(attached):
+    model = tiny()
+    ids = prompt_of(20)
+    with torch.no_grad():
+        plain, text = model(ids).logits, model.generate(ids, **GREEDY)
+        with pytest.raises(TieredKVError, match=r"torch\.compile; attach the model itself"):
+            TransformersKVCache(CONFIG, model=torch.compile(model, backend="eager"))
+        attached(model)
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(ids).logits, plain)
+            assert torch.equal(compiled.generate(ids, **GREEDY), text)
+
+
+def test_two_threads(attached):
+    model = tiny()
+    prompts = [torch.cat([prompt_of(3 * BLOCK), prompt_of(4, seed=seed)], 1) for seed in range(6)]
+    plain = [model.generate(ids, **GREEDY) for ids in prompts]
+    cache, wrong = attached(model), []
+
+    def work():
+        for ids, wanted in zip(prompts, plain, strict=True):
+            if not torch.equal(model.generate(ids, **GREEDY), wanted):
+                wrong.append(ids)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert cache.get_cache_stats()["hits"] >= 5 * 3
+
+
+def test_detached_the_model_is_as_before(attached):
+    model = tiny()
+    before = dict(vars(model))
+    cache = attached(model)
+    assert cache.is_attached
+    cache.detach(), cache.detach()
+    assert vars(model) == before
+    assert not cache.is_attached
+    model.generate(prompt_of(20), **GREEDY)
+    assert cache.get_cache_stats()["lookups"] == 0
+
+
+def test_a_cache_that_fails_fails_no_request(attached, monkeypatch):
+    model = tiny()
+    ids = prompt_of(20)
+    plain = model.generate(ids, **GREEDY)
+    with torch.no_grad():
+        logits = model(ids).logits
+        cache = attached(model)
+        cache.cache.close()  # as another thread might
+        for inputs in ({"input_ids": ids}, {"input_ids": ids.repeat(2, 1)}):
+            assert torch.equal(model.generate(**inputs, **GREEDY)[:1], plain)
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_too_little_memory_is_said_when_attaching(tmp_path):
+    model = tiny()
+    with pytest.raises(TieredKVError, match="shm_path"):
+        TransformersKVCache(CONFIG.with_(tiers={"shm_path": str(tmp_path / "nowhere")}), model=model)
+    assert "generate" not in vars(model)
+
+
+def test_what_was_put_over_the_cache_stays(attached):
+    model = tiny()
+    cache = attached(model)
+    ours = model.forward
+    model.forward = theirs = lambda *arguments, **options: ours(*arguments, **options)
+    cache.detach()
+    assert model.forward is theirs
+    assert model(prompt_of(20)).logits.shape == (1, 20, VOCAB)
+    assert cache.get_cache_stats()["num_entries"] == 0
+
+
+def test_one_cache_a_model_and_copies_have_none(attached):
+    model = tiny()
+    cache = attached(model)
+    with pytest.raises(TieredKVError, match="attached already"):
+        TransformersKVCache(CONFIG, model=model)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.lm_head.weight.mul_(-1)
+        assert torch.equal(clone(prompt_of(20)).logits, -model(prompt_of(20)).logits)
+    assert clone.generate.__self__ is clone
+    assert cache.is_attached
+
+
+def test_training(attached):
+    model = tiny(attention_dropout=0.5).train()
+    with pytest.raises(TieredKVError, match=r"model\.eval"):
+        TransformersKVCache(CONFIG, model=model)
+    cache = attached(model, CONFIG.with_(cache_mode=CacheMode.TRAINING))
+    assert all(module.training for module in model.modules())
+    ids = prompt_of(20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.eval()
+        fresh = tiny(attention_dropout=0.5)
+        fresh.load_state_dict(model.state_dict())
+        for reused in (0, 2 * BLOCK):
+            assert torch.equal(model.generate(ids, **GREEDY), fresh.generate(ids, **GREEDY))
+            assert cache.last_report.reused_tokens == reused
+        model.train()
+    served = tiny()
+    attached(served)
+    served.train()
+    for call in (served, served.generate):
+        with pytest.raises(TieredKVError, match=r"cache_mode=CacheMode\.TRAINING"):
+            call(ids)
+
+
+def test_bulk_keeps_prompts_only(attached):
+    model = tiny()
+    cache = attached(model, CONFIG.with_(cache_mode="bulk"))
+    model.generate(prompt_of(BLOCK), do_sample=False, max_new_tokens=3 * BLOCK)
+    assert cache.get_cache_stats()["num_entries"] == 1
+
+
+def test_a_decoder_without_a_head(attached):
+    model = build(transformers.AutoModel.from_config, tiny("gpt2").config)
+    ids = prompt_of(20)
+    with torch.no_grad():
+        plain = model(ids).last_hidden_state
+        cache = attached(model)
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids).last_hidden_state, plain)
+    assert cache.cache.match(ids).tokens == 2 * BLOCK
+    assert (cache.facts.num_layers, cache.facts.num_heads, cache.facts.head_dim, cache.facts.max_length) == (3, 4, 8, 64)
+
+
+def test_what_was_detected(attached):
+    facts = attached(tiny("llama")).facts
+    assert (facts.num_layers, facts.num_attention_heads, facts.num_heads, facts.head_dim) == (3, 4, 2, 8)
+    assert (facts.max_length, facts.dtype) == (512, "float32")
+
+
+def test_models_without_a_kv_cache_are_refused():
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    encoder = build(transformers.AutoModel.from_config, transformers.BertConfig(**sizes))
+    before = dict(vars(encoder))
+    for attach in (lambda: TransformersKVCache(CONFIG, model=encoder), lambda: ModelCacheWrapper(encoder, CONFIG)):
+        with pytest.raises(TieredKVError, match="BertModel cannot be served") as caught:
+            attach()
+        assert caught.value.kind is Kind.MODEL
+    assert vars(encoder) == before
+    with pytest.raises(TieredKVError, match="not a transformers model"):
+        TransformersKVCache(CONFIG, model=torch.nn.Linear(2, 2))
+    with pytest.raises(TieredKVError, match="there is no model"):
+        TransformersKVCache(CONFIG).attach()
+
+
+def test_a_warm_up_leaves_nothing_behind(attached):
+    model = tiny()
+    cache = attached(model, CONFIG.with_(enable_profiling=True))
+    assert cache.warmup(num_samples=20, seq_len=4 * BLOCK) == 20
+    stats = cache.get_cache_stats()
+    assert (stats["num_entries"], stats["lookups"], stats["hits"], stats["stores"], stats["evictions"]) == (0, 0, 0, 0, 0)
+    assert all(each.calls == 0 for each in cache.cache.profile.stages())
+    model.generate(prompt_of(20), **GREEDY)
+    model.generate(prompt_of(20), **GREEDY)
+    assert cache.get_cache_stats()["hit_rate"] == 0.5
+    for name, value in (("num_samples", 0), ("seq_len", 1.5)):
+        with pytest.raises(TieredKVError, match=f"{name} must be"):
+            cache.warmup(**{name: value})
+    assert attached(tiny(seed=2), CONFIG.with_(enable_warmup=False)).warmup() == 0
+
+
+def test_a_wrapper_switches_on_and_off():
+    model = tiny()
+    ids = prompt_of(20)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with ModelCacheWrapper(model, CONFIG) as wrapper:
+            assert torch.equal(model(ids).logits, plain)
+            assert wrapper.get_cache_stats()["stores"] == 0
+            wrapper.enable_cache(), wrapper.enable_cache()
+            assert torch.equal(model(ids).logits, plain)
+            assert wrapper.get_cache_stats()["num_entries"] == 2
+            wrapper.disable_cache()
+            model(prompt_of(20, seed=4))
+            assert wrapper.get_cache_stats()["num_entries"] == 2
+            wrapper.clear_cache()
+            assert wrapper.get_cache_stats()["num_entries"] == 0
+
+
+def test_with_quantized_memory_the_answer_stays_near(attached):
+    """KL of the next token at most 1e-3 with 8 bits on random weights; docs/codecs.md has what trained models lose."""
+    model = tiny(num_hidden_layers=2, hidden_size=128, head_dim=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.4 if parameter.ndim > 1 else 1)  # attention that looks at more than one token, as trained models have
+    config = KVCacheConfig(max_tokens=4096, block_tokens=16, use_quantization=True, cache_strategy="lru")
+    cache = attached(model, config)
+    prompts = [prompt_of(200, seed=seed) for seed in range(20)]
+    wanted = dict(do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    plain = [cache.attachment._doors["generate"]._plain(ids, use_cache=False, **wanted).logits[0] for ids in prompts]
+    for ids in prompts:
+        model.generate(ids, **wanted)
+    cache.cache.engine(cache.cache.layout).settle()
+    assert cache.get_cache_stats()["codecs"]["host"]["int8"]["blocks"] > 0
+    for ids, exact in zip(prompts, plain, strict=True):
+        found = model.generate(ids, **wanted).logits[0]
+        kl = torch.nn.functional.kl_div(found.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="sum")
+        assert kl <= 1e-3
+    assert cache.get_cache_stats()["hits"] > 0

@@ -1,0 +1,296 @@
+"""The library's cache: the engine of this process behind look-ups by prefix and by position.
+
+Shapes: by prefix kv is (L, 2, H, N, D) as in `layout`; by position key and value are (B, H, T, D): batch, heads, tokens, head dim.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from tiered_kv.blocks import Fetched, Hint, Match, Stored
+from tiered_kv.clock import Clock
+from tiered_kv.codecs.pairs import check_pair
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import MAX_TOKEN_ID, Namespace
+from tiered_kv.layout import KVLayout
+from tiered_kv.library.config import CacheStrategy, KVCacheConfig
+from tiered_kv.library.opening import Engine
+from tiered_kv.service.client import Client, TokenIds
+from tiered_kv.service.profile import Profile
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+_EVICTED = ("dropped", "not_admitted", "dropped_under_pressure")
+_COUNTS = {
+    "lookups": "asked_blocks",
+    "hits": "hit_blocks",
+    "tokens_saved": "prefill_tokens_saved",
+    "prefill_seconds_saved": "prefill_seconds_saved",
+    "evictions": "",
+    "stores": "",
+    "refused_blocks": "",
+}
+"""Counts of `get_stats`, and those of the node that they are."""
+_MIB = 1 << 20
+
+
+class Placed(NamedTuple):
+    """What lies at a position: its block is that of `serial`, of this layout, and came from this device."""
+
+    layout: KVLayout
+    serial: int
+    device: torch.device
+
+
+class BaseKVCache:
+    """A cache of KV within this process, of at most `config.max_tokens` tokens. Thread-safe; a context manager.
+
+    By prefix: `store`, `match` and `fetch` are those of `tiered_kv.Client`, in blocks of `config.block_tokens`. By position:
+    `put` and `get` keep a key and a value under a number. Both share the memory, the policy and the codecs.
+
+    Memory is taken when the first KV comes, for `max_tokens` tokens of its layout: `layout`, else the one that the config's shape
+    fields say, else that of the first `store` or `put`. `namespace`: whose KV this is; `rope`: as for `tiered_kv.open`.
+    """
+
+    def __init__(
+        self,
+        config: KVCacheConfig | None = None,
+        *,
+        layout: KVLayout | None = None,
+        namespace: Namespace | None = None,
+        rope: bytes | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        config = KVCacheConfig() if config is None else config
+        if not isinstance(config, KVCacheConfig):
+            raise TieredKVError(Kind.CONFIG, f"config must be a KVCacheConfig, not {type(config).__name__}", setting="config")
+        self.config = config
+        self.layout = layout or config.layout
+        self.namespace = namespace or Namespace(weights="kv_cache")
+        self.profile = Profile(clock) if config.enable_profiling else None
+        self.rope = rope
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
+        self._placed: dict[int, Placed] = {}
+        self._serial = 0
+        self._rehearsed: Counter[str] = Counter()
+        self._closed = False
+
+    # By prefix
+
+    def store(self, token_ids: TokenIds, kv: torch.Tensor, *, start: int = 0, hint: Hint | None = None) -> Stored:
+        """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; see `Client.store`."""
+        if self.layout is None:
+            self.layout = self._layout_of(kv)
+        return self.client().store(token_ids, kv, start=start, hint=hint)
+
+    def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None) -> Fetched:
+        """The KV of the longest prefix of whole blocks; see `Client.fetch`. Raises (kind `layout`) before any layout is known."""
+        return self.client().fetch(token_ids, out)
+
+    def match(self, token_ids: TokenIds) -> Match:
+        """How long a prefix is there, and in which tier; moves nothing. Nothing is there before any layout is known."""
+        return Match(0) if self.layout is None else self.client().match(token_ids)
+
+    def client(self) -> Client:
+        """The engine's client for this cache's layout and namespace."""
+        if self.layout is None:
+            raise TieredKVError(
+                Kind.LAYOUT, "the layout is not known yet: give layout=, or num_layers, num_heads, head_dim and dtype, or store first"
+            )
+        return self.engine(self.layout).client(self.layout, self.namespace, rope=self.rope)
+
+    def _layout_of(self, kv: Any) -> KVLayout:
+        if not isinstance(kv, torch.Tensor) or kv.ndim != 5 or kv.shape[1] != 2:
+            what = f"of shape {tuple(kv.shape)}" if isinstance(kv, torch.Tensor) else type(kv).__name__
+            raise TieredKVError(Kind.LAYOUT, f"kv must be a tensor (layers, 2, KV heads, tokens, head_dim), not {what}")
+        return KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], str(kv.dtype), self.config.block_tokens)
+
+    # By position
+
+    def put(self, position: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Keep a key and a value (B, H, T, D), alike in shape, floating dtype and device, in place of what was at `position`.
+
+        False where there was no room for them. Raises (kind `layout`) naming the argument for anything else.
+        """
+        self._check_position(position)
+        check_pair(key, value)
+        batch, heads, tokens, dim = key.shape
+        layout = KVLayout(batch, heads, dim, str(key.dtype), tokens)
+        with torch.autocast(key.device.type, enabled=False):
+            kv = torch.stack([key.detach(), value.detach()], 1)
+        with self._lock:
+            self._forget(position)
+            serial, self._serial = self._serial, (self._serial + 1) & MAX_TOKEN_ID
+            stored = self._positions(layout).store([serial] * tokens, kv)
+            if len(self._placed) > 2 * self.config.max_tokens:  # most of them evicted by now
+                there = self.positions()
+                self._placed = {at: self._placed[at] for at in there}
+            if not stored.refused:
+                self._placed[position] = Placed(layout, serial, key.device)
+            return not stored.refused
+
+    def get(self, position: int) -> Pair | None:
+        """The key and the value that were put at `position`, on their device; None where there is nothing, or it was evicted."""
+        self._check_position(position)
+        with self._lock:
+            placed = self._placed.get(position)
+            if placed is None:
+                return None
+            fetched = self._positions(placed.layout).fetch([placed.serial] * placed.layout.block_tokens)
+            if not fetched.tokens:
+                del self._placed[position]
+                return None
+        kv = fetched.kv.to(placed.device)
+        return kv[:, 0], kv[:, 1]
+
+    def positions(self) -> list[int]:
+        """Positions at which something is still there."""
+        with self._lock:
+            return [at for at, placed in self._placed.items() if self._is_there(placed)]
+
+    def placed(self) -> dict[int, Placed]:
+        """What lies at which position."""
+        with self._lock:
+            return {at: self._placed[at] for at in self.positions()}
+
+    def place(self, placed: dict[int, Placed]) -> None:
+        """Say what lies at positions whose blocks came from a checkpoint, in place of what was there."""
+        with self._lock:
+            self._placed |= placed
+            self._serial = max([self._serial, *(each.serial + 1 for each in placed.values())])
+
+    def _is_there(self, placed: Placed) -> bool:
+        ids = [placed.serial] * placed.layout.block_tokens
+        return self._positions(placed.layout).match(ids).tokens > 0
+
+    def _forget(self, position: int) -> None:
+        placed = self._placed.pop(position, None)
+        if placed is not None:  # nobody can ask for it any more, so it goes first
+            ids = [placed.serial] * placed.layout.block_tokens
+            empty = torch.empty(placed.layout.kv_shape(0), dtype=placed.layout.torch_dtype)
+            self._positions(placed.layout).store(ids, empty, start=len(ids), hint=Hint(ended=True))
+
+    def _positions(self, layout: KVLayout) -> Client:
+        return self.engine(layout).client(layout, self.namespace_of_positions)
+
+    @property
+    def namespace_of_positions(self) -> Namespace:
+        """Under which namespace pairs lie that were put at positions; of each layout they are a model of their own."""
+        return Namespace(weights=f"positions of {self.namespace.digest.hex()}", tenant=self.namespace.tenant)
+
+    @staticmethod
+    def _check_position(position: object) -> None:
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise TieredKVError(Kind.TOKENS, f"position must be a whole number of at least 0, not {position!r}")
+
+    # All of it
+
+    def engine(self, layout: KVLayout) -> Engine:
+        """The node of this cache, made with the memory of `max_tokens` tokens of `layout` if there is none yet."""
+        with self._lock:
+            if self._closed:
+                raise TieredKVError(Kind.CLOSED, "the cache is closed")
+            if self._engine is None:
+                self._engine = Engine(self.config, layout, self._clock, self.profile)
+            return self._engine
+
+    def get_stats(self) -> dict[str, Any]:
+        """Figures of this cache. Rates from 0 to 1, counts of blocks and tokens, bytes; all 0 before the first KV came.
+
+        hit_rate: of the blocks that were looked for, those that were had (0.0 while nothing was looked for, `lookups` says so).
+        """
+        with self._lock:
+            engine = self._engine
+        node = engine.node.stats() if engine is not None else {"tiers": {}, "codecs": {"coded": {}}, "blocks": 0}
+        host = node["tiers"].get("host", {"used_bytes": 0, "capacity_bytes": 0})
+        withheld = engine.withheld_bytes if engine is not None else 0
+        counts = self._counted(engine)
+        lookups, used_bytes = counts["lookups"], host["used_bytes"] - withheld
+        return {
+            "strategy": self.config.cache_strategy.value,
+            "mode": self.config.cache_mode.value,
+            "max_tokens": self.config.max_tokens,
+            **counts,
+            "misses": lookups - counts["hits"],
+            "hit_rate": counts["hits"] / lookups if lookups else 0.0,
+            "num_entries": node["blocks"],
+            "memory_usage_bytes": used_bytes,
+            "memory_usage_mb": used_bytes / _MIB,
+            "capacity_bytes": host["capacity_bytes"] - withheld,
+            "tiers": node["tiers"],
+            "codecs": node["codecs"]["coded"],
+        }
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[Client]:
+        """A client of a namespace of its own, whose blocks are given up at the end; figures and profile are those of before."""
+        engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
+        before = self._counted(engine)
+        yield engine.client(self.layout, namespace)
+        engine.forget(namespace)
+        for name, count in self._counted(engine).items():
+            self._rehearsed[name] += count - before[name]
+        if self.profile is not None:
+            self.profile.reset()
+
+    def _counted(self, engine: Engine | None) -> Counter[str]:
+        """Counts that only ever grow, less those of rehearsals."""
+        if engine is None:
+            return Counter(dict.fromkeys(_COUNTS, 0))
+        node = engine.node.stats()
+        counts = {name: node[of] for name, of in _COUNTS.items() if of}
+        counts["evictions"] = sum(node["counts"].get(name, 0) for name in _EVICTED)
+        counts |= {name: engine.client_stats(name) for name in ("stores", "refused_blocks")}
+        return Counter({name: count - self._rehearsed[name] for name, count in counts.items()})
+
+    def profile_table(self) -> str:
+        """Time by stage as text. Raises (kind `config`) unless `enable_profiling` is set."""
+        if self.profile is None:
+            raise TieredKVError(Kind.CONFIG, "enable_profiling is off; set it in the config", setting="enable_profiling")
+        return self.profile.table()
+
+    def clear(self) -> None:
+        """Forget everything, figures as well, and give the memory back until the next store."""
+        with self._lock:
+            self._placed.clear()
+            self._rehearsed.clear()
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
+
+    def check(self) -> None:
+        """Assert that the engine's books agree. Slow; for tests."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.check()
+
+    def close(self) -> None:
+        """Give the memory back for good; a second time does nothing."""
+        with self._lock:
+            self.clear()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AdaptiveKVCache(BaseKVCache):
+    """A cache that learns from its own look-ups what comes back, and keeps that (`CacheStrategy.ADAPTIVE`, whatever the config says)."""
+
+    def __init__(self, config: KVCacheConfig | None = None, **options: Any) -> None:
+        if isinstance(config, KVCacheConfig):
+            config = config.with_(cache_strategy=CacheStrategy.ADAPTIVE)
+        super().__init__(config, **options)
+
+    def learned(self) -> dict[str, Any]:
+        """What the policy has learned so far, as the engine reports it; nothing before the first KV came."""
+        with self._lock:
+            return self._engine.node.stats()["policy"] if self._engine is not None else {}

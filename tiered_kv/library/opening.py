@@ -1,0 +1,90 @@
+"""From the settings of a library cache to a node of this process: how much memory so many tokens need, and who reads it."""
+
+import os
+import threading
+from typing import Any
+
+from tiered_kv.clock import Clock
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import KEY_BYTES, Namespace
+from tiered_kv.layout import KVLayout
+from tiered_kv.library.config import KVCacheConfig
+from tiered_kv.service.client import Client
+from tiered_kv.service.inprocess import Embedded
+from tiered_kv.service.node import Node
+from tiered_kv.service.profile import Profile
+from tiered_kv.service.sizing import extent_bytes, host_bytes_for
+
+
+class Engine:
+    """A node with the memory of `max_tokens` tokens of the first layout, and a client for each layout and namespace. Thread-safe."""
+
+    def __init__(self, config: KVCacheConfig, layout: KVLayout, clock: Clock | None = None, profile: Profile | None = None) -> None:
+        blocks = config.max_tokens // layout.block_tokens
+        if not blocks:
+            message = f"max_tokens {config.max_tokens} has no room for {layout.block_tokens} tokens at a time"
+            raise TieredKVError(Kind.CONFIG, message, setting="max_tokens")
+        wanted_bytes = blocks * extent_bytes(layout.block_bytes)
+        self._embedded = Embedded(config.engine_config(host_bytes_for(wanted_bytes)), clock)
+        self._profile = profile
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[KVLayout, Namespace], Client] = {}
+        self._ballast = self.node.open_session()
+        if config.codec is None:
+            self._withhold(wanted_bytes)
+
+    @property
+    def node(self) -> Node:
+        """The node itself."""
+        return self._embedded.node
+
+    def _withhold(self, wanted_bytes: int) -> None:
+        """Keep what memory has beyond the tokens that were asked for out of use, so that `max_tokens` is a cap."""
+        spare_bytes = self.node.place.host.capacity_bytes - wanted_bytes
+        if spare_bytes >= extent_bytes(1):
+            self._ballast.reserve(spare_bytes - extent_bytes(0), [os.urandom(KEY_BYTES)], None)
+
+    @property
+    def withheld_bytes(self) -> int:
+        """Bytes of memory that no block may use."""
+        return sum(map(extent_bytes, self._ballast.reserved.values()))
+
+    def client(self, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
+        """The client of these; made when it is first asked for."""
+        with self._lock:
+            client = self._clients.get((layout, namespace))
+            if client is None:
+                client = self._clients[layout, namespace] = self._embedded.client(layout, namespace, **rope)
+                if self._profile is not None:
+                    client.measure(self._profile.timed)
+            return client
+
+    def client_stats(self, name: str) -> float:
+        """The sum of one figure over all clients; those without it count as 0."""
+        with self._lock:
+            return sum(client.own_stats().get(name) or 0 for client in self._clients.values())
+
+    def forget(self, namespace: Namespace) -> None:
+        """Give up all blocks of a namespace."""
+        with self._lock:
+            ours = [key for key in self._clients if key[1] == namespace]
+        for layout, _ in ours:
+            self.node.forget(namespace.root(layout))
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way within the engine, and what was used is counted."""
+        self.node.engine.drain_touches()
+        self.node.engine.settle()
+
+    def check(self) -> None:
+        """Assert that the node's books agree."""
+        self.settle()
+        self.node.check()
+
+    def close(self) -> None:
+        """Close all clients and the node; its memory is gone. A second time does nothing."""
+        with self._lock:
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
+        self._embedded.close()

@@ -1,0 +1,146 @@
+"""Keeping a cache's content in a folder, and beginning with it: checkpoints by name or by step."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
+from tiered_kv.library.cache import BaseKVCache, Placed
+from tiered_kv.library.model import TransformersKVCache
+from tiered_kv.ops.checkpoint import Loaded, Saved, load, read, save
+from tiered_kv.ops.manifest import Manifest, Model, plain_layout
+from tiered_kv.tiers.folderstore import FolderStore
+
+_STEP = re.compile(r"step-(\d{12})\.tkv")
+_PREFIXES, _POSITIONS = "prefixes", "positions"
+AnyCache = BaseKVCache | TransformersKVCache
+
+
+class CachePersistence:
+    """Checkpoints in one folder, which is made if it is not there. Several share what they have in common.
+
+    A name is a file name of any ending; the file is a manifest, its blocks are packs beside it (docs/pack-format.md), never a
+    pickle. Raises (kind `storage`) for a folder that cannot be used.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._store = _store(self.folder)
+
+    def save_cache(self, cache: AnyCache, name: str) -> Saved:
+        """Write what the cache holds; one of that name is replaced at the end, at once. Cost: a copy of it, synced to disk."""
+        _check_name(name)
+        core = _core(cache)
+        models, positions = _described(core)
+        if not models:
+            raise TieredKVError(Kind.CONFIG, "there is nothing to save: nothing was stored in this cache yet")
+        return save(core.engine(models[0].layout).node, self._store, name, models, {"positions": positions})
+
+    def load_cache(self, cache: AnyCache, name: str) -> Loaded:
+        """Bring what was saved into a cache of the same model; all frames are verified before, and what is damaged is refused as a whole.
+
+        Raises (kind `storage`) where there is no such checkpoint, (kind `corrupt`) for one that is damaged or something else, such as
+        a pickle, (kind `model`) for one of another model. The cache then holds what it held before.
+        """
+        _check_name(name)
+        core = _core(cache)
+        if name not in self._store.sizes():
+            raise TieredKVError(Kind.STORAGE, f"there is no checkpoint {name!r} in {self.folder}; there are {self._names()}", object=name)
+        manifest, entries = read(self._store, name)
+        _check_models(core, manifest, name)
+        if core.layout is None:
+            core.layout = next((model.layout for model in manifest.models if model.name == _PREFIXES), None)
+        for model in manifest.models:  # so that the node knows how to code their blocks
+            namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
+            engine = core.engine(model.layout)
+            engine.client(model.layout, namespace, **({"rope": core.rope} if model.name == _PREFIXES else {}))
+        loaded = load(engine.node, self._store, manifest.models, entries)
+        core.place({at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in manifest.extra["positions"]})
+        return loaded
+
+    def _names(self) -> str:
+        return ", ".join(each for each in self._store.sizes() if not each.endswith(".pack")) or "none"
+
+
+def save_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int) -> Path:
+    """Write a checkpoint of a step (0 or more), and give its path; one of that step is replaced."""
+    _check_step(step)
+    name = f"step-{step:012}.tkv"
+    CachePersistence(folder).save_cache(cache, name)
+    return Path(folder) / name
+
+
+def load_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int | None = None) -> int:
+    """Load the checkpoint of a step, None for the latest, as `CachePersistence.load_cache`; which step it was."""
+    if not Path(folder).is_dir():
+        raise TieredKVError(Kind.STORAGE, f"there is no folder {folder}, so no checkpoint", object=str(folder))
+    steps = sorted(int(found[1]) for each in os.listdir(folder) if (found := _STEP.fullmatch(each)))
+    if step is not None:
+        _check_step(step)
+    if not steps or step not in (None, *steps):
+        known = ", ".join(map(str, steps)) or "none"
+        wanted = "any step" if step is None else f"step {step}"
+        raise TieredKVError(Kind.STORAGE, f"there is no checkpoint of {wanted} in {folder}; there are {known}", step=step)
+    chosen = steps[-1] if step is None else step
+    persistence = CachePersistence.__new__(CachePersistence)  # reading needs no folder that can be written to
+    persistence.folder, persistence._store = Path(folder), _Readable(folder)
+    persistence.load_cache(cache, f"step-{chosen:012}.tkv")
+    return chosen
+
+
+class _Readable(FolderStore):
+    """A folder that is only read."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).absolute()
+        self.url = f"file://{self.folder}"
+
+
+def _store(folder: Path) -> FolderStore:
+    try:
+        return FolderStore(folder)
+    except TieredKVError as error:
+        raise TieredKVError(Kind.STORAGE, f"the folder {folder} cannot be used for checkpoints: {error}", object=str(folder)) from error
+
+
+def _core(cache: Any) -> BaseKVCache:
+    core = cache.cache if isinstance(cache, TransformersKVCache) else cache
+    if not isinstance(core, BaseKVCache):
+        raise TieredKVError(Kind.CONFIG, f"cache must be a BaseKVCache or a TransformersKVCache, not {type(cache).__name__}")
+    return core
+
+
+def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
+    """The models of a cache that has any KV, by prefix and by position, and what lies at which position."""
+    placed = core.placed()
+    layouts = {each.layout for each in placed.values()}
+    models = [Model(core.namespace_of_positions.root(layout), layout, _POSITIONS) for layout in sorted(layouts, key=lambda each: each.spec)]
+    if core.layout is not None:
+        models.insert(0, Model(core.namespace.root(core.layout), core.layout, _PREFIXES))
+    positions = [[at, plain_layout(each.layout), each.serial] for at, each in placed.items()]
+    return models, positions
+
+
+def _check_models(core: BaseKVCache, manifest: Manifest, name: str) -> None:
+    for model in manifest.models:
+        layout = core.layout or model.layout if model.name == _PREFIXES else model.layout
+        namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
+        if namespace.root(layout) != model.root:
+            ours, theirs = layout.spec, model.layout.spec
+            differs = f"its blocks are {theirs}, the cache's {ours}" if ours != theirs else "weights, tokenizer, adapter or tenant differ"
+            raise TieredKVError(Kind.MODEL, f"checkpoint {name} is of another model: {differs}", object=name)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name or "/" in name or name.startswith(".") or name.endswith((".pack", ".part")):
+        message = f"name must be a file name such as cache_state.tkv, without folders, not {name!r}"
+        raise TieredKVError(Kind.CONFIG, message, setting="name")
+
+
+def _check_step(step: object) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
+        raise TieredKVError(Kind.CONFIG, f"step must be a whole number of at least 0, not {step!r}", setting="step")

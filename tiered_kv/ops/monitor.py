@@ -1,0 +1,207 @@
+"""Watching a cache: metrics from its figures, a window of operation times, and alerts that are said once."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from tiered_kv.clock import Clock, SystemClock
+from tiered_kv.errors import Kind, TieredKVError
+
+log = logging.getLogger(__name__)
+
+HYSTERESIS = 0.05
+"""An alert ends once its metric is inside of the threshold by this share of it."""
+
+
+@dataclass(frozen=True)
+class CacheMetrics:
+    """The figures of one moment. Rates 0 to 1, counts since the cache began, memory in MiB, times in seconds.
+
+    hit_rate: of the blocks looked for, those had. recent_hit_rate: the same over the monitor's window. operations and the times
+    are of what was recorded with `record_operation`, the times within the window.
+    """
+
+    hit_rate: float = 0.0
+    recent_hit_rate: float = 0.0
+    lookups: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    num_entries: int = 0
+    memory_usage_mb: float = 0.0
+    memory_share: float = 0.0
+    operations: int = 0
+    operation_time_s: float = 0.0
+    operation_time_p99_s: float = 0.0
+    operations_per_s: float = 0.0
+
+
+class Advice(NamedTuple):
+    """What a metric is called, whether a plain number is the least or the most that is fine, and what to do beyond either."""
+
+    words: str
+    is_least: bool
+    too_low: str
+    too_high: str
+
+
+_MORE_MEMORY = "raise max_tokens, quantize (use_quantization), or add a disk tier"
+_IDLE = "less memory would do: lower max_tokens"
+_PROFILE = "look at the profile (enable_profiling)"
+THRESHOLDS: dict[str, Advice] = {
+    "hit_rate": Advice("hit rate", True, f"few prompts share a prefix, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
+    "recent_hit_rate": Advice("recent hit rate", True, f"traffic has changed, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
+    "memory_usage_mb": Advice("memory in MiB", False, _IDLE, "lower max_tokens, or quantize (use_quantization)"),
+    "memory_share": Advice("share of memory used", False, _IDLE, _MORE_MEMORY),
+    "evictions": Advice("evictions", False, "nothing is wrong", f"blocks leave before they are used again: {_MORE_MEMORY}"),
+    "num_entries": Advice("blocks", False, "nothing is kept: see whether prompts reach a whole block (block_tokens)", _MORE_MEMORY),
+    "operation_time_s": Advice("mean operation time in s", False, "nothing is wrong", _PROFILE),
+    "operation_time_p99_s": Advice("slowest hundredth of operations in s", False, "nothing is wrong", _PROFILE),
+    "operations_per_s": Advice("operations a second", True, "the cache is hardly used, or slow: look at the profile", "traffic is high"),
+}
+"""The metrics that thresholds may be set for."""
+_OF_LOOKUPS = ("hit_rate", "recent_hit_rate")
+_OF_OPERATIONS = ("operation_time_s", "operation_time_p99_s", "operations_per_s")
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A metric beyond a threshold: `bound` is "lower" or "upper"; `message` says value, threshold and advice."""
+
+    metric: str
+    bound: str
+    threshold: float
+    value: float
+    since_s: float
+    message: str
+
+
+class CacheMonitor:
+    """Metrics and alerts of one cache. Thread-safe. `window_size`: how many operations and updates the window holds.
+
+    `alert_thresholds`: by metric a number (the least for rates of success, the most for everything else), or a pair
+    (least, most) of which either may be None. An alert is logged, and given to `on_alert`, when its threshold is crossed, once;
+    it is among `get_alerts` until the metric is inside again by 5 % of the threshold. Rates count only after a first look-up
+    or operation. Raises (kind `config`) for unknown metrics and for thresholds that are none.
+    """
+
+    def __init__(
+        self,
+        window_size: int = 1000,
+        alert_thresholds: Mapping[str, Any] | None = None,
+        *,
+        on_alert: Callable[[Alert], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+            raise TieredKVError(
+                Kind.CONFIG, f"window_size must be a whole number of at least 1, not {window_size!r}", setting="window_size"
+            )
+        self.thresholds = {name: _bounds(name, given) for name, given in (alert_thresholds or {}).items()}
+        self._clock = clock or SystemClock()
+        self._on_alert = on_alert
+        self._lock = threading.Lock()
+        self._times: deque[tuple[float, float]] = deque(maxlen=window_size)  # when it ended, how long it took
+        self._lookups: deque[tuple[int, int]] = deque(maxlen=window_size + 1)  # looked for and had, at each update
+        self._operations = 0
+        self._alerts: dict[tuple[str, str], Alert] = {}
+        self._fired = 0
+        self.metrics = CacheMetrics()
+
+    def record_operation(self, operation_time: float) -> None:
+        """One operation took so many seconds."""
+        if isinstance(operation_time, bool) or not isinstance(operation_time, int | float) or not 0 <= operation_time < float("inf"):
+            raise TieredKVError(Kind.CONFIG, f"operation_time must be a number of seconds, 0 or more, not {operation_time!r}")
+        with self._lock:
+            self._operations += 1
+            self._times.append((self._clock.now_s(), float(operation_time)))
+
+    def update_metrics(self, stats: Mapping[str, Any]) -> CacheMetrics:
+        """The metrics from a cache's `get_stats()`; fires and ends alerts."""
+        with self._lock:
+            self.metrics = metrics = self._metrics(stats)
+            fired = [alert for name, bounds in self.thresholds.items() for alert in self._judge(name, bounds, metrics)]
+            self._fired += len(fired)
+        for alert in fired:
+            log.warning("%s", alert.message)
+            if self._on_alert is not None:
+                self._on_alert(alert)
+        return metrics
+
+    def _metrics(self, stats: Mapping[str, Any]) -> CacheMetrics:
+        lookups, hits = stats.get("lookups", 0), stats.get("hits", 0)
+        if self._lookups and lookups < self._lookups[-1][0]:
+            self._lookups.clear()  # the cache began anew
+        self._lookups = self._lookups or deque([(0, 0)], maxlen=self._lookups.maxlen)
+        self._lookups.append((lookups, hits))
+        asked, had = lookups - self._lookups[0][0], hits - self._lookups[0][1]
+        times = sorted(took for _, took in self._times)
+        span_s = self._clock.now_s() - self._times[0][0] if self._times else 0.0
+        capacity = stats.get("capacity_bytes", 0)
+        return CacheMetrics(
+            hit_rate=stats.get("hit_rate", hits / lookups if lookups else 0.0),
+            recent_hit_rate=had / asked if asked else 0.0,
+            lookups=lookups,
+            hits=hits,
+            misses=lookups - hits,
+            evictions=stats.get("evictions", 0),
+            num_entries=stats.get("num_entries", 0),
+            memory_usage_mb=stats.get("memory_usage_mb", 0.0),
+            memory_share=stats.get("memory_usage_bytes", 0) / capacity if capacity else 0.0,
+            operations=self._operations,
+            operation_time_s=sum(times) / len(times) if times else 0.0,
+            operation_time_p99_s=times[min(int(len(times) * 0.99), len(times) - 1)] if times else 0.0,
+            operations_per_s=len(times) / span_s if span_s > 0 else 0.0,
+        )
+
+    def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
+        """The alerts of one metric that begin now; ends those that are over."""
+        begun: list[Alert] = []
+        known = (name not in _OF_LOOKUPS or metrics.lookups) and (name not in _OF_OPERATIONS or metrics.operations)
+        value = getattr(metrics, name)
+        for bound, threshold in bounds.items() if known else ():
+            beyond = value < threshold if bound == "lower" else value > threshold
+            margin = abs(threshold) * HYSTERESIS
+            inside = value >= threshold + margin if bound == "lower" else value <= threshold - margin
+            if beyond and (name, bound) not in self._alerts:
+                alert = Alert(name, bound, threshold, value, self._clock.now_s(), _message(name, bound, threshold, value))
+                self._alerts[name, bound] = alert
+                begun.append(alert)
+            elif (inside or value == threshold == 1.0) and not beyond:
+                self._alerts.pop((name, bound), None)
+        return begun
+
+    def get_alerts(self) -> list[Alert]:
+        """The alerts that go on, the oldest first."""
+        with self._lock:
+            return list(self._alerts.values())
+
+    def get_summary(self) -> dict[str, Any]:
+        """The metrics of the last update, the alerts that go on as text, and how many have begun so far; ready for JSON."""
+        with self._lock:
+            metrics = {field.name: getattr(self.metrics, field.name) for field in fields(CacheMetrics)}
+            return {"metrics": metrics, "alerts": [alert.message for alert in self._alerts.values()], "alerts_fired": self._fired}
+
+
+def _message(name: str, bound: str, threshold: float, value: float) -> str:
+    advice = THRESHOLDS[name]
+    if bound == "lower":
+        return f"{advice.words} is {value:.4g}, below {threshold:.4g}: {advice.too_low}"
+    return f"{advice.words} is {value:.4g}, above {threshold:.4g}: {advice.too_high}"
+
+
+def _bounds(name: str, given: Any) -> dict[str, float]:
+    """The thresholds of a metric, by "lower" and "upper"."""
+    if name not in THRESHOLDS:
+        raise TieredKVError(Kind.CONFIG, f"alert_thresholds: {name!r} is none of {', '.join(THRESHOLDS)}", setting=name)
+    if not isinstance(given, tuple | list):
+        given = (given, None) if THRESHOLDS[name].is_least else (None, given)
+    numbers = [value for value in given if value is not None]
+    are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") for value in numbers)
+    if len(given) != 2 or not numbers or not are_numbers or numbers != sorted(numbers):
+        message = f"alert_thresholds: {name} must be a number or a pair (least, most), of which one may be None, not {given!r}"
+        raise TieredKVError(Kind.CONFIG, message, setting=name)
+    return {bound: float(value) for bound, value in zip(("lower", "upper"), given, strict=True) if value is not None}

@@ -1,0 +1,6 @@
+"""A door to checkpoints: a cache's content in a folder, by name or by step."""
+
+from tiered_kv.library.persistence import CachePersistence, load_cache_checkpoint, save_cache_checkpoint
+from tiered_kv.ops.checkpoint import Loaded, Saved
+
+__all__ = ["CachePersistence", "Loaded", "Saved", "load_cache_checkpoint", "save_cache_checkpoint"]

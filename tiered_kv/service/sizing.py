@@ -1,0 +1,21 @@
+"""How much host memory a number of blocks needs: the plan of `memory.words`, the other way round."""
+
+from tiered_kv.config import MIN_HOST_BYTES
+from tiered_kv.memory import words
+from tiered_kv.tiers.host import HEADER_BYTES
+
+_ALIGN_BYTES = 512  # of extents
+_STEP_BYTES = 64 << 10
+
+
+def extent_bytes(payload_bytes: int) -> int:
+    """Bytes that a payload takes in the arena: with its header, rounded up."""
+    return -(-(HEADER_BYTES + payload_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def host_bytes_for(arena_bytes: int) -> int:
+    """The least setting `host`, to 64 KiB, of which the index leaves at least `arena_bytes` to blocks."""
+    host_bytes = max(-(-arena_bytes // _STEP_BYTES) * _STEP_BYTES, MIN_HOST_BYTES)
+    while words.plan(host_bytes)[1] < arena_bytes:
+        host_bytes += max((arena_bytes - words.plan(host_bytes)[1]) // _STEP_BYTES, 1) * _STEP_BYTES
+    return host_bytes
