@@ -35,7 +35,7 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     Raises (kind `config`) naming --codec, and as `Subject.load`, if there is no model: --synthetic measures without.
     """
     asked = None if codec == "all" else codecs_of(codec)
-    about, kv, rope, calibration = _synthetic() if model is None else _real(model)
+    about, kvs, rope, calibration = _synthetic() if model is None else _real(model)
     needing = next((name for name in asked or () if needs_calibration(name)), None)
     if needing and calibration is None:
         said = f"--codec: {needing} needs a calibrated model; run: tiered-kv calibrate {model or 'default'}"
@@ -45,27 +45,27 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     for threads in (1,) if quick else (1, 2):
         for tokens in (64,) if quick else BLOCK_TOKENS:
             for name in codecs:
-                results += speeds(kv, [name], rope, (tokens,), threads=threads, calibration=calibration, turns=4 if quick else 12)
+                results += speeds(kvs, [name], rope, (tokens,), threads=threads, calibration=calibration, turns=4 if quick else 12)
                 say(_line(results[-1]))
     return {"machine": machine(), **about, "results": results}
 
 
-def _real(model: str) -> tuple[dict[str, Any], torch.Tensor, bytes | None, Calibration | None]:
+def _real(model: str) -> tuple[dict[str, Any], list[torch.Tensor], bytes | None, Calibration | None]:
     """What is said of the model, KV (L, 2, H, T, D) of the beginnings of two texts, its rotation and its calibration."""
     subject = Subject.load(model)
     prompts = prompts_of(subject.tokenizer, own_texts(), TOKENS, TEXTS)
     dtype = torch.bfloat16
-    kv = torch.cat([prefix_kv(subject.model, ids, dtype) for ids in prompts.ids], 3)
+    kvs = [prefix_kv(subject.model, ids, dtype) for ids in prompts.ids]
     about = {"model": model, "dtype": "bfloat16", "prefill_us_per_token": prefill_us_per_token(subject.model, prompts.ids[0])}
-    return about, kv, rope_of_model(subject.model), subject.calibration()
+    return about, kvs, rope_of_model(subject.model), subject.calibration()
 
 
-def _synthetic() -> tuple[dict[str, Any], torch.Tensor, bytes | None, None]:
+def _synthetic() -> tuple[dict[str, Any], list[torch.Tensor], bytes | None, None]:
     """Normal noise of the default model's shape, each channel of a size of its own (log-normal)."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randn(30, 2, 3, 1, 64, generator=generator).exp()
     kv = torch.randn(30, 2, 3, TOKENS, 64, generator=generator) * sizes
-    return {"model": SYNTHETIC, "dtype": "bfloat16", "prefill_us_per_token": None}, kv.bfloat16(), rope_of_theta(1e5, 64), None
+    return {"model": SYNTHETIC, "dtype": "bfloat16", "prefill_us_per_token": None}, [kv.bfloat16()], rope_of_theta(1e5, 64), None
 
 
 def _line(record: dict) -> str:
@@ -77,7 +77,18 @@ def show(report: dict, console: Console) -> None:
     """The report as a table."""
     prefill_us = report["prefill_us_per_token"]
     table = Table(title=f"tiered-kv bench codec: speed as a fraction of memcpy, KV of {report['model']} in {report['dtype']}")
-    for column in ("codec", "threads", "tokens", "block", "ratio", "encode", "decode", "decode µs a token", "decode vs prefill"):
+    for column in (
+        "codec",
+        "threads",
+        "tokens",
+        "block",
+        "ratio",
+        "encode",
+        "decode",
+        "decode µs a token",
+        "decode vs prefill",
+        "fell back",
+    ):
         table.add_column(column, justify="left" if column == "codec" else "right")
     for each in report["results"]:
         us = each["decode_us_per_token"]
@@ -91,6 +102,7 @@ def show(report: dict, console: Console) -> None:
             f"{each['decode_vs_memcpy']:.2g}",
             f"{us:.1f}",
             f"{prefill_us / us:.0f} ×" if prefill_us and each["threads"] == 1 else "",
+            f"{each['fell_back']} of {each['blocks']}" if each["fell_back"] else "–",
         )
     console.print(table)
     about = report["machine"]

@@ -79,7 +79,7 @@ def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
         "continue_tokens": options.continue_tokens,
         "block_tokens": options.block_tokens,
         "dtype": options.dtype,
-        "calibration_tokens": calibration.tokens if calibration else None,
+        "calibration": {"fingerprint": calibration.fingerprint, "tokens": calibration.tokens} if calibration else None,
         "machine": machine(),
         "results": records,
     }
@@ -104,7 +104,7 @@ def measured(
     prefill_us = prefill_us_per_token(subject.model, prefix)
     with report.counting("speed of codec", len(codecs), console) as advance:
         for codec, record in zip(codecs, qualities, strict=True):
-            record |= _speed(speeds(kv, [codec], rope, (block_tokens,), calibration=calibration)[0], prefill_us)
+            record |= _speed(speeds([kv], [codec], rope, (block_tokens,), calibration=calibration)[0], prefill_us)
             advance(1)
     return qualities
 

@@ -57,7 +57,7 @@ OPERATIONS = ("copy", "encode", "decode")
 
 
 def speeds(
-    kv: torch.Tensor,
+    kvs: Sequence[torch.Tensor],
     codecs: Sequence[str] = CODECS,
     rope: bytes | None = None,
     block_tokens: Sequence[int] = (16, 64, 256),
@@ -67,13 +67,14 @@ def speeds(
     working_set_bytes: int = WORKING_SET_BYTES,
     turns: int = TURNS,
 ) -> list[dict]:
-    """Encode and decode of blocks of `kv` (L, 2, H, T, D) as ratios to memcpy: medians; a record for each codec and size.
+    """Encode and decode of the blocks of some texts' KV, each (L, 2, H, T, D) from position 0 on, as ratios to memcpy: medians; a record
+    for each codec and size.
 
     `decode_us_per_token`: time of one thread, while the others are at it too. Needs twice the working set, and the payloads.
     """
     with one_thread():
         return [
-            _speed(_Blocks.of(kv, name, tokens, rope, calibration), threads, working_set_bytes, turns)
+            _speed(_Blocks.of(kvs, name, tokens, rope, calibration), threads, working_set_bytes, turns)
             for tokens in block_tokens
             for name in codecs
         ]
@@ -98,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of some KV, their bytes, and what one codec makes of them."""
+    """The blocks of some texts, their bytes, and what one codec makes of them."""
 
     name: str
     layout: KVLayout
@@ -107,12 +108,13 @@ class _Blocks:
     encoded: list[Encoded]
 
     @classmethod
-    def of(cls, kv: torch.Tensor, name: str, tokens: int, rope: bytes | None, calibration: Calibration | None) -> "_Blocks":
-        layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], kv.dtype, tokens)
+    def of(cls, kvs: Sequence[torch.Tensor], name: str, tokens: int, rope: bytes | None, calibration: Calibration | None) -> "_Blocks":
+        layers, _, heads, _, dim = kvs[0].shape
+        layout = KVLayout(layers, heads, dim, kvs[0].dtype, tokens)
         codec = codec_for(name, layout, rope=rope, calibration=calibration)
-        starts = range(0, kv.shape[3] - tokens + 1, tokens)
-        pairs = [encoded_block(kv, codec, start, tokens) for start in starts]
-        return cls(name, layout, [codec.at(start) for start in starts], *map(list, zip(*pairs, strict=True)))
+        places = [(kv, start) for kv in kvs for start in range(0, kv.shape[3] - tokens + 1, tokens)]
+        pairs = [encoded_block(kv, codec, start, tokens) for kv, start in places]
+        return cls(name, layout, [codec.at(start) for _, start in places], *map(list, zip(*pairs, strict=True)))
 
     def lane(self, nbytes: int) -> _Lane:
         """Copies of them all, as often as fit into `nbytes`, but at least once."""
@@ -135,6 +137,8 @@ def _speed(blocks: _Blocks, threads: int, working_set_bytes: int, turns: int) ->
         "block_tokens": blocks.layout.block_tokens,
         "block_bytes": blocks.layout.block_bytes,
         "ratio": blocks.ratio,
+        "blocks": len(blocks.encoded),
+        "fell_back": sum(bool(each.fell_back) for each in blocks.encoded),
         "memcpy_bytes_s": threads * blocks.layout.block_bytes / memcpy_s,
         "encode_vs_memcpy": memcpy_s / encode_s,
         "decode_vs_memcpy": memcpy_s / decode_s,
