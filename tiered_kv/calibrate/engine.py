@@ -11,6 +11,7 @@ import torch
 from tiered_kv.calibrate.capture import Captured, Geometry, capture
 from tiered_kv.calibrate.corpus import TOKENS_MIN, own_texts, prompts_of
 from tiered_kv.calibrate.fit import fit_ecuq, fit_xlayer
+from tiered_kv.calibrate.unit import with_units
 from tiered_kv.codecs import codec_for
 from tiered_kv.codecs.calibration import Calibration
 from tiered_kv.errors import Kind, TieredKVError
@@ -39,9 +40,10 @@ def calibrate(
     """The calibration of a transformers model on `tokens` tokens of `texts`, by default of texts that are on every machine.
 
     Raises (kind `config`) if there are fewer than 10,000 tokens: tables fitted on less make codecs worse than int4, and nothing would
-    say so; (kind `model`) for a model whose KV cannot be shared, or turns with the length of the text. Cost: one run over the texts, a
-    third of it more for the sensitivity, and the fit, about 8 minutes on two cores for 135 million parameters. Memory: the model, a cast
-    copy of its weights at the end, four layers' KV of all tokens in float32; the KV itself goes to a file in the temporary folder.
+    say so; (kind `model`) for a model whose KV cannot be shared, or turns with the length of the text. Cost: one run over the texts,
+    about as much again for the sensitivity and for what a step costs, and the fit: some 11 minutes on two idle cores for 135 million
+    parameters. Memory: the model, a cast copy of its weights, four layers' KV of all tokens in float32; the KV itself goes to a
+    file in the temporary folder.
     """
     if tokens < TOKENS_MIN:
         raise TieredKVError(Kind.CONFIG, f"--tokens: at least {TOKENS_MIN} are needed to calibrate on, not {tokens}", setting="tokens")
@@ -71,6 +73,7 @@ def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, sa
         facts = {"model": _name_of(model), "weights": weights_digests(model), "tokens": captured.kv.shape[1]}
         sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "rope": rope, "rope_halves": True}
         made = Calibration(**facts, **sizes, ecuq=ecuq, xlayer=xlayer)
+        made = with_units(made, model, prompts, continue_tokens, say)
         say("errors of blocks")
         return with_errors(made, captured, geometry)
 

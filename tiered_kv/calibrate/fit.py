@@ -1,8 +1,8 @@
 """The fit of the tables: what a layer's KV is predicted by, and the axes and steps that its rest is rounded along.
 
 A step costs the same in the next tokens' distribution along every axis: errors e are weighed by eᵀ G e with the Fisher information G
-of K and of V (see `capture`), so that a step of s along an axis of unit length costs s² / 24 nats a token and axis at most.
-The axes are those of the Karhunen-Loève transform in that metric. Layers are fitted in order, on what decoding makes of the ones before.
+of K and of V (see `capture`); `unit` then measures what a step comes to. The axes are those of the Karhunen-Loève transform in
+that metric. Layers are fitted in order, on what decoding makes of the ones before.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,6 @@ ECUQ_FLOOR = 0.75
 V_STEP = 0.8
 """V is rounded this much finer: its errors add up over the tokens that attend to it."""
 
-UNIT = 0.87
-"""A step is this much of what the metric says, so that the steps of the qualities are well within what is promised on the default model."""
-
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
     """Mean, step and spread of each channel, in the order (2, H, D)."""
@@ -39,7 +36,6 @@ def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
     floor = ECUQ_FLOOR * sensitivity.mean((-1, -2), keepdim=True)
     width = _tiny_guard(sensitivity + floor).rsqrt()
     width[:, 1] *= V_STEP
-    width *= UNIT
     width = width.transpose(1, 2).reshape(layers, channels)
     return EcuqTables(*(_plain(each, geometry) for each in (mean, width, spread / width)))
 
@@ -75,8 +71,8 @@ def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) ->
     metric, inverse = _metric(fisher.double())
     power, axes = torch.linalg.eigh(metric @ covariance @ metric)
     power, axes = power.flip(0), axes.flip(1)
-    matrix = torch.cat([predictor.T, UNIT * (inverse @ axes).float()], 1)
-    return power.clamp_min(0).sqrt().float() / UNIT, matrix.bfloat16()
+    matrix = torch.cat([predictor.T, (inverse @ axes).float()], 1)
+    return power.clamp_min(0).sqrt().float(), matrix.bfloat16()
 
 
 def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
     codes: np.ndarray
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=4)
 def _prepared(fingerprint: str, step: float, product: str) -> Prepared:
     calibration = calibration_of(fingerprint)
     layers, groups, size, _ = calibration.xlayer.matrix.shape
@@ -53,12 +53,11 @@ def _prepared(fingerprint: str, step: float, product: str) -> Prepared:
 
 
 @lru_cache(maxsize=3)
-def _analysis(fingerprint: str, step: float, product: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What encoding needs: the predictor (G, L, c, 2c) and the inverse of the codes' matrix (G, L, c, c), float32."""
-    matrix = _prepared(fingerprint, step, product).matrix.float()
-    cut = BEFORE * matrix.shape[2]
-    inverse = np.linalg.inv(matrix[..., cut:].double().numpy())  # torch's LU factorization of batches fails in some builds on CPUs
-    return matrix[..., :cut].contiguous(), torch.from_numpy(inverse).float()
+def _analysis(fingerprint: str, step: float, product: str) -> torch.Tensor:
+    """What encoding needs beside: the inverse of the codes' matrix (G, L, c, c), float32."""
+    matrix = _prepared(fingerprint, step, product).matrix
+    basis = matrix[..., BEFORE * matrix.shape[2] :].double().numpy()
+    return torch.from_numpy(np.linalg.inv(basis).astype(np.float32))  # torch's LU factorization of batches fails in some builds on CPUs
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class XlayerCodec(CalibratedCodec):
         if self._exact == self.shape[2]:
             return self._exact_of(kv)
         tables = self._tables()
-        predictor, inverse = _analysis(self._fingerprint(), self.step, self.product)
+        inverse = _analysis(self._fingerprint(), self.step, self.product)
         groups, layers, size, _ = tables.matrix.shape
         x = self._channels(kv).cpu().sub_(tables.mean.transpose(-1, -2))
         tokens = x.shape[-1]
@@ -100,7 +99,8 @@ class XlayerCodec(CalibratedCodec):
         for group in range(groups):
             for layer in range(layers):
                 known = space[group, layer : layer + BEFORE].reshape(-1, tokens).float()
-                found = as_codes(inverse[group, layer] @ (x[group, layer] - predictor[group, layer] @ known))
+                predictor = tables.matrix[group, layer, :, : BEFORE * size].float()
+                found = as_codes(inverse[group, layer] @ (x[group, layer] - predictor @ known))
                 codes[group, layer] = found
                 space[group, layer + BEFORE] = found
                 self._advance(tables, space, group, layer, _end(found))

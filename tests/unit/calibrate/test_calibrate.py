@@ -10,6 +10,7 @@ from tiered_kv.bench.quality import evaluate
 from tiered_kv.calibrate import calibrate
 from tiered_kv.calibrate.corpus import KEPT_FOR_MEASUREMENTS, own_texts, prompts_of
 from tiered_kv.calibrate.engine import COST_PART, fitted, groups_of
+from tiered_kv.calibrate.unit import FACTOR_MAX, PROMISED, ecuq_times, with_units, xlayer_times
 from tiered_kv.codecs import Calibration
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
@@ -47,11 +48,30 @@ def test_codecs_fitted_to_a_model_keep_its_kv(fit, tmp_path: Path) -> None:
     made.save(tmp_path / "a")
     again = Calibration.load(tmp_path / "a")
     prompts = [prompt_of(60, seed) for seed in (101, 102)]
-    steps = [f"{name}:{step}" for name in ("ecuq", "xlayer") for step in (1e-2, 3e-2)]
+    steps = ["ecuq:0.01", "ecuq:0.03", "xlayer:0.007", "xlayer:0.015"]
     fine, coarse, fine_x, coarse_x = evaluate(model, prompts, steps, prefix_tokens=48, block_tokens=16, calibration=again)
     assert [each.fell_back for each in (fine, coarse, fine_x, coarse_x)] == [0, 0, 0, 0]
-    assert 0 < fine.kl < coarse.kl < 0.3 and 0 < fine_x.kl < coarse_x.kl < 0.3
-    assert coarse.error <= made.bound("ecuq", 3e-2) and coarse_x.error <= made.bound("xlayer", 3e-2)
+    assert 0 < fine.kl < coarse.kl < 0.3 and 0 < fine_x.kl < coarse_x.kl < 0.6
+    assert coarse.error <= made.bound("ecuq", 3e-2) and coarse_x.error <= made.bound("xlayer", 0.015)
+
+
+def test_steps_are_scaled_to_what_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12)
+    for kl, factor in ((4 * PROMISED["ecuq:1e-4"], 0.5), (0.0, 1.0), (1e9, 1 / FACTOR_MAX), (1e-12, FACTOR_MAX)):
+        monkeypatch.setattr("tiered_kv.calibrate.unit.measured", lambda *given, kl=kl: {"ecuq:1e-4": kl})
+        scaled = with_units(made, None, [prompt_of(60)], 12, lambda line: None)
+        torch.testing.assert_close(scaled.ecuq.width, factor * made.ecuq.width)
+        assert torch.equal(scaled.xlayer.matrix, made.xlayer.matrix)
+
+
+def test_steps_are_scaled_in_every_table() -> None:
+    made = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12)
+    cut = 2 * made.xlayer.matrix.shape[2]
+    double, ecuq = xlayer_times(made.xlayer, 2.0), ecuq_times(made.ecuq, 2.0)
+    assert torch.equal(double.matrix[..., :cut], made.xlayer.matrix[..., :cut])
+    assert torch.equal(double.matrix[..., cut:], 2 * made.xlayer.matrix[..., cut:])
+    assert torch.equal(double.spread, made.xlayer.spread / 2)
+    assert torch.equal(ecuq.width, 2 * made.ecuq.width) and torch.equal(ecuq.spread, made.ecuq.spread / 2)
 
 
 def test_the_same_texts_give_the_same_tables() -> None:
