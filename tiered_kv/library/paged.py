@@ -6,7 +6,7 @@ Memory Management for Large Language Model Serving with PagedAttention", SOSP 20
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,12 +51,15 @@ class _Sequence:
 class PagedKVCache(BaseKVCache):
     """A cache whose sequences grow page by page (a page: `config.block_tokens` tokens) and fork without copying. Thread-safe.
 
+    Pages stay as they are, whatever `use_quantization` and `use_compression` say: sequences write to them.
+
     Pages that a sequence names stay in memory until it is freed; what no sequence names is an ordinary cached block. An append
     that finds no room raises (kind `memory`) and changes nothing.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.config = replace(self.config, use_quantization=False, use_compression=False)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._slab: Slab | None = None

@@ -219,12 +219,12 @@ class Node:
             self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
 
     def hold(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Keep the leading `keys` that are in host memory there, where they are, until `let_go`; their payloads' offsets."""
+        """Keep the leading `keys` that lie in host memory as they were stored there, until `let_go`; their payloads' offsets."""
         offsets = []
         with self.running():
             for key in keys:
                 block = self.engine.machine.blocks.get(key)
-                if block is None or Tier.HOST not in block.copies:
+                if block is None or Tier.HOST not in block.copies or block.copies[Tier.HOST].codec:
                     break
                 offsets.append(block.copies[Tier.HOST].offset)
                 self.engine.handle([ev.Pinned(key)])

@@ -129,3 +129,17 @@ def test_any_history_gives_what_plain_lists_would(steps) -> None:
             if ids:
                 assert torch.equal(cache.gather(number), kv_of(ids))
         cache.check()
+
+
+def test_pages_are_never_coded() -> None:
+    """They are written to where they lie, and read without a codec."""
+    config = KVCacheConfig(max_tokens=64 * T, block_tokens=T, use_quantization=True, use_compression=True)
+    with PagedKVCache(config) as cache:
+        for begin in range(0, 48 * T, 12 * T):
+            sequence = cache.create()
+            grow(cache, sequence, range(begin, begin + 12 * T))
+            cache.free(sequence)
+        again = cache.create(range(12 * T))
+        assert cache.length(again) == 12 * T
+        assert torch.equal(cache.gather(again), kv_of(range(12 * T)))
+        assert not cache.get_stats()["codecs"]
