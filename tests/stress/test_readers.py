@@ -112,12 +112,23 @@ def test_readers_never_see_a_wrong_byte(start, record_property, capsys):
 @pytest.mark.slow
 def test_readers_never_see_a_wrong_byte_of_a_block_that_moves_to_disk_and_back(start, tmp_path, record_property, capsys):
     seconds = SECONDS / 4
-    node, client = start(disk="96MiB", disk_path=str(tmp_path), disk_segment="32MiB")
+    node, client = start(disk="96MiB", disk_path=str(tmp_path), disk_segment="32MiB", codec="disk=raw")
     counts = race(node, client, seconds)
     tell(counts, record_property, capsys)
     assert counts["wrong_blocks"] == counts["wrong_bytes"] == 0
     assert counts["verified_blocks"] > VERIFIED_PER_S * seconds
     assert min(counts["demoted"], counts["promoted"], counts["lost"]) > 0, "blocks did not move to disk, back, and out of it"
+
+
+@pytest.mark.slow
+def test_readers_never_see_a_wrong_byte_of_a_block_that_is_coded_meanwhile(start, record_property, capsys):
+    seconds = SECONDS / 4
+    node, client = start(codec="host=lossless")
+    counts = race(node, client, seconds)
+    tell(counts, record_property, capsys)
+    assert counts["wrong_blocks"] == counts["wrong_bytes"] == 0
+    assert counts["verified_blocks"] > 0
+    assert counts["shrunk"] > 0, "no block was coded"
 
 
 @pytest.mark.slow
