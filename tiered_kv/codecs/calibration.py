@@ -130,6 +130,7 @@ class Calibration:
                 try:
                     file.write(data)
                     file.flush()
+                    os.fchmod(file.fileno(), 0o644)  # it holds no secret, and nodes may run as somebody else
                     os.fsync(file.fileno())
                     os.replace(file.name, path)
                 except BaseException:

@@ -43,6 +43,7 @@ def test_a_calibration_comes_back_from_its_file(groups: int, tmp_path: Path) -> 
     for one, other in zip([*again.ecuq, *again.xlayer], [*made.ecuq, *made.xlayer], strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.calibration"]
+    assert (tmp_path / "sub" / "a.calibration").stat().st_mode & 0o777 == 0o644
 
 
 def test_what_was_measured_is_not_what_decoding_depends_on() -> None:
