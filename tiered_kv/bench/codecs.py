@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tiered_kv.bench.fetch import machine
-from tiered_kv.bench.quality import CALIBRATED, CODECS, prefix_kv
+from tiered_kv.bench.quality import CALIBRATED, CODECS
 from tiered_kv.bench.speeds import prefill_us_per_token, speeds
 from tiered_kv.bench.subject import Subject, codecs_of, needs_calibration
 from tiered_kv.bench.texts import own_texts, prompts_of
@@ -20,6 +20,7 @@ from tiered_kv.codecs import Calibration
 from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.config import format_size
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.integrations.prefix import prefix_kv
 from tiered_kv.integrations.rope import rope_of_model
 
 Say = Callable[[str], None]

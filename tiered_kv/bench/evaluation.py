@@ -11,12 +11,13 @@ from rich.console import Console
 from tiered_kv import picture
 from tiered_kv.bench import curve, report
 from tiered_kv.bench.fetch import machine
-from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_TOKENS, as_records, evaluate, prefix_kv
+from tiered_kv.bench.quality import CALIBRATED, CODECS, CONTINUE_TOKENS, PREFIX_TOKENS, as_records, evaluate
 from tiered_kv.bench.speeds import prefill_us_per_token, speeds
 from tiered_kv.bench.subject import Subject, codecs_of, needs_calibration
 from tiered_kv.bench.texts import Prompts, own_texts, prompts_of, texts_from
 from tiered_kv.codecs import Calibration
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.integrations.prefix import prefix_kv
 from tiered_kv.integrations.rope import rope_of_model
 
 OWN_PROMPTS = 30

@@ -17,10 +17,10 @@ from rich.table import Table
 
 import tiered_kv
 from tiered_kv.bench.fetch import machine
-from tiered_kv.bench.quality import prefix_kv
 from tiered_kv.bench.subject import Subject
 from tiered_kv.config import format_size
 from tiered_kv.demo.workload import own_questions, prompt_ids
+from tiered_kv.integrations.prefix import prefix_kv
 from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
 from tiered_kv.layout import KVLayout

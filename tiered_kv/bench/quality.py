@@ -16,8 +16,8 @@ import torch
 
 from tiered_kv.codecs import Calibration, Codec, Encoded, codec_for
 from tiered_kv.codecs.frame import frame_bytes
+from tiered_kv.integrations.prefix import continued, prefix_kv
 from tiered_kv.integrations.rope import rope_of_model
-from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
 from tiered_kv.layout import KVLayout
 
 CODECS = ("lossless", "int8", "int6", "int4", "fp8")
@@ -100,28 +100,14 @@ def evaluate(
     tallies = {name: _Tally() for name in codecs}
     for ids in prompts:
         kv = prefix_kv(model, ids[:, :prefix_tokens], kv_dtype)
-        exact = _continued(model, ids, kv)
+        exact = continued(model, ids, kv)
         advance(1 / (1 + len(codecs)))
         layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], kv_dtype, block_tokens)
         for name, tally in tallies.items():
             decoded = _through(kv, codec_for(name, layout, rope=rope, calibration=calibration), block_tokens, tally)
-            _compare(exact, _continued(model, ids, decoded), ids[0, prefix_tokens + 1 :], tally)
+            _compare(exact, continued(model, ids, decoded), ids[0, prefix_tokens + 1 :], tally)
             advance(1 / (1 + len(codecs)))
     return [tally.quality(name) for name, tally in tallies.items()]
-
-
-@torch.inference_mode()
-def prefix_kv(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The KV of a prompt (1, n) as the cache would keep it: computed at once, in the dtype given."""
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    return kv_from_cache(cache, 0, ids.shape[1]).to(dtype)
-
-
-@torch.inference_mode()
-def _continued(model: Any, ids: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (tokens, vocabulary) for what follows each token behind the prefix whose KV is given."""
-    cache = cache_from_kv(kv.to(model.dtype), model.config)
-    return model(ids[:, kv.shape[3] :], past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
 
 
 def _through(kv: torch.Tensor, codec: Codec, block_tokens: int, tally: _Tally) -> torch.Tensor:

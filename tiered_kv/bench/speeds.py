@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from tiered_kv.bench.quality import CODECS, encoded_block, prefix_kv
+from tiered_kv.bench.quality import CODECS, encoded_block
 from tiered_kv.codecs import Calibration, Codec, Encoded, codec_for
+from tiered_kv.integrations.prefix import prefix_kv
 from tiered_kv.layout import KVLayout
 
 WORKING_SET_BYTES = 256 << 20

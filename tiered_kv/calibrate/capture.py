@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from tiered_kv.codecs.rotation import turning
-from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
+from tiered_kv.integrations.prefix import prefix_kv
+from tiered_kv.integrations.transformers import cache_from_kv
 
 Say = Callable[[str], None]
 SINKS = 4
@@ -88,7 +89,7 @@ def capture(
         prefix = ids[:, : ids.shape[1] - continue_tokens]
         if prefix.shape[1] <= SINKS:
             continue
-        whole = _prefix_kv(model, prefix)
+        whole = prefix_kv(model, prefix, torch.bfloat16)
         kept = whole[..., SINKS:, :]
         kv[:, starts[number] : starts[number + 1]] = geometry.channels_of(kept, SINKS).bfloat16()
         if not number % every:
@@ -97,13 +98,6 @@ def capture(
             seen += gradient.shape[3] * continue_tokens
         say(f"prompt {number + 1} of {len(prompts)}: {starts[number + 1]} tokens of KV")
     return Captured(kv, fisher / max(seen, 1), tuple(starts[:-1]))
-
-
-@torch.inference_mode()
-def _prefix_kv(model: Any, prefix: torch.Tensor) -> torch.Tensor:
-    """(L, 2, H, T, D) of the prefix, as a cache keeps it: in bf16."""
-    cache = model(prefix.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
-    return kv_from_cache(cache, 0, prefix.shape[1]).bfloat16().cpu()
 
 
 def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from tiered_kv.codecs import codec_for
 from tiered_kv.codecs.calibration import Calibration, EcuqTables, XlayerTables
-from tiered_kv.integrations.transformers import cache_from_kv, kv_from_cache
+from tiered_kv.integrations.prefix import continued, prefix_kv
 from tiered_kv.layout import KVLayout
 
 Say = Callable[[str], None]
@@ -46,31 +46,18 @@ def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], con
         prefix = ids.shape[1] - continue_tokens
         if prefix <= 0:
             continue
-        kv = _kv(model, ids[:, :prefix])
-        exact = _continued(model, ids, kv)
+        kv = prefix_kv(model, ids[:, :prefix], torch.bfloat16)
+        exact = continued(model, ids, kv)
         layout = KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], "bfloat16", prefix)
         for name, values in found.items():
             codec = codec_for(name, layout, calibration=made)
             encoded = codec.encode(kv.view(-1).view(torch.uint8))
             if encoded.codec == codec:
                 codec.decode_kv(encoded.payload, decoded := torch.empty_like(kv))
-                other = _continued(model, ids, decoded)
+                other = continued(model, ids, decoded)
                 values.append(float((exact.exp() * (exact - other)).sum(-1).mean()))
         say(f"the cost of a step: prompt {number} of {len(prompts)}")
     return {name: float(np.median(values)) for name, values in found.items() if values}
-
-
-@torch.inference_mode()
-def _kv(model: Any, prefix: torch.Tensor) -> torch.Tensor:
-    cache = model(prefix.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
-    return kv_from_cache(cache, 0, prefix.shape[1]).bfloat16().cpu()
-
-
-@torch.inference_mode()
-def _continued(model: Any, ids: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (tokens, vocabulary) behind each token after the prefix whose KV is given."""
-    cache = cache_from_kv(kv.to(model.device, model.dtype), model.config)
-    return model(ids[:, kv.shape[3] :].to(model.device), past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
 
 
 def ecuq_times(tables: EcuqTables, factor: float) -> EcuqTables:

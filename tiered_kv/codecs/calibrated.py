@@ -6,6 +6,7 @@ packed by `modepack`. The payload: the exact tokens (see `block`) | packed codes
 
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from tiered_kv.codecs.block import BlockCodec
 from tiered_kv.codecs.calibration import FINGERPRINT_BYTES, Calibration, calibration_of, register
 from tiered_kv.codecs.grouped import GroupedCodec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
-from tiered_kv.codecs.modepack import Alphabet
+from tiered_kv.codecs.modepack import Alphabet, pack
 from tiered_kv.codecs.rotation import turning
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
@@ -132,6 +133,26 @@ class CalibratedCodec(BlockCodec):
 
     def _fingerprint(self) -> str:
         return self.fingerprint.hex()
+
+    @abstractmethod
+    def _coded(self, kv: torch.Tensor) -> np.ndarray:
+        """The codes of what is behind the exact tokens, as rows (R, T) of int16 in falling order of their spread."""
+
+    @abstractmethod
+    def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
+        """Fill the last `tokens` of `kv`, those behind the exact ones, from their packed codes."""
+
+    def _payload(self, kv: torch.Tensor) -> np.ndarray:
+        exact = self._exact_of(kv)
+        if self._exact == self.shape[2]:
+            return exact
+        return np.concatenate([exact, np.frombuffer(pack(self._coded(kv)), np.uint8)])
+
+    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
+        data = self._opened(payload, kv)
+        tokens = self.shape[2] - self._exact
+        if tokens:
+            self._restored(data, tokens, kv)
 
     def _opened(self, payload: memoryview, kv: torch.Tensor) -> memoryview:
         """The packed codes of a payload, whose exact tokens are put into `kv`; raises (kind `corrupt`) if it cannot be one."""

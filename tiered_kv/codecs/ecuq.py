@@ -13,7 +13,7 @@ import torch
 
 from tiered_kv.codecs.calibrated import CalibratedCodec, alphabet, as_codes, falling, kept
 from tiered_kv.codecs.calibration import calibration_of
-from tiered_kv.codecs.modepack import pack, unpack
+from tiered_kv.codecs.modepack import unpack
 
 
 class Prepared(NamedTuple):
@@ -43,20 +43,13 @@ class EcuqCodec(CalibratedCodec):
     name: ClassVar[str] = "ecuq"
     step_default: ClassVar[float] = 6e-5
 
-    def _payload(self, kv: torch.Tensor) -> np.ndarray:
-        if self._exact == self.shape[2]:
-            return self._exact_of(kv)
+    def _coded(self, kv: torch.Tensor) -> np.ndarray:
         tables = _prepared(self._fingerprint(), self.step)
         x = self._channels(kv).cpu()
         codes = as_codes((x - tables.mean.transpose(-1, -2)) / tables.width.transpose(-1, -2)).to(torch.int16)
-        rows = codes.view(-1, x.shape[-1]).numpy()[tables.order]
-        return np.concatenate([self._exact_of(kv), np.frombuffer(pack(rows), np.uint8)])
+        return codes.view(-1, x.shape[-1]).numpy()[tables.order]
 
-    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
-        data = self._opened(payload, kv)
-        tokens = self.shape[2] - self._exact
-        if not tokens:
-            return
+    def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
         tables = _prepared(self._fingerprint(), self.step)
         numbers = kept("codes", (len(tables.order), tokens), np.uint16)
         numbers.fill(0)

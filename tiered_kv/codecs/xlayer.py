@@ -18,7 +18,7 @@ import torch
 
 from tiered_kv.codecs.calibrated import CalibratedCodec, alphabet, as_codes, falling, kept
 from tiered_kv.codecs.calibration import calibration_of
-from tiered_kv.codecs.modepack import pack, unpack
+from tiered_kv.codecs.modepack import unpack
 from tiered_kv.layout import KVLayout
 
 BEFORE = 2
@@ -85,9 +85,7 @@ class XlayerCodec(CalibratedCodec):
         is_fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
         return super().for_layout(layout, **{"product": "bfloat16" if is_fast else "float32"} | parameters)
 
-    def _payload(self, kv: torch.Tensor) -> np.ndarray:
-        if self._exact == self.shape[2]:
-            return self._exact_of(kv)
+    def _coded(self, kv: torch.Tensor) -> np.ndarray:
         tables = self._tables()
         inverse = _analysis(self._fingerprint(), self.step, self.product)
         groups, layers, size, _ = tables.matrix.shape
@@ -104,14 +102,9 @@ class XlayerCodec(CalibratedCodec):
                 codes[group, layer] = found
                 space[group, layer + BEFORE] = found
                 self._advance(tables, space, group, layer, _end(found))
-        rows = codes.view(-1, tokens).numpy()[tables.codes]
-        return np.concatenate([self._exact_of(kv), np.frombuffer(pack(rows), np.uint8)])
+        return codes.view(-1, tokens).numpy()[tables.codes]
 
-    def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
-        data = self._opened(payload, kv)
-        tokens = self.shape[2] - self._exact
-        if not tokens:
-            return
+    def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
         tables = self._tables()
         groups, layers, size, _ = tables.matrix.shape
         space, words = self._space(tokens)

@@ -188,7 +188,7 @@ class Node:
             with self.running():
                 block = self.engine.machine.blocks.get(key)
                 location = block.copies.get(Tier.HOST) if block else None
-                if location is not None and block.copying_to is None and not self.place.is_readable(key, location):
+                if location is not None and block.copying_to is None and self.place.decoded(key, location) is None:
                     self.engine.handle([ev.Lost(key, location)])
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:

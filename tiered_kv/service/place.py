@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
@@ -235,13 +235,17 @@ class Place:
 
     def form(self, copy: ev.Copy) -> Form:
         source = copy.source
-        is_kept = copy.target is Tier.HOST and source.codec and self.coder.keeps_frames(copy.root)
-        return Form(source.codec, source.stored_bytes) if is_kept else Form(0, source.raw_bytes)
+        if copy.target is not Tier.HOST:
+            return Form(0, source.raw_bytes)
+        return self._form_in_host(Form(source.codec, source.stored_bytes), source.raw_bytes, copy.root)
 
     def form_of(self, frame: Frame, root: BlockKey) -> Form:
         """What the block of a frame that a peer sent will be in host memory."""
-        is_kept = frame.codec.id and self.coder.keeps_frames(root)
-        return Form(frame.codec.id, frame.nbytes) if is_kept else Form(0, frame.raw_bytes)
+        return self._form_in_host(Form(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
+
+    def _form_in_host(self, present: Form, raw_bytes: int, root: BlockKey | None) -> Form:
+        """A block that is coded stays so where host memory keeps frames of its model, else it lies there raw."""
+        return present if present.codec and self.coder.keeps_frames(root) else Form(0, raw_bytes)
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
         if locations[0].tier is Tier.DEVICE:
@@ -323,18 +327,17 @@ class Place:
             return Held.of(open_frame(payload, key))
         return Held(payload, error=self.host.lineage(location.offset).error)
 
-    def is_readable(self, key: BlockKey, location: Location) -> bool:
-        """Whether a block is undamaged where it lies, and its codec is known here."""
-        held = self._readable(key, location)
-        try:
-            return held is not None and held.decoded() is not None
-        except TieredKVError:
-            return False
-
     def _readable(self, key: BlockKey, location: Location) -> Held | None:
         """The same; None if it cannot be read."""
+        return self._attempted(key, location, lambda held: held)
+
+    def decoded(self, key: BlockKey, location: Location) -> Held | None:
+        """The raw bytes of a block, and the error that they carry; None if it is damaged, or its codec is not known here."""
+        return self._attempted(key, location, lambda held: Held(held.decoded(), error=held.error))
+
+    def _attempted(self, key: BlockKey, location: Location, use: Callable[[Held], Held]) -> Held | None:
         try:
-            return self._held(key, location)
+            return use(self._held(key, location))
         except TieredKVError as error:
             log.warning("block %s in %s cannot be read: %s", key.hex(), location.tier.label, str(error))
             return None
@@ -369,7 +372,7 @@ class Place:
         self.logs[tier].reclaim(segment)
 
     def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        blocks = [self._decoded(copy) for copy in copies]  # alive until the copies have happened
+        blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # alive until the copies have happened
         with self._device_turn:
             tickets = []
             for block, location in zip(blocks, locations, strict=True):
@@ -380,15 +383,6 @@ class Place:
             for ticket in tickets:
                 ticket.wait()
         return [Filled.GONE if block is None else Filled.DONE for block in blocks]
-
-    def _decoded(self, copy: ev.Copy) -> Held | None:
-        """The raw bytes of a block that is to be copied; None if it cannot be read."""
-        try:
-            held = self._held(copy.key, copy.source)
-            return Held(held.decoded(), error=held.error)
-        except TieredKVError as error:
-            log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, str(error))
-            return None
 
     # Peers
 
