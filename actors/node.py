@@ -16,11 +16,12 @@ from tiered_kv.service.recording import Recorded
 class NodeActor:
     """Runs a `Node`, serves its workers' sessions on a socket and its peers through Ray's object store."""
 
-    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config) -> None:
+    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
         self._refusal: TieredKVError | None = None
         labels = {"ray_node_id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
-            self._node = Node(config, cluster_id, node_id, RayLink(cluster, node_id), labels=labels)
+            link = RayLink(cluster, node_id)
+            self._node = Node(config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes)
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
         except TieredKVError as error:
             # An actor whose constructor raises is restarted for ever, and its error is lost; `info` tells it instead.
@@ -34,6 +35,10 @@ class NodeActor:
 
     def stats(self) -> dict:
         return self._node.stats()
+
+    def checkpoint(self, step: str, *arguments: object) -> object:
+        """One step of writing or restoring a checkpoint, as `Node.checkpoint`."""
+        return self._node.checkpoint(step, *arguments)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Begin or end to record requests, as `Node.record`."""

@@ -208,7 +208,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import attach, record, start
+    from tiered_kv.cluster import asking, attach, record, start
     from tiered_kv.sim.write import TraceWriter
 
     if options.seconds is not None and not options.seconds > 0:
@@ -225,7 +225,7 @@ def _record(options: argparse.Namespace, console: Console) -> int:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with TraceWriter(options.out) as trace, record.interrupted() as stopped:
-        recording = record.ClusterRecording(record.asking(options.name), nodes, trace.write, say)
+        recording = record.ClusterRecording(asking.asking(options.name), nodes, trace.write, say)
         say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; Ctrl-C ends it")
         record.record(recording, options.seconds, console, stopped)
     lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""

@@ -11,25 +11,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
 
 from rich.console import Console
 
-from tiered_kv.actors.names import NAMESPACE, node_name
+from tiered_kv.cluster.asking import Ask
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.service.recorder import PENDING_S
 
 POLL_S = 1.0
-ANSWER_WITHIN_S = 10.0
 NOBODY_S = 60.0
 """With no node answering for so long, the recording ends."""
-
-
-class Ask(Protocol):
-    """Calls a method of several nodes at once."""
-
-    def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        """By node: the answer, or the `TieredKVError` that came in its place."""
 
 
 @dataclass
@@ -152,36 +143,6 @@ class ClusterRecording:
 
     def _now_ms(self) -> float:
         return (self._now_s() - self._begun_s) * 1000
-
-
-def asking(cluster: str) -> Ask:
-    """How to ask the nodes of the cluster whose Ray this process has joined."""
-    import ray
-
-    def send(node: str, method: str, arguments: tuple) -> Any:
-        try:
-            return getattr(ray.get_actor(node_name(cluster, node), NAMESPACE), method).remote(*arguments)
-        except (ValueError, ray.exceptions.RayError) as error:
-            return TieredKVError(Kind.TRANSPORT, f"it is not there ({type(error).__name__})", node=node)
-
-    def receive(sent: Any) -> Any:
-        if isinstance(sent, TieredKVError):
-            return sent
-        try:
-            return ray.get(sent, timeout=POLL_S / 10)  # it is there, or was waited for already
-        except ray.exceptions.RayTaskError as error:
-            return error.cause if isinstance(error.cause, TieredKVError) else TieredKVError(Kind.TRANSPORT, f"it failed: {error.cause!r}")
-        except ray.exceptions.RayError as error:
-            return TieredKVError(Kind.TRANSPORT, f"it does not answer ({type(error).__name__})")
-
-    def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        sent = {node: send(node, method, arguments) for node in nodes}
-        under_way = [each for each in sent.values() if not isinstance(each, TieredKVError)]
-        if under_way:
-            ray.wait(under_way, num_returns=len(under_way), timeout=ANSWER_WITHIN_S)
-        return {node: receive(each) for node, each in sent.items()}
-
-    return ask
 
 
 def record(recording: ClusterRecording, seconds: float | None, console: Console, stopped: threading.Event) -> None:

@@ -20,6 +20,8 @@ class Tier(IntEnum):
     HOST = 2
     DISK = 3
     OBJECTS = 4
+    CHECKPOINT = 5
+    """Packs of a checkpoint that was mounted: read, never written to, and under no cap."""
 
     __hash__ = int.__hash__  # an Enum's own hash is Python code, and a tier is a key many times a block
 
@@ -28,6 +30,9 @@ class Tier(IntEnum):
         """The name that people and settings use."""
         return self.name.lower()
 
+
+AWAY = (Tier.OBJECTS, Tier.CHECKPOINT)
+"""Tiers that a worker cannot read by itself, and where one request takes some 50 ms whatever its size."""
 
 PEER = "peer"
 """The label, in `tokens_by_tier`, of tokens that another node of the cluster holds or delivered."""

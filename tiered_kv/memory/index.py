@@ -131,6 +131,13 @@ class IndexWriter:
         touches = zip(np.maximum(since[order], 1).tolist(), last[order].tolist(), strict=True)
         return [(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES], count, tick) for at, (count, tick) in enumerate(touches)]
 
+    def used(self) -> list[BlockKey]:
+        """All blocks that were ever touched as far as was harvested, the one that was last touched first."""
+        slots = np.flatnonzero(self._seen_ticks)
+        order = slots[np.argsort(self._seen_ticks[slots], kind="stable")[::-1]]
+        occupied = self._tiers()[order] != 0
+        return [self._key(slot) for slot in order[occupied].tolist()]
+
     def tallies(self) -> tuple[int, int]:
         """Blocks that workers asked for, and had, since these files were made."""
         return self._header[w.ASKED], self._header[w.HIT]

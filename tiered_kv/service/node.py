@@ -16,6 +16,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
 from tiered_kv.service.admission import Admission
 from tiered_kv.service.facts import ModelFacts
+from tiered_kv.service.filling import INDEX_SHARE, Filling
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.nodesession import NodeSession
@@ -25,6 +26,7 @@ from tiered_kv.service.pull import Puller
 from tiered_kv.service.recorder import ObservedHistory
 from tiered_kv.service.recording import Recorded, Recording
 from tiered_kv.service.reporter import Reporter
+from tiered_kv.service.saving import Saving
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
@@ -50,12 +52,13 @@ class Node:
         *,
         clock: Clock | None = None,
         labels: dict[str, str] | None = None,
+        mounted_bytes: int = 0,
     ) -> None:
         self.config = config
         self._labels = labels or {}
         self.node_id = node_id
         self._clock = clock or SystemClock()
-        self.place = Place(config, cluster_id, node_id)
+        self.place = Place(config, cluster_id, node_id, mounted_bytes)
         history = history_of(config)
         observed = ObservedHistory(history)
         self.engine = self._make_engine(history, observed)
@@ -63,6 +66,7 @@ class Node:
         self._learning = Learning(history, self.engine.lock, self._clock)
         self.engine.handle(self.place.restore())
         self.directory = self.place.directory
+        self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
         self._link = link
         self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
@@ -248,6 +252,22 @@ class Node:
         if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
+    def checkpoint(self, step: str, *arguments: object) -> object:
+        """One step of writing or restoring a checkpoint, by name: a method of `Saving` or `Filling`."""
+        saving, filling = self.saving, self.filling
+        steps = {
+            "snapshot": saving.snapshot,
+            "save": saving.save,
+            "written": saving.written,
+            "stop_saving": saving.stop,
+            "shelf": filling.shelf,
+            "mount": filling.mount,
+            "fill": filling.fill,
+            "filled": filling.filled,
+            "stop_filling": filling.stop,
+        }
+        return steps[step](*arguments)
+
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Begin or end to record requests; for how many seconds they are being recorded by now.
 
@@ -306,9 +326,17 @@ class Node:
         self.engine.drain_touches()
         with self.engine.lock:
             self.place.beat()
+            self._thin_out()
             self._recording.beat(self._clock.now_s())
             if not self._reporter:
                 self.engine.journal.clear()
+        self.saving.beat()
+
+    def _thin_out(self) -> None:
+        """Keep slots of the index free of what a checkpoint alone holds."""
+        missing = int(self.place.index.capacity_blocks * (1 - INDEX_SHARE)) - self.place.index_room
+        if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
+            self.engine.handle([ev.Unmounted(missing)])
 
     def catch_up(self) -> None:
         """Let the policy hear of what was committed, while no worker waits for an answer."""
@@ -330,6 +358,8 @@ class Node:
             return
         self._closing.set()
         self._beats.join()
+        self.saving.close()
+        self.filling.close()
         if self._reporter:
             self._reporter.close()
         self.engine.close()

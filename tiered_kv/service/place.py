@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 
 import torch
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -33,6 +33,7 @@ from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.host import HostTier, Lineage
 from tiered_kv.tiers.log import LogTier, Record
+from tiered_kv.tiers.mounted import MountedPacks
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +46,20 @@ AGING_SEGMENTS = 2
 class Place:
     """Files, index and tiers of one node. Not thread-safe but for `append`, `coded`, `fill`, `keep`, `frames` and `put`.
 
-    Files that a node of the same ids left behind are taken over; `restore` says what is in them.
+    Files that a node of the same ids left behind are taken over; `restore` says what is in them. `mounted_bytes`: how much of a
+    checkpoint the index should have room for.
     """
 
-    def __init__(self, config: Config, cluster_id: str, node_id: str) -> None:
+    def __init__(self, config: Config, cluster_id: str, node_id: str, mounted_bytes: int = 0) -> None:
         self.coder = Coder(config)
         reclaim_stale(config.shm_path, time.monotonic_ns())
-        lower_bytes = config.disk + (config.objects_cap if config.objects else 0)
+        lower_bytes = config.disk + (config.objects_cap if config.objects else 0) + mounted_bytes
         self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, lower_bytes)
         self.directory = self._files.directory
         self.keeps_disk = config.disk_path is not None
         self._objects_folder = config.objects_folder and f"{config.objects_folder}/{own_name(cluster_id, node_id)}"
         self.logs: dict[Tier, LogTier] = {}
+        self.mounted = MountedPacks()
         self.device: DeviceTier | None = None
         with ExitStack() as undo:
             undo.callback(self._files.close if self._inherited else self._files.remove)
@@ -215,6 +218,8 @@ class Place:
             self._device_errors.pop(location.offset, None)
         if location.tier in self._memory:
             self._memory[location.tier].free(location.offset)
+        elif location.tier is Tier.CHECKPOINT:
+            self.mounted.forget(location)
         else:
             self.logs[location.tier].forget(location)
 
@@ -250,7 +255,7 @@ class Place:
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
         if locations[0].tier is Tier.DEVICE:
             return self._to_device(copies, locations)
-        read = self._requests.map if copies[0].source.tier is Tier.OBJECTS else map
+        read = self._requests.map if copies[0].source.tier in AWAY else map
         return list(read(self._fill, copies, locations))
 
     def _fill(self, copy: ev.Copy, location: Location) -> Filled:
@@ -258,7 +263,7 @@ class Place:
             held = self._held(copy.key, copy.source)
             self.put(held, location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
         except TieredKVError as error:
-            away = copy.source.tier is Tier.OBJECTS and error.kind is not Kind.CORRUPT and not error.context.get("missing")
+            away = copy.source.tier in AWAY and error.kind is not Kind.CORRUPT and not error.context.get("missing")
             why = str(error)  # the error itself holds on to the arena
             log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, why)
             return Filled.LATER if away else Filled.GONE
@@ -321,7 +326,8 @@ class Place:
                 self.device.pool.copy_out(location.offset, location.raw_bytes, raw).wait()
             return Held(raw, error=self._device_errors.get(location.offset, 0.0))
         if location.tier is not Tier.HOST:
-            return Held.of(self.logs[location.tier].read(location, key))
+            place = self.mounted if location.tier is Tier.CHECKPOINT else self.logs[location.tier]
+            return Held.of(place.read(location, key))
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
             return Held.of(open_frame(payload, key))
@@ -406,7 +412,7 @@ class Place:
 
     def usage(self) -> dict[str, dict]:
         """Bytes used and allowed, by tier, the fastest first."""
-        places = self._memory | self.logs
+        places = self._memory | self.logs | ({Tier.CHECKPOINT: self.mounted} if self.mounted.used_bytes else {})
         return {
             tier.label: {"used_bytes": places[tier].used_bytes, "capacity_bytes": places[tier].capacity_bytes} for tier in sorted(places)
         }
@@ -446,6 +452,7 @@ class Place:
                 os.rmdir(self._objects_folder)
 
     def _close_tiers(self, remove: bool) -> None:
+        self.mounted.close()
         if self.device:
             self.device.pool.close(remove)
         for tier, place in self.logs.items():

@@ -3,7 +3,7 @@
 A block in memory is copied first and believed after: its slot's sequence number must be what it was before the copy (a
 seqlock), and the copy must have happened. Of a block that is coded there, the frame is copied, believed, and then decoded straight
 to where its tokens belong. A block on disk is believed because its frame's checksum binds it to its key.
-Blocks in objects, and on a device that this process does not see, are hidden: the node has to bring them.
+Blocks in objects or a checkpoint, and on a device that this process does not see, are hidden: the node has to bring them.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
@@ -36,7 +36,7 @@ READS_AHEAD = 4
 """Disk blocks that are read at the same time for one worker; each takes a block's memory."""
 LOOK_AGAIN_S = 0.01  # at the clock, while a disk is slow
 _IN_MEMORY = (Tier.DEVICE, Tier.HOST)
-_MAY_HIDE = {int(Tier.DEVICE), int(Tier.OBJECTS)}
+_MAY_HIDE = {int(Tier.DEVICE), *map(int, AWAY)}
 
 
 class Found(NamedTuple):

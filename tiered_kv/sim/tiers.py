@@ -18,7 +18,7 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 
-NAMES = {"hot": Tier.DEVICE, "warm": Tier.HOST, "cold": Tier.OBJECTS} | {tier.label: tier for tier in Tier}
+NAMES = {"hot": Tier.DEVICE, "warm": Tier.HOST, "cold": Tier.OBJECTS} | {tier.label: tier for tier in Tier if tier is not Tier.CHECKPOINT}
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 SEGMENTS = 64
 """In a full lower tier."""

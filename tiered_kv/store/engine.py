@@ -11,12 +11,13 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.clock import Clock
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
 from tiered_kv.store.machine import StoreMachine
@@ -25,6 +26,7 @@ from tiered_kv.store.runs import uses_of
 from tiered_kv.store.shrinking import staging_bytes
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COPY_BATCH_BYTES = 8 << 20
 QUEUE_BYTES_MIN = 64 << 20
@@ -143,6 +145,8 @@ class Engine:
         self.freed = threading.Condition(self.lock)
         self.journal: dict[BlockKey, bool] = {}
         """Keys that became visible (True) or invisible (False) since somebody last emptied it."""
+        self.on_gone: Callable[[BlockKey, Location], None] | None = None
+        """Called, with the lock held, for the bytes of a block that is nowhere else, before they are given up."""
         self._index = index
         self._mover = mover
         self._clock = clock
@@ -283,6 +287,13 @@ class Engine:
         for pool in (self._up, *self._down.values(), self._coding, self._demoting):
             pool.shutdown(wait=True)
 
+    def below(self, tier: Tier, call: Callable[[], T]) -> Future[T]:
+        """Have `call` run on the one thread that writes to a lower tier, so that no segment goes meanwhile. Raises (kind `closed`)."""
+        with self.lock:
+            if self._closed:
+                raise TieredKVError(Kind.CLOSED, "the node is closing")
+            return self._down[tier].submit(call)
+
     @property
     def leaving_bytes(self) -> dict[str, int]:
         """By tier: bytes that are on their way from there to a lower tier."""
@@ -306,6 +317,8 @@ class Engine:
             self._index.remove(key)
             self.journal[key] = False
             return False
+        if self.on_gone and key not in self.machine.blocks:
+            self.on_gone(key, instruction.location)
         self._mover.free(instruction.location)
         return True
 
@@ -390,7 +403,7 @@ class Engine:
     def _fill(self, batch: list[ev.Copy]) -> None:
         """Into memory: as many at a time as there is room for, the first ones of a chain first."""
         rest, target = batch, batch[0].target
-        wait_s = WANTED_WAIT_S if batch[0].source.tier is Tier.OBJECTS else 0
+        wait_s = WANTED_WAIT_S if batch[0].source.tier in AWAY else 0
         while rest:
             codec, nbytes = form = self._mover.form(rest[0])
             same = [copy for copy in rest if self._mover.form(copy) == form]

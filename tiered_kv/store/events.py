@@ -25,13 +25,23 @@ class Committed(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """A restarted node found a block at `location`; the least recently used is told first. Nobody used it now."""
+    """A block was found at `location`, in what a former node or a checkpoint left; the least recently used is told first.
+
+    Nobody used it now; it had `uses` before, its store among them.
+    """
 
     key: BlockKey
     parent: BlockKey | None
     root: BlockKey | None
     location: Location
     depth: int | None = None
+    uses: int = 1
+
+
+class Ranked(NamedTuple):
+    """Of these blocks the later ones are the more likely to be used again. Nobody used them now."""
+
+    keys: Sequence[BlockKey]
 
 
 class Used(NamedTuple):
@@ -69,6 +79,12 @@ class Crowded(NamedTuple):
     count: int
     tail: BlockKey | None = None
     now_s: float = 0.0
+
+
+class Unmounted(NamedTuple):
+    """Blocks of which there is nothing but what a mounted checkpoint has take too many slots: the last `count` shall go."""
+
+    count: int
 
 
 class Copied(NamedTuple):
@@ -140,10 +156,12 @@ class Unpinned(NamedTuple):
 Event = (
     Committed
     | Recovered
+    | Ranked
     | Used
     | Wanted
     | Needed
     | Crowded
+    | Unmounted
     | Copied
     | CopyFailed
     | Lost

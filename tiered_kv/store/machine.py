@@ -8,7 +8,7 @@ peer, keeps its source.
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
@@ -40,14 +40,17 @@ class StoreMachine:
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
         self._children: Counter[BlockKey] = Counter()  # of blocks that are known, also behind one that is not
         self._untold: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []  # runs, their parents, bytes a block, times
+        self._mounted: dict[BlockKey, None] = {}  # with a copy in a checkpoint, in the order in which they were told
         self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
         self._handlers = {
             ev.Committed: self._committed,
             ev.Recovered: self._recovered,
+            ev.Ranked: self._ranked,
             ev.Used: self._used,
             ev.Wanted: self._wanted,
             ev.Needed: self._needed,
             ev.Crowded: self._crowded,
+            ev.Unmounted: self._unmounted,
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
             ev.Lost: self._lost,
@@ -143,9 +146,16 @@ class StoreMachine:
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
         block = self._known(event.key, event.parent, event.root, event.depth)
+        block.uses = max(block.uses, event.uses)
         if event.location.tier in block.copies:
             return [ev.Free(event.key, event.location)]
         return self._add_copy(event.key, block, event.location)
+
+    def _ranked(self, event: ev.Ranked) -> list[ev.Instruction]:
+        for tier, policy in self._policies.items():
+            if here := [key for key in event.keys if self.has(key, tier)]:
+                policy.use(here)
+        return []
 
     def _used(self, event: ev.Used) -> list[ev.Instruction]:
         known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
@@ -163,7 +173,7 @@ class StoreMachine:
 
     def _wanted(self, event: ev.Wanted) -> list[ev.Instruction]:
         known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
-        instructions = self._promoted([(key, block) for key, block in known if min(block.copies) is Tier.OBJECTS])
+        instructions = self._promoted([(key, block) for key, block in known if min(block.copies) in AWAY])
         for key, block in known:
             if Tier.DEVICE in block.copies and block.copying_to is None and not self.pinned(key):
                 instructions += self._off_device(key, block)
@@ -247,13 +257,28 @@ class StoreMachine:
         return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
-        instructions: list[ev.Instruction] = []
-        protected = self._protected(Tier.HOST, self._chain_to(event.tail))
-        for _ in range(event.count):
+        chain, room = self._chain_to(event.tail), len(self.blocks)
+        instructions = self._unmount(event.count, chain)
+        room -= len(self.blocks)
+        protected = self._protected(Tier.HOST, chain)
+        for _ in range(event.count - room):
             for key in self._policies[Tier.HOST].victims(1, protected, event.now_s):
                 self.counts[Fate.DROPPED.value] += 1
                 for tier in sorted(self.blocks[key].copies):
                     instructions += self._drop_copy(key, self.blocks[key], tier)
+        return instructions
+
+    def _unmounted(self, event: ev.Unmounted) -> list[ev.Instruction]:
+        return self._unmount(event.count, frozenset())
+
+    def _unmount(self, count: int, chain: Container[BlockKey]) -> list[ev.Instruction]:
+        """Give up what lies in a checkpoint, the last that was told first, until `count` blocks are gone."""
+        instructions: list[ev.Instruction] = []
+        while count > 0 and self._mounted and (key := next(reversed(self._mounted))) not in chain:
+            block = self.blocks[key]
+            count -= len(block.copies) == 1
+            self.counts["unmounted"] += 1
+            instructions += self._drop_copy(key, block, Tier.CHECKPOINT)
         return instructions
 
     # Copies
@@ -382,6 +407,8 @@ class StoreMachine:
         tier = location.tier
         block.copies[tier] = location
         block.refused = False
+        if tier is Tier.CHECKPOINT:
+            self._mounted[key] = None
         if tier not in self._policies:
             block.used_below = False
         elif tier is Tier.HOST and location.stored_bytes == location.raw_bytes:
@@ -400,6 +427,8 @@ class StoreMachine:
         if tier is Tier.HOST:
             self._holds.release(key)
             self.shrinking.remove(key)
+        elif tier is Tier.CHECKPOINT:
+            del self._mounted[key]
         instructions: list[ev.Instruction] = []
         if not block.copies:
             del self.blocks[key]
@@ -434,11 +463,12 @@ class StoreMachine:
         self.catch_up()
         for tier in Tier:
             copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
-            assert not copies or tier in self.tiers
+            assert not copies or tier in (*self.tiers, Tier.CHECKPOINT)
             assert self.bytes_by_tier[tier] == sum(location.stored_bytes for location in copies)
             assert self.blocks_by_tier[tier] == len(copies)
             assert all(location.tier is tier for location in copies)
         assert all(block.copies for block in self.blocks.values())
+        assert self._mounted.keys() == {key for key, block in self.blocks.items() if Tier.CHECKPOINT in block.copies}
         assert all(count > 0 for count in self._pins.values())
         for tier, policy in self._policies.items():
             here = [key for key, block in self.blocks.items() if tier in block.copies]

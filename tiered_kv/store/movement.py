@@ -1,8 +1,8 @@
 """Which way a block goes: down when its room is needed, up when it is used. Rules only; the machine keeps the books.
 
-Tiers from fast to slow: device, host, disk, objects; all but host are optional. Written once: a copy in a lower tier
-stays when the block is promoted, so that giving up the faster copy again costs nothing. (Moving instead of copying
-writes up to 21 times more on coding sessions: `docs/design`.)
+Tiers from fast to slow: device, host, disk, objects, a mounted checkpoint, to which nothing is copied; all but host are
+optional. Written once: a copy in a lower tier stays when the block is promoted, so that giving up the faster copy again costs
+nothing. (Moving instead of copying writes up to 21 times more on coding sessions: `docs/design`.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ ROOMY_SHARE = 7 / 8  # up to this share of its cap a lower tier takes everything
 REFUSED_KEPT = 1 << 16
 REINSERT_SHARE = 0.2  # of a segment; writes then are at most 1 / (1 - 0.2) = 1.25 times what was demoted
 
-RESTORE_FACTOR = {Tier.HOST: 0.1, Tier.DISK: 0.25, Tier.OBJECTS: 0.5}
+RESTORE_FACTOR = {Tier.HOST: 0.1, Tier.DISK: 0.25, Tier.OBJECTS: 0.5, Tier.CHECKPOINT: 0.5}
 """What getting a block back from a lower tier costs, as a share of computing it again."""
 
 

@@ -1,0 +1,45 @@
+"""How checkpoints speak to nodes: of a cluster through Ray, or to the one of this process."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.node import Node
+
+
+class Ask(Protocol):
+    """Calls a method of several nodes at once."""
+
+    def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
+        """By node: the answer, or the `TieredKVError` that came in its place."""
+
+
+def asking_here(node: Node) -> Ask:
+    """How to ask the node of this process, whatever it is called."""
+
+    def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
+        return {name: _attempted(lambda: node.checkpoint(method, *arguments)) for name in nodes}
+
+    return ask
+
+
+def _attempted(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except TieredKVError as error:
+        return error
+
+
+def answers(ask: Ask, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
+    """What all nodes answer; raises the first error, which names its node."""
+    return good(ask(nodes, method, *arguments))
+
+
+def good(found: dict[str, Any]) -> dict[str, Any]:
+    """The answers, if none is an error; raises the first that is, which names its node."""
+    for node, answer in found.items():
+        if isinstance(answer, TieredKVError):
+            raise TieredKVError(answer.kind, f"{node}: {answer}", **{"node": node, **answer.context}) from answer
+    if not found:
+        raise TieredKVError(Kind.CLUSTER, "the cluster has no nodes")
+    return found

@@ -1,0 +1,139 @@
+"""Restoring a checkpoint: every node is given its share of the blocks, shows them at once, and brings the hottest of them nearer."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Event
+from typing import NamedTuple
+
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.ops.manifest import Manifest, Model, Row
+from tiered_kv.ops.nodes import Ask, answers
+from tiered_kv.service.filling import Filled, Shelf
+from tiered_kv.tiers.mounted import MountedBlock
+
+log = logging.getLogger(__name__)
+
+UNEVEN = 1.1
+"""A chain stays on one node until that has so many times its share."""
+
+
+class Chosen(NamedTuple):
+    """The blocks of a checkpoint that are to be restored, in its order, and what is said of those that are not."""
+
+    rows: list[Row]
+    skipped: list[str]
+
+
+class Mounted(NamedTuple):
+    """Blocks of a checkpoint that are hits from now on, by node, and how many of those chosen found no room in an index."""
+
+    by_node: dict[str, int]
+    no_room: int
+
+
+def chosen(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Chosen:
+    """The blocks of the models that are `wanted`, and that a cluster with blocks of so many tokens can have any use for."""
+    skipped, roots = [], set()
+    for model in manifest.models:
+        count = sum(row.root == model.root for row in manifest.rows)
+        if not wanted(model):
+            skipped.append(f"{title(model)}: {count:,} blocks are not restored, it is none of those asked for")
+        elif block_tokens is not None and model.layout is not None and model.layout.block_tokens != block_tokens:
+            has = f"its blocks have {model.layout.block_tokens} tokens, those of this cluster {block_tokens}"
+            skipped.append(f"{title(model)}: {count:,} blocks are not restored, nobody could hit them: {has}")
+        else:
+            roots.add(model.root)
+    return Chosen([row for row in manifest.rows if row.root in roots], skipped)
+
+
+def title(model: Model) -> str:
+    """What a model is called for people."""
+    facts = model.namespace or {}
+    weights = str(facts.get("weights", ""))
+    parts = [model.name or (weights[:12] if len(weights) == 64 else weights)]
+    if facts.get("tenant", "default") != "default":
+        parts.append(f"tenant {facts['tenant']}")
+    if facts.get("world", 1) != 1:
+        parts.append(f"rank {facts['rank']} of {facts['world']}")
+    return " ".join(["namespace", *filter(None, parts), f"({model.root.hex()[:12]})"])
+
+
+def matches(model: Model, wanted: Iterable[str]) -> bool:
+    """Whether one of these texts names a model: the beginning of its weights' name or of its root, or its tenant."""
+    facts = model.namespace or {}
+    names = [model.root.hex(), str(facts.get("weights", "")), model.name]
+    return any(text and (text == facts.get("tenant") or any(name.startswith(text) for name in names)) for text in wanted)
+
+
+def shares(rows: Sequence[Row], shelves: Mapping[str, Shelf]) -> dict[str, list[Row]]:
+    """Which node gets which rows, in their order: by the room in host memory and on disk, a chain as far as may be on one node."""
+    weights = {node: shelf.host_bytes + shelf.disk_bytes for node, shelf in shelves.items()}
+    if not any(weights.values()):
+        weights = dict.fromkeys(shelves, 1)
+    total_weight, total_bytes = sum(weights.values()), sum(row.stored_bytes for row in rows)
+    most = {node: UNEVEN * total_bytes * weight / total_weight for node, weight in weights.items()}
+    load = dict.fromkeys(shelves, 0)
+    given: dict[str, list[Row]] = {node: [] for node in shelves}
+    where: dict[BlockKey, str] = {}
+    for row in rows:
+        node = where.get(row.parent) if row.parent is not None else None
+        if node is None or load[node] + row.stored_bytes > most[node]:
+            node = min((each for each in shelves if weights[each]), key=lambda each: load[each] / weights[each])
+        where[row.key] = node
+        load[node] += row.stored_bytes
+        given[node].append(row)
+    return given
+
+
+def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> Mounted:
+    """Have nodes show these rows of a manifest's packs. Raises the first error of a node."""
+    given = shares(rows, answers(ask, nodes, "shelf"))
+    names = [name for name, _ in manifest.packs]
+    by_node = {}
+    for node, mine in given.items():
+        numbers = {pack: number for number, pack in enumerate(dict.fromkeys(row.pack for row in mine))}
+        blocks = [_mounted(row, numbers[row.pack]) for row in mine]
+        by_node[node] = answers(ask, [node], "mount", url, [names[pack] for pack in numbers], blocks)[node]
+    return Mounted(by_node, len(rows) - sum(by_node.values()))
+
+
+def _mounted(row: Row, segment: int) -> MountedBlock:
+    location = Location(Tier.CHECKPOINT, row.codec, segment, row.offset, row.stored_bytes, row.raw_bytes)
+    return MountedBlock(row.key, row.parent, row.root, row.depth, location, row.hits + 1)
+
+
+def fill(
+    ask: Ask,
+    nodes: Sequence[str],
+    *,
+    max_rate: float | None = None,
+    progress: Callable[[Filled], None] = lambda _: None,
+    stopped: Event | None = None,
+    poll_s: float = 0.1,
+) -> Filled:
+    """Have nodes bring what they show nearer, and wait for it; sums over the nodes. Raises the first error of a node.
+
+    Where `stopped` is set filling ends early (kind `storage`); what is mounted stays so.
+    """
+    stopped = stopped or Event()
+    answers(ask, nodes, "fill", max_rate and max_rate / len(nodes))
+    while True:
+        total = filled(ask, nodes)
+        progress(total)
+        if total.error is not None:
+            raise total.error
+        if total.is_done:
+            return total
+        if stopped.wait(poll_s):
+            ask(nodes, "stop_filling")
+            raise TieredKVError(Kind.STORAGE, "filling was stopped; the checkpoint stays mounted, its blocks are read when they are wanted")
+
+
+def filled(ask: Ask, nodes: Sequence[str]) -> Filled:
+    """How filling goes on all nodes."""
+    each = list(answers(ask, nodes, "filled").values())
+    problems = [problem for one in each for problem in one.problems]
+    sums = (sum(getattr(one, name) for one in each) for name in ("mounted", "host", "disk", "nbytes", "damaged"))
+    return Filled(*sums, problems, all(one.is_done for one in each), next((one.error for one in each if one.error), None))

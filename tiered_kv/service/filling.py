@@ -1,0 +1,282 @@
+"""A node's part in restoring a checkpoint: its share of the blocks, shown at once where they lie, and brought nearer in the background.
+
+A mounted block is a hit from then on: it is read from its pack when somebody wants it. Filling copies blocks, in the order in
+which they were told (the hottest first), to host memory and then to disk until these are as full as they may be; nothing that is
+there already has to go for it.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.codecs.frame import Frame
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.coding import Held
+from tiered_kv.service.nodesession import NodeSession
+from tiered_kv.service.saving import Pace, stand_back
+from tiered_kv.store import events as ev
+from tiered_kv.store.engine import Room
+from tiered_kv.tiers.host import Lineage
+from tiered_kv.tiers.log import Record
+from tiered_kv.tiers.mounted import MountedBlock, Run, runs_of
+from tiered_kv.tiers.stores import open_store
+
+if TYPE_CHECKING:
+    from tiered_kv.service.node import Node
+
+log = logging.getLogger(__name__)
+
+FILLED_SHARE = 7 / 8
+"""Of a tier that is filled; the rest is for what workers store."""
+INDEX_SHARE = 7 / 8  # of the index that may show blocks after a mount
+_EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
+_WINDOW_BYTES = 64 << 20  # of blocks in their order, within which those of one pack are read together
+_READS_AHEAD = 4
+_PROBLEMS_KEPT = 100
+
+Source = Frame | TieredKVError
+
+
+class Shelf(NamedTuple):
+    """How much of a checkpoint a node can take: bytes in host memory and on disk, and blocks that its index can show."""
+
+    host_bytes: int
+    disk_bytes: int
+    blocks: int
+
+
+class Filled(NamedTuple):
+    """How filling goes: blocks mounted, of which copied to host memory and disk by now, and bytes read.
+
+    `problems`: what is wrong with blocks that could not be restored, `damaged` of them in all. `error`: what ended it too early.
+    """
+
+    mounted: int
+    host: int
+    disk: int
+    nbytes: int
+    damaged: int
+    problems: list[str]
+    is_done: bool
+    error: TieredKVError | None = None
+
+
+@dataclass
+class _Job:
+    """The filling from one mount."""
+
+    blocks: list[MountedBlock]
+    host: list[BlockKey] = field(default_factory=list)
+    disk: int = 0
+    nbytes: int = 0
+    damaged: int = 0
+    problems: list[str] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    done: Future | None = None
+
+
+class Filling:
+    """Mounts blocks of checkpoints on one node, and fills its tiers from them, one mount at a time."""
+
+    def __init__(self, node: "Node") -> None:
+        self._node = node
+        self._place = node.place
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tkv-fill", initializer=stand_back)  # starts none before it is used
+        self._lock = threading.Lock()
+        self._job: _Job | None = None
+
+    def shelf(self) -> Shelf:
+        """What there is room for now."""
+        with self._node.running():
+            host, disk = self._place.host, self._place.disk
+            index = self._place.index
+            host_bytes = int(host.capacity_bytes * FILLED_SHARE) - host.used_bytes
+            disk_bytes = int(disk.capacity_bytes * FILLED_SHARE) - disk.used_bytes if disk else 0
+            return Shelf(max(host_bytes, 0), max(disk_bytes, 0), max(int(index.capacity_blocks * INDEX_SHARE) - len(index), 0))
+
+    def mount(self, url: str, packs: Sequence[str], blocks: Sequence[MountedBlock]) -> int:
+        """Show these blocks of the packs at `url`, the hottest first and each behind its parent; how many the index had room for.
+
+        `location.segment` of a block counts in `packs`. Opening makes no request. Raises (kinds `config`, `storage`).
+        """
+        with self._lock:
+            self._must_be_idle()
+            first = self._place.mounted.mount(open_store(url), packs)
+            room, shown = self.shelf().blocks, []
+            for start in range(0, len(blocks), _EVENTS_AT_ONCE):
+                with self._node.running():
+                    known = self._node.engine.machine.blocks
+                    events = []
+                    for each in blocks[start : start + _EVENTS_AT_ONCE]:
+                        room -= each.key not in known
+                        if room < 0:
+                            break
+                        block = each._replace(location=each.location._replace(tier=Tier.CHECKPOINT, segment=first + each.location.segment))
+                        self._place.mounted.hold(block.location.stored_bytes)
+                        events.append(ev.Recovered(block.key, block.parent, block.root, block.location, block.depth, block.uses))
+                        shown.append(block)
+                    self._node.engine.handle(events)
+                if room < 0:
+                    break
+            self._job = _Job(shown)
+        self._node.report()
+        return len(shown)
+
+    def fill(self, max_rate: float | None = None) -> None:
+        """Begin to copy what was mounted last nearer; `max_rate`: bytes a second at most. How it goes is asked by `filled`."""
+        with self._lock:
+            job = self._job
+            if job is None or job.done is not None:
+                raise TieredKVError(Kind.STORAGE, "nothing was mounted that could be brought nearer")
+            job.done = self._thread.submit(self._run, job, max_rate)
+
+    def filled(self) -> Filled:
+        """How it goes; zeros where nothing was mounted."""
+        job = self._job or _Job([])
+        is_done = job.done is None or job.done.done()
+        error = job.done.exception() if job.done is not None and is_done else None
+        if error is not None and not isinstance(error, TieredKVError):
+            error = TieredKVError(Kind.STORAGE, f"filling failed: {error!r}")
+        return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error)
+
+    def stop(self) -> None:
+        """End the filling; what is mounted stays so. Returns when no more is read."""
+        job = self._job
+        if job is not None and job.done is not None:
+            job.stopping.set()
+            with suppress(TieredKVError, OSError, ValueError):
+                job.done.result()
+
+    def close(self) -> None:
+        """Stop, and end the thread."""
+        self.stop()
+        self._thread.shutdown()
+
+    def _must_be_idle(self) -> None:
+        if self._job is not None and self._job.done is not None and not self._job.done.done():
+            raise TieredKVError(Kind.STORAGE, "this node is still being filled from another checkpoint; try again when it is done")
+
+    # Filling, on the thread
+
+    def _run(self, job: _Job, max_rate: float | None) -> None:
+        pace = Pace(max_rate)
+        runs = (run for window in _windows(job.blocks) for run in runs_of(filter(self._is_far, window)))
+        threads = ThreadPoolExecutor(_READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
+        ahead: deque[tuple[Run, Future]] = deque()
+        with threads, closing(self._node.open_session()) as session:
+            try:
+                while not job.stopping.is_set():
+                    for run in islice(runs, _READS_AHEAD - len(ahead)):
+                        pace.spend(run.nbytes, job.stopping)
+                        ahead.append((run, threads.submit(self._place.mounted.read_run, run)))
+                    if not ahead or not self._taken(job, session, *ahead.popleft()):
+                        break
+            finally:
+                for _, future in ahead:
+                    future.cancel()
+        self._node.engine.handle([ev.Ranked(job.host[::-1])])  # the first that came are the hottest, not the oldest
+
+    def _is_far(self, block: MountedBlock) -> bool:
+        """Whether the block is still shown, and nowhere nearer."""
+        known = self._node.engine.machine.blocks.get(block.key)
+        return known is not None and known.best == block.location
+
+    def _taken(self, job: _Job, session: NodeSession, run: Run, reading: Future) -> bool:
+        """Put a run's blocks where there is room; False when there is none any more."""
+        try:
+            sources: list[Source] = reading.result()
+        except TieredKVError as error:
+            if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
+                raise
+            sources = [error] * len(run.blocks)
+        job.nbytes += run.nbytes
+        good = []
+        for block, source in zip(run.blocks, sources, strict=True):
+            if isinstance(source, TieredKVError):
+                self._refused(job, block, source)
+            else:
+                good.append((block, source))
+        rest = self._to_host(job, session, good)
+        return not rest or self._to_disk(job, rest)
+
+    def _refused(self, job: _Job, block: MountedBlock, error: TieredKVError) -> None:
+        job.damaged += 1
+        message = f"block {block.key.hex()} is not restored: {error}"
+        log.warning("%s", message)
+        if len(job.problems) < _PROBLEMS_KEPT:
+            job.problems.append(message)
+        self._node.engine.handle([ev.Lost(block.key, block.location)])
+
+    def _to_host(self, job: _Job, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
+        """Copy blocks to host memory as long as nothing has to go for them; those that found no room."""
+        for number, (block, frame) in enumerate(blocks):
+            location = self._reserved(session, block, frame)
+            if location is None:
+                return blocks[number:]
+            lineage = Lineage(block.key, block.parent, block.root, block.depth)
+            try:
+                self._place.put(Held.of(frame), location, lineage)
+            except TieredKVError as error:
+                session.release([location.offset])
+                self._refused(job, block, TieredKVError(error.kind, str(error)))
+                continue
+            with self._node.running():
+                del session.reserved[location.offset]
+                self._node.engine.handle([ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses)])
+            job.host.append(block.key)
+        return []
+
+    def _reserved(self, session: NodeSession, block: MountedBlock, frame: Frame) -> Location | None:
+        """An extent that is free."""
+        form, host = self._place.form_of(frame, block.root), self._place.host
+        with self._node.running():
+            if host.used_bytes + form.nbytes > host.capacity_bytes * FILLED_SHARE:
+                return None
+            room = Room.APART if form.codec else Room.STAGING
+            for offset in self._place.reserve(Tier.HOST, form.nbytes, 1, room):
+                session.reserved[offset] = form.nbytes
+                return Location(Tier.HOST, form.codec, 0, offset, form.nbytes, frame.raw_bytes)
+        return None
+
+    def _to_disk(self, job: _Job, blocks: list[tuple[MountedBlock, Frame]]) -> bool:
+        """Append blocks to the disk tier; False where it has no room for all of them without giving up others."""
+        if self._place.disk is None:
+            return False
+        records = [Record(block.key, frame.pieces, frame.codec.id, frame.raw_bytes, block.parent, block.root) for block, frame in blocks]
+        placed = self._node.engine.below(Tier.DISK, lambda: self._append(blocks, records)).result()
+        job.disk += placed
+        return placed == len(blocks)
+
+    def _append(self, blocks: list[tuple[MountedBlock, Frame]], records: list[Record]) -> int:
+        disk = self._place.disk
+        nbytes = sum(frame.nbytes for _, frame in blocks)
+        if disk.used_bytes + nbytes > disk.capacity_bytes * FILLED_SHARE or disk.needs_reclaim(nbytes, len(blocks)) is not None:
+            return 0
+        answers = disk.append(records)
+        self._node.engine.handle(
+            ev.Recovered(block.key, block.parent, block.root, answer.location, block.depth, block.uses)
+            for (block, _), answer in zip(blocks, answers, strict=True)
+            if answer.location is not None
+        )
+        return sum(answer.location is not None for answer in answers)
+
+
+def _windows(blocks: Sequence[MountedBlock]) -> Iterator[list[MountedBlock]]:
+    """The blocks in their order, some at a time."""
+    window, nbytes = [], 0
+    for block in blocks:
+        window.append(block)
+        nbytes += block.location.stored_bytes
+        if nbytes >= _WINDOW_BYTES:
+            yield window
+            window, nbytes = [], 0
+    if window:
+        yield window

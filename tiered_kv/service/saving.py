@@ -1,0 +1,318 @@
+"""A node's part in writing a checkpoint: what it holds at one moment, and the packs that it is asked to write of that.
+
+The moment is `snapshot`. What it told is still written when it leaves the cache meanwhile: its bytes are set aside as they go,
+up to an eighth of host memory. Frames are copied out of the tiers a few MiB at a time, so that nothing is held while a store takes
+its time, and written by threads that stand back behind those that serve workers.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiered_kv.blocks import Location, Tier
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.service.link import FramePieces
+from tiered_kv.tiers.log import Record
+from tiered_kv.tiers.packs import PackInfo, PackWriter, grown_bytes, record_bytes
+from tiered_kv.tiers.stores import open_store
+
+if TYPE_CHECKING:
+    from tiered_kv.service.node import Node
+
+log = logging.getLogger(__name__)
+
+PACK_BYTES = 32 << 20
+SET_ASIDE_SHARE = 1 / 8  # of host
+UNASKED_S = 60.0
+"""With nobody asking how it goes for so long, the writing ends: who wanted it is gone."""
+_AT_ONCE_BYTES = 8 << 20  # frames that are held in place together
+_PACKS_AT_ONCE = 3  # written side by side, while one more is filled
+_NICE = 10
+
+
+class Seen(NamedTuple):
+    """A block that a node held at the moment of a snapshot: its place in its chain, its best copy, and its uses since it was stored."""
+
+    key: BlockKey
+    parent: BlockKey | None
+    root: BlockKey
+    depth: int | None
+    tier: int
+    codec: int
+    stored_bytes: int
+    raw_bytes: int
+    hits: int
+
+
+class Snapshot(NamedTuple):
+    """All blocks that were asked for, the last used first, and by root what workers said of the models (`ModelFacts.as_message`)."""
+
+    blocks: list[Seen]
+    models: dict[BlockKey, dict]
+
+
+class Written(NamedTuple):
+    """How writing goes: blocks and bytes of frames so far, the packs (those not told before), and blocks that were gone.
+
+    `error`: what ended it, if that was no success.
+    """
+
+    blocks: int
+    nbytes: int
+    packs: list[PackInfo]
+    left: list[BlockKey]
+    is_done: bool
+    error: TieredKVError | None = None
+
+
+@dataclass
+class _Job:
+    """The writing of one checkpoint."""
+
+    keys: Sequence[BlockKey] = ()
+    blocks: int = 0
+    nbytes: int = 0
+    packs: list[PackInfo] = field(default_factory=list)
+    left: list[BlockKey] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    asked_s: float = field(default_factory=time.monotonic)
+    done: Future | None = None
+
+
+class Saving:
+    """Writes packs of one node's blocks, for one checkpoint at a time."""
+
+    def __init__(self, node: "Node") -> None:
+        self._node = node
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tkv-save", initializer=stand_back)  # starts none before it is used
+        self._lock = threading.Lock()
+        self._job: _Job | None = None
+        self._pending: dict[BlockKey, BlockKey] = {}  # to be written: their roots; guarded by the engine's lock
+        self._aside: dict[BlockKey, Record] = {}
+        self._aside_bytes = 0
+
+    def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0) -> Snapshot:
+        """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
+
+        Raises (kind `storage`) while a checkpoint is being written. Holds the engine's lock for some 3 µs a block, during
+        which no store is answered; fetches go on.
+        """
+        wanted = {tier for tier in Tier if tier is not Tier.OBJECTS} if tiers is None else {Tier(tier) for tier in tiers}
+        with self._lock:
+            self._must_be_idle()
+            with self._node.running():
+                self._node.engine.drain_touches()
+                blocks = self._node.engine.machine.blocks
+                used = [key for key in self._node.place.index.used() if key in blocks]
+                order = dict.fromkeys([*used, *reversed(blocks)])
+                seen = []
+                for key in order:
+                    block = blocks[key]
+                    if block.root is None:
+                        continue
+                    tier = min((tier for tier in block.copies if tier in wanted), default=None)
+                    if tier is not None and block.uses > min_hits:
+                        at = block.copies[tier]
+                        depth = block.depth if block.parent is not None else block.depth or 0
+                        place = (int(tier), at.codec, at.stored_bytes, at.raw_bytes)
+                        seen.append(Seen(key, block.parent, block.root, depth, *place, block.uses - 1))
+                self._expect({each.key: each.root for each in seen})
+                self._job = _Job()  # so that what is set aside is let go again when nobody goes on
+            models = {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
+            present = {each.root for each in seen}
+            return Snapshot(seen, {root: facts for root, facts in models.items() if root in present})
+
+    def save(self, url: str, keys: Sequence[BlockKey], max_rate: float | None = None, pack_bytes: int = PACK_BYTES) -> None:
+        """Begin to write packs of these blocks of the last snapshot, in this order, to the store at `url`.
+
+        `max_rate`: bytes a second at most. How it goes is asked by `written`. Raises (kinds `config`, `storage`).
+        """
+        with self._lock:
+            if self._job is None or self._job.done is not None:
+                raise TieredKVError(Kind.STORAGE, "there is no snapshot to write blocks of; it may have been given up")
+            store = open_store(url)
+            self._narrow(keys)
+            job = self._job
+            job.keys, job.asked_s = keys, time.monotonic()
+            job.done = self._thread.submit(self._run, job, store, max_rate, pack_bytes)
+
+    def written(self, packs_told: int = 0) -> Written:
+        """How it goes; raises (kind `storage`) when nothing was begun."""
+        job = self._job
+        if job is None or job.done is None:
+            raise TieredKVError(Kind.STORAGE, "nothing is being written, or the node was restarted meanwhile")
+        job.asked_s = time.monotonic()
+        is_done = job.done.done()
+        error = job.done.exception() if is_done and not job.done.cancelled() else None
+        if error is not None and not isinstance(error, TieredKVError):
+            error = TieredKVError(Kind.STORAGE, f"writing failed: {error!r}")
+        return Written(job.blocks, job.nbytes, job.packs[packs_told:], list(job.left), is_done, error)
+
+    def stop(self) -> None:
+        """End the writing, or give the snapshot up; packs that are complete stay. Returns when no more is written."""
+        job = self._job
+        if job is None:
+            return
+        job.stopping.set()
+        if job.done is not None:
+            with suppress(TieredKVError, OSError, ValueError):
+                job.done.result()
+        with self._lock:
+            self._job = None
+        self._expect({})
+
+    def beat(self) -> None:
+        """Give up what nobody has asked for any more."""
+        job = self._job
+        if job is not None and time.monotonic() - job.asked_s > UNASKED_S:
+            job.stopping.set()
+            if job.done is None or job.done.done():
+                self.stop()
+
+    def close(self) -> None:
+        """Stop, and end the thread."""
+        self.stop()
+        self._thread.shutdown()
+
+    def _must_be_idle(self) -> None:
+        job = self._job
+        if job is not None and job.done is not None and not job.done.done():
+            raise TieredKVError(Kind.STORAGE, "another checkpoint is being written by this node; try again when it has ended")
+
+    # What leaves meanwhile
+
+    def _expect(self, roots: dict[BlockKey, BlockKey]) -> None:
+        """From now on set these blocks aside when they leave, and no others."""
+        with self._node.engine.lock:
+            self._pending, self._aside, self._aside_bytes = roots, {}, 0
+            self._node.engine.on_gone = self._set_aside if roots else None
+
+    def _narrow(self, keys: Sequence[BlockKey]) -> None:
+        """Expect those only that are to be written."""
+        with self._node.engine.lock:
+            self._pending = {key: self._pending[key] for key in keys if key in self._pending}
+            self._aside = {key: record for key in keys if (record := self._aside.get(key))}
+            self._aside_bytes = sum(map(record_bytes, self._aside.values()))
+
+    def _set_aside(self, key: BlockKey, location: Location) -> None:
+        root = self._pending.pop(key, None)
+        most_bytes = self._node.config.host * SET_ASIDE_SHARE
+        if root is None or location.tier is not Tier.HOST or self._aside_bytes + location.stored_bytes > most_bytes:
+            return
+        for pieces in self._node.place.frames([(key, root, location)]):
+            record = _record(key, self._node.place.host.lineage(location.offset).parent, root, location, pieces)
+            self._aside[key] = record
+            self._aside_bytes += record_bytes(record)
+
+    # Writing, on the thread
+
+    def _run(self, job: _Job, store, max_rate: float | None, pack_bytes: int) -> None:
+        pace = Pace(max_rate)
+        with store, ThreadPoolExecutor(_PACKS_AT_ONCE, thread_name_prefix="tkv-save", initializer=stand_back) as threads:
+            under_way: list[Future[PackInfo]] = []
+            try:
+                for writer in self._packs(job, store, pack_bytes):
+                    pace.spend(writer.nbytes, job.stopping)
+                    while len(under_way) >= _PACKS_AT_ONCE:
+                        self._finished(job, under_way.pop(0).result())
+                    under_way.append(threads.submit(writer.finish))
+                    if job.stopping.is_set():
+                        raise TieredKVError(Kind.STORAGE, "writing was stopped")
+                while under_way:
+                    self._finished(job, under_way.pop(0).result())
+            finally:
+                for future in under_way:
+                    future.cancel()
+                self._expect({})
+
+    @staticmethod
+    def _finished(job: _Job, info: PackInfo) -> None:
+        job.packs.append(info)
+        job.blocks += len(info.entries)
+        job.nbytes += sum(entry.stored_bytes for entry in info.entries)
+
+    def _packs(self, job: _Job, store, pack_bytes: int) -> Iterator[PackWriter]:
+        writer = PackWriter(store)
+        for record in self._records(job):
+            if len(writer) and writer.nbytes + grown_bytes(record_bytes(record)) > pack_bytes:
+                yield writer
+                writer = PackWriter(store)
+            writer.add(record)
+        if len(writer):
+            yield writer
+
+    def _records(self, job: _Job) -> Iterator[Record]:
+        """The blocks' frames, copied."""
+        for keys in self._batches(job.keys):
+            rest = keys
+            while rest:
+                records = []
+                with self._node.serving(rest) as frames:
+                    machine = self._node.engine.machine
+                    for key, pieces in zip(rest, frames, strict=False):
+                        block = machine.blocks[key]  # it is pinned
+                        records.append(_record(key, block.parent, block.root, block.copies.get(Tier.HOST, block.best), pieces))
+                done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
+                yield from self._taken(job, done, records)
+
+    def _taken(self, job: _Job, keys: Sequence[BlockKey], records: list[Record]) -> Iterator[Record]:
+        """Records of all keys but the last, which if there is one was not to be had; it may have been set aside."""
+        with self._node.engine.lock:
+            for key in keys:
+                self._pending.pop(key, None)
+            if len(keys) > len(records):
+                missing = self._aside.pop(keys[-1], None)
+                if missing is None:
+                    job.left.append(keys[-1])
+                else:
+                    records.append(missing)
+                    self._aside_bytes -= record_bytes(missing)
+        yield from records
+
+    def _batches(self, keys: Sequence[BlockKey]) -> Iterator[list[BlockKey]]:
+        """As many keys at a time as make up some MiB."""
+        blocks, batch, nbytes = self._node.engine.machine.blocks, [], 0
+        for key in keys:
+            block = blocks.get(key)
+            batch.append(key)
+            nbytes += block.best.stored_bytes if block is not None else 0
+            if nbytes >= _AT_ONCE_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+        if batch:
+            yield batch
+
+
+class Pace:
+    """Keeps a rate: whoever spends bytes waits until they are due."""
+
+    def __init__(self, max_rate: float | None) -> None:
+        self._rate = max_rate
+        self._due_s = time.monotonic()
+
+    def spend(self, nbytes: int, stopping: threading.Event) -> None:
+        """Wait for the turn of so many bytes, or until `stopping`."""
+        if self._rate is None:
+            return
+        now_s = time.monotonic()
+        self._due_s = max(self._due_s, now_s)
+        stopping.wait(self._due_s - now_s)
+        self._due_s += nbytes / self._rate
+
+
+def stand_back() -> None:
+    """Have this thread wait for others where there are too few cores."""
+    with suppress(OSError):  # not everywhere a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _record(key: BlockKey, parent: BlockKey | None, root: BlockKey, location: Location, pieces: FramePieces) -> Record:
+    """A block's frame, copied out of memory that is given back."""
+    return Record(key, [bytes(piece) for piece in pieces], location.codec, location.raw_bytes, parent, root)
