@@ -2,12 +2,15 @@
 
 A key is BLAKE2b-256 of (parent key ‖ the block's token ids as little-endian u32), RFC 7693; the first block's parent
 is the root, a digest of namespace and layout. Equal keys therefore mean equal token prefixes under equal models.
+
+The key of a tensor-parallel rank's block is the key of the whole model's block XOR a mask of the rank, so that blocks of ranks can
+be put together to those of other ranks without their tokens (docs/design/018-keys-of-ranks.md).
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -70,12 +73,51 @@ def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: 
     return keys
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Makes the keys of the blocks below one root.
+
+    `whole_root` is the root of the same model in one piece, the same one for all ranks of all worlds; `mask` is what a rank's keys
+    differ by from the keys below it, 0 where there are no ranks. Cost: that of `chain_keys`, and 0.2 µs a key for ranks.
+    """
+
+    root: BlockKey
+    whole_root: BlockKey
+    block_tokens: int
+    mask: int = 0
+
+    def keys(self, token_ids: np.ndarray, first: int = 0, parent: BlockKey | None = None) -> list[BlockKey]:
+        """Keys of the whole blocks of a prompt from block `first` on; `token_ids` as `as_token_ids` gives them.
+
+        `parent`, the key of the block before `first` where it is known, saves making the keys before.
+        """
+        if parent is not None:
+            keys = chain_keys(self.whole_key(parent), token_ids, self.block_tokens, first)
+        else:
+            keys = chain_keys(self.whole_root, token_ids, self.block_tokens)
+            if first:
+                del keys[:first]
+        if not self.mask:
+            return keys
+        mask = self.mask
+        return [(int.from_bytes(key) ^ mask).to_bytes(KEY_BYTES) for key in keys]
+
+    def whole_key(self, key: BlockKey) -> BlockKey:
+        """The key that the block behind `key` has in the model in one piece."""
+        return (int.from_bytes(key) ^ self.mask).to_bytes(KEY_BYTES)
+
+    def rank_key(self, whole_key: BlockKey) -> BlockKey:
+        """The inverse of `whole_key`."""
+        return (int.from_bytes(whole_key) ^ self.mask).to_bytes(KEY_BYTES)
+
+
 @dataclass(frozen=True)
 class Namespace:
     """All that must be equal for KV to be reusable. Two namespaces that differ anywhere never share a block.
 
     `Namespace.of(model)` fills it from a model's content. For an engine of your own, `weights` is any text that
-    identifies the weights' content, such as a checkpoint's digest; the other fields likewise.
+    identifies the weights' content, such as a checkpoint's digest; the other fields likewise. Ranks of one tensor-parallel model
+    say the same in all fields but `rank`: `weights` is then of the whole model, not of a rank's part.
     """
 
     weights: str
@@ -111,8 +153,16 @@ class Namespace:
         return _digest(json.dumps(asdict(self), sort_keys=True).encode())
 
     def root(self, layout: KVLayout) -> BlockKey:
-        """The parent of every first block: another layout under the same namespace is another chain."""
+        """What the blocks of one layout under this namespace are known by together: another layout is another chain."""
         return _digest(self.digest, layout.spec.encode())
+
+    def chain(self, layout: KVLayout) -> "Chain":
+        """What makes the keys of these blocks; `layout` is this rank's own."""
+        root = self.root(layout)
+        if self.world == 1:
+            return Chain(root, root, layout.block_tokens)
+        whole = replace(self, rank=0, world=1).root(replace(layout, kv_heads=layout.kv_heads * self.world))
+        return Chain(root, whole, layout.block_tokens, int.from_bytes(_digest(b"tiered_kv rank\0", root)))
 
     @classmethod
     def of(

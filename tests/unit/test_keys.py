@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import Namespace, as_token_ids, chain_keys, tensors_digest, tokenizer_digest
+from tiered_kv.keys import Chain, Namespace, as_token_ids, chain_keys, tensors_digest, tokenizer_digest
 from tiered_kv.layout import KVLayout
 
 ROOT = bytes(range(32))
@@ -134,6 +134,80 @@ def test_a_known_chain_stays_what_it_is():
     namespace = namespace_by_hand(tenant="t", rope="r")
     keys = chain_keys(namespace.root(KVLayout(2, 1, 8, "float16", 2)), as_token_ids([1, 2, 3, 4, 5]), 2)
     assert [key.hex()[:16] for key in keys] == GOLDEN
+
+
+# --- chains of ranks
+
+worlds = st.sampled_from([1, 2, 3, 4, 8])
+
+
+def chain_of(rank=0, world=1, heads=24, block_tokens=2, **changes):
+    """The chain of one rank of a model of 24 KV heads."""
+    return namespace_by_hand(rank=rank, world=world, **changes).chain(KVLayout(2, heads // world, 8, "float16", block_tokens))
+
+
+def test_a_chain_of_a_model_in_one_piece_is_the_plain_one():
+    namespace, layout = namespace_by_hand(tenant="t", rope="r"), KVLayout(2, 1, 8, "float16", 2)
+    chain = namespace.chain(layout)
+    assert chain == Chain(namespace.root(layout), namespace.root(layout), 2)
+    assert [key.hex()[:16] for key in chain.keys(as_token_ids([1, 2, 3, 4, 5]))] == GOLDEN
+
+
+GOLDEN_OF_RANKS = [["543a573086f7fdf1", "3952cd19261470dd"], ["0816f6d7cd0316da", "657e6cfe6de09bf6"]]
+
+
+def test_known_chains_of_ranks_stay_what_they_are():
+    for rank, golden in enumerate(GOLDEN_OF_RANKS):
+        chain = namespace_by_hand(tenant="t", rope="r", rank=rank, world=2).chain(KVLayout(2, 1, 8, "float16", 2))
+        assert [key.hex()[:16] for key in chain.keys(as_token_ids([1, 2, 3, 4, 5]))] == golden
+
+
+@given(prompts, worlds)
+def test_the_keys_of_a_rank_are_those_of_the_whole_model_xor_a_digest_of_its_root(ids, world):
+    ids = as_token_ids(ids)
+    whole = chain_of()
+    for rank in range(world):
+        chain = chain_of(rank, world)
+        assert chain.root == namespace_by_hand(rank=rank, world=world).root(KVLayout(2, 24 // world, 8, "float16", 2))
+        mask = blake2b(b"tiered_kv rank\0" + chain.root, digest_size=32).digest() if world > 1 else bytes(32)
+        expected = [bytes(a ^ b for a, b in zip(key, mask, strict=True)) for key in whole.keys(ids)]
+        assert chain.keys(ids) == expected
+        assert [chain.whole_key(key) for key in expected] == whole.keys(ids)
+
+
+@given(prompts, worlds, st.integers(0, 25))
+def test_a_ranks_chain_can_go_on_from_any_block(ids, world, first):
+    ids, chain = as_token_ids(ids), chain_of(world - 1, world)
+    keys = chain.keys(ids)
+    first = min(first, len(keys))
+    assert chain.keys(ids, first) == keys[first:]
+    if first:
+        assert chain.keys(ids, first, keys[first - 1]) == keys[first:]
+
+
+@given(st.binary(min_size=32, max_size=32), worlds)
+def test_whole_keys_and_keys_of_ranks_are_inverse(key, world):
+    for rank in range(world):
+        chain = chain_of(rank, world)
+        assert chain.whole_key(chain.rank_key(key)) == key == chain.rank_key(chain.whole_key(key))
+        assert (chain.rank_key(key) == key) == (world == 1)
+
+
+def test_blocks_of_ranks_worlds_and_models_are_never_the_same():
+    ids = as_token_ids(range(20))
+    chains = [
+        chain_of(rank, world, **other) for world in (1, 2, 4) for rank in range(world) for other in ({}, {"tenant": "b"}, {"epoch": 1})
+    ]
+    keys = [key for chain in chains for key in chain.keys(ids)]
+    assert len(set(keys)) == len(keys) == 10 * len(chains) == 210
+    assert not {chain.root for chain in chains} & set(keys)
+
+
+def test_only_models_of_as_many_heads_in_all_are_the_same_whole():
+    ids = as_token_ids(range(20))
+    assert chain_of(1, 2).whole_root == chain_of(3, 4).whole_root == chain_of().root
+    assert chain_of(1, 2, heads=48).whole_root != chain_of(1, 2).whole_root
+    assert not {chain_of(0, 2, heads=48).whole_key(key) for key in chain_of(0, 2, heads=48).keys(ids)} & set(chain_of().keys(ids))
 
 
 # --- namespaces

@@ -26,7 +26,7 @@ from rich.table import Table
 from tiered_kv.blocks import PEER
 from tiered_kv.config import Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import Namespace, as_token_ids, chain_keys
+from tiered_kv.keys import Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
 from tiered_kv.service.attachment import client_of
 from tiered_kv.service.client import Client
@@ -210,9 +210,9 @@ class Samples:
 
     def look_up(self, client: Client, prompts: list[torch.Tensor]) -> None:
         """Time the look-up of chains in the shared index, and `match`, which makes the keys of the tokens first."""
-        root, index = NAMESPACE.root(self._case.layout), client._source
+        chain, index = NAMESPACE.chain(self._case.layout), client._source
         for ids in prompts:
-            keys = chain_keys(root, as_token_ids(ids), self._case.layout.block_tokens)
+            keys = chain.keys(as_token_ids(ids))
             _timed(lambda keys=keys: index.find(keys), self._lookups)
             matched = _timed(lambda ids=ids: client.match(ids), self._matches)
             _check(matched.tokens == self._case.tokens, self._case)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, as_token_ids, chain_keys
+from tiered_kv.keys import BlockKey, as_token_ids
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache
 from tiered_kv.service.client import TokenIds
@@ -70,7 +70,7 @@ class PagedKVCache(BaseKVCache):
         with self._lock:
             keys: list[BlockKey] = []
             if len(ids) and self.layout is not None:
-                keys = chain_keys(self.namespace.root(self.layout), ids, self.layout.block_tokens)
+                keys = self.namespace.chain(self.layout).keys(ids)
                 keys = keys[: self._pages().hold(keys)]
             tokens = len(keys) * self.layout.block_tokens if keys else 0
             return self._added(_Sequence(ids[:tokens], keys))
@@ -89,7 +89,7 @@ class PagedKVCache(BaseKVCache):
     def _append(self, held: _Sequence, ids: np.ndarray, kv: torch.Tensor) -> None:
         layout, slab, step = self.layout, self._pages(), self.layout.block_tokens
         whole = np.concatenate([held.ids, ids])
-        keys = chain_keys(self.namespace.root(layout), whole, step)
+        keys = self.namespace.chain(layout).keys(whole)
         first, at = divmod(len(held.ids), step)
         pages = -(-len(whole) // step) - first
         owns_tail = held.tail is not None and held.tail.tables == 1

@@ -1,6 +1,7 @@
 """From what a node says of itself to a client of it: the one place where a client is put together."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from tiered_kv.clock import Clock
 from tiered_kv.keys import Namespace
@@ -34,7 +35,7 @@ def client_of(
     what the model does not have, and where a calibration that is needed cannot be read.
     """
     timeout_s = ANSWER_WITHIN_S + info["store_wait_ms"] / 1000
-    facts = ModelFacts(layout, namespace.weights, rope, rope_halves)
+    facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
     opened = connect or (lambda: SocketSession(f"{info['directory']}/sock", timeout_s))
 
     def introduced() -> Session:

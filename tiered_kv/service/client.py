@@ -18,7 +18,7 @@ from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Namespace, as_token_ids, chain_keys
+from tiered_kv.keys import BlockKey, Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
 from tiered_kv.service.pool import SessionPool
 from tiered_kv.service.reading import BlockSource, Found
@@ -71,12 +71,13 @@ class Client:
     ) -> None:
         self.layout = layout
         self.namespace = namespace
-        self._root = namespace.root(layout)
+        chain = namespace.chain(layout)
+        self._root = chain.root
         self._source = source
         self._clock = clock or SystemClock()
         self._pool = SessionPool(connect, self._clock)
         self._writer = BlockWriter(layout, self._root, source)
-        self._hash = chain_keys
+        self._hash = chain.keys
         self._deadline_ms = deadline_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
@@ -165,7 +166,7 @@ class Client:
         self._check_open()
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
-        keys = self._hash(self._root, ids, self.layout.block_tokens)
+        keys = self._hash(ids)
         kv = self._writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
         shown = self._source.lookup_all(keys)
@@ -262,7 +263,7 @@ class Client:
 
     def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
         self._check_open()
-        return self._hash(self._root, as_token_ids(token_ids), self.layout.block_tokens)
+        return self._hash(as_token_ids(token_ids))
 
     def _bring(self, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
         """What can be found after the node was asked for blocks that only it can read."""

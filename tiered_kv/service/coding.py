@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -97,9 +97,14 @@ class Coder:
         self._fell_back: Counter[str] = Counter()
 
     def knows(self, root: BlockKey, facts: ModelFacts) -> bool:
-        """Whether the model was introduced, in the same words."""
+        """Whether the model was introduced, in the same words; a namespace that is known stays known."""
         known = self._models.get(root)
-        return known is not None and known.facts == facts
+        return known is not None and known.facts == _filled(facts, known)
+
+    def facts(self) -> dict[BlockKey, ModelFacts]:
+        """What workers have said of their models, by root."""
+        with self._lock:
+            return {root: known.facts for root, known in self._models.items()}
 
     def introduce(self, root: BlockKey, facts: ModelFacts) -> dict:
         """A worker's model: from now on blocks below `root` are coded for it. What the worker must know to read them.
@@ -108,7 +113,7 @@ class Coder:
         for one that cannot be read.
         """
         if not self.knows(root, facts):
-            made = self._planned(facts)
+            made = self._planned(_filled(facts, self._models.get(root)))
             with self._lock:
                 self._models[root] = made
                 while len(self._models) > MODELS_MAX:
@@ -199,6 +204,11 @@ class Coder:
                 coded.setdefault(tier, {})[name] = {"blocks": blocks, "raw_bytes": raw_bytes, "kept_bytes": kept_bytes}
             plans = {root.hex()[:12]: {"weights": each.facts.weights[:12]} | each.plan.as_record() for root, each in self._models.items()}
             return {"plans": plans, "coded": coded, "fell_back": {why: count for why, count in self._fell_back.items() if count}}
+
+
+def _filled(facts: ModelFacts, known: _Model | None) -> ModelFacts:
+    """The facts, with the namespace that an earlier worker has named where this one names none: a root has only one."""
+    return facts if facts.namespace is not None or known is None else replace(facts, namespace=known.facts.namespace)
 
 
 def work_alone() -> None:

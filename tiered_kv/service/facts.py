@@ -1,9 +1,10 @@
 """What a worker says of its model when it attaches, so that its node can code the model's blocks."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 
 
@@ -12,13 +13,19 @@ class ModelFacts:
     """`weights` as in `Namespace`: what tells a calibration of this model from others.
 
     `rope`: the inverse frequencies of the model's rotation of K (see `codecs.rotation`), b"" if it has none, None if unknown: K is
-    then coded as it is, which costs quality, not correctness. `rope_halves`: how channels are paired.
+    then coded as it is, which costs quality, not correctness. `rope_halves`: how channels are paired. `namespace`: the fields of
+    the worker's namespace, as plain data; None from a worker of an older version. Two facts about one root differ in it only so.
     """
 
     layout: KVLayout
     weights: str
     rope: bytes | None = None
     rope_halves: bool = True
+    namespace: dict[str, Any] | None = field(default=None, hash=False)
+
+    def known_namespace(self) -> Namespace | None:
+        """The namespace that the worker has named."""
+        return None if self.namespace is None else Namespace(**self.namespace)
 
     def as_message(self) -> dict[str, Any]:
         """As msgpack carries it; `of_message` is the inverse."""
@@ -30,6 +37,8 @@ class ModelFacts:
         try:
             facts = cls(**{**message, "layout": KVLayout(**message["layout"])})
             is_one = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
+            known = facts.known_namespace()
+            is_one &= known is None or asdict(known) == facts.namespace
         except (TypeError, KeyError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {error}") from error
         if not is_one:

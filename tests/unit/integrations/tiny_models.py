@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from tiered_kv.blocks import Fetched, Stored
-from tiered_kv.keys import Namespace, as_token_ids, chain_keys
+from tiered_kv.keys import Namespace, as_token_ids
 
 VOCAB = 97
 SIZES = dict(
@@ -47,7 +47,7 @@ class DictClient:
 
     def __init__(self, model, layout, namespace=None):
         self.layout = layout
-        self.root = (namespace or Namespace.of(model)).root(layout)
+        self.chain = (namespace or Namespace.of(model)).chain(layout)
         self.blocks = {}
         self.prefills = []
         self.hints = []
@@ -56,7 +56,7 @@ class DictClient:
         self.prefills.append((tokens, seconds))
 
     def keys(self, ids):
-        return chain_keys(self.root, as_token_ids(ids), self.layout.block_tokens)
+        return self.chain.keys(as_token_ids(ids))
 
     def fetch(self, ids, out=None):
         held = []
