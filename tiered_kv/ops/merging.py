@@ -1,6 +1,6 @@
 """What several nodes hold at their moments, as one list of whole chains, the hottest first."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiered_kv.keys import BlockKey
@@ -26,18 +26,17 @@ class Merged:
     orphans: int = 0
 
 
-def merged(snapshots: Mapping[str, Snapshot], roots: Iterable[BlockKey] | None = None) -> Merged:
-    """The blocks of all nodes below these roots (None: all) whose chains are complete in the cluster.
+def merged(snapshots: Mapping[str, Snapshot], roots: Container[BlockKey]) -> Merged:
+    """The blocks of all nodes below these roots whose chains are complete in the cluster.
 
     Hotter is what was used more often in the cluster, or more lately if that is the same; a block is as hot as the hottest
     that stands behind it. Cost: some 5 µs a block.
     """
-    wanted = None if roots is None else frozenset(roots)
     found: dict[BlockKey, Block] = {}
     for node, snapshot in snapshots.items():
         count = len(snapshot.blocks)
         for number, seen in enumerate(snapshot.blocks):
-            if wanted is None or seen.root in wanted:
+            if seen.root in roots:
                 _add(found, node, seen, 1 - number / count)
     whole = [block for key, block in found.items() if _depth(found, key) >= 0]
     for block in sorted(whole, key=lambda block: -block.depth):

@@ -21,10 +21,10 @@ RENEW_S = 60.0
 
 
 class Wanted(NamedTuple):
-    """Which blocks go into a checkpoint: tiers (values of `Tier`; None: all but objects), roots (None: all), and hits at least."""
+    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often."""
 
     tiers: tuple[int, ...] | None = None
-    roots: tuple[BlockKey, ...] | None = None
+    models: Callable[[Model], bool] = lambda _: True
     min_hits: int = 0
 
 
@@ -96,13 +96,14 @@ class Taking:
         with self._repository.lease("checkpoint", say=self._say) as lease:
             try:
                 snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits)
-                whole = merged(snapshots, wanted.roots)
+                described = _models(snapshots, models)
+                whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
                 known = self._reused(whole.blocks)
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in known.places]
                 written = self._written(assigned(new), new, lease)
             finally:
                 self._ask(self._nodes, "stop_saving")
-            return self._published(whole.blocks, whole.orphans, known, written, _models(snapshots, models), name, extra or {})
+            return self._published(whole.blocks, whole.orphans, known, written, described, name, extra or {})
 
     def _reused(self, blocks: Sequence[Block]) -> Known:
         """What need not be written again."""

@@ -38,7 +38,7 @@ FILLED_SHARE = 7 / 8
 """Of a tier that is filled; the rest is for what workers store."""
 INDEX_SHARE = 7 / 8  # of the index that may show blocks after a mount
 _EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
-_WINDOW_BYTES = 64 << 20  # of blocks in their order, within which those of one pack are read together
+_WINDOW_BYTES, _WINDOW_SHARE = 64 << 20, 1 / 16  # of host: blocks in their order, within which those of one pack are read together
 _READS_AHEAD = 4
 _PROBLEMS_KEPT = 100
 
@@ -168,7 +168,8 @@ class Filling:
 
     def _run(self, job: _Job, max_rate: float | None) -> None:
         pace = Pace(max_rate)
-        runs = (run for window in _windows(job.blocks) for run in runs_of(filter(self._is_far, window)))
+        window_bytes = min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE)
+        runs = (run for window in _windows(job.blocks, window_bytes) for run in runs_of(filter(self._is_far, window)))
         threads = ThreadPoolExecutor(_READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
         ahead: deque[tuple[Run, Future]] = deque()
         with threads, closing(self._node.open_session()) as session:
@@ -269,13 +270,13 @@ class Filling:
         return sum(answer.location is not None for answer in answers)
 
 
-def _windows(blocks: Sequence[MountedBlock]) -> Iterator[list[MountedBlock]]:
+def _windows(blocks: Sequence[MountedBlock], most_bytes: float) -> Iterator[list[MountedBlock]]:
     """The blocks in their order, some at a time."""
     window, nbytes = [], 0
     for block in blocks:
         window.append(block)
         nbytes += block.location.stored_bytes
-        if nbytes >= _WINDOW_BYTES:
+        if nbytes >= most_bytes:
             yield window
             window, nbytes = [], 0
     if window:

@@ -32,7 +32,7 @@ PACK_BYTES = 32 << 20
 SET_ASIDE_SHARE = 1 / 8  # of host
 UNASKED_S = 60.0
 """With nobody asking how it goes for so long, the writing ends: who wanted it is gone."""
-_AT_ONCE_BYTES = 8 << 20  # frames that are held in place together
+_AT_ONCE_BYTES, _AT_ONCE_SHARE = 8 << 20, 1 / 16  # of host: frames that are held in place together
 _PACKS_AT_ONCE = 3  # written side by side, while one more is filled
 _NICE = 10
 
@@ -278,12 +278,13 @@ class Saving:
 
     def _batches(self, keys: Sequence[BlockKey]) -> Iterator[list[BlockKey]]:
         """As many keys at a time as make up some MiB."""
+        most_bytes = min(_AT_ONCE_BYTES, self._node.config.host * _AT_ONCE_SHARE)
         blocks, batch, nbytes = self._node.engine.machine.blocks, [], 0
         for key in keys:
             block = blocks.get(key)
             batch.append(key)
             nbytes += block.best.stored_bytes if block is not None else 0
-            if nbytes >= _AT_ONCE_BYTES:
+            if nbytes >= most_bytes:
                 yield batch
                 batch, nbytes = [], 0
         if batch:

@@ -10,7 +10,7 @@ from tiered_kv.store.engine import Engine, Filled, Form, Room
 
 PATIENCE_S = 30.0
 NBYTES = 100
-DEVICE, HOST, DISK, OBJECTS = Tier
+DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
 
 class Index(dict):

@@ -6,7 +6,7 @@ from tiered_kv.store import events as ev
 
 ROOT = bytes(32)
 ROOMY = 100
-DEVICE, HOST, DISK, OBJECTS = Tier
+DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
 
 class Story:

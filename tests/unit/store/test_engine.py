@@ -11,7 +11,7 @@ from tiered_kv.store import engine
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Filled
 
-DEVICE, HOST, DISK, OBJECTS = Tier
+DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
 
 def in_thread(function, *arguments) -> tuple[threading.Thread, list]:
