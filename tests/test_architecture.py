@@ -76,7 +76,7 @@ LIBRARIES = {
     "store": set(),
     "service": {"numpy", "torch", "msgpack"},
     "integrations": {"numpy", "torch", "transformers"},
-    "ops": {"msgpack", "torch", "tensorboard", "wandb"},
+    "ops": {"numpy", "msgpack", "torch", "tensorboard", "wandb"},
     "library": {"numpy", "torch", "transformers"},
     "actors": {"numpy", "ray"},
     "cluster": {"ray", "rich"},

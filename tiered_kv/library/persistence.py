@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiered_kv.library.cache import BaseKVCache, Placed
 from tiered_kv.library.model import TransformersKVCache
 from tiered_kv.ops.checkpoint import Loaded, Saved, load, read, save
 from tiered_kv.ops.manifest import Manifest, Model, plain_layout
+from tiered_kv.ops.repository import Repository, may_be_manifest
 from tiered_kv.tiers.folderstore import FolderStore
 
 _STEP = re.compile(r"step-(\d{12})\.tkv")
@@ -23,7 +25,7 @@ AnyCache = BaseKVCache | TransformersKVCache
 class CachePersistence:
     """Checkpoints in one folder, which is made if it is not there. Several share what they have in common.
 
-    A name is a file name of any ending; the file is a manifest, its blocks are packs beside it (docs/pack-format.md), never a
+    A name is a file name of any ending; the file is a manifest, its blocks are packs beside it (docs/checkpoint-format.md), never a
     pickle. Raises (kind `storage`) for a folder that cannot be used.
     """
 
@@ -50,7 +52,7 @@ class CachePersistence:
         core = _core(cache)
         if name not in self._store.sizes():
             raise TieredKVError(Kind.STORAGE, f"there is no checkpoint {name!r} in {self.folder}; there are {self._names()}", object=name)
-        manifest, entries = read(self._store, name)
+        manifest = read(self._store, name)
         _check_models(core, manifest, name)
         if core.layout is None:
             core.layout = next((model.layout for model in manifest.models if model.name == _PREFIXES), None)
@@ -58,12 +60,14 @@ class CachePersistence:
             namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
             engine = core.engine(model.layout)
             engine.client(model.layout, namespace, **({"rope": core.rope} if model.name == _PREFIXES else {}))
-        loaded = load(engine.node, self._store, manifest.models, entries)
-        core.place({at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in manifest.extra["positions"]})
+        loaded = load(engine.node, self._store, manifest)
+        core.place(
+            {at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in manifest.extra.get(_POSITIONS, [])}
+        )
         return loaded
 
     def _names(self) -> str:
-        return ", ".join(each for each in self._store.sizes() if not each.endswith(".pack")) or "none"
+        return ", ".join(Repository(self._store).names()) or "none"
 
 
 def save_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int) -> Path:
@@ -118,15 +122,18 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
     """The models of a cache that has any KV, by prefix and by position, and what lies at which position."""
     placed = core.placed()
     layouts = {each.layout for each in placed.values()}
-    models = [Model(core.namespace_of_positions.root(layout), layout, _POSITIONS) for layout in sorted(layouts, key=lambda each: each.spec)]
+    named = [(core.namespace_of_positions, layout, _POSITIONS) for layout in sorted(layouts, key=lambda each: each.spec)]
     if core.layout is not None:
-        models.insert(0, Model(core.namespace.root(core.layout), core.layout, _PREFIXES))
+        named.insert(0, (core.namespace, core.layout, _PREFIXES))
+    models = [Model(namespace.root(layout), layout, name, asdict(namespace)) for namespace, layout, name in named]
     positions = [[at, plain_layout(each.layout), each.serial] for at, each in placed.items()]
     return models, positions
 
 
 def _check_models(core: BaseKVCache, manifest: Manifest, name: str) -> None:
     for model in manifest.models:
+        if model.layout is None:
+            raise TieredKVError(Kind.MODEL, f"checkpoint {name} has blocks whose layout nobody has said", object=name)
         layout = core.layout or model.layout if model.name == _PREFIXES else model.layout
         namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
         if namespace.root(layout) != model.root:
@@ -136,7 +143,7 @@ def _check_models(core: BaseKVCache, manifest: Manifest, name: str) -> None:
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not name or "/" in name or name.startswith(".") or name.endswith((".pack", ".part")):
+    if not isinstance(name, str) or not may_be_manifest(name) or name.endswith(".pack"):
         message = f"name must be a file name such as cache_state.tkv, without folders, not {name!r}"
         raise TieredKVError(Kind.CONFIG, message, setting="name")
 

@@ -1,65 +1,122 @@
-"""The manifest of a checkpoint: which packs it consists of, and of which models. Written last and atomically; docs/pack-format.md.
+"""The manifest of a checkpoint: its blocks, hottest first, the packs they lie in, and the models they are of. Written last, atomically.
 
-manifest = magic "TKVMANIF" | version u32 | body bytes u32 | body (msgpack) | BLAKE2b-256 of all before
+    manifest = magic "TKVMANIF" | version u32 | body bytes u64 | body (msgpack) | BLAKE2b-256 of all before
+
+docs/checkpoint-format.md has the body. Version 1, whose blocks stand in the packs' footers only, is read for ever.
 """
 
+import logging
+import re
 import struct
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 
 import msgpack
 
+from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.layout import KVLayout
+from tiered_kv.ops.rows import Row, pack_rows, unpack_rows
 from tiered_kv.tiers.objectstore import ObjectStore
+from tiered_kv.tiers.packs import pack_prefix, read_footer
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"TKVMANIF"
-VERSION = 1
-_HEAD = struct.Struct("<8sII")
+VERSION = 2
+_START = struct.Struct("<8sI")
+_BODY_BYTES = {1: struct.Struct("<I"), 2: struct.Struct("<Q")}
 _DIGEST_BYTES = 32
 _PICKLE = b"\x80"  # the first byte of a pickle of protocol 2 and above
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_STAMP = "%Y%m%dT%H%M%S.%fZ"
+_GENERATED = re.compile(r"ckpt-(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f]{8}\.tkv")
 
 
 class Model(NamedTuple):
-    """Blocks below one root: their layout, and what people call the model."""
+    """Blocks below one root: their layout (None: opaque), what people call the model, and its `Namespace`'s fields where known."""
 
-    root: bytes
-    layout: KVLayout
+    root: BlockKey
+    layout: KVLayout | None = None
     name: str = ""
+    namespace: dict[str, Any] | None = None
 
 
 class Manifest(NamedTuple):
-    """Packs by name and bytes, the models whose blocks are in them, and what the writer wants to find again (plain data)."""
+    """One checkpoint. `packs`: name and bytes of each. `rows`: hottest first, every parent before its children.
+
+    `created_s`: Unix time, 0 where nobody has said. `origin`: whose content it is. `extra`: what the writer wants to find
+    again (plain data).
+    """
 
     packs: tuple[tuple[str, int], ...]
     models: tuple[Model, ...]
+    rows: tuple[Row, ...]
+    created_s: float
+    origin: str
     extra: dict[str, Any]
 
     def write(self, store: ObjectStore, name: str) -> None:
-        """Put it under `name`, in place of what was there: all of it or nothing."""
-        models = [[model.root, plain_layout(model.layout), model.name] for model in self.models]
-        body = msgpack.packb({"packs": [list(each) for each in self.packs], "models": models, "extra": self.extra})
-        head = _HEAD.pack(MAGIC, VERSION, len(body))
-        store.put(name, [head, body, _digest(head + body)])
+        """Put it under `name`, in place of what was there: all of it or nothing. Raises ValueError for what `read` would refuse."""
+        _check(self)
+        columns = pack_rows(self.rows, [model.root for model in self.models], [nbytes for _, nbytes in self.packs])
+        models = [[each.root, each.layout and plain_layout(each.layout), each.name, each.namespace] for each in self.models]
+        facts = {"packs": [list(each) for each in self.packs], "models": models}
+        facts |= {"created_s": self.created_s, "origin": self.origin, "extra": self.extra}
+        body = msgpack.packb(facts | {"rows": len(self.rows), "columns": columns})
+        head = _START.pack(MAGIC, VERSION) + _BODY_BYTES[VERSION].pack(len(body))
+        store.put(name, [head, body, _digest(head, body)])
 
     @classmethod
     def read(cls, store: ObjectStore, name: str) -> Self:
-        """Raises (kind `storage`) where there is none, (kind `corrupt`) for anything else; a pickle is never opened as one."""
-        data = bytes(store.get(name))
-        if data[: len(MAGIC)] != MAGIC:
-            is_a = "a pickle, which is not opened: it could run code" if data[:1] == _PICKLE else "no checkpoint of tiered_kv"
-            raise _corrupt(name, f"it is {is_a}")
-        if len(data) < _HEAD.size + _DIGEST_BYTES:
-            raise _corrupt(name, "it ends in its header")
-        _, version, nbytes = _HEAD.unpack_from(data)
-        if not 1 <= version <= VERSION:
-            raise _corrupt(name, f"it has version {version}, this package reads up to version {VERSION}")
-        body = data[_HEAD.size : _HEAD.size + nbytes]
-        if len(data) != _HEAD.size + nbytes + _DIGEST_BYTES or data[-_DIGEST_BYTES:] != _digest(data[:-_DIGEST_BYTES]):
-            raise _corrupt(name, "it is damaged")
-        facts = msgpack.unpackb(body)
-        models = tuple(Model(root, KVLayout(*layout), known) for root, layout, known in facts["models"])
-        return cls(tuple((pack, size) for pack, size in facts["packs"]), models, facts["extra"])
+        """Raises (kind `storage`) where there is none, (kind `corrupt`) for anything else; a pickle is never opened as one.
+
+        Cost: about two seconds for a million blocks.
+        """
+        version, body = _opened(name, store.get(name))
+        try:
+            facts = msgpack.unpackb(body)
+            if version == 1:
+                facts |= {"created_s": 0.0, "origin": "", "models": [[*each, None] for each in facts["models"]]}
+            models = tuple(Model(root, layout and KVLayout(*layout), *rest) for root, layout, *rest in facts["models"])
+            packs = tuple((pack, nbytes) for pack, nbytes in facts["packs"])
+            found = cls(packs, models, (), facts["created_s"], facts["origin"], facts["extra"])
+            _check(found)
+            roots = [model.root for model in models]
+            if version == 1:
+                return found._replace(rows=_rows_in_packs(store, name, packs, roots))
+            return found._replace(rows=unpack_rows(facts["columns"], facts["rows"], roots, [nbytes for _, nbytes in packs]))
+        except TieredKVError as error:
+            if error.kind is not Kind.LAYOUT:
+                raise
+            raise _corrupt(name, f"it describes what cannot be: {error}") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # with a right digest: another program's, or a forgery
+            raise _corrupt(name, f"it describes what cannot be: {error}") from error
+
+
+def new_name(now_s: float) -> str:
+    """A name that nobody has, for a checkpoint of this Unix time; such names are in the order of their times."""
+    created = _EPOCH + timedelta(microseconds=round(now_s * 1_000_000))
+    return f"ckpt-{created.strftime(_STAMP)}-{uuid.uuid4().hex[:8]}.tkv"
+
+
+def created_of(name: str) -> float | None:
+    """The Unix time in a name of `new_name`; None for any other name."""
+    generated = _GENERATED.fullmatch(name)
+    try:
+        created = generated and datetime.strptime(generated[1], _STAMP).replace(tzinfo=UTC)
+    except ValueError:  # such as a thirteenth month
+        return None
+    return created and (created - _EPOCH).total_seconds()
+
+
+def is_like_manifest(data: bytes | memoryview) -> bool:
+    """Whether an object that cannot be read as a manifest is one that was damaged, by its first bytes, or anything else."""
+    return sum(a == b for a, b in zip(MAGIC, bytes(data[: len(MAGIC)]), strict=False)) >= len(MAGIC) // 2
 
 
 def plain_layout(layout: KVLayout) -> list:
@@ -67,8 +124,79 @@ def plain_layout(layout: KVLayout) -> list:
     return [layout.layers, layout.kv_heads, layout.head_dim, layout.dtype, layout.block_tokens]
 
 
-def _digest(data: bytes) -> bytes:
-    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
+    """Version and body of a verified manifest."""
+    if view[: len(MAGIC)] != MAGIC:
+        is_a = "a pickle, which is not opened: it could run code" if view[:1] == _PICKLE else "no checkpoint of tiered_kv"
+        raise _corrupt(name, f"it is {is_a}")
+    if len(view) < _START.size:
+        raise _corrupt(name, "it ends in its header")
+    _, version = _START.unpack_from(view)
+    if version not in _BODY_BYTES:
+        raise _corrupt(name, f"it has version {version}, this package reads up to version {VERSION}")
+    begin, end = _START.size + _BODY_BYTES[version].size, len(view) - _DIGEST_BYTES
+    if end < begin:
+        raise _corrupt(name, "it ends in its header")
+    (nbytes,) = _BODY_BYTES[version].unpack_from(view, _START.size)
+    if begin + nbytes != end or view[end:] != _digest(view[:end]):
+        raise _corrupt(name, "it is damaged")
+    return version, view[begin:end]
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for facts that are none; the rows are checked where they are packed and unpacked."""
+    names = [name for name, _ in manifest.packs]
+    if len(set(names)) != len(names) or not all(isinstance(name, str) and pack_prefix(name) == "" for name in names):
+        raise ValueError("packs that are none, or that are there twice")
+    if not all(_is_count(nbytes) for _, nbytes in manifest.packs):
+        raise ValueError("packs without a size")
+    roots = [model.root for model in manifest.models]
+    if len(set(roots)) != len(roots) or not all(isinstance(root, bytes) and len(root) == KEY_BYTES for root in roots):
+        raise ValueError(f"roots that are no {KEY_BYTES} bytes, or that are there twice")
+    for model in manifest.models:
+        if not isinstance(model.name, str) or not isinstance(model.namespace, dict | None):
+            raise ValueError(f"a model with the name {model.name!r} and the namespace {model.namespace!r}")
+    if not isinstance(manifest.created_s, float | int) or not 0 <= manifest.created_s < float("inf"):
+        raise ValueError(f"a time of {manifest.created_s!r}")
+    if not isinstance(manifest.origin, str) or not isinstance(manifest.extra, dict):
+        raise ValueError("an origin that is no text, or an extra that is no mapping")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 63
+
+
+def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int]], roots: Sequence[BlockKey]) -> tuple[Row, ...]:
+    """The rows of a checkpoint of version 1, from the packs' footers; what has lost its parent is left out, as nothing could reach it."""
+    depths: dict[tuple[BlockKey, BlockKey], int] = {}
+    rows: list[Row] = []
+    lost = 0
+    for number, (pack, nbytes) in enumerate(packs):
+        try:
+            entries = read_footer(store, pack, nbytes).entries
+        except TieredKVError as error:
+            if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
+                raise
+            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack}: {error}", object=pack) from error
+        for key, parent, root, codec, offset, stored_bytes, raw_bytes in entries:
+            if root not in roots:
+                raise ValueError("a block of a model that is not there")
+            depth = 0 if parent is None else depths.get((parent, root), -2) + 1
+            if depth < 0 or (key, root) in depths:
+                lost += 1
+                continue
+            depths[key, root] = depth
+            rows.append(Row(key, parent, root, depth, number, offset, stored_bytes, raw_bytes, codec, Tier.HOST.value, 0))
+    if lost:
+        log.warning("checkpoint %s: %d of %d blocks are behind blocks that are not in it", name, lost, lost + len(rows))
+    return tuple(rows)
+
+
+def _digest(*parts: bytes | memoryview) -> bytes:
+    whole = blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        whole.update(part)
+    return whole.digest()
 
 
 def _corrupt(name: str, reason: str) -> TieredKVError:

@@ -1,0 +1,99 @@
+"""Deleting what no checkpoint needs any more, beside checkpoints in progress elsewhere: rather nothing than one pack too many."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.ops.leases import COLLECTING, Lease, marks_in
+from tiered_kv.ops.manifest import Manifest, created_of
+from tiered_kv.tiers.packs import pack_prefix
+
+if TYPE_CHECKING:
+    from tiered_kv.ops.repository import Repository
+
+
+class Collected(NamedTuple):
+    """What was deleted; `skipped`: why nothing was."""
+
+    manifests_deleted: int = 0
+    packs_deleted: int = 0
+    bytes_deleted: int = 0
+    skipped: str = ""
+
+
+def collect(repository: "Repository", keep: int | None) -> Collected:
+    """As `Repository.collect`. The order is what makes it safe: mark, look for leases, fence, list, read all, delete."""
+    if keep is not None and keep < 1:
+        raise TieredKVError(Kind.CONFIG, f"keep must be a whole number of at least 1, not {keep!r}", setting="keep")
+    mark = Lease(repository.store, COLLECTING, repository.now_s)
+    try:
+        if reason := _others(repository, mark):
+            return Collected(skipped=reason)
+        return _collect_marked(repository, keep, mark)
+    finally:
+        mark.release()
+
+
+def _others(repository: "Repository", mark: Lease) -> str:
+    """Why this is no time to delete, "" if it is; removes what has run out."""
+    listed = repository.store.sizes()
+    others = [each for each in marks_in(listed) if each.name != mark.name]
+    now_s = repository.now_s()
+    repository.store.delete([each.name for each in others if not each.is_live(now_s)])
+    if mark.name not in listed:
+        return _LAGS
+    live = [each for each in others if each.is_live(now_s)]
+    return f"somebody else is at work: {live[0].name}" if live else ""
+
+
+_LAGS = "the listing lags behind"
+
+
+def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> Collected:
+    """Delete, where nobody else is at work any more: whoever comes now waits for the mark."""
+    fence = Lease(repository.store, COLLECTING, repository.now_s)  # what it stands in shows all that those who left have published
+    try:
+        sizes = repository.store.sizes()
+    finally:
+        fence.release()
+    if fence.name not in sizes:
+        return Collected(skipped=_LAGS)
+    kept, doomed, pointed = _chosen(repository, sizes, keep)
+    named: set[str] = set()
+    for name in kept:
+        try:
+            named.update(pack for pack, _ in Manifest.read(repository.store, name).packs)
+        except TieredKVError as error:
+            if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
+                raise
+            if error.kind is not Kind.CORRUPT or repository.is_manifest(name):
+                return Collected(skipped=f"what it needs is not known: {error}")
+    if pointed in doomed:
+        repository.point(max(name for name in kept if created_of(name) is not None))
+    packs = [name for name in sizes if pack_prefix(name) == "" and name not in named]
+    _delete(repository, [*doomed, *packs], mark)
+    return Collected(len(doomed), len(packs), sum(sizes[name] for name in [*doomed, *packs]))
+
+
+def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -> tuple[list[str], list[str], str | None]:
+    """Manifests that stay, those that go, and what LATEST names; one that is not listed yet stays."""
+    names = repository.names_in(sizes)
+    generated = [name for name in names if created_of(name) is not None]
+    doomed = generated[: -keep or None] if keep is not None else []
+    kept = [name for name in names if name not in set(doomed)]
+    try:
+        pointed = repository.pointed()
+    except TieredKVError as error:
+        if error.kind is not Kind.CORRUPT:
+            raise
+        pointed = None
+    if pointed is not None and pointed not in sizes and repository.is_there(pointed):
+        kept.append(pointed)
+    return kept, doomed, pointed
+
+
+def _delete(repository: "Repository", names: Sequence[str], mark: Lease) -> None:
+    """One by one, as long as the mark holds."""
+    for name in names:
+        mark.renew_if_half_gone()
+        repository.store.delete([name])
