@@ -5,9 +5,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -193,6 +193,7 @@ def _restore(options: argparse.Namespace, console: Console, config_of: Callable)
             attach.join(options.name, options.address)
         else:
             config = config_of(options)
+            _must_have_use(manifest, name, config)
             spare = mounted_bytes(manifest, options.nodes)
             start.up(config, name=options.name, nodes=options.nodes, say=console.print, mounted_bytes=spare)
         restoring = Restoring(options.name, repository, name, manifest, console)
@@ -209,17 +210,34 @@ def add_restore_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--restore", metavar="URL", help=text)
 
 
-def read_for_start(url: str, console: Console) -> "tuple[Repository, str, Manifest]":
-    """The checkpoint with which a cluster is to begin; before anything is started, so that a wrong URL starts nothing."""
-    repository = _repository(url)
-    return repository, *_read(repository, None, console)
+@contextmanager
+def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Console) -> Iterator[int]:
+    """Start a cluster inside of this, with as many bytes of lower tiers more in mind, and it begins with the checkpoint at `url`.
+
+    The manifest is read first, so that a wrong URL starts nothing. Should the nodes not take it, the cluster is up all the same.
+    """
+    if url is None:
+        yield 0
+        return
+    with _repository(url) as repository:
+        name, manifest = _read(repository, None, console)
+        _must_have_use(manifest, name, config)
+        yield mounted_bytes(manifest, nodes)
+        try:
+            restoring = Restoring(cluster, repository, name, manifest, console)
+            restoring.mount([], None)
+            restoring.begin_to_fill()
+        except TieredKVError as error:
+            console.print(f"[bold yellow]warning[/]: the cluster begins without the checkpoint: {error}", highlight=False, soft_wrap=True)
 
 
-def warm_start(cluster: str, repository: "Repository", name: str, manifest: "Manifest", console: Console) -> None:
-    """Have the nodes show the checkpoint's blocks, and begin to bring them nearer; that goes on when this returns."""
-    restoring = Restoring(cluster, repository, name, manifest, console)
-    restoring.mount([], None)
-    restoring.begin_to_fill()
+def _must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
+    from tiered_kv.ops.restore import chosen
+
+    picked = chosen(manifest, block_tokens=config.block_tokens)
+    if not picked.rows:
+        why = "; ".join(picked.skipped) or "it has no blocks"
+        raise TieredKVError(Kind.MODEL, f"checkpoint {name}: nothing in it could be restored: {why}", setting="block_tokens")
 
 
 def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
@@ -386,7 +404,7 @@ def _age(seconds: float) -> str:
 # What the commands share
 
 
-def _repository(url: str) -> "Repository":
+def _repository(url: str) -> "AbstractContextManager[Repository]":
     from tiered_kv.ops.repository import open_repository
 
     return open_repository(url if "://" in url else str(Path(url).expanduser().absolute()))
@@ -402,7 +420,7 @@ def _asking(cluster: str) -> "Ask":
 def _read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
     chosen = name or repository.latest()
     manifest = repository.read(chosen)
-    made = datetime.fromtimestamp(manifest.created_s, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.fromtimestamp(manifest.created_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
     nbytes = format_size(sum(row.stored_bytes for row in manifest.rows))
     _say(console, f"checkpoint {chosen} of {made}, from {manifest.origin or 'nobody knows where'}: {len(manifest.rows):,} blocks, {nbytes}")
     return chosen, manifest

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from tiered_kv.cluster.bench import add_bench
+from tiered_kv.cluster.checkpoints import add_checkpoints, add_restore_option
 from tiered_kv.cluster.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.command import add_command
 from tiered_kv.cluster.simulate import add_simulate
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add_calibrate(commands)
     add_simulate(commands)
     _add_record(commands)
+    add_checkpoints(commands, _add_name, _add_settings, _config)
     return top
 
 
@@ -59,6 +61,7 @@ def _add_up(commands: Any) -> None:
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
     command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    add_restore_option(command)
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
 
@@ -92,11 +95,15 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _up(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import start
+    from tiered_kv.cluster import checkpoints, start
 
     if options.address and options.nodes != 1:
         raise TieredKVError(Kind.CONFIG, "--nodes: with --address there is one cache node for each Ray node", setting="nodes")
-    cluster = start.up(_config(options), name=options.name, nodes=options.nodes, address=options.address, say=console.print)
+    config = _config(options)
+    with checkpoints.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
+        cluster = start.up(
+            config, name=options.name, nodes=options.nodes, address=options.address, say=console.print, mounted_bytes=mounted_bytes
+        )
     if options.json:
         print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
         return 0

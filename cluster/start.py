@@ -23,11 +23,17 @@ Say = Callable[[str], None]
 
 
 def up(
-    config: Config, *, name: str = state.DEFAULT_NAME, nodes: int = 1, address: str | None = None, say: Say = lambda _: None
+    config: Config,
+    *,
+    name: str = state.DEFAULT_NAME,
+    nodes: int = 1,
+    address: str | None = None,
+    say: Say = lambda _: None,
+    mounted_bytes: int = 0,
 ) -> ClusterState:
     """Start a cluster called `name`: on Ray nodes of our own on this machine, or on every node of the Ray at `address`.
 
-    `say` gets a line for each step. If anything fails, all that was started is stopped again. Raises `TieredKVError`
+    `say` gets a line for each step. `mounted_bytes`: of a checkpoint, for which each node's index should have slots. If anything fails, all that was started is stopped again. Raises `TieredKVError`
     that names the setting at fault; kind `cluster` if `name` is running.
     """
     from tiered_kv.service.quality import check_settings
@@ -62,7 +68,7 @@ def up(
         _refuse_foreign(name)  # before its actors could be taken for ours
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
-        _start_actors(cluster, config, say)
+        _start_actors(cluster, config, say, mounted_bytes)
         undo.pop_all()
         return cluster
 
@@ -119,7 +125,7 @@ def _refuse_second(name: str) -> None:
         remove_files(running)
 
 
-def _start_actors(cluster: ClusterState, config: Config, say: Say) -> None:
+def _start_actors(cluster: ClusterState, config: Config, say: Say, mounted_bytes: int) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -135,7 +141,7 @@ def _start_actors(cluster: ClusterState, config: Config, say: Say) -> None:
         say(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
         here = NodeAffinitySchedulingStrategy(ray_node["NodeID"], soft=False)
         actor = NodeActor.options(name=node_name(cluster.name, node_id), scheduling_strategy=here, **detached)
-        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config)
+        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config, mounted_bytes)
     for node_id, actor in started.items():
         _result(actor.info.remote(), f"cache {node_id}")
 

@@ -57,7 +57,15 @@ MAY_IMPORT = {
     "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],
     "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
     "actors": ["service", "config", "errors", "keys", "clock"],  # + keys, clock
-    "cluster": ["actors", "service", "config", "errors", "keys"],  # + errors, keys; the rooms below: only its commands, only later
+    "cluster": [
+        "actors",
+        "service",
+        "ops",
+        "blocks",
+        "config",
+        "errors",
+        "keys",
+    ],  # + blocks, errors, keys; the rooms below: only its commands, only later
     "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
     "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
     "bench": [*EVERYTHING, "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],

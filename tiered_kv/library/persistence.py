@@ -12,13 +12,17 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache, Placed
 from tiered_kv.library.model import TransformersKVCache
-from tiered_kv.ops.checkpoint import Loaded, Saved, load, read, save
+from tiered_kv.ops.checkpoint import Taken, Taking, Wanted
+from tiered_kv.ops.loading import Loaded, load, read
 from tiered_kv.ops.manifest import Manifest, Model, plain_layout
+from tiered_kv.ops.nodes import asking_here
 from tiered_kv.ops.repository import Repository, may_be_manifest
 from tiered_kv.tiers.folderstore import FolderStore
 
 _STEP = re.compile(r"step-(\d{12})\.tkv")
 _PREFIXES, _POSITIONS = "prefixes", "positions"
+_ORIGIN = "library"
+_POLL_S = 0.002
 AnyCache = BaseKVCache | TransformersKVCache
 
 
@@ -33,14 +37,16 @@ class CachePersistence:
         self.folder = Path(folder)
         self._store = _store(self.folder)
 
-    def save_cache(self, cache: AnyCache, name: str) -> Saved:
+    def save_cache(self, cache: AnyCache, name: str) -> Taken:
         """Write what the cache holds; one of that name is replaced at the end, at once. Cost: a copy of it, synced to disk."""
         _check_name(name)
         core = _core(cache)
         models, positions = _described(core)
         if not models:
             raise TieredKVError(Kind.CONFIG, "there is nothing to save: nothing was stored in this cache yet")
-        return save(core.engine(models[0].layout).node, self._store, name, models, {"positions": positions})
+        node, roots = core.engine(models[0].layout).node, {model.root for model in models}
+        taking = Taking(asking_here(node), [node.node_id], Repository(self._store), origin=_ORIGIN, poll_s=_POLL_S)
+        return taking.take(Wanted(models=lambda model: model.root in roots), name, models, {_POSITIONS: positions})
 
     def load_cache(self, cache: AnyCache, name: str) -> Loaded:
         """Bring what was saved into a cache of the same model; all frames are verified before, and what is damaged is refused as a whole.

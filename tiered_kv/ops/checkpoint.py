@@ -1,138 +1,200 @@
-"""The content of one node as a checkpoint: its blocks as frames in content-addressed packs, and a manifest written last.
-
-Writing again writes only packs that are not there yet, as far as blocks fall into the same packs. Reading verifies every frame
-before the first one is loaded.
-"""
+"""Taking a checkpoint: what the nodes hold at one moment each, as packs that are not there yet, and a manifest written last."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event
 from typing import Any, NamedTuple
 
-from tiered_kv.blocks import Tier
-from tiered_kv.codecs.frame import open_pieces
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.ops.leases import Lease
 from tiered_kv.ops.manifest import Manifest, Model
-from tiered_kv.ops.repository import Repository
-from tiered_kv.ops.rows import Row, hottest_first
-from tiered_kv.service.admission import Admission
-from tiered_kv.service.node import Node
-from tiered_kv.tiers.log import Record
-from tiered_kv.tiers.objectstore import ObjectStore
-from tiered_kv.tiers.packs import PackWriter, read_footer, read_frame
+from tiered_kv.ops.merging import Block, Merged, assigned, closed, merged
+from tiered_kv.ops.nodes import Ask, answers, good
+from tiered_kv.ops.repository import Block as Keyed
+from tiered_kv.ops.repository import Place, Repository, reusable
+from tiered_kv.ops.rows import Row
+from tiered_kv.service.facts import ModelFacts
+from tiered_kv.service.saving import PACK_BYTES, Snapshot, Written
 
 log = logging.getLogger(__name__)
 
-PACK_BYTES = 64 << 20
-_AT_ONCE = 64  # blocks that are held in place together
+RENEW_S = 60.0
 
 
-class Saved(NamedTuple):
-    """What a save wrote: blocks in all, packs in all, and how many of these were not there before."""
+class Wanted(NamedTuple):
+    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often."""
+
+    tiers: tuple[int, ...] | None = None
+    models: Callable[[Model], bool] = lambda _: True
+    min_hits: int = 0
+
+
+EVERYTHING = Wanted()
+
+
+class Going(NamedTuple):
+    """How the writing goes: blocks and bytes of frames, of how many that have to be written."""
 
     blocks: int
+    all_blocks: int
+    nbytes: int
+    all_bytes: int
+
+
+class Taken(NamedTuple):
+    """A checkpoint that was written: its blocks and their bytes; what of that is new; its packs, those that are new, and all bytes written.
+
+    `left`: blocks that left the cache before they could be written. `orphans`: those that no one could have hit, for a block
+    before them is in no node; both are not in it.
+    """
+
+    name: str
+    blocks: int
+    nbytes: int
+    new_blocks: int
+    new_bytes: int
     packs: int
     new_packs: int
+    written_bytes: int
+    left: int
+    orphans: int
 
 
-class Loaded(NamedTuple):
-    """What a load brought: blocks that are in the cache now, and those for which there was no room."""
+class Taking:
+    """The parts that taking a checkpoint needs, for one or several of them."""
 
-    blocks: int
-    refused: int
+    def __init__(
+        self,
+        ask: Ask,
+        nodes: Sequence[str],
+        repository: Repository,
+        *,
+        origin: str,
+        max_rate: float | None = None,
+        pack_bytes: int = PACK_BYTES,
+        progress: Callable[[Going], None] = lambda _: None,
+        say: Callable[[str], None] = log.info,
+        stopped: Event | None = None,
+        poll_s: float = 0.1,
+    ) -> None:
+        self._ask = ask
+        self._nodes = list(nodes)
+        self._repository = repository
+        self._origin = origin
+        self._rate = max_rate
+        self._pack_bytes = pack_bytes
+        self._progress = progress
+        self._say = say
+        self._stopped = stopped or Event()
+        self._poll_s = poll_s
 
+    def take(self, wanted: Wanted = EVERYTHING, name: str | None = None, models: Sequence[Model] = (), extra: dict | None = None) -> Taken:
+        """Write a checkpoint (under a name of its own, or `name`) of what the nodes hold. `models`: what is known of models beforehand.
 
-def save(node: Node, store: ObjectStore, name: str, models: Sequence[Model], extra: dict[str, Any]) -> Saved:
-    """Write the blocks of these models, and then the manifest `name`. Raises (kind `storage`) when the store does; the manifest that
-    was there before then still is.
-    """
-    with Repository(store).lease():
-        there = set(store.sizes())
-        packs: list[tuple[str, int]] = []
-        rows: dict[tuple[BlockKey | None, BlockKey], Row] = {}
-        new = 0
-        writer = PackWriter(store)
-        for model in models:
-            for record, tier, hits in _records(node, model.root):
-                parent = rows.get((record.parent, model.root))
-                if parent is None and record.parent is not None:
-                    continue  # it left while its children were being written
-                at = writer.add(record)
-                facts = at.offset, at.stored_bytes, at.raw_bytes, at.codec, tier, hits
-                rows[at.key, model.root] = Row(at.key, at.parent, model.root, parent.depth + 1 if parent else 0, len(packs), *facts)
-                if writer.nbytes >= PACK_BYTES:
-                    new += _finish(writer, there, packs)
-                    writer = PackWriter(store)
-        if len(writer):
-            new += _finish(writer, there, packs)
-        ordered = hottest_first(list(rows.values()))
-        Manifest(tuple(packs), tuple(models), ordered, time.time(), "library", extra).write(store, name)
-        return Saved(len(rows), len(packs), new)
+        Raises (kind `storage`) when a node or the store fails, or `stopped` is set: there is no such checkpoint then, the packs that
+        were complete stay, and the next one goes on from there.
+        """
+        with self._repository.lease("checkpoint", say=self._say) as lease:
+            try:
+                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits)
+                described = _models(snapshots, models)
+                whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
+                known = self._repository.known()
+                kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
+                new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
+                written = self._written(assigned(new), new, lease)
+            finally:
+                self._ask(self._nodes, "stop_saving")
+            return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
 
+    def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease) -> dict[str, Written]:
+        """Have each node write its share, and wait for all."""
+        all_bytes = sum(block.best.stored_bytes for block in new)
+        rate = self._rate and self._rate / max(len(shares), 1)
+        url = self._repository.store.url
+        for node, keys in shares.items():
+            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes)
+        renew_s = time.monotonic() + RENEW_S
+        state: dict[str, Written] = {}
+        while not all(node in state and state[node].is_done for node in shares):
+            if self._stopped.wait(self._poll_s):
+                raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; what was written stays, the next one goes on from there")
+            for node in shares:
+                told = state[node].packs if node in state else []
+                answer = answers(self._ask, [node], "written", len(told))[node]
+                state[node] = answer._replace(packs=told + answer.packs)
+                if answer.error is not None:
+                    good({node: answer.error})
+            if time.monotonic() > renew_s:
+                lease.renew()
+                renew_s = time.monotonic() + RENEW_S
+            done = state.values()
+            self._progress(Going(sum(each.blocks for each in done), len(new), sum(each.nbytes for each in done), all_bytes))
+        return state
 
-def _finish(writer: PackWriter, there: set[str], packs: list[tuple[str, int]]) -> bool:
-    info = writer.seal()
-    packs.append((info.name, info.nbytes))
-    if info.name in there:
-        return False
-    writer.finish()
-    return True
-
-
-def _records(node: Node, root: bytes) -> Iterator[tuple[Record, int, int]]:
-    """The blocks below a root with tier and uses, each behind its parent, copied; those that leave meanwhile are left out."""
-    with node.running():
-        blocks = node.engine.machine.blocks.items()
-        known = {
-            key: (each.parent, each.depth or 0, min(each.copies, default=Tier.HOST), each.uses) for key, each in blocks if each.root == root
+    def _published(
+        self,
+        whole: Merged,
+        there: "_There",
+        written: dict[str, Written],
+        models: Sequence[Model],
+        name: str | None,
+        extra: dict[str, Any],
+        lease: Lease,
+    ) -> Taken:
+        """Put the manifest of what lies in packs now."""
+        new_packs = {info.name: info for each in written.values() for info in each.packs}
+        places = there.places | {
+            (entry.key, entry.root): Place(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
+            for info in new_packs.values()
+            for entry in info.entries
         }
-    keys = sorted(known, key=lambda key: (known[key][1], key))
-    for start in range(0, len(keys), _AT_ONCE):
-        rest = keys[start : start + _AT_ONCE]
-        while rest:
-            with node.serving(rest) as frames:
-                for key, pieces in zip(rest, frames, strict=False):
-                    frame = open_pieces(pieces, key)
-                    copied = b"".join(bytes(piece) for piece in frame.pieces)
-                    parent, _, tier, uses = known[key]
-                    yield Record(key, [copied], frame.codec.id, frame.raw_bytes, parent, root), tier.value, uses
-                rest = rest[len(frames) + 1 :]  # behind what was not there
+        blocks = closed(whole.blocks, {block.best.key for block in whole.blocks if (block.best.key, block.best.root) not in places})
+        numbers: dict[str, int] = {}
+        rows = tuple(_row(block, places[block.best.key, block.best.root], numbers) for block in blocks)
+        sizes = there.packs | {info.name: info.nbytes for info in new_packs.values()}
+        packs = tuple((pack, sizes[pack]) for pack in numbers)
+        roots = {row.root for row in rows}
+        described = tuple(model for model in models if model.root in roots)
+        self._repository.confirm(packs)
+        manifest = Manifest(packs, described, rows, self._repository.now_s(), self._origin, extra)
+        given = self._repository.publish(manifest, name, lease)
+        new = [row for row in rows if (row.key, row.root) not in there.places]
+        return Taken(
+            name=given,
+            blocks=len(rows),
+            nbytes=sum(row.stored_bytes for row in rows),
+            new_blocks=len(new),
+            new_bytes=sum(row.stored_bytes for row in new),
+            packs=len(packs),
+            new_packs=len(new_packs),
+            written_bytes=sum(info.nbytes for info in new_packs.values()),
+            left=len(whole.blocks) - len(blocks),
+            orphans=whole.orphans,
+        )
 
 
-def read(store: ObjectStore, name: str) -> Manifest:
-    """The manifest `name`, all its frames verified. Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) where a pack is missing
-    or damaged.
-    """
-    manifest = Manifest.read(store, name)
-    sizes = store.sizes()
-    for pack, nbytes in manifest.packs:
-        if sizes.get(pack) != nbytes:
-            is_there = f"has {sizes[pack]} bytes instead of {nbytes}" if pack in sizes else "is missing"
-            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack} {is_there}", object=name)
-        read_footer(store, pack, nbytes)
-    for row in manifest.rows:
-        read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
-    return manifest
+class _There(NamedTuple):
+    """What need not be written again: where blocks lie, and the bytes of the packs that there are."""
+
+    places: dict[Keyed, Place]
+    packs: dict[str, int]
 
 
-def load(node: Node, store: ObjectStore, manifest: Manifest) -> Loaded:
-    """Bring a verified checkpoint into the node, in host memory first; what has no room there is refused."""
-    layouts = {model.root: model.layout for model in manifest.models}
-    there: set[BlockKey] = set()
-    refused = 0
-    with closing(node.open_session()) as session:
-        for row in manifest.rows:
-            if layouts[row.root] is None or (row.parent is not None and row.parent not in there):
-                refused += 1
-                continue
-            frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
-            admit = Admission(node, session, row.root, layouts[row.root].block_bytes, [row.key], row.parent, row.depth)
-            if admit([row.key], [frame.pieces]):
-                there.add(row.key)
-            else:
-                refused += 1
-    if refused:
-        log.warning("%d of %d blocks of a checkpoint found no room", refused, len(manifest.rows))
-    return Loaded(len(there), refused)
+def _row(block: Block, place: Place, numbers: dict[str, int]) -> Row:
+    """A line of the manifest. `numbers`: of packs by name, to which a new one is added."""
+    best, pack = block.best, numbers.setdefault(place.pack, len(numbers))
+    where = place.offset, place.stored_bytes, place.raw_bytes, place.codec
+    return Row(best.key, best.parent, best.root, block.depth, pack, *where, best.tier, block.hits)
+
+
+def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[Model]:
+    """What is known of the models below every root: from who asks, from workers, or no more than the root."""
+    models = {seen.root: Model(seen.root) for snapshot in snapshots.values() for seen in snapshot.blocks}
+    for snapshot in snapshots.values():
+        for root, message in snapshot.models.items():
+            facts = ModelFacts.of_message(message)
+            models[root] = Model(root, facts.layout, "", facts.namespace)
+    return list((models | {model.root: model for model in known}).values())

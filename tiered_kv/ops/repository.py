@@ -21,6 +21,7 @@ from tiered_kv.ops.verifying import Problem, verify
 from tiered_kv.tiers.footer import ROW_BYTES, TRAILER_BYTES, footer_bytes, unpack_trailer
 from tiered_kv.tiers.objectstore import ObjectStore
 from tiered_kv.tiers.packs import pack_prefix, read_footer
+from tiered_kv.tiers.stores import open_store
 
 log = logging.getLogger(__name__)
 
@@ -294,6 +295,13 @@ class Repository:
             if lease:
                 lease.renew_if_half_gone()
             self._sleep(_POLL_S)
+
+
+@contextmanager
+def open_repository(url: str) -> Iterator[Repository]:
+    """The checkpoints at a URL, as `open_store` knows them; closed at the end."""
+    with open_store(url) as store:
+        yield Repository(store)
 
 
 def reusable(known: Known, wanted: Iterable[Block]) -> dict[Block, Place]:

@@ -1,0 +1,59 @@
+"""A checkpoint brought into the one node of a process: all of its frames are verified before the first one is loaded."""
+
+import logging
+from contextlib import closing
+from typing import NamedTuple
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.ops.manifest import Manifest
+from tiered_kv.service.admission import Admission
+from tiered_kv.service.node import Node
+from tiered_kv.tiers.objectstore import ObjectStore
+from tiered_kv.tiers.packs import read_footer, read_frame
+
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What a load brought: blocks that are in the cache now, and those for which there was no room."""
+
+    blocks: int
+    refused: int
+
+
+def read(store: ObjectStore, name: str) -> Manifest:
+    """The manifest `name`, all its frames verified. Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) where a pack is missing
+    or damaged.
+    """
+    manifest = Manifest.read(store, name)
+    sizes = store.sizes()
+    for pack, nbytes in manifest.packs:
+        if sizes.get(pack) != nbytes:
+            is_there = f"has {sizes[pack]} bytes instead of {nbytes}" if pack in sizes else "is missing"
+            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack} {is_there}", object=name)
+        read_footer(store, pack, nbytes)
+    for row in manifest.rows:
+        read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
+    return manifest
+
+
+def load(node: Node, store: ObjectStore, manifest: Manifest) -> Loaded:
+    """Bring a verified checkpoint into the node, in host memory first; what has no room there is refused."""
+    layouts = {model.root: model.layout for model in manifest.models}
+    there: set[BlockKey] = set()
+    refused = 0
+    with closing(node.open_session()) as session:
+        for row in manifest.rows:
+            if layouts[row.root] is None or (row.parent is not None and row.parent not in there):
+                refused += 1
+                continue
+            frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
+            admit = Admission(node, session, row.root, layouts[row.root].block_bytes, [row.key], row.parent, row.depth)
+            if admit([row.key], [frame.pieces]):
+                there.add(row.key)
+            else:
+                refused += 1
+    if refused:
+        log.warning("%d of %d blocks of a checkpoint found no room", refused, len(manifest.rows))
+    return Loaded(len(there), refused)
