@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from hashlib import blake2b
 
 import pytest
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.node import Node
@@ -144,6 +146,20 @@ class TransportContract:
         for bad in (None, {}, good | {"weights": 7}, good | {"rope": "none"}, good | {"layout": {}}, good | {"more": 1}):
             with pytest.raises(TieredKVError):
                 session.introduce(ROOT, bad)
+
+    def test_the_namespace_of_a_model_stays_known_when_an_older_worker_names_none(self, node, session) -> None:
+        facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
+        known = asdict(Namespace(weights="some weights", rank=1, world=2))
+        session.introduce(ROOT, facts.as_message())
+        assert node.place.coder.facts() == {ROOT: facts}
+        session.introduce(ROOT, facts.as_message() | {"namespace": known})
+        session.introduce(ROOT, {name: value for name, value in facts.as_message().items() if name != "namespace"})
+        assert node.place.coder.knows(ROOT, facts)
+        session.introduce(ROOT, replace(facts, rope=None).as_message())
+        assert node.place.coder.facts() == {ROOT: replace(facts, rope=None, namespace=known)}
+        for bad in (7, "w", [], {}, {"weights": ""}, known | {"rank": 2}, known | {"more": 1}, known | {"rank": True}, {"weights": "w"}):
+            with pytest.raises(TieredKVError, check=lambda error: error.kind is Kind.TRANSPORT):
+                session.introduce(ROOT, facts.as_message() | {"namespace": bad})
 
     def test_a_block_that_a_worker_doubts_stays_if_it_can_be_read(self, node, session) -> None:
         self.store(session, 2)

@@ -76,7 +76,7 @@ class _Place:
 
 
 def plan(rows: "Iterable[Row]", models: "Iterable[Model]", world: int) -> Planned:
-    """What of `rows` (parents before children) ranks of `world` can use, and how. Cost: some microseconds a block.
+    """What of `rows` (parents before children) ranks of `world` can use, and how. Cost: some 10 µs a block.
 
     A block is made where all ranks that it needs have theirs and the block before it was made; else the chain ends there. What
     cannot be made is left out. Raises (kind `layout`) where that is everything.

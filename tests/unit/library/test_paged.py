@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiered_kv import KVCacheConfig, PagedKVCache
+from tiered_kv import KVCacheConfig, Namespace, PagedKVCache
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import as_token_ids
 
 T = 4
 
@@ -65,6 +66,19 @@ def test_what_was_freed_is_found_again_by_its_tokens(cache) -> None:
     assert cache.tokens(again) == list(range(8))
     assert torch.equal(cache.gather(again), kv_of(range(8)))
     assert cache.match(range(11)).tokens == 8
+
+
+def test_pages_of_a_rank_are_blocks_under_its_own_keys(checked) -> None:
+    namespace = Namespace(weights="w", rank=1, world=2)
+    cache = checked(PagedKVCache(KVCacheConfig(max_tokens=16 * T, block_tokens=T), namespace=namespace))
+    sequence = cache.create()
+    for first, last in ((0, 6), (6, 7), (7, 11)):
+        grow(cache, sequence, range(first, last))
+    keys = namespace.chain(cache.layout).keys(as_token_ids(range(11)))
+    assert [record.key for record in cache.client().explain(range(11))] == [key.hex() for key in keys]
+    assert cache.match(range(11)).tokens == 8
+    assert torch.equal(cache.gather(sequence), kv_of(range(11)))
+    assert cache.tokens(cache.create([*range(9), 50])) == list(range(8))
 
 
 def test_a_full_slab_refuses_and_changes_nothing(cache) -> None:

@@ -1,6 +1,7 @@
 """The client of one node: what callers may hand in, what they get, and what is counted."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.unit.service.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_o
 from tiered_kv import KVLayout, Namespace
 from tiered_kv.blocks import Stored
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import as_token_ids
 
 T = LAYOUT.block_tokens
 PATH = (1, 2, 0, 1)
@@ -245,6 +247,34 @@ def test_another_layout_or_namespace_shares_nothing(node, filled, client_factory
     for namespace in (Namespace(weights="another"), Namespace(weights=NAMESPACE.weights, tenant="somebody else")):
         assert client_factory(node, LAYOUT, namespace).match(TOKENS).tokens == 0
     assert assert_is_prefix(filled.fetch(TOKENS), PATH) == 4
+
+
+def test_ranks_of_a_model_keep_their_heads_apart_and_each_gets_its_own(node, filled, client_factory) -> None:
+    part = replace(LAYOUT, kv_heads=1)
+    ranks = [client_factory(node, part, replace(NAMESPACE, rank=rank, world=2)) for rank in range(2)]
+    halves = KV.chunk(2, dim=2)
+    assert ranks[0].store(TOKENS, halves[0]) == Stored(4, 0, 0)
+    assert ranks[1].match(TOKENS).tokens == 0
+    assert ranks[1].store(TOKENS, halves[1]) == Stored(4, 0, 0)
+    for client, half in zip(ranks, halves, strict=True):
+        assert torch.equal(client.fetch(TOKENS).kv, half)
+        assert client.store(TOKENS, half) == Stored(0, 4, 0)
+        keys = client.namespace.chain(part).keys(as_token_ids(TOKENS))
+        assert [record.key for record in client.explain(TOKENS)] == [key.hex() for key in keys]
+    assert assert_is_prefix(filled.fetch(TOKENS), PATH) == 4
+    node.check()
+
+
+def test_a_node_knows_the_namespace_of_every_model_by_its_root(node, client, client_factory) -> None:
+    part, second = replace(LAYOUT, kv_heads=1), replace(NAMESPACE, rank=1, world=2, tenant="t", epoch=3)
+    client_factory(node, part, second)
+    facts = node.place.coder.facts()
+    assert {root: known.known_namespace() for root, known in facts.items()} == {
+        NAMESPACE.root(LAYOUT): NAMESPACE,
+        second.root(part): second,
+    }
+    facts.clear()
+    assert len(node.place.coder.facts()) == 2
 
 
 def test_two_clients_of_a_node_share(node, filled, client_factory) -> None:
