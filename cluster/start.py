@@ -33,8 +33,9 @@ def up(
 ) -> ClusterState:
     """Start a cluster called `name`: on Ray nodes of our own on this machine, or on every node of the Ray at `address`.
 
-    `say` gets a line for each step. `mounted_bytes`: of a checkpoint, for which each node's index should have slots. If anything fails, all that was started is stopped again. Raises `TieredKVError`
-    that names the setting at fault; kind `cluster` if `name` is running.
+    `say` gets a line for each step. `mounted_bytes`: of a checkpoint, for which each node's index should have slots. If anything
+    fails, all that was started is stopped again. Raises `TieredKVError` that names the setting at fault; kind `cluster` if
+    `name` is running.
     """
     from tiered_kv.service.quality import check_settings
 
