@@ -119,7 +119,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_what_cannot_be_is_not_written(change, store, small):
     before = dict(store.objects)
-    with pytest.raises(ValueError, match="a|at most"):
+    with pytest.raises(ValueError):  # noqa: PT011
         change(small).write(store, NAME)
     assert store.objects == before
 
