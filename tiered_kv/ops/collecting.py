@@ -39,7 +39,8 @@ def _others(repository: "Repository", mark: Lease) -> str:
     listed = repository.store.sizes()
     others = [each for each in marks_in(listed) if each.name != mark.name]
     now_s = repository.now_s()
-    repository.store.delete([each.name for each in others if not each.is_live(now_s)])
+    if expired := [each.name for each in others if not each.is_live(now_s)]:
+        repository.store.delete(expired)
     if mark.name not in listed:
         return _LAGS
     live = [each for each in others if each.is_live(now_s)]

@@ -1,0 +1,441 @@
+"""Leases and collecting: whatever two do at once, no pack that a checkpoint names is deleted."""
+
+import random
+import threading
+
+import pytest
+
+from tests.unit.ops.checkpoints import NOW_S, Clock, checkpoint, checkpoint_unsafely, flipped, pack
+from tests.unit.ops.checkpoints import repository as opened
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.ops.collecting import Collected
+from tiered_kv.ops.leases import SKEW_S, TTL_S, Lease, mark_of
+from tiered_kv.ops.repository import Repository
+from tiered_kv.tiers.folderstore import FolderStore
+from tiered_kv.tiers.objectstore import MemoryStore
+
+GC = f"gc-{'0' * 16}-"
+LEASE = f"lease-checkpoint-{'0' * 16}-"
+
+
+class Watched(MemoryStore):
+    """Calls back before each operation: `before(operation, names)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = lambda operation, names: None
+
+    def put(self, name, buffers):
+        self.before("put", [name])
+        super().put(name, buffers)
+
+    def get(self, name):
+        self.before("get", [name])
+        return super().get(name)
+
+    def sizes(self):
+        self.before("sizes", [])
+        return super().sizes()
+
+    def delete(self, names):
+        self.before("delete", names)
+        super().delete(names)
+
+
+def marks(store) -> list[str]:
+    return [name for name in store.sizes() if mark_of(name)]
+
+
+def refusal(call, *arguments) -> TieredKVError:
+    with pytest.raises(TieredKVError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+class TestLease:
+    def test_its_name_says_all_and_it_is_gone_at_the_end(self):
+        repository = opened()
+        with repository.lease("restore") as lease:
+            (name,) = marks(repository.store)
+            assert name == lease.name
+            assert mark_of(name) == (name, "restore", int(NOW_S) + TTL_S)
+            assert lease.left_s == TTL_S
+        assert marks(repository.store) == []
+
+    def test_it_is_gone_after_an_error(self):
+        repository = opened()
+        with pytest.raises(KeyError), repository.lease():
+            raise KeyError
+        assert repository.store.sizes() == {}
+
+    def test_renewing_puts_the_new_one_before_the_old_one_goes(self):
+        repository = opened(Watched())
+        with repository.lease() as lease:
+            old = lease.name
+            lease.renew()
+            assert lease.name == old, "the same second"
+            repository.now_s.sleep(400)
+            done = []
+            repository.store.before = lambda operation, names: done.append((operation, *names))
+            lease.renew()
+            repository.store.before = lambda operation, names: None
+            assert done == [("put", lease.name), ("delete", old)]
+            assert marks(repository.store) == [lease.name]
+            assert lease.left_s == TTL_S
+
+    def test_one_that_ran_out_is_not_renewed(self):
+        repository = opened()
+        with repository.lease() as lease:
+            repository.now_s.sleep(TTL_S)
+            error = refusal(lease.renew)
+            assert error.kind is Kind.STORAGE
+            assert "ran out before it was renewed" in str(error)
+            assert marks(repository.store) == [lease.name]
+
+    def test_one_that_runs_out_while_it_is_renewed_is_not(self):
+        repository = opened(Watched())
+        with repository.lease() as lease:
+            name = lease.name
+            repository.now_s.sleep(TTL_S - 1)
+            repository.store.before = lambda operation, names: operation == "put" and repository.now_s.sleep(5)
+            assert refusal(lease.renew).kind is Kind.STORAGE
+            assert marks(repository.store) == [name]
+
+    def test_one_that_cannot_be_removed_runs_out(self, caplog):
+        repository = opened(Watched())
+
+        def fails(operation, names):
+            if operation == "delete":
+                raise repository.store.failed("delete", "no")
+
+        with repository.lease() as lease:
+            repository.store.before = fails
+        assert f"the lease {lease.name} stays until it runs out" in caplog.text
+        repository.store.before = lambda operation, names: None
+        assert "somebody else is at work" in repository.collect(1).skipped
+        repository.now_s.sleep(TTL_S + SKEW_S)
+        assert repository.collect(1) == Collected()
+        assert repository.store.sizes() == {}
+
+    def test_one_store_for_all(self, tmp_path):
+        repository = opened(FolderStore(tmp_path))
+        with repository.lease() as lease:
+            assert list(FolderStore(tmp_path).sizes()) == [lease.name]
+        assert FolderStore(tmp_path).sizes() == {}
+
+    def test_names_of_others_are_no_leases(self):
+        for name in ("lease-x", "gc-5", "lease-checkpoint-0-5", f"{LEASE}x", f"LEASE{LEASE[5:]}5", f"{GC}5.tkv"):
+            assert mark_of(name) is None
+        with pytest.raises(ValueError, match="kind"):
+            Lease(MemoryStore(), "a-b", Clock())
+
+
+class TestWaiting:
+    def test_who_comes_while_somebody_deletes_waits_and_says_so(self):
+        clock, said = Clock(), []
+        repository = Repository(MemoryStore(), clock, lambda seconds: repository.store.delete([mark]))
+        mark = f"{GC}{int(NOW_S) + 100}"
+        repository.store.put(mark, [b"1"])
+        with repository.lease(say=said.append) as lease:
+            assert list(repository.store.sizes()) == [lease.name]
+        assert len(said) == 1
+        assert mark in said[0]
+
+    def test_a_mark_that_ran_out_is_not_waited_for(self):
+        repository = opened()
+        repository.store.put(f"{GC}{int(NOW_S) - SKEW_S}", [b"1"])
+        with repository.lease():
+            assert repository.now_s() == NOW_S
+        repository.store.put(f"{GC}{int(NOW_S) - SKEW_S + 1}", [b"1"])
+        with repository.lease():
+            assert repository.now_s() == NOW_S + 1, "the clocks may differ"
+
+    def test_waiting_has_an_end(self):
+        repository = opened()
+        repository.store.put(f"{GC}{int(NOW_S) + 10**6}", [b"1"])
+        error = refusal(repository.lease().__enter__)
+        assert error.kind is Kind.STORAGE
+        assert "still deletes" in str(error)
+        assert len(marks(repository.store)) == 1
+
+    def test_one_who_begins_to_delete_meanwhile_is_seen(self):
+        repository, mark = opened(Watched()), f"{GC}{int(NOW_S) + 5}"
+
+        def begin(operation, names):
+            if operation == "put" and names[0].startswith("lease"):
+                repository.store.objects[mark] = b"1"
+
+        repository.store.before = begin
+        with repository.lease():
+            assert repository.now_s() >= NOW_S + 5 + SKEW_S
+
+    def test_a_listing_that_never_shows_the_lease_is_refused(self):
+        class Frozen(MemoryStore):
+            def sizes(self):
+                return {}
+
+        repository = opened(Frozen())
+        error = refusal(repository.lease().__enter__)
+        assert error.kind is Kind.STORAGE
+        assert "the listing does not show" in str(error)
+        assert repository.collect(1).skipped == "the listing lags behind"
+        assert repository.store.objects == {}
+
+
+class TestCollect:
+    def filled(self, store=None) -> tuple[Repository, list[str]]:
+        """Four checkpoints, each with a pack of its own, one with a name that somebody chose; and a pack of a crash."""
+        repository, names = opened(store), []
+        for number in range(4):
+            names.append(checkpoint(repository, [10 * number], "mine.pkl" if number == 0 else None))
+            repository.now_s.sleep(1)
+        pack(repository.store, [50, 51])
+        return repository, names
+
+    def test_the_newest_stay_and_what_people_named(self):
+        repository, names = self.filled()
+        gone = pack(MemoryStore(), [10]), pack(MemoryStore(), [50, 51])
+        freed = repository.store.sizes()[names[1]] + sum(info.nbytes for info in gone)
+        assert repository.collect(keep=2) == Collected(1, 2, freed)
+        assert repository.names() == ["mine.pkl", *names[2:]]
+        assert not {info.name for info in gone} & set(repository.store.sizes())
+        assert repository.verify() == []
+        assert repository.collect(keep=2) == Collected()
+        assert repository.collect(keep=None) == Collected()
+
+    def test_none_is_deleted_without_a_number(self):
+        repository, names = self.filled()
+        assert repository.collect(None)[:2] == (0, 1)
+        assert repository.names() == names
+        assert repository.collect(100) == Collected()
+        for keep in (0, -1):
+            assert refusal(repository.collect, keep).kind is Kind.CONFIG
+
+    def test_a_pack_that_is_shared_stays(self):
+        repository = opened()
+        checkpoint(repository, [0, 1])
+        repository.now_s.sleep(1)
+        checkpoint(repository, [0, 1, 2])
+        assert repository.collect(1)[:2] == (1, 0)
+        assert repository.verify() == []
+
+    @pytest.mark.parametrize("mark", [LEASE, LEASE.replace("checkpoint", "restore"), LEASE.replace("checkpoint", "later"), GC])
+    def test_nothing_is_deleted_while_another_is_at_work(self, mark):
+        repository, _ = self.filled()
+        mark += str(int(repository.now_s()) - SKEW_S + 1)
+        expired = f"{LEASE}5", f"{GC}5"
+        for name in (mark, *expired):
+            repository.store.put(name, [b"1"])
+        before = set(repository.store.sizes())
+        collected = repository.collect(1)
+        assert mark in collected.skipped
+        assert collected[:3] == (0, 0, 0)
+        assert set(repository.store.sizes()) == before - set(expired)
+        repository.now_s.sleep(1)
+        assert repository.collect(1).skipped == ""
+
+    @pytest.mark.parametrize("at", [0, 8, 12, 40, -1])
+    def test_nothing_is_deleted_when_a_manifest_cannot_be_read(self, at):
+        for which in (0, 3):
+            repository, names = self.filled()
+            objects = repository.store.objects
+            objects[names[which]] = flipped(objects[names[which]], at % len(objects[names[which]]), bit=1)
+            before = dict(objects)
+            assert names[which] in repository.collect(1).skipped
+            assert objects == before
+
+    def test_nothing_is_deleted_when_a_listed_manifest_is_gone(self):
+        repository, names = self.filled(Watched())
+
+        def vanish(operation, wanted):
+            if operation == "get" and wanted == [names[3]]:
+                repository.store.objects.pop(names[3], None)
+
+        repository.store.before = vanish
+        before = set(repository.store.sizes())
+        assert names[3] in repository.collect(1).skipped
+        assert set(repository.store.sizes()) == before - {names[3]}
+
+    def test_a_damaged_one_that_goes_need_not_be_read(self):
+        repository, names = self.filled()
+        repository.store.objects[names[1]] = b"TKVMANIF and no more"
+        assert repository.collect(2)[:2] == (1, 2)
+
+    def test_an_unreachable_store_is_an_error_and_the_mark_is_gone(self):
+        repository, _ = self.filled(Watched())
+
+        def fails(operation, wanted):
+            if operation == "get":
+                raise repository.store.failed("get", "no answer")
+
+        repository.store.before = fails
+        before = set(repository.store.objects)
+        assert refusal(repository.collect, 1).kind is Kind.STORAGE
+        assert set(repository.store.objects) == before
+
+    def test_latest_never_names_one_that_is_deleted(self):
+        repository, names = self.filled(Watched())
+        repository.point(names[1])
+        seen = []
+
+        def look(operation, wanted):
+            if operation == "delete":
+                pointed = b"".join(repository.store.objects["LATEST"].split()[2:3]).decode()
+                seen.append(pointed in repository.store.objects and pointed not in wanted)
+
+        repository.store.before = look
+        repository.collect(1)
+        assert seen
+        assert all(seen)
+        assert repository.pointed() == names[3]
+
+    def test_what_latest_names_stays_though_it_is_not_listed_yet(self):
+        class Lagging(MemoryStore):
+            hidden = ""
+
+            def sizes(self):
+                return {name: size for name, size in super().sizes().items() if name != self.hidden}
+
+        repository, names = self.filled(Lagging())
+        repository.store.hidden = names[3]
+        assert repository.collect(1)[:2] == (1, 2)
+        repository.store.hidden = ""
+        assert repository.names() == ["mine.pkl", *names[2:]]
+        assert repository.verify() == []
+
+    def test_a_mark_that_ran_out_ends_the_deleting(self):
+        repository, names = self.filled(Watched())
+
+        def slow(operation, wanted):
+            if operation == "delete" and wanted[0].endswith((".tkv", ".pack")):
+                repository.now_s.sleep(TTL_S + 1)
+
+        repository.store.before = slow
+        assert refusal(repository.collect, 1).kind is Kind.STORAGE
+        assert [name for name in names if name in repository.store.objects] == ["mine.pkl", *names[2:]]
+        repository.store.before = lambda operation, wanted: None
+        assert repository.verify() == []
+
+
+class Turns:
+    """Lets two actors take turns, one operation on the store each time, in an order drawn from a seed."""
+
+    def __init__(self, seed: int, actors: list[str]) -> None:
+        self._random = random.Random(seed)
+        self._changed = threading.Condition()
+        self._actors = list(actors)
+        self._turn = self._random.choice(actors)
+
+    def take(self, actor: str, operation):
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == actor)
+            try:
+                return operation()
+            finally:
+                self._next()
+
+    def leave(self, actor: str) -> None:
+        with self._changed:
+            self._actors.remove(actor)
+            if self._turn == actor and self._actors:
+                self._next()
+
+    def _next(self) -> None:
+        self._turn = self._random.choice(self._actors)
+        self._changed.notify_all()
+
+
+class InTurns(MemoryStore):
+    """One actor's view of objects that others use as well; listings may take two turns, as those of many pages do."""
+
+    def __init__(self, objects: dict, turns: Turns, actor: str) -> None:
+        super().__init__()
+        self.objects, self._turns, self._actor = objects, turns, actor
+
+    def put(self, name, buffers):
+        self._turns.take(self._actor, lambda: super(InTurns, self).put(name, buffers))
+
+    def get(self, name):
+        return self._turns.take(self._actor, lambda: super(InTurns, self).get(name))
+
+    def sizes(self):
+        early = self._turns.take(self._actor, super().sizes)
+        late = self._turns.take(self._actor, super().sizes)
+        middle = "f"
+        return {name: size for name, size in early.items() if name < middle} | {name: size for name, size in late.items() if name >= middle}
+
+    def delete(self, names):
+        self._turns.take(self._actor, lambda: super(InTurns, self).delete(names))
+
+
+def run_both(seed: int, write) -> Repository:
+    """A checkpoint and a collector at once, where a crash has left a pack that the checkpoint would use again."""
+    clock, objects = Clock(), {}
+    start = Repository(MemoryStore(), clock, clock.sleep)
+    start.store.objects = objects
+    for number in (0, 10, 20):
+        checkpoint(start, [number])
+        clock.sleep(1)
+    pack(start.store, [30, 31, 32])
+    turns = Turns(seed, ["writer", "collector"])
+
+    def run(actor, act):
+        try:
+            act(Repository(InTurns(objects, turns, actor), clock, lambda seconds: turns.take(actor, lambda: clock.sleep(seconds))))
+        except TieredKVError as error:
+            failed.append(error)
+        finally:
+            turns.leave(actor)
+
+    failed: list[TieredKVError] = []
+    acts = {"writer": lambda repository: write(repository, [0, 30, 31, 32, 40]), "collector": lambda repository: repository.collect(2)}
+    threads = [threading.Thread(target=run, args=each) for each in acts.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    start.failed = failed
+    return start
+
+
+@pytest.mark.parametrize("first_seed", range(0, 200, 50))
+def test_no_pack_that_a_checkpoint_names_is_ever_deleted(first_seed):
+    for seed in range(first_seed, first_seed + 50):
+        repository = run_both(seed, checkpoint)
+        assert repository.failed == []
+        assert repository.verify() == []
+        assert len(repository.read().rows) == 5
+        assert marks(repository.store) == []
+
+
+def test_the_test_finds_a_checkpoint_without_a_lease():
+    """The canary: without the lease some order of steps deletes what is then named, or is about to be."""
+    assert any(repository.failed or repository.verify() for repository in (run_both(seed, checkpoint_unsafely) for seed in range(100)))
+
+
+def test_who_slept_through_the_lease_publishes_nothing():
+    repository = opened()
+    pack(repository.store, [0, 1])
+    with pytest.raises(TieredKVError, match="ran out before it was renewed"), repository.lease() as lease:
+        repository.now_s.sleep(TTL_S + SKEW_S)
+        assert repository.collect(None).packs_deleted == 1
+        checkpoint_unsafely(repository, [0, 1], lease=lease)
+    assert repository.names() == []
+
+
+def test_a_lease_that_runs_out_while_the_manifest_is_put_has_the_packs_confirmed_again():
+    repository = opened(Watched())
+    deleted = []
+
+    def slow(operation, names):
+        if operation == "put" and names[0].endswith(".tkv"):
+            repository.now_s.sleep(TTL_S)
+            deleted.extend(name for name in repository.store.objects if name.endswith(".pack"))
+            for name in deleted:
+                del repository.store.objects[name]
+
+    repository.store.before = slow
+    error = refusal(checkpoint, repository, [0])
+    assert error.kind is Kind.STORAGE
+    assert deleted[0] in str(error)
+    assert "LATEST" not in repository.store.objects
