@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiered_kv.ops.manifest import Manifest, Model
     from tiered_kv.ops.nodes import Ask
     from tiered_kv.ops.repository import Repository
+    from tiered_kv.ops.reshard import Planned
     from tiered_kv.service.filling import Filled
 
 ANSWER_WITHIN_S = 120.0
@@ -257,23 +258,30 @@ class Restoring:
         self._config: Config = about["config"]
         self._ask = _asking(cluster)
         self._skipped: list[str] = []
+        self._planned: Planned | None = None
         self._mounted = self._no_room = 0
 
     def mount(self, namespaces: list[str], world: int | None) -> None:
         """Make the blocks hits; says what is left out."""
+        from tiered_kv.ops.reshard import plan
         from tiered_kv.ops.restore import chosen, matches, mount
 
         def wanted(model: "Model") -> bool:
             return not namespaces or matches(model, namespaces)
 
         picked = chosen(self._manifest, block_tokens=self._config.block_tokens, wanted=wanted)
-        self._skipped = picked.skipped
-        for line in picked.skipped:
+        rows, self._skipped = picked.rows, picked.skipped
+        if world is not None and rows:
+            self._planned = plan(rows, self._manifest.models, world)
+            rows, self._skipped = self._planned.unchanged, self._skipped + self._planned.skipped
+        for line in self._skipped:
             _say(self._console, line)
         if not picked.rows:
             raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: there is nothing in it that could be restored here")
+        if not rows:
+            return
         begun_s = time.monotonic()
-        mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, picked.rows)
+        mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, rows)
         self._mounted, self._no_room = sum(mounted.by_node.values()), mounted.no_room
         spread = ", ".join(f"{node} {count:,}" for node, count in mounted.by_node.items())
         took = f"{time.monotonic() - begun_s:.2f} s"
@@ -289,34 +297,46 @@ class Restoring:
         _say(self._console, "host memory and disk are being filled in the background; `tiered-kv status` shows how far it is")
 
     def fill(self, max_rate: float | None, stopped: Event) -> "Filled":
-        """Have the nodes bring blocks nearer, and wait for it."""
-        from tiered_kv.ops.restore import fill
+        """Have the nodes bring blocks nearer, and make those of other ranks; waits for it."""
+        from tiered_kv.ops.restore import fill, make
 
+        filled = None
         all_bytes = sum(row.stored_bytes for row in self._manifest.rows)
         with _bar(self._console, "reading") as advance:
-            filled = fill(
-                self._ask,
-                self._nodes,
-                max_rate=max_rate,
-                progress=lambda going: advance(going.nbytes, all_bytes, f"{going.host + going.disk:,} blocks"),
-                stopped=stopped,
-            )
-        rest = filled.mounted - filled.host - filled.disk - filled.damaged
-        _say(
-            self._console,
-            f"restored: {filled.host:,} blocks to host memory, {filled.disk:,} to disk; {rest:,} stay in the checkpoint's packs",
-        )
+
+            def progress(going: "Filled") -> None:
+                advance(going.nbytes, all_bytes, f"{going.host + going.disk:,} blocks")
+
+            if self._mounted:
+                filled = fill(self._ask, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
+                self._report("restored", filled, "stay in the checkpoint's packs")
+            if self._planned and self._planned.targets:
+                url = self._repository.store.url
+                made = make(
+                    *(self._ask, self._nodes, url, self._manifest, self._planned), max_rate=max_rate, progress=progress, stopped=stopped
+                )
+                self._report("made of other ranks' blocks", made, "found no room")
+                filled = made if filled is None else _sum(filled, made)
+        return filled
+
+    def _report(self, doing: str, filled: "Filled", rest: str) -> None:
+        left = filled.mounted - filled.host - filled.disk - filled.damaged
+        _say(self._console, f"{doing}: {filled.host:,} blocks to host memory, {filled.disk:,} to disk; {left:,} {rest}")
         for line in filled.problems:
             self._console.print(f"[yellow]damaged[/]: {line}", highlight=False, soft_wrap=True)
         if filled.damaged:
             _say(self._console, f"{filled.damaged:,} blocks are damaged and were left out; all others are restored")
-        return filled
 
     def figures(self, filled: "Filled") -> dict:
         """For scripts."""
         record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
         del record["error"], record["is_done"]
         return record
+
+
+def _sum(one: "Filled", other: "Filled") -> "Filled":
+    counts = (getattr(one, name) + getattr(other, name) for name in ("mounted", "host", "disk", "nbytes", "damaged", "problems"))
+    return type(one)(*counts, is_done=True)
 
 
 # Looking

@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.ops.manifest import Manifest, Model, Row
 from tiered_kv.ops.nodes import Ask, answers
+from tiered_kv.ops.reshard import Planned
 from tiered_kv.service.filling import Filled, Shelf
+from tiered_kv.service.making import Made
 from tiered_kv.tiers.mounted import MountedBlock
 
 log = logging.getLogger(__name__)
@@ -67,22 +70,32 @@ def matches(model: Model, wanted: Iterable[str]) -> bool:
     return any(text and (text == facts.get("tenant") or any(name.startswith(text) for name in names)) for text in wanted)
 
 
-def shares(rows: Sequence[Row], shelves: Mapping[str, Shelf]) -> dict[str, list[Row]]:
+class Placed(Protocol):
+    """What is given to some node: a row, or a block that is to be made."""
+
+    key: BlockKey
+    parent: BlockKey | None
+
+
+P = TypeVar("P", bound=Placed)
+
+
+def shares(rows: Sequence[P], shelves: Mapping[str, Shelf], size: Callable[[P], int] = attrgetter("stored_bytes")) -> dict[str, list[P]]:
     """Which node gets which rows, in their order: by the room in host memory and on disk, a chain as far as may be on one node."""
     weights = {node: shelf.host_bytes + shelf.disk_bytes for node, shelf in shelves.items()}
     if not any(weights.values()):
         weights = dict.fromkeys(shelves, 1)
-    total_weight, total_bytes = sum(weights.values()), sum(row.stored_bytes for row in rows)
+    total_weight, total_bytes = sum(weights.values()), sum(map(size, rows))
     most = {node: UNEVEN * total_bytes * weight / total_weight for node, weight in weights.items()}
     load = dict.fromkeys(shelves, 0)
-    given: dict[str, list[Row]] = {node: [] for node in shelves}
+    given: dict[str, list[P]] = {node: [] for node in shelves}
     where: dict[BlockKey, str] = {}
     for row in rows:
         node = where.get(row.parent) if row.parent is not None else None
-        if node is None or load[node] + row.stored_bytes > most[node]:
+        if node is None or load[node] + size(row) > most[node]:
             node = min((each for each in shelves if weights[each]), key=lambda each: load[each] / weights[each])
         where[row.key] = node
-        load[node] += row.stored_bytes
+        load[node] += size(row)
         given[node].append(row)
     return given
 
@@ -90,13 +103,39 @@ def shares(rows: Sequence[Row], shelves: Mapping[str, Shelf]) -> dict[str, list[
 def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> Mounted:
     """Have nodes show these rows of a manifest's packs. Raises the first error of a node."""
     given = shares(rows, answers(ask, nodes, "shelf"))
-    names = [name for name, _ in manifest.packs]
     by_node = {}
     for node, mine in given.items():
-        numbers = {pack: number for number, pack in enumerate(dict.fromkeys(row.pack for row in mine))}
+        names, numbers = _packs_of(manifest, mine)
         blocks = [_mounted(row, numbers[row.pack]) for row in mine]
-        by_node[node] = answers(ask, [node], "mount", url, [names[pack] for pack in numbers], blocks)[node]
+        by_node[node] = answers(ask, [node], "mount", url, names, blocks)[node]
     return Mounted(by_node, len(rows) - sum(by_node.values()))
+
+
+def make(
+    ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, planned: Planned, *, max_rate: float | None = None, **waiting: Any
+) -> Filled:
+    """Have nodes make the blocks that are `planned` for ranks of another world, and wait for it as `fill` does."""
+    layouts = {model.root: model.layout for model in manifest.models}
+    given = shares(planned.targets, answers(ask, nodes, "shelf"), attrgetter("raw_bytes"))
+    for node, targets in given.items():
+        names, numbers = _packs_of(manifest, [row for target in targets for row in target.sources])
+        blocks = [
+            Made(
+                *(target.key, target.parent, target.root, target.depth or 0, target.hits + 1, target.raw_bytes),
+                tuple(_mounted(row, numbers[row.pack]) for row in target.sources),
+                target.pieces,
+                layouts[target.sources[0].root],
+            )
+            for target in targets
+        ]
+        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes))
+    return wait(ask, nodes, **waiting)
+
+
+def _packs_of(manifest: Manifest, rows: Sequence[Row]) -> tuple[list[str], dict[int, int]]:
+    """The packs that rows are in: their names, and where each pack of the manifest stands among them."""
+    numbers = {pack: number for number, pack in enumerate(dict.fromkeys(row.pack for row in rows))}
+    return [manifest.packs[pack][0] for pack in numbers], numbers
 
 
 def _mounted(row: Row, segment: int) -> MountedBlock:
@@ -104,21 +143,25 @@ def _mounted(row: Row, segment: int) -> MountedBlock:
     return MountedBlock(row.key, row.parent, row.root, row.depth, location, row.hits + 1)
 
 
-def fill(
+def fill(ask: Ask, nodes: Sequence[str], *, max_rate: float | None = None, **waiting: Any) -> Filled:
+    """Have nodes bring what they show nearer, and `wait` for it. Raises the first error of a node."""
+    answers(ask, nodes, "fill", max_rate and max_rate / len(nodes))
+    return wait(ask, nodes, **waiting)
+
+
+def wait(
     ask: Ask,
     nodes: Sequence[str],
     *,
-    max_rate: float | None = None,
     progress: Callable[[Filled], None] = lambda _: None,
     stopped: Event | None = None,
     poll_s: float = 0.1,
 ) -> Filled:
-    """Have nodes bring what they show nearer, and wait for it; sums over the nodes. Raises the first error of a node.
+    """Wait until nodes have brought nearer what they were asked to; sums over the nodes. Raises the first error of a node.
 
     Where `stopped` is set filling ends early (kind `storage`); what is mounted stays so.
     """
     stopped = stopped or Event()
-    answers(ask, nodes, "fill", max_rate and max_rate / len(nodes))
     while True:
         total = filled(ask, nodes)
         progress(total)

@@ -8,10 +8,11 @@ there already has to go for it.
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,13 +21,14 @@ from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coding import Held
+from tiered_kv.service.making import Made, Maker
 from tiered_kv.service.nodesession import NodeSession
 from tiered_kv.service.saving import Pace, stand_back
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.tiers.host import Lineage
 from tiered_kv.tiers.log import Record
-from tiered_kv.tiers.mounted import MountedBlock, Run, runs_of
+from tiered_kv.tiers.mounted import MountedBlock, runs_of
 from tiered_kv.tiers.stores import open_store
 
 if TYPE_CHECKING:
@@ -69,11 +71,20 @@ class Filled(NamedTuple):
     error: TieredKVError | None = None
 
 
-@dataclass
-class _Job:
-    """The filling from one mount."""
+class Work(NamedTuple):
+    """Blocks that are had together, and by which call: for each its frame, or what is wrong with it."""
 
     blocks: list[MountedBlock]
+    nbytes: int
+    read: Callable[[], list[Source]]
+
+
+@dataclass
+class _Job:
+    """The filling from one mount, or with blocks that are made."""
+
+    blocks: Sequence[MountedBlock]
+    work: Iterable[Work] = ()
     host: list[BlockKey] = field(default_factory=list)
     disk: int = 0
     nbytes: int = 0
@@ -126,7 +137,7 @@ class Filling:
                     self._node.engine.handle(events)
                 if room < 0:
                     break
-            self._job = _Job(shown)
+            self._job = _Job(shown, self._reading(shown))
         self._node.report()
         return len(shown)
 
@@ -136,6 +147,17 @@ class Filling:
             job = self._job
             if job is None or job.done is not None:
                 raise TieredKVError(Kind.STORAGE, "nothing was mounted that could be brought nearer")
+            job.done = self._thread.submit(self._run, job, max_rate)
+
+    def make(self, url: str, packs: Sequence[str], blocks: Sequence[Made], max_rate: float | None = None) -> None:
+        """Begin to make blocks of those of other ranks, in the packs at `url`, and to put them into host memory and then to disk.
+
+        What finds no room there is left out. How it goes is asked by `filled`.
+        """
+        with self._lock:
+            self._must_be_idle()
+            maker = Maker(self._place.mounted, self._place.mounted.mount(open_store(url), packs))
+            job = self._job = _Job([each.block for each in blocks], (Work(*each) for each in maker.work(blocks, self._is_unknown)))
             job.done = self._thread.submit(self._run, job, max_rate)
 
     def filled(self) -> Filled:
@@ -168,16 +190,15 @@ class Filling:
 
     def _run(self, job: _Job, max_rate: float | None) -> None:
         pace = Pace(max_rate)
-        window_bytes = min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE)
-        runs = (run for window in _windows(job.blocks, window_bytes) for run in runs_of(filter(self._is_far, window)))
+        work = iter(job.work)
         threads = ThreadPoolExecutor(_READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
-        ahead: deque[tuple[Run, Future]] = deque()
+        ahead: deque[tuple[Work, Future]] = deque()
         with threads, closing(self._node.open_session()) as session:
             try:
                 while not job.stopping.is_set():
-                    for run in islice(runs, _READS_AHEAD - len(ahead)):
-                        pace.spend(run.nbytes, job.stopping)
-                        ahead.append((run, threads.submit(self._place.mounted.read_run, run)))
+                    for each in islice(work, _READS_AHEAD - len(ahead)):
+                        pace.spend(each.nbytes, job.stopping)
+                        ahead.append((each, threads.submit(each.read)))
                     if not ahead or not self._taken(job, session, *ahead.popleft()):
                         break
             finally:
@@ -185,22 +206,31 @@ class Filling:
                     future.cancel()
         self._node.engine.handle([ev.Ranked(job.host[::-1])])  # the first that came are the hottest, not the oldest
 
+    def _reading(self, blocks: Sequence[MountedBlock]) -> Iterator[Work]:
+        """Blocks that are mounted, those of one pack together."""
+        for window in _windows(blocks, min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE)):
+            for run in runs_of(filter(self._is_far, window)):
+                yield Work(run.blocks, run.nbytes, partial(self._place.mounted.read_run, run))
+
+    def _is_unknown(self, key: BlockKey) -> bool:
+        return key not in self._node.engine.machine.blocks
+
     def _is_far(self, block: MountedBlock) -> bool:
         """Whether the block is still shown, and nowhere nearer."""
         known = self._node.engine.machine.blocks.get(block.key)
         return known is not None and known.best == block.location
 
-    def _taken(self, job: _Job, session: NodeSession, run: Run, reading: Future) -> bool:
-        """Put a run's blocks where there is room; False when there is none any more."""
+    def _taken(self, job: _Job, session: NodeSession, work: Work, reading: Future) -> bool:
+        """Put blocks where there is room; False when there is none any more."""
         try:
             sources: list[Source] = reading.result()
         except TieredKVError as error:
             if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
                 raise
-            sources = [error] * len(run.blocks)
-        job.nbytes += run.nbytes
+            sources = [error] * len(work.blocks)
+        job.nbytes += work.nbytes
         good = []
-        for block, source in zip(run.blocks, sources, strict=True):
+        for block, source in zip(work.blocks, sources, strict=True):
             if isinstance(source, TieredKVError):
                 self._refused(job, block, source)
             else:

@@ -263,6 +263,7 @@ class Node:
             "shelf": filling.shelf,
             "mount": filling.mount,
             "fill": filling.fill,
+            "make": filling.make,
             "filled": filling.filled,
             "stop_filling": filling.stop,
         }
