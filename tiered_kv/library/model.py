@@ -44,7 +44,9 @@ class TransformersKVCache:
     Raises `TieredKVError` (kind `model`) with the reason for a model that cannot be served, before anything is attached.
     """
 
-    def __init__(self, config: KVCacheConfig | None = None, model: Any = None, tokenizer: Any = None, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: KVCacheConfig | None = None, model: Any = None, tokenizer: Any = None, *, clock: Clock | None = None
+    ) -> None:
         self.cache = BaseKVCache(config, clock=clock)
         self.config = self.cache.config
         self.model: Any = None
