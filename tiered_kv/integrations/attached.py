@@ -36,7 +36,7 @@ class Attachment:
     """What stands between a model and its callers from `attach` to `detach`. Calls may come from several threads.
 
     `serving` gives the `CachedModel` of the model's present weights; `passes_training`: whether calls in training mode run past
-    the cache (else they are refused); `generates`: whether the model has a language head.
+    the cache (else they are refused).
     """
 
     def __init__(self, model: Any, serving: Callable[[], CachedModel], *, passes_training: bool = False) -> None:

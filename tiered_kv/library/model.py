@@ -138,8 +138,9 @@ class TransformersKVCache:
         return self.attachment.last_report if self.attachment is not None else None
 
     def warmup(self, num_samples: int = 100, seq_len: int = 128) -> int:
-        """Take the memory, and store and fetch random KV of `seq_len` tokens `num_samples` times, so that the first request waits for
-        nothing; then forget it. How many samples were made: none where `enable_warmup` is off. The model does not run.
+        """Take the memory, and store and fetch zeros as KV of `seq_len` tokens `num_samples` times, so that the first request waits for
+        nothing; then forget them. How many samples were made: none where `enable_warmup` is off. The model does not run. For before
+        the first request: what is kept already may have to leave for the samples.
         """
         for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
