@@ -228,7 +228,7 @@ class BaseKVCache:
 
     @contextmanager
     def rehearsing(self) -> Iterator[Client]:
-        """A client of a namespace of its own, whose blocks are given up at the end. Figures are then those of before; the profile is empty."""
+        """A client of a namespace of its own, whose blocks are given up at the end. It leaves the figures, not the profile."""
         engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
         before = self._counted(engine)
         try:
