@@ -28,6 +28,8 @@ class MemoryManager:
             raise TieredKVError(
                 Kind.CONFIG, f"device must be one of torch, such as cpu or cuda:0, not {device!r}", setting="device"
             ) from error
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise TieredKVError(Kind.CONFIG, f"device {device!r} is not there: torch finds no CUDA", setting="device")
         self.config = config
 
     def should_evict(self, cache_size: int) -> bool:

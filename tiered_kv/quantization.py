@@ -38,7 +38,7 @@ class Quantizer:
     use_amp: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in CODECS:
+        if not isinstance(self.bits, int) or self.bits not in CODECS:
             raise TieredKVError(Kind.CONFIG, f"bits must be {' or '.join(map(str, CODECS))}, not {self.bits!r}", setting="bits")
         if not isinstance(self.use_amp, bool):
             raise TieredKVError(Kind.CONFIG, f"use_amp must be True or False, not {self.use_amp!r}", setting="use_amp")

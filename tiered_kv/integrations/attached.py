@@ -36,7 +36,7 @@ class Attachment:
     """What stands between a model and its callers from `attach` to `detach`. Calls may come from several threads.
 
     `serving` gives the `CachedModel` of the model's present weights; `passes_training`: whether calls in training mode run past
-    the cache (else they are refused); `generates`: whether the model has a language head.
+    the cache (else they are refused).
     """
 
     def __init__(self, model: Any, serving: Callable[[], CachedModel], *, passes_training: bool = False) -> None:
@@ -205,7 +205,9 @@ def _no_forward(name: str) -> TieredKVError:
 
 
 class Door:
-    """In the place of a model's method: hands calls to an attachment. A deep copy of the model gets its own method back."""
+    """In the place of a model's method: hands calls to an attachment. A deep copy of the model, or one that was pickled, has its own
+    method in that place, and no cache.
+    """
 
     def __init__(self, model: Any, name: str, through: Callable) -> None:
         self._model = model
@@ -221,6 +223,9 @@ class Door:
     def __deepcopy__(self, memo: dict) -> Any:
         copy = memo.get(id(self._model), self._model)
         return types.MethodType(getattr(type(copy), self._name), copy)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self._model, self._name)
 
     def remove(self) -> None:
         """Put back what was there, unless somebody has put something over it."""

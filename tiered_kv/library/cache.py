@@ -3,6 +3,7 @@
 Shapes: by prefix kv is (L, 2, H, N, D) as in `layout`; by position key and value are (B, H, T, D): batch, heads, tokens, head dim.
 """
 
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class BaseKVCache:
         self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._placed: dict[int, Placed] = {}
-        self._serial = 0
+        self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # counted from 0 it would name others' pairs, which checkpoints bring here
         self._rehearsed: Counter[str] = Counter()
         self._closed = False
 
@@ -159,10 +160,9 @@ class BaseKVCache:
             return {at: self._placed[at] for at in self.positions()}
 
     def place(self, placed: dict[int, Placed]) -> None:
-        """Say what lies at positions whose blocks came from a checkpoint, in place of what was there."""
+        """Say what lies at positions whose blocks came from a checkpoint, in place of what was at these."""
         with self._lock:
             self._placed |= placed
-            self._serial = max([self._serial, *(each.serial + 1 for each in placed.values())])
 
     def _is_there(self, placed: Placed) -> bool:
         ids = [placed.serial] * placed.layout.block_tokens
@@ -228,15 +228,17 @@ class BaseKVCache:
 
     @contextmanager
     def rehearsing(self) -> Iterator[Client]:
-        """A client of a namespace of its own, whose blocks are given up at the end; figures and profile are those of before."""
+        """A client of a namespace of its own, whose blocks are given up at the end. It leaves the figures, not the profile."""
         engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
         before = self._counted(engine)
-        yield engine.client(self.layout, namespace)
-        engine.forget(namespace)
-        for name, count in self._counted(engine).items():
-            self._rehearsed[name] += count - before[name]
-        if self.profile is not None:
-            self.profile.reset()
+        try:
+            yield engine.client(self.layout, namespace)
+        finally:
+            engine.forget(namespace)
+            for name, count in self._counted(engine).items():
+                self._rehearsed[name] += count - before[name]
+            if self.profile is not None:
+                self.profile.reset()
 
     def _counted(self, engine: Engine | None) -> Counter[str]:
         """Counts that only ever grow, less those of rehearsals."""

@@ -85,7 +85,7 @@ class KVCacheConfig:
         for name in ("use_quantization", "use_compression", "enable_profiling", "enable_warmup"):
             if not isinstance(getattr(self, name), bool):
                 raise self._wrong(name, "True or False")
-        if isinstance(self.quantization_bits, bool) or self.quantization_bits not in BITS:
+        if not isinstance(self.quantization_bits, int) or self.quantization_bits not in BITS:
             raise self._wrong("quantization_bits", " or ".join(map(str, BITS)))
         ratio = self.compression_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:

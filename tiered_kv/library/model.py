@@ -1,12 +1,14 @@
 """A transformers model with a cache of this process attached: `model.generate` and `model(...)` are called as before."""
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+from torch.utils.weak import WeakIdRef
 
 from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
@@ -36,14 +38,17 @@ class TransformersKVCache:
 
     Prefixes are found and kept by themselves; results are those of the model without a cache (up to the rounding of a prefill in
     two parts; with quantization or compression within the codec's error). Heads, KV heads, head dim, layers, length and dtype
-    are read off the model. When its weights change a new namespace is begun; a change through `tensor.data` is not seen: say `refresh`.
+    are read off the model. When its weights or its modules' hooks change a new namespace is begun; a change through `tensor.data` is
+    not seen: say `refresh`.
 
     Raises `TieredKVError` (kind `model`) with the reason for a model that cannot be served, before anything is attached.
     """
 
-    def __init__(self, config: KVCacheConfig, model: Any = None, tokenizer: Any = None, *, clock: Clock | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: KVCacheConfig | None = None, model: Any = None, tokenizer: Any = None, *, clock: Clock | None = None
+    ) -> None:
         self.cache = BaseKVCache(config, clock=clock)
+        self.config = self.cache.config
         self.model: Any = None
         self.facts: ModelFacts | None = None
         self.attachment: Attachment | None = None
@@ -77,6 +82,8 @@ class TransformersKVCache:
         weights = _weights_of(model)
         self.cache.layout = shape.layout(self.config.block_tokens)
         self.cache.namespace = Namespace.of(model, self._tokenizer)
+        if _hooks_of(model):  # what they do to KV is in no weight: nobody else, and no checkpoint, may have the same namespace
+            self.cache.namespace = replace(self.cache.namespace, adapter=f"{self.cache.namespace.adapter} hooks {os.urandom(16).hex()}")
         self.cache.rope = rope_of_model(model)
         self.facts = ModelFacts(
             num_layers=shape.layers,
@@ -131,8 +138,9 @@ class TransformersKVCache:
         return self.attachment.last_report if self.attachment is not None else None
 
     def warmup(self, num_samples: int = 100, seq_len: int = 128) -> int:
-        """Take the memory, and store and fetch random KV of `seq_len` tokens `num_samples` times, so that the first request waits for
-        nothing; then forget it. How many samples were made: none where `enable_warmup` is off. The model does not run.
+        """Take the memory, and store and fetch zeros as KV of `seq_len` tokens `num_samples` times, so that the first request waits for
+        nothing; then forget them. How many samples were made: none where `enable_warmup` is off. The model does not run. For before
+        the first request: what is kept already may have to leave for the samples.
         """
         for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -181,7 +189,7 @@ class TransformersKVCache:
 class ModelCacheWrapper:
     """A cache that can be switched on and off for a model; off, the model is as it was. A context manager."""
 
-    def __init__(self, model: Any, config: KVCacheConfig, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, config: KVCacheConfig | None = None, tokenizer: Any = None) -> None:
         self.model = model
         self.cache = TransformersKVCache(config, tokenizer=tokenizer)
         self.cache.bind(model)
@@ -230,10 +238,28 @@ class _Fresh:
 
 
 def _weights_of(model: Any) -> tuple:
-    """What changes when weights are written or replaced, or adapters switched: no pass over them, 4 µs a tensor."""
+    """What changes when weights are written or replaced, adapters switched, or hooks set: no pass over them, 5 µs a tensor.
+
+    Tensors are named by weak references, for one that is gone may leave its address to another.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     adapters = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
-    return (str(adapters), *((each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in tensors))
+    states = ((WeakIdRef(each), each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in tensors)
+    return (str(adapters), _hooks_of(model), *states)
+
+
+_HARMLESS = ("torch.", "transformers.", "accelerate.")
+
+
+def _hooks_of(model: Any) -> tuple[int, ...]:
+    """Which hooks of other people's code run when the model's modules do. Those of the frameworks do not change what weights compute."""
+    return tuple(
+        number
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith(_HARMLESS)
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Memory Management for Large Language Model Serving with PagedAttention", SOSP 20
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,12 +54,13 @@ class PagedKVCache(BaseKVCache):
     Pages stay as they are, whatever `use_quantization` and `use_compression` say: sequences write to them.
 
     Pages that a sequence names stay in memory until it is freed; what no sequence names is an ordinary cached block. An append
-    that finds no room raises (kind `memory`) and changes nothing.
+    that finds no room for its pages raises (kind `memory`) and changes nothing; where the index has no room for one of them, the message
+    says how long the sequence is now.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.config = replace(self.config, use_quantization=False, use_compression=False)
+        self.config = self.config.with_(use_quantization=False, use_compression=False)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._slab: Slab | None = None

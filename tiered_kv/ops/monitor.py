@@ -63,6 +63,7 @@ THRESHOLDS: dict[str, Advice] = {
     "operations_per_s": Advice("operations a second", True, "the cache is hardly used, or slow: look at the profile", "traffic is high"),
 }
 """The metrics that thresholds may be set for."""
+_RATES = ("hit_rate", "recent_hit_rate", "memory_share")
 _OF_LOOKUPS = ("hit_rate", "recent_hit_rate")
 _OF_OPERATIONS = ("operation_time_s", "operation_time_p99_s", "operations_per_s")
 
@@ -100,7 +101,11 @@ class CacheMonitor:
             raise TieredKVError(
                 Kind.CONFIG, f"window_size must be a whole number of at least 1, not {window_size!r}", setting="window_size"
             )
-        self.thresholds = {name: _bounds(name, given) for name, given in (alert_thresholds or {}).items()}
+        alert_thresholds = {} if alert_thresholds is None else alert_thresholds
+        if not isinstance(alert_thresholds, Mapping):
+            message = f"alert_thresholds must be a mapping from metrics to thresholds, not {type(alert_thresholds).__name__}"
+            raise TieredKVError(Kind.CONFIG, message, setting="alert_thresholds")
+        self.thresholds = {name: _bounds(name, given) for name, given in alert_thresholds.items()}
         self._clock = clock or SystemClock()
         self._on_alert = on_alert
         self._lock = threading.Lock()
@@ -165,12 +170,14 @@ class CacheMonitor:
         for bound, threshold in bounds.items() if known else ():
             beyond = value < threshold if bound == "lower" else value > threshold
             margin = abs(threshold) * HYSTERESIS
+            if name in _RATES and bound == "lower":
+                margin = min(margin, max(1.0 - threshold, 0.0))  # a rate of 1 is inside of whatever can be asked for
             inside = value >= threshold + margin if bound == "lower" else value <= threshold - margin
             if beyond and (name, bound) not in self._alerts:
                 alert = Alert(name, bound, threshold, value, self._clock.now_s(), _message(name, bound, threshold, value))
                 self._alerts[name, bound] = alert
                 begun.append(alert)
-            elif (inside or value == threshold == 1.0) and not beyond:
+            elif inside and not beyond:
                 self._alerts.pop((name, bound), None)
         return begun
 
@@ -197,11 +204,10 @@ def _bounds(name: str, given: Any) -> dict[str, float]:
     """The thresholds of a metric, by "lower" and "upper"."""
     if name not in THRESHOLDS:
         raise TieredKVError(Kind.CONFIG, f"alert_thresholds: {name!r} is none of {', '.join(THRESHOLDS)}", setting=name)
-    if not isinstance(given, tuple | list):
-        given = (given, None) if THRESHOLDS[name].is_least else (None, given)
-    numbers = [value for value in given if value is not None]
+    pair = given if isinstance(given, tuple | list) else (given, None) if THRESHOLDS[name].is_least else (None, given)
+    numbers = [value for value in pair if value is not None]
     are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") for value in numbers)
-    if len(given) != 2 or not numbers or not are_numbers or numbers != sorted(numbers):
+    if len(pair) != 2 or not numbers or not are_numbers or numbers != sorted(numbers):
         message = f"alert_thresholds: {name} must be a number or a pair (least, most), of which one may be None, not {given!r}"
         raise TieredKVError(Kind.CONFIG, message, setting=name)
-    return {bound: float(value) for bound, value in zip(("lower", "upper"), given, strict=True) if value is not None}
+    return {bound: float(value) for bound, value in zip(("lower", "upper"), pair, strict=True) if value is not None}

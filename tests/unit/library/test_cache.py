@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from tiered_kv import AdaptiveKVCache, BaseKVCache, CacheStrategy, KVCacheConfig, KVLayout, Namespace
+from tiered_kv import AdaptiveKVCache, BaseKVCache, CachePersistence, CacheStrategy, KVCacheConfig, KVLayout, Namespace
 from tiered_kv.clock import ManualClock
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -208,6 +208,16 @@ def test_a_disk_tier_takes_what_memory_loses(make) -> None:
         cache.store(range(100 * number, 100 * number + BLOCK), kv_of(BLOCK, number))
         cache.engine(LAYOUT).settle()
     assert all(torch.equal(cache.fetch(range(100 * n, 100 * n + BLOCK)).kv, kv_of(BLOCK, n)) for n in range(20))
+
+
+def test_pairs_of_a_checkpoint_are_not_taken_for_those_that_are_there(make, tmp_path) -> None:
+    saved, cache = make(), make()
+    saved.put(0, *pair(1)), saved.put(5, *pair(2))
+    cache.put(0, *pair(3)), cache.put(7, *pair(4))
+    CachePersistence(tmp_path).save_cache(saved, "pairs")
+    CachePersistence(tmp_path).load_cache(cache, "pairs")
+    for position, seed in ((0, 1), (5, 2), (7, 4)):
+        assert torch.equal(cache.get(position)[0], pair(seed)[0])
 
 
 def test_a_profile_has_every_stage(make) -> None:

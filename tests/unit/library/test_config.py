@@ -13,7 +13,7 @@ BAD = {
     "max_tokens": [0, -1, 15, 1.5, True, "4096", None],
     "cache_strategy": ["paged", None, 3],
     "cache_mode": ["evaluate", None],
-    "quantization_bits": [3, 16, "8", True],
+    "quantization_bits": [3, 16, "8", 8.0, True],
     "compression_ratio": [0, 1.01, -0.3, "0.3", True, float("nan")],
     "compression_method": ["zip", None, 1],
     "block_tokens": [0, -16, 2.0],

@@ -1,6 +1,7 @@
 """A cache attached to a model: called as before, equal results, fewer tokens run; what cannot be served runs past it or is refused."""
 
 import copy
+import io
 import threading
 
 import pytest
@@ -40,8 +41,9 @@ def test_generate_reuses_every_whole_block_and_changes_nothing(family, attached)
     inputs = {"input_ids": prompt_of(5 * BLOCK + 3), "attention_mask": torch.ones(1, 5 * BLOCK + 3, dtype=torch.long)}
     wanted = dict(GREEDY, use_cache=True, return_dict_in_generate=True, output_logits=True)
     plain = model.generate(**inputs, **wanted)
-    cache = attached(model)
     runs = tokens_run(model)
+    cache = attached(model)
+    runs.clear()
     cold = model.generate(**inputs, **wanted)
     assert runs == [(1, 5 * BLOCK + 3)] + [(1, 1)] * 4
     runs.clear()
@@ -61,12 +63,13 @@ def test_forward_gives_the_logits_of_all_tokens(family, attached):
     ids = prompt_of(3 * BLOCK + 2)
     with torch.no_grad():
         plain, last = model(ids), model(ids, logits_to_keep=2)
+        runs = tokens_run(model)
         cache = attached(model)
         for _ in range(2):
             output = model(ids)
             assert torch.equal(output.logits, plain.logits)
             assert output.past_key_values.get_seq_length() == 3 * BLOCK + 2
-        runs = tokens_run(model)
+        runs.clear()
         kept = model(ids, logits_to_keep=2)
     assert runs == [(1, 2)], "who asks for the last logits only has the prefix reused"
     torch.testing.assert_close(kept.logits, last.logits, rtol=1e-4, atol=1e-4)
@@ -78,12 +81,13 @@ def test_gradients_and_labels_are_the_models_own(attached):
     model = tiny()
     ids = prompt_of(3 * BLOCK)
     plain = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
+    runs = tokens_run(model)
     attached(model)
     for _ in range(2):
         assert torch.equal(torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0], plain)
         kept = model(ids, logits_to_keep=1).logits
         assert kept.requires_grad
-    runs = tokens_run(model)
+    runs.clear()
     torch.autograd.grad(model(ids, logits_to_keep=1).logits.sum(), model.model.embed_tokens.weight)
     assert runs == [(1, 3 * BLOCK)], "a gradient goes through the whole prompt"
 
@@ -277,6 +281,34 @@ def test_a_model_that_changes_its_dtype_or_weights_begins_anew(attached):
     assert cache.last_report.reused_tokens == 0
 
 
+def test_other_weights_at_the_same_address_begin_anew(attached):
+    model, ids = tiny(), prompt_of(20)
+    numbers = model.model.embed_tokens.weight.detach().numpy().copy()
+    model.model.embed_tokens.weight = torch.nn.Parameter(torch.from_numpy(numbers))
+    cache = attached(model)
+    model.generate(ids, **GREEDY)
+    numbers[:] = numbers[::-1].copy()
+    model.model.embed_tokens.weight = torch.nn.Parameter(torch.from_numpy(numbers))
+    model.generate(ids, **GREEDY)
+    assert cache.last_report.reused_tokens == 0
+
+
+def test_hooks_that_change_kv_begin_anew(attached):
+    model, plain, ids = tiny(), tiny(), prompt_of(20)
+    cache = attached(model)
+    model.generate(ids, **GREEDY)
+    for each in (model, plain):
+        each.model.embed_tokens.register_forward_hook(lambda module, given, output: output + 1.0)
+    wanted = plain.generate(ids, **GREEDY)
+    for reused in (0, 2 * BLOCK):
+        assert torch.equal(model.generate(ids, **GREEDY), wanted)
+        assert cache.last_report.reused_tokens == reused
+    for each in (model, plain):
+        each.model.embed_tokens._forward_hooks.clear()
+    assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
+    assert cache.last_report.reused_tokens == 2 * BLOCK, "what was kept without hooks is still there"
+
+
 def test_compiled_models(attached):
     model = tiny()
     ids = prompt_of(20)
@@ -365,6 +397,12 @@ def test_one_cache_a_model_and_copies_have_none(attached):
         clone.lm_head.weight.mul_(-1)
         assert torch.equal(clone(prompt_of(20)).logits, -model(prompt_of(20)).logits)
     assert clone.generate.__self__ is clone
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded.generate.__self__ is loaded
+    assert torch.equal(loaded(prompt_of(20)).logits, model(prompt_of(20)).logits)
     assert cache.is_attached
 
 
@@ -430,5 +468,6 @@ def test_models_without_a_kv_cache_are_refused():
     assert vars(encoder) == before
     with pytest.raises(TieredKVError, match="not a transformers model"):
         TransformersKVCache(CONFIG, model=torch.nn.Linear(2, 2))
-    with pytest.raises(TieredKVError, match="there is no model"):
-        TransformersKVCache(CONFIG).attach()
+    for config in (CONFIG, None):
+        with pytest.raises(TieredKVError, match="there is no model"):
+            TransformersKVCache(config).attach()

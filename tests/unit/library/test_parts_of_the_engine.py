@@ -91,9 +91,12 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch) -> None:
     assert memory.host_memory().total_bytes == machine.total_bytes
 
 
-def test_the_manager_refuses_what_is_none() -> None:
+def test_the_manager_refuses_what_is_none(monkeypatch) -> None:
     with pytest.raises(TieredKVError, match="device must be"):
         MemoryManager(KVCacheConfig(), "tape")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TieredKVError, match="device 'cuda' is not there"):
+        MemoryManager(KVCacheConfig(), "cuda")
     with pytest.raises(TieredKVError, match="config must be"):
         MemoryManager({}, "cpu")
     for wrong in (-1, 1.5, True, None):

@@ -63,9 +63,18 @@ def test_both_bounds_of_one_metric() -> None:
         assert [alert.bound for alert in monitor.get_alerts()] == bounds
 
 
+@pytest.mark.parametrize("threshold", [0.97, 1.0])
+def test_an_alert_of_a_rate_ends_at_the_best_there_is(threshold: float) -> None:
+    monitor = CacheMonitor(alert_thresholds={"hit_rate": threshold})
+    for hits, going_on in [(90, 1), (99, 1), (100, 0)]:
+        monitor.update_metrics(stats(100, hits))
+        assert len(monitor.get_alerts()) == going_on
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        5,
         {"hitrate": 0.3},
         {"hit_rate": "0.3"},
         {"hit_rate": (0.9, 0.1)},
@@ -75,11 +84,11 @@ def test_both_bounds_of_one_metric() -> None:
         {"evictions": True},
     ],
 )
-def test_thresholds_that_are_none_are_refused(wrong: dict) -> None:
+def test_thresholds_that_are_none_are_refused(wrong: object) -> None:
     with pytest.raises(TieredKVError, match="alert_thresholds") as caught:
         CacheMonitor(alert_thresholds=wrong)
     assert caught.value.kind is Kind.CONFIG
-    if "hitrate" in wrong:
+    if isinstance(wrong, dict) and "hitrate" in wrong:
         assert "recent_hit_rate, memory_usage_mb" in str(caught.value)
 
 
