@@ -108,22 +108,14 @@ def load_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int 
         raise TieredKVError(Kind.STORAGE, f"there is no checkpoint of {wanted} in {folder}; there are {known}", step=step)
     chosen = steps[-1] if step is None else step
     persistence = CachePersistence.__new__(CachePersistence)  # reading needs no folder that can be written to
-    persistence.folder, persistence._store = Path(folder), _Readable(folder)
+    persistence.folder, persistence._store = Path(folder), FolderStore(folder, setting="folder", create=False)
     persistence.load_cache(cache, f"step-{chosen:012}.tkv")
     return chosen
 
 
-class _Readable(FolderStore):
-    """A folder that is only read."""
-
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder).absolute()
-        self.url = f"file://{self.folder}"
-
-
 def _store(folder: Path) -> FolderStore:
     try:
-        return FolderStore(folder)
+        return FolderStore(folder, setting="folder")
     except TieredKVError as error:
         raise TieredKVError(Kind.STORAGE, f"the folder {folder} cannot be used for checkpoints: {error}", object=str(folder)) from error
 

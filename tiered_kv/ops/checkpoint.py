@@ -17,6 +17,7 @@ from tiered_kv.ops.repository import Place, Repository, reusable
 from tiered_kv.ops.rows import Row
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.saving import PACK_BYTES, Snapshot, Written
+from tiered_kv.tiers.credentials import credentials
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,9 @@ class Taking:
         all_bytes = sum(block.best.stored_bytes for block in new)
         rate = self._rate and self._rate / max(len(shares), 1)
         url = self._repository.store.url
+        mine = credentials(url)
         for node, keys in shares.items():
-            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes)
+            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes, mine)
         renew_s = time.monotonic() + RENEW_S
         state: dict[str, Written] = {}
         while not all(node in state and state[node].is_done for node in shares):

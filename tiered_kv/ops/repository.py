@@ -298,9 +298,9 @@ class Repository:
 
 
 @contextmanager
-def open_repository(url: str) -> Iterator[Repository]:
-    """The checkpoints at a URL, as `open_store` knows them; closed at the end."""
-    with open_store(url) as store:
+def open_repository(url: str, *, create: bool = True) -> Iterator[Repository]:
+    """The checkpoints at a URL, as `open_store` knows them; closed at the end. `create=False`: to read only, a folder is not made."""
+    with open_store(url, setting="url", create=create) as store:
         yield Repository(store)
 
 

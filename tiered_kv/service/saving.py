@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -129,15 +129,23 @@ class Saving:
             present = {each.root for each in seen}
             return Snapshot(seen, {root: facts for root, facts in models.items() if root in present})
 
-    def save(self, url: str, keys: Sequence[BlockKey], max_rate: float | None = None, pack_bytes: int = PACK_BYTES) -> None:
-        """Begin to write packs of these blocks of the last snapshot, in this order, to the store at `url`.
+    def save(
+        self,
+        url: str,
+        keys: Sequence[BlockKey],
+        max_rate: float | None = None,
+        pack_bytes: int = PACK_BYTES,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Begin to write packs of these blocks of the last snapshot, in this order, to the store at `url`, where a folder must be there.
 
-        `max_rate`: bytes a second at most. How it goes is asked by `written`. Raises (kinds `config`, `storage`).
+        `max_rate`: bytes a second at most. `environ`: credentials of who wants it. How it goes is asked by `written`. Raises (kinds
+        `config`, `storage`).
         """
         with self._lock:
             if self._job is None or self._job.done is not None:
                 raise TieredKVError(Kind.STORAGE, "there is no snapshot to write blocks of; it may have been given up")
-            store = open_store(url)
+            store = open_store(url, setting="url", create=False, environ=environ or None)
             self._narrow(keys)
             job = self._job
             job.keys, job.asked_s = keys, time.monotonic()
