@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -170,8 +170,7 @@ class Saving:
             return
         job.stopping.set()
         if job.done is not None:
-            with suppress(TieredKVError, OSError, ValueError):
-                job.done.result()
+            wait([job.done])  # however it ends: `written` tells
         with self._lock:
             self._job = None
         self._expect({})

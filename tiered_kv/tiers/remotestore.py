@@ -18,6 +18,7 @@ from tiered_kv.tiers.objectstore import OBJECTS, ObjectStore, role_of
 
 _RETRIES = 4
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_LATE = re.compile(r"\bkind: Timeout\b|\bTimedOut\b")
 
 
 class RemoteStore(ObjectStore):
@@ -121,7 +122,9 @@ def _reason(error: Exception) -> str:
     """The first line of what the library says, and the server's own word for it, such as NoSuchBucket."""
     said = str(error).strip()
     code = _CODE.search(said)
-    return said.partition("\n")[0].partition(": <")[0] + (f" ({code[1]})" if code else "")
+    before = "there is no such bucket: " if code and code[1] == "NoSuchBucket" else ""
+    late = ", no answer in time" if _LATE.search(said) else ""
+    return before + said.partition("\n")[0].partition(": <")[0] + late + (f" ({code[1]})" if code else "")
 
 
 def _library(setting: str) -> Any:

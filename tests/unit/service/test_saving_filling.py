@@ -234,6 +234,24 @@ def test_a_store_that_fails_ends_the_writing_with_its_error(cluster, tmp_path) -
     assert not (tmp_path / "packs").exists(), "what is not shared by the nodes is not made up"
 
 
+def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluster, tmp_path, monkeypatch) -> None:
+    here = cluster()
+    node = here.nodes["n0"]
+    store(client_of(here), *PATHS)
+
+    def full(*_):
+        raise MemoryError("no room for a copy")
+
+    keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
+    with monkeypatch.context() as patch:
+        patch.setattr("tiered_kv.service.saving._record", full)
+        node.checkpoint("save", str(tmp_path), keys)
+        assert "MemoryError" in str(written(node).error)
+    node.checkpoint("stop_saving")
+    assert node.engine.on_gone is None
+    assert saved(node, tmp_path)[1].blocks == len(keys)
+
+
 def test_a_damaged_frame_is_left_out_and_named_and_all_else_restored(cluster, tmp_path) -> None:
     here = cluster()
     store(client_of(here), *PATHS)

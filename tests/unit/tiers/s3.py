@@ -52,6 +52,7 @@ class BadServer(ThreadingHTTPServer):
     """Answers each request with `status` and `body`, of which `promised` bytes are announced; not at all before `answers`."""
 
     daemon_threads = True
+    request_queue_size = 128  # of the few that are the default some would wait for a second
 
     def __init__(self, status: int, body: bytes = b"", promised: int | None = None) -> None:
         super().__init__(("127.0.0.1", 0), BadAnswers)
@@ -105,9 +106,13 @@ class Fault(NamedTuple):
 
 
 class Proxy(ThreadingHTTPServer):
-    """Before an S3 server: passes requests on, unless `spoil` (of a request) gives a fault. `seen`: all requests; `keys`: of whom."""
+    """Before an S3 server: passes requests on, unless `spoil` (of a request) gives a fault.
+
+    `seen`: all requests; `keys`: of whom; `written`: objects that were put behind it.
+    """
 
     daemon_threads = True
+    request_queue_size = 128  # of the few that are the default some would wait for a second
 
     def __init__(self, server: Server) -> None:
         super().__init__(("127.0.0.1", 0), _Passing)
@@ -116,14 +121,11 @@ class Proxy(ThreadingHTTPServer):
         self.spoil: Callable[[Request], Fault | None] = lambda _: None
         self.seen: list[Request] = []
         self.keys: set[str] = set()
+        self.written: list[str] = []
         self.lock = Lock()
         self.ended = Event()
         self._thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
-
-    def puts(self, ending: str) -> list[str]:
-        """Names of objects that were put, in order."""
-        return [each.name for each in self.seen if each.method == "PUT" and each.name.endswith(ending)]
 
     def stop(self) -> None:
         self.ended.set()
@@ -158,6 +160,8 @@ class _Passing(BaseHTTPRequestHandler):
             content = bytearray(answer.read())
         finally:
             connection.close()
+        if request.method == "PUT":
+            self.server.written.append(request.name)
         if fault.status:
             return self.say(fault.status, {}, _said(fault.code))
         if fault.flip:
