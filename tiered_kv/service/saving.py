@@ -74,8 +74,10 @@ class Written(NamedTuple):
 
 @dataclass
 class _Job:
-    """The writing of one checkpoint."""
+    """The writing of one checkpoint. `ticket`: whose it is. `told`: that it has ended is known to whoever wanted it."""
 
+    ticket: str = ""
+    told: bool = False
     keys: Sequence[BlockKey] = ()
     blocks: int = 0
     nbytes: int = 0
@@ -87,7 +89,10 @@ class _Job:
 
 
 class Saving:
-    """Writes packs of one node's blocks, for one checkpoint at a time."""
+    """Writes packs of one node's blocks, for one checkpoint at a time.
+
+    Who wants one chooses a ticket for it; what he asks for afterwards holds for that one only, not for another's that came meanwhile.
+    """
 
     def __init__(self, node: "Node") -> None:
         self._node = node
@@ -98,15 +103,15 @@ class Saving:
         self._aside: dict[BlockKey, Record] = {}
         self._aside_bytes = 0
 
-    def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0) -> Snapshot:
+    def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0, ticket: str = "") -> Snapshot:
         """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
 
-        Raises (kind `storage`) while a checkpoint is being written. Holds the engine's lock for some 3 µs a block, during
+        Raises (kind `storage`) while another checkpoint is being written. Holds the engine's lock for some 3 µs a block, during
         which no store is answered; fetches go on.
         """
         wanted = {tier for tier in Tier if tier is not Tier.OBJECTS} if tiers is None else {Tier(tier) for tier in tiers}
         with self._lock:
-            self._must_be_idle()
+            self._must_be_free_for(ticket)
             with self._node.running():
                 self._node.engine.drain_touches()
                 blocks = self._node.engine.machine.blocks
@@ -124,7 +129,7 @@ class Saving:
                         place = (int(tier), at.codec, at.stored_bytes, at.raw_bytes)
                         seen.append(Seen(key, block.parent, block.root, depth, *place, block.uses - 1))
                 self._expect({each.key: each.root for each in seen})
-                self._job = _Job()  # so that what is set aside is let go again when nobody goes on
+                self._job = _Job(ticket)  # so that what is set aside is let go again when nobody goes on
             models = {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
             present = {each.root for each in seen}
             return Snapshot(seen, {root: facts for root, facts in models.items() if root in present})
@@ -136,6 +141,7 @@ class Saving:
         max_rate: float | None = None,
         pack_bytes: int = PACK_BYTES,
         environ: Mapping[str, str] | None = None,
+        ticket: str = "",
     ) -> None:
         """Begin to write packs of these blocks of the last snapshot, in this order, to the store at `url`, where a folder must be there.
 
@@ -143,6 +149,7 @@ class Saving:
         `config`, `storage`).
         """
         with self._lock:
+            self._must_be_of(ticket)
             if self._job is None or self._job.done is not None:
                 raise TieredKVError(Kind.STORAGE, "there is no snapshot to write blocks of; it may have been given up")
             store = open_store(url, setting="url", create=False, environ=environ or None)
@@ -151,29 +158,35 @@ class Saving:
             job.keys, job.asked_s = keys, time.monotonic()
             job.done = self._thread.submit(self._run, job, store, max_rate, pack_bytes)
 
-    def written(self, packs_told: int = 0) -> Written:
+    def written(self, packs_told: int = 0, ticket: str = "") -> Written:
         """How it goes; raises (kind `storage`) when nothing was begun."""
+        self._must_be_of(ticket)
         job = self._job
         if job is None or job.done is None:
             raise TieredKVError(Kind.STORAGE, "nothing is being written, or the node was restarted meanwhile")
         job.asked_s = time.monotonic()
-        is_done = job.done.done()
+        is_done = job.told = job.done.done()
         error = job.done.exception() if is_done and not job.done.cancelled() else None
         if error is not None and not isinstance(error, TieredKVError):
             error = TieredKVError(Kind.STORAGE, f"writing failed: {error!r}")
         return Written(job.blocks, job.nbytes, job.packs[packs_told:], list(job.left), is_done, error)
 
-    def stop(self) -> None:
-        """End the writing, or give the snapshot up; packs that are complete stay. Returns when no more is written."""
+    def stop(self, ticket: str | None = None) -> None:
+        """End the writing, or give the snapshot up; packs that are complete stay. Returns when no more is written.
+
+        `ticket`: of that checkpoint only; None: whose it may be.
+        """
         job = self._job
-        if job is None:
+        if job is None or ticket not in (None, job.ticket):
             return
         job.stopping.set()
         if job.done is not None:
             wait([job.done])  # however it ends: `written` tells
         with self._lock:
+            if self._job is not job:
+                return
             self._job = None
-        self._expect({})
+            self._expect({})
 
     def beat(self) -> None:
         """Give up what nobody has asked for any more."""
@@ -188,10 +201,17 @@ class Saving:
         self.stop()
         self._thread.shutdown()
 
-    def _must_be_idle(self) -> None:
+    def _must_be_free_for(self, ticket: str) -> None:
         job = self._job
-        if job is not None and job.done is not None and not job.done.done():
+        if job is None or job.told:
+            return
+        is_anothers = job.ticket != ticket and time.monotonic() - job.asked_s <= UNASKED_S
+        if is_anothers or (job.done is not None and not job.done.done()):
             raise TieredKVError(Kind.STORAGE, "another checkpoint is being written by this node; try again when it has ended")
+
+    def _must_be_of(self, ticket: str) -> None:
+        if self._job is not None and self._job.ticket != ticket:
+            raise TieredKVError(Kind.STORAGE, "another checkpoint was begun on this node meanwhile; try again when it has ended")
 
     # What leaves meanwhile
 

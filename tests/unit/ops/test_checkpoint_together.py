@@ -7,6 +7,7 @@ import pytest
 from tests.unit.ops.checkpoints import Clock
 from tests.unit.ops.hooked import Hooked, Shared, Step
 from tests.unit.ops.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store
+from tiered_kv.errors import TieredKVError
 from tiered_kv.ops.checkpoint import Taken, Taking
 from tiered_kv.ops.collecting import Collected
 from tiered_kv.ops.repository import Repository
@@ -154,6 +155,62 @@ def test_a_whole_checkpoint_between_any_two_steps_of_a_collector(clusters) -> No
         assert (second.name in Repository(shared).names()) == (collected.manifests_deleted < 2), "the newest of all is kept"
     assert number > 8
     assert waited > 3
+
+
+def test_of_two_that_want_the_same_cluster_at_least_one_gets_it_and_the_other_is_told(clusters) -> None:
+    same = clusters["other"]
+    outcomes = set()
+    for number in range(1000):
+        shared, clock, ended = Shared(), Clock(), []
+
+        def attempt(hooked: Hooked, shared=shared, clock=clock) -> Taken | str:
+            repository = Repository(hooked, clock, clock.sleep)
+            nodes = list(same.cluster.nodes)
+            try:
+                return Taking(asking(same.cluster), nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
+            except TieredKVError as error:
+                return str(error)
+
+        same.at(shared, clock)
+        inner = Hooked(shared)
+        inner.url = same.hooked.url
+        hook = at_step(number, lambda ended=ended, inner=inner, attempt=attempt: ended.append(attempt(inner)))
+        same.hooked.hook = hook
+        ended.append(attempt(same.hooked))
+        if not hook.done:
+            break
+        good = [each for each in ended if isinstance(each, Taken)]
+        assert good, ended
+        assert all("another checkpoint" in each for each in ended if isinstance(each, str)), ended
+        assert_whole(shared, other=good[0])
+        outcomes.add(tuple(isinstance(each, Taken) for each in ended))
+    assert outcomes >= {(True, True), (False, True)}
+    assert not any(node.engine.on_gone for node in same.cluster.nodes.values())
+
+
+def test_a_snapshot_is_its_takers_until_he_asks_no_more(clusters, monkeypatch) -> None:
+    same = clusters["other"].at(Shared(), Clock())
+    ask = asking(same.cluster)
+
+    def snapshot(ticket: str):
+        return ask(["n0"], "snapshot", None, 0, ticket)["n0"]
+
+    def save(ticket: str):
+        return ask(["n0"], "save", same.hooked.url, [], None, PACK_BYTES, None, ticket)["n0"]
+
+    assert snapshot("first").blocks
+    assert "another checkpoint" in str(snapshot("second"))
+    ask(["n0"], "stop_saving", "second")
+    monkeypatch.setattr(saving, "UNASKED_S", -1.0)
+    assert snapshot("second").blocks
+    assert "another checkpoint was begun" in str(save("first"))
+    ask(["n0"], "stop_saving", "first")
+    monkeypatch.undo()
+    monkeypatch.setattr(saving, "open_store", lambda *_, **__: same.hooked)
+    assert save("second") is None
+    assert "another checkpoint was begun" in str(ask(["n0"], "written", 0, "first")["n0"])
+    assert ask(["n0"], "written", 0, "second")["n0"].error is None
+    ask(["n0"], "stop_saving", "second")
 
 
 def test_two_that_go_on_and_on_while_one_of_them_deletes(clusters) -> None:
