@@ -24,7 +24,7 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _OPTIONS = {
     "AWS_": (
-        *("AWS_REGION", "AWS_DEFAULT_REGION", *_ENDPOINTS, "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_SKIP_SIGNATURE"),
+        *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_SKIP_SIGNATURE"),
         *("AWS_REQUEST_PAYER", "AWS_SERVER_SIDE_ENCRYPTION", "AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED"),
         *("AWS_SSE_CUSTOMER_KEY_BASE64", "AWS_UNSIGNED_PAYLOAD", "AWS_CHECKSUM_ALGORITHM", "AWS_S3_EXPRESS"),
     ),
@@ -86,6 +86,8 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
     if kind is None:
         return Credentials()
     found = {name: environ[name] for name in (*_OPTIONS[kind], *(_KEYS if kind == "AWS_" else ()), _ALLOW_HTTP) if environ.get(name)}
+    if kind == "AWS_" and (endpoint := _endpoint(environ)):
+        found["AWS_ENDPOINT_URL"] = endpoint
     if kind == "GOOGLE_":
         for name in _GOOGLE_FILES:
             if name in found and (key := _service_account(found[name])):
@@ -97,7 +99,7 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
         found |= {name: value for name, value in named if value}
         if profile.region and not found.keys() & {"AWS_REGION", "AWS_DEFAULT_REGION"}:
             found["AWS_REGION"] = profile.region
-        if profile.endpoint and not found.keys() & set(_ENDPOINTS):
+        if profile.endpoint and "AWS_ENDPOINT_URL" not in found:
             found["AWS_ENDPOINT_URL"] = profile.endpoint
     return Credentials(found)
 
@@ -106,26 +108,24 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
     """How to connect to the remote store at `url`, as the one who has these variables (None: as this process does)."""
     kind = _KINDS[urlsplit(url).scheme]
     given = os.environ if environ is None else environ
-    http = given.get(_ALLOW_HTTP, "").lower() in ("1", "true", "yes", "on")
-    config = {} if environ is None else {name.lower(): environ[name] for name in _OPTIONS[kind] if name in environ}
-    says_who = any(given.get(name) for name in _SAY_WHO[kind])
+    config = {} if environ is None else {name.lower(): environ[name] for name in _OPTIONS[kind] if environ.get(name)}
+    known = {**os.environ, **given}  # who says nothing of who he is means each process's own identity
+    says_who = any(known.get(name) for name in _SAY_WHO[kind])
     provider = None
-    if kind == "AWS_" and environ and _KEYS[0] in environ:
+    if kind == "AWS_" and environ is not None:
+        config |= _server(environ)
+    if kind == "AWS_" and environ and environ.get(_KEYS[0]):
         provider = _given(environ)  # as options they would be mixed with a session token of this process's
-        region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        config.setdefault("aws_region", region)
-        if not any(name in environ for name in _ENDPOINTS) and any(os.environ.get(name) for name in _ENDPOINTS):
-            config |= {name.lower(): f"https://s3.{region}.amazonaws.com" for name in _ENDPOINTS[:2]}
-    elif kind == "AWS_" and not says_who and (profile := Profile.of(given)):
+    elif kind == "AWS_" and not says_who and (profile := Profile.of(os.environ)):
         provider, says_who = profile.provider(), True
-        if profile.region and not (given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION")):
+        if environ is None and profile.region and not (given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION")):
             config["aws_region"] = profile.region
-        if profile.endpoint and not any(given.get(name) for name in _ENDPOINTS):
+        if environ is None and profile.endpoint and not _endpoint(given):
             config["aws_endpoint_url"] = profile.endpoint
     elif kind == "GOOGLE_" and not says_who:
         says_who = (Path.home() / ".config/gcloud/application_default_credentials.json").is_file()
-    unsigned = given.get(f"{kind}SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on")
-    return Access(config, provider, http, not (says_who or unsigned))
+    unsigned = _is_yes(known.get(f"{kind}SKIP_SIGNATURE", ""))
+    return Access(config, provider, _is_yes(given.get(_ALLOW_HTTP, "")), not (says_who or unsigned))
 
 
 def what_to_set(url: str) -> str:
@@ -206,6 +206,26 @@ def _section(environ: Mapping[str, str], variable: str, default: str, names: set
     with suppress(OSError, Error, UnicodeDecodeError):
         parser.read(Path(environ.get(variable) or default).expanduser())
     return {key: value.strip() for name in names if parser.has_section(name) for key, value in parser.items(name) if value.strip()}
+
+
+def _is_yes(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _endpoint(environ: Mapping[str, str]) -> str | None:
+    return next((environ[name] for name in _ENDPOINTS if environ.get(name)), None)
+
+
+def _server(environ: Mapping[str, str]) -> dict[str, str]:
+    """Options for the server and region of these variables, whatever this process's own say. Raises (kind `config`) if that cannot be."""
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    wanted, own = _endpoint(environ), _endpoint(os.environ)
+    if wanted != own and os.environ.get(_ENDPOINTS[0]):  # which the library prefers to every option
+        message = f"{_ENDPOINTS[0]} is set where a node runs, and names another server than the one that was asked for; use {_ENDPOINTS[1]}"
+        raise TieredKVError(Kind.CONFIG, message, setting=_ENDPOINTS[0])
+    if wanted or own:
+        return {"aws_region": region, "aws_endpoint_url": wanted or f"https://s3.{region}.amazonaws.com"}
+    return {"aws_region": region}
 
 
 def _given(environ: Mapping[str, str]) -> Provider:

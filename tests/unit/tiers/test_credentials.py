@@ -11,7 +11,7 @@ import pytest
 from tests.unit.tiers.s3 import BadServer, Fault, Proxy, Server
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers import remotestore
-from tiered_kv.tiers.credentials import access, credentials
+from tiered_kv.tiers.credentials import _KINDS, _OPTIONS, access, credentials
 from tiered_kv.tiers.stores import open_store
 
 pytest.importorskip("obstore")
@@ -152,8 +152,40 @@ def test_anothers_credentials_are_used_in_place_of_ones_own(proxy, monkeypatch) 
     assert whom(proxy, {**given, "AWS_ALLOW_HTTP": "true"}) == "mine"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert whom(proxy, {**given, "AWS_ALLOW_HTTP": "true"}) == "mine"
+    assert credentials(URL, {"AWS_ENDPOINT_URL_S3": "http://a", "AWS_ENDPOINT_URL": "http://b"}) == {"AWS_ENDPOINT_URL": "http://a"}
     config = access(URL, {"AWS_ACCESS_KEY_ID": "mine", "AWS_REGION": "eu-north-1"}).config
     assert config["aws_endpoint_url"] == "https://s3.eu-north-1.amazonaws.com", "the endpoint of the node is not that of who asks"
+
+
+def test_who_sends_no_key_means_the_nodes_own_identity(proxy, monkeypatch, tmp_path) -> None:
+    files_of_aws(tmp_path, PROFILES)
+    asked = {"AWS_ENDPOINT_URL": proxy.url, "AWS_ALLOW_HTTP": "true"}
+    assert whom(proxy, asked) == "of-default"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-node")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    assert whom(proxy, asked) == "of-the-node"
+
+
+def test_a_server_that_cannot_be_replaced_is_said(monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    mine = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": SECRET}
+    assert "AWS_ENDPOINT_URL_S3" in str(error_of(access, URL, mine))
+    assert access(URL, {**mine, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).provider
+
+
+@pytest.mark.parametrize("url", [URL, "gs://bucket/prefix", "az://container/prefix"])
+def test_the_library_knows_every_option_that_is_passed_on(url, tmp_path) -> None:
+    (tmp_path / "key").write_text('{"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}')
+    kind = _KINDS[url.partition(":")[0]]
+    for name in _OPTIONS[kind]:
+        if name in ("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "AWS_S3_EXPRESS"):
+            continue  # checked as it is opened
+        value = "http://127.0.0.1:9" if name.endswith(("_ENDPOINT", "_HOST", "_URL")) else "true"
+        value = "eA==" if name.endswith("_KEY") else "sig=eA==" if "_SAS_" in name else value
+        value = {"AWS_CHECKSUM_ALGORITHM": "SHA256", "AWS_SERVER_SIDE_ENCRYPTION": "AES256"}.get(name, value)
+        value = str(tmp_path / "key") if name == "GOOGLE_APPLICATION_CREDENTIALS" else value
+        environ = {"AZURE_STORAGE_ACCOUNT_NAME": "account", name: value}
+        open_store(url, environ=environ).close()
 
 
 def test_credentials_show_their_names_only_and_go_to_their_own_kind_of_store() -> None:
