@@ -115,6 +115,18 @@ def test_a_checkpoint_of_two_nodes_is_all_there_on_any_number_of_nodes(repositor
             cluster.nodes[node].check()
         again = take(cluster, repository)
         assert (again.blocks, again.written_bytes) == (COUNT, 0)
+        assert repository.read().models == manifest.models
+
+
+def test_a_restored_cluster_that_no_worker_has_met_can_be_kept_elsewhere(repository, tmp_path) -> None:
+    two_nodes(repository)
+    manifest = repository.read()
+    with cluster_of(1, host="1MiB") as cluster, open_repository(str(tmp_path / "other")) as other:
+        restored(cluster, repository, manifest)
+        taken = take(cluster, other)
+        assert taken.new_blocks == COUNT
+        assert other.verify() == []
+        assert other.read().models == manifest.models
 
 
 def test_blocks_are_written_once_whoever_holds_them_and_only_those_that_are_new(repository) -> None:
