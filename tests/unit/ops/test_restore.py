@@ -296,3 +296,25 @@ def test_a_damaged_source_costs_the_blocks_made_of_it_only(repository) -> None:
         assert (made.host, made.damaged) == (2 * COUNT - 2, 2)
         assert made.problems
         cluster.nodes["n0"].check()
+
+
+def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(repository) -> None:
+    with pytest.raises(TieredKVError, match="there is no checkpoint"):
+        repository.read_latest()
+    with cluster_of(1) as cluster:
+        names = []
+        for path in TREE[:3]:
+            store(cluster, "n0", [path])
+            names.append(take(cluster, repository).name)
+    said: list[str] = []
+    for name in reversed(names[1:]):
+        assert repository.read_latest(said.append)[0] == name
+        path = repository.store.folder / name
+        path.write_bytes(path.read_bytes()[:-1])
+    assert repository.read_latest(said.append)[0] == names[0]
+    assert any(names[2] in line for line in said)
+    path = repository.store.folder / names[0]
+    path.write_bytes(b"")
+    with pytest.raises(TieredKVError) as error:
+        repository.read_latest(said.append)
+    assert error.value.kind is Kind.CORRUPT
