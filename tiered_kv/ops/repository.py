@@ -85,6 +85,28 @@ class Repository:
 
     def latest(self) -> str:
         """The newest checkpoint: of the generated ones that are listed and the one that LATEST names. Raises where there is none."""
+        for name in self._newest():
+            return name
+        raise self._none_there()
+
+    def read_latest(self, say: Callable[[str], object] = log.warning) -> tuple[str, Manifest]:
+        """The newest checkpoint whose manifest is whole, with its name; says which newer ones are damaged. Raises where there is none."""
+        damaged: list[TieredKVError] = []
+        for name in self._newest():
+            try:
+                return name, Manifest.read(self.store, name)
+            except TieredKVError as error:
+                if error.kind is not Kind.CORRUPT:
+                    raise
+                damaged.append(error)
+                say(f"{error}; the one before it counts")
+        raise damaged[0] if damaged else self._none_there()
+
+    def _none_there(self) -> TieredKVError:
+        return TieredKVError(Kind.STORAGE, f"there is no checkpoint in {self.store.url}", missing=True)
+
+    def _newest(self) -> Iterator[str]:
+        """Checkpoints that are there, the newest first."""
         listed = [name for name in self.names() if created_of(name) is not None]
         try:
             pointed = self.pointed()
@@ -98,9 +120,9 @@ class Repository:
             created[pointed] = self._created(pointed)
         for name in sorted(created, key=lambda name: (created[name], name), reverse=True):
             if self.is_there(name):
-                return name
-            log.warning("checkpoint %s is gone; the one before it counts", name)
-        raise TieredKVError(Kind.STORAGE, f"there is no checkpoint in {self.store.url}", missing=True)
+                yield name
+            else:
+                log.warning("checkpoint %s is gone; the one before it counts", name)
 
     def pointed(self) -> str | None:
         """What LATEST says, None where it is missing; raises (kind `corrupt`) if it is damaged."""

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.link import FramePieces
+from tiered_kv.store.movement import Block
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.packs import PackInfo, PackWriter, grown_bytes, record_bytes
 from tiered_kv.tiers.stores import open_store
@@ -106,7 +107,7 @@ class Saving:
     def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0, ticket: str = "") -> Snapshot:
         """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
 
-        Raises (kind `storage`) while another checkpoint is being written. Holds the engine's lock for some 3 µs a block, during
+        Raises (kind `storage`) while another checkpoint is being written. Holds the engine's lock for some 0.3 µs a block, during
         which no store is answered; fetches go on.
         """
         wanted = {tier for tier in Tier if tier is not Tier.OBJECTS} if tiers is None else {Tier(tier) for tier in tiers}
@@ -114,25 +115,28 @@ class Saving:
             self._must_be_free_for(ticket)
             with self._node.running():
                 self._node.engine.drain_touches()
-                blocks = self._node.engine.machine.blocks
-                used = [key for key in self._node.place.index.used() if key in blocks]
-                order = dict.fromkeys([*used, *reversed(blocks)])
-                seen = []
-                for key in order:
-                    block = blocks[key]
-                    if block.root is None:
-                        continue
-                    tier = min((tier for tier in block.copies if tier in wanted), default=None)
-                    if tier is not None and block.uses > min_hits:
-                        at = block.copies[tier]
-                        depth = block.depth if block.parent is not None else block.depth or 0
-                        place = (int(tier), at.codec, at.stored_bytes, at.raw_bytes)
-                        seen.append(Seen(key, block.parent, block.root, depth, *place, block.uses - 1))
-                self._expect({each.key: each.root for each in seen})
+                blocks = dict(self._node.engine.machine.blocks)
+                used = self._node.place.index.used()
+                self._expect({key: block.root for key, block in blocks.items() if block.root is not None})
                 self._job = _Job(ticket)  # so that what is set aside is let go again when nobody goes on
-            models = {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
+            order = dict.fromkeys([*(key for key in used if key in blocks), *reversed(blocks)])
+            seen = [each for key in order if (each := self._seen(key, blocks[key], wanted, min_hits)) is not None]
             present = {each.root for each in seen}
-            return Snapshot(seen, {root: facts for root, facts in models.items() if root in present})
+            models = self._node.filling.models | {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
+            return Snapshot(seen, {root: message for root, message in models.items() if root in present})
+
+    def _seen(self, key: BlockKey, block: Block, wanted: Container[Tier], min_hits: int) -> Seen | None:
+        """A block that was there a moment ago, if it is wanted: it may have moved, or have been set aside."""
+        if block.root is None or block.uses <= min_hits:
+            return None
+        copies = dict(block.copies)
+        at = min((location for tier, location in copies.items() if tier in wanted), default=None)
+        if at is None and not copies and Tier.HOST in wanted and (record := self._aside.get(key)):
+            at = Location(Tier.HOST, record.codec, 0, 0, record_bytes(record), record.raw_bytes)
+        if at is None:
+            return None
+        depth = block.depth if block.parent is not None else block.depth or 0
+        return Seen(key, block.parent, block.root, depth, int(at.tier), at.codec, at.stored_bytes, at.raw_bytes, block.uses - 1)
 
     def save(
         self,

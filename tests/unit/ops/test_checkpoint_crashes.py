@@ -166,6 +166,18 @@ def test_a_collector_that_ends_at_any_step_deletes_nothing_that_is_needed(cluste
     assert_whole(shared)
 
 
+def test_what_is_there_is_read_before_nodes_set_anything_aside(cluster, earlier, monkeypatch) -> None:
+    """They give up a snapshot that nobody writes for a minute, and a place with many checkpoints takes its time."""
+    setting_aside = []
+
+    def hook(step: Step) -> None:
+        if step.call == "get" and step.name.endswith(".tkv"):
+            setting_aside.append(any(node.engine.on_gone for node in cluster.nodes.values()))
+
+    assert taken(cluster, Hooked(earlier.copy(), hook), monkeypatch).blocks == COUNT
+    assert setting_aside == [False, False]
+
+
 def test_a_second_checkpoint_with_a_twentieth_of_new_blocks_writes_little(monkeypatch) -> None:
     paths = [(turn, 1) for turn in range(100)]
     shared = Shared()

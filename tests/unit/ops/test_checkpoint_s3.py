@@ -310,7 +310,7 @@ def test_nodes_write_and_read_with_the_credentials_of_who_asks(cluster, proxy, r
             )
             for row in manifest.rows
         ]
-        other.nodes["n0"].checkpoint("mount", repository.store.url, names, blocks, mine)
+        other.nodes["n0"].checkpoint("mount", repository.store.url, names, blocks, {}, mine)
         proxy.keys.clear()
         assert_all_hit(other, "n0")
         assert proxy.keys == {"asking"}
