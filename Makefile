@@ -31,9 +31,10 @@ check: $(STAMP)  ## lint and format
 sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
 	$(BIN)/tiered-kv simulate $(TRACES)
 
-bench: $(STAMP)  ## fetch, store, disk and codecs as ratios to memcpy and plain system calls; the memory that codecs save
+bench: $(STAMP)  ## fetch, store, disk, checkpoints and codecs as ratios to memcpy and plain system calls; the memory that codecs save
 	$(BIN)/tiered-kv bench fetch
 	$(BIN)/tiered-kv bench disk
+	$(BIN)/tiered-kv bench checkpoint
 	$(BIN)/tiered-kv bench codec
 	$(BIN)/tiered-kv bench held
 

@@ -68,7 +68,7 @@ MAY_IMPORT = {
     ],  # + blocks, errors, keys; the rooms below: only its commands, only later
     "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
     "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
-    "bench": [*EVERYTHING, "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],
+    "bench": [*EVERYTHING, "ops", "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],
 }
 ROOMS = {"demo", "bench", "sim", "calibrate"}
 MAY_OPEN_ROOMS = {"tiered_kv.cluster.bench", "tiered_kv.cluster.cli", "tiered_kv.cluster.codecs", "tiered_kv.cluster.simulate"}
@@ -90,13 +90,14 @@ LIBRARIES = {
     "cluster": {"ray", "rich"},
     "calibrate": {"numpy", "torch", "transformers"},
     "demo": {"numpy", "torch", "ray", "rich", "transformers"},
-    "bench": {"numpy", "torch", "ray", "rich"},
+    "bench": {"numpy", "torch", "ray", "rich", "obstore"},
     "sim": {"numpy", "rich", "zstandard"},
 }
 ONLY_LATER = {
     "": {"torch", "matplotlib"},
     "cluster": {"torch", "ray"},
     "tiers": {"obstore", "botocore"},
+    "bench": {"obstore"},
     "ops": {"torch", "tensorboard", "wandb"},
     "library": {"transformers"},
 }  # these may be imported inside of functions at most

@@ -29,7 +29,7 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.tiers.host import Lineage
 from tiered_kv.tiers.log import Record
-from tiered_kv.tiers.mounted import MountedBlock, runs_of
+from tiered_kv.tiers.mounted import READ_BYTES, MountedBlock, runs_of
 from tiered_kv.tiers.stores import open_store
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ FILLED_SHARE = 7 / 8
 INDEX_SHARE = 7 / 8  # of the index that may show blocks after a mount
 _EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
 _WINDOW_BYTES, _WINDOW_SHARE = 64 << 20, 1 / 16  # of host: blocks in their order, within which those of one pack are read together
-_READS_AHEAD = 4
+READS_AHEAD = 4
 _PROBLEMS_KEPT = 100
 
 Source = Frame | TieredKVError
@@ -102,6 +102,8 @@ class Filling:
         self._node = node
         self._place = node.place
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tkv-fill", initializer=stand_back)  # starts none before it is used
+        self._copying = ThreadPoolExecutor(node.config.io_threads, thread_name_prefix="tkv-fill", initializer=stand_back)
+        """What takes longest: memory that nobody has touched yet is made by the system a page at a time."""
         self._lock = threading.Lock()
         self._job: _Job | None = None
         self.models: dict[BlockKey, dict] = {}
@@ -204,6 +206,7 @@ class Filling:
         """Stop, and end the thread."""
         self.stop()
         self._thread.shutdown()
+        self._copying.shutdown()
 
     def _must_be_idle(self) -> None:
         if self._job is not None and self._job.done is not None and not self._job.done.done():
@@ -214,12 +217,12 @@ class Filling:
     def _run(self, job: _Job, max_rate: float | None) -> None:
         pace = Pace(max_rate)
         work = iter(job.work)
-        threads = ThreadPoolExecutor(_READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
+        threads = ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
         ahead: deque[tuple[Work, Future]] = deque()
         with threads, closing(self._node.open_session()) as session:
             try:
                 while not job.stopping.is_set():
-                    for each in islice(work, _READS_AHEAD - len(ahead)):
+                    for each in islice(work, READS_AHEAD - len(ahead)):
                         pace.spend(each.nbytes, job.stopping)
                         ahead.append((each, threads.submit(each.read)))
                     if not ahead or not self._taken(job, session, *ahead.popleft()):
@@ -231,8 +234,9 @@ class Filling:
 
     def _reading(self, blocks: Sequence[MountedBlock]) -> Iterator[Work]:
         """Blocks that are mounted, those of one pack together."""
-        for window in _windows(blocks, min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE)):
-            for run in runs_of(filter(self._is_far, window)):
+        most_bytes = int(min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE))
+        for window in _windows(blocks, most_bytes):
+            for run in runs_of(filter(self._is_far, window), min(READ_BYTES, most_bytes)):
                 yield Work(run.blocks, run.nbytes, partial(self._place.mounted.read_run, run))
 
     def _is_unknown(self, key: BlockKey) -> bool:
@@ -270,35 +274,47 @@ class Filling:
         self._node.engine.handle([ev.Lost(block.key, block.location)])
 
     def _to_host(self, job: _Job, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
-        """Copy blocks to host memory as long as nothing has to go for them; those that found no room."""
-        for number, (block, frame) in enumerate(blocks):
-            location = self._reserved(session, block, frame)
-            if location is None:
-                return blocks[number:]
-            lineage = Lineage(block.key, block.parent, block.root, block.depth)
-            try:
-                self._place.put(Held.of(frame), location, lineage)
-            except TieredKVError as error:
-                session.release([location.offset])
-                self._refused(job, block, TieredKVError(error.kind, str(error)))
-                continue
-            with self._node.running():
-                del session.reserved[location.offset]
-                self._node.engine.handle([ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses)])
-            job.host.append(block.key)
-        return []
-
-    def _reserved(self, session: NodeSession, block: MountedBlock, frame: Frame) -> Location | None:
-        """An extent that is free."""
-        form, host = self._place.form_of(frame, block.root), self._place.host
+        """Copy blocks to host memory as long as nothing has to go for them, side by side; those that found no room."""
+        locations = self._reserved(session, blocks)
+        placed = [(block, frame, location) for (block, frame), location in zip(blocks, locations, strict=False)]
+        errors = list(self._copying.map(self._put, placed))
+        events = []
         with self._node.running():
-            if host.used_bytes + form.nbytes > host.capacity_bytes * FILLED_SHARE:
-                return None
-            room = Room.APART if form.codec else Room.STAGING
-            for offset in self._place.reserve(Tier.HOST, form.nbytes, 1, room):
-                session.reserved[offset] = form.nbytes
-                return Location(Tier.HOST, form.codec, 0, offset, form.nbytes, frame.raw_bytes)
+            for (block, _, location), error in zip(placed, errors, strict=True):
+                if error is None:
+                    del session.reserved[location.offset]
+                    events.append(ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses))
+                    job.host.append(block.key)
+            self._node.engine.handle(events)
+        for (block, _, location), error in zip(placed, errors, strict=True):
+            if error is not None:
+                session.release([location.offset])
+                self._refused(job, block, error)
+        return blocks[len(placed) :]
+
+    def _put(self, placed: tuple[MountedBlock, Frame, Location]) -> TieredKVError | None:
+        """Write a block to its extent; what is wrong with it if it cannot be decoded."""
+        block, frame, location = placed
+        try:
+            self._place.put(Held.of(frame), location, Lineage(block.key, block.parent, block.root, block.depth))
+        except TieredKVError as error:
+            return TieredKVError(error.kind, str(error))  # the error itself holds on to the arena
         return None
+
+    def _reserved(self, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[Location]:
+        """Extents that are free, for the first of the blocks."""
+        host, locations = self._place.host, []
+        with self._node.running():
+            for block, frame in blocks:
+                form = self._place.form_of(frame, block.root)
+                if host.used_bytes + form.nbytes > host.capacity_bytes * FILLED_SHARE:
+                    break
+                offsets = self._place.reserve(Tier.HOST, form.nbytes, 1, Room.APART if form.codec else Room.STAGING)
+                if not offsets:
+                    break
+                session.reserved[offsets[0]] = form.nbytes
+                locations.append(Location(Tier.HOST, form.codec, 0, offsets[0], form.nbytes, frame.raw_bytes))
+        return locations
 
     def _to_disk(self, job: _Job, blocks: list[tuple[MountedBlock, Frame]]) -> bool:
         """Append blocks to the disk tier; False where it has no room for all of them without giving up others."""
@@ -324,13 +340,13 @@ class Filling:
 
 
 def _windows(blocks: Sequence[MountedBlock], most_bytes: float) -> Iterator[list[MountedBlock]]:
-    """The blocks in their order, some at a time."""
+    """The blocks in their order, some at a time; those of one pack that stand together stay so."""
     window, nbytes = [], 0
     for block in blocks:
-        window.append(block)
-        nbytes += block.location.stored_bytes
-        if nbytes >= most_bytes:
+        if nbytes >= most_bytes and block.location.segment != window[-1].location.segment:
             yield window
             window, nbytes = [], 0
+        window.append(block)
+        nbytes += block.location.stored_bytes
     if window:
         yield window

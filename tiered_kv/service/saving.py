@@ -34,7 +34,7 @@ SET_ASIDE_SHARE = 1 / 8  # of host
 UNASKED_S = 60.0
 """With nobody asking how it goes for so long, the writing ends: who wanted it is gone."""
 _AT_ONCE_BYTES, _AT_ONCE_SHARE = 8 << 20, 1 / 16  # of host: frames that are held in place together
-_PACKS_AT_ONCE = 3  # written side by side, while one more is filled
+PACKS_AT_ONCE = 3  # written side by side, while one more is filled
 _NICE = 10
 
 
@@ -246,12 +246,12 @@ class Saving:
 
     def _run(self, job: _Job, store, max_rate: float | None, pack_bytes: int) -> None:
         pace = Pace(max_rate)
-        with store, ThreadPoolExecutor(_PACKS_AT_ONCE, thread_name_prefix="tkv-save", initializer=stand_back) as threads:
+        with store, ThreadPoolExecutor(PACKS_AT_ONCE, thread_name_prefix="tkv-save", initializer=stand_back) as threads:
             under_way: list[Future[PackInfo]] = []
             try:
                 for writer in self._packs(job, store, pack_bytes):
                     pace.spend(writer.nbytes, job.stopping)
-                    while len(under_way) >= _PACKS_AT_ONCE:
+                    while len(under_way) >= PACKS_AT_ONCE:
                         self._finished(job, under_way.pop(0).result())
                     under_way.append(threads.submit(writer.finish))
                     if job.stopping.is_set():

@@ -11,7 +11,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.tiers.objectstore import ObjectStore
 from tiered_kv.tiers.packs import read_frame
 
-READ_BYTES = 16 << 20
+READ_BYTES = 32 << 20  # a whole pack: some servers read all of an object for any range of it
 _GAP_BYTES = 256 << 10  # of other blocks between two that are wanted: reading them costs less than a second request
 
 

@@ -59,7 +59,7 @@ def test_every_order_quality_and_size_is_told(monkeypatch: pytest.MonkeyPatch) -
     ("arguments", "said"),
     [
         (["fetch", "--codec", "int8"], "--codec: is for bench codec, not fetch"),
-        (["held", "--folder", "here"], "--folder: is for bench disk, not held"),
+        (["held", "--folder", "here"], "--folder: is for bench disk and checkpoint, not held"),
         (["disk", "--model", "default"], "--model: is for bench codec and held, not disk"),
     ],
 )

@@ -1,0 +1,146 @@
+"""Nodes of this process that are full of blocks, and checkpoints of them: what `bench checkpoint` measures on."""
+
+import uuid
+from collections.abc import Sequence
+from threading import Event
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey, Namespace, as_token_ids
+from tiered_kv.layout import KVLayout
+from tiered_kv.ops import restore
+from tiered_kv.ops.checkpoint import Taken, Taking
+from tiered_kv.ops.nodes import asking_here
+from tiered_kv.ops.repository import open_repository
+from tiered_kv.service.attachment import client_of
+from tiered_kv.service.client import Client
+from tiered_kv.service.filling import Filled
+from tiered_kv.service.local import SessionServer
+from tiered_kv.service.node import Node
+from tiered_kv.tiers.host import HEADER_BYTES
+
+NODE = "bench"
+CHAIN = 8
+POLL_S = 0.005
+"""The steps ask every tenth of a second whether it is done; what is measured is not their waiting."""
+CONTENT_BYTES = 64 << 20
+
+
+class Blocks:
+    """Chains of `CHAIN` blocks of one layout, each of another prompt. Their KV comes again; their keys never do."""
+
+    def __init__(self, layout: KVLayout, weights: str = "tiered-kv bench checkpoint") -> None:
+        self.layout = layout
+        self.namespace = Namespace(weights=weights)
+        self._chain_bytes = layout.block_bytes * CHAIN
+        items = max(2 * self._chain_bytes, CONTENT_BYTES) // 8
+        self._content = torch.randint(-(1 << 62), 1 << 62, (items,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+
+    @property
+    def tokens(self) -> int:
+        """Of one chain."""
+        return self.layout.block_tokens * CHAIN
+
+    def chains(self, nbytes: int) -> int:
+        """How many make up so many bytes."""
+        return max(1, nbytes // self._chain_bytes)
+
+    def prompt(self, number: int) -> torch.Tensor:
+        """The tokens of a chain."""
+        return torch.from_numpy(np.random.default_rng([self.layout.block_bytes, number]).integers(0, 100_000, self.tokens))
+
+    def kv(self, number: int) -> torch.Tensor:
+        """The KV of a chain."""
+        items = self._chain_bytes // 8
+        start = number % (len(self._content) // items) * items
+        flat = self._content[start : start + items].view(self.layout.torch_dtype)
+        return flat.view(self.layout.kv_shape(self.tokens))
+
+    def keys(self, number: int) -> list[BlockKey]:
+        """The keys of a chain's blocks."""
+        return self.namespace.chain(self.layout).keys(as_token_ids(self.prompt(number)))
+
+    def raw(self, number: int, depth: int) -> torch.Tensor:
+        """The bytes of a block, as it is stored."""
+        t = self.layout.block_tokens
+        part = self.kv(number)[..., depth * t : (depth + 1) * t, :]
+        return part.contiguous().view(-1).view(torch.uint8)
+
+    def bodies(self, sizes: Sequence[int]) -> list[bytes]:
+        """So many bytes of content, again and again."""
+        content = self._content.view(torch.uint8).numpy()
+        return [
+            np.resize(np.roll(content, -(number << 20)) if size > 1 << 20 else content[:size], size).tobytes()
+            for number, size in enumerate(sizes)
+        ]
+
+    def store(self, client: Client, numbers: Sequence[int]) -> None:
+        """Store chains; raises (kind `storage`) where one was not taken."""
+        for number in numbers:
+            if client.store(self.prompt(number), self.kv(number)).new != CHAIN:
+                raise TieredKVError(Kind.STORAGE, f"chain {number} was not stored")
+
+    def check(self, client: Client, number: int) -> None:
+        """Raise (kind `corrupt`) unless a chain is had whole and as it was stored."""
+        out = torch.empty(self.layout.kv_shape(self.tokens), dtype=self.layout.torch_dtype)
+        fetched = client.fetch(self.prompt(number), out, deadline_ms=60_000)
+        if fetched.tokens != self.tokens or not torch.equal(out.view(torch.int16), self.kv(number).view(torch.int16)):
+            raise TieredKVError(
+                Kind.CORRUPT, f"{fetched.tokens} of {self.tokens} tokens of chain {number} came back, or not as they were stored"
+            )
+
+
+class Served:
+    """A node that workers of other processes reach as well; close it."""
+
+    def __init__(self, host_bytes: int) -> None:
+        self.node = Node(Config(host=host_bytes, store_wait_ms=10_000), f"bench-{uuid.uuid4().hex[:8]}", NODE)
+        self._server = SessionServer(f"{self.node.directory}/sock", self.node.open_session, self.node.catch_up)
+        self._ask = asking_here(self.node)
+
+    def client(self, blocks: Blocks) -> Client:
+        """A worker of this process."""
+        return client_of(self.node.info(), blocks.layout, blocks.namespace, connect=self.node.open_session)
+
+    def touch(self) -> None:
+        """Have the system make all of host memory, as if it had been used before."""
+        host = self.node.place.host
+        host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
+
+    def take(self, url: str, stopped: Event | None = None) -> Taken:
+        """Write a checkpoint of everything."""
+        with open_repository(url) as repository:
+            return Taking(self._ask, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
+
+    def mount(self, url: str) -> int:
+        """Read the latest checkpoint's manifest and show its blocks; how many."""
+        with open_repository(url) as repository:
+            manifest = repository.read()
+        return sum(restore.mount(self._ask, [NODE], url, manifest, manifest.rows).by_node.values())
+
+    def fill(self, stopped: Event | None = None) -> Filled:
+        """Bring what is mounted nearer, and wait for it."""
+        return restore.fill(self._ask, [NODE], poll_s=POLL_S, stopped=stopped)
+
+    def close(self) -> None:
+        """End the node."""
+        self._server.close()
+        self.node.close()
+
+
+class Used(NamedTuple):
+    """Memory of this process, in bytes: its own, and that of mapped files, as arenas are."""
+
+    own_bytes: int
+    shared_bytes: int
+
+
+def used_memory() -> Used:
+    """What the kernel says now."""
+    with open("/proc/self/status") as file:
+        found = {name: value for name, _, value in (line.partition(":") for line in file)}
+    return Used(*(int(found[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem")))
