@@ -438,8 +438,10 @@ def _asking(cluster: str) -> "Ask":
 
 
 def _read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
-    chosen = name or repository.latest()
-    manifest = repository.read(chosen)
+    if name is None:
+        chosen, manifest = repository.read_latest(lambda line: console.print(f"[bold yellow]warning[/]: {line}", soft_wrap=True))
+    else:
+        chosen, manifest = name, repository.read(name)
     made = datetime.fromtimestamp(manifest.created_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
     nbytes = format_size(sum(row.stored_bytes for row in manifest.rows))
     _say(console, f"checkpoint {chosen} of {made}, from {manifest.origin or 'nobody knows where'}: {len(manifest.rows):,} blocks, {nbytes}")

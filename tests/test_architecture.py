@@ -80,7 +80,7 @@ LIBRARIES = {
     "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard", "triton"},  # triton: see test_kernels_are_optional
     "policy": {"numpy"},
     "memory": {"numpy", "torch", "msgpack"},
-    "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore"},
+    "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore", "botocore"},  # botocore: for the profiles of AWS, where it is installed
     "store": set(),
     "service": {"numpy", "torch", "msgpack"},
     "integrations": {"numpy", "torch", "transformers"},
@@ -96,7 +96,7 @@ LIBRARIES = {
 ONLY_LATER = {
     "": {"torch", "matplotlib"},
     "cluster": {"torch", "ray"},
-    "tiers": {"obstore"},
+    "tiers": {"obstore", "botocore"},
     "bench": {"obstore"},
     "ops": {"torch", "tensorboard", "wandb"},
     "library": {"transformers"},

@@ -78,6 +78,9 @@ class BaseKVCache:
         self._engine: Engine | None = None
         self._placed: dict[int, Placed] = {}
         self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # counted from 0 it would name others' pairs, which checkpoints bring here
+        self.origin = secrets.token_hex(8)
+        self.origins = {self.origin}
+        """The caches that have numbered pairs which may be here: this one, and those whose checkpoints were loaded."""
         self._rehearsed: Counter[str] = Counter()
         self._closed = False
 
@@ -126,7 +129,7 @@ class BaseKVCache:
             kv = torch.stack([key.detach(), value.detach()], 1)
         with self._lock:
             self._forget(position)
-            serial, self._serial = self._serial, (self._serial + 1) & MAX_TOKEN_ID
+            serial = self._next_serial()
             stored = self._positions(layout).store([serial] * tokens, kv)
             if len(self._placed) > 2 * self.config.max_tokens:  # most of them evicted by now
                 there = self.positions()
@@ -134,6 +137,13 @@ class BaseKVCache:
             if not stored.refused:
                 self._placed[position] = Placed(layout, serial, key.device)
             return not stored.refused
+
+    def _next_serial(self) -> int:
+        taken = {placed.serial for placed in self._placed.values()} if len(self.origins) > 1 else ()
+        while True:
+            serial, self._serial = self._serial, (self._serial + 1) & MAX_TOKEN_ID
+            if serial not in taken:
+                return serial
 
     def get(self, position: int) -> Pair | None:
         """The key and the value that were put at `position`, on their device; None where there is nothing, or it was evicted."""

@@ -1,5 +1,6 @@
 """Keeping a cache's content in a folder, and beginning with it: checkpoints by name or by step."""
 
+import logging
 import os
 import re
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import torch
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache, Placed
-from tiered_kv.library.model import TransformersKVCache
+from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
 from tiered_kv.ops.checkpoint import Taken, Taking, Wanted
 from tiered_kv.ops.loading import Loaded, load, read
 from tiered_kv.ops.manifest import Manifest, Model, plain_layout
@@ -19,11 +20,14 @@ from tiered_kv.ops.nodes import asking_here
 from tiered_kv.ops.repository import Repository, may_be_manifest
 from tiered_kv.tiers.folderstore import FolderStore
 
+log = logging.getLogger(__name__)
+
 _STEP = re.compile(r"step-(\d{12})\.tkv")
 _PREFIXES, _POSITIONS = "prefixes", "positions"
+_CACHE = "cache"  # which caches have numbered the pairs
 _ORIGIN = "library"
 _POLL_S = 0.002
-AnyCache = BaseKVCache | TransformersKVCache
+AnyCache = BaseKVCache | TransformersKVCache | ModelCacheWrapper
 
 
 class CachePersistence:
@@ -34,6 +38,8 @@ class CachePersistence:
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise TieredKVError(Kind.CONFIG, f"folder must be a path, not {folder!r}", setting="folder")
         self.folder = Path(folder)
         self._store = _store(self.folder)
 
@@ -46,30 +52,35 @@ class CachePersistence:
             raise TieredKVError(Kind.CONFIG, "there is nothing to save: nothing was stored in this cache yet")
         node, roots = core.engine(models[0].layout).node, {model.root for model in models}
         taking = Taking(asking_here(node), [node.node_id], Repository(self._store), origin=_ORIGIN, poll_s=_POLL_S)
-        return taking.take(Wanted(models=lambda model: model.root in roots), name, models, {_POSITIONS: positions})
+        return taking.take(
+            Wanted(models=lambda model: model.root in roots), name, models, {_POSITIONS: positions, _CACHE: sorted(core.origins)}
+        )
 
     def load_cache(self, cache: AnyCache, name: str) -> Loaded:
         """Bring what was saved into a cache of the same model; all frames are verified before, and what is damaged is refused as a whole.
 
         Raises (kind `storage`) where there is no such checkpoint, (kind `corrupt`) for one that is damaged or something else, such as
-        a pickle, (kind `model`) for one of another model. The cache then holds what it held before.
+        a pickle, (kind `model`) for one of other models alone. The cache then holds what it held before. Of a checkpoint that has
+        more models, such as a cluster's, what is not of this cache's is left out, and logged.
         """
         _check_name(name)
         core = _core(cache)
         if name not in self._store.sizes():
             raise TieredKVError(Kind.STORAGE, f"there is no checkpoint {name!r} in {self.folder}; there are {self._names()}", object=name)
         manifest = read(self._store, name)
-        _check_models(core, manifest, name)
-        if core.layout is None:
-            core.layout = next((model.layout for model in manifest.models if model.name == _PREFIXES), None)
-        for model in manifest.models:  # so that the node knows how to code their blocks
-            namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
+        models = _matching(core, manifest, name)
+        positions = manifest.extra.get(_POSITIONS, [])
+        _check_serials(core, manifest.extra.get(_CACHE, []), {serial for _, _, serial in positions}, name)
+        for model in models:  # so that the node knows how to code their blocks
             engine = core.engine(model.layout)
-            engine.client(model.layout, namespace, **({"rope": core.rope} if model.name == _PREFIXES else {}))
-        loaded = load(engine.node, self._store, manifest)
-        core.place(
-            {at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in manifest.extra.get(_POSITIONS, [])}
-        )
+            if model.name == _POSITIONS:
+                engine.client(model.layout, core.namespace_of_positions)
+            else:
+                core.layout = core.layout or model.layout
+                engine.client(model.layout, core.namespace, rope=core.rope)
+        loaded = load(engine.node, self._store, manifest, {model.root for model in models})
+        core.origins.update(manifest.extra.get(_CACHE, []))
+        core.place({at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in positions})
         return loaded
 
     def _names(self) -> str:
@@ -97,30 +108,23 @@ def load_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int 
         raise TieredKVError(Kind.STORAGE, f"there is no checkpoint of {wanted} in {folder}; there are {known}", step=step)
     chosen = steps[-1] if step is None else step
     persistence = CachePersistence.__new__(CachePersistence)  # reading needs no folder that can be written to
-    persistence.folder, persistence._store = Path(folder), _Readable(folder)
+    persistence.folder, persistence._store = Path(folder), FolderStore(folder, setting="folder", create=False)
     persistence.load_cache(cache, f"step-{chosen:012}.tkv")
     return chosen
 
 
-class _Readable(FolderStore):
-    """A folder that is only read."""
-
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder).absolute()
-        self.url = f"file://{self.folder}"
-
-
 def _store(folder: Path) -> FolderStore:
     try:
-        return FolderStore(folder)
+        return FolderStore(folder, setting="folder")
     except TieredKVError as error:
         raise TieredKVError(Kind.STORAGE, f"the folder {folder} cannot be used for checkpoints: {error}", object=str(folder)) from error
 
 
 def _core(cache: Any) -> BaseKVCache:
-    core = cache.cache if isinstance(cache, TransformersKVCache) else cache
+    whole = cache.cache if isinstance(cache, ModelCacheWrapper) else cache
+    core = whole.cache if isinstance(whole, TransformersKVCache) else whole
     if not isinstance(core, BaseKVCache):
-        raise TieredKVError(Kind.CONFIG, f"cache must be a BaseKVCache or a TransformersKVCache, not {type(cache).__name__}")
+        raise TieredKVError(Kind.CONFIG, f"cache must be a cache of this library, not {type(cache).__name__}")
     return core
 
 
@@ -136,16 +140,38 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
     return models, positions
 
 
-def _check_models(core: BaseKVCache, manifest: Manifest, name: str) -> None:
+def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
+    """The models of a checkpoint whose blocks this cache can hit; raises where there are none, or a cache of another model wrote it."""
+    matching, others = [], []
     for model in manifest.models:
-        if model.layout is None:
-            raise TieredKVError(Kind.MODEL, f"checkpoint {name} has blocks whose layout nobody has said", object=name)
-        layout = core.layout or model.layout if model.name == _PREFIXES else model.layout
-        namespace = core.namespace if model.name == _PREFIXES else core.namespace_of_positions
-        if namespace.root(layout) != model.root:
-            ours, theirs = layout.spec, model.layout.spec
-            differs = f"its blocks are {theirs}, the cache's {ours}" if ours != theirs else "weights, tokenizer, adapter or tenant differ"
-            raise TieredKVError(Kind.MODEL, f"checkpoint {name} is of another model: {differs}", object=name)
+        is_ours, differs = _compared(core, model)
+        (matching if is_ours else others).append((model, differs))
+    if not matching or any(model.name == _PREFIXES for model, _ in others):
+        why = "; ".join(dict.fromkeys(differs for _, differs in others)) or "it has no blocks"
+        raise TieredKVError(Kind.MODEL, f"checkpoint {name} is of another model: {why}", object=name)
+    for model, differs in others:
+        log.warning("checkpoint %s: what is below %s is left out: %s", name, model.root.hex()[:12], differs)
+    return [model for model, _ in matching]
+
+
+def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
+    """Whether a model is that of a cache, and in what it differs."""
+    if model.layout is None:
+        return False, "nobody has said the layout of its blocks"
+    is_positions = model.name == _POSITIONS
+    layout = model.layout if is_positions else core.layout or model.layout
+    namespace = core.namespace_of_positions if is_positions else core.namespace
+    ours, theirs = layout.spec, model.layout.spec
+    if ours != theirs:
+        return False, f"its blocks are {theirs}, the cache's {ours}"
+    return namespace.root(layout) == model.root, "weights, tokenizer, adapter, tenant or forward hooks differ"
+
+
+def _check_serials(core: BaseKVCache, origins: list[str], serials: set[int], name: str) -> None:
+    """Two caches count their pairs from random numbers; where these meet, a number would stand for two pairs."""
+    if core.origins.isdisjoint(origins) and not serials.isdisjoint(placed.serial for placed in core.placed().values()):
+        message = f"checkpoint {name} numbers pairs as this cache does its own, by chance; load it into a cache without pairs"
+        raise TieredKVError(Kind.MODEL, message, object=name)
 
 
 def _check_name(name: object) -> None:

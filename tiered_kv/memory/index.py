@@ -125,7 +125,7 @@ class IndexWriter:
         if len(changed) and int(last.max()) > self._header[w.TICK]:  # a slow reader set it back
             self._header[w.TICK] = int(last.max())
         order = np.argsort(last, kind="stable")
-        slots = np.frombuffer(self._views.slot_words, np.uint64).reshape(self._slots, w.SLOT_WORDS)[changed[order]]
+        slots = self._slot_table()[changed[order]]
         occupied = (slots[:, 5] & np.uint64(0xFF)) != 0
         keys, order = slots[occupied, 1:5].tobytes(), order[occupied]
         touches = zip(np.maximum(since[order], 1).tolist(), last[order].tolist(), strict=True)
@@ -133,10 +133,10 @@ class IndexWriter:
 
     def used(self) -> list[BlockKey]:
         """All blocks that were ever touched as far as was harvested, the one that was last touched first."""
-        slots = np.flatnonzero(self._seen_ticks)
-        order = slots[np.argsort(self._seen_ticks[slots], kind="stable")[::-1]]
-        occupied = self._tiers()[order] != 0
-        return [self._key(slot) for slot in order[occupied].tolist()]
+        touched = np.flatnonzero(self._seen_ticks)
+        order = touched[np.argsort(self._seen_ticks[touched], kind="stable")[::-1]]
+        keys = self._slot_table()[order[self._tiers()[order] != 0], 1:5].tobytes()
+        return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
     def tallies(self) -> tuple[int, int]:
         """Blocks that workers asked for, and had, since these files were made."""
@@ -215,6 +215,9 @@ class IndexWriter:
 
     def _tiers(self) -> np.ndarray:
         return np.frombuffer(self._views.slot_words, np.uint64)[5 :: w.SLOT_WORDS] & np.uint64(0xFF)
+
+    def _slot_table(self) -> np.ndarray:
+        return np.frombuffer(self._views.slot_words, np.uint64).reshape(self._slots, w.SLOT_WORDS)
 
     def _slot_keys(self) -> Iterator[tuple[int, BlockKey]]:
         for slot in np.flatnonzero(self._tiers()).tolist():

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from tiered_kv.ops.repository import Place, Repository, reusable
 from tiered_kv.ops.rows import Row
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.saving import PACK_BYTES, Snapshot, Written
+from tiered_kv.tiers.credentials import credentials
 
 log = logging.getLogger(__name__)
 
@@ -97,33 +99,38 @@ class Taking:
         were complete stay, and the next one goes on from there.
         """
         with self._repository.lease("checkpoint", say=self._say) as lease:
+            known = self._repository.known()  # before the snapshots, which nodes give up after a while
+            lease.renew_if_half_gone()
+            ticket = uuid.uuid4().hex
             try:
-                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits)
+                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits, ticket)
                 described = _models(snapshots, models)
                 whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
-                known = self._repository.known()
                 kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
-                written = self._written(assigned(new), new, lease)
+                written = self._written(assigned(new), new, lease, ticket)
             finally:
-                self._ask(self._nodes, "stop_saving")
+                self._ask(self._nodes, "stop_saving", ticket)  # not another one that has begun elsewhere
             return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
 
-    def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease) -> dict[str, Written]:
+    def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease, ticket: str) -> dict[str, Written]:
         """Have each node write its share, and wait for all."""
         all_bytes = sum(block.best.stored_bytes for block in new)
         rate = self._rate and self._rate / max(len(shares), 1)
         url = self._repository.store.url
+        mine = credentials(url)
         for node, keys in shares.items():
-            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes)
+            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes, mine, ticket)
         renew_s = time.monotonic() + RENEW_S
         state: dict[str, Written] = {}
         while not all(node in state and state[node].is_done for node in shares):
             if self._stopped.wait(self._poll_s):
                 raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; what was written stays, the next one goes on from there")
             for node in shares:
+                if node in state and state[node].is_done:
+                    continue
                 told = state[node].packs if node in state else []
-                answer = answers(self._ask, [node], "written", len(told))[node]
+                answer = answers(self._ask, [node], "written", len(told), ticket)[node]
                 state[node] = answer._replace(packs=told + answer.packs)
                 if answer.error is not None:
                     good({node: answer.error})

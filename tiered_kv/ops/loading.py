@@ -1,6 +1,7 @@
 """A checkpoint brought into the one node of a process: all of its frames are verified before the first one is loaded."""
 
 import logging
+from collections.abc import Collection
 from contextlib import closing
 from typing import NamedTuple
 
@@ -38,13 +39,14 @@ def read(store: ObjectStore, name: str) -> Manifest:
     return manifest
 
 
-def load(node: Node, store: ObjectStore, manifest: Manifest) -> Loaded:
-    """Bring a verified checkpoint into the node, in host memory first; what has no room there is refused."""
+def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> Loaded:
+    """Bring what a verified checkpoint has below these roots into the node, in host memory first; what has no room there is refused."""
     layouts = {model.root: model.layout for model in manifest.models}
     there: set[BlockKey] = set()
     refused = 0
+    rows = [row for row in manifest.rows if row.root in roots]
     with closing(node.open_session()) as session:
-        for row in manifest.rows:
+        for row in rows:
             if layouts[row.root] is None or (row.parent is not None and row.parent not in there):
                 refused += 1
                 continue
@@ -55,5 +57,5 @@ def load(node: Node, store: ObjectStore, manifest: Manifest) -> Loaded:
             else:
                 refused += 1
     if refused:
-        log.warning("%d of %d blocks of a checkpoint found no room", refused, len(manifest.rows))
+        log.warning("%d of %d blocks of a checkpoint found no room", refused, len(rows))
     return Loaded(len(there), refused)

@@ -12,6 +12,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.ops.manifest import Manifest, Model, Row
 from tiered_kv.ops.nodes import Ask, answers
 from tiered_kv.ops.reshard import Planned
+from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.filling import Filled, Shelf
 from tiered_kv.service.making import Made
 from tiered_kv.tiers.mounted import MountedBlock
@@ -103,11 +104,11 @@ def shares(rows: Sequence[P], shelves: Mapping[str, Shelf], size: Callable[[P], 
 def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> Mounted:
     """Have nodes show these rows of a manifest's packs. Raises the first error of a node."""
     given = shares(rows, answers(ask, nodes, "shelf"))
-    by_node = {}
+    by_node, facts = {}, _facts(manifest.models)
     for node, mine in given.items():
         names, numbers = _packs_of(manifest, mine)
         blocks = [_mounted(row, numbers[row.pack]) for row in mine]
-        by_node[node] = answers(ask, [node], "mount", url, names, blocks)[node]
+        by_node[node] = answers(ask, [node], "mount", url, names, blocks, facts)[node]
     return Mounted(by_node, len(rows) - sum(by_node.values()))
 
 
@@ -128,8 +129,17 @@ def make(
             )
             for target in targets
         ]
-        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes))
+        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes), _facts(planned.models))
     return wait(ask, nodes, **waiting)
+
+
+def _facts(models: Iterable[Model]) -> dict[BlockKey, dict]:
+    """What nodes shall know of models until workers attach: enough for the next checkpoint."""
+    return {
+        model.root: ModelFacts(model.layout, (model.namespace or {}).get("weights", model.name), namespace=model.namespace).as_message()
+        for model in models
+        if model.layout is not None
+    }
 
 
 def _packs_of(manifest: Manifest, rows: Sequence[Row]) -> tuple[list[str], dict[int, int]]:

@@ -71,6 +71,10 @@ def verify(repository: "Repository", names: Collection[str] | None, progress: Ca
         frames = {pack: set() if isinstance(found, Problem) else found for pack, found in footers.items()}
         for name, manifest in manifests.items():
             problems += _rows(name, manifest, footers, frames)
+        for pack, nbytes in packs.items():
+            beyond = {frame for frame in frames[pack] if frame.end > nbytes}
+            problems += [Problem(pack, f"at byte {frame.offset}: it ends before that block does") for frame in beyond]
+            frames[pack] -= beyond
         ranges = [each for pack, found in frames.items() for each in _ranges(pack, found)]
         done, total = 0, sum(each.nbytes for each in ranges)
         progress(0, total)

@@ -8,12 +8,13 @@ there already has to go for it.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.blocks import Location, Tier
@@ -107,6 +108,8 @@ class Filling:
         """What takes longest: memory that nobody has touched yet is made by the system a page at a time."""
         self._lock = threading.Lock()
         self._job: _Job | None = None
+        self.models: dict[BlockKey, dict] = {}
+        """By root what the checkpoints said of models (`ModelFacts.as_message`); workers say it again when they attach."""
 
     def shelf(self) -> Shelf:
         """What there is room for now."""
@@ -117,14 +120,24 @@ class Filling:
             disk_bytes = int(disk.capacity_bytes * FILLED_SHARE) - disk.used_bytes if disk else 0
             return Shelf(max(host_bytes, 0), max(disk_bytes, 0), max(int(index.capacity_blocks * INDEX_SHARE) - len(index), 0))
 
-    def mount(self, url: str, packs: Sequence[str], blocks: Sequence[MountedBlock]) -> int:
+    def mount(
+        self,
+        url: str,
+        packs: Sequence[str],
+        blocks: Sequence[MountedBlock],
+        models: Mapping[BlockKey, dict] = MappingProxyType({}),
+        environ: Mapping[str, str] | None = None,
+    ) -> int:
         """Show these blocks of the packs at `url`, the hottest first and each behind its parent; how many the index had room for.
 
-        `location.segment` of a block counts in `packs`. Opening makes no request. Raises (kinds `config`, `storage`).
+        `location.segment` of a block counts in `packs`. `models`: what is known of those whose blocks they are. `environ`:
+        credentials of who wants it. Opening makes no request. Raises (kinds `config`, `storage`).
         """
         with self._lock:
             self._must_be_idle()
-            first = self._place.mounted.mount(open_store(url), packs)
+            store = open_store(url, setting="url", create=False, environ=environ or None)
+            first = self._place.mounted.mount(store, packs)
+            self.models |= models
             room, shown = self.shelf().blocks, []
             for start in range(0, len(blocks), _EVENTS_AT_ONCE):
                 with self._node.running():
@@ -153,14 +166,24 @@ class Filling:
                 raise TieredKVError(Kind.STORAGE, "nothing was mounted that could be brought nearer")
             job.done = self._thread.submit(self._run, job, max_rate)
 
-    def make(self, url: str, packs: Sequence[str], blocks: Sequence[Made], max_rate: float | None = None) -> None:
+    def make(
+        self,
+        url: str,
+        packs: Sequence[str],
+        blocks: Sequence[Made],
+        max_rate: float | None = None,
+        models: Mapping[BlockKey, dict] = MappingProxyType({}),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         """Begin to make blocks of those of other ranks, in the packs at `url`, and to put them into host memory and then to disk.
 
-        What finds no room there is left out. How it goes is asked by `filled`.
+        What finds no room there is left out. `environ`: as that of `mount`. How it goes is asked by `filled`.
         """
         with self._lock:
             self._must_be_idle()
-            maker = Maker(self._place.mounted, self._place.mounted.mount(open_store(url), packs))
+            store = open_store(url, setting="url", create=False, environ=environ or None)
+            self.models |= models
+            maker = Maker(self._place.mounted, self._place.mounted.mount(store, packs))
             job = self._job = _Job([each.block for each in blocks], (Work(*each) for each in maker.work(blocks, self._is_unknown)))
             job.done = self._thread.submit(self._run, job, max_rate)
 

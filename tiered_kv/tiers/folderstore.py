@@ -11,27 +11,31 @@ import numpy as np
 
 from tiered_kv.codecs.base import Buffer, byte_view
 from tiered_kv.errors import TieredKVError
-from tiered_kv.tiers.objectstore import ObjectStore
+from tiered_kv.tiers.objectstore import OBJECTS, ObjectStore
 
 _PART = ".part"
+_QUOTED = {ord(char): f"%{ord(char):02X}" for char in "%?#\t\n\r"}  # what would end the path of a URL, or be lost in it
 _BUFFERS_PER_CALL = os.sysconf("SC_IOV_MAX")
 
 
 class FolderStore(ObjectStore):
-    """Objects as files of `folder`, which is made if it is not there. Needs no library beside Python's.
+    """Objects as files of `folder`, which is made if it is not there, unless `create` is False. Needs no library beside Python's.
 
     An object is written under another name first; what a killed writer has left of that is removed when the folder is
-    opened next, unless a live writer holds its lock. Folders within the folder are left alone.
+    opened next, unless a live writer holds its lock. Folders within the folder are left alone. With `create=False` opening
+    changes nothing, so that a folder which cannot be written to can be read.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike, *, setting: str = OBJECTS, create: bool = True) -> None:
         self.folder = Path(folder).absolute()
-        self.url = f"file://{self.folder}"
+        self.url = f"file://{str(self.folder).translate(_QUOTED)}"
+        self.setting = setting
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK | os.X_OK):
-                raise PermissionError(0, "it is not writable")
-            self._remove_leftovers()
+            if create:
+                self._make()
+            elif not self.folder.is_dir():
+                reason = "it is no folder" if self.folder.exists() else "there is no such folder on this machine"
+                raise self.failed("cannot be used", reason, missing=True)
         except OSError as error:
             raise self.failed("cannot be used", error.strerror) from error
 
@@ -83,6 +87,12 @@ class FolderStore(ObjectStore):
 
     def close(self) -> None:
         """Nothing to let go of: no file stays open between calls."""
+
+    def _make(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(0, "it is not writable")
+        self._remove_leftovers()
 
     def _write(self, path: Path, views: list[memoryview]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

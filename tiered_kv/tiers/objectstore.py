@@ -7,15 +7,24 @@ from typing import Self
 from tiered_kv.codecs.base import Buffer, byte_view
 from tiered_kv.errors import Kind, TieredKVError
 
+OBJECTS, CHECKPOINT = "objects", "checkpoint"
+
+
+def role_of(setting: str) -> str:
+    """What a store that was named by this setting is for, in messages: a tier's objects, or a checkpoint (all other settings)."""
+    return OBJECTS if setting == OBJECTS else CHECKPOINT
+
 
 class ObjectStore(ABC):
-    """Objects by name below one URL. Thread-safe. Failures are `TieredKVError` of kind `storage` that names the setting `objects`.
+    """Objects by name below one URL. Thread-safe. Failures are `TieredKVError` of kind `storage` that names the store's setting.
 
     A name is a file name without folders. What lies deeper below the URL belongs to other stores.
     """
 
     url: str
-    """For people: where this is, without credentials."""
+    """For people: where this is, without credentials. `open_store` opens the same place by it."""
+    setting: str = OBJECTS
+    """What named the URL, and what to change when it cannot be used."""
 
     @abstractmethod
     def put(self, name: str, buffers: Sequence[Buffer]) -> None:
@@ -52,11 +61,11 @@ class ObjectStore(ABC):
 
     def failed(self, doing: str, reason: object, **context: object) -> TieredKVError:
         """The error of this store for something that it could not do."""
-        return TieredKVError(Kind.STORAGE, f"objects: {self.url} {doing}: {reason}", setting="objects", **context)
+        return TieredKVError(Kind.STORAGE, f"{role_of(self.setting)}: {self.url} {doing}: {reason}", setting=self.setting, **context)
 
     def short(self, name: str, offset: int, nbytes: int, found: int) -> TieredKVError:
         """The error for an object that ends before what is looked for."""
-        message = f"objects: {self.url} {name} has {found} of the {nbytes} bytes from byte {offset} on"
+        message = f"{role_of(self.setting)}: {self.url} {name} has {found} of the {nbytes} bytes from byte {offset} on"
         return TieredKVError(Kind.CORRUPT, message, object=name, offset=offset)
 
 

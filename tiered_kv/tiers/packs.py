@@ -114,6 +114,8 @@ def read_footer(store: ObjectStore, name: str, nbytes: int) -> PackInfo:
     Raises (kind `corrupt`) when that is not the footer that the name stands for, or does not describe so many bytes; the
     frames may still be damaged, which is found when they are read.
     """
+    if nbytes < TRAILER_BYTES:  # not every store gives a range of no bytes
+        raise _corrupt(name, f"its {nbytes} bytes do not end in a footer")
     tail = store.get_range(name, max(nbytes - _TAIL_BYTES, 0), min(nbytes, _TAIL_BYTES))
     trailer = unpack_trailer(tail[-TRAILER_BYTES:])
     if trailer is None:

@@ -1,22 +1,24 @@
 """Object storage over the network: S3, Google Cloud Storage and Azure, through obstore (see design note 009 for why).
 
-Credentials come the usual way of those ecosystems: environment variables, the machine's or the pod's identity. For other
-S3 servers set `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP=true` for one without TLS.
+Credentials come the usual way of those ecosystems: environment variables, the profiles of AWS, the machine's or the pod's
+identity (docs/object-storage.md). For other S3 servers set `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP=true` for one without TLS.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from tiered_kv.codecs.base import Buffer, byte_view
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.objectstore import ObjectStore
+from tiered_kv.tiers.credentials import METADATA, access, machine_answers, what_to_set
+from tiered_kv.tiers.objectstore import OBJECTS, ObjectStore, role_of
 
 _RETRIES = 4
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_LATE = re.compile(r"\bkind: Timeout\b|\bTimedOut\b")
 
 
 class RemoteStore(ObjectStore):
@@ -24,13 +26,23 @@ class RemoteStore(ObjectStore):
 
     Every call ends within its deadline: half of it for one request, the other half for starting further ones with
     growing pauses, when the server does not answer, or answers 5xx. `read_deadline_s` is that of `get_range`; all else
-    has `write_deadline_s`. Opening makes no request. Raises (kind `config`) without the library, or for a URL that it
-    does not understand.
+    has `write_deadline_s`. Opening makes no request. `environ`: whose credentials are used instead of this process's. Raises
+    (kind `config`) without the library, or for a URL that it does not understand.
     """
 
-    def __init__(self, url: str, *, read_deadline_s: float, write_deadline_s: float) -> None:
-        self.url = url.partition("?")[0]
-        self._obstore = _library()
+    def __init__(
+        self,
+        url: str,
+        *,
+        read_deadline_s: float,
+        write_deadline_s: float,
+        setting: str = OBJECTS,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.url, self.setting = url.partition("?")[0], setting
+        self._obstore = _library(setting)
+        self._access = access(url, environ)
+        self._must_ask_machine = self._access.is_machines
         self._reading = self._connected(url, read_deadline_s)
         self._writing = self._connected(url, write_deadline_s)
 
@@ -72,15 +84,16 @@ class RemoteStore(ObjectStore):
         half = timedelta(seconds=deadline_s / 2)
         pauses = {"init_backoff": half / 40, "max_backoff": half / 4}
         options = {
-            "client_options": {"timeout": half, "connect_timeout": min(half, timedelta(seconds=5)), "allow_http": _allows_http()},
+            "client_options": {"timeout": half, "connect_timeout": min(half, timedelta(seconds=5)), "allow_http": self._access.allows_http},
             "retry_config": {"max_retries": _RETRIES, "retry_timeout": half, "backoff": pauses},
         }
-        if url.startswith("s3") and "AWS_UNSIGNED_PAYLOAD" not in os.environ:
+        if url.startswith("s3") and not {"AWS_UNSIGNED_PAYLOAD", "aws_unsigned_payload"} & {*os.environ, *self._access.config}:
             options["unsigned_payload"] = True  # hashing takes 3/4 of a put's CPU time; frames have checksums of their own
         try:
-            return self._obstore.store.from_url(url, **options)
+            return self._obstore.store.from_url(url, config=self._access.config, credential_provider=self._access.provider, **options)
         except (ValueError, TypeError, self._obstore.exceptions.BaseError) as error:
-            raise TieredKVError(Kind.CONFIG, f"objects: {self.url} cannot be used: {_reason(error)}", setting="objects") from error
+            message = f"{role_of(self.setting)}: {self.url} cannot be used: {_reason(error)}"
+            raise TieredKVError(Kind.CONFIG, message, setting=self.setting) from error
 
     def _open(self, store: Any) -> Any:
         if store is None:
@@ -90,32 +103,36 @@ class RemoteStore(ObjectStore):
     @contextmanager
     def _naming(self, doing: str, **context: object) -> Iterator[None]:
         """The library's errors as those of the store."""
+        if self._must_ask_machine:  # the library would try for as long as a request may take
+            if not machine_answers():
+                raise self.failed(doing, what_to_set(self.url), **context)
+            self._must_ask_machine = False
         try:
             yield
         except FileNotFoundError as error:
             raise self.failed(doing, "there is no such object, or no such bucket", missing=True, **context) from error
         except (OSError, ValueError, self._obstore.exceptions.BaseError) as error:
-            raise self.failed(doing, _reason(error), **context) from error
-
-
-def _allows_http() -> bool:
-    """As the library reads it by itself, unless it is given other options of the connection."""
-    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
+            reason = _reason(error)
+            if self._access.is_machines and METADATA in reason:
+                reason = f"{what_to_set(self.url)} ({reason})"
+            raise self.failed(doing, reason, **context) from error
 
 
 def _reason(error: Exception) -> str:
     """The first line of what the library says, and the server's own word for it, such as NoSuchBucket."""
     said = str(error).strip()
     code = _CODE.search(said)
-    return said.partition("\n")[0].partition(": <")[0] + (f" ({code[1]})" if code else "")
+    before = "there is no such bucket: " if code and code[1] == "NoSuchBucket" else ""
+    late = ", no answer in time" if _LATE.search(said) else ""
+    return before + said.partition("\n")[0].partition(": <")[0] + late + (f" ({code[1]})" if code else "")
 
 
-def _library() -> Any:
+def _library(setting: str) -> Any:
     try:
         import obstore
         import obstore.exceptions
         import obstore.store
     except ImportError as error:
-        message = "objects: object storage needs the library obstore; pip install 'tiered-kv[objects]'"
-        raise TieredKVError(Kind.CONFIG, message, setting="objects") from error
+        message = f"{role_of(setting)}: object storage needs the library obstore; pip install 'tiered-kv[objects]'"
+        raise TieredKVError(Kind.CONFIG, message, setting=setting) from error
     return obstore

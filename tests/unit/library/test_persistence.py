@@ -9,7 +9,9 @@ from tiny_models import prompt_of, tiny
 
 from tiered_kv import BaseKVCache, CachePersistence, KVCacheConfig, KVLayout, Namespace, TransformersKVCache
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.ops.manifest import Manifest
 from tiered_kv.persistence import load_cache_checkpoint, save_cache_checkpoint
+from tiered_kv.tiers.folderstore import FolderStore
 
 BLOCK = 8
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK)
@@ -159,7 +161,7 @@ def test_another_model_is_refused(filled, make, tmp_path) -> None:
     persistence = CachePersistence(tmp_path)
     persistence.save_cache(filled, "state")
     for cache, words in [
-        (make(namespace=Namespace(weights="other")), "weights, tokenizer, adapter or tenant differ"),
+        (make(namespace=Namespace(weights="other")), "weights, tokenizer, adapter, tenant or forward hooks differ"),
         (make(CONFIG.with_(block_tokens=4), layout=KVLayout(2, 2, 8, "float32", 4)), "its blocks are L2 H2 D8 float32 T8"),
     ]:
         with pytest.raises(TieredKVError, match=words) as caught:
@@ -225,3 +227,44 @@ def test_a_read_only_folder_is_refused_and_the_old_checkpoint_stays(filled, make
     with pytest.raises(TieredKVError, match="not writable"):
         CachePersistence(tmp_path)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_checkpoint_with_more_models_brings_what_is_of_this_one(filled, make, tmp_path, caplog) -> None:
+    """As one of a cluster has."""
+    persistence = CachePersistence(tmp_path)
+    saved = persistence.save_cache(filled, "state")
+    manifest = Manifest.read(FolderStore(tmp_path), "state")
+    models = sorted(manifest.models, key=lambda model: model.name != "prefixes")
+    known = models[0]
+    stranger = known._replace(root=bytes(32), name="")
+    rows = tuple(row._replace(key=bytes([1]) + row.key[1:], parent=None, root=bytes(32), depth=0) for row in manifest.rows[:1])
+    more = manifest._replace(models=(known._replace(name=""), *models[1:], stranger), rows=(*manifest.rows, *rows))
+    more.write(FolderStore(tmp_path), "more")
+    node = make()
+    with pytest.raises(TieredKVError):  # the stranger's frame is no frame of that key: all is verified before
+        persistence.load_cache(node, "more")
+    more = more._replace(rows=manifest.rows, models=(*more.models[:-1], stranger))
+    more.write(FolderStore(tmp_path), "more")
+    loaded = persistence.load_cache(node, "more")
+    assert loaded.blocks == saved.blocks
+    assert "is left out" in caplog.text
+
+
+def test_pairs_that_another_cache_has_numbered_alike_are_not_mixed_up(make, tmp_path) -> None:
+    one, other = make(), make()
+    key = torch.ones(1, 2, 8, 8)
+    for cache, factor in ((one, 1), (other, 2)):
+        cache._serial = 7
+        cache.put(3, key * factor, key * factor)
+    persistence = CachePersistence(tmp_path)
+    persistence.save_cache(one, "one")
+    with pytest.raises(TieredKVError, match="numbers pairs as this cache does"):
+        persistence.load_cache(other, "one")
+    assert torch.equal(other.get(3)[0], key * 2)
+    persistence.load_cache(one, "one")
+    fresh = make()
+    fresh._serial = 6
+    fresh.put(9, key * 5, key * 5)
+    persistence.load_cache(fresh, "one")
+    fresh.put(4, key * 6, key * 6)
+    assert [float(fresh.get(at)[0].max()) for at in (9, 3, 4)] == [5, 1, 6]

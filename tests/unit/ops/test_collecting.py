@@ -2,10 +2,11 @@
 
 import random
 import threading
+from contextlib import ExitStack
 
 import pytest
 
-from tests.unit.ops.checkpoints import NOW_S, Clock, checkpoint, checkpoint_unsafely, flipped, pack
+from tests.unit.ops.checkpoints import NOW_S, Clock, checkpoint, checkpoint_unsafely, flipped, manifest, pack
 from tests.unit.ops.checkpoints import repository as opened
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.ops.collecting import Collected
@@ -411,6 +412,61 @@ def test_no_pack_that_a_checkpoint_names_is_ever_deleted(first_seed):
 def test_the_test_finds_a_checkpoint_without_a_lease():
     """The canary: without the lease some order of steps deletes what is then named, or is about to be."""
     assert any(repository.failed or repository.verify() for repository in (run_both(seed, checkpoint_unsafely) for seed in range(100)))
+
+
+class Paged(MemoryStore):
+    """Lists in two pages, between which `between` is called once."""
+
+    between = None
+
+    def sizes(self):
+        first = super().sizes()
+        between, self.between = self.between, None
+        if between:
+            between()
+        return {name: size for name, size in first.items() if name < "f"} | {n: s for n, s in super().sizes().items() if n >= "f"}
+
+
+def test_one_who_ends_between_two_pages_of_a_listing_loses_nothing():
+    """Its manifest is not on the first page yet, its lease not on the second any more."""
+    repository, ending = opened(Paged()), ExitStack()
+    lease = ending.enter_context(repository.lease())
+    infos = pack(repository.store, [0, 1]), pack(repository.store, [10])
+
+    def end():
+        for info in infos:  # the second one's name is in LATEST, the first one's in no other place
+            repository.publish(manifest([info]), lease=lease)
+        ending.close()
+
+    repository.store.between = end
+    assert repository.collect(None) == Collected()
+    assert repository.verify() == []
+    assert len(repository.names()) == 2
+
+
+def test_one_who_ends_while_listings_lag_loses_nothing():
+    """The first listing is up to date and shows no lease, the second is from before the manifest was put."""
+
+    class Stale(MemoryStore):
+        listings = ()
+
+        def sizes(self):
+            return self.listings.pop(0)() if self.listings else super().sizes()
+
+    repository, ending = opened(Stale()), ExitStack()
+    lease = ending.enter_context(repository.lease())
+    info = pack(repository.store, [0, 1])
+    old = {}
+
+    def end():
+        old.update(MemoryStore.sizes(repository.store))
+        repository.publish(manifest([info]), lease=lease)
+        ending.close()
+        return MemoryStore.sizes(repository.store)
+
+    repository.store.listings = [end, lambda: old]
+    assert repository.collect(None).skipped == "the listing lags behind"
+    assert repository.verify() == []
 
 
 def test_who_slept_through_the_lease_publishes_nothing():

@@ -115,6 +115,18 @@ def test_a_checkpoint_of_two_nodes_is_all_there_on_any_number_of_nodes(repositor
             cluster.nodes[node].check()
         again = take(cluster, repository)
         assert (again.blocks, again.written_bytes) == (COUNT, 0)
+        assert repository.read().models == manifest.models
+
+
+def test_a_restored_cluster_that_no_worker_has_met_can_be_kept_elsewhere(repository, tmp_path) -> None:
+    two_nodes(repository)
+    manifest = repository.read()
+    with cluster_of(1, host="1MiB") as cluster, open_repository(str(tmp_path / "other")) as other:
+        restored(cluster, repository, manifest)
+        taken = take(cluster, other)
+        assert taken.new_blocks == COUNT
+        assert other.verify() == []
+        assert other.read().models == manifest.models
 
 
 def test_blocks_are_written_once_whoever_holds_them_and_only_those_that_are_new(repository) -> None:
@@ -284,3 +296,25 @@ def test_a_damaged_source_costs_the_blocks_made_of_it_only(repository) -> None:
         assert (made.host, made.damaged) == (2 * COUNT - 2, 2)
         assert made.problems
         cluster.nodes["n0"].check()
+
+
+def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(repository) -> None:
+    with pytest.raises(TieredKVError, match="there is no checkpoint"):
+        repository.read_latest()
+    with cluster_of(1) as cluster:
+        names = []
+        for path in TREE[:3]:
+            store(cluster, "n0", [path])
+            names.append(take(cluster, repository).name)
+    said: list[str] = []
+    for name in reversed(names[1:]):
+        assert repository.read_latest(said.append)[0] == name
+        path = repository.store.folder / name
+        path.write_bytes(path.read_bytes()[:-1])
+    assert repository.read_latest(said.append)[0] == names[0]
+    assert any(names[2] in line for line in said)
+    path = repository.store.folder / names[0]
+    path.write_bytes(b"")
+    with pytest.raises(TieredKVError) as error:
+        repository.read_latest(said.append)
+    assert error.value.kind is Kind.CORRUPT

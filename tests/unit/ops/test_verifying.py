@@ -70,6 +70,32 @@ def test_a_damaged_frame_is_told_by_its_place_and_the_others_are_read():
     assert [each.message.partition(":")[0] for each in problems] == ["at byte 0", f"at byte {2 * FRAME_BYTES}"]
 
 
+class Strict(MemoryStore):
+    """As servers do it: a range of nothing, or behind the end, is an error of its own."""
+
+    def get_range(self, name, offset, nbytes):
+        if not nbytes or offset >= len(self.get(name)):
+            raise self.failed(f"get {name} at byte {offset}", "InvalidRange")
+        return super().get_range(name, offset, nbytes)
+
+
+def test_every_cut_is_found():
+    repository = filled(Strict())
+    objects = repository.store.objects
+    for name, whole in list(objects.items()):
+        for nbytes in {0, 1, *range(0, len(whole), 41), len(whole) - 1}:
+            objects[name] = whole[:nbytes]
+            if name == "mine.pkl" and nbytes < 4:
+                assert repository.verify() == [], "nothing says any more that it was a checkpoint"
+                continue
+            assert objects_named(repository.verify()) == {name}
+            repository.known()
+            repository.overview()
+            assert repository.latest() in repository.names()
+        objects[name] = whole
+    assert repository.verify() == []
+
+
 def test_what_is_missing_is_told():
     repository = filled()
     info = pack(MemoryStore(), [10, 11, 12])

@@ -88,6 +88,7 @@ def filled(node):
 def saved(node, folder, pack_bytes: int = 300_000, **wish):
     """All that a node holds, in packs; what is in them."""
     snapshot = node.checkpoint("snapshot", *wish.values())
+    folder.mkdir(exist_ok=True)
     node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, pack_bytes)
     state = written(node)
     assert state.error is None
@@ -217,6 +218,7 @@ def test_a_store_that_fails_ends_the_writing_with_its_error(cluster, tmp_path) -
     node = here.nodes["n0"]
     store(client_of(here), *PATHS)
     keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
+    (tmp_path / "packs").mkdir()
     node.checkpoint("save", str(tmp_path / "packs"), keys[:1])
     assert written(node).error is None
     node.checkpoint("snapshot")
@@ -225,6 +227,29 @@ def test_a_store_that_fails_ends_the_writing_with_its_error(cluster, tmp_path) -
     with pytest.raises(TieredKVError) as refused:
         node.checkpoint("save", str(tmp_path / "packs"), keys)
     assert refused.value.kind is Kind.STORAGE
+    (tmp_path / "packs").unlink()
+    with pytest.raises(TieredKVError, match="no such folder on this machine") as refused:
+        node.checkpoint("save", str(tmp_path / "packs"), keys)
+    assert refused.value.context["setting"] == "url"
+    assert not (tmp_path / "packs").exists(), "what is not shared by the nodes is not made up"
+
+
+def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluster, tmp_path, monkeypatch) -> None:
+    here = cluster()
+    node = here.nodes["n0"]
+    store(client_of(here), *PATHS)
+
+    def full(*_):
+        raise MemoryError("no room for a copy")
+
+    keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
+    with monkeypatch.context() as patch:
+        patch.setattr("tiered_kv.service.saving._copied", full)
+        node.checkpoint("save", str(tmp_path), keys)
+        assert "MemoryError" in str(written(node).error)
+    node.checkpoint("stop_saving")
+    assert node.engine.on_gone is None
+    assert saved(node, tmp_path)[1].blocks == len(keys)
 
 
 def test_a_damaged_frame_is_left_out_and_named_and_all_else_restored(cluster, tmp_path) -> None:
@@ -321,6 +346,7 @@ def test_workers_store_and_fetch_while_a_checkpoint_is_written_and_read(cluster,
     worker.start()
     try:
         for number in range(5):
+            (tmp_path / str(number)).mkdir()
             node.checkpoint("save", str(tmp_path / str(number)), [seen.key for seen in snapshot.blocks], None, 200_000)
             state = written(node)
             assert state.error is None

@@ -1,22 +1,14 @@
 """The objects tier over the network: a real S3 server in a process of its own, and one that answers as badly as it is told."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
-from typing import NamedTuple
+from threading import Thread
 
 import pytest
 
 from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
+from tests.unit.tiers.s3 import BadServer, Server, start_server
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.log import Refused
 from tiered_kv.tiers.objects import ObjectsTier
@@ -28,38 +20,6 @@ pytest.importorskip("moto")
 
 CAP = 1 << 20
 FRAME = 50_000
-
-
-class Server(NamedTuple):
-    """An S3 server of this test's own."""
-
-    process: subprocess.Popen
-    url: str
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def start_server() -> Server:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = Server(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), url)
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=10).close()
-            return server
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)  # polls for a start, orders nothing
-    server.stop()
-    raise AssertionError("the S3 server did not start")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,42 +146,6 @@ def test_a_server_killed_midway_costs_misses_and_refusals(credentials, server):
             assert tier.needs_reclaim(CAP) is None
     finally:
         doomed.stop()
-
-
-class BadServer(ThreadingHTTPServer):
-    """Answers each request with `status` and `body`, of which `promised` bytes are announced; not at all before `answers`."""
-
-    daemon_threads = True
-
-    def __init__(self, status: int, body: bytes = b"", promised: int | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), BadAnswers)
-        self.status, self.body = status, body
-        self.promised = len(body) if promised is None else promised
-        self.answers = Event()
-        self.answers.set()
-        self.requests = 0
-
-
-class BadAnswers(BaseHTTPRequestHandler):
-    server: BadServer
-
-    def answer(self) -> None:
-        self.server.requests += 1
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.answers.wait(30)
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(self.server.promised))
-        self.send_header("Content-Range", f"bytes 0-{self.server.promised - 1}/{self.server.promised}")
-        self.send_header("ETag", '"e"')
-        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        self.end_headers()
-        self.wfile.write(self.server.body)
-        self.close_connection = True
-
-    do_GET = do_PUT = do_DELETE = do_POST = answer
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
 
 
 @pytest.fixture

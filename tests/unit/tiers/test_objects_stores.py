@@ -134,7 +134,7 @@ def test_urls_of_folders_and_memory(tmp_path):
     assert open_store("memory://").sizes() == {}
 
 
-@pytest.mark.parametrize("url", ["", "s3://", "ftp://host/path", "file://host/path", "http://host/path", "gs:///nothing"])
+@pytest.mark.parametrize("url", ["", "s3://", "ftp://host/path", "file://host/path", "http://host/path", "gs:///nothing", "  "])
 def test_a_url_that_means_nothing_names_the_setting(url):
     error = error_of(open_store, url)
     assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "objects")
@@ -151,3 +151,53 @@ def test_a_folder_needs_no_library():
     code = "import sys; from tiered_kv.tiers.stores import open_store; open_store(sys.argv[1]); assert 'obstore' not in sys.modules"
     here = str(Path(__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, here], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3:/x", "s3:bucket/x", "S3:x", "http://host/x", "https:/x", "file:x", "file:///a?b", "file:///a#b", "gs:b", "memory://", "C:x"],
+)
+def test_what_looks_like_a_url_is_never_taken_for_a_folder(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = error_of(lambda: open_store(url, setting="url"))
+    assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "url")
+    assert str(error).startswith(f"checkpoint: {url!r}")
+    for possible in ("s3://bucket/prefix", "gs://bucket/prefix", "az://container/prefix", "file:///folder"):
+        assert possible in str(error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated():
+    error = error_of(open_store, "s3://key:secret@bucket/prefix")
+    assert error.kind is Kind.CONFIG
+    assert "secret" not in str(error)
+
+
+def test_what_a_store_is_called_opens_it_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/a", "./b:c", "d e", "50%", "a%20b", "what?", "n#1", "ü"):
+        store = open_store(name)
+        assert open_store(store.url).folder == store.folder
+        assert store.folder.is_relative_to(tmp_path)
+
+
+def test_who_only_reads_makes_no_folder_and_needs_none_that_can_be_written_to(tmp_path, monkeypatch):
+    def read_only(place: str):
+        return open_store(str(tmp_path / place), setting="url", create=False)
+
+    error = error_of(read_only, "typo")
+    assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "url")
+    assert str(error) == f"checkpoint: file://{tmp_path}/typo cannot be used: there is no such folder on this machine"
+    assert not (tmp_path / "typo").exists()
+    (tmp_path / "file").touch()
+    assert "it is no folder" in str(error_of(read_only, "file"))
+    open_store(str(tmp_path / "there")).put("one", [b"1"])
+    (tmp_path / "there" / "two.part").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a test may run as root, whom no folder refuses
+    assert "not writable" in str(error_of(open_store, str(tmp_path / "there")))
+    assert bytes(read_only("there").get("one")) == b"1"
+    assert (tmp_path / "there" / "two.part").exists(), "reading removes nothing"
+    error = error_of(read_only("there").get, "gone")
+    assert error.context["setting"] == "url"
+    assert str(error).startswith("checkpoint: ")
