@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, NamedTuple
@@ -24,11 +25,15 @@ RENEW_S = 60.0
 
 
 class Wanted(NamedTuple):
-    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often."""
+    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often.
+
+    Where that is none, and it may not be empty, no checkpoint is written.
+    """
 
     tiers: tuple[int, ...] | None = None
     models: Callable[[Model], bool] = lambda _: True
     min_hits: int = 0
+    may_be_empty: bool = True
 
 
 EVERYTHING = Wanted()
@@ -96,17 +101,20 @@ class Taking:
         Raises (kind `storage`) when a node or the store fails, or `stopped` is set: there is no such checkpoint then, the packs that
         were complete stay, and the next one goes on from there.
         """
+        who = uuid.uuid4().hex
         with self._repository.lease("checkpoint", say=self._say) as lease:
             try:
-                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits)
+                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits, who)
                 described = _models(snapshots, models)
                 whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
+                if not whole.blocks and not wanted.may_be_empty:
+                    raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node holds a block of those asked for")
                 known = self._repository.known()
                 kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._written(assigned(new), new, lease)
             finally:
-                self._ask(self._nodes, "stop_saving")
+                self._ask(self._nodes, "stop_saving", who)
             return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
 
     def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease) -> dict[str, Written]:

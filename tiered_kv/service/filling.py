@@ -184,6 +184,15 @@ class Filling:
             error = TieredKVError(Kind.STORAGE, f"filling failed: {error!r}")
         return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error)
 
+    def stats(self) -> dict | None:
+        """How it goes, in blocks, ready for JSON; None where nothing was restored."""
+        if self._job is None:
+            return None
+        told = self.filled()
+        error = str(told.error) if told.error else None
+        nearer = told.host + told.disk
+        return {"blocks": told.mounted, "nearer": nearer, "damaged": told.damaged, "is_done": told.is_done, "error": error}
+
     def stop(self) -> None:
         """End the filling; what is mounted stays so. Returns when no more is read."""
         job = self._job

@@ -260,6 +260,7 @@ class Node:
             "save": saving.save,
             "written": saving.written,
             "stop_saving": saving.stop,
+            "note_saved": saving.note,
             "shelf": filling.shelf,
             "mount": filling.mount,
             "fill": filling.fill,
@@ -319,6 +320,8 @@ class Node:
                 "codecs": self.place.coder.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
+                "filling": self.filling.stats(),
+                "saved": self.saving.last,
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
