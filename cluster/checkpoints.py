@@ -92,8 +92,11 @@ def _checkpoint(options: argparse.Namespace, console: Console) -> int:
             try:
                 _take(options, console, repository, given, stopped)
             except TieredKVError as error:
-                if given.every_s is None or stopped.is_set() or error.kind is Kind.CLUSTER:
+                if given.every_s is None or (error.kind is Kind.CLUSTER and not stopped.is_set()):
                     raise
+                if stopped.is_set():
+                    say(console, str(error))
+                    return 0
                 say(console, f"this checkpoint failed, the next one goes on from there: {error}")
             if given.every_s is None or stopped.wait(max(given.every_s - (time.monotonic() - begun_s), 0)):
                 return 0
