@@ -63,7 +63,9 @@ def must_be_there(repository: "Repository", name: str) -> None:
 def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
     """The checkpoint `name`, or the latest, and what it is called; says what it is."""
     if name is None:
-        chosen, manifest = repository.read_latest(lambda line: console.print(f"[bold yellow]warning[/]: {line}", soft_wrap=True))
+        chosen, manifest = repository.read_latest(
+            lambda line: console.print(f"[bold yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
+        )
     else:
         must_be_there(repository, name)
         chosen, manifest = name, repository.read(name)

@@ -105,45 +105,20 @@ class Saving:
     def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0, who: str = "") -> Snapshot:
         """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
 
-<<<<<<< HEAD
-        Raises (kind `storage`) while a checkpoint is being written. Holds the engine's lock for some 0.3 µs a block, during
-        which no store is answered; fetches go on.
-=======
         Raises (kind `storage`, `busy`) while a checkpoint is being written, or until somebody else than `who` has let go of his by `stop`.
-        Holds the engine's lock for some 3 µs a block, during which no store is answered; fetches go on.
->>>>>>> 37b4000 (Two who write checkpoints of one cluster wait for each other, and the second no longer ends what the first does; nothing to write is no checkpoint)
+        Holds the engine's lock for some 0.3 µs a block, during which no store is answered; fetches go on.
         """
         wanted = {tier for tier in Tier if tier is not Tier.OBJECTS} if tiers is None else {Tier(tier) for tier in tiers}
         with self._lock:
             self._must_be_idle(who)
             with self._node.running():
                 self._node.engine.drain_touches()
-<<<<<<< HEAD
                 blocks = dict(self._node.engine.machine.blocks)
                 used = self._node.place.index.used()
                 self._expect({key: block.root for key, block in blocks.items() if block.root is not None})
-                self._job = _Job()  # so that what is set aside is let go again when nobody goes on
+                self._job = _Job(who)  # so that what is set aside is let go again when nobody goes on
             order = dict.fromkeys([*(key for key in used if key in blocks), *reversed(blocks)])
             seen = [each for key in order if (each := self._seen(key, blocks[key], wanted, min_hits)) is not None]
-=======
-                blocks = self._node.engine.machine.blocks
-                used = [key for key in self._node.place.index.used() if key in blocks]
-                order = dict.fromkeys([*used, *reversed(blocks)])
-                seen = []
-                for key in order:
-                    block = blocks[key]
-                    if block.root is None:
-                        continue
-                    tier = min((tier for tier in block.copies if tier in wanted), default=None)
-                    if tier is not None and block.uses > min_hits:
-                        at = block.copies[tier]
-                        depth = block.depth if block.parent is not None else block.depth or 0
-                        place = (int(tier), at.codec, at.stored_bytes, at.raw_bytes)
-                        seen.append(Seen(key, block.parent, block.root, depth, *place, block.uses - 1))
-                self._expect({each.key: each.root for each in seen})
-                self._job = _Job(who)  # so that what is set aside is let go again when nobody goes on
-            models = {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
->>>>>>> 37b4000 (Two who write checkpoints of one cluster wait for each other, and the second no longer ends what the first does; nothing to write is no checkpoint)
             present = {each.root for each in seen}
             models = self._node.filling.models | {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
             return Snapshot(seen, {root: message for root, message in models.items() if root in present})
