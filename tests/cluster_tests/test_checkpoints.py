@@ -221,16 +221,23 @@ def place(main: str, home: Path) -> Path:
 
 
 def assert_all_hit(name: str, tiers: set[str]) -> None:
-    """Every node of a cluster has all prompts, bit for bit, and serves them from these tiers among others."""
+    """Every node of a cluster has all prompts, bit for bit, and serves them from these tiers among others.
+
+    A miss for a moment is allowed, while blocks move; a block that is gone is not.
+    """
     found: set[str] = set()
     with clients(name) as each:
         for seed in sorted(seeds()):
             ids, kv = prompt(seed)
             client = list(each.values())[seed % len(each)]
-            fetched = client.fetch(ids, deadline_ms=20_000)
-            assert fetched.tokens == len(ids), f"prompt {seed}: {client.explain(ids)}"
-            assert torch.equal(fetched.kv, kv)
-            found |= set(fetched.tokens_by_tier)
+
+            def is_whole() -> bool:
+                fetched = client.fetch(ids, deadline_ms=20_000)  # noqa: B023 - called at once
+                assert torch.equal(fetched.kv, kv[..., : fetched.tokens, :])  # noqa: B023
+                found.update(fetched.tokens_by_tier)
+                return fetched.tokens == len(ids)  # noqa: B023
+
+            until(is_whole, f"prompt {seed} of {name}")
     assert tiers <= found
 
 
