@@ -208,6 +208,15 @@ class Node:
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
+        with self.pinned(keys) as here:
+            yield list(self.place.frames(here))
+
+    @contextmanager
+    def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[BlockKey, BlockKey | None, Location]]]:
+        """The leading `keys` that are here, with their roots, and where their bytes stay as they are inside the with block.
+
+        Other copies may come meanwhile: what is read is where this says, and in the codec that it says.
+        """
         machine = self.engine.machine
         with self.running():
             here: list[tuple[BlockKey, BlockKey | None, Location]] = []
@@ -218,7 +227,7 @@ class Node:
                 here.append((key, block.root, block.copies.get(Tier.HOST, block.best)))
             self.engine.handle([ev.Pinned(key) for key, _, _ in here])
         try:
-            yield list(self.place.frames(here))
+            yield here
         finally:
             self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
 

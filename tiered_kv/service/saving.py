@@ -269,11 +269,10 @@ class Saving:
             rest = keys
             while rest:
                 records = []
-                with self._node.serving(rest) as frames:
-                    machine = self._node.engine.machine
-                    for key, pieces in zip(rest, frames, strict=False):
-                        block = machine.blocks[key]  # it is pinned
-                        records.append(_record(key, block.parent, block.root, block.copies.get(Tier.HOST, block.best), pieces))
+                with self._node.pinned(rest) as here:
+                    blocks = self._node.engine.machine.blocks
+                    for (key, root, at), pieces in zip(here, self._node.place.frames(here), strict=False):
+                        records.append(_record(key, blocks[key].parent, root, at, pieces))
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
                 yield from self._taken(job, done, records)
 
