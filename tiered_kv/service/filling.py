@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,11 +41,13 @@ FILLED_SHARE = 7 / 8
 """Of a tier that is filled; the rest is for what workers store."""
 INDEX_SHARE = 7 / 8  # of the index that may show blocks after a mount
 _EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
+_SHOWN_AT_ONCE = 16  # in memory, where a policy hears of them
 _WINDOW_BYTES, _WINDOW_SHARE = 64 << 20, 1 / 16  # of host: blocks in their order, within which those of one pack are read together
 READS_AHEAD = 4
 _PROBLEMS_KEPT = 100
 
 Source = Frame | TieredKVError
+Placed = tuple[MountedBlock, Frame, Location]
 
 
 class Shelf(NamedTuple):
@@ -295,22 +297,30 @@ class Filling:
         """Copy blocks to host memory as long as nothing has to go for them, side by side; those that found no room."""
         locations = self._reserved(session, blocks)
         placed = [(block, frame, location) for (block, frame), location in zip(blocks, locations, strict=False)]
-        errors = list(self._copying.map(self._put, placed))
-        events = []
-        with self._node.running():
-            for (block, _, location), error in zip(placed, errors, strict=True):
-                if error is None:
-                    del session.reserved[location.offset]
-                    events.append(ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses))
-                    job.host.append(block.key)
-            self._node.engine.handle(events)
-        for (block, _, location), error in zip(placed, errors, strict=True):
+        share = -(-len(placed) // self._node.config.io_threads) or 1
+        parts = [placed[start : start + share] for start in range(0, len(placed), share)]
+        errors = list(chain.from_iterable(self._copying.map(lambda part: list(map(self._put, part)), parts)))
+        outcomes = list(zip(placed, errors, strict=True))
+        for start in range(0, len(outcomes), _SHOWN_AT_ONCE):
+            self._show(job, session, outcomes[start : start + _SHOWN_AT_ONCE])
+        for (block, _, location), error in outcomes:
             if error is not None:
                 session.release([location.offset])
                 self._refused(job, block, error)
         return blocks[len(placed) :]
 
-    def _put(self, placed: tuple[MountedBlock, Frame, Location]) -> TieredKVError | None:
+    def _show(self, job: _Job, session: NodeSession, outcomes: Sequence[tuple[Placed, TieredKVError | None]]) -> None:
+        """Let blocks that lie in host memory now be hits there."""
+        events = []
+        with self._node.running():
+            for (block, _, location), error in outcomes:
+                if error is None:
+                    del session.reserved[location.offset]
+                    events.append(ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses))
+                    job.host.append(block.key)
+            self._node.engine.handle(events)
+
+    def _put(self, placed: Placed) -> TieredKVError | None:
         """Write a block to its extent; what is wrong with it if it cannot be decoded."""
         block, frame, location = placed
         try:

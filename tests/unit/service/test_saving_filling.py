@@ -374,7 +374,7 @@ def test_what_is_too_much_at_once_for_a_slow_link_is_read_block_by_block(cluster
         return whole(self, name, offset, nbytes)
 
     monkeypatch.setattr(FolderStore, "get_range", slow)
-    there = cluster()
+    there = cluster(host="8MiB")
     node = there.nodes["n0"]
     node.checkpoint("mount", str(tmp_path), names, blocks)
     node.checkpoint("fill")
