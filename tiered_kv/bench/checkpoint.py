@@ -75,7 +75,7 @@ class Plan(NamedTuple):
         return self._replace(bytes_each=self.bytes_each // few, remote_bytes=self.remote_bytes // few)
 
 
-FULL = Plan(tuple(LAYOUTS), 1 << 30, 512 << 20, 7, 512 << 20, 5, serving.FULL, 4 << 30)
+FULL = Plan(tuple(LAYOUTS), 1 << 30, 512 << 20, 5, 512 << 20, 4, serving.FULL, 4 << 30)
 QUICK = Plan((SMOLLM2.block_bytes,), 512 << 20, 256 << 20, 3, 256 << 20, 2, serving.QUICK, 1 << 30)
 
 

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     turn_s: float
 
 
-FULL = Plan(1 << 30, 448 << 20, 64 << 20, 7, 1.5)
+FULL = Plan(1 << 30, 448 << 20, 64 << 20, 5, 1.2)
 QUICK = Plan(512 << 20, 192 << 20, 64 << 20, 3, 0.7)
 
 

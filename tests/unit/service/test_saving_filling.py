@@ -244,7 +244,7 @@ def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluste
 
     keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
     with monkeypatch.context() as patch:
-        patch.setattr("tiered_kv.service.saving._record", full)
+        patch.setattr("tiered_kv.service.saving._copied", full)
         node.checkpoint("save", str(tmp_path), keys)
         assert "MemoryError" in str(written(node).error)
     node.checkpoint("stop_saving")
