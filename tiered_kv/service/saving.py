@@ -295,19 +295,10 @@ class Saving:
             rest = keys
             while rest:
                 records = []
-<<<<<<< HEAD
                 with self._node.pinned(rest) as here:
-                    blocks = self._node.engine.machine.blocks
-                    for (key, root, at), pieces in zip(here, self._node.place.frames(here), strict=False):
-                        records.append(_record(key, blocks[key].parent, root, at, pieces))
-=======
-                with self._node.serving(rest) as frames:
-                    machine = self._node.engine.machine
-                    for key, frame in zip(rest, _copied(frames), strict=False):
-                        block = machine.blocks[key]  # it is pinned
-                        location = block.copies.get(Tier.HOST, block.best)
-                        records.append(Record(key, [frame], location.codec, location.raw_bytes, block.parent, block.root))
->>>>>>> bench6
+                    blocks, copied = self._node.engine.machine.blocks, _copied(list(self._node.place.frames(here)))
+                    for (key, root, at), frame in zip(here, copied, strict=False):
+                        records.append(Record(key, [frame], at.codec, at.raw_bytes, blocks[key].parent, root))
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
                 yield from self._taken(job, done, records)
 
