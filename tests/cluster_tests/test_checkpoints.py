@@ -401,7 +401,7 @@ def test_what_cannot_be_is_said_and_changes_nothing(main: str, place: Path, tmp_
     for given, status, words in (
         (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: cluster 'main' is up and has its nodes"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
-        (["restore", "--name", main, "--world", 3, place], 2, "world of 3"),
+        (["restore", "--name", main, "--world", 5, place], 2, "world of 5"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no folder"),
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
         (["checkpoint", "--name", main, "/proc/nope"], 1, "URL: file:///proc/nope cannot be used"),
