@@ -401,11 +401,11 @@ def test_what_cannot_be_is_said_and_changes_nothing(main: str, place: Path, tmp_
     for given, status, words in (
         (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: cluster 'main' is up and has its nodes"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
-        (["restore", "--name", main, "--world", 3, place], 2, "world of 3"),
-        (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder"),
+        (["restore", "--name", main, "--world", 5, place], 2, "world of 5"),
+        (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
-        (["checkpoint", "--name", main, "/proc/nope"], 1, "checkpoint: file:///proc/nope cannot be used"),
-        (["checkpoint", "--name", main, "s4://bucket"], 2, "checkpoint: 's4://bucket' is no place"),
+        (["checkpoint", "--name", main, "/proc/nope"], 1, "file:///proc/nope cannot be used"),
+        (["checkpoint", "--name", main, "s4://bucket"], 2, "'s4://bucket' is no place"),
         (["up", "--name", main, "--block-tokens", 16, "--restore", place], 1, "already up"),
         (["up", "--name", "sizes", "--restore", place], 1, "--block-tokens 16 would fit"),
     ):
