@@ -137,8 +137,8 @@ def _take(options: argparse.Namespace, console: Console, repository: "Repository
             raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped before it began")
     seconds = time.monotonic() - begun_s
     ask(nodes, "note_saved", {"name": taken.name, "url": repository.store.url, "at_s": time.time(), "blocks": taken.blocks})
-    collected = repository.collect(options.keep) if options.keep else None
     _report_taken(console, taken, seconds)
+    collected = repository.collect(options.keep) if options.keep else None
     if collected is not None:
         _report_collected(console, collected)
     tokens = about["config"].block_tokens
