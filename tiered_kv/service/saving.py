@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PACK_BYTES = 32 << 20
 SET_ASIDE_SHARE = 1 / 8  # of host
-UNASKED_S = 60.0
+UNASKED_S = 30.0
 """With nobody asking how it goes for so long, the writing ends: who wanted it is gone."""
 _AT_ONCE_BYTES, _AT_ONCE_SHARE = 8 << 20, 1 / 16  # of host: frames that are held in place together
 PACKS_AT_ONCE = 3  # written side by side, while one more is filled
