@@ -95,12 +95,12 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _up(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import checkpoints, start
+    from tiered_kv.cluster import restoring, start
 
     if options.address and options.nodes != 1:
         raise TieredKVError(Kind.CONFIG, "--nodes: with --address there is one cache node for each Ray node", setting="nodes")
     config = _config(options)
-    with checkpoints.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
+    with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
         cluster = start.up(
             config, name=options.name, nodes=options.nodes, address=options.address, say=console.print, mounted_bytes=mounted_bytes
         )

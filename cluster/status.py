@@ -1,10 +1,12 @@
 """What people see of a cluster: its nodes, their tiers, bytes, blocks and hits."""
 
+import time
 from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
 
+from tiered_kv.cluster.progress import age, count
 from tiered_kv.config import format_size
 
 
@@ -33,6 +35,7 @@ def summarize(about: dict) -> dict:
                 "codecs": stats["codecs"],
                 "policy": stats["policy"],
                 "recording": stats["recording"],
+                "filling": stats["filling"],
             }
         )
     asked = sum(node["asked_blocks"] for node in nodes)
@@ -46,6 +49,7 @@ def summarize(about: dict) -> dict:
         "codecs": _plans(nodes),
         "block_tokens": about["config"].block_tokens,
         "nodes": nodes,
+        "last_checkpoint": max((node["stats"]["saved"] for node in about["nodes"] if node["stats"]["saved"]), key=_at, default=None),
         "asked_blocks": asked,
         "hit_blocks": hit,
         "hit_ratio": _ratio(hit, asked),
@@ -76,7 +80,7 @@ def show(summary: dict, console: Console) -> None:
             )
     console.print(table)
     for node in summary["nodes"]:
-        if said := "; ".join(part for part in (saved(node), _movement(node), _writes(node), _learned(node)) if part):
+        if said := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
             console.print(f"{node['node']}: {said}", highlight=False, soft_wrap=True)
     for model, plan in summary["codecs"].items():
         chosen = ", ".join(f"{tier} {each['codec']} ({each['why']})" for tier, each in plan.items())
@@ -87,6 +91,9 @@ def show(summary: dict, console: Console) -> None:
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
     if said := saved(summary):
         console.print(said, highlight=False)
+    if last := summary["last_checkpoint"]:
+        text = f"last checkpoint: {age(time.time() - last['at_s'])} ago, {count(last['blocks'], 'block')}, {last['name']} at {last['url']}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _plans(nodes: list[dict]) -> dict[str, dict]:
@@ -122,6 +129,24 @@ def saved(record: dict) -> str:
     tokens, seconds = record["prefill_tokens_saved"], record["prefill_seconds_saved"]
     time = f", {_duration(seconds)}" if seconds else ""
     return f"prefill saved: {_amount(tokens)} tokens{time}" if tokens else ""
+
+
+def _filling(node: dict) -> str:
+    """How far the last restore has come, and what went wrong with it."""
+    filling = node["filling"]
+    if filling is None:
+        return ""
+    going = ", done" if filling["is_done"] else " so far"
+    said = [f"from a checkpoint: {filling['nearer']:,} of {count(filling['blocks'], 'block')} brought to memory or disk{going}"]
+    if filling["damaged"]:
+        said.append(f"{count(filling['damaged'], 'block')} of the checkpoint damaged and left out")
+    if filling["error"]:
+        said.append(f"filling from the checkpoint ended early: {filling['error']}")
+    return "; ".join(said)
+
+
+def _at(checkpoint: dict) -> float:
+    return checkpoint["at_s"]
 
 
 MOVEMENT = {

@@ -1,13 +1,16 @@
 """What `tiered-kv status` says, of nodes as they really are."""
 
 import json
+import time
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from tests.unit.service.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
+from tiered_kv.blocks import Location, Tier
 from tiered_kv.cluster.status import saved, show, summarize
+from tiered_kv.tiers.mounted import MountedBlock
 
 PATH = (1, 2, 0, 1)
 
@@ -54,6 +57,45 @@ def test_what_happened_is_told_in_words(node_factory) -> None:
     text = shown(summarize(record))
     assert "n0: 7 not worth a write, 3 dropped because the tier below was too slow; what the other nodes have learned came 4.2 s" in text
     assert "prefill" not in text, "nothing was saved yet"
+
+
+def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factory, tmp_path) -> None:
+    first, second = (node_factory(node_id=name) for name in ("n0", "n1"))
+    assert "checkpoint" not in shown(summarize(about(first, second)))
+    client_factory(first, LAYOUT, NAMESPACE).store(tokens_of(PATH), kv_of(PATH))
+    keys = [seen.key for seen in first.checkpoint("snapshot").blocks]
+    first.checkpoint("save", str(tmp_path), keys)
+    while not first.checkpoint("written").is_done:
+        pass
+    [info] = first.checkpoint("written").packs
+    place = {"name": "ckpt-1", "url": f"file://{tmp_path}", "blocks": 4}
+    first.checkpoint("note_saved", place | {"at_s": time.time() - 7200})
+    second.checkpoint("note_saved", place | {"at_s": time.time() - 86400, "name": "ckpt-0"})
+    depths = {entry.key: depth for depth, entry in enumerate(info.entries)}
+    blocks = [
+        MountedBlock(
+            *(entry.key, entry.parent, entry.root, depths[entry.key]),
+            Location(Tier.CHECKPOINT, entry.codec, 0, entry.offset, entry.stored_bytes, entry.raw_bytes),
+            1,
+        )
+        for entry in info.entries
+    ]
+    second.checkpoint("mount", str(tmp_path), [info.name], blocks)
+    second.checkpoint("fill", 1.0)
+    text = shown(summarize(about(first, second)))
+    assert "n1: from a checkpoint: " in text
+    assert " of 4 blocks brought to memory or disk" in text
+    assert f"last checkpoint: 2.0 h ago, 4 blocks, ckpt-1 at file://{tmp_path}\n" in text
+    while not second.checkpoint("filled").is_done:
+        pass
+    summary = summarize(about(first, second))
+    assert summary == json.loads(json.dumps(summary))
+    assert summary["nodes"][1]["filling"] == {"blocks": 4, "nearer": 4, "damaged": 0, "is_done": True, "error": None}
+    assert summary["last_checkpoint"]["name"] == "ckpt-1"
+    assert "n1: from a checkpoint: 4 of 4 blocks brought to memory or disk, done" in shown(summary)
+    summary["nodes"][1]["filling"] |= {"damaged": 1, "error": "the store is gone"}
+    text = shown(summary)
+    assert "1 block of the checkpoint damaged and left out; filling from the checkpoint ended early: the store is gone" in text
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ that keeps what it reads, in memory that the system has to make for it as it has
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tiered_kv.bench import remote, serving
+from tiered_kv.bench.disk import scratch
 from tiered_kv.bench.fetch import LAYOUTS as COMMON
 from tiered_kv.bench.fetch import machine
 from tiered_kv.bench.filled import Blocks, Served, used_memory
@@ -88,7 +88,7 @@ def run_checkpoint_bench(
     `TieredKVError` where a block is not written, or does not come back as it was stored. A tmpfs tells nothing about a disk.
     """
     plan = QUICK if quick else FULL
-    with _scratch(folder) as place:
+    with scratch(folder) as place:
         results, seconds = [], []
         for size in plan.sizes:
             results += _in_folder(place, Blocks(LAYOUTS[size]), plan.smaller(size))
@@ -110,15 +110,6 @@ def run_checkpoint_bench(
         "serving": [line for lines in meanwhile for line in lines],
         "endpoint": endpoint or "moto",
     }
-
-
-@contextmanager
-def _scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tkv-bench-", dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def _rotated(names: Sequence[str], turn: int) -> list[str]:

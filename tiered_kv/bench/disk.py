@@ -65,7 +65,7 @@ def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathL
     Raises `TieredKVError` (kind `storage`) where a block is not written. A tmpfs tells nothing about a disk.
     """
     plan = QUICK if quick else FULL
-    with _scratch(folder) as place:
+    with scratch(folder) as place:
         results = []
         for block_bytes in BLOCK_BYTES:
             results += _sequential(place, block_bytes, plan)
@@ -76,7 +76,8 @@ def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathL
 
 
 @contextmanager
-def _scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
+def scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
+    """A new folder below `folder` (None: the system's temporary one), removed at the end."""
     path = Path(tempfile.mkdtemp(prefix="tkv-bench-", dir=folder))
     try:
         yield path

@@ -26,11 +26,15 @@ RENEW_S = 60.0
 
 
 class Wanted(NamedTuple):
-    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often."""
+    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often.
+
+    Where that is none, and it may not be empty, no checkpoint is written.
+    """
 
     tiers: tuple[int, ...] | None = None
     models: Callable[[Model], bool] = lambda _: True
     min_hits: int = 0
+    may_be_empty: bool = True
 
 
 EVERYTHING = Wanted()
@@ -106,6 +110,8 @@ class Taking:
                 snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits, ticket)
                 described = _models(snapshots, models)
                 whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
+                if not whole.blocks and not wanted.may_be_empty:
+                    raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node holds a block of those asked for")
                 kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._written(assigned(new), new, lease, ticket)

@@ -15,6 +15,7 @@ from tiered_kv.ops.reshard import Planned
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.filling import Filled, Shelf
 from tiered_kv.service.making import Made
+from tiered_kv.tiers.credentials import credentials
 from tiered_kv.tiers.mounted import MountedBlock
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Se
     for node, mine in given.items():
         names, numbers = _packs_of(manifest, mine)
         blocks = [_mounted(row, numbers[row.pack]) for row in mine]
-        by_node[node] = answers(ask, [node], "mount", url, names, blocks, facts)[node]
+        by_node[node] = answers(ask, [node], "mount", url, names, blocks, facts, credentials(url))[node]
     return Mounted(by_node, len(rows) - sum(by_node.values()))
 
 
@@ -129,7 +130,7 @@ def make(
             )
             for target in targets
         ]
-        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes), _facts(planned.models))
+        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes), _facts(planned.models), credentials(url))
     return wait(ask, nodes, **waiting)
 
 

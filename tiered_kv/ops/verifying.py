@@ -155,10 +155,14 @@ def _read(store: ObjectStore, each: _Range) -> list[Problem]:
         return [Problem(each.pack, str(error))]
     problems = []
     for frame in each.frames:
+        where = f"at byte {frame.offset}"
         try:
-            open_frame(view[frame.offset - begin : frame.end - begin], frame.key, frame.root)
+            found = open_frame(view[frame.offset - begin : frame.end - begin], frame.key, frame.root)
         except TieredKVError as error:
-            problems.append(Problem(each.pack, f"at byte {frame.offset}: {error}"))
+            problems.append(Problem(each.pack, f"{where}: {error}"))
+            continue
+        if (found.codec.id, found.raw_bytes) != (frame.codec, frame.raw_bytes):
+            problems.append(Problem(each.pack, f"{where}: the frame is of codec {found.codec.id}, not {frame.codec} as is said of it"))
     return problems
 
 

@@ -9,8 +9,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -29,7 +29,7 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.tiers.host import Lineage
 from tiered_kv.tiers.log import Record
-from tiered_kv.tiers.mounted import READ_BYTES, MountedBlock, runs_of
+from tiered_kv.tiers.mounted import READ_BYTES, MountedBlock, Run, runs_of
 from tiered_kv.tiers.stores import open_store
 
 if TYPE_CHECKING:
@@ -196,13 +196,21 @@ class Filling:
             error = TieredKVError(Kind.STORAGE, f"filling failed: {error!r}")
         return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error)
 
+    def stats(self) -> dict | None:
+        """How it goes, in blocks, ready for JSON; None where nothing was restored."""
+        if self._job is None:
+            return None
+        told = self.filled()
+        error = str(told.error) if told.error else None
+        nearer = told.host + told.disk
+        return {"blocks": told.mounted, "nearer": nearer, "damaged": told.damaged, "is_done": told.is_done, "error": error}
+
     def stop(self) -> None:
         """End the filling; what is mounted stays so. Returns when no more is read."""
         job = self._job
         if job is not None and job.done is not None:
             job.stopping.set()
-            with suppress(TieredKVError, OSError, ValueError):
-                job.done.result()
+            wait([job.done])  # however it ends: `filled` tells
 
     def close(self) -> None:
         """Stop, and end the thread."""
@@ -239,7 +247,17 @@ class Filling:
         most_bytes = int(min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE))
         for window in _windows(blocks, most_bytes):
             for run in runs_of(filter(self._is_far, window), min(READ_BYTES, most_bytes)):
-                yield Work(run.blocks, run.nbytes, partial(self._place.mounted.read_run, run))
+                yield Work(run.blocks, run.nbytes, partial(self._read, run))
+
+    def _read(self, run: Run) -> list[Source]:
+        """The frames of a run; block by block where all of it at once takes too long, as on a slow link."""
+        try:
+            return self._place.mounted.read_run(run)
+        except TieredKVError as error:
+            if len(run.blocks) == 1 or error.kind is not Kind.STORAGE or error.context.get("missing"):
+                raise
+            log.info("a range of %d bytes is read in pieces: %s", run.nbytes, str(error))
+        return [source for each in runs_of(run.blocks, 1) for source in self._place.mounted.read_run(each)]
 
     def _is_unknown(self, key: BlockKey) -> bool:
         return key not in self._node.engine.machine.blocks

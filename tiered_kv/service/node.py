@@ -208,6 +208,15 @@ class Node:
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
+        with self.pinned(keys) as here:
+            yield list(self.place.frames(here))
+
+    @contextmanager
+    def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[BlockKey, BlockKey | None, Location]]]:
+        """The leading `keys` that are here, with their roots, and where their bytes stay as they are inside the with block.
+
+        Other copies may come meanwhile: what is read is where this says, and in the codec that it says.
+        """
         machine = self.engine.machine
         with self.running():
             here: list[tuple[BlockKey, BlockKey | None, Location]] = []
@@ -218,7 +227,7 @@ class Node:
                 here.append((key, block.root, block.copies.get(Tier.HOST, block.best)))
             self.engine.handle([ev.Pinned(key) for key, _, _ in here])
         try:
-            yield list(self.place.frames(here))
+            yield here
         finally:
             self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
 
@@ -260,6 +269,7 @@ class Node:
             "save": saving.save,
             "written": saving.written,
             "stop_saving": saving.stop,
+            "note_saved": saving.note,
             "shelf": filling.shelf,
             "mount": filling.mount,
             "fill": filling.fill,
@@ -319,6 +329,8 @@ class Node:
                 "codecs": self.place.coder.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
+                "filling": self.filling.stats(),
+                "saved": self.saving.last,
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PACK_BYTES = 32 << 20
 SET_ASIDE_SHARE = 1 / 8  # of host
-UNASKED_S = 60.0
+UNASKED_S = 30.0
 """With nobody asking how it goes for so long, the writing ends: who wanted it is gone."""
 _AT_ONCE_BYTES, _AT_ONCE_SHARE = 8 << 20, 1 / 16  # of host: frames that are held in place together
 PACKS_AT_ONCE = 3  # written side by side, while one more is filled
@@ -78,10 +78,9 @@ class Written(NamedTuple):
 
 @dataclass
 class _Job:
-    """The writing of one checkpoint. `ticket`: whose it is. `told`: that it has ended is known to whoever wanted it."""
+    """The writing of one checkpoint. `ticket`: whose it is."""
 
     ticket: str = ""
-    told: bool = False
     keys: Sequence[BlockKey] = ()
     blocks: int = 0
     nbytes: int = 0
@@ -106,12 +105,14 @@ class Saving:
         self._pending: dict[BlockKey, BlockKey] = {}  # to be written: their roots; guarded by the engine's lock
         self._aside: dict[BlockKey, Record] = {}
         self._aside_bytes = 0
+        self.last: dict | None = None
+        """The last checkpoint that is known to be complete, see `note`."""
 
     def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0, ticket: str = "") -> Snapshot:
         """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
 
-        Raises (kind `storage`) while another checkpoint is being written. Holds the engine's lock for some 0.3 µs a block, during
-        which no store is answered; fetches go on.
+        Raises (kind `storage`, `busy`) while another checkpoint is being written, until whoever wants that lets go of it by `stop`.
+        Holds the engine's lock for some 0.3 µs a block, during which no store is answered; fetches go on.
         """
         wanted = {tier for tier in Tier if tier is not Tier.OBJECTS} if tiers is None else {Tier(tier) for tier in tiers}
         with self._lock:
@@ -172,11 +173,15 @@ class Saving:
         if job is None or job.done is None:
             raise TieredKVError(Kind.STORAGE, "nothing is being written, or the node was restarted meanwhile")
         job.asked_s = time.monotonic()
-        is_done = job.told = job.done.done()
+        is_done = job.done.done()
         error = job.done.exception() if is_done and not job.done.cancelled() else None
         if error is not None and not isinstance(error, TieredKVError):
             error = TieredKVError(Kind.STORAGE, f"writing failed: {error!r}")
         return Written(job.blocks, job.nbytes, job.packs[packs_told:], list(job.left), is_done, error)
+
+    def note(self, checkpoint: dict) -> None:
+        """Remember a checkpoint that is complete, as JSON-ready facts for `stats`."""
+        self.last = checkpoint
 
     def stop(self, ticket: str | None = None) -> None:
         """End the writing, or give the snapshot up; packs that are complete stay. Returns when no more is written.
@@ -210,11 +215,12 @@ class Saving:
 
     def _must_be_free_for(self, ticket: str) -> None:
         job = self._job
-        if job is None or job.told:
+        if job is None:
             return
         is_anothers = job.ticket != ticket and time.monotonic() - job.asked_s <= UNASKED_S
         if is_anothers or (job.done is not None and not job.done.done()):
-            raise TieredKVError(Kind.STORAGE, "another checkpoint is being written by this node; try again when it has ended")
+            message = "another checkpoint is being written by this node; it ends within a minute if nobody waits for it any more"
+            raise TieredKVError(Kind.STORAGE, message, busy=True)
 
     def _must_be_of(self, ticket: str) -> None:
         if self._job is not None and self._job.ticket != ticket:
@@ -289,12 +295,10 @@ class Saving:
             rest = keys
             while rest:
                 records = []
-                with self._node.serving(rest) as frames:
-                    machine = self._node.engine.machine
-                    for key, frame in zip(rest, _copied(frames), strict=False):
-                        block = machine.blocks[key]  # it is pinned
-                        location = block.copies.get(Tier.HOST, block.best)
-                        records.append(Record(key, [frame], location.codec, location.raw_bytes, block.parent, block.root))
+                with self._node.pinned(rest) as here:
+                    blocks, copied = self._node.engine.machine.blocks, _copied(list(self._node.place.frames(here)))
+                    for (key, root, at), frame in zip(here, copied, strict=False):
+                        records.append(Record(key, [frame], at.codec, at.raw_bytes, blocks[key].parent, root))
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
                 yield from self._taken(job, done, records)
 

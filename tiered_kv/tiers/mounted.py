@@ -89,10 +89,6 @@ class MountedPacks:
                 found.append(error)
         return found
 
-    def name(self, segment: int) -> str:
-        """The object that the pack of a number is."""
-        return self._pack(segment)[1]
-
     def close(self) -> None:
         """Let go of the stores."""
         with self._lock:

@@ -12,7 +12,7 @@ from tiered_kv.bench.fetch import LAYOUTS
 from tiered_kv.bench.filled import Blocks
 
 SMALL = 64 << 10
-TINY = checkpoint.Plan((SMALL,), 32 << 20, 4 << 20, 1, 4 << 20, 1, serving.Plan(32 << 20, 4 << 20, 1 << 20, 1, 0.05), 32 << 20)
+TINY = checkpoint.Plan((SMALL,), 32 << 20, 24 << 20, 1, 4 << 20, 1, serving.Plan(32 << 20, 4 << 20, 1 << 20, 1, 0.05), 32 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

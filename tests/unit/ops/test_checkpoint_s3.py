@@ -240,13 +240,14 @@ def test_reads_that_fail_cost_time_or_blocks_but_give_nothing_wrong(cluster, pro
         assert_all_hit(other, "n0")
 
 
-def test_filling_that_gets_no_answer_ends_in_words_and_what_is_mounted_stays(cluster, proxy, repository) -> None:
+def test_filling_that_gets_no_answers_ends_in_words_and_what_is_mounted_stays(cluster, proxy, repository) -> None:
     taken(cluster, repository)
     manifest = repository.read()
-    proxy.spoil = times(1, Fault(hangs=True), lambda request: request.method == "GET" and request.name.endswith(".pack"))
+    proxy.spoil = times(1000, Fault(hangs=True), lambda request: request.method == "GET" and request.name.endswith(".pack"))
     with cluster_of(1) as other:
         with pytest.raises(TieredKVError, match="no answer in time"):
             restored(other, repository, manifest)
+        proxy.spoil = times(0, Fault(), lambda _: False)
         assert_all_hit(other, "n0")
 
 

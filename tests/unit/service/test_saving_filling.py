@@ -358,3 +358,26 @@ def test_workers_store_and_fetch_while_a_checkpoint_is_written_and_read(cluster,
     assert not wrong
     node.engine.settle()
     node.check()
+
+
+def test_what_is_too_much_at_once_for_a_slow_link_is_read_block_by_block(cluster, tmp_path, monkeypatch) -> None:
+    here = cluster()
+    store(client_of(here), *PATHS)
+    snapshot, state = saved(here.nodes["n0"], tmp_path)
+    names, blocks = mounted_blocks(snapshot, state)
+    whole, asked = FolderStore.get_range, []
+
+    def slow(self, name: str, offset: int, nbytes: int):
+        asked.append(nbytes)
+        if nbytes > 40_000:
+            raise self.failed(f"get {name}", "it took too long")
+        return whole(self, name, offset, nbytes)
+
+    monkeypatch.setattr(FolderStore, "get_range", slow)
+    there = cluster(host="8MiB")
+    node = there.nodes["n0"]
+    node.checkpoint("mount", str(tmp_path), names, blocks)
+    node.checkpoint("fill")
+    state = filled(node)
+    assert (state.host, state.damaged, state.error) == (len(blocks), 0, None)
+    assert max(asked) > 40_000

@@ -1,0 +1,198 @@
+"""A checkpoint on its way into a cluster: into one that is up, or into one that begins with it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from threading import Event
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tiered_kv.cluster.progress import bar, count, say
+from tiered_kv.config import Config, format_size
+from tiered_kv.errors import Kind, TieredKVError
+
+if TYPE_CHECKING:
+    from tiered_kv.ops.manifest import Manifest, Model
+    from tiered_kv.ops.nodes import Ask
+    from tiered_kv.ops.repository import Repository
+    from tiered_kv.ops.reshard import Planned
+    from tiered_kv.service.filling import Filled
+
+ANSWER_WITHIN_S = 120.0
+INDEX_BYTES_A_BLOCK = 64 << 10
+"""For so many bytes of lower tiers the index has one slot."""
+MOUNTED_SPARE = 1.3
+
+
+def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Repository]":
+    """The checkpoints at a URL. With `must_exist` a folder that is not there is an error, else it is made."""
+    from tiered_kv.ops.repository import open_repository
+
+    return open_repository(url, create=not must_exist)
+
+
+def asking(cluster: str) -> "Ask":
+    """How to ask nodes for steps of writing or restoring a checkpoint."""
+    from tiered_kv.cluster.asking import asking
+
+    ask = asking(cluster, ANSWER_WITHIN_S)
+    return lambda nodes, step, *arguments: ask(nodes, "checkpoint", step, *arguments)
+
+
+def must_be_there(repository: "Repository", name: str) -> None:
+    """Raise (kind `storage`) unless there is a checkpoint of that name, and say which there are."""
+    if "/" in name or not repository.is_there(name):
+        known = ", ".join(repository.names()) or "none"
+        raise TieredKVError(Kind.STORAGE, f"--checkpoint: there is no {name!r} at {repository.store.url}; there are: {known}", missing=True)
+
+
+def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
+    """The checkpoint `name`, or the latest, and what it is called; says what it is."""
+    if name is None:
+        chosen, manifest = repository.read_latest(
+            lambda line: console.print(f"[bold yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
+        )
+    else:
+        must_be_there(repository, name)
+        chosen, manifest = name, repository.read(name)
+    made = datetime.fromtimestamp(manifest.created_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    nbytes = format_size(sum(row.stored_bytes for row in manifest.rows))
+    whose = f", from cluster {manifest.origin}" if manifest.origin else ""
+    say(console, f"checkpoint {chosen} of {made}{whose}: {count(len(manifest.rows), 'block')}, {nbytes}")
+    return chosen, manifest
+
+
+@contextmanager
+def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Console) -> Iterator[int]:
+    """Start a cluster inside of this, with as many bytes of lower tiers more in mind, and it begins with the checkpoint at `url`.
+
+    The manifest is read first, so that a wrong URL starts nothing. Should the nodes not take it, the cluster is up all the same.
+    """
+    if url is None:
+        yield 0
+        return
+    with opened(url, must_exist=True) as repository:
+        name, manifest = read(repository, None, console)
+        must_have_use(manifest, name, config)
+        yield mounted_bytes(manifest, nodes)
+        try:
+            restoring = Restoring(cluster, repository, name, manifest, console)
+            restoring.mount([], None)
+            restoring.begin_to_fill()
+        except TieredKVError as error:
+            console.print(f"[bold yellow]warning[/]: the cluster begins without the checkpoint: {error}", highlight=False, soft_wrap=True)
+
+
+def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
+    """Raise (kind `model`) where nothing of a checkpoint would be a hit under these settings."""
+    from tiered_kv.ops.restore import chosen
+
+    picked = chosen(manifest, block_tokens=config.block_tokens)
+    if not picked.rows:
+        why = "; ".join(picked.skipped) or "it has no blocks"
+        sizes = {model.layout.block_tokens for model in manifest.models if model.layout}
+        flag = f"; --block-tokens {sizes.pop()} would fit" if len(sizes) == 1 and config.block_tokens not in sizes else ""
+        raise TieredKVError(Kind.MODEL, f"checkpoint {name}: nothing in it could be restored: {why}{flag}", setting="block_tokens")
+
+
+def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
+    """For how many bytes more each node's index must have slots, so that it can show its share of the checkpoint."""
+    return int(MOUNTED_SPARE * len(manifest.rows) * INDEX_BYTES_A_BLOCK / nodes)
+
+
+class Restoring:
+    """One checkpoint on its way into a cluster whose Ray this process has joined."""
+
+    def __init__(self, cluster: str, repository: "Repository", name: str, manifest: "Manifest", console: Console) -> None:
+        from tiered_kv.cluster.start import describe
+
+        about = describe(cluster)
+        self._repository, self._name, self._manifest, self._console = repository, name, manifest, console
+        self._nodes = [node["node"] for node in about["nodes"]]
+        self._config: Config = about["config"]
+        self._ask = asking(cluster)
+        self._skipped: list[str] = []
+        self._planned: Planned | None = None
+        self._mounted = self._no_room = 0
+
+    def mount(self, namespaces: list[str], world: int | None) -> None:
+        """Make the blocks hits; says what is left out."""
+        from tiered_kv.ops.reshard import plan
+        from tiered_kv.ops.restore import chosen, matches, mount
+
+        def wanted(model: "Model") -> bool:
+            return not namespaces or matches(model, namespaces)
+
+        picked = chosen(self._manifest, block_tokens=self._config.block_tokens, wanted=wanted)
+        rows, self._skipped = picked.rows, picked.skipped
+        if world is not None and rows:
+            self._planned = plan(rows, self._manifest.models, world)
+            rows, self._skipped = self._planned.unchanged, self._skipped + self._planned.skipped
+        for line in self._skipped:
+            say(self._console, line)
+        if not picked.rows:
+            raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: there is nothing in it that could be restored here")
+        if not rows:
+            return
+        begun_s = time.monotonic()
+        mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, rows)
+        self._mounted, self._no_room = sum(mounted.by_node.values()), mounted.no_room
+        spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
+        say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
+        if mounted.no_room:
+            text = f"{count(mounted.no_room, 'block')}, the coldest, are left out: the nodes' indexes have no slots for them"
+            say(self._console, text)
+
+    def begin_to_fill(self) -> None:
+        """Have the nodes bring blocks nearer, in the background."""
+        from tiered_kv.ops.nodes import answers
+
+        answers(self._ask, self._nodes, "fill", None)
+        say(self._console, "host memory and disk are being filled in the background; `tiered-kv status` shows how far it is")
+
+    def fill(self, max_rate: float | None, stopped: Event) -> "Filled":
+        """Have the nodes bring blocks nearer, and make those of other ranks; waits for it."""
+        from tiered_kv.ops.restore import fill, make
+        from tiered_kv.service.filling import Filled
+
+        filled = Filled(0, 0, 0, 0, 0, [], is_done=True)
+        all_bytes = sum(row.stored_bytes for row in self._manifest.rows)
+        with bar(self._console, "reading") as advance:
+
+            def progress(going: "Filled") -> None:
+                advance(going.nbytes, all_bytes, count(going.host + going.disk, "block"))
+
+            if self._mounted:
+                mounted = fill(self._ask, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
+                self._report("restored", mounted, "were there already, or stay in the checkpoint's packs and are read when they are wanted")
+                filled = _sum(filled, mounted)
+            if self._planned and self._planned.targets:
+                url = self._repository.store.url
+                made = make(
+                    *(self._ask, self._nodes, url, self._manifest, self._planned), max_rate=max_rate, progress=progress, stopped=stopped
+                )
+                self._report("made of other ranks' blocks", made, "were there already, or found no room")
+                filled = _sum(filled, made)
+        return filled
+
+    def _report(self, doing: str, filled: "Filled", rest: str) -> None:
+        left = filled.mounted - filled.host - filled.disk - filled.damaged
+        others = f"; the other {left:,} {rest}" if left else ""
+        say(self._console, f"{doing}: {count(filled.host, 'block')} to host memory, {filled.disk:,} to disk{others}")
+        for line in filled.problems:
+            self._console.print(f"[yellow]damaged[/]: {line}", highlight=False, soft_wrap=True)
+        if filled.damaged:
+            say(self._console, f"{count(filled.damaged, 'block')} damaged and left out; all others are restored")
+
+    def figures(self, filled: "Filled") -> dict:
+        """For scripts."""
+        record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
+        del record["error"], record["is_done"]
+        return record
+
+
+def _sum(one: "Filled", other: "Filled") -> "Filled":
+    counts = (getattr(one, name) + getattr(other, name) for name in ("mounted", "host", "disk", "nbytes", "damaged", "problems"))
+    return type(one)(*counts, is_done=True)

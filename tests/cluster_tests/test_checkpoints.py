@@ -1,0 +1,419 @@
+"""Checkpoints of a real cluster from the command line: restored on one, two and three nodes, and what breaks one in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import ray
+import torch
+
+import tiered_kv
+from tiered_kv.cluster import raylocal, start, state
+from tiered_kv.cluster.attach import join
+from tiered_kv.ops.manifest import Manifest
+from tiered_kv.ops.repository import open_repository
+from tiered_kv.service.attachment import client_of
+from tiered_kv.tiers.packs import read_footer
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+LAYOUT = tiered_kv.KVLayout(layers=8, kv_heads=4, head_dim=64, dtype="float32", block_tokens=16)
+"""Blocks of 256 KiB."""
+NAMESPACE = tiered_kv.Namespace(weights="checkpointed")
+PROMPTS = {"node-0": range(40), "node-1": range(30, 70)}
+"""Prompts of five blocks that are stored on each node; ten of them on both."""
+BLOCKS = 5
+RATE = "2MiB"
+"""With this rate each node's second pack comes many seconds after its first one."""
+WORK = 60
+"""Blocks that a worker stores while a checkpoint is taken."""
+PATIENCE_S = 60.0
+QUESTION = "The mill at the river has three stones. The first one grinds wheat, the second rye, and the third oats. " * 5
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tiered_kv.cluster.cli", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, check=False)
+
+
+def good(*arguments: object) -> subprocess.CompletedProcess:
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def until(condition, what: str) -> None:
+    """Poll a fact of another process, with a bound."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {PATIENCE_S} s: {what}"
+        time.sleep(0.02)
+
+
+def prompt(seed: int, blocks: int = BLOCKS) -> tuple[list[int], torch.Tensor]:
+    tokens = blocks * LAYOUT.block_tokens
+    kv = torch.randn(LAYOUT.kv_shape(tokens), generator=torch.Generator().manual_seed(seed))
+    return list(range(seed * 1000, seed * 1000 + tokens)), kv
+
+
+@contextmanager
+def joined(name: str) -> Iterator[None]:
+    """This process as a driver of another cluster for a while."""
+    raylocal.leave_ray()
+    try:
+        join(name)
+        yield
+    finally:
+        raylocal.leave_ray()
+
+
+@contextmanager
+def clients(name: str, namespace: tiered_kv.Namespace = NAMESPACE) -> Iterator[dict[str, tiered_kv.Client]]:
+    """A client of each node, all of them on this machine."""
+    with ExitStack() as stack:
+        nodes = start.describe(name)["nodes"]
+        yield {node["node"]: stack.enter_context(client_of(node, LAYOUT, namespace)) for node in nodes}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for what tests write; `TIERED_KV_STATE` is in it, and no cluster is left in there at the end."""
+    if ray.is_initialized():
+        raylocal.leave_ray()
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIERED_KV_STATE", str(folder / "state"))
+        for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patch.delenv(variable, raising=False)
+        yield folder
+        assert [name for name in ("main", "one", "two", "three") if state.find(name)] == []
+
+
+@contextmanager
+def up(name: str, *how: object) -> Iterator[subprocess.CompletedProcess]:
+    """A cluster that a command starts."""
+    started = run(*how, "--name", name)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield started
+    finally:
+        raylocal.leave_ray()
+        found = state.find(name)
+        if found:
+            good("down", "--name", name)
+            assert not list(Path("/dev/shm").glob(f"tkv-{found.cluster_id}-*"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The demo's model in float32 on one thread, and its tokenizer."""
+    from tiered_kv.demo.model import load_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_model(None, torch.float32)
+    torch.set_num_threads(threads)
+
+
+def answered(model, name: str) -> tuple[list[int], dict[str, int]]:
+    """What the model says in this cluster to a long question, and the tokens that were reused, by tier."""
+    from tiered_kv.integrations.transformers import CachedModel
+
+    inputs = model[1](QUESTION, return_tensors="pt")
+    with tiered_kv.attach(*model, cluster=name) as client:
+        cached = CachedModel(model[0], client)
+        output = cached.generate(**inputs, max_new_tokens=8, do_sample=False)
+        return output[0].tolist(), cached.last_report.reused_tokens_by_tier
+
+
+@pytest.fixture(scope="module")
+def main(home: Path, model) -> Iterator[str]:
+    """A cluster of two nodes with host memory and disk, which has all prompts and the model's question; this process is a driver of it."""
+    with up("main", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
+        join("main")
+        until(lambda: len(start.describe("main")["nodes"]) == 2, "both nodes have reported")
+        answered(model, "main")
+        with clients("main") as each:
+            for node, seeds in PROMPTS.items():
+                for seed in seeds:
+                    stored = each[node].store(*prompt(seed))
+                    assert stored.refused == 0
+        yield "main"
+
+
+class Content(NamedTuple):
+    """What lies at a place: its newest manifest, and how often each block is in some pack."""
+
+    manifest: Manifest
+    copies: list[int]
+
+
+def content(folder: Path) -> Content:
+    with open_repository(str(folder)) as repository:
+        assert repository.verify() == []
+        entries = [
+            (entry.key, entry.root)
+            for name, nbytes in repository.store.sizes().items()
+            if name.endswith(".pack")
+            for entry in read_footer(repository.store, name, nbytes).entries
+        ]
+        return Content(repository.read(), [entries.count(each) for each in set(entries)])
+
+
+def packs(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of each pack that is complete."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.pack")}
+
+
+def leases(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(("lease-", "gc-"))]
+
+
+def seeds() -> set[int]:
+    return set(PROMPTS["node-0"]) | set(PROMPTS["node-1"])
+
+
+@pytest.fixture(scope="module")
+def place(main: str, home: Path) -> Path:
+    """Where a checkpoint of the cluster is, taken while a worker stores and fetches."""
+    folder = home / "place"
+    ended = threading.Event()
+    counts = {"fetched": 0}
+
+    def work(client: tiered_kv.Client) -> None:
+        seed = 1000
+        while not ended.is_set():
+            if seed < 1000 + WORK:
+                assert client.store(*prompt(seed, 1)).refused == 0
+            known, known_kv = prompt(seed % 40)
+            fetched = client.fetch(known)
+            assert torch.equal(fetched.kv, known_kv[..., : fetched.tokens, :])
+            counts["fetched"] += fetched.tokens
+            seed += 1
+
+    with clients(main) as each:
+        worker = threading.Thread(target=work, args=(each["node-0"],))
+        worker.start()
+        try:
+            until(lambda: counts["fetched"] > 0, "the worker works")
+            taken = json.loads(good("checkpoint", "--name", main, "--json", folder).stdout)
+        finally:
+            ended.set()
+            worker.join()
+    assert counts["fetched"] > 100
+    assert taken["left"] == 0
+    manifest, copies = content(folder)
+    assert taken["blocks"] == len(manifest.rows)
+    written = {row.key.hex() for row in manifest.rows}
+    with clients(main) as each:
+        for seed in seeds():
+            assert {block.key for block in each["node-0"].explain(prompt(seed)[0])} <= written
+    assert set(copies) == {1}, "a block that is on both nodes is written once"
+    assert {row.tier for row in manifest.rows} >= {2, 3}, "from host memory and from disk"
+    assert leases(folder) == []
+    return folder
+
+
+def assert_all_hit(name: str, tiers: set[str]) -> None:
+    """Every node of a cluster has all prompts, bit for bit, and serves them from these tiers among others.
+
+    A miss for a moment is allowed, while blocks move; a block that is gone is not.
+    """
+    found: set[str] = set()
+    with clients(name) as each:
+        for seed in sorted(seeds()):
+            ids, kv = prompt(seed)
+            client = list(each.values())[seed % len(each)]
+
+            def is_whole() -> bool:
+                fetched = client.fetch(ids, deadline_ms=20_000)  # noqa: B023 - called at once
+                assert torch.equal(fetched.kv, kv[..., : fetched.tokens, :])  # noqa: B023
+                found.update(fetched.tokens_by_tier)
+                return fetched.tokens == len(ids)  # noqa: B023
+
+            until(is_whole, f"prompt {seed} of {name}")
+    assert tiers <= found
+
+
+def test_one_node_begins_warm_and_the_models_answers_are_those_without_a_cache(place: Path, model, main: str) -> None:
+    inputs = model[1](QUESTION, return_tensors="pt")
+    plain = model[0].generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+    raylocal.leave_ray()
+    try:
+        how = ["up", "--host", "32MiB", "--disk", "256MiB", "--block-tokens", 16, "--restore", place]
+        with up("one", *how) as started, joined("one"):
+            assert "blocks are hits from now on (node-0 " in started.stdout
+            output, reused = answered(model, "one")
+            assert output == plain
+            assert sum(reused.values()) >= inputs["input_ids"].shape[1] // 16 * 16 - 16
+            assert set(reused) <= {"host", "disk", "checkpoint"}
+            assert_all_hit("one", set())
+            until(lambda: '"is_done": true' in run("status", "--name", "one", "--json").stdout, "filling has ended")
+            told = good("status", "--name", "one").stdout
+            assert "blocks brought to memory or disk, done" in told
+            assert_all_hit("one", {"disk"})
+    finally:
+        join(main)
+
+
+def test_two_nodes_without_disk_serve_from_packs_what_has_no_room(place: Path, main: str) -> None:
+    raylocal.leave_ray()
+    try:
+        how = ["restore", place, "--nodes", 2, "--host", "16MiB", "--block-tokens", 16, "--json"]
+        with up("two", *how) as started, joined("two"):
+            figures = json.loads(started.stdout)
+            assert figures["mounted"] == len(content(place).manifest.rows)
+            assert 0 < figures["host"] < figures["mounted"]
+            assert (figures["disk"], figures["damaged"], figures["no_room"], figures["skipped"]) == (0, 0, 0, [])
+            assert_all_hit("two", {"checkpoint"})
+    finally:
+        join(main)
+
+
+def test_three_nodes_share_the_blocks(place: Path, main: str) -> None:
+    raylocal.leave_ray()
+    try:
+        how = ["up", "--nodes", 3, "--host", "16MiB", "--disk", "64MiB", "--block-tokens", 16, "--restore", place]
+        with up("three", *how), joined("three"):
+            until(lambda: len(start.describe("three")["nodes"]) == 3, "all nodes have reported")
+            held = [node["stats"]["filling"]["blocks"] for node in start.describe("three")["nodes"] if node["stats"]["filling"]]
+            assert len(held) == 3
+            assert sum(held) == len(content(place).manifest.rows)
+            assert max(held) < 0.6 * sum(held)
+            assert_all_hit("three", {"peer"})
+    finally:
+        join(main)
+
+
+@contextmanager
+def writing_slowly(name: str, folder: Path, *more: object) -> Iterator[subprocess.Popen]:
+    """A checkpoint in the middle: some packs are there, some are not."""
+    process = subprocess.Popen(
+        command("checkpoint", "--name", name, "--max-rate", RATE, *more, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            until(lambda: packs(folder) or process.poll() is not None, "the first pack")
+            assert process.poll() is None, process.communicate()
+            assert not list(folder.glob("*.tkv"))
+            yield process
+        finally:
+            process.kill()
+
+
+def assert_goes_on(name: str, folder: Path) -> None:
+    """After something broke a checkpoint nothing torn is listed, and the next one is complete without writing anything twice."""
+    assert json.loads(good("checkpoints", "--json", folder).stdout) == []
+    before = packs(folder)
+    assert before
+    taken = json.loads(good("checkpoint", "--name", name, "--json", folder).stdout)
+    assert taken["blocks"] >= len(seeds()) * BLOCKS
+    assert 0 < taken["new_blocks"] < taken["blocks"]
+    assert packs(folder) | before == packs(folder), "none was touched"
+    assert set(content(folder).copies) == {1}, "and none of their blocks was written again"
+
+
+def test_ctrl_c_ends_a_checkpoint_within_seconds_and_the_next_goes_on(main: str, tmp_path: Path) -> None:
+    with writing_slowly(main, tmp_path / "place") as process:
+        assert len(leases(tmp_path / "place")) == 1
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1, out + err
+    assert "the checkpoint was stopped; what was written stays, the next one goes on from there" in out
+    assert "Traceback" not in err
+    assert leases(tmp_path / "place") == []
+    assert_goes_on(main, tmp_path / "place")
+
+
+def test_a_checkpoint_that_was_killed_is_gone_on_with(main: str, tmp_path: Path) -> None:
+    """Nodes notice by themselves that nobody waits any more; until then the next command waits."""
+    folder = tmp_path / "place"
+    with writing_slowly(main, folder) as process:
+        process.kill()
+    [lease] = leases(folder)
+    before = packs(folder)
+    assert json.loads(good("checkpoints", "--json", folder).stdout) == []
+    done = good("checkpoint", "--name", main, "--keep", 1, folder)
+    assert "waiting: node-0: another checkpoint is being written by this node" in done.stdout
+    assert f"nothing was deleted this time: somebody else is at work: {lease}" in done.stdout
+    assert packs(folder) | before == packs(folder), "none was touched"
+    assert set(content(folder).copies) == {1}
+    assert len(content(folder).manifest.rows) >= len(seeds()) * BLOCKS
+
+
+def test_a_node_that_dies_meanwhile_is_named_and_the_next_checkpoint_is_complete(main: str, tmp_path: Path) -> None:
+    ids, kv = prompt(3)
+    with clients(main) as each:
+        view = each["node-1"]._source._view
+        with writing_slowly(main, tmp_path / "place") as process:
+            generation = view.generation
+            os.kill(view._head(10), signal.SIGKILL)
+            out, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 1, out + err
+        assert "node-1: " in out
+        assert "Traceback" not in err
+        assert torch.equal(each["node-0"].fetch(ids).kv, kv)
+        until(lambda: view.generation > generation, "Ray has restarted the node")
+        until(lambda: each["node-1"].store(*prompt(2000)).refused == 0, "stores work again")
+    assert leases(tmp_path / "place") == []
+    assert_goes_on(main, tmp_path / "place")
+
+
+def test_every_so_often_and_keeping_some(main: str, tmp_path: Path) -> None:
+    folder = tmp_path / "place"
+    given = ["checkpoint", "--name", main, "--every", "1s", "--keep", 2, "--namespace", "checkpointed", "--json", folder]
+    with subprocess.Popen(command(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        taken = [json.loads(process.stdout.readline()) for _ in range(4)]
+        process.send_signal(signal.SIGTERM)
+        more, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    taken += map(json.loads, more.splitlines())
+    assert [each["new_packs"] > 0 for each in taken] == [True] + [False] * (len(taken) - 1)
+    assert [each["collected"]["manifests_deleted"] for each in taken[:4]] == [0, 0, 1, 1]
+    listed = json.loads(good("checkpoints", "--json", folder).stdout)
+    assert [each["name"] for each in listed] == [each["name"] for each in taken[-2:]]
+    assert "2 checkpoints" in good("verify", folder).stdout
+    assert leases(folder) == []
+    last = json.loads(good("status", "--name", main, "--json").stdout)["last_checkpoint"]
+    assert last["url"] == f"file://{folder}"
+
+
+def test_a_restore_into_a_cluster_that_is_up_brings_only_what_is_missing(main: str, place: Path) -> None:
+    done = good("restore", "--name", main, place)
+    assert "blocks are hits from now on" in done.stdout
+    assert_all_hit(main, set())
+
+
+def test_what_cannot_be_is_said_and_changes_nothing(main: str, place: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in place.iterdir())
+    for given, status, words in (
+        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: cluster 'main' is up and has its nodes"),
+        (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
+        (["restore", "--name", main, "--world", 5, place], 2, "world of 5"),
+        (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
+        (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
+        (["checkpoint", "--name", main, "/proc/nope"], 1, "file:///proc/nope cannot be used"),
+        (["checkpoint", "--name", main, "s4://bucket"], 2, "'s4://bucket' is no place"),
+        (["up", "--name", main, "--block-tokens", 16, "--restore", place], 1, "already up"),
+        (["up", "--name", "sizes", "--restore", place], 1, "--block-tokens 16 would fit"),
+    ):
+        done = run(*given)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert words in done.stdout
+        assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert not (tmp_path / "nowhere").exists()
+    assert list((tmp_path / "none").iterdir()) == []
+    assert state.find("sizes") is None
