@@ -53,19 +53,6 @@ class Row(NamedTuple):
     hits: int
 
 
-def hottest_first(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows of whole chains in the order of a manifest: the most used first, but every parent before its children.
-
-    A parent counts as used as often as the most used block behind it, which cannot be had without it.
-    """
-    heat = {(row.root, row.key): row.hits for row in rows}
-    for row in sorted(rows, key=lambda row: -row.depth):
-        parent = (row.root, row.parent)
-        if parent in heat:
-            heat[parent] = max(heat[parent], heat[row.root, row.key])
-    return tuple(sorted(rows, key=lambda row: (-heat[row.root, row.key], row.depth)))
-
-
 def pack_rows(rows: Sequence[Row], roots: Sequence[BlockKey], packs: Sequence[int]) -> dict[str, bytes]:
     """The columns of rows below these roots, in packs of so many bytes. Raises ValueError for rows that no checkpoint may have."""
     if len(rows) > ROWS_MAX or len(roots) > MODELS_MAX:

@@ -15,7 +15,7 @@ from tests.unit.tiers.records import ROOT, key_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.ops.manifest import Manifest, Model, created_of, new_name
 from tiered_kv.ops.repository import Repository
-from tiered_kv.ops.rows import HITS_MAX, hottest_first
+from tiered_kv.ops.rows import HITS_MAX
 from tiered_kv.tiers.folderstore import FolderStore
 from tiered_kv.tiers.objectstore import MemoryStore
 
@@ -219,22 +219,6 @@ def test_other_names_have_no_time():
     assert new_name(NOW_S).startswith("ckpt-20260101T000000.000000Z-")
     for name in ("LATEST", "cache_state.pkl", "ckpt-20261328T000000.000000Z-00000001.tkv", new_name(NOW_S) + "x"):
         assert created_of(name) is None
-
-
-def test_the_hottest_stand_first_and_parents_before_their_children():
-    used = {0: 9, 1: 1, 2: 5, 10: 7, 11: 2, 20: 5}
-    ordered = hottest_first([row(number, 0, 0, hits) for number, hits in used.items()])
-    assert [each.key for each in ordered] == [key_of(number) for number in (0, 10, 20, 1, 2, 11)]
-
-
-@given(st.dictionaries(st.integers(0, 39), st.integers(0, 50)))
-def test_every_order_by_heat_keeps_chains(used):
-    whole = {number - back: used.get(number - back, 0) for number in used for back in range(number % 10 + 1)}
-    seen = set()
-    for each in hottest_first([row(number, 0, 0, hits) for number, hits in whole.items()]):
-        assert each.parent is None or each.parent in seen
-        seen.add(each.key)
-    assert len(seen) == len(whole)
 
 
 class TestExamples:
