@@ -151,6 +151,11 @@ class PolicyContract:
         grown = self.grown([("add", 4), ("add", 2), ("add", 1), ("remove", 2)])
         assert sorted(grown.victims(1000)) == [1, 4]
 
+    def test_a_block_that_comes_before_its_parent_is_its_child(self) -> None:
+        """As after a restart, where the deepest block of a chain was used first."""
+        assert self.grown([("add", 2), ("add", 1), ("use", 2)]).victims(1) == [2]
+        assert self.grown([("add", 4), ("add", 2), ("add", 1), ("use", 2), ("use", 4)]).victims(1000) == [4, 2, 1]
+
     def test_a_block_that_is_weighed_stays_a_block(self) -> None:
         grown = self.grown([("chain", 4)])
         grown.policy.weigh(key_of(4), 0.25)

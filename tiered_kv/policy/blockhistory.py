@@ -95,7 +95,8 @@ class BlockHistory(History):
         return self.model.chance(self.kind.item(slot), age_s, ahead * age_s)
 
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
-        behind = -1 if parent is None else int(self.slots([parent])[0])
+        # one that nobody has seen yet gets a slot as well: when it comes it has to be known whose parent it is
+        behind = -1 if parent is None else int(self.note([parent], None)[0])
         slots = self._known(keys, behind)
         now_s = max(now_s, self._now_s + _TICK_S)
         before = slots[self.uses_of[slots] > 0]
