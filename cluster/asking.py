@@ -1,20 +1,14 @@
 """Asking the node actors of a cluster, all at once."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from tiered_kv.actors.names import NAMESPACE, node_name
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.link import Ask
 
 ANSWER_WITHIN_S = 10.0
 RECEIVE_WITHIN_S = 30.0  # an answer that is there, and may be large
-
-
-class Ask(Protocol):
-    """Calls a method of several nodes at once."""
-
-    def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        """By node: the answer, or the `TieredKVError` that came in its place."""
 
 
 def asking(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:

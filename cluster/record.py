@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tiered_kv.cluster.asking import Ask
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.link import Ask
 from tiered_kv.service.recorder import PENDING_S
 
 POLL_S = 1.0

@@ -15,10 +15,10 @@ from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
     from tiered_kv.ops.manifest import Manifest, Model
-    from tiered_kv.ops.nodes import Ask
     from tiered_kv.ops.repository import Repository
     from tiered_kv.ops.reshard import Planned
     from tiered_kv.service.filling import Filled
+    from tiered_kv.service.link import Ask
 
 ANSWER_WITHIN_S = 120.0
 INDEX_BYTES_A_BLOCK = 64 << 10

@@ -12,11 +12,12 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.ops.leases import Lease
 from tiered_kv.ops.manifest import Manifest, Model
 from tiered_kv.ops.merging import Block, Merged, assigned, closed, merged
-from tiered_kv.ops.nodes import Ask, answers, good
+from tiered_kv.ops.nodes import answers, good
 from tiered_kv.ops.repository import Block as Keyed
 from tiered_kv.ops.repository import Place, Repository, reusable
 from tiered_kv.ops.rows import Row
 from tiered_kv.service.facts import ModelFacts
+from tiered_kv.service.link import Ask
 from tiered_kv.service.saving import PACK_BYTES, Snapshot, Written
 from tiered_kv.tiers.credentials import credentials
 

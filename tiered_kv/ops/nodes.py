@@ -1,17 +1,11 @@
 """How checkpoints speak to nodes: of a cluster through Ray, or to the one of this process."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.service.link import Ask
 from tiered_kv.service.node import Node
-
-
-class Ask(Protocol):
-    """Calls a method of several nodes at once."""
-
-    def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        """By node: the answer, or the `TieredKVError` that came in its place."""
 
 
 def asking_here(node: Node) -> Ask:

@@ -1,6 +1,6 @@
 """Restoring a checkpoint: every node is given its share of the blocks, shows them at once, and brings the hottest of them nearer."""
 
-import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from threading import Event
@@ -10,15 +10,14 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.ops.manifest import Manifest, Model, Row
-from tiered_kv.ops.nodes import Ask, answers
+from tiered_kv.ops.nodes import answers
 from tiered_kv.ops.reshard import Planned
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.filling import Filled, Shelf
+from tiered_kv.service.link import Ask
 from tiered_kv.service.making import Made
 from tiered_kv.tiers.credentials import credentials
 from tiered_kv.tiers.mounted import MountedBlock
-
-log = logging.getLogger(__name__)
 
 UNEVEN = 1.1
 """A chain stays on one node until that has so many times its share."""
@@ -40,9 +39,9 @@ class Mounted(NamedTuple):
 
 def chosen(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Chosen:
     """The blocks of the models that are `wanted`, and that a cluster with blocks of so many tokens can have any use for."""
-    skipped, roots = [], set()
+    skipped, roots, counts = [], set(), Counter(row.root for row in manifest.rows)
     for model in manifest.models:
-        count = sum(row.root == model.root for row in manifest.rows)
+        count = counts[model.root]
         if not wanted(model):
             skipped.append(f"{title(model)}: {count:,} blocks are not restored, it is none of those asked for")
         elif block_tokens is not None and model.layout is not None and model.layout.block_tokens != block_tokens:

@@ -24,7 +24,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.service.coding import Held
 from tiered_kv.service.making import Made, Maker
 from tiered_kv.service.nodesession import NodeSession
-from tiered_kv.service.saving import Pace, stand_back
+from tiered_kv.service.saving import Pace, ended, stand_back
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.tiers.host import Lineage
@@ -190,10 +190,7 @@ class Filling:
     def filled(self) -> Filled:
         """How it goes; zeros where nothing was mounted."""
         job = self._job or _Job([])
-        is_done = job.done is None or job.done.done()
-        error = job.done.exception() if job.done is not None and is_done else None
-        if error is not None and not isinstance(error, TieredKVError):
-            error = TieredKVError(Kind.STORAGE, f"filling failed: {error!r}")
+        is_done, error = ended(job.done, "filling") if job.done is not None else (True, None)
         return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error)
 
     def stats(self) -> dict | None:

@@ -3,7 +3,7 @@
 Every method may raise `TieredKVError` (kind `transport`); the node takes that for a miss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from tiered_kv.keys import BlockKey
@@ -37,3 +37,10 @@ class Link(Protocol):
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Begin to fetch blocks from another node; returns at once."""
+
+
+class Ask(Protocol):
+    """Calls a method of several nodes at once."""
+
+    def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
+        """By node: the answer, or the `TieredKVError` that came in its place."""

@@ -173,10 +173,7 @@ class Saving:
         if job is None or job.done is None:
             raise TieredKVError(Kind.STORAGE, "nothing is being written, or the node was restarted meanwhile")
         job.asked_s = time.monotonic()
-        is_done = job.done.done()
-        error = job.done.exception() if is_done and not job.done.cancelled() else None
-        if error is not None and not isinstance(error, TieredKVError):
-            error = TieredKVError(Kind.STORAGE, f"writing failed: {error!r}")
+        is_done, error = ended(job.done, "writing")
         return Written(job.blocks, job.nbytes, job.packs[packs_told:], list(job.left), is_done, error)
 
     def note(self, checkpoint: dict) -> None:
@@ -346,6 +343,15 @@ class Pace:
         self._due_s = max(self._due_s, now_s)
         stopping.wait(self._due_s - now_s)
         self._due_s += nbytes / self._rate
+
+
+def ended(job: Future, doing: str) -> tuple[bool, TieredKVError | None]:
+    """Whether what a thread does has ended, and what ended it, if that was no success."""
+    is_done = job.done()
+    error = job.exception() if is_done and not job.cancelled() else None
+    if error is not None and not isinstance(error, TieredKVError):
+        error = TieredKVError(Kind.STORAGE, f"{doing} failed: {error!r}")
+    return is_done, error
 
 
 def stand_back() -> None:

@@ -1,13 +1,12 @@
 """Checkpoints on a real S3 server, and behind a proxy that spoils requests: they succeed after retries or fail in words, never torn."""
 
-import os
 from collections.abc import Callable
 from threading import Event
 
 import pytest
 
 from tests.unit.ops.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store, take
-from tests.unit.tiers.s3 import Fault, Proxy, Request, start_server
+from tests.unit.tiers.s3 import Fault, Proxy, Request, environment, served
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.ops.checkpoint import Taken
@@ -27,24 +26,14 @@ PACK_BYTES = 300_000  # four blocks
 
 @pytest.fixture(scope="module", autouse=True)
 def credentials():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in (("ACCESS_KEY_ID", "key-of-test"), ("SECRET_ACCESS_KEY", "secret-of-test"), ("ALLOW_HTTP", "true")):
-            patch.setenv(f"AWS_{name}", value)
+    with environment(ACCESS_KEY_ID="key-of-test", SECRET_ACCESS_KEY="secret-of-test", ALLOW_HTTP="true") as patch:
         yield patch
 
 
 @pytest.fixture(scope="module")
 def server(credentials):
-    server = start_server()
-    credentials.setenv("AWS_ENDPOINT_URL", server.url)
-    try:
-        with stores.open_store("s3://bucket/first") as store:  # opens what the library keeps open
-            store.sizes()
+    with served(credentials) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """S3 servers of the tests' own: a real one in a process, one that answers as badly as told, and a proxy that spoils what it is told."""
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -8,12 +9,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tiered_kv.tiers.stores import open_store
 
 
 class Server(NamedTuple):
@@ -187,3 +192,27 @@ class _Passing(BaseHTTPRequestHandler):
 
 def _said(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>of a test</Message></Error>".encode()
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[pytest.MonkeyPatch]:
+    """The usual variables of that ecosystem, `AWS_` in front of each name, and no others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in values.items():
+            patch.setenv(f"AWS_{name}", value)
+        yield patch
+
+
+@contextmanager
+def served(patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that the environment names."""
+    server = start_server()
+    try:
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        with open_store("s3://bucket/first") as store:  # opens what the library keeps open
+            store.sizes()
+        yield server
+    finally:
+        server.stop()

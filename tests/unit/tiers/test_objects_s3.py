@@ -1,6 +1,5 @@
 """The objects tier over the network: a real S3 server in a process of its own, and one that answers as badly as it is told."""
 
-import os
 import uuid
 from collections.abc import Iterator
 from threading import Thread
@@ -8,7 +7,7 @@ from threading import Thread
 import pytest
 
 from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
-from tests.unit.tiers.s3 import BadServer, Server, start_server
+from tests.unit.tiers.s3 import BadServer, Server, environment, served, start_server
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.log import Refused
 from tiered_kv.tiers.objects import ObjectsTier
@@ -25,26 +24,14 @@ FRAME = 50_000
 @pytest.fixture(scope="module", autouse=True)
 def credentials():
     """The usual way of that ecosystem."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_ALLOW_HTTP", "true")
+    with environment(ACCESS_KEY_ID="test", SECRET_ACCESS_KEY="test", REGION="us-east-1", ALLOW_HTTP="true") as patch:
         yield patch
 
 
 @pytest.fixture(scope="module")
 def server(credentials) -> Iterator[Server]:
-    server = start_server()
-    try:
-        credentials.setenv("AWS_ENDPOINT_URL", server.url)
-        with open_store("s3://bucket/first") as store:  # opens what the library keeps open
-            store.sizes()
+    with served(credentials) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(autouse=True)
