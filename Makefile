@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MINUTES ?= 10
+SEED ?=
+FUZZ_ARGS ?=
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test check sim bench docs clean
+.PHONY: help demo test fuzz check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -22,6 +25,9 @@ demo: $(STAMP)  ## two replicas share the prefixes of long documents on a local 
 
 test: $(STAMP)  ## all tests; TEST_ARGS="-k name"
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
 
 check: $(STAMP)  ## lint and format
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory import words
@@ -109,6 +110,12 @@ def _writer(directory: Path) -> int | None:
         header = memoryview(file.read(words.HEADER_BYTES).ljust(words.HEADER_BYTES, b"\0")).cast("Q")
         return header[words.WRITER_PID] or None
     return None
+
+
+# Property tests run the same examples on every machine and in every run. `make fuzz` runs them with fresh seeds.
+settings.register_profile("steady", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", settings.get_profile("steady"), derandomize=False, print_blob=True)
+settings.load_profile("steady")
 
 
 def pytest_configure() -> None:

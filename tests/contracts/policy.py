@@ -47,7 +47,7 @@ class _Asked:
 STEPS = st.lists(st.tuples(st.sampled_from(["add", "use", "chain", "remove", "shrink", "ask", "evict"]), st.integers(1, 40)), max_size=60)
 NUMBERS = st.frozensets(st.integers(1, 40), max_size=8)
 
-shared = settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None)
+shared = settings(suppress_health_check=[*settings().suppress_health_check, HealthCheck.differing_executors])
 """Several policies run the same test: that is what a contract is, and nothing is kept in its instances."""
 
 
