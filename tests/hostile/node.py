@@ -1,0 +1,65 @@
+"""A node in a process of its own, as the node actor runs one, but without Ray: it can be killed, stopped and started again."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.hostile.nursery import Child, Nursery, wait_until
+from tiered_kv.config import Config
+from tiered_kv.service.local import SessionServer
+from tiered_kv.service.node import Node
+
+
+def run_node(config: dict[str, Any], cluster_id: str, node_id: str, ready: str) -> None:
+    """The role of a nursery's child: serves until it is killed; writes what a worker needs to attach to the file `ready`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads, so that only sigwait takes it
+    node = Node(Config.of(config), cluster_id, node_id)
+    server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+    written = Path(f"{ready}.new")
+    written.write_text(json.dumps(node.info()))
+    written.rename(ready)
+    signal.sigwait({signal.SIGTERM})
+    server.close()
+    node.close(remove=True)
+
+
+class NodeProcess:
+    """A node of fixed ids that is started, stopped and killed over and over."""
+
+    def __init__(self, nursery: Nursery, scratch: Path, cluster_id: str, node_id: str = "n0", **settings: Any) -> None:
+        self._nursery = nursery
+        self._ready = scratch / f"{node_id}.json"
+        self.ids = {"cluster_id": cluster_id, "node_id": node_id}
+        self.settings = settings
+        self.child: Child | None = None
+        self.directory: Path | None = None
+
+    def start(self, within_s: float = 60.0, **settings: Any) -> dict[str, Any]:
+        """Starts it, with settings that differ from the usual ones, and returns what it says of itself (`Node.info`)."""
+        self._ready.unlink(missing_ok=True)
+        self.child = self._nursery.start("node", config=self.settings | settings, ready=str(self._ready), **self.ids)
+        wait_until(lambda: self._ready.exists() or not self.child.is_alive(), within_s, "the node's start")
+        if not self._ready.exists():
+            raise RuntimeError("the node ended while it started; its error output says why")
+        info = json.loads(self._ready.read_text())
+        self.directory = Path(info["directory"])
+        return info
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self.child.kill()
+
+    def freeze(self) -> None:
+        """The node hangs from here on (SIGSTOP)."""
+        self.child.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """The node goes on (SIGCONT)."""
+        self.child.signal(signal.SIGCONT)
+
+    def end(self, within_s: float = 30.0) -> None:
+        """Has it close and remove its files, as `tiered-kv down` does."""
+        self.child.signal(signal.SIGCONT)
+        self.child.signal(signal.SIGTERM)
+        self.child.wait(within_s)
