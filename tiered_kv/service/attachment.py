@@ -51,7 +51,16 @@ def client_of(
         return session
 
     source = BlockSource(NodeView.open(info["directory"]), _segments(info), layout, has_device=info["has_device"])
-    client = Client(layout, namespace, source, introduced, deadline_ms=info["fetch_deadline_ms"], clock=clock, on_close=on_close)
+    client = Client(
+        layout,
+        namespace,
+        source,
+        introduced,
+        deadline_ms=info["fetch_deadline_ms"],
+        store_wait_ms=info["store_wait_ms"],
+        clock=clock,
+        on_close=on_close,
+    )
     try:
         client.greet()
     except BaseException:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
+QUESTION_S_MAX = 1.0
+"""How long `match`, `explain`, `stats` and hints wait for an answer at most; less where the setting `fetch_deadline_ms` is less."""
 LABELS = {tier.value: tier.label for tier in Tier}
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -66,6 +68,7 @@ class Client:
         connect: Callable[[], Session],
         *,
         deadline_ms: int,
+        store_wait_ms: int,
         clock: Clock | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -79,6 +82,8 @@ class Client:
         self._writer = BlockWriter(layout, self._root, source)
         self._hash = chain.keys
         self._deadline_ms = deadline_ms
+        self._question_s = min(deadline_ms / 1000, QUESTION_S_MAX)
+        self._store_wait_ms = store_wait_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
         self._savings = Savings()
@@ -106,7 +111,7 @@ class Client:
         by_tier = self._tokens_by_tier(found)
         rest = keys[len(found) :]
         if rest and self._source.peers:
-            elsewhere = len(self._ask(lambda session: session.locate(rest), []))
+            elsewhere = len(self._ask(lambda session: session.locate(rest, self._question_s), []))
             if elsewhere:
                 by_tier[PEER] = elsewhere * self.layout.block_tokens
         return Match(sum(by_tier.values()), by_tier)
@@ -158,10 +163,11 @@ class Client:
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer its pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that began before `start` is left out, as is what follows the last whole
-        one. Waits for room no longer than the setting `store_wait_ms`; what found none is `refused`. A store is no use of
-        blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also with `kv` of no
-        tokens where all of it is there; costs one more small call.
+        one. Waits for room no longer than the setting `store_wait_ms`, however often it asks; what found none is `refused`.
+        A store is no use of blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also
+        with `kv` of no tokens where all of it is there; costs one more small call.
         """
+        deadline_s = self._clock.now_s() + self._store_wait_ms / 1000
         ids = as_token_ids(token_ids)
         self._check_open()
         if not isinstance(hint, Hint | None):
@@ -174,11 +180,12 @@ class Client:
         new = present = 0
         try:
             while missing:
+                wait_s = max(deadline_s - self._clock.now_s(), 0.0)
                 with self._pool.session() as session:
-                    taken, added = self._writer.write(session, keys, missing, kv, start)
+                    taken, added = self._writer.write(session, keys, missing, kv, start, wait_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]
-                if not taken:
+                if not taken or self._clock.now_s() >= deadline_s:
                     break
         except TieredKVError as error:
             self._degraded("store", error)
@@ -197,7 +204,7 @@ class Client:
         rest = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
         elsewhere: dict[BlockKey, list[str]] = {}
         if rest and self._source.peers:
-            elsewhere = dict(zip(rest, self._ask(lambda session: session.locate(rest), []), strict=False))
+            elsewhere = dict(zip(rest, self._ask(lambda session: session.locate(rest, self._question_s), []), strict=False))
         records, broken = [], False
         for block, (key, slot) in enumerate(zip(keys, slots, strict=True)):
             behind = "behind a block that is missing" if broken else ""

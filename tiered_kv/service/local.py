@@ -172,8 +172,8 @@ class SocketSession:
             raise TieredKVError(Kind(answer[1]), answer[2], method=method)
         return answer[1]
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
-        return self._call("reserve", nbytes, keys, tail)
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
+        return self._call("reserve", nbytes, keys, tail, wait_s, wait_s=wait_s or 0.0)
 
     def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
         return self._call("introduce", root, facts)
@@ -196,8 +196,8 @@ class SocketSession:
     def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
         self._call("hint", tail, answer_tokens, pinned_s, reuse_within_s, ended)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        return self._call("locate", keys)
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        return self._call("locate", keys, wait_s, wait_s=wait_s)
 
     def stats(self) -> dict:
         return self._call("stats")

@@ -201,8 +201,8 @@ class Node:
             self.engine.drain_touches()
         self.engine.bring(keys, wait_s)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do."""
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
         return self._link.locate(keys) if self._link else []
 
     @contextmanager
