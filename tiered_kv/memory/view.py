@@ -70,6 +70,19 @@ class NodeView:
         return self._head(w.GENERATION)
 
     @property
+    def identity(self) -> int:
+        """The random number of the mapped files: a node with another one has other files, whatever their path."""
+        return self._head(w.IDENTITY)
+
+    def seems_alive(self, now_ns: int) -> bool:
+        """Whether the node has neither shut down nor been silent for BEAT_AGE_NS_MAX at `now_ns`, on the monotonic clock."""
+        header = self._header
+        try:
+            return header[w.STATE] == w.LIVE and now_ns - header[w.HEARTBEAT] < w.BEAT_AGE_NS_MAX
+        except ValueError as error:
+            raise _closed() from error
+
+    @property
     def live(self) -> bool:
         """Whether the node has not shut down on purpose. A node that died is still live: its blocks can be read."""
         return self._head(w.STATE) == w.LIVE

@@ -8,6 +8,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.packed import Packed
+from tiered_kv.service.session import PROTOCOL, Life
 
 if TYPE_CHECKING:
     from tiered_kv.service.node import Node
@@ -19,6 +20,20 @@ class NodeSession:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
+        self.life = Life(node.place.index.identity, node.place.index.generation)
+
+    def allow(self, wait_s: float) -> None:
+        pass
+
+    def hello(self, protocol: int) -> dict[str, int]:
+        """The first request over a socket: what a worker has to know of the node before it says anything else."""
+        if protocol != PROTOCOL:
+            raise TieredKVError(
+                Kind.TRANSPORT,
+                f"the worker speaks version {protocol!r} of the session protocol, this node version {PROTOCOL};"
+                " run one version of tiered_kv on this machine",
+            )
+        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.place.index.arena_bytes}
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
         return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))

@@ -3,13 +3,30 @@
 Reservations belong to their session and end with it, at the latest when its worker dies.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+
+PROTOCOL = 2
+"""Version of what is said over a session's socket; a node and its workers must have the same."""
+
+
+class Life(NamedTuple):
+    """Whose session this is: the identity of the node's files, and which of their writers the node is."""
+
+    identity: int
+    generation: int
 
 
 class Session(Protocol):
     """The few calls that cannot be answered from shared memory. Every one returns a value; none raises for a full tier."""
+
+    @property
+    def life(self) -> Life:
+        """What the node said of itself when the session began. A worker that maps files of another identity must not use it."""
+
+    def allow(self, wait_s: float) -> None:
+        """Have the calls from now on end within `wait_s`, all together. Direct calls bound only what they wait for."""
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
         """Payload offsets in the arena for the first of the new blocks `keys`; fewer is back-pressure, none is a refusal.

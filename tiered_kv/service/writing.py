@@ -47,6 +47,8 @@ class BlockWriter:
         """Store as many of the `missing` blocks, in their order, as there is room for within `wait_s`: (taken, newly visible)."""
         nbytes = self._layout.block_bytes
         tail = keys[missing[0] - 1] if missing[0] else None
+        if not self._source.live:  # nobody reads these files any more
+            raise TieredKVError(Kind.TRANSPORT, "the node has closed the files that are mapped here")
         generation = self._source.generation
         offsets = session.reserve(nbytes, [keys[block] for block in missing], tail, wait_s)
         taken = missing[: len(offsets)]
