@@ -100,7 +100,7 @@ class Client:
         return self._holder.present.pool
 
     def greet(self, wait_s: float, must_answer: bool = False) -> None:
-        """Connect to the node now; raises what its settings have against this model. A node that is away is one only if it `must_answer`."""
+        """Connect to the node now; raises what its settings have against this model, and if it `must_answer` that it does not."""
         try:
             self._pool.check(wait_s)
         except TieredKVError as error:

@@ -5,11 +5,11 @@
 
 import json
 import os
+from importlib.metadata import version
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tiered_kv import __version__
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.shared import peek
 from tiered_kv.service.session import PROTOCOL
@@ -40,7 +40,7 @@ class NodeRecord:
     ray_node_id: str | None = None
     pid: int = field(default_factory=os.getpid)
     protocol: int = PROTOCOL
-    package: str = __version__
+    package: str = field(default_factory=lambda: version("tiered_kv"))
 
     @property
     def directory(self) -> str:

@@ -227,7 +227,7 @@ def test_an_answer_that_is_none_to_what_was_asked_ends_the_session(tmp_path, cal
 
 @pytest.mark.parametrize(
     "message",
-    [[1, True, {}], [3, True, {}], [True, {}], [2, True], [2, 1, {}], [2, False, "memory"], [2, False, "none", "x"], {}, 2, [2, False, [], ""]],
+    [[1, True, {}], [3, True, {}], [True, {}], [2, True], [2, 1, {}], [2, False, "memory"], [2, False, "no", ""], {}, [2, False, [], ""]],
 )
 def test_an_answer_to_another_request_ends_the_session(tmp_path, message: object) -> None:
     assert_refused(tmp_path, "stats", framed(message))
