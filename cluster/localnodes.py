@@ -49,8 +49,8 @@ class LocalNodes:
         That is the one used before, while it is expected back; else the one on this process's Ray node, if it is part of a Ray; else
         the first by name. Raises (kind `cluster`) for a node of another version.
         """
-        now_ns = time.monotonic_ns()
-        ages = {record.directory: record.age_s(now_ns) for record in (records := self.records())}
+        now_ns, records = time.monotonic_ns(), self.records()
+        ages = {record.directory: record.age_s(now_ns) for record in records}
         before = self._chosen
         if before is not None and ages.get(before.directory, STAY_S) < STAY_S:
             records = [record for record in records if record.directory == before.directory]

@@ -112,7 +112,7 @@ def test_the_locks_of_a_parent_that_packs_are_not_its_childs(node_factory) -> No
     with NodeView.open(node.directory) as view, NodeView.open(node.directory) as other:
         with view.guard(ranges, view.generation):
             read, write = os.pipe()
-            ends_well(in_child(view.close))
+            ends_well(in_child(view.close), in_child(lambda: _guard(view, ranges)))
             assert locked_ranges(other._files.arena_fd, ranges) == ranges, "released by the child"
             child = in_child(lambda: os.read(read, 1))
         assert not locked_ranges(other._files.arena_fd, ranges), "kept by the child"
@@ -120,8 +120,6 @@ def test_the_locks_of_a_parent_that_packs_are_not_its_childs(node_factory) -> No
         ends_well(child)
         os.close(read)
         os.close(write)
-    with NodeView.open(node.directory) as view:
-        ends_well(in_child(lambda: _guard(view, ranges)))
 
 
 def _guard(view, ranges) -> None:
