@@ -182,9 +182,9 @@ class NodeFiles:
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def is_in_place(self) -> bool:
-        """Whether the directory of these files still has its name and its socket, so that others find them there."""
+        """Whether the directory of these files still has its name, so that others find them there."""
         try:
-            return os.stat(self.directory).st_ino == self._inode and self.sock_path.exists()
+            return os.stat(self.directory).st_ino == self._inode
         except FileNotFoundError:
             return False
 
@@ -211,6 +211,29 @@ class NodeFiles:
             if os.stat(self.directory).st_ino == self._inode:
                 shutil.rmtree(self.directory, ignore_errors=True)
         self.close()
+
+
+class VacantFiles:
+    """In the place of `NodeFiles`, for a view: memory of this process in which there is a closed node without blocks."""
+
+    slots = w.SLOTS_MIN
+    arena_bytes = w.PAGE_BYTES
+    arena_fd = None
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index, self.arena = Mapping(-1, w.index_bytes(self.slots)), Mapping(-1, self.arena_bytes)
+        with memoryview(self.index.map) as whole, whole.cast("Q") as header:
+            header[w.SLOTS], header[w.ARENA_BYTES], header[w.STATE] = self.slots, self.arena_bytes, w.CLOSED
+
+    def is_in_place(self) -> bool:
+        """Never: no directory has these."""
+        return False
+
+    def close(self) -> None:
+        """Let go of the memory. May be called twice."""
+        self.index.close()
+        self.arena.close()
 
 
 class Header(NamedTuple):

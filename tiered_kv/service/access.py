@@ -31,6 +31,7 @@ class NodeAccess:
         self.source = source
         self.writer = writer
         self.pool = pool
+        self.is_vacant = not view.identity
         self.deadline_s: float = info["fetch_deadline_ms"] / 1000
         self.store_wait_s: float = info["store_wait_ms"] / 1000
 
@@ -38,13 +39,18 @@ class NodeAccess:
         """Whether there may be another node by now: this one has shut down, is silent, or let nobody in. About 0.3 µs."""
         return self.pool.is_cut_off or not self.view.seems_alive(time.monotonic_ns())
 
+    def is_left(self) -> bool:
+        """Whether the memory that is mapped is of no use to anybody: the node has shut down, or its files are gone."""
+        return not self.is_vacant and not (self.view.live and self.view.is_in_place())
+
 
 class AccessHolder:
     """The present access of a client; where its node is lost, it looks for the node again.
 
     `find()` gives what the node says of itself now (`Node.info`), None where there is no node; `knock(info, wait_s)` opens a
-    session of it, and `make(info)` an access. With `in_background` a thread of its own looks, so that no call waits for it: to map
-    memory takes 0.15 s a GiB. Without, the call that finds the node lost looks once: for nodes in this process, and in order.
+    session of it, and `make(info)` an access; `make(None)` one of no node, in which nothing is found. With `in_background` a thread
+    of its own looks, so that no call waits for it: to map memory takes 0.15 s a GiB. It also gives memory back whose files are gone,
+    which the next node may need. Without, the call that finds the node lost looks once: for nodes in this process, and in order.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class AccessHolder:
         present: NodeAccess,
         find: Callable[[], dict | None],
         knock: Callable[[dict, float], Session],
-        make: Callable[[dict], NodeAccess],
+        make: Callable[[dict | None], NodeAccess],
         *,
         in_background: bool,
     ) -> None:
@@ -116,6 +122,8 @@ class AccessHolder:
         info = self._find()
         header = peek(info["directory"]) if info is not None else None
         if header is None or header.age_s(time.monotonic_ns()) * 1e9 >= BEAT_AGE_NS_MAX:
+            if self._in_background and self.present.is_left():
+                self._put(self._make(None))
             return
         session = self._knock(info, LOOK_WITHIN_S)
         life = session.life
@@ -127,10 +135,11 @@ class AccessHolder:
         if made.view.identity != life.identity:
             _close(made.pool, made.source)
             return
-        self.dress(made)
-        self._replace(made)
+        self._put(made)
 
-    def _replace(self, made: NodeAccess) -> None:
+    def _put(self, made: NodeAccess) -> None:
+        """Have later calls use this access."""
+        self.dress(made)
         with self._lock:
             if self._stop.is_set():
                 _close(made.pool, made.source)

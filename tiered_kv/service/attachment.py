@@ -55,15 +55,15 @@ def client_of(
         if told["calibration"]:  # without it nothing could be read
             registered(told["calibration"])
 
-    def access_of(info: dict) -> NodeAccess:
-        view = NodeView.open(info["directory"])
-        source = BlockSource(view, _segments(info), layout, has_device=info["has_device"])
-        pool = SessionPool(lambda wait_s: knock(info, wait_s), view, clock or SystemClock(), introduce)
-        return NodeAccess(info, view, source, BlockWriter(layout, root, source), pool)
+    def access_of(present: dict | None) -> NodeAccess:
+        told = present or info
+        view = NodeView.open(told["directory"]) if present else NodeView.vacant(told["directory"])
+        source = BlockSource(view, _segments(present), layout, has_device=bool(present and present["has_device"]))
+        pool = SessionPool(lambda wait_s: knock(told, wait_s), view, clock or SystemClock(), introduce)
+        return NodeAccess(told, view, source, BlockWriter(layout, root, source), pool)
 
-    holder = AccessHolder(
-        access_of(info), find or (lambda: _in_its_place(info)), knock, access_of, in_background=connect is None
-    )
+    find = find or (lambda: _in_its_place(info))
+    holder = AccessHolder(access_of(info), find, knock, access_of, in_background=connect is None)
     client = Client(layout, namespace, holder, clock=clock, on_close=on_close)
     try:
         client.greet(GREET_WITHIN_S, must_answer)
@@ -79,5 +79,5 @@ def _in_its_place(info: dict) -> dict:
     return record.info if record else info
 
 
-def _segments(info: dict) -> SegmentReader | None:
-    return SegmentReader(info["disk_folder"]) if info["disk_folder"] else None
+def _segments(info: dict | None) -> SegmentReader | None:
+    return SegmentReader(info["disk_folder"]) if info and info["disk_folder"] else None

@@ -151,6 +151,25 @@ def test_what_a_client_measures_it_measures_of_the_next_node_too(cluster_of_one)
     assert set(stages) == {"hash", "look-up", "store", "copy"}
 
 
+def test_memory_whose_node_is_gone_is_given_back(node, client) -> None:
+    """The next node may need it: `host` is most of what a machine has."""
+    client.store(TOKENS, KV)
+    arena = f"{node.info['directory']}/arena"
+    assert arena in Path("/proc/self/maps").read_text()
+    node.close()
+    assert client.fetch(TOKENS).tokens == 0
+    until(lambda: arena not in Path("/proc/self/maps").read_text(), "the arena is unmapped")
+    assert client.fetch(TOKENS).tokens == client.match(TOKENS).tokens == 0
+    assert client.store(TOKENS, KV) == Stored(0, 0, 4)
+    assert client.explain(TOKENS)[0].reason == "the node is closed"
+    assert client.stats()["node"] is None
+    with pytest.raises(TieredKVError, match="kv"):
+        client.store(TOKENS, KV[:1])
+    node.start()
+    stored_again(client, OTHER)
+    assert client.store(TOKENS, KV) == Stored(4, 0, 0)
+
+
 # A node that hangs (S2)
 
 
