@@ -1,5 +1,8 @@
 """The node as a Ray actor: one a machine, detached, restarted by Ray on the same machine, where it finds its blocks."""
 
+import logging
+import os
+
 import numpy as np
 import ray
 
@@ -9,7 +12,10 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.local import SessionServer
 from tiered_kv.service.node import Node
+from tiered_kv.service.record import NodeRecord, write_record
 from tiered_kv.service.recording import Recorded
+
+log = logging.getLogger(__name__)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
@@ -18,14 +24,31 @@ class NodeActor:
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
         self._refusal: TieredKVError | None = None
-        labels = {"ray_node_id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+        self._is_serving = False
+        here = ray.get_runtime_context()
+        labels = {"ray_node_id": here.get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
             link = RayLink(cluster, node_id)
-            self._node = Node(config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes)
+            self._node = Node(
+                config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
+            )
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
+            write_record(
+                NodeRecord(
+                    cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]
+                )
+            )
+            self._is_serving = True
         except TieredKVError as error:
             # An actor whose constructor raises is restarted for ever, and its error is lost; `info` tells it instead.
             self._refusal = error
+
+    def _end_unless_in_place(self) -> None:
+        """Serve nobody with files that were removed or replaced: end, so that Ray makes this actor, and its files, again."""
+        if self._is_serving and not self._node.is_in_place():
+            log.error("%s was removed or replaced; this node ends, and begins again with new files", self._node.directory)
+            self._node.abdicate()
+            os._exit(1)  # Ray restarts an actor whose process ends like this, and not one that leaves in order
 
     def info(self) -> dict:
         """What a worker needs to attach; raises what kept the node from starting."""
@@ -62,5 +85,6 @@ class NodeActor:
         """Leave the cluster and delete all files of this node."""
         if self._refusal:
             raise TieredKVError(Kind.CLOSED, "the node never started")
+        self._is_serving = False
         self._server.close()
         self._node.close(remove=True)

@@ -1,4 +1,8 @@
-"""Attaching: from any process on a machine of the cluster to a client of that machine's node."""
+"""Attaching: from any process on a machine of the cluster to a client of that machine's node.
+
+A node leaves a record beside its socket; a process of the same user that finds it needs no Ray, and does not end with Ray.
+Ray is asked only where there is no record.
+"""
 
 import os
 import time
@@ -6,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.cluster import raylocal, start, state
+from tiered_kv.cluster.localnodes import LocalNodes
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 
@@ -13,6 +18,11 @@ if TYPE_CHECKING:
     from tiered_kv.service.client import Client
 
 HEARTBEATS_TO_WAIT = 3
+ATTACH_WITHIN_S = 8.0
+"""How long `attach` waits for a node of this machine that runs and is silent, mapping its memory not included."""
+RESTART_WITHIN_S = 3.0
+"""How long it waits for one that has ended, which Ray may be about to restart, before it asks Ray."""
+LOOK_AGAIN_S = 0.1
 
 
 def join(name: str, address: str | None = None) -> None:
@@ -52,19 +62,52 @@ def node_here(nodes: list[dict]) -> dict:
 def attach(
     namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None, **rope: Any
 ) -> "Client":
-    """A client of the node on this machine. `layout_of_block_tokens` makes the layout from the cluster's block size.
+    """A client of the node on this machine, without Ray where the node has left its record here.
 
-    `rope`: as in `client_of`.
+    `layout_of_block_tokens` makes the layout from the cluster's block size. `rope`: as in `client_of`. The client finds the node of
+    the cluster `name` again by itself, also after the cluster was stopped and started anew. Raises (kind `cluster`) where there is
+    no node, or the one there is does not answer within ATTACH_WITHIN_S.
     """
     from tiered_kv.service.attachment import client_of
 
-    join(name, address)
+    nodes = LocalNodes(name, address)
+    begun_s = time.monotonic()
+    while running := nodes.running():
+        info, failed = nodes.find(), None
+        try:
+            if info is not None:
+                layout = layout_of_block_tokens(info["block_tokens"])
+                return client_of(info, layout, namespace, find=nodes.find, must_answer=True, **rope)
+        except TieredKVError as error:
+            if error.kind not in (Kind.MEMORY, Kind.TRANSPORT):
+                raise
+            failed = error
+        waited_s = time.monotonic() - begun_s
+        if waited_s >= ATTACH_WITHIN_S and any(running):
+            raise nodes.silent(waited_s, failed)
+        if waited_s >= RESTART_WITHIN_S and not any(running):
+            break
+        time.sleep(LOOK_AGAIN_S)
+    return _attach_through_ray(nodes, namespace, layout_of_block_tokens, rope)
+
+
+def reach(name: str, address: str | None = None) -> None:
+    """Raise what `attach` would raise where there is no cluster, within moments; joins Ray only where no node has left a record here."""
+    if not LocalNodes(name, address).running():
+        join(name, address)
+
+
+def _attach_through_ray(nodes: LocalNodes, namespace: Namespace, layout_of_block_tokens, rope: dict[str, Any]) -> "Client":
+    from tiered_kv.service.attachment import client_of
+
+    name = nodes.name
+    join(name, nodes.address)
     about = start.describe(name)
     deadline_s = time.monotonic() + HEARTBEATS_TO_WAIT * about["config"].heartbeat_s
     while True:
         try:
             node = node_here(about["nodes"])
-            return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace, **rope)
+            return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace, find=nodes.find, **rope)
         except TieredKVError as error:
             # A coordinator or a node that was just restarted is whole again after a heartbeat.
             if error.kind not in (Kind.CLUSTER, Kind.MEMORY) or time.monotonic() > deadline_s:

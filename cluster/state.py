@@ -99,9 +99,13 @@ def state_dir() -> Path:
 
 def cluster_dir(name: str = DEFAULT_NAME) -> Path:
     """The directory of one cluster: state file, token, logs; made (0700) if missing."""
+    return _private_dir(_cluster_path(name), "TIERED_KV_STATE")
+
+
+def _cluster_path(name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
         raise TieredKVError(Kind.CONFIG, f"cluster name {name!r}: use 1 to 40 letters, digits, - and _", setting="name")
-    return _private_dir(state_dir() / name, "TIERED_KV_STATE")
+    return state_dir() / name
 
 
 def _private_dir(path: Path, setting: str) -> Path:
@@ -121,7 +125,7 @@ def names() -> list[str]:
 
 def find(name: str = DEFAULT_NAME) -> ClusterState | None:
     """The state of a cluster, None if there is none. Raises `TieredKVError` (kind `cluster`) for a damaged file."""
-    path = cluster_dir(name) / _FILE
+    path = _cluster_path(name) / _FILE
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -18,7 +18,7 @@ FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
 # The root's modules, lowest first: each may import only what stands in a line before its own.
-ROOT_LEVELS = [["errors", "clock"], ["layout", "picture"], ["keys"], ["blocks"], ["config"]]
+ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture"], ["keys"], ["blocks"], ["config"]]
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
     "quantization": ["codecs", "errors"],
@@ -30,15 +30,15 @@ DOORS = {
 }
 DOOR_LINES_MAX = 120
 
-EVERYTHING = ["errors", "clock", "layout", "keys", "blocks", "config", "codecs", "memory", "policy", "store", "tiers", "service"]
+EVERYTHING = ["errors", "clock", "forking", "layout", "keys", "blocks", "config", "codecs", "memory", "policy", "store", "tiers", "service"]
 # What a folder may import of the project, beside itself: a folder or module with all below it. Marked + is what the
 # table of section 8 leaves out: names and values that everyone speaks in, and that know nothing themselves.
 MAY_IMPORT = {
     "codecs": ["layout", "keys", "errors"],
     "policy": ["keys", "errors", "blocks"],
     "sim": ["policy", "store", "keys", "blocks", "errors", "picture"],
-    "memory": ["layout", "keys", "blocks", "errors"],
-    "tiers": ["memory", "codecs", "blocks", "errors", "keys"],  # + keys
+    "memory": ["layout", "keys", "blocks", "errors", "forking"],
+    "tiers": ["memory", "codecs", "blocks", "errors", "forking", "keys"],  # + keys
     "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors"],  # + errors
     "service": [
         "store",
@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "blocks",
         "errors",
         "clock",
+        "forking",
     ],  # + the vocabulary
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
     "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],

@@ -92,7 +92,7 @@ def attach(
     cluster: str = "default",
     address: str | None = None,
 ) -> "Client":
-    """A client of the cache node on this machine, in any process joined to the cluster (or that can join it).
+    """A client of the cache node on this machine, in any process of the user who started it. Joins no Ray; see docs/design/020.
 
     Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
     your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an
@@ -109,7 +109,7 @@ def attach(
 
         if namespace is not None or layout is not None:
             raise TieredKVError(Kind.CONFIG, "attach: give either a model, or namespace and layout", setting="model")
-        attaching.join(cluster, address)  # first what is quick to fail
+        attaching.reach(cluster, address)  # first what is quick to fail
         shape = check_supported(model)
         namespace = Namespace.of(model, tokenizer, tenant=tenant)
         turned = {"rope": rope_of_model(model), "rope_halves": rope_halves}

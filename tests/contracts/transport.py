@@ -167,7 +167,7 @@ class TransportContract:
         assert node.stats()["blocks"] == 2
 
     def test_alone_a_node_can_locate_and_pull_nothing(self, session) -> None:
-        assert session.locate([key_of(1)]) == []
+        assert session.locate([key_of(1)], 1.0) == []
         assert session.pull(ROOT, NBYTES, None, [key_of(1)], 0, 1.0) == 0
         assert session.pull(ROOT, NBYTES, None, [], 0, 1.0) == 0
 
@@ -200,4 +200,4 @@ class TransportContract:
         assert session.stats()["sessions"] == 2
 
     def test_many_keys_in_one_message(self, session) -> None:
-        assert session.locate([key_of(number) for number in range(20_000)]) == []
+        assert session.locate([key_of(number) for number in range(20_000)], 1.0) == []

@@ -1,4 +1,7 @@
-"""A node in a process of its own, without Ray: prints its info as one line of JSON, ends when its standard input does."""
+"""A node in a process of its own, without Ray: prints its info as one line of JSON, ends when its standard input does.
+
+It leaves a record as a cluster's node does, under the cluster name that is given.
+"""
 
 import json
 import sys
@@ -6,12 +9,14 @@ import sys
 from tiered_kv.config import Config
 from tiered_kv.service.local import SessionServer
 from tiered_kv.service.node import Node
+from tiered_kv.service.record import NodeRecord, write_record
 
 
 def main() -> None:
-    """`python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID`."""
+    """`python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID [CLUSTER_NAME]`."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
     server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+    write_record(NodeRecord(sys.argv[3] if len(sys.argv) > 3 else sys.argv[2], sys.argv[2], "bench", node.info()))
     try:
         print(json.dumps(node.info()), flush=True)
         sys.stdin.read()

@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 
 from tiered_kv.errors import Kind, TieredKVError
 
+ALIGNMENT = 512
 SNUG_SHARE = 1 / 8
 _SHIFT = 48
 _OFFSET_MASK = (1 << _SHIFT) - 1
@@ -21,7 +22,7 @@ class ExtentAllocator:
     Contract violations (a size below 1, an offset that is not taken) raise `TieredKVError` (kind `memory`).
     """
 
-    def __init__(self, capacity_bytes: int, alignment: int = 512) -> None:
+    def __init__(self, capacity_bytes: int, alignment: int = ALIGNMENT) -> None:
         if alignment < 1 or capacity_bytes < alignment or capacity_bytes > _OFFSET_MASK:
             raise TieredKVError(Kind.MEMORY, f"an arena of {capacity_bytes} bytes cannot hold extents aligned to {alignment}")
         self.alignment = alignment

@@ -67,6 +67,16 @@ class IndexWriter:
         """How many writers these files have had."""
         return self._header[w.GENERATION]
 
+    @property
+    def identity(self) -> int:
+        """The random number of these files, which no others have."""
+        return self._header[w.IDENTITY]
+
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the arena that belongs to this index."""
+        return self._arena_bytes
+
     def __len__(self) -> int:
         return self._header[w.BLOCKS]
 

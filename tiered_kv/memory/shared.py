@@ -1,6 +1,6 @@
 """A node's files in shared memory: creating, attaching, and removing them, and who may do so when.
 
-`<shm_path>/tkv-<cluster>-<node>/` (0700) holds `index`, `arena`, `lock` and `sock` (0600). Everyone who uses the
+`<shm_path>/tkv-<cluster>-<node>/` (0700) holds `index`, `arena`, `lock`, `sock` and `node.json` (0600). Everyone who uses the
 directory holds a shared flock on `lock`; its one writer also holds a write lock on the first byte of that file. A
 directory whose lock can be had exclusively is used by nobody.
 """
@@ -10,16 +10,18 @@ import fcntl
 import mmap
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
+from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory import words as w
 from tiered_kv.memory.locks import try_exclusive
@@ -64,8 +66,8 @@ class NodeFiles:
     """The open files of one node: `index` and `arena` as mappings, and the locks that go with using them.
 
     `arena_fd` is an open file description of its own, for locks on ranges of the arena. Errors: `TieredKVError` of kind
-    `memory` that names the setting (`host`, `shm_path`) or the file. Descriptors are not passed on by exec; a process
-    that forks without exec passes its locks on.
+    `memory` that names the setting (`host`, `shm_path`) or the file. Descriptors are not passed on by exec. A child process
+    has a description of its own for locks on ranges, and no part in its parent's; of a writer's files it has no locks at all.
     """
 
     def __init__(self, directory: Path, directory_fd: int, lock_fd: int, slots: int, arena_bytes: int, *, writer: bool) -> None:
@@ -82,6 +84,20 @@ class NodeFiles:
             undo.callback(os.close, self.arena_fd)
             self._lock_fd: int | None = os.dup(lock_fd)
             undo.pop_all()
+        forking.register(self)
+
+    def after_fork(self) -> None:
+        """Part from the parent's locks: its locks on ranges end with it, and releasing ours does not release its own."""
+        if self.arena_fd is None:
+            return
+        inherited, self.arena_fd = self.arena_fd, None
+        if self.writer:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+        else:
+            with suppress(OSError):  # no descriptors left: nothing can be stored from this process
+                self.arena_fd = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
+        os.close(inherited)
 
     @staticmethod
     def _mapped(undo: ExitStack, directory_fd: int, name: str, nbytes: int) -> Mapping:
@@ -165,6 +181,13 @@ class NodeFiles:
             files.remove()
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
+    def is_in_place(self) -> bool:
+        """Whether the directory of these files still has its name, so that others find them there."""
+        try:
+            return os.stat(self.directory).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Unmap the files and give up the locks; the files stay. May be called twice."""
         self.index.close()
@@ -188,6 +211,53 @@ class NodeFiles:
             if os.stat(self.directory).st_ino == self._inode:
                 shutil.rmtree(self.directory, ignore_errors=True)
         self.close()
+
+
+class VacantFiles:
+    """In the place of `NodeFiles`, for a view: memory of this process in which there is a closed node without blocks."""
+
+    slots = w.SLOTS_MIN
+    arena_bytes = w.PAGE_BYTES
+    arena_fd = None
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index, self.arena = Mapping(-1, w.index_bytes(self.slots)), Mapping(-1, self.arena_bytes)
+        with memoryview(self.index.map) as whole, whole.cast("Q") as header:
+            header[w.SLOTS], header[w.ARENA_BYTES], header[w.STATE] = self.slots, self.arena_bytes, w.CLOSED
+
+    def is_in_place(self) -> bool:
+        """Never: no directory has these."""
+        return False
+
+    def close(self) -> None:
+        """Let go of the memory. May be called twice."""
+        self.index.close()
+        self.arena.close()
+
+
+class Header(NamedTuple):
+    """What an index says of its node, read without mapping it: as the properties of `NodeView`."""
+
+    identity: int
+    is_live: bool
+    heartbeat_ns: int
+
+    def age_s(self, now_ns: int) -> float:
+        """Seconds since the node last said that it lives, on the monotonic clock; infinite for a node that has shut down."""
+        return (now_ns - self.heartbeat_ns) / 1e9 if self.is_live else float("inf")
+
+
+def peek(directory: str | Path) -> Header | None:
+    """The header of the index in a directory of this user; None where there is none that this version can use. About 20 µs."""
+    try:
+        with _directory_fd(Path(directory)) as directory_fd:
+            header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
+    except (OSError, TieredKVError):
+        return None
+    if header is None or header[w.MAGIC] != w.MAGIC_WORD or header[w.VERSION] != w.FORMAT_VERSION:
+        return None
+    return Header(header[w.IDENTITY], header[w.STATE] == w.LIVE, header[w.HEARTBEAT])
 
 
 def reclaim_stale(shm_path: str | Path, now_ns: int, max_age_s: float = 60.0) -> list[Path]:
@@ -306,6 +376,7 @@ def _write_header(files: NodeFiles, cluster_id: str, node_id: str) -> None:
         header[w.NODE] = w.name_hash(node_id)
         header[w.SLOTS] = files.slots
         header[w.ARENA_BYTES] = files.arena_bytes
+        header[w.IDENTITY] = secrets.randbits(64) | 1  # never 0
         w.fence()
         header[w.MAGIC] = w.MAGIC_WORD  # last: files without it are unfinished
 

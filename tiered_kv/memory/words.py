@@ -6,6 +6,7 @@ flags << 16 | segment << 32, offset, stored bytes | raw bytes << 32. Tier 0: emp
 so that a reader loads it before the key. Words are loaded and stored through `memoryview.cast("Q")`, one aligned move.
 """
 
+import os
 import platform
 import struct
 import threading
@@ -16,7 +17,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES
 
 MAGIC_WORD = int.from_bytes(b"TKVINDEX", "little")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 HEADER_BYTES = 4096
 HEADER_WORDS = HEADER_BYTES // 8
@@ -27,12 +28,15 @@ KEY_OFFSET = 8
 
 # Words of the header. The tick has a cache line of its own, because every reader writes it.
 MAGIC, VERSION, CLUSTER, NODE, SLOTS, ARENA_BYTES, GENERATION, STATE = range(8)
-HEARTBEAT, PEERS, WRITER_PID, BLOCKS = range(8, 12)
+HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY = range(8, 13)
 TICK = 16
 ASKED, HIT, SAVED_TOKENS, SAVED_US = range(24, 28)
 
 LIVE = 1
 CLOSED = 2
+
+BEAT_AGE_NS_MAX = 2_000_000_000
+"""A node says every 0.1 s that it lives; one that has not for so long is dead, stopped, or has no processor."""
 
 BYTES_PER_SLOT_OF_HOST = 4096
 BLOCK_BYTES_BELOW = 64 << 10
@@ -57,6 +61,15 @@ def fence() -> None:
         pass
     with _FENCE:
         pass
+
+
+def _renew_fence() -> None:
+    """In a child process: the parent's lock may have been held by a thread that the child does not have."""
+    global _FENCE
+    _FENCE = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_fence)
 
 
 def name_hash(name: str) -> int:

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 
+from tiered_kv import forking
 from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
+from tiered_kv.service.access import AccessHolder, NodeAccess
 from tiered_kv.service.pool import SessionPool
 from tiered_kv.service.reading import BlockSource, Found
 from tiered_kv.service.savings import Savings
-from tiered_kv.service.session import Session
-from tiered_kv.service.writing import BlockWriter, LayerPairs
+from tiered_kv.service.writing import LayerPairs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
+QUESTION_S_MAX = 1.0
+"""How long `match`, `explain`, `stats` and hints wait for an answer at most; less where the setting `fetch_deadline_ms` is less."""
 LABELS = {tier.value: tier.label for tier in Tier}
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -62,10 +65,8 @@ class Client:
         self,
         layout: KVLayout,
         namespace: Namespace,
-        source: BlockSource,
-        connect: Callable[[], Session],
+        holder: AccessHolder,
         *,
-        deadline_ms: int,
         clock: Clock | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -73,25 +74,37 @@ class Client:
         self.namespace = namespace
         chain = namespace.chain(layout)
         self._root = chain.root
-        self._source = source
+        self._holder = holder
         self._clock = clock or SystemClock()
-        self._pool = SessionPool(connect, self._clock)
-        self._writer = BlockWriter(layout, self._root, source)
         self._hash = chain.keys
-        self._deadline_ms = deadline_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
         self._savings = Savings()
         self._lock = threading.Lock()
         self._closed = False
         self._warn_again_s = float("-inf")
+        forking.register(self)
 
-    def greet(self) -> None:
-        """Connect to the node now; raises what its settings have against this model. A node that is away is no error."""
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
+    @property
+    def _source(self) -> BlockSource:
+        """Where the present life of the node's files is read."""
+        return self._holder.present.source
+
+    @property
+    def _pool(self) -> SessionPool:
+        """The sessions with the node's present life."""
+        return self._holder.present.pool
+
+    def greet(self, wait_s: float, must_answer: bool = False) -> None:
+        """Connect to the node now; raises what its settings have against this model, and if it `must_answer` that it does not."""
         try:
-            self._pool.check()
+            self._pool.check(wait_s)
         except TieredKVError as error:
-            if error.kind is not Kind.TRANSPORT:
+            if error.kind is not Kind.TRANSPORT or must_answer:
                 raise
             self._degraded("greeting", error)
 
@@ -101,12 +114,13 @@ class Client:
 
         `token_ids`: one prompt, a list, array or tensor of whole numbers.
         """
-        keys = self._keys(token_ids)
-        found = self._source.find(keys)
+        keys, access = self._keys(token_ids), self._holder.take()
+        found = access.source.find(keys)
         by_tier = self._tokens_by_tier(found)
         rest = keys[len(found) :]
-        if rest and self._source.peers:
-            elsewhere = len(self._ask(lambda session: session.locate(rest), []))
+        if rest and access.source.peers:
+            wait_s = _question_s(access)
+            elsewhere = len(self._ask(access, lambda session: session.locate(rest, wait_s), [], wait_s))
             if elsewhere:
                 by_tier[PEER] = elsewhere * self.layout.block_tokens
         return Match(sum(by_tier.values()), by_tier)
@@ -120,28 +134,29 @@ class Client:
         `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
         """
         begun_s = self._clock.now_s()
-        keys = self._keys(token_ids)
+        keys, access = self._keys(token_ids), self._holder.take()
+        source = access.source
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
             self.layout.check_kv(out, room, "out")
             if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
                 raise TieredKVError(Kind.LAYOUT, "out is an expanded tensor, whose elements share memory; nothing can be written to it")
             keys = keys[: out.shape[-2] // self.layout.block_tokens]
-        deadline_s = self._clock.now_s() + (self._deadline_ms if deadline_ms is None else deadline_ms) / 1000
-        found = first_found = self._source.find(keys)
-        if hidden := self._source.hidden(found):
-            found = self._bring(keys, hidden, deadline_s)
+        deadline_s = self._clock.now_s() + (access.deadline_s if deadline_ms is None else deadline_ms / 1000)
+        found = first_found = source.find(keys)
+        if hidden := source.hidden(found):
+            found = self._bring(access, keys, hidden, deadline_s)
         local = len(found)
-        if local < len(keys) and self._source.peers:
-            found = found + self._pull(keys, local, deadline_s)
+        if local < len(keys) and source.peers:
+            found = found + self._pull(access, keys, local, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
-        read = self._source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
-        if doubted := self._source.doubted():
-            self._ask(lambda session: session.doubt(doubted), None)
+        read = source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        if doubted := source.doubted():
+            self._ask(access, lambda session: session.doubt(doubted), None, max(deadline_s - self._clock.now_s(), 0.0))
         # Also the one that could not be read, its node will find out why; but not what was stored here just now.
-        self._source.touch(found[: min(len(read) + 1, local)])
+        source.touch(found[: min(len(read) + 1, local)])
         where = [*first_found, *found[len(first_found) : local]]  # before anything was brought here for this fetch
         by_tier = self._tokens_by_tier(where[: len(read)])
         if len(read) > local:
@@ -149,7 +164,7 @@ class Client:
         tokens = len(read) * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
         saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
-        self._source.tally(len(keys), len(read), tokens, int(saved_s * 1e6))
+        source.tally(len(keys), len(read), tokens, int(saved_s * 1e6))
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
@@ -158,33 +173,37 @@ class Client:
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer its pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that began before `start` is left out, as is what follows the last whole
-        one. Waits for room no longer than the setting `store_wait_ms`; what found none is `refused`. A store is no use of
-        blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also with `kv` of no
-        tokens where all of it is there; costs one more small call.
+        one. Waits for room no longer than the setting `store_wait_ms`, however often it asks; what found none is `refused`.
+        A store is no use of blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also
+        with `kv` of no tokens where all of it is there; costs one more small call.
         """
+        begun_s = self._clock.now_s()
         ids = as_token_ids(token_ids)
         self._check_open()
+        access = self._holder.take()
+        deadline_s = begun_s + access.store_wait_s
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
         keys = self._hash(ids)
-        kv = self._writer.checked(kv, len(ids), start)
+        kv = access.writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
-        shown = self._source.lookup_all(keys)
+        shown = access.source.lookup_all(keys)
         missing = [block for block in range(first, len(keys)) if shown[block] is None]
         new = present = 0
         try:
             while missing:
-                with self._pool.session() as session:
-                    taken, added = self._writer.write(session, keys, missing, kv, start)
+                wait_s = max(deadline_s - self._clock.now_s(), 0.0)
+                with access.pool.session(wait_s) as session:
+                    taken, added = access.writer.write(session, keys, missing, kv, start, wait_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]
-                if not taken:
+                if not taken or self._clock.now_s() >= deadline_s:
                     break
         except TieredKVError as error:
             self._degraded("store", error)
         if hint is not None and keys:
             known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
-            self._ask(lambda session: session.hint(keys[-1], *known), None)
+            self._ask(access, lambda session: session.hint(keys[-1], *known), None, max(deadline_s - self._clock.now_s(), 0.0))
         present += sum(slot is not None for slot in shown[first:])
         self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
         return Stored(new, present, len(missing))
@@ -192,12 +211,13 @@ class Client:
     @_while_open
     def explain(self, token_ids: TokenIds) -> list[Explained]:
         """One record for each block of the prompt: its tier and codec, or the reason why it would be a miss."""
-        keys = self._keys(token_ids)
-        slots = self._source.lookup_all(keys)
+        keys, access = self._keys(token_ids), self._holder.take()
+        slots = access.source.lookup_all(keys)
         rest = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
         elsewhere: dict[BlockKey, list[str]] = {}
-        if rest and self._source.peers:
-            elsewhere = dict(zip(rest, self._ask(lambda session: session.locate(rest), []), strict=False))
+        if rest and access.source.peers:
+            wait_s = _question_s(access)
+            elsewhere = dict(zip(rest, self._ask(access, lambda session: session.locate(rest, wait_s), [], wait_s), strict=False))
         records, broken = [], False
         for block, (key, slot) in enumerate(zip(keys, slots, strict=True)):
             behind = "behind a block that is missing" if broken else ""
@@ -208,7 +228,7 @@ class Client:
                 records.append(Explained(block, key.hex(), PEER, None, 0, behind or f"held by {', '.join(elsewhere[key])}"))
             else:
                 broken = True
-                records.append(Explained(block, key.hex(), None, None, 0, self._source.reason_of_miss))
+                records.append(Explained(block, key.hex(), None, None, 0, access.source.reason_of_miss))
         return records
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
@@ -227,32 +247,37 @@ class Client:
         `prefill_tokens_per_s` is None.
         """
         self._check_open()
-        return {"client": self.own_stats(), "node": self._ask(lambda session: session.stats(), None)}
+        access = self._holder.take()
+        return {"client": self.own_stats(), "node": self._ask(access, lambda session: session.stats(), None, _question_s(access))}
 
     def own_stats(self) -> dict:
         """The counts of this client alone; no call."""
         with self._lock:
             own = dict(self._counts)
         own |= self._savings.stats()
-        return own | {"node_calls": self._pool.calls, "retries": self._source.retries}
+        return own | {"node_calls": self._holder.calls, "retries": self._holder.retries}
 
     def measure(self, timed: Callable[[str, Callable], Callable]) -> None:
         """From now on run each stage's function as `timed(stage, function)` gives it (`service.profile`); once, before any use."""
+
+        def dress(access: NodeAccess) -> None:
+            access.writer.write = timed("store", access.writer.write)
+            access.source.measure(timed)
+
         self._hash = timed("hash", self._hash)
-        self._writer.write = timed("store", self._writer.write)
-        self._source.measure(timed)
+        self._holder.dress = dress
+        dress(self._holder.present)
 
     @property
     def node_calls(self) -> int:
         """How often this client has asked its node for anything; fetches of local blocks leave it as it is."""
-        return self._pool.calls
+        return self._holder.calls
 
     def close(self) -> None:
         """Give the node's memory and the sessions back. Closing twice is fine."""
         if not self._closed:
             self._closed = True
-            self._pool.close()
-            self._source.close()
+            self._holder.close()
             self._on_close()
 
     def __enter__(self) -> "Client":
@@ -265,25 +290,26 @@ class Client:
         self._check_open()
         return self._hash(as_token_ids(token_ids))
 
-    def _bring(self, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
+    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
         """What can be found after the node was asked for blocks that only it can read."""
         wait_s = deadline_s - self._clock.now_s()
         if wait_s > 0:
-            self._ask(lambda session: session.bring(hidden, wait_s), None)
-        return self._source.find(keys)
+            self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
+        return access.source.find(keys)
 
-    def _pull(self, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
+    def _pull(self, access: NodeAccess, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
         wait_s = deadline_s - self._clock.now_s()
         if wait_s <= 0:
             return []
         tail, rest = keys[local - 1] if local else None, keys[local:]
-        count = self._ask(lambda session: session.pull(self._root, self.layout.block_bytes, tail, rest, local, wait_s), 0)
-        return self._source.find(rest[:count])
+        asked = (self._root, self.layout.block_bytes, tail, rest, local, wait_s)
+        count = self._ask(access, lambda session: session.pull(*asked), None, wait_s)
+        return access.source.find(rest[:count])  # all of them where there was no answer in time: some may be here by now
 
-    def _ask(self, question: Callable, otherwise: object):
-        """The node's answer, or `otherwise` where it has none."""
+    def _ask(self, access: NodeAccess, question: Callable, otherwise: object, wait_s: float):
+        """The node's answer within `wait_s`, or `otherwise` where it has none."""
         try:
-            with self._pool.session() as session:
+            with access.pool.session(wait_s) as session:
                 return question(session)
         except TieredKVError as error:
             self._degraded("question", error)
@@ -313,3 +339,8 @@ class Client:
     def _check_open(self) -> None:
         if self._closed:
             raise TieredKVError(Kind.CLOSED, "the client is closed")
+
+
+def _question_s(access: NodeAccess) -> float:
+    """How long a question whose answer is no block may take."""
+    return min(access.deadline_s, QUESTION_S_MAX)

@@ -1,6 +1,8 @@
 """A cluster in one process: nodes that reach each other by plain calls. For tests, and for `tiered_kv.open`."""
 
 import atexit
+import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -41,7 +43,14 @@ class InProcessCluster:
 
     def client(self, node_id: str, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
         """A worker's client, attached to one node (and to what is started under its id later) by direct calls."""
-        return client_of(self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session(), **rope)
+        return client_of(
+            self.nodes[node_id].info(),
+            layout,
+            namespace,
+            connect=lambda: self.nodes[node_id].open_session(),
+            find=lambda: self.nodes[node_id].info(),
+            **rope,
+        )
 
     def report_all(self) -> None:
         """Bring the directory up to date now, instead of a moment later."""
@@ -103,20 +112,22 @@ class Embedded:
     """A node of its own in this process, without peers, which ends with `close`, at the latest when the interpreter exits.
 
     What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the node.
+    A child process reads what is in memory; it stores nothing, and its `close` removes nothing.
     """
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self._clock = clock
-        self._scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
+        self._pid = os.getpid()
+        # Not a TemporaryDirectory, which a child process would remove when it ends.
+        self._scratch = tempfile.mkdtemp(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
         if self._scratch:
-            config = config.with_(disk_path=str(Path(self._scratch.name) / "segments"))
+            config = config.with_(disk_path=str(Path(self._scratch) / "segments"))
         try:
             if self._scratch:
                 Path(config.disk_path).mkdir(mode=0o700)
             self.node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
         except TieredKVError:
-            if self._scratch:
-                self._scratch.cleanup()
+            self._clear()
             raise
         atexit.register(self.close)
 
@@ -127,10 +138,15 @@ class Embedded:
 
     def close(self) -> None:
         """End the node and remove its files; close its clients before. A second time does nothing."""
+        if os.getpid() != self._pid:
+            return
         atexit.unregister(self.close)
         self.node.close()
+        self._clear()
+
+    def _clear(self) -> None:
         if self._scratch:
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:

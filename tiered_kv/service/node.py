@@ -5,9 +5,10 @@ Its files in shared memory outlive it: a node made again under the same ids find
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
+from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
@@ -40,7 +41,7 @@ BEAT_S = 0.1
 class Node:
     """One machine's part of the cache; `directory` is where its workers find index and arena.
 
-    Raises `TieredKVError` that names the setting when shared memory or disk cannot be had.
+    Raises `TieredKVError` that names the setting when shared memory or disk cannot be had. `at_beat` is called after each beat.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Node:
         clock: Clock | None = None,
         labels: dict[str, str] | None = None,
         mounted_bytes: int = 0,
+        at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self._labels = labels or {}
@@ -72,11 +74,22 @@ class Node:
         self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
         self._reporter = self._make_reporter(link) if link else None
         self._stopped = False  # guarded by the engine's lock
+        self._gone = "is closed"
         self._closing = threading.Event()
+        self._at_beat = at_beat
+        forking.register(self)
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
         if self._reporter:
             self._reporter.start()
+
+    def after_fork(self) -> None:
+        """A child process has no node: everything that is asked of this one there is refused, as of one that is closed."""
+        self.engine.lock = threading.RLock()
+        self.engine.freed = threading.Condition(self.engine.lock)
+        self._closing = threading.Event()
+        self._closing.set()
+        self._stopped, self._gone = True, "belongs to the process that this one was forked from"
 
     def info(self) -> dict:
         """What a worker needs to attach: where index, arena, socket and segments are, and the cluster's settings."""
@@ -94,8 +107,8 @@ class Node:
 
     def open_session(self) -> NodeSession:
         """A session for one worker; close it when the worker leaves."""
-        session = NodeSession(self)
         with self.running():
+            session = NodeSession(self)
             self._sessions[session] = None
         return session
 
@@ -104,7 +117,7 @@ class Node:
         """The engine's lock, held while the node is there; raises (kind `transport`) once it is closed."""
         with self.engine.lock:
             if self._stopped:
-                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} is closed", node=self.node_id)
+                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} {self._gone}", node=self.node_id)
             yield
 
     def is_open(self, session: NodeSession) -> bool:
@@ -201,8 +214,8 @@ class Node:
             self.engine.drain_touches()
         self.engine.bring(keys, wait_s)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do."""
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
         return self._link.locate(keys) if self._link else []
 
     @contextmanager
@@ -357,6 +370,14 @@ class Node:
             with self.engine.lock:
                 self.engine.machine.catch_up()
 
+    def is_in_place(self) -> bool:
+        """Whether workers find this node: its directory and socket still have their names."""
+        return self.place.is_in_place()
+
+    def abdicate(self) -> None:
+        """Tell workers that map this node's files that they are no longer those of a node; for one that is not in place."""
+        self.place.index.close_state()
+
     def check(self) -> None:
         """Assert that machine, index, tiers and reservations agree. Settle the engine before: promotions under way are not known here."""
         with self.engine.lock:
@@ -419,6 +440,7 @@ class Node:
         while not self._closing.wait(BEAT_S):
             try:
                 self.beat()
+                self._at_beat()
             except Exception:
                 log.exception("the node's beat failed")
 

@@ -8,6 +8,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.packed import Packed
+from tiered_kv.service.session import PROTOCOL, Life
 
 if TYPE_CHECKING:
     from tiered_kv.service.node import Node
@@ -19,9 +20,23 @@ class NodeSession:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
+        self.life = Life(node.place.index.identity, node.place.index.generation)
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
-        return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000)
+    def allow(self, wait_s: float) -> None:
+        pass
+
+    def hello(self, protocol: int) -> dict[str, int]:
+        """The first request over a socket: what a worker has to know of the node before it says anything else."""
+        if protocol != PROTOCOL:
+            raise TieredKVError(
+                Kind.TRANSPORT,
+                f"the worker speaks version {protocol!r} of the session protocol, this node version {PROTOCOL};"
+                " run one version of tiered_kv on this machine",
+            )
+        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.place.index.arena_bytes}
+
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
+        return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
 
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
@@ -62,7 +77,7 @@ class NodeSession:
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
         _check_chain(root, [(key, tail) for key in keys])
-        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), _whole(depth), wait_s)
+        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), _whole(depth), _seconds(wait_s))
 
     def doubt(self, keys: list[BlockKey]) -> None:
         for key in keys:
@@ -72,14 +87,14 @@ class NodeSession:
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         for key in keys:
             _check_chain(key, [])
-        self._node.bring(keys, wait_s)
+        self._node.bring(keys, _seconds(wait_s))
 
     def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
         _check_chain(tail, [])
         self._node.hint(tail, Hint(answer_tokens, pinned_s, reuse_within_s, ended))
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        return self._node.locate(keys)
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        return self._node.locate(keys, _seconds(wait_s))
 
     def stats(self) -> dict:
         return self._node.stats()
@@ -110,3 +125,10 @@ def _whole(depth: object) -> int:
     if type(depth) is not int or not 0 <= depth < 1 << 32:
         raise TieredKVError(Kind.TRANSPORT, f"{depth!r} is no place in a chain")
     return depth
+
+
+def _seconds(wait_s: object) -> float:
+    """How long a worker may wait, if that is what it is; raises (kind `transport`)."""
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s < float("inf"):
+        raise TieredKVError(Kind.TRANSPORT, f"a wait must be a finite number of seconds, 0 or more, got {wait_s!r}")
+    return wait_s

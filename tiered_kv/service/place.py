@@ -423,6 +423,10 @@ class Place:
         if self._abandoned:
             self._free_abandoned()
 
+    def is_in_place(self) -> bool:
+        """Whether the directory and the socket in it still have their names."""
+        return self._files.is_in_place() and self._files.sock_path.exists()
+
     def check(self, blocks: Mapping[BlockKey, object], reservations: Iterable[Mapping[int, int]]) -> None:
         """Assert that index, tiers and reservations are those of these machine blocks, and that no tier is above its cap."""
         self.index.check()

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import TieredKVError
@@ -197,6 +198,11 @@ class BlockSource:
         self._view.tally(asked, hit, saved_tokens, saved_us)
 
     @property
+    def live(self) -> bool:
+        """Whether the node has not shut down on purpose."""
+        return self._view.live
+
+    @property
     def generation(self) -> int:
         """Which of the node's lives this is; read it before reserving, for `guard`."""
         return self._view.generation
@@ -287,6 +293,11 @@ class DeviceReader:
         self._pool: DevicePool | None = None
         self._blocks: ArenaBlocks | None = None
         self._generation = -1
+        self._lock = threading.Lock()
+        forking.register(self)
+
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     def blocks(self) -> ArenaBlocks | None:

@@ -2,6 +2,8 @@
 
 import threading
 
+from tiered_kv import forking
+
 RATE_WINDOW_TOKENS = 32_768
 """The prefill rate is that of about so many tokens computed last."""
 PREFILL_TOKENS_MIN = 64
@@ -16,6 +18,11 @@ class Savings:
         self.seconds = 0.0
         self._measured_tokens = 0.0  # both decay with each token measured
         self._measured_s = 0.0
+        self._lock = threading.Lock()
+        forking.register(self)
+
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     @property

@@ -3,18 +3,36 @@
 Reservations belong to their session and end with it, at the latest when its worker dies.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+
+PROTOCOL = 2
+"""Version of what is said over a session's socket; a node and its workers must have the same."""
+
+
+class Life(NamedTuple):
+    """Whose session this is: the identity of the node's files, and which of their writers the node is."""
+
+    identity: int
+    generation: int
 
 
 class Session(Protocol):
     """The few calls that cannot be answered from shared memory. Every one returns a value; none raises for a full tier."""
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None) -> list[int]:
+    @property
+    def life(self) -> Life:
+        """What the node said of itself when the session began. A worker that maps files of another identity must not use it."""
+
+    def allow(self, wait_s: float) -> None:
+        """Have the calls from now on end within `wait_s`, all together. Direct calls bound only what they wait for."""
+
+    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
         """Payload offsets in the arena for the first of the new blocks `keys`; fewer is back-pressure, none is a refusal.
 
-        `tail` is the parent of the first of these blocks: its chain should not make room for them.
+        `tail` is the parent of the first of these blocks: its chain should not make room for them. `wait_s` bounds the wait for
+        room (None: the node's setting `store_wait_ms`).
         """
 
     def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
@@ -50,8 +68,8 @@ class Session(Protocol):
     def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
         """The parts of a `Hint` for the chain whose deepest block is `tail`."""
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do."""
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
 
     def stats(self) -> dict:
         """The node's figures."""

@@ -42,13 +42,15 @@ class BlockWriter:
                 layout.check_part(heads, (layout.kv_heads, tokens, layout.head_dim), f"kv: the {name} of layer {layer}")
 
     def write(
-        self, session: Session, keys: list[BlockKey], missing: list[int], kv: torch.Tensor | LayerPairs, start: int
+        self, session: Session, keys: list[BlockKey], missing: list[int], kv: torch.Tensor | LayerPairs, start: int, wait_s: float
     ) -> tuple[int, int]:
-        """Store as many of the `missing` blocks, in their order, as there is room for now: (taken, newly visible)."""
+        """Store as many of the `missing` blocks, in their order, as there is room for within `wait_s`: (taken, newly visible)."""
         nbytes = self._layout.block_bytes
         tail = keys[missing[0] - 1] if missing[0] else None
+        if not self._source.live:  # nobody reads these files any more
+            raise TieredKVError(Kind.TRANSPORT, "the node has closed the files that are mapped here")
         generation = self._source.generation
-        offsets = session.reserve(nbytes, [keys[block] for block in missing], tail)
+        offsets = session.reserve(nbytes, [keys[block] for block in missing], tail, wait_s)
         taken = missing[: len(offsets)]
         if not taken:
             return 0, 0

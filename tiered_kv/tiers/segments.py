@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tiered_kv import forking
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
@@ -73,6 +74,13 @@ class SegmentReader:
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        forking.register(self)
+
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock, and its reads are not ours."""
+        self._lock = threading.Lock()
+        for file in self._open.values():
+            file.readers = 0
 
     def read(self, location: Location, key: bytes, namespace: bytes | None = None) -> Frame:
         """The verified frame at `location`: one allocation, one read, one pass over the bytes.

@@ -11,8 +11,10 @@ import tiered_kv
 from tests.unit.service.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tiered_kv import KVLayout, Namespace
 from tiered_kv.blocks import Stored
+from tiered_kv.clock import ManualClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
+from tiered_kv.service.attachment import client_of
 
 T = LAYOUT.block_tokens
 PATH = (1, 2, 0, 1)
@@ -419,3 +421,27 @@ def test_threads_share_a_client(node, client) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert not failures
+
+
+def test_a_store_has_one_deadline_however_often_it_asks_for_room(node_factory, checked) -> None:
+    """A node with room for one block at a time: no new round begins after the deadline, and each waits at most what is left."""
+    clock, node = ManualClock(), node_factory(store_wait_ms=200)
+    waits = []
+
+    class Slow:
+        """A session whose node finds room for one block after 90 ms, each time."""
+
+        def __init__(self) -> None:
+            self._real = node.open_session()
+
+        def reserve(self, nbytes, keys, tail, wait_s):
+            waits.append(round(wait_s, 3))
+            clock.advance(0.09)
+            return self._real.reserve(nbytes, keys[:1], tail, wait_s)
+
+        def __getattr__(self, name: str):
+            return getattr(self._real, name)
+
+    with checked(client_of(node.info(), LAYOUT, NAMESPACE, connect=Slow, clock=clock)) as client:
+        assert client.store(tokens_of((1, 2, 3, 4, 5)), kv_of((1, 2, 3, 4, 5))) == Stored(3, 0, 2)
+    assert waits == [0.2, 0.11, 0.02]

@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import msgpack
 import pytest
@@ -13,6 +13,7 @@ from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, TransportContrac
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.service.local import MESSAGE_BYTES_MAX, SessionServer, SocketSession
 from tiered_kv.service.node import Node
+from tiered_kv.service.session import PROTOCOL
 
 
 class TestDirectSession(TransportContract):
@@ -128,7 +129,7 @@ def test_requests_that_are_none_are_answered_with_an_error(server, message: obje
         for _ in range(2):  # the session goes on
             connection.sendall(framed(message))
             length = int.from_bytes(connection.recv(4), "little")
-            good, kind, text = msgpack.unpackb(connection.recv(length))
+            _, good, kind, text = msgpack.unpackb(connection.recv(length))
             assert not good
             assert Kind(kind)
             assert text
@@ -144,16 +145,115 @@ def test_a_node_that_answers_nonsense_is_one_that_does_not_answer(tmp_path, answ
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen(1)
-        with session_at(path) as session:
-            connection, _ = listener.accept()
-            with connection:
-                connection.sendall(answer)
-                connection.shutdown(socket.SHUT_WR)
+        with speaking(listener, answer, after=1), session_at(path) as session:
+            for _ in range(2):
                 with pytest.raises(TieredKVError) as refusal:
                     session.stats()
                 assert refusal.value.kind is Kind.TRANSPORT
-                with pytest.raises(TieredKVError):
-                    session.stats()
+
+
+HELLO = {"protocol": PROTOCOL, "identity": 7, "generation": 1, "arena_bytes": 1 << 20}
+
+
+@contextmanager
+def speaking(listener: socket.socket, said: bytes, after: int = 0):
+    """A node that answers `after` requests as it should, the first one `hello`, then says something, and no more."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for _ in range(after):
+                number, _, _ = msgpack.unpackb(connection.recv(int.from_bytes(connection.recv(4), "little")))
+                connection.sendall(framed([number, True, HELLO]))
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):
+                pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        HELLO | {"protocol": PROTOCOL + 1},
+        HELLO | {"identity": 0},
+        HELLO | {"identity": True},
+        HELLO | {"generation": -1},
+        HELLO | {"arena_bytes": "all"},
+        {},
+        None,
+        [HELLO],
+    ],
+)
+def test_a_node_whose_first_answer_is_none_is_not_spoken_to(tmp_path, hello: object) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        with speaking(listener, framed([1, True, hello])), pytest.raises(TieredKVError, match="'hello' is not one") as refusal:
+            SocketSession(path, PATIENCE_S)
+        assert refusal.value.kind is Kind.TRANSPORT
+
+
+FAR = 1 << 20
+CALLS = {
+    "reserve": (
+        lambda session: session.reserve(NBYTES, keys_of(2), None),
+        [[128, 128], [128, FAR - NBYTES + 128], [129], [-384], [True, False], [128.0], ["128"], [128, 66176, 140000], 128, None, {}, [0]],
+    ),
+    "commit": (
+        lambda session: session.commit(ROOT, NBYTES, [(key_of(1), None, 128, 0)]),
+        [[1], [True, True], [None], True, None, [128]],
+    ),
+    "pull": (lambda session: session.pull(ROOT, NBYTES, None, keys_of(2), 0, 1.0), [-1, 3, True, 1.0, None, [1]]),
+    "locate": (lambda session: session.locate(keys_of(1), 1.0), [["n0"], [["n0"], ["n1"]], [[1]], {}, None, "n0"]),
+    "introduce": (lambda session: session.introduce(ROOT, {}), [{}, None, [], {"plan": {}}, {"plan": {}, "calibration": 7}]),
+    "stats": (lambda session: session.stats(), [None, [], 1]),
+    "hint": (lambda session: session.hint(key_of(1), None, None, None, True), [True, 0, []]),
+}
+
+
+@pytest.mark.parametrize(("call", "answer"), [(name, answer) for name, (_, answers) in CALLS.items() for answer in answers])
+def test_an_answer_that_is_none_to_what_was_asked_ends_the_session(tmp_path, call: str, answer: object) -> None:
+    """Among them those of other requests: a commit's booleans must never be taken for offsets."""
+    assert_refused(tmp_path, call, framed([2, True, answer]))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [[1, True, {}], [3, True, {}], [True, {}], [2, True], [2, 1, {}], [2, False, "memory"], [2, False, "no", ""], {}, [2, False, [], ""]],
+)
+def test_an_answer_to_another_request_ends_the_session(tmp_path, message: object) -> None:
+    assert_refused(tmp_path, "stats", framed(message))
+
+
+def assert_refused(tmp_path, call: str, said: bytes) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        with speaking(listener, said, after=1), session_at(path) as session:
+            for _ in range(2):
+                with pytest.raises(TieredKVError) as refusal:
+                    CALLS[call][0](session)
+                assert refusal.value.kind is Kind.TRANSPORT
+
+
+def test_a_node_that_is_closed_is_one_that_does_not_answer(tmp_path) -> None:
+    """An error of kind `closed` means to a caller that its own client is closed."""
+    assert_refused(tmp_path, "stats", framed([2, False, "closed", "the view is closed"]))
+
+
+def test_a_worker_of_another_version_is_told_so(server, monkeypatch) -> None:
+    monkeypatch.setattr("tiered_kv.service.local.PROTOCOL", PROTOCOL + 1)
+    with pytest.raises(TieredKVError, match=f"version {PROTOCOL + 1} of the session protocol, this node version {PROTOCOL}"):
+        SocketSession(server[1], PATIENCE_S)
 
 
 def test_a_connection_that_cannot_be_let_in_does_not_end_the_others(server, monkeypatch) -> None:
