@@ -18,7 +18,7 @@ FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
 # The root's modules, lowest first: each may import only what stands in a line before its own.
-ROOT_LEVELS = [["errors", "clock"], ["layout", "picture"], ["keys"], ["blocks"], ["config"]]
+ROOT_LEVELS = [["errors", "clock"], ["layout", "picture", "threads"], ["keys"], ["blocks"], ["config"]]
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
     "quantization": ["codecs", "errors"],
@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "policy": ["keys", "errors", "blocks"],
     "sim": ["policy", "store", "keys", "blocks", "errors", "picture"],
     "memory": ["layout", "keys", "blocks", "errors"],
-    "tiers": ["memory", "codecs", "blocks", "errors", "keys"],  # + keys
-    "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors"],  # + errors
+    "tiers": ["memory", "codecs", "blocks", "errors", "keys", "threads"],  # + keys
+    "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors", "threads"],  # + errors
     "service": [
         "store",
         "tiers",
@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "blocks",
         "errors",
         "clock",
+        "threads",
     ],  # + the vocabulary
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
     "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],
@@ -108,6 +109,7 @@ BOUNDARIES = {
     "tiered_kv/service/node.py Node._run_beats",
     "tiered_kv/service/reporter.py Reporter._report_guarded",
     "tiered_kv/store/engine.py Engine._guarded",
+    "tiered_kv/threads.py _Job.run",
     "tiered_kv/codecs/kernels.py works_on",
     "tiered_kv/integrations/support.py _probe",
     "tiered_kv/integrations/transformers.py CachedModel._fetch",

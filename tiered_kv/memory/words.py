@@ -6,6 +6,7 @@ flags << 16 | segment << 32, offset, stored bytes | raw bytes << 32. Tier 0: emp
 so that a reader loads it before the key. Words are loaded and stored through `memoryview.cast("Q")`, one aligned move.
 """
 
+import os
 import platform
 import struct
 import threading
@@ -49,6 +50,15 @@ WEAKLY_ORDERED = platform.machine() not in ("x86_64", "AMD64")
 """Whether this machine may reorder two loads or two stores, so that `fence` is needed between them."""
 
 _FENCE = threading.Lock()
+
+
+def _renew_fence() -> None:
+    """In the child of a fork, a thread of the parent may hold the lock for ever."""
+    global _FENCE
+    _FENCE = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_fence)
 
 
 def fence() -> None:

@@ -1,6 +1,7 @@
 """A cluster in one process: nodes that reach each other by plain calls. For tests, and for `tiered_kv.open`."""
 
 import atexit
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -107,16 +108,15 @@ class Embedded:
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self._clock = clock
-        self._scratch = tempfile.TemporaryDirectory(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
+        self._scratch = Path(tempfile.mkdtemp(prefix="tkv-disk-")) if config.disk and config.disk_path is None else None
         if self._scratch:
-            config = config.with_(disk_path=str(Path(self._scratch.name) / "segments"))
+            config = config.with_(disk_path=str(self._scratch / "segments"))
         try:
             if self._scratch:
                 Path(config.disk_path).mkdir(mode=0o700)
             self.node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
         except TieredKVError:
-            if self._scratch:
-                self._scratch.cleanup()
+            self._remove_scratch()
             raise
         atexit.register(self.close)
 
@@ -126,11 +126,16 @@ class Embedded:
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
 
     def close(self) -> None:
-        """End the node and remove its files; close its clients before. A second time does nothing."""
+        """End the node and remove its files; close its clients before. A second time does nothing.
+
+        Takes at most some seconds, also where the disk hangs: see `Node.close` for what is given up then.
+        """
         atexit.unregister(self.close)
-        self.node.close()
+        self.node.close(afterwards=self._remove_scratch)
+
+    def _remove_scratch(self) -> None:
         if self._scratch:
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:

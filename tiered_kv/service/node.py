@@ -4,8 +4,9 @@ Its files in shared memory outlive it: a node made again under the same ids find
 """
 
 import logging
+import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from tiered_kv.blocks import Hint, Location, Tier
@@ -30,11 +31,14 @@ from tiered_kv.service.saving import Saving
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
+from tiered_kv.threads import Closer
 from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+CLOSE_WITHIN_S = 5.0
+"""How long closing waits for copies under way and for the disk, before it leaves them to a thread that nobody waits for."""
 
 
 class Node:
@@ -73,6 +77,8 @@ class Node:
         self._reporter = self._make_reporter(link) if link else None
         self._stopped = False  # guarded by the engine's lock
         self._closing = threading.Event()
+        self._closer = Closer()
+        self._pid = os.getpid()
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
         if self._reporter:
@@ -365,11 +371,24 @@ class Node:
             self.engine.check()
             self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
-    def close(self, remove: bool = True) -> None:
-        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart."""
-        if self._closing.is_set():
+    def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
+        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart.
+
+        Where a disk or an object store hangs this returns after `within_s` all the same, and a thread of its own goes on when they
+        answer, at last with `afterwards`. Until then given up: copies under way, footers of open segments (their frames are
+        found without), and the removal of disk files. In a forked child nothing happens: the node is its parent's.
+        """
+        if self._closing.is_set() or os.getpid() != self._pid:
             return
         self._closing.set()
+        if not self._closer.run(lambda: self._end(remove, afterwards), within_s):
+            log.warning("the node %s is closed, but its disk or object store has not answered for %.0f s", self.node_id, within_s)
+            self._stopped = True
+            if remove:
+                self.place.withdraw()
+
+    def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
+        """Close one part after the other, each when what uses it has ended."""
         self._beats.join()
         self.saving.close()
         self.filling.close()
@@ -378,7 +397,8 @@ class Node:
         self.engine.close()
         with self.engine.lock:
             self._stopped = True
-            self.place.close(remove)
+        self.place.close(remove)
+        afterwards()
 
     def _make_engine(self, history: History, observed: ObservedHistory) -> Engine:
         config, place = self.config, self.place

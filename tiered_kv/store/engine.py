@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 from tiered_kv.store.runs import uses_of
 from tiered_kv.store.shrinking import staging_bytes
+from tiered_kv.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -151,12 +152,12 @@ class Engine:
         self._mover = mover
         self._clock = clock
         self._queue_bytes = queue_bytes
-        self._up = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
-        self._coding = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
-        self._demoting = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
+        self._up = DaemonThreads(io_threads, "tkv-io")
+        self._coding = DaemonThreads(io_threads, "tkv-code", mover.settle_in)
+        self._demoting = DaemonThreads(io_threads, "tkv-code", mover.settle_in)
         self._staging_bytes = staging_bytes(machine.shrinking.capacity_bytes)
         lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
-        self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
+        self._down = {tier: DaemonThreads(1, f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
         """Bytes that are on their way from a tier to a lower one."""
         self._progress_s: dict[Tier, float] = {}
