@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
     "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],
     "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
-    "actors": ["service", "config", "errors", "keys", "clock"],  # + keys, clock
+    "actors": ["service", "config", "errors", "keys", "clock", "threads"],  # + keys, clock, threads
     "cluster": [
         "actors",
         "service",

@@ -35,7 +35,7 @@ class _Job(NamedTuple):
             return
         try:
             outcome = self.call(*self.arguments, **self.options)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - see BOUNDARIES
             self.future.set_exception(error)
         else:
             self.future.set_result(outcome)

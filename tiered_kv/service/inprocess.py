@@ -72,7 +72,7 @@ class InProcessLink:
         self._reach("coordinator")
         return self._cluster.coordinator.report(report)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         self._reach("coordinator")
         return self._cluster.coordinator.locate(self._node_id, keys)
 

@@ -72,9 +72,8 @@ class Node:
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
-        self._link = link
-        self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
         self._reporter = self._make_reporter(link) if link else None
+        self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
         self._stopped = False  # guarded by the engine's lock
         self._closing = threading.Event()
         self._closer = Closer()
@@ -207,9 +206,10 @@ class Node:
             self.engine.drain_touches()
         self.engine.bring(keys, wait_s)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do."""
-        return self._link.locate(keys) if self._link else []
+    def locate(self, keys: list[BlockKey], wait_s: float | None = None) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do. Waits at most `wait_s`, None for a fetch's deadline."""
+        wait_s = self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s
+        return self._reporter.locate(keys, wait_s) if self._reporter else []
 
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
@@ -420,6 +420,10 @@ class Node:
             learning=self._learning,
             clock=self._clock,
         )
+
+    def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
+        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
+        return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:
