@@ -1,5 +1,7 @@
 """What hangs or is gone costs a fetch its deadline once; `status` says in words what it could not ask. On Ray, with real processes."""
 
+# ruff: noqa: F401, F811 - fixtures are imported by name; this module has a cluster of its own
+
 import json
 import os
 import signal
@@ -13,10 +15,9 @@ import pytest
 import ray
 
 from tests.cluster_tests.test_cluster import (
-    LAYOUT,
     NAMESPACE,
     clients,
-    cluster,  # noqa: F401 - the fixture, of which this module has a cluster of its own
+    cluster,
     coordinator_name,
     prompt,
     run,
@@ -24,6 +25,7 @@ from tests.cluster_tests.test_cluster import (
     until,
 )
 from tiered_kv.cluster import state
+from tiered_kv.cluster.survey import survey
 
 pytestmark = pytest.mark.ray
 
@@ -76,7 +78,7 @@ def assert_misses_are_cheap(client, seed: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["stopped", "killed"])
-def test_a_coordinator_that_does_not_answer_costs_one_deadline(cluster: str, what: str) -> None:  # noqa: F811
+def test_a_coordinator_that_does_not_answer_costs_one_deadline(cluster: str, what: str) -> None:
     ids, kv = prompt(20 if what == "stopped" else 21)
     first, second = clients(cluster, space(f"coordinator {what}"))
     with first, second:
@@ -95,7 +97,7 @@ def test_a_coordinator_that_does_not_answer_costs_one_deadline(cluster: str, wha
         print(f"{what}: hits again {time.monotonic() - begun_s:.2f} s after it was back")
 
 
-def test_while_the_control_store_of_ray_hangs_misses_are_in_time(cluster: str) -> None:  # noqa: F811
+def test_while_the_control_store_of_ray_hangs_misses_are_in_time(cluster: str) -> None:
     """Also where the node has to look an actor up, which blocks inside of Ray."""
     ids, kv = prompt(22)
     first, second = clients(cluster, space("control store"))
@@ -112,7 +114,7 @@ def test_while_the_control_store_of_ray_hangs_misses_are_in_time(cluster: str) -
         until(lambda: second.fetch(ids).tokens == len(ids), "hits from peers again")
 
 
-def test_a_peer_that_hangs_costs_one_deadline(cluster: str) -> None:  # noqa: F811
+def test_a_peer_that_hangs_costs_one_deadline(cluster: str) -> None:
     ids, kv = prompt(23)
     first, second = clients(cluster, space("peer hangs"))
     with first, second:
@@ -128,4 +130,36 @@ def test_a_peer_that_hangs_costs_one_deadline(cluster: str) -> None:  # noqa: F8
             assert max(took_s) < IN_TIME_S
             assert statistics.median(took_s[1:]) < MISS_S
         until(lambda: second.fetch(ids).tokens == len(ids), "it is asked again")
-    assert LAYOUT
+
+
+def test_status_says_what_does_not_answer(cluster: str) -> None:
+    until(lambda: run("status", "--name", cluster).returncode == 0, "all is well")
+    [coordinator] = pids(cluster, "ray::CoordinatorActor")
+    os.kill(coordinator, signal.SIGKILL)
+    about = survey(cluster)
+    assert about["degraded"], "it is being restarted, or knows no node yet"
+    assert [node["node"] for node in about["nodes"]] == ["node-0", "node-1"]
+    until(lambda: survey(cluster)["degraded"] == [], "all is well again")
+    first = clients(cluster, space("status"))[0]
+    with first:
+        os.kill(first._source._view._head(10), signal.SIGKILL)
+        about = survey(cluster)
+        assert [text[:22] for text in about["degraded"]] == ["node-0 does not answer"]
+        assert about["expected_nodes"] == ["node-0", "node-1"]
+    until(lambda: survey(cluster)["degraded"] == [], "all is well again")
+
+
+@pytest.mark.parametrize("what", ["ray::CoordinatorActor", "gcs_server"])
+def test_status_is_told_in_time_while_something_hangs(cluster: str, what: str) -> None:
+    [pid] = pids(cluster, what)
+    with stopped(pid):
+        begun_s = time.monotonic()
+        ran = run("status", "--name", cluster, "--json")
+        took_s = time.monotonic() - begun_s
+    print(f"{what} hangs: status after {took_s:.1f} s")
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    found = json.loads(ran.stdout)
+    assert "the coordinator does not answer" in found["degraded"][0]
+    assert [node["node"] for node in found["nodes"]] == ["node-0", "node-1"]
+    assert took_s < 20.0
+    until(lambda: run("status", "--name", cluster).returncode == 0, "all is well again")

@@ -65,7 +65,7 @@ def test_a_client_closes_while_its_disk_hangs(node_factory, tmp_path, hanging: H
 
 def test_a_file_that_is_read_while_its_reader_closes_is_closed_by_the_read(node_factory, tmp_path, hanging: Hanging) -> None:
     """Else its number could be given to another file, of which the read would get the bytes."""
-    node, client = filled_disk(node_factory, tmp_path)
+    _, client = filled_disk(node_factory, tmp_path)
     segments = client._source._disk._segments
     segments._files = hanging.files("preadv")
     turn = on_disk(client)[0]
