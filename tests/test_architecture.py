@@ -375,9 +375,8 @@ def test_everything_is_caught_at_named_boundaries_only():
 def speaks(handler: ast.AST) -> bool:
     """Whether a handler raises, calls something that logs, or passes the error on to whoever asks for the outcome."""
     calls = [ast.unparse(node.func) for node in ast.walk(handler) if isinstance(node, ast.Call)]
-    return any(isinstance(node, ast.Raise) for node in ast.walk(handler)) or any(
-        "log" in call or call.endswith("set_exception") for call in calls
-    )
+    raises = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+    return raises or any("log" in call or call.endswith("set_exception") for call in calls)
 
 
 def test_what_is_public_says_what_it_is():
