@@ -18,7 +18,7 @@ FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
 # The root's modules, lowest first: each may import only what stands in a line before its own.
-ROOT_LEVELS = [["errors", "clock"], ["layout", "picture", "threads"], ["keys"], ["blocks"], ["config"]]
+ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture", "threads"], ["keys"], ["blocks"], ["config"]]
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
     "quantization": ["codecs", "errors"],
@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "codecs": ["layout", "keys", "errors"],
     "policy": ["keys", "errors", "blocks"],
     "sim": ["policy", "store", "keys", "blocks", "errors", "picture"],
-    "memory": ["layout", "keys", "blocks", "errors"],
-    "tiers": ["memory", "codecs", "blocks", "errors", "keys", "threads"],  # + keys
+    "memory": ["layout", "keys", "blocks", "errors", "forking"],
+    "tiers": ["memory", "codecs", "blocks", "errors", "forking", "keys", "threads"],  # + keys
     "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors", "threads"],  # + errors
     "service": [
         "store",
@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "blocks",
         "errors",
         "clock",
+        "forking",
         "threads",
     ],  # + the vocabulary
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],

@@ -5,7 +5,6 @@ process for ever. After `fork` its threads exist in the parent only, and whoever
 """
 
 import atexit
-import os
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from concurrent.futures import Executor, Future
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 
 EXIT_WAIT_S = 0.1
@@ -49,10 +49,14 @@ class _Crew:
         self._name = name
         self._initializer = initializer
         self._is_closed = False
-        self.renew()
+        self._begin()
+        forking.register(self)
 
-    def renew(self) -> None:
-        """Begin without threads and jobs, as in the child of a fork, where none of the parent's threads exist and any lock may be held."""
+    def after_fork(self) -> None:
+        """In a child process none of the threads exists, any of them may have held the lock, and the jobs are the parent's."""
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
@@ -127,7 +131,7 @@ class _Crew:
 class DaemonThreads(Executor):
     """At most `size` daemon threads that run calls in the order submitted; each starts when it is first needed.
 
-    `name` begins the threads' names. `initializer` runs first on each thread. In the child of a fork the pool is empty and usable:
+    `name` begins the threads' names. `initializer` runs first on each thread. In a child process the pool is empty and usable:
     its calls start new threads there. Futures of the parent never end in the child.
     """
 
@@ -183,17 +187,6 @@ class Closer:
 
 
 _crews: "weakref.WeakSet[_Crew]" = weakref.WeakSet()
-_to_renew: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-def renew_after_fork(holder: Any) -> None:
-    """Call `holder.renew()` in each forked child, while `holder` lives: to replace locks that a thread of the parent may have held."""
-    _to_renew.add(holder)
-
-
-def _renew_all() -> None:
-    for each in [*_crews, *_to_renew]:
-        each.renew()
 
 
 def _leave_at_exit(crews: Iterable[_Crew]) -> None:
@@ -207,5 +200,4 @@ def _leave_at_exit(crews: Iterable[_Crew]) -> None:
         crew.join(deadline_s)
 
 
-os.register_at_fork(after_in_child=_renew_all)
 atexit.register(_leave_at_exit, _crews)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.forking import in_child
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.threads import Closer, DaemonThreads, renew_after_fork
+from tiered_kv.threads import Closer, DaemonThreads
 
 PATIENCE_S = 30.0
 
@@ -112,21 +112,6 @@ def test_a_forked_child_has_threads_of_its_own(pool: DaemonThreads, gate: thread
     assert in_child(lambda: pool.submit(os.getpid).result(PATIENCE_S)) != os.getpid()
     gate.set()
     assert mine.result(PATIENCE_S) == os.getpid()
-
-
-def test_what_holds_a_lock_is_told_to_renew_it_in_a_child() -> None:
-    class Holder:
-        def __init__(self) -> None:
-            self.renew()
-
-        def renew(self) -> None:
-            self.lock = threading.Lock()
-
-    holder = Holder()
-    renew_after_fork(holder)
-    with holder.lock:
-        assert in_child(lambda: holder.lock.acquire(timeout=1.0))
-        assert holder.lock.locked(), "the parent's is as it was"
 
 
 HANGING = """

@@ -52,21 +52,21 @@ WEAKLY_ORDERED = platform.machine() not in ("x86_64", "AMD64")
 _FENCE = threading.Lock()
 
 
-def _renew_fence() -> None:
-    """In the child of a fork, a thread of the parent may hold the lock for ever."""
-    global _FENCE
-    _FENCE = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_fence)
-
-
 def fence() -> None:
     """Order the memory accesses before and after on machines other than x86-64; about 0.1 µs."""
     with _FENCE:
         pass
     with _FENCE:
         pass
+
+
+def _renew_fence() -> None:
+    """In a child process: the parent's lock may have been held by a thread that the child does not have."""
+    global _FENCE
+    _FENCE = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_fence)
 
 
 def name_hash(name: str) -> int:

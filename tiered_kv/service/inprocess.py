@@ -108,15 +108,16 @@ class Embedded:
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self._clock = clock
-        self._scratch = Path(tempfile.mkdtemp(prefix="tkv-disk-")) if config.disk and config.disk_path is None else None
+        # Not a TemporaryDirectory, which a child process would remove when it ends.
+        self._scratch = tempfile.mkdtemp(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
         if self._scratch:
-            config = config.with_(disk_path=str(self._scratch / "segments"))
+            config = config.with_(disk_path=str(Path(self._scratch) / "segments"))
         try:
             if self._scratch:
                 Path(config.disk_path).mkdir(mode=0o700)
             self.node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
         except TieredKVError:
-            self._remove_scratch()
+            self._clear()
             raise
         atexit.register(self.close)
 
@@ -131,9 +132,9 @@ class Embedded:
         Takes at most some seconds, also where the disk hangs: see `Node.close` for what is given up then.
         """
         atexit.unregister(self.close)
-        self.node.close(afterwards=self._remove_scratch)
+        self.node.close(afterwards=self._clear)
 
-    def _remove_scratch(self) -> None:
+    def _clear(self) -> None:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

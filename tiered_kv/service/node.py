@@ -4,7 +4,6 @@ Its files in shared memory outlive it: a node made again under the same ids find
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -77,7 +76,6 @@ class Node:
         self._stopped = False  # guarded by the engine's lock
         self._closing = threading.Event()
         self._closer = Closer()
-        self._pid = os.getpid()
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
         if self._reporter:
@@ -376,9 +374,9 @@ class Node:
 
         Where a disk or an object store hangs this returns after `within_s` all the same, and a thread of its own goes on when they
         answer, at last with `afterwards`. Until then given up: copies under way, footers of open segments (their frames are
-        found without), and the removal of disk files. In a forked child nothing happens: the node is its parent's.
+        found without), and the removal of disk files.
         """
-        if self._closing.is_set() or os.getpid() != self._pid:
+        if self._closing.is_set():
             return
         self._closing.set()
         if not self._closer.run(lambda: self._end(remove, afterwards), within_s):

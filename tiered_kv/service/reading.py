@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import TieredKVError
@@ -26,7 +27,7 @@ from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView, Slot
 from tiered_kv.service.decoders import Decoders
 from tiered_kv.service.packing import ArenaBlocks, Run, runs_of
-from tiered_kv.threads import DaemonThreads, renew_after_fork
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.segments import SegmentReader
 
 log = logging.getLogger(__name__)
@@ -288,11 +289,11 @@ class DeviceReader:
         self._pool: DevicePool | None = None
         self._blocks: ArenaBlocks | None = None
         self._generation = -1
-        self.renew()
-        renew_after_fork(self)
+        self._lock = threading.Lock()
+        forking.register(self)
 
-    def renew(self) -> None:
-        """Make the lock anew: in the child of a fork it may be held by a thread of the parent."""
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     def blocks(self) -> ArenaBlocks | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tiered_kv import forking
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.threads import renew_after_fork
 
 _PIECE_BYTES = 256 << 10
 _NAME = re.compile(r"segment-(\d{10})\.tkv")
@@ -74,10 +74,10 @@ class SegmentReader:
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()  # never held while the disk works
         self._closed = False
-        renew_after_fork(self)
+        forking.register(self)
 
-    def renew(self) -> None:
-        """Forget readers that were other threads of the parent: in the child of a fork they do not exist. Open files stay open."""
+    def after_fork(self) -> None:
+        """In a child process: a thread of the parent may have held the lock, and its reads are not ours."""
         self._lock = threading.Lock()
         for file in self._open.values():
             file.readers = 0

@@ -125,7 +125,7 @@ def test_an_embedded_cache_closes_while_its_disk_hangs(hanging: Hanging, monkeyp
     embedded.node.place.disk._files = hanging.files(*calls)
     client = embedded.client(LARGE, NAMESPACE, on_close=embedded.close)
     fill(client)
-    directory, scratch = embedded.node.directory, embedded._scratch
+    directory, scratch = embedded.node.directory, Path(embedded._scratch)
     with embedded.node.place.disk._state:
         if (segment := embedded.node.place.disk._open) is not None:
             segment.writer._files = embedded.node.place.disk._files

@@ -57,10 +57,3 @@ def test_a_child_decodes_coded_blocks(node_factory, codec: str) -> None:
         assert in_child(lambda: fetched(client, turns)) == before
         assert in_child(lambda: in_child(lambda: fetched(client, turns))) == before, "a child of a child, too"
         assert fetched(client, turns) == before
-
-
-def test_a_child_that_exits_leaves_the_node_of_its_parent_alone(node_factory) -> None:
-    node = node_factory(host="1MiB")
-    assert in_child(node.close) is None
-    assert node.directory.exists()
-    assert node.stats()["blocks"] == 0
