@@ -26,12 +26,14 @@ class NodeSession:
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
     ) -> list[int]:
-        """As `reserve`, with a wait of its own; also for blocks that are coded."""
+        """As `reserve`, with a wait of its own; also for blocks that are coded. Takes no longer than `wait_s` and some milliseconds."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
         if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
             raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
-        with self._node.running():
-            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s, is_coded=is_coded)  # lets go of the lock while it waits
+        with self._node.running_within(wait_s) as left_s:
+            if left_s is None:
+                return []
+            offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # lets go of the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
