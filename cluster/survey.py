@@ -16,7 +16,6 @@ from tiered_kv.cluster.asking import asking
 from tiered_kv.cluster.state import ClusterState
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.local import SocketSession
 from tiered_kv.threads import DaemonThreads
 
 WITHIN_S = 6.0
@@ -154,5 +153,7 @@ def _trouble(node: str, told: Any, listed: dict | None, lost: dict[str, float], 
 
 
 def _told_by_socket(directory: str) -> dict:
+    from tiered_kv.service.local import SocketSession
+
     with closing(SocketSession(f"{directory}/sock", ANSWER_WITHIN_S / 2)) as session:
         return session.stats()

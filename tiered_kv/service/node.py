@@ -36,7 +36,6 @@ from tiered_kv.tiers.host import Lineage
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
-LOCK_WAIT_S = 0.05  # nobody holds the engine's lock across I/O; what is decided under it may take some milliseconds
 CLOSE_WITHIN_S = 5.0
 """How long closing waits for copies under way and for the disk, before it leaves them to a thread that nobody waits for."""
 
@@ -110,19 +109,6 @@ class Node:
             if self._stopped:
                 raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} is closed", node=self.node_id)
             yield
-
-    @contextmanager
-    def running_within(self, wait_s: float) -> Iterator[float | None]:
-        """As `running`, but waits for the lock at most `wait_s` and LOCK_WAIT_S. Gives the rest of `wait_s`, None without the lock."""
-        begun_s = self._clock.now_s()
-        if not self.engine.lock.acquire(timeout=wait_s + LOCK_WAIT_S):
-            yield None
-            return
-        try:
-            with self.running():
-                yield max(begun_s + wait_s - self._clock.now_s(), 0.0)
-        finally:
-            self.engine.lock.release()
 
     def is_open(self, session: NodeSession) -> bool:
         """Whether the session has not been closed."""

@@ -144,6 +144,7 @@ from tests.unit.service.prompts import NAMESPACE, kv_of, tokens_of
 from tests.unit.service.test_failures import LARGE
 import tiered_kv
 from tiered_kv.service import node
+from tiered_kv.tiers import disk
 from tiered_kv.tiers.segments import Files
 
 node.Node.close.__kwdefaults__["within_s"] = 0.5
@@ -154,10 +155,8 @@ class Hanging(Files):
         entered.set()
         threading.Event().wait()
     fdatasync = pwritev
+disk.Files = Hanging
 client = tiered_kv.open({"host": "1MiB", "disk": "4MiB", "store_wait_ms": 0}, layout=LARGE, namespace=NAMESPACE)
-session = client._pool._connect()
-session._node.place.disk._files = Hanging()
-session.close()
 for turn in range(40):
     client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))
 assert entered.wait(30)

@@ -13,8 +13,8 @@ from tests.unit.store.bench import NBYTES
 from tests.unit.store.world import key_of
 from tiered_kv import KVLayout
 from tiered_kv.service.attachment import client_of
-from tiered_kv.service.node import LOCK_WAIT_S, Node
-from tiered_kv.service.nodesession import NodeSession
+from tiered_kv.service.node import Node
+from tiered_kv.service.nodesession import LOCK_WAIT_S, NodeSession
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan
 from tiered_kv.tiers.segments import Files
 
