@@ -18,8 +18,9 @@ class CoordinatorActor:
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
 
     def describe(self) -> dict:
-        """Which cluster this is, its settings, and its nodes."""
-        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": self._coordinator.nodes()}
+        """Which cluster this is, its settings, its nodes, and those that have fallen silent."""
+        nodes, lost = self._coordinator.nodes(), self._coordinator.lost()
+        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost}
 
     def report(self, report: Report) -> Answer:
         return self._coordinator.report(report)

@@ -1,6 +1,14 @@
-"""The link of a node to the rest of its cluster, through Ray: small calls to actors, blocks through the object store."""
+"""The link of a node to the rest of its cluster, through Ray: small calls to actors, blocks through the object store.
 
+Ray itself may block without a bound, in `get_actor` and in `.remote()`, while its control store does not answer. So these calls run on
+threads of the link, and whoever needs the answer waits for it only as long as it may. What hangs is not piled upon: each target
+has few threads, and a call that found none of them free in time is cancelled.
+"""
+
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
@@ -10,28 +18,62 @@ from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
-from tiered_kv.service.link import FramePieces
+from tiered_kv.service.link import HUNG_AFTER_S, FramePieces
+from tiered_kv.threads import DaemonThreads
 
 CONTROL_WAIT_S = 2.0
+LOCATES_AT_ONCE = 4
+READY_WAIT_S = 0.05  # for an answer that Ray has said to be there
 
 
 class RayLink:
     """Finds the coordinator and the peers by name; a handle that failed is looked up again the next time."""
 
     def __init__(self, cluster: str, node_id: str) -> None:
+        self._coordinator = coordinator_name(cluster)
         self._cluster = cluster
         self._node_id = node_id
         self._handles: dict[str, Any] = {}
+        self._reporting = DaemonThreads(1, "tkv-link")
+        self._locating = DaemonThreads(LOCATES_AT_ONCE, "tkv-link")
+        self._requesting: dict[str, DaemonThreads] = {}
+        self._unanswered: ray.ObjectRef | None = None  # a report that the coordinator has not answered yet
 
     def report(self, report: Report) -> Answer:
-        return self._ask(coordinator_name(self._cluster), lambda actor: actor.report.remote(report))
+        return _within(CONTROL_WAIT_S, self._coordinator, self._reporting.submit(self._reported, report))
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        return self._ask(coordinator_name(self._cluster), lambda actor: actor.locate.remote(self._node_id, keys))
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        wait_s = min(wait_s, CONTROL_WAIT_S)
+        call = partial(self._ask, lambda actor: actor.locate.remote(self._node_id, keys), wait_s)
+        return _within(wait_s, self._coordinator, self._locating.submit(call))
 
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)
-        return RayTransfer(self._actor(name).serve.remote(keys), lambda: self._handles.pop(name, None))
+        threads = self._requesting.setdefault(name, DaemonThreads(1, "tkv-link"))
+        return RayTransfer(threads.submit(lambda: self._actor(name).serve.remote(keys)), lambda: self._handles.pop(name, None))
+
+    # On the link's threads
+
+    def _reported(self, report: Report) -> Answer:
+        """Report, unless the coordinator still owes the answer to the report before, which it has in its queue."""
+        if self._unanswered is not None and not ray.wait([self._unanswered], timeout=CONTROL_WAIT_S)[0]:
+            raise _silent(self._coordinator, "an earlier report is not answered yet")
+
+        def send(actor: Any) -> Any:
+            self._unanswered = actor.report.remote(report)
+            return self._unanswered
+
+        answer = self._ask(send, CONTROL_WAIT_S)
+        self._unanswered = None
+        return answer
+
+    def _ask(self, send: Callable[[Any], ray.ObjectRef], wait_s: float) -> Any:
+        try:
+            return ray.get(send(self._actor(self._coordinator)), timeout=wait_s)
+        except RayError as error:
+            if not isinstance(error, GetTimeoutError):
+                self._handles.pop(self._coordinator, None)
+            raise _silent(self._coordinator, type(error).__name__) from error
 
     def _actor(self, name: str) -> Any:
         if name not in self._handles:
@@ -41,38 +83,51 @@ class RayLink:
                 raise TieredKVError(Kind.TRANSPORT, f"there is no actor {name}: {error}", actor=name) from error
         return self._handles[name]
 
-    def _ask(self, name: str, call: Callable[[Any], ray.ObjectRef]) -> Any:
-        try:
-            return ray.get(call(self._actor(name)), timeout=CONTROL_WAIT_S)
-        except RayError as error:
-            self._handles.pop(name, None)
-            raise TieredKVError(Kind.TRANSPORT, f"{name} does not answer: {type(error).__name__}", actor=name) from error
-
 
 class RayTransfer:
-    """Frames on their way through Ray's object store: first the peer's answer, which names an object, then the object."""
+    """Frames on their way through Ray's object store: first the peer's answer, which names an object, then the object.
 
-    def __init__(self, served: ray.ObjectRef, on_failure: Callable[[], object]) -> None:
-        self._served = served
+    `sent`: the call to the peer, under way on a thread of the link.
+    """
+
+    def __init__(self, sent: "Future[ray.ObjectRef]", on_failure: Callable[[], object]) -> None:
+        self._sent = sent
         self._on_failure = on_failure
         self._objects: list[ray.ObjectRef] | None = None
 
     def prefetch(self) -> None:
-        if self._objects is None and ray.wait([self._served], timeout=0)[0]:
-            self._objects = self._get(self._served, 1.0)
+        is_sent = self._sent.done() and self._sent.exception() is None
+        if self._objects is None and is_sent and ray.wait([self._sent.result()], timeout=0)[0]:
+            self._objects = self._get(self._sent.result(), READY_WAIT_S)
             if self._objects:
                 ray.wait(self._objects, timeout=0, fetch_local=True)
 
     def frames(self, wait_s: float) -> list[FramePieces]:
+        deadline_s = time.monotonic() + wait_s
         if self._objects is None:
-            self._objects = self._get(self._served, wait_s)
-        return self._get(self._objects[0], wait_s) if self._objects else []
+            hung = wait_s >= HUNG_AFTER_S
+            served = _within(wait_s, "a peer", self._sent, hung=hung)
+            self._objects = self._get(served, max(deadline_s - time.monotonic(), 0), hung=hung)
+        return self._get(self._objects[0], max(deadline_s - time.monotonic(), 0)) if self._objects else []
 
-    def _get(self, reference: ray.ObjectRef, wait_s: float) -> Any:
+    def _get(self, reference: ray.ObjectRef, wait_s: float, *, hung: bool = False) -> Any:
         try:
             return ray.get(reference, timeout=wait_s)
         except GetTimeoutError as error:
-            raise TieredKVError(Kind.TRANSPORT, f"a peer's blocks did not come within {wait_s:.2f} s") from error
+            raise TieredKVError(Kind.TRANSPORT, f"a peer's blocks did not come within {wait_s:.2f} s", hung=hung) from error
         except RayError as error:
             self._on_failure()
             raise TieredKVError(Kind.TRANSPORT, f"a peer went away: {type(error).__name__}") from error
+
+
+def _within(wait_s: float, whom: str, call: Future, **context: object) -> Any:
+    """The outcome of a call on a thread of the link; raises (kind `transport`, with `context`) if there is none within `wait_s`."""
+    try:
+        return call.result(wait_s)
+    except TimeoutError as error:
+        call.cancel()
+        raise _silent(whom, f"no answer within {wait_s:.2f} s", **context) from error
+
+
+def _silent(whom: str, why: str, **context: object) -> TieredKVError:
+    return TieredKVError(Kind.TRANSPORT, f"{whom} does not answer: {why}", actor=whom, **context)

@@ -134,7 +134,10 @@ def _down(options: argparse.Namespace, console: Console) -> int:
 
 
 def _add_status(commands: Any) -> None:
-    text = "Show the nodes of a cluster, their tiers, bytes, blocks and hit ratio."
+    text = (
+        "Show the nodes of a cluster, their tiers, bytes, blocks and hit ratio, and what does not answer. "
+        "Exit status 1 if anything is missing, restarting or silent. Takes a few seconds at most."
+    )
     command = add_command(commands, "status", text, "tiered-kv status --json", _status)
     _add_name(command)
     command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
@@ -142,15 +145,14 @@ def _add_status(commands: Any) -> None:
 
 
 def _status(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import attach, start, status
+    from tiered_kv.cluster import status, survey
 
-    attach.join(options.name, options.address)
-    summary = status.summarize(start.describe(options.name))
+    summary = status.summarize(survey.survey(options.name, options.address))
     if options.json:
         print(json.dumps(summary, indent=1))
     else:
         status.show(summary, console)
-    return 0
+    return 1 if summary["degraded"] else 0
 
 
 def _add_demo(commands: Any) -> None:

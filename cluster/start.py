@@ -99,15 +99,18 @@ def ray_environment(cluster: ClusterState) -> dict[str, str]:
     return raylocal.driver_environment(cluster.address, cluster.token_path)
 
 
-def describe(name: str = state.DEFAULT_NAME) -> dict:
-    """What the coordinator of the cluster that this process has joined says: cluster id, settings, nodes with their figures."""
+def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) -> dict:
+    """What the coordinator of the cluster that this process has joined says: cluster id, settings, nodes with their figures.
+
+    Waits at most `within_s` for a coordinator that is being restarted, and as long for its answer.
+    """
     import ray
 
-    deadline_s = time.monotonic() + ANSWER_WITHIN_S
+    deadline_s = time.monotonic() + within_s
     while True:
         try:
             coordinator = ray.get_actor(coordinator_name(name), NAMESPACE)
-            return ray.get(coordinator.describe.remote(), timeout=ANSWER_WITHIN_S)
+            return ray.get(coordinator.describe.remote(), timeout=within_s)
         except (ValueError, ray.exceptions.RayError) as error:
             restarting = isinstance(error, ray.exceptions.ActorUnavailableError) and time.monotonic() < deadline_s
             if not restarting:
@@ -170,6 +173,12 @@ def _result(reference: Any, who: str) -> Any:
         raise cause from error
     except ray.exceptions.RayError as error:
         raise TieredKVError(Kind.CLUSTER, f"{who} did not start: {error}") from error
+
+
+def nodes_of(name: str) -> list[str]:
+    """The nodes that Ray knows by name, in whatever state they are."""
+    prefix = node_name(name, "")
+    return sorted(actor.removeprefix(prefix) for actor in _actors_of(name) if actor.startswith(prefix))
 
 
 def _actors_of(name: str) -> list[str]:

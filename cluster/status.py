@@ -11,7 +11,10 @@ from tiered_kv.config import format_size
 
 
 def summarize(about: dict) -> dict:
-    """The cluster as one JSON-ready record, with sums over its nodes. `about` is what `start.describe` gives."""
+    """The cluster as one JSON-ready record, with sums over its nodes. `about` is what `start.describe` or `survey.survey` gives.
+
+    `degraded`: in words what is missing, restarting or silent; none of it where all is well.
+    """
     nodes = []
     for node in about["nodes"]:
         stats = node["stats"]
@@ -49,6 +52,8 @@ def summarize(about: dict) -> dict:
         "codecs": _plans(nodes),
         "block_tokens": about["config"].block_tokens,
         "nodes": nodes,
+        "expected_nodes": about.get("expected_nodes", [node["node"] for node in nodes]),
+        "degraded": about.get("degraded", []),
         "last_checkpoint": max((node["stats"]["saved"] for node in about["nodes"] if node["stats"]["saved"]), key=_at, default=None),
         "asked_blocks": asked,
         "hit_blocks": hit,
@@ -78,7 +83,12 @@ def show(summary: dict, console: Console) -> None:
                 str(figures["blocks"]),
                 _percent(node["hit_ratio"]) if first else "",
             )
+    shown = {node["node"] for node in summary["nodes"]}
+    for missing in (node for node in summary["expected_nodes"] if node not in shown):
+        table.add_row(missing, "", "", "does not answer")
     console.print(table)
+    for text in summary["degraded"]:
+        console.print(f"degraded: {text}", style="bold red", highlight=False, soft_wrap=True, markup=False)
     for node in summary["nodes"]:
         if said := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
             console.print(f"{node['node']}: {said}", highlight=False, soft_wrap=True)

@@ -203,14 +203,19 @@ class NodeFiles:
 
         After `close` it does nothing: the files may be another writer's by then.
         """
-        if self.index.map is None:
+        self.withdraw()
+        self.close()
+
+    def withdraw(self) -> None:
+        """Delete the directory and show readers the state `closed`; the mappings and locks stay. After `close` it does nothing."""
+        mapped = self.index.map
+        if mapped is None:
             return
-        with memoryview(self.index.map) as whole, whole.cast("Q") as header:
+        with suppress(ValueError), memoryview(mapped) as whole, whole.cast("Q") as header:  # closed just now
             header[w.STATE] = w.CLOSED
         with suppress(FileNotFoundError):
             if os.stat(self.directory).st_ino == self._inode:
                 shutil.rmtree(self.directory, ignore_errors=True)
-        self.close()
 
 
 class VacantFiles:

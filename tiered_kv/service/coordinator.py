@@ -16,6 +16,7 @@ from tiered_kv.service.directory import Directory
 log = logging.getLogger(__name__)
 
 STATISTICS_BYTES_MAX = 1 << 20
+LOST_MAX = 1024
 
 
 class Report(NamedTuple):
@@ -65,6 +66,7 @@ class Coordinator:
         self._clock = clock
         self._timeout_s = node_timeout_s
         self._members: dict[str, Member] = {}
+        self._lost: dict[str, float] = {}  # nodes taken for gone, and when they were last heard of
         self._directory = Directory()
         self._lock = threading.Lock()
 
@@ -86,6 +88,7 @@ class Coordinator:
             if report.number == 0:
                 self._directory.add_node(report.node)
                 known = member.statistics if member else None
+                self._lost.pop(report.node, None)
                 member = self._members[report.node] = Member(report.info, 0, now_s, statistics=known)
             elif member is None or report.number != member.number + 1:
                 return Answer(self._peers(report.node), resync=True)
@@ -118,10 +121,18 @@ class Coordinator:
                 for node, member in sorted(self._members.items())
             ]
 
+    def lost(self) -> dict[str, float]:
+        """By node that was taken for gone and did not say goodbye: seconds since it was last heard of."""
+        with self._lock:
+            self._drop_silent()
+            now_s = self._clock.now_s()
+            return {node: now_s - seen_s for node, seen_s in sorted(self._lost.items())}
+
     def forget(self, node: str) -> None:
         """`node` says goodbye."""
         with self._lock:
             self._members.pop(node, None)
+            self._lost.pop(node, None)
             self._directory.drop_node(node)
 
     def check(self) -> None:
@@ -135,8 +146,10 @@ class Coordinator:
     def _drop_silent(self) -> None:
         oldest_s = self._clock.now_s() - self._timeout_s
         for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
-            del self._members[node]
+            self._lost[node] = self._members.pop(node).seen_s
             self._directory.drop_node(node)
+        while len(self._lost) > LOST_MAX:
+            del self._lost[next(iter(self._lost))]
 
 
 def _are_statistics(report: Report) -> bool:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from tiered_kv.service.nodesession import NodeSession
 from tiered_kv.service.saving import Pace, ended, stand_back
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.host import Lineage
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.mounted import READ_BYTES, MountedBlock, Run, runs_of
@@ -103,8 +104,8 @@ class Filling:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self._place = node.place
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tkv-fill", initializer=stand_back)  # starts none before it is used
-        self._copying = ThreadPoolExecutor(node.config.io_threads, thread_name_prefix="tkv-fill", initializer=stand_back)
+        self._thread = DaemonThreads(1, "tkv-fill", stand_back)  # starts none before it is used
+        self._copying = DaemonThreads(node.config.io_threads, "tkv-fill", stand_back)
         """What takes longest: memory that nobody has touched yet is made by the system a page at a time."""
         self._lock = threading.Lock()
         self._job: _Job | None = None
@@ -224,7 +225,7 @@ class Filling:
     def _run(self, job: _Job, max_rate: float | None) -> None:
         pace = Pace(max_rate)
         work = iter(job.work)
-        threads = ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="tkv-fill", initializer=stand_back)
+        threads = DaemonThreads(READS_AHEAD, "tkv-fill", stand_back)
         ahead: deque[tuple[Work, Future]] = deque()
         with threads, closing(self._node.open_session()) as session:
             try:

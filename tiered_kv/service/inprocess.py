@@ -80,7 +80,7 @@ class InProcessLink:
         self._reach("coordinator")
         return self._cluster.coordinator.report(report)
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         self._reach("coordinator")
         return self._cluster.coordinator.locate(self._node_id, keys)
 
@@ -137,12 +137,14 @@ class Embedded:
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
 
     def close(self) -> None:
-        """End the node and remove its files; close its clients before. A second time does nothing."""
+        """End the node and remove its files; close its clients before. A second time does nothing.
+
+        Takes at most some seconds, also where the disk hangs: see `Node.close` for what is given up then.
+        """
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
-        self.node.close()
-        self._clear()
+        self.node.close(afterwards=self._clear)
 
     def _clear(self) -> None:
         if self._scratch:

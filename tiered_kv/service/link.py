@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
 
+HUNG_AFTER_S = 0.05
+"""A node that has not answered at all for so long may hang."""
+
 Buffer = Any
 """Anything with the buffer protocol: bytes, memoryview, numpy array."""
 
@@ -23,17 +26,20 @@ class Transfer(Protocol):
         """Have what is ready at the peer come here meanwhile; returns at once."""
 
     def frames(self, wait_s: float) -> list[FramePieces]:
-        """The frames of the leading keys that were asked for; fewer where the peer had fewer. Waits at most `wait_s`."""
+        """The frames of the leading keys that were asked for; fewer where the peer had fewer. Waits at most `wait_s`.
+
+        Raises with `hung=True` where the peer has not answered at all, for HUNG_AFTER_S or longer.
+        """
 
 
 class Link(Protocol):
-    """The cluster as one node sees it."""
+    """The cluster as one node sees it. No method blocks for longer than it says, whatever hangs elsewhere."""
 
     def report(self, report: Report) -> Answer:
-        """Tell the coordinator."""
+        """Tell the coordinator; waits a few seconds at most for its answer."""
 
-    def locate(self, keys: list[BlockKey]) -> list[list[str]]:
-        """Ask the coordinator which nodes hold the leading keys."""
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        """Ask the coordinator which nodes hold the leading keys; waits at most `wait_s` for its answer."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Begin to fetch blocks from another node; returns at once."""

@@ -31,11 +31,14 @@ from tiered_kv.service.saving import Saving
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
+from tiered_kv.threads import Closer
 from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+CLOSE_WITHIN_S = 5.0
+"""How long closing waits for copies under way and for the disk, before it leaves them to a thread that nobody waits for."""
 
 
 class Node:
@@ -70,14 +73,14 @@ class Node:
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
-        self._link = link
-        self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
         self._reporter = self._make_reporter(link) if link else None
+        self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
         self._stopped = False  # guarded by the engine's lock
         self._gone = "is closed"
         self._closing = threading.Event()
         self._at_beat = at_beat
         forking.register(self)
+        self._closer = Closer()
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
         if self._reporter:
@@ -214,9 +217,10 @@ class Node:
             self.engine.drain_touches()
         self.engine.bring(keys, wait_s)
 
-    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
-        return self._link.locate(keys) if self._link else []
+    def locate(self, keys: list[BlockKey], wait_s: float | None = None) -> list[list[str]]:
+        """For the leading keys that some other node holds: the nodes that do. Waits at most `wait_s`, None for a fetch's deadline."""
+        wait_s = self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s
+        return self._reporter.locate(keys, wait_s) if self._reporter else []
 
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
@@ -386,11 +390,24 @@ class Node:
             self.engine.check()
             self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
-    def close(self, remove: bool = True) -> None:
-        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart."""
+    def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
+        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart.
+
+        Where a disk or an object store hangs this returns after `within_s` all the same, and a thread of its own goes on when they
+        answer, at last with `afterwards`. Until then given up: copies under way, footers of open segments (their frames are
+        found without), and the removal of disk files.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
+        if not self._closer.run(lambda: self._end(remove, afterwards), within_s):
+            log.warning("the node %s is closed, but its disk or object store has not answered for %.0f s", self.node_id, within_s)
+            self._stopped = True
+            if remove:
+                self.place.withdraw()
+
+    def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
+        """Close one part after the other, each when what uses it has ended."""
         self._beats.join()
         self.saving.close()
         self.filling.close()
@@ -399,7 +416,8 @@ class Node:
         self.engine.close()
         with self.engine.lock:
             self._stopped = True
-            self.place.close(remove)
+        self.place.close(remove)
+        afterwards()
 
     def _make_engine(self, history: History, observed: ObservedHistory) -> Engine:
         config, place = self.config, self.place
@@ -421,6 +439,10 @@ class Node:
             learning=self._learning,
             clock=self._clock,
         )
+
+    def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
+        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
+        return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:

@@ -1,6 +1,8 @@
 """One worker's session as the node serves it: checks what the worker says, and keeps what it has reserved."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Hint, Location, Tier
@@ -12,6 +14,8 @@ from tiered_kv.service.session import PROTOCOL, Life
 
 if TYPE_CHECKING:
     from tiered_kv.service.node import Node
+
+LOCK_WAIT_S = 0.05  # nobody holds the engine's lock across I/O; what is decided under it may take some milliseconds
 
 
 class NodeSession:
@@ -41,12 +45,14 @@ class NodeSession:
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
     ) -> list[int]:
-        """As `reserve`, with a wait of its own; also for blocks that are coded."""
+        """As `reserve`, with a wait of its own; also for blocks that are coded. Takes no longer than `wait_s` and some milliseconds."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
         if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
             raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
-        with self._node.running():
-            offsets = self._node.engine.reserve(nbytes, keys, tail, wait_s, is_coded=is_coded)  # lets go of the lock while it waits
+        with self._running_within(wait_s) as left_s:
+            if left_s is None:
+                return []
+            offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # lets go of the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
@@ -101,6 +107,20 @@ class NodeSession:
 
     def close(self) -> None:
         self._node.session_closed(self)
+
+    @contextmanager
+    def _running_within(self, wait_s: float) -> Iterator[float | None]:
+        """As `Node.running`, but waits for the lock at most `wait_s` and LOCK_WAIT_S. Gives the rest of `wait_s`, None without the lock."""
+        begun_s = time.monotonic()
+        lock = self._node.engine.lock
+        if not lock.acquire(timeout=wait_s + LOCK_WAIT_S):
+            yield None
+            return
+        try:
+            with self._node.running():
+                yield max(begun_s + wait_s - time.monotonic(), 0.0)
+        finally:
+            lock.release()
 
     def _take(self, sizes: Mapping[int, int | None], count: int) -> None:
         """These extents leave the session, by their offsets; only what it reserved itself can, and as blocks of these sizes."""

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import torch
@@ -29,6 +28,7 @@ from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_na
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form, Room
 from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
 from tiered_kv.tiers.host import HostTier, Lineage
@@ -82,7 +82,7 @@ class Place:
         self._abandoned: dict[int, int] = {}  # extents by their start, that somebody may still be writing to
         self._device_turn = threading.Lock()  # the pool is for one thread at a time
         self._device_errors: dict[int, float] = {}  # by offset, of blocks that were lossy before they came there
-        self._requests = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="tkv-get")  # starts no thread before it is used
+        self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts no thread before it is used
         self.beat()
 
     @property
@@ -440,7 +440,10 @@ class Place:
         assert sorted(starts) == self.host.extents.offsets(), "extents leaked, or are used twice"
 
     def close(self, remove: bool) -> None:
-        """Let go of everything; with `remove`, readers see a closed node and all files are deleted but for a disk folder that was named."""
+        """Let go of everything; with `remove`, readers see a closed node and all files are deleted but for a disk folder that was named.
+
+        Shared memory comes first: what hangs is a disk or an object store.
+        """
         self._requests.shutdown()
         if remove:
             self.index.close_state()
@@ -449,11 +452,15 @@ class Place:
             unregister_host(self._arena)
         del self._arena
         self.host.close()
-        self._close_tiers(remove)
         self._files.remove() if remove else self._files.close()
+        self._close_tiers(remove)
         if remove and self._objects_folder:
             with suppress(OSError):  # it may be gone, or hold what could not be deleted
                 os.rmdir(self._objects_folder)
+
+    def withdraw(self) -> None:
+        """Show readers a closed node and delete the files in shared memory, while threads that hang may still look into them."""
+        self._files.withdraw()
 
     def _close_tiers(self, remove: bool) -> None:
         self.mounted.close()

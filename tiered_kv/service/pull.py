@@ -26,23 +26,29 @@ class Chunk(NamedTuple):
 
 
 class _PeerFailed(Exception):
-    """`node` did not give what it was asked for, and others may be asked."""
+    """`node` did not give what it was asked for, and others may be asked. `hung`: it did not answer at all."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, hung: bool) -> None:
         super().__init__(node)
         self.node = node
+        self.hung = hung
 
 
 class Puller:
     """Fetches what the directory names. A second pull of blocks already under way waits for the first.
 
-    A node that failed is not asked for AVOID_S, as long as the directory may not know that it is gone.
+    A node that failed is not asked for AVOID_S. One that hangs is not asked for `forgotten_s`: by then the directory, which `locate`
+    asks (as `Link.locate`), no longer names it unless it has been heard of again.
     """
 
-    def __init__(self, link: Link, clock: Clock, chunk_bytes: int) -> None:
+    def __init__(
+        self, link: Link, locate: Callable[[list[BlockKey], float], list[list[str]]], clock: Clock, chunk_bytes: int, forgotten_s: float
+    ) -> None:
         self._link = link
+        self._locate = locate
         self._clock = clock
         self._chunk_bytes = chunk_bytes
+        self._forgotten_s = forgotten_s
         self._under_way: set[BlockKey] = set()
         self._avoided_until_s: dict[str, float] = {}
         self._done = threading.Condition()
@@ -67,9 +73,7 @@ class Puller:
             self._under_way.update(mine)
         try:
             missing = mine
-            while failed := self._failed_peer(missing, nbytes, deadline_s, admit):
-                with self._done:
-                    self._avoided_until_s[failed] = self._clock.now_s() + AVOID_S
+            while self._has_failed_peer(missing, nbytes, deadline_s, admit) and self._clock.now_s() < deadline_s:
                 missing = [key for key in missing if not present(key)]
         except TieredKVError as error:
             log.info("pull ended early: %s", error)
@@ -82,20 +86,23 @@ class Puller:
             count += 1
         return count
 
-    def _failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> str | None:
-        """Fetch the keys; the node that failed while there was still time to ask another one, if one did."""
+    def _has_failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> bool:
+        """Fetch the keys. Returns whether a node failed, which is avoided from now on, so that others may be asked."""
         try:
             self._fetch(keys, nbytes, deadline_s, admit)
         except _PeerFailed as error:
             log.info("pull: %s", error.__cause__)
-            return error.node if self._clock.now_s() < deadline_s else None
-        return None
+            with self._done:
+                self._avoided_until_s[error.node] = self._clock.now_s() + (self._forgotten_s if error.hung else AVOID_S)
+            return True
+        return False
 
     def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> None:
         if not keys:
             return
         under_way: deque[tuple[Chunk, Transfer]] = deque()
-        chunks = self._chunks(keys, self._reachable(self._link.locate(keys)), max(1, self._chunk_bytes // nbytes))
+        holders = self._locate(keys, max(deadline_s - self._clock.now_s(), 0))
+        chunks = self._chunks(keys, self._reachable(holders), max(1, self._chunk_bytes // nbytes))
         while True:
             while len(under_way) < CHUNKS_UNDER_WAY and (chunk := next(chunks, None)):
                 with _blaming(chunk.node):
@@ -145,4 +152,4 @@ def _blaming(node: str) -> Iterator[None]:
     try:
         yield
     except TieredKVError as error:
-        raise _PeerFailed(node) from error
+        raise _PeerFailed(node, bool(error.context.get("hung"))) from error

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -27,6 +27,7 @@ from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView, Slot
 from tiered_kv.service.decoders import Decoders
 from tiered_kv.service.packing import ArenaBlocks, Run, runs_of
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.segments import SegmentReader
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class DiskReader:
 
     def __init__(self, segments: SegmentReader) -> None:
         self._segments = segments
-        self._threads = ThreadPoolExecutor(READS_AHEAD, thread_name_prefix="tkv-read")  # starts none before it is used
+        self._threads = DaemonThreads(READS_AHEAD, "tkv-read")  # starts none before it is used
 
     def frames(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[Frame]:
         """The verified frame of each block in turn, up to the first that cannot be read, or that is not here when it is `expired()`.
@@ -272,8 +273,8 @@ class DiskReader:
             return None
 
     def close(self) -> None:
-        """Let go of the segments' files, once reads under way have ended."""
-        self._threads.shutdown(cancel_futures=True)
+        """Let go of the segments' files; waits for no read. A file that is being read is closed by its last reader."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._segments.close()
 
 

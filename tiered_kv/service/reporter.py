@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from tiered_kv.clock import Clock
-from tiered_kv.errors import TieredKVError
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Report
 from tiered_kv.service.learning import Learning
@@ -14,12 +14,17 @@ from tiered_kv.service.link import Link
 log = logging.getLogger(__name__)
 
 KEYS_PER_REPORT = 50_000
+JOIN_WITHIN_S = 3.0  # for a report that is under way when the node closes
 TEACH_EVERY_S = 10.0
 """How often a report brings the policy's statistics along; also with the first one after an inventory."""
 
 
 class Reporter:
-    """A thread that tells the coordinator which blocks came and went. What could not be told is told later."""
+    """A thread that tells the coordinator which blocks came and went. What could not be told is told later.
+
+    It is also the circuit breaker of questions to the coordinator: one that fails is the last until a report has succeeded
+    again (`reachable`). Until then the index says that there are no peers, so that workers do not ask their node either.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,17 @@ class Reporter:
         """Something changed: report it now."""
         self._wake.set()
 
+    def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        """Which nodes hold the leading keys, as `Link.locate`. Raises (kind `transport`) at once while the coordinator is silent."""
+        if not self.reachable:
+            raise TieredKVError(Kind.TRANSPORT, "the coordinator did not answer, and has not been heard of since")
+        try:
+            return self._link.locate(keys, wait_s)
+        except TieredKVError as error:
+            self._is_silent(error)
+            self.wake()  # it may have been the question that was too slow: this finds out
+            raise
+
     def report_once(self) -> None:
         """Send what changed since the last report; the whole inventory first if the coordinator lost count."""
         with self._turn:
@@ -73,10 +89,13 @@ class Reporter:
             for number, start in enumerate(range(0, max(len(keys), 1), KEYS_PER_REPORT)):
                 self._send(number, keys[start : start + KEYS_PER_REPORT], [])
         except TieredKVError as error:
-            if self.reachable:
-                log.warning("the coordinator does not answer: %s", error)
-            self.reachable = False
-            self._set_peers(0)
+            self._is_silent(error)
+
+    def _is_silent(self, error: TieredKVError) -> None:
+        if self.reachable:
+            log.warning("the coordinator does not answer: %s", error)
+        self.reachable = False
+        self._set_peers(0)
 
     def _send(self, number: int, added: list[BlockKey], removed: list[BlockKey]) -> bool:
         self._number = 0  # until it has arrived: after whatever fails the next report is a whole inventory
@@ -113,7 +132,7 @@ class Reporter:
         self._closing = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_WITHIN_S)
 
 
 def _split(changes: dict[BlockKey, bool]) -> tuple[list[BlockKey], list[BlockKey]]:

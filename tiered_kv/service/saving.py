@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +23,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.link import FramePieces
 from tiered_kv.store.movement import Block
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.packs import PackInfo, PackWriter, grown_bytes, record_bytes
 from tiered_kv.tiers.stores import open_store
@@ -99,7 +100,7 @@ class Saving:
 
     def __init__(self, node: "Node") -> None:
         self._node = node
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tkv-save", initializer=stand_back)  # starts none before it is used
+        self._thread = DaemonThreads(1, "tkv-save", stand_back)  # starts none before it is used
         self._lock = threading.Lock()
         self._job: _Job | None = None
         self._pending: dict[BlockKey, BlockKey] = {}  # to be written: their roots; guarded by the engine's lock
@@ -253,7 +254,7 @@ class Saving:
 
     def _run(self, job: _Job, store, max_rate: float | None, pack_bytes: int) -> None:
         pace = Pace(max_rate)
-        with store, ThreadPoolExecutor(PACKS_AT_ONCE, thread_name_prefix="tkv-save", initializer=stand_back) as threads:
+        with store, DaemonThreads(PACKS_AT_ONCE, "tkv-save", stand_back) as threads:
             under_way: list[Future[PackInfo]] = []
             try:
                 for writer in self._packs(job, store, pack_bytes):

@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 from tiered_kv.store.runs import uses_of
 from tiered_kv.store.shrinking import staging_bytes
+from tiered_kv.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,6 +35,8 @@ QUEUE_SHARE = 1 / 8
 """Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
 RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
 WANTED_WAIT_S = 0.25  # for room for blocks that a worker waits for; it holds one of the threads that copy into memory
+GIVING_UP_S = 0.01
+"""How long after its deadline a store may go on giving blocks up, one after the other, until one extent is large enough."""
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
@@ -151,12 +154,12 @@ class Engine:
         self._mover = mover
         self._clock = clock
         self._queue_bytes = queue_bytes
-        self._up = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-io")
-        self._coding = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
-        self._demoting = ThreadPoolExecutor(io_threads, thread_name_prefix="tkv-code", initializer=mover.settle_in)
+        self._up = DaemonThreads(io_threads, "tkv-io")
+        self._coding = DaemonThreads(io_threads, "tkv-code", mover.settle_in)
+        self._demoting = DaemonThreads(io_threads, "tkv-code", mover.settle_in)
         self._staging_bytes = staging_bytes(machine.shrinking.capacity_bytes)
         lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
-        self._down = {tier: ThreadPoolExecutor(1, thread_name_prefix=f"tkv-{tier.label}") for tier in lower}
+        self._down = {tier: DaemonThreads(1, f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
         """Bytes that are on their way from a tier to a lower one."""
         self._progress_s: dict[Tier, float] = {}
@@ -215,9 +218,9 @@ class Engine:
                 offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets), room)
                 left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
                 if offsets or not self._leaving[tier]:
-                    return offsets or self._defragment(tier, nbytes, tail, keys, gave)
+                    return offsets or self._defragment(tier, nbytes, tail, keys, deadline_s, gave)
                 if left_s <= 0:
-                    return self._instead(tier, nbytes, tail, keys) if insist and wait_s else []
+                    return self._instead(tier, nbytes, tail, keys, deadline_s) if insist and wait_s else []
                 self.freed.wait(left_s)
                 offsets = self._mover.reserve(tier, nbytes, len(keys), room)
                 if offsets:  # enough to go on with, for which nobody else has to go
@@ -241,21 +244,26 @@ class Engine:
         self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes, shrink and queue)])
         return self.machine.blocks_by_tier[tier] < blocks_before
 
-    def _instead(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey]) -> list[int]:
+    def _instead(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], deadline_s: float) -> list[int]:
         """Extents of blocks that are given up instead of those on their way to a lower tier that is too slow."""
         offsets: list[int] = []
-        while not offsets and self._make_room(tier, len(keys) * nbytes, tail, keys, queue=False):
+        while not offsets and self._is_in_time(deadline_s) and self._make_room(tier, len(keys) * nbytes, tail, keys, queue=False):
             offsets = self._mover.reserve(tier, nbytes, len(keys), Room.ANYWHERE)
         return offsets
 
-    def _defragment(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], gave: bool) -> list[int]:
-        """Room was made, but in pieces: give up more blocks until one extent fits, or nothing is left to give."""
-        while gave and not self._leaving[tier]:
+    def _defragment(
+        self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], deadline_s: float, gave: bool
+    ) -> list[int]:
+        """Room was made, but in pieces: give up more blocks until one extent fits, nothing is left to give, or time is up."""
+        while gave and not self._leaving[tier] and self._is_in_time(deadline_s):
             gave = self._make_room(tier, nbytes, tail, keys)
             offsets = self._mover.reserve(tier, nbytes, 1, Room.ANYWHERE)
             if offsets:
                 return offsets
         return []
+
+    def _is_in_time(self, deadline_s: float) -> bool:
+        return self._clock.now_s() <= deadline_s + GIVING_UP_S
 
     def drain_touches(self) -> None:
         """Tell the machine which blocks the workers have used since the last time; history and policies know all then."""

@@ -13,7 +13,6 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +21,7 @@ from tiered_kv.blocks import Location
 from tiered_kv.codecs.frame import MAX_FRAME_BYTES, Frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.footer import Entry, footer_bytes
 from tiered_kv.tiers.log import Appended, LogTier, Record, Recovered, Refused
 from tiered_kv.tiers.objectstore import ObjectStore
@@ -359,7 +359,7 @@ def _in_parallel(call: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """The results for all items, in order; raises what the first to fail has raised, after all have ended."""
     if len(items) < 2:
         return [call(item) for item in items]
-    with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="tkv-objects") as threads:
+    with DaemonThreads(_PARALLEL, "tkv-objects") as threads:
         return list(threads.map(call, items))
 
 

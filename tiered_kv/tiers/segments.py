@@ -72,7 +72,7 @@ class SegmentReader:
         self._max_open = max_open
         self._files = files or Files()
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while the disk works
         self._closed = False
         forking.register(self)
 
@@ -130,13 +130,9 @@ class SegmentReader:
     @contextmanager
     def _borrowed(self, segment: int) -> Iterator[tuple[_OpenFile, bool]]:
         """A segment's file, which stays open meanwhile, and whether it had been open before."""
-        with self._lock:
-            was_open = segment in self._open
-            file = self._open[segment] if was_open else self._opened(segment)
-            self._open.move_to_end(segment)
-            file.readers += 1
-            while len(self._open) > self._max_open:
-                self._retire(next(iter(self._open)))
+        file, was_open = self._lent(segment), True
+        if file is None:
+            file, was_open = self._lent(segment, self._opened(segment)), False
         try:
             yield file, was_open
         finally:
@@ -144,9 +140,23 @@ class SegmentReader:
                 file.readers -= 1
                 file.close_if_done()
 
+    def _lent(self, segment: int, opened: _OpenFile | None = None) -> _OpenFile | None:
+        """A segment's file, with one reader more; if none is open, `opened` is from now on, which otherwise is closed again."""
+        with self._lock:
+            if self._closed or (opened and segment in self._open):
+                _close(opened)
+            if self._closed:
+                raise TieredKVError(Kind.CLOSED, "the reader of the disk tier is closed")
+            file = self._open.setdefault(segment, opened) if opened else self._open.get(segment)
+            if file is not None:
+                self._open.move_to_end(segment)
+                file.readers += 1
+            while len(self._open) > self._max_open:
+                self._retire(next(iter(self._open)))
+            return file
+
     def _opened(self, segment: int) -> _OpenFile:
-        if self._closed:
-            raise TieredKVError(Kind.CLOSED, "the reader of the disk tier is closed")
+        """Open a segment's file. Takes no lock: on a disk that hangs this never returns."""
         path = segment_path(self._folder, segment)
         try:
             fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -154,8 +164,7 @@ class SegmentReader:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment} is gone", segment=segment) from error
         except OSError as error:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment}: {error.strerror}", segment=segment) from error
-        self._open[segment] = _OpenFile(fd)
-        return self._open[segment]
+        return _OpenFile(fd)
 
     def _retire(self, segment: int) -> None:
         file = self._open.pop(segment)
@@ -180,6 +189,12 @@ class SegmentReader:
         if (location.tier, location.codec, location.raw_bytes) != (Tier.DISK, frame.codec.id, frame.raw_bytes):
             raise TieredKVError(Kind.CORRUPT, f"{location} does not describe the frame that lies there", **where)
         return buffer, frame
+
+
+def _close(file: _OpenFile | None) -> None:
+    """Close a file that nobody reads."""
+    if file is not None:
+        os.close(file.fd)
 
 
 def read_at(fd: int, offset: int, nbytes: int, files: Files) -> memoryview:

@@ -1,0 +1,159 @@
+"""What can be learned of a cluster within a few seconds, whatever of it hangs, and in words what could not.
+
+The nodes to expect are those that the coordinator lists or has lost, those that Ray has an actor of, and those whose shared memory is
+on this machine. Each is asked itself: on this machine over its socket, for which Ray need not answer, else through Ray.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiered_kv.cluster import attach, start, state
+from tiered_kv.cluster.asking import asking
+from tiered_kv.cluster.state import ClusterState
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.threads import DaemonThreads
+
+WITHIN_S = 6.0
+JOIN_WITHIN_S = 3.0
+ANSWER_WITHIN_S = 2.0
+QUESTIONS_AT_ONCE = 16
+
+
+class Answers(NamedTuple):
+    """What could be asked: the value, or the `TieredKVError` that came in its place.
+
+    `coordinator`: as `start.describe`. `actors`: the nodes that Ray knows.
+    """
+
+    coordinator: dict | TieredKVError
+    actors: list[str] | TieredKVError
+
+
+def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
+    """The cluster as `start.describe` gives it, with `expected_nodes` and `degraded`, a list of texts. Takes WITHIN_S at most.
+
+    Raises (kind `cluster`) only where nothing is known of such a cluster: no state file on this machine, and no coordinator that answers.
+    """
+    threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
+    try:
+        return _surveyed(name, address, _Clerk(threads, time.monotonic() + WITHIN_S))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Clerk:
+    """Makes calls on threads, and waits for them until one deadline for all."""
+
+    def __init__(self, threads: DaemonThreads, deadline_s: float) -> None:
+        self._threads = threads
+        self._deadline_s = deadline_s
+
+    def ask(self, questions: dict[str, Callable[[], Any]], within_s: float) -> dict[str, Any]:
+        """By name of the question: the answer, or the `TieredKVError` in its place; each has `within_s`."""
+        asked = {name: self._threads.submit(question) for name, question in questions.items()}
+        deadline_s = min(time.monotonic() + within_s, self._deadline_s)
+        return {name: self._outcome(future, deadline_s) for name, future in asked.items()}
+
+    @staticmethod
+    def _outcome(future: Future, deadline_s: float) -> Any:
+        left_s = max(deadline_s - time.monotonic(), 0)
+        try:
+            return future.result(left_s)
+        except TimeoutError:
+            return TieredKVError(Kind.TRANSPORT, "no answer in time")
+        except TieredKVError as error:
+            return error
+
+
+def _surveyed(name: str, address: str | None, clerk: _Clerk) -> dict:
+    known = state.find(name)
+    joined = clerk.ask({"join": lambda: attach.join(name, address)}, JOIN_WITHIN_S)["join"]
+    if isinstance(joined, TieredKVError):
+        if known is None or address is not None:
+            raise joined
+        answers = Answers(joined, joined)
+    else:
+        questions = {"coordinator": lambda: start.describe(name, ANSWER_WITHIN_S / 2), "actors": lambda: start.nodes_of(name)}
+        answers = Answers(**clerk.ask(questions, ANSWER_WITHIN_S))
+    if isinstance(answers.coordinator, TieredKVError) and known is None:
+        raise answers.coordinator
+    here = directories(known, answers.coordinator)
+    expected = expected_nodes(answers, here)
+    elsewhere = [node for node in expected if node not in here] if not isinstance(joined, TieredKVError) else []
+    questions = {node: lambda node=node: _told_by_socket(here[node]) for node in expected if node in here}
+    if elsewhere:
+        questions[""] = lambda: asking(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")
+    stats = clerk.ask(questions, ANSWER_WITHIN_S)
+    through_ray = stats.pop("", {})
+    stats |= dict.fromkeys(elsewhere, through_ray) if isinstance(through_ray, TieredKVError) else through_ray
+    return merged(answers, known, here, stats)
+
+
+def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
+    """By node of the cluster on this machine: its directory in shared memory."""
+    if not isinstance(coordinator, TieredKVError):
+        cluster_id, shm_path = coordinator["cluster_id"], coordinator["config"].shm_path
+    else:
+        assert known is not None
+        cluster_id, shm_path = known.cluster_id, Config.of(known.config).shm_path
+    prefix = f"tkv-{cluster_id}-"
+    return {path.name.removeprefix(prefix): str(path) for path in sorted(Path(shm_path).glob(f"{prefix}*"))}
+
+
+def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
+    """All nodes that anything knows of."""
+    expected = set(here)
+    if not isinstance(answers.coordinator, TieredKVError):
+        expected |= {node["node"] for node in answers.coordinator["nodes"]} | set(answers.coordinator.get("lost", {}))
+    if not isinstance(answers.actors, TieredKVError):
+        expected |= set(answers.actors)
+    return sorted(expected)
+
+
+def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], stats: dict[str, Any]) -> dict:
+    """All answers as one record. `stats`: by node what it said itself, or the error in its place."""
+    degraded = []
+    if isinstance(answers.coordinator, TieredKVError):
+        assert known is not None
+        about: dict = {"cluster_id": known.cluster_id, "config": Config.of(known.config), "nodes": []}
+        degraded.append(f"the coordinator does not answer: {answers.coordinator}")
+    else:
+        about = answers.coordinator
+        if isinstance(answers.actors, TieredKVError):
+            degraded.append(f"Ray does not say which nodes it knows: {answers.actors}")
+    expected = expected_nodes(answers, here)
+    if not expected:
+        degraded.append("no cache node of this cluster is known")
+    listed = {node["node"]: node for node in about["nodes"]}
+    nodes = []
+    for node in expected:
+        told = stats.get(node, TieredKVError(Kind.TRANSPORT, "it could not be asked"))
+        if text := _trouble(node, told, listed.get(node), about.get("lost", {}), answers.coordinator):
+            degraded.append(text)
+        if not isinstance(told, TieredKVError):
+            nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": told})
+        elif node in listed:
+            nodes.append(listed[node])
+    return about | {"nodes": nodes, "expected_nodes": expected, "degraded": degraded}
+
+
+def _trouble(node: str, told: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:
+    """What is wrong with a node, for people; nothing where nothing is."""
+    if isinstance(told, TieredKVError):
+        heard_s = listed["silent_s"] if listed else lost.get(node)
+        return f"{node} does not answer ({f'last heard {heard_s:.0f} s ago' if heard_s is not None else told})"
+    if listed is None and not isinstance(coordinator, TieredKVError):
+        return f"{node} runs, but has not reported to the coordinator yet"
+    return ""
+
+
+def _told_by_socket(directory: str) -> dict:
+    from tiered_kv.service.local import SocketSession
+
+    with closing(SocketSession(f"{directory}/sock", ANSWER_WITHIN_S / 2)) as session:
+        return session.stats()

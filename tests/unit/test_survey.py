@@ -1,0 +1,142 @@
+"""What `tiered-kv status` says of a cluster of which something is missing. The nodes are real; Ray is a stand-in."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.service.test_failures import served
+from tiered_kv.cluster import attach, cli, start, state, survey
+from tiered_kv.cluster.state import ClusterState
+from tiered_kv.errors import Kind, TieredKVError
+
+IN_TIME_S = 5.0
+GONE = TieredKVError(Kind.CLUSTER, "this Ray has no tiered_kv cluster that answers")
+
+
+class World:
+    """What the parts of a cluster answer: a value, or an error to be raised."""
+
+    def __init__(self, coordinator: object, actors: object) -> None:
+        self.coordinator = coordinator
+        self.actors = actors
+        self.elsewhere: dict[str, object] = {}
+        self.join = lambda: None
+
+    @staticmethod
+    def answer(value: object) -> object:
+        if isinstance(value, TieredKVError):
+            raise value
+        return value
+
+
+@pytest.fixture
+def world(node_factory, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[World]:
+    """A cluster "main" of "node-0" and "node-1", both on this machine and well."""
+    monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
+    nodes = [node_factory(node_id=f"node-{number}", cluster_id="surveyed") for number in range(2)]
+    ClusterState(cluster_id="surveyed", address="127.0.0.1:6379", created_s=0.0, name="main").save()
+    records = [{**node.info(), "address": "10.0.0.1", "silent_s": 0.4, "stats": node.stats()} for node in nodes]
+    coordinator = {"cluster_id": "surveyed", "config": nodes[0].config, "nodes": records, "lost": {}}
+    made = World(coordinator, ["node-0", "node-1"])
+    monkeypatch.setattr(attach, "join", lambda *_: made.join())
+    monkeypatch.setattr(start, "describe", lambda *_: made.answer(made.coordinator))
+    monkeypatch.setattr(start, "nodes_of", lambda *_: made.answer(made.actors))
+    monkeypatch.setattr(survey, "asking", lambda *_: lambda nodes, method: {node: made.elsewhere[node] for node in nodes})
+    with served(nodes[0]), served(nodes[1]):
+        yield made
+
+
+def status(capsys: pytest.CaptureFixture) -> tuple[int, dict]:
+    """Exit status and JSON of the command; its table has a line for each node that is expected."""
+    begun_s = time.monotonic()
+    code = cli.main(["status", "--name", "main", "--json"])
+    assert time.monotonic() - begun_s < survey.WITHIN_S + IN_TIME_S
+    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["status", "--name", "main"]) == code
+    table = capsys.readouterr().out
+    assert all(node in table for node in found["expected_nodes"])
+    assert all(text in table for text in found["degraded"])
+    return code, found
+
+
+def names(found: dict) -> list[str]:
+    return [node["node"] for node in found["nodes"]]
+
+
+def test_all_is_well(world: World, capsys) -> None:
+    code, found = status(capsys)
+    assert (code, found["degraded"]) == (0, [])
+    assert names(found) == found["expected_nodes"] == ["node-0", "node-1"]
+    assert found["nodes"][0]["address"] == "10.0.0.1"
+
+
+def test_a_coordinator_that_does_not_answer_is_said_and_the_nodes_are_shown(world: World, capsys) -> None:
+    world.coordinator = GONE
+    code, found = status(capsys)
+    assert code == 1
+    assert found["degraded"] == [f"the coordinator does not answer: {GONE}"]
+    assert names(found) == ["node-0", "node-1"]
+    assert found["nodes"][0]["tiers"]["host"]["capacity_bytes"] > 60 << 20
+
+
+def test_a_coordinator_that_was_just_restarted_makes_no_empty_table(world: World, capsys) -> None:
+    world.coordinator["nodes"] = []
+    code, found = status(capsys)
+    assert code == 1
+    assert found["degraded"] == [f"{node} runs, but has not reported to the coordinator yet" for node in ("node-0", "node-1")]
+    assert names(found) == ["node-0", "node-1"]
+
+
+def test_a_node_that_was_lost_is_named(world: World, capsys) -> None:
+    """On another machine: known from the coordinator alone, or from Ray alone."""
+    silent = TieredKVError(Kind.TRANSPORT, "it does not answer (ActorUnavailableError)")
+    world.coordinator["lost"] = {"node-2": 12.3}
+    world.actors = ["node-0", "node-1", "node-3"]
+    world.elsewhere = {"node-2": silent, "node-3": silent}
+    code, found = status(capsys)
+    assert code == 1
+    assert found["degraded"] == ["node-2 does not answer (last heard 12 s ago)", f"node-3 does not answer ({silent})"]
+    assert found["expected_nodes"] == ["node-0", "node-1", "node-2", "node-3"]
+    assert names(found) == ["node-0", "node-1"]
+
+
+def test_a_node_of_this_machine_that_hangs_is_named_with_its_last_figures(world: World, capsys, node_factory) -> None:
+    """It has a directory, and no socket that answers."""
+    node = node_factory(node_id="node-9", cluster_id="surveyed")
+    world.coordinator["nodes"].append({**node.info(), "silent_s": 4.2, "stats": node.stats()})
+    code, found = status(capsys)
+    assert (code, found["degraded"]) == (1, ["node-9 does not answer (last heard 4 s ago)"])
+    assert names(found) == ["node-0", "node-1", "node-9"]
+
+
+def test_while_ray_hangs_the_nodes_of_this_machine_are_shown_within_seconds(world: World, capsys, monkeypatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(survey, "JOIN_WITHIN_S", 0.1)
+    world.join = lambda: gate.wait(30.0)
+    code, found = status(capsys)
+    gate.set()
+    assert code == 1
+    assert found["degraded"] == ["the coordinator does not answer: no answer in time"]
+    assert names(found) == ["node-0", "node-1"]
+
+
+def test_no_node_at_all_is_no_success(world: World, capsys, monkeypatch) -> None:
+    world.coordinator |= {"nodes": [], "cluster_id": "another"}
+    world.actors = []
+    code, found = status(capsys)
+    assert (code, found["degraded"]) == (1, ["no cache node of this cluster is known"])
+
+
+def test_a_ray_that_does_not_name_its_actors_is_said(world: World, capsys) -> None:
+    world.actors = TieredKVError(Kind.CLUSTER, "too slow")
+    code, found = status(capsys)
+    assert (code, found["degraded"]) == (1, ["Ray does not say which nodes it knows: too slow"])
+
+
+def test_where_nothing_is_known_the_command_fails(world: World, capsys) -> None:
+    state.remove("main")
+    world.coordinator = GONE
+    assert cli.main(["status", "--name", "main"]) == 1
