@@ -132,9 +132,11 @@ class Node:
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks, root first, visible; False for one that was there already.
 
-        Fewer answers than blocks: the index has no room for the others, whose extents are free again.
+        Fewer answers than blocks: the index has no room for the others, whose extents are free again. Raises (kind `transport`), with
+        all extents free again, unless each block is deeper by one than its parent.
         """
         with self.running():
+            self._check_places(packed)
             self.engine.drain_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
@@ -145,6 +147,13 @@ class Node:
         if self._reporter:
             self._reporter.wake()
         return added
+
+    def _check_places(self, packed: list[Packed]) -> None:
+        """Refuse blocks that cannot be where a worker says: links among them might be a cycle."""
+        wrong = self.engine.machine.chains.misplaced((each.key, each.parent, each.depth) for each in packed)
+        if wrong is not None:
+            self.free_extents(each.location.offset for each in packed)
+            raise TieredKVError(Kind.TRANSPORT, f"nothing of a commit is shown: {wrong}")
 
     def hint(self, tail: BlockKey, hint: Hint) -> None:
         """What a worker knows of the future of the chain that ends with `tail`."""
