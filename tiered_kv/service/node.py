@@ -68,6 +68,7 @@ class Node:
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
+        self._too_lossy: dict[BlockKey, None] = {}  # to be given up; guarded by the engine's lock
         self._link = link
         self._puller = Puller(link, self._clock, config.pull_chunk) if link else None
         self._reporter = self._make_reporter(link) if link else None
@@ -127,7 +128,22 @@ class Node:
         if is_new:
             with self.running():
                 self.engine.machine.shrinking.hope()
+                self._too_lossy |= dict.fromkeys(self.place.allowance.decide(root))
+            self._give_up_too_lossy()
         return told
+
+    def _give_up_too_lossy(self) -> None:
+        """Give up the blocks that a new plan does not allow; those that are being copied or read at the next beat."""
+        machine, given_up = self.engine.machine, 0
+        with self.engine.lock:
+            for key in list(self._too_lossy):
+                block = machine.blocks.get(key)
+                if block is not None and (block.copying_to is not None or machine.pinned(key)):
+                    continue
+                del self._too_lossy[key]
+                given_up += block is not None
+                self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
+        self.place.allowance.refuse("introduced", given_up)
 
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks, root first, visible; False for one that was there already.
@@ -336,6 +352,7 @@ class Node:
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
                 "codecs": self.place.coder.stats(),
+                "too_lossy": self.place.allowance.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
                 "filling": self.filling.stats(),
@@ -352,6 +369,8 @@ class Node:
             self._recording.beat(self._clock.now_s())
             if not self._reporter:
                 self.engine.journal.clear()
+        if self._too_lossy:
+            self._give_up_too_lossy()
         self.saving.beat()
 
     def _thin_out(self) -> None:

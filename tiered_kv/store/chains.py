@@ -57,7 +57,7 @@ class Chains:
         return frozenset(chain)
 
     def misplaced(self, claims: Iterable[tuple[BlockKey, BlockKey | None, int]]) -> str | None:
-        """Says what is wrong with (key, parent, depth) that one worker commits together; None if every depth is one more than its parent's."""
+        """Says what is wrong with (key, parent, depth) of one commit; None if every depth is one more than its parent's."""
         claims = list(claims)
         depths: dict[BlockKey, int] = {}
         for key, _, depth in claims:
