@@ -115,7 +115,7 @@ class Restoring:
         self._ask = asking(cluster)
         self._skipped: list[str] = []
         self._planned: Planned | None = None
-        self._mounted = self._no_room = 0
+        self._mounted = self._no_room = self._too_lossy = 0
 
     def mount(self, namespaces: list[str], world: int | None) -> None:
         """Make the blocks hits; says what is left out."""
@@ -138,11 +138,14 @@ class Restoring:
             return
         begun_s = time.monotonic()
         mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, rows)
-        self._mounted, self._no_room = sum(mounted.by_node.values()), mounted.no_room
+        self._mounted, self._no_room, self._too_lossy = sum(mounted.by_node.values()), mounted.no_room, mounted.too_lossy
         spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
         say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
         if mounted.no_room:
             text = f"{count(mounted.no_room, 'block')}, the coldest, are left out: the nodes' indexes have no slots for them"
+            say(self._console, text)
+        if mounted.too_lossy:
+            text = f"{count(mounted.too_lossy, 'block')} are not shown: they carry more error than this cluster's quality allows"
             say(self._console, text)
 
     def begin_to_fill(self) -> None:
@@ -189,10 +192,11 @@ class Restoring:
     def figures(self, filled: "Filled") -> dict:
         """For scripts."""
         record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
+        record["too_lossy"] = max(self._too_lossy, filled.too_lossy)
         del record["error"], record["is_done"]
         return record
 
 
 def _sum(one: "Filled", other: "Filled") -> "Filled":
     counts = (getattr(one, name) + getattr(other, name) for name in ("mounted", "host", "disk", "nbytes", "damaged", "problems"))
-    return type(one)(*counts, is_done=True)
+    return type(one)(*counts, is_done=True, too_lossy=one.too_lossy + other.too_lossy)

@@ -40,6 +40,7 @@ __all__ = [
     "codec_by_name",
     "codec_for",
     "codec_from_spec",
+    "is_lossy",
     "parse_codec",
 ]
 
@@ -68,6 +69,11 @@ def codec_by_id(codec_id: int) -> Codec:
         known = ", ".join(f"{codec.id} ({codec.name})" for codec in CODECS)
         raise TieredKVError(Kind.CONFIG, f"codec id {codec_id!r} is unknown; known are {known}", codec=codec_id)
     return _BY_ID[codec_id]()
+
+
+def is_lossy(codec_id: int) -> bool:
+    """Whether what comes back from the codec of an id may differ from what was stored; so it may of one that is unknown."""
+    return codec_id not in _BY_ID or _BY_ID[codec_id].is_lossy
 
 
 def codec_by_name(name: str, **parameters: Any) -> Codec:

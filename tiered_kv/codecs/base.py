@@ -80,6 +80,13 @@ class Codec(ABC):
         if flat is not kv:
             kv.copy_(flat)
 
+    def most_error(self) -> float:
+        """The greatest error that a block carries which this codec, or the one that it gives way to, made of an exact one.
+
+        Infinity if that depends on a calibration that is not there.
+        """
+        return 0.0
+
     @abstractmethod
     def max_payload_bytes(self, raw_bytes: int) -> int:
         """The largest payload that `encode` can make of `raw_bytes` bytes, if the codec does not give way to another."""

@@ -67,6 +67,9 @@ class BlockCodec(Codec):
     def _bound(self) -> float:
         """The greatest relative error that a block may carry."""
 
+    def most_error(self) -> float:
+        return self._bound()
+
     def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
         """As of every codec. Decodes what it made, to measure the error."""
         check_raw(raw)

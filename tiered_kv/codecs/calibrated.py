@@ -115,6 +115,13 @@ class CalibratedCodec(BlockCodec):
     def _bound(self) -> float:
         return self._calibration().bound(self.name, self.step) if self.max_error is None else self.max_error
 
+    def most_error(self) -> float:
+        if not self.fingerprint:
+            return math.inf
+        steps = (self.step, self.tail_step or self.step)
+        own = [replace(self, step=step) for step in steps]
+        return max(*(each._bound() for each in own), *(each._simple().most_error() for each in own), self._as(Int8Codec).most_error())
+
     def _simple(self) -> GroupedCodec:
         """The codec without tables that is about as good at this step, or better."""
         cls = Int4Codec if self.step >= 1.5e-4 else Int6Codec if self.step >= 2.5e-5 else Int8Codec

@@ -151,6 +151,19 @@ def frame_encoded(key: bytes, namespace: bytes, encoded: Encoded, raw_bytes: int
     return header, encoded.payload, checksum(header, [encoded.payload])
 
 
+def carried_error(buffer: Buffer) -> float | None:
+    """The error that the header at the beginning of `buffer` says its block carries; None if no header is there. Verifies nothing."""
+    view = byte_view(buffer)
+    if view.nbytes < _FIXED.size or view[: len(MAGIC)] != MAGIC:
+        return None
+    fixed = _Fixed(*_FIXED.unpack_from(view))
+    try:
+        error = msgpack.unpackb(view[_FIXED.size : _FIXED.size + fixed.spec_bytes]).get("error", 0.0)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return error if isinstance(error, float) and 0 <= error < math.inf else None
+
+
 def open_frame(buffer: Buffer, key: bytes, namespace: bytes | None = None) -> Frame:
     """The frame that fills `buffer` exactly, verified to be the block stored under `key` (and in `namespace`, when given).
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, NamedTuple
 
+from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.ops.leases import Lease
@@ -113,7 +114,7 @@ class Taking:
                 whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
                 if not whole.blocks and not wanted.may_be_empty:
                     raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node holds a block of those asked for")
-                kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
+                kept = reusable(known, [keyed for block in whole.blocks if _is_as_good(known.places.get(keyed := _keyed(block)), block)])
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._written(assigned(new), new, lease, ticket)
             finally:
@@ -188,6 +189,15 @@ class Taking:
             left=len(whole.blocks) - len(blocks),
             orphans=whole.orphans,
         )
+
+
+def _keyed(block: Block) -> Keyed:
+    return block.best.key, block.best.root
+
+
+def _is_as_good(place: Place | None, block: Block) -> bool:
+    """Whether what lies in a pack may stand for the block: a cluster of less quality may have written it."""
+    return place is None or place.codec == block.best.codec or not is_lossy(place.codec)
 
 
 class _There(NamedTuple):

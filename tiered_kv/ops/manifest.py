@@ -178,7 +178,7 @@ def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int
             if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
                 raise
             raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack}: {error}", object=pack) from error
-        for key, parent, root, codec, offset, stored_bytes, raw_bytes in entries:
+        for key, parent, root, codec, offset, stored_bytes, raw_bytes, _ in entries:
             if root not in roots:
                 raise ValueError("a block of a model that is not there")
             depth = 0 if parent is None else depths.get((parent, root), -2) + 1

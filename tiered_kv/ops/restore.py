@@ -31,10 +31,13 @@ class Chosen(NamedTuple):
 
 
 class Mounted(NamedTuple):
-    """Blocks of a checkpoint that are hits from now on, by node, and how many of those chosen found no room in an index."""
+    """Blocks of a checkpoint that are hits from now on, by node; and how many of those chosen are not: they found no room in an index, or
+    carry more error than the cluster's settings allow.
+    """
 
     by_node: dict[str, int]
     no_room: int
+    too_lossy: int = 0
 
 
 def chosen(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Chosen:
@@ -109,7 +112,8 @@ def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Se
         names, numbers = _packs_of(manifest, mine)
         blocks = [_mounted(row, numbers[row.pack]) for row in mine]
         by_node[node] = answers(ask, [node], "mount", url, names, blocks, facts, credentials(url))[node]
-    return Mounted(by_node, len(rows) - sum(by_node.values()))
+    too_lossy = filled(ask, list(given)).too_lossy
+    return Mounted(by_node, len(rows) - sum(by_node.values()) - too_lossy, too_lossy)
 
 
 def make(
@@ -189,4 +193,5 @@ def filled(ask: Ask, nodes: Sequence[str]) -> Filled:
     each = list(answers(ask, nodes, "filled").values())
     problems = [problem for one in each for problem in one.problems]
     sums = (sum(getattr(one, name) for one in each) for name in ("mounted", "host", "disk", "nbytes", "damaged"))
-    return Filled(*sums, problems, all(one.is_done for one in each), next((one.error for one in each if one.error), None))
+    error = next((one.error for one in each if one.error), None)
+    return Filled(*sums, problems, all(one.is_done for one in each), error, sum(one.too_lossy for one in each))

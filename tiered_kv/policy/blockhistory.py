@@ -21,6 +21,7 @@ _USES_MAX = 255
 _ANSWER_UNKNOWN = 1
 _TICK_S = 1e-6  # time always goes on, so that uses have an order
 _REQUEST_S = 1e-3  # runs of one request are seen within
+_RUNS_MAX = 1024  # of one request: a chain that grows block by block for ever is not remembered for ever
 _NONE = np.empty(0, np.int32)
 _FIELDS = {
     "tag": np.uint64,
@@ -107,7 +108,7 @@ class BlockHistory(History):
         self.last_s[slots] = self._now_s = now_s
         self.kind[slots] = reuse.kinds(self.uses_of[slots], gap, hot, _ANSWER_UNKNOWN)
         goes_on = self._run and behind >= 0 and self._run[-1][-1] == behind
-        self._run = [*self._run, slots] if goes_on else [slots]
+        self._run = [*self._run[1 - _RUNS_MAX :], slots] if goes_on else [slots]
         self._learn_in -= 1
         if not self._learn_in:
             self.learn(now_s)
@@ -238,11 +239,16 @@ class BlockHistory(History):
         self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
 
     def _last_use_of(self, tail: int) -> np.ndarray:
-        """Slots of the chain, root first, as far as it was used together with its tail."""
+        """Slots of the chain, root first, as far as it was used together with its tail.
+
+        Goes to ever smaller depths: parents of blocks that are remembered, but not resident, may be a cycle.
+        """
         if self._run and self._run[-1][-1] == tail:
             return np.concatenate(self._run)
-        chain = []
+        chain: list[int] = []
         while tail >= 0 and (not chain or abs(self.last_s[tail] - self.last_s[chain[0]]) < _REQUEST_S):
+            if chain and self.depth[tail] >= self.depth[chain[-1]]:
+                break
             chain.append(tail)
             tail = int(self.parent[tail])
         return np.array(chain[::-1], np.int32)

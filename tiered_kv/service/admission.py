@@ -44,8 +44,8 @@ class Admission:
         self._depths = {key: depth + number for number, key in enumerate(keys)}
 
     def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
-        """How many of the leading frames are in place; a damaged one ends it."""
-        opened = (self._place.opened(key, pieces) for key, pieces in zip(keys, frames, strict=False))
+        """How many of the leading frames are in place; a damaged one, or one too lossy, ends it."""
+        opened = (self._place.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
         good: list[Frame] = list(takewhile(lambda frame: frame is not None and frame.raw_bytes == self._nbytes, opened))
         taken = 0
         while taken < len(good):

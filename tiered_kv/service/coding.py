@@ -5,6 +5,7 @@ it carries of error counts. So nothing is coded twice by the same codec, and a l
 """
 
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -27,7 +28,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.link import FramePieces
-from tiered_kv.service.quality import RUN, Plan, check_settings, is_exact, plan
+from tiered_kv.service.quality import RUN, Plan, check_settings, is_exact, most_error, plan
 from tiered_kv.store import events as ev
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class _Model:
     facts: ModelFacts
     plan: Plan
     codecs: dict[Tier, Codec]
+    most_error: float
 
 
 class Coder:
@@ -89,6 +91,7 @@ class Coder:
         self._config = config
         self.shrinks = not is_exact(config)
         """Whether blocks may be coded in host memory."""
+        self._most_error = most_error(config)
         self._models: dict[BlockKey, _Model] = {}
         self._lock = threading.Lock()
         self._blocks: Counter[tuple[str, str]] = Counter()  # by tier and codec: coded so far
@@ -133,7 +136,7 @@ class Coder:
             log.warning("the rotation of this model's keys is not known: they are coded as they are, with a little more error")
         for tier, text in made.codecs.items():
             log.info("model %s: %s keeps blocks as %s (%s)", facts.weights[:12], tier.label, text, made.why[tier])
-        return _Model(facts, made, codecs)
+        return _Model(facts, made, codecs, max(codec.most_error() for codec in codecs.values()))
 
     def _calibration(self, facts: ModelFacts) -> Calibration | None:
         """The model's calibration, where there is one and the settings can have any use for it."""
@@ -154,6 +157,15 @@ class Coder:
         given = self._config.calibration
         path = Path(given).expanduser() if given is not None else user_cache() / "calibration"
         return calibration_file(path, facts.weights) if given is None or path.is_dir() else path
+
+    def most_error(self, root: BlockKey | None) -> float:
+        """The greatest error that blocks of a model may carry in any tier, for they move; by the settings, until a worker introduces it."""
+        model = self._models.get(root) if root else None
+        return self._most_error if model is None else model.most_error
+
+    def has_plan(self, root: BlockKey) -> bool:
+        """Whether a worker has introduced the model; or nothing that one could say would change what its blocks may carry."""
+        return root in self._models or self._most_error < math.inf
 
     # Blocks
 

@@ -63,6 +63,7 @@ class Filled(NamedTuple):
     """How filling goes: blocks mounted, of which copied to host memory and disk by now, and bytes read.
 
     `problems`: what is wrong with blocks that could not be restored, `damaged` of them in all. `error`: what ended it too early.
+    `too_lossy`: blocks that may not be shown, for they carry more error than the settings allow.
     """
 
     mounted: int
@@ -73,6 +74,7 @@ class Filled(NamedTuple):
     problems: list[str]
     is_done: bool
     error: TieredKVError | None = None
+    too_lossy: int = 0
 
 
 class Work(NamedTuple):
@@ -93,6 +95,7 @@ class _Job:
     disk: int = 0
     nbytes: int = 0
     damaged: int = 0
+    too_lossy: int = 0
     problems: list[str] = field(default_factory=list)
     stopping: threading.Event = field(default_factory=threading.Event)
     done: Future | None = None
@@ -129,7 +132,9 @@ class Filling:
         models: Mapping[BlockKey, dict] = MappingProxyType({}),
         environ: Mapping[str, str] | None = None,
     ) -> int:
-        """Show these blocks of the packs at `url`, the hottest first and each behind its parent; how many the index had room for.
+        """Show these blocks of the packs at `url`, the hottest first and each behind its parent; how many are shown.
+
+        The others are too lossy (`filled` says how many) or found no room in the index.
 
         `location.segment` of a block counts in `packs`. `models`: what is known of those whose blocks they are. `environ`:
         credentials of who wants it. Opening makes no request. Raises (kinds `config`, `storage`).
@@ -140,11 +145,15 @@ class Filling:
             first = self._place.mounted.mount(store, packs)
             self.models |= models
             room, shown = self.shelf().blocks, []
-            for start in range(0, len(blocks), _EVENTS_AT_ONCE):
+            admits = self._place.allowance.admits
+            allowed = [each for each in blocks if admits(each.key, each.root, each.location.codec, None)]
+            too_lossy = len(blocks) - len(allowed)
+            self._place.allowance.refuse(Tier.CHECKPOINT.label, too_lossy)
+            for start in range(0, len(allowed), _EVENTS_AT_ONCE):
                 with self._node.running():
                     known = self._node.engine.machine.blocks
                     events = []
-                    for each in blocks[start : start + _EVENTS_AT_ONCE]:
+                    for each in allowed[start : start + _EVENTS_AT_ONCE]:
                         room -= each.key not in known
                         if room < 0:
                             break
@@ -155,7 +164,7 @@ class Filling:
                     self._node.engine.handle(events)
                 if room < 0:
                     break
-            self._job = _Job(shown, self._reading(shown))
+            self._job = _Job(shown, self._reading(shown), too_lossy=too_lossy)
         self._node.report()
         return len(shown)
 
@@ -192,7 +201,7 @@ class Filling:
         """How it goes; zeros where nothing was mounted."""
         job = self._job or _Job([])
         is_done, error = ended(job.done, "filling") if job.done is not None else (True, None)
-        return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error)
+        return Filled(len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged, list(job.problems), is_done, error, job.too_lossy)
 
     def stats(self) -> dict | None:
         """How it goes, in blocks, ready for JSON; None where nothing was restored."""
@@ -201,7 +210,8 @@ class Filling:
         told = self.filled()
         error = str(told.error) if told.error else None
         nearer = told.host + told.disk
-        return {"blocks": told.mounted, "nearer": nearer, "damaged": told.damaged, "is_done": told.is_done, "error": error}
+        figures = {"blocks": told.mounted, "nearer": nearer, "damaged": told.damaged, "too_lossy": told.too_lossy}
+        return figures | {"is_done": told.is_done, "error": error}
 
     def stop(self) -> None:
         """End the filling; what is mounted stays so. Returns when no more is read."""
@@ -278,6 +288,8 @@ class Filling:
         for block, source in zip(work.blocks, sources, strict=True):
             if isinstance(source, TieredKVError):
                 self._refused(job, block, source)
+            elif not self._place.allowance.admits(block.key, block.root, source.codec.id, source.error):
+                self._too_lossy(job, block)
             else:
                 good.append((block, source))
         rest = self._to_host(job, session, good)
@@ -289,6 +301,12 @@ class Filling:
         log.warning("%s", message)
         if len(job.problems) < _PROBLEMS_KEPT:
             job.problems.append(message)
+        self._node.engine.handle([ev.Lost(block.key, block.location)])
+
+    def _too_lossy(self, job: _Job, block: MountedBlock) -> None:
+        """A block that was mounted before anybody knew what it carries is not shown any more."""
+        job.too_lossy += 1
+        self._place.allowance.refuse(Tier.CHECKPOINT.label, 1)
         self._node.engine.handle([ev.Lost(block.key, block.location)])
 
     def _to_host(self, job: _Job, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:

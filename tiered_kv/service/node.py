@@ -73,6 +73,7 @@ class Node:
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
+        self._too_lossy: dict[BlockKey, None] = {}  # to be given up; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
         self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
         self._stopped = False  # guarded by the engine's lock
@@ -143,14 +144,31 @@ class Node:
         if is_new:
             with self.running():
                 self.engine.machine.shrinking.hope()
+                self._too_lossy |= dict.fromkeys(self.place.allowance.decide(root))
+            self._give_up_too_lossy()
         return told
+
+    def _give_up_too_lossy(self) -> None:
+        """Give up the blocks that a new plan does not allow; those that are being copied or read at the next beat."""
+        machine, given_up = self.engine.machine, 0
+        with self.engine.lock:
+            for key in list(self._too_lossy):
+                block = machine.blocks.get(key)
+                if block is not None and (block.copying_to is not None or machine.pinned(key)):
+                    continue
+                del self._too_lossy[key]
+                given_up += block is not None
+                self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
+        self.place.allowance.refuse("introduced", given_up)
 
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks, root first, visible; False for one that was there already.
 
-        Fewer answers than blocks: the index has no room for the others, whose extents are free again.
+        Fewer answers than blocks: the index has no room for the others, whose extents are free again. Raises (kind `transport`), with
+        all extents free again, unless each block is deeper by one than its parent.
         """
         with self.running():
+            self._check_places(packed)
             self.engine.drain_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
@@ -161,6 +179,13 @@ class Node:
         if self._reporter:
             self._reporter.wake()
         return added
+
+    def _check_places(self, packed: list[Packed]) -> None:
+        """Refuse blocks that cannot be where a worker says: links among them might be a cycle."""
+        wrong = self.engine.machine.chains.misplaced((each.key, each.parent, each.depth) for each in packed)
+        if wrong is not None:
+            self.free_extents(each.location.offset for each in packed)
+            raise TieredKVError(Kind.TRANSPORT, f"nothing of a commit is shown: {wrong}")
 
     def hint(self, tail: BlockKey, hint: Hint) -> None:
         """What a worker knows of the future of the chain that ends with `tail`."""
@@ -344,6 +369,7 @@ class Node:
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
                 "codecs": self.place.coder.stats(),
+                "too_lossy": self.place.allowance.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
                 "filling": self.filling.stats(),
@@ -360,6 +386,8 @@ class Node:
             self._recording.beat(self._clock.now_s())
             if not self._reporter:
                 self.engine.journal.clear()
+        if self._too_lossy:
+            self._give_up_too_lossy()
         self.saving.beat()
 
     def _thin_out(self) -> None:

@@ -10,11 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 
-from tiered_kv.blocks import AWAY, Location, Tier
-from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
+from tiered_kv.blocks import AWAY, PEER, Location, Tier
+from tiered_kv.codecs.frame import Frame, carried_error, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -22,6 +23,7 @@ from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.locks import locked_ranges
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
+from tiered_kv.service.allowance import Allowance
 from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame, work_alone
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
@@ -52,6 +54,7 @@ class Place:
 
     def __init__(self, config: Config, cluster_id: str, node_id: str, mounted_bytes: int = 0) -> None:
         self.coder = Coder(config)
+        self.allowance = Allowance(self.coder)
         reclaim_stale(config.shm_path, time.monotonic_ns())
         lower_bytes = config.disk + (config.objects_cap if config.objects else 0) + mounted_bytes
         self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, lower_bytes)
@@ -125,9 +128,18 @@ class Place:
         in_host.sort(key=lambda item: last_use.get(item[0], 0))
         host = []
         for key, location in in_host:
-            _, parent, root, depth, *_ = self.host.lineage(location.offset)
-            host.append(ev.Recovered(key, parent, root, location, depth))
+            _, parent, root, depth, *_, error = self.host.lineage(location.offset)
+            if self.allowance.admits(key, root, location.codec, self._error_of_frame(location) if location.codec else error):
+                host.append(ev.Recovered(key, parent, root, location, depth))
+            else:
+                self.index.remove(key)
+                self.host.free(location.offset)
+        self.allowance.refuse(Tier.HOST.label, len(in_host) - len(host))
         return self._that_fit(below, {key for key, _ in [*self.index.items(), *in_host]}) + host
+
+    def _error_of_frame(self, location: Location) -> float | None:
+        """What a frame in host memory says, unverified, of the error that its block carries."""
+        return carried_error(self.host.payload(location.offset, location.stored_bytes))
 
     def _behind_the_device(self, bytes_by_key: dict[BlockKey, int]) -> list[tuple[BlockKey, Location]]:
         """The host copies of blocks that the index showed on the device of a former node; all other headers are taken back."""
@@ -142,15 +154,23 @@ class Place:
         return found
 
     def _recovered_below(self) -> list[ev.Recovered]:
-        """The blocks of the lower tiers, the lowest first. Raises for a store that a first start cannot reach: it may be misspelt."""
+        """The blocks of the lower tiers that may be shown, the lowest first; the others stay where they are, until their segment goes.
+
+        Raises for a store that a first start cannot reach: it may be misspelt.
+        """
         found: list[ev.Recovered] = []
         for tier in sorted(self.logs, reverse=True):
             try:
-                found += [ev.Recovered(*each) for each in self.logs[tier].recovered()]
+                there = self.logs[tier].recovered()
             except TieredKVError as error:
                 if not self._inherited:
                     raise
                 log.warning("what lies in %s is not used: %s", tier.label, error)
+                continue
+            look, admits = self.logs[tier].carried, self.allowance.admits
+            shown = [each for each in there if admits(each.key, each.root, each.location.codec, each.error, partial(look, each.location))]
+            found += [ev.Recovered(each.key, each.parent, each.root, each.location) for each in shown]
+            self.allowance.refuse(tier.label, len(there) - len(shown))
         return found
 
     def _that_fit(self, below: list[ev.Recovered], known: set[BlockKey]) -> list[ev.Recovered]:
@@ -270,7 +290,11 @@ class Place:
         return Filled.DONE
 
     def put(self, held: Held, location: Location, lineage: Lineage) -> None:
-        """Write a block, raw or as its frame, into a reserved extent of host memory, and sign it. Raises (kind `corrupt`)."""
+        """Write a block, raw or as its frame, into a reserved extent of host memory, and sign it.
+
+        Raises (kind `corrupt`), also for a block that may not be shown.
+        """
+        self.allowance.check(held, lineage)
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
             put(held.frame.pieces, payload)
@@ -400,10 +424,14 @@ class Place:
                 return
             yield raw_frame(key, root, held)
 
-    def opened(self, key: BlockKey, pieces: FramePieces) -> Frame | None:
-        """The frame that a peer sent, if it is undamaged and that of `key`."""
+    def opened(self, key: BlockKey, pieces: FramePieces, root: BlockKey) -> Frame | None:
+        """The frame that a peer sent, if it is undamaged, that of `key`, and may be shown as a block below `root`."""
         try:
-            return open_pieces(pieces, key)
+            frame = open_pieces(pieces, key)
+            if self.allowance.admits(key, root, frame.codec.id, frame.error):
+                return frame
+            self.allowance.refuse(PEER, 1)
+            return None
         except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, also what is no frame at all
             log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
             return None

@@ -4,12 +4,13 @@ A plan is a pure function of the settings, the tiers, and what `tiered-kv calibr
 the same one by itself, also while the coordinator is away; the coordinator tells them to whoever asks (docs/design/016).
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tiered_kv.blocks import Tier
-from tiered_kv.codecs import Calibration, parse_codec
+from tiered_kv.codecs import Calibration, Codec, parse_codec
 from tiered_kv.config import CODED_TIERS, Config
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -17,7 +18,11 @@ MEMORY_DECODE_MIN = 0.05
 """Of memcpy: what decodes more slowly is not chosen for host memory as long as there is a colder tier to save bytes in."""
 FALLBACK_DECODE = 0.0  # of a codec whose speed was not measured
 
-EXACT = {Tier.HOST: "raw", Tier.DISK: "lossless", Tier.OBJECTS: "lossless"}
+FIXED = {
+    "exact": {Tier.HOST: "raw", Tier.DISK: "lossless", Tier.OBJECTS: "lossless"},
+    "near_exact": dict.fromkeys(CODED_TIERS, "int8"),
+}
+"""The qualities that need to know nothing of the model."""
 CALIBRATED = {"compact": "xlayer:1e-4", "archive": "xlayer:2e-4"}
 RUN = "run: tiered-kv calibrate MODEL"
 
@@ -62,6 +67,22 @@ def is_exact(config: Config) -> bool:
     return named == "raw" or (named is None and config.quality == "exact" and config.kl_budget is None)
 
 
+def most_error(config: Config) -> float:
+    """The greatest error that blocks may carry by any plan of these settings; infinity where that depends on a calibration."""
+    named = config.codec_by_tier
+    others = [tier for tier in tiers_of(config) if tier not in named]
+    if others and (config.kl_budget is not None or config.quality not in FIXED):
+        return math.inf
+    texts = [*named.values(), *(FIXED[config.quality][tier] for tier in others)]
+    return max((_codec(text).most_error() for text in texts), default=0.0)
+
+
+def _codec(text: str) -> Codec:
+    """A codec as people write it, for blocks of no layout."""
+    cls, written = parse_codec(text)
+    return cls(**written)
+
+
 def plan(config: Config, calibration: Calibration | None) -> Plan:
     """The plan for a model of which `calibration` is known, if any.
 
@@ -84,10 +105,8 @@ def plan(config: Config, calibration: Calibration | None) -> Plan:
 
 
 def _preset(quality: str, tiers: Sequence[Tier], calibration: Calibration | None) -> dict[Tier, str]:
-    if quality == "exact":
-        return {tier: EXACT[tier] for tier in tiers}
-    if quality == "near_exact":
-        return dict.fromkeys(tiers, "int8")
+    if quality in FIXED:
+        return {tier: FIXED[quality][tier] for tier in tiers}
     if quality == "balanced":
         return dict.fromkeys(tiers, "ecuq:1e-4" if calibration else "int4")
     codecs = dict.fromkeys(tiers, CALIBRATED[quality])

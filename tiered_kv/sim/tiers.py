@@ -157,7 +157,7 @@ class TieredCache:
             taken = missing[: self._room(Tier.HOST, missing, parent)]
             if not taken:
                 return
-            self._tell(ev.Committed(b"", parent, taken, [_in_memory(Tier.HOST)] * len(taken), self._now_s))
+            self._tell(ev.Committed(b"", parent, taken, [_in_memory(Tier.HOST)] * len(taken), self._now_s, there))
             self.writes[Tier.HOST] += len(taken)
             there += len(taken)
 

@@ -2,7 +2,7 @@
 
 Invariants, which `check` asserts: a known block has at least one copy; a tier never has more than its cap; a copy's
 bytes are given up only after readers were shown another copy or none; a block that is being copied, or read by a
-peer, keeps its source.
+peer, keeps its source; links between blocks never make a cycle (`chains`).
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
+from tiered_kv.store.chains import Chains
 from tiered_kv.store.holds import HOLD_SHARE, Holds
 from tiered_kv.store.movement import Block, Fate, Movement
 from tiered_kv.store.shrinking import Shrinking
@@ -38,7 +39,7 @@ class StoreMachine:
         self._history = history
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
-        self._children: Counter[BlockKey] = Counter()  # of blocks that are known, also behind one that is not
+        self.chains = Chains(self.blocks)
         self._untold: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []  # runs, their parents, bytes a block, times
         self._mounted: dict[BlockKey, None] = {}  # with a copy in a checkpoint, in the order in which they were told
         self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
@@ -90,14 +91,18 @@ class StoreMachine:
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
         instructions: list[ev.Instruction] = []
         run: list[BlockKey] = []
-        behind = parent = event.parent
+        behind: BlockKey | None = None
+        parent = event.parent
         for number, (key, location) in enumerate(zip(event.keys, event.locations, strict=True)):
-            block = self._known(key, parent, event.root, None if event.depth is None else event.depth + number)
+            block = self.chains.add(key, parent, event.root, None if event.depth is None else event.depth + number)
+            if not run or block.link != run[-1]:
+                self._add_run(run, behind, event)
+                run, behind = [], block.link
             if Tier.HOST in block.copies:  # somebody else was faster; the first copy stays
                 self.counts["duplicate"] += 1
                 instructions.append(ev.Free(key, location))
                 self._add_run(run, behind, event)
-                run, behind = [], key
+                run = []
             else:
                 run.append(key)
                 instructions += self._place(key, block, location)
@@ -105,21 +110,6 @@ class StoreMachine:
         self._add_run(run, behind, event)
         self.shrinking.used(event.keys)
         return instructions + self._shrink()
-
-    def _known(self, key: BlockKey, parent: BlockKey | None, root: BlockKey | None, depth: int | None) -> Block:
-        """The block, with what is said of its place in the chain where nothing was known."""
-        block = self.blocks.get(key)
-        if block is None:
-            block = self.blocks[key] = Block(parent, root, depth)
-        elif block.parent is None:  # what was found after a restart may have no past
-            block.parent, block.root = parent, root
-        else:
-            parent = None
-        if parent is not None:
-            self._children[parent] += 1
-        if block.depth is None:
-            block.depth = depth
-        return block
 
     def _add_run(self, run: list[BlockKey], parent: BlockKey | None, event: ev.Committed) -> None:
         if run:
@@ -145,7 +135,7 @@ class StoreMachine:
                     self._weigh(key, self.blocks[key])
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
-        block = self._known(event.key, event.parent, event.root, event.depth)
+        block = self.chains.add(event.key, event.parent, event.root, event.depth)
         block.uses = max(block.uses, event.uses)
         if event.location.tier in block.copies:
             return [ev.Free(event.key, event.location)]
@@ -161,7 +151,7 @@ class StoreMachine:
         known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
         if not known:
             return []
-        self._history.seen([key for key, _ in known], known[0][1].parent, event.now_s)
+        self._history.seen([key for key, _ in known], known[0][1].link, event.now_s)
         for _, block in known:
             block.uses += 1
             block.used_below = True
@@ -193,7 +183,7 @@ class StoreMachine:
         tail, hint, now_s = event
         if hint.foretells:
             self._history.hint(tail, now_s, answer_tokens=hint.answer_tokens, reuse_within_s=hint.reuse_within_s, ended=hint.ended)
-        chain = self._chain_to(tail)
+        chain = self.chains.to(tail)
         if hint.ended:
             for key in chain:
                 if self.blocks[key].uses <= self.blocks[tail].uses:  # the others are shared with other sessions
@@ -221,7 +211,7 @@ class StoreMachine:
         """Blocks of the growing chain go last, and only where they have another copy or get one."""
         tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
         self._holds.expire(event.now_s)
-        chain = self._chain_to(event.tail)
+        chain = self.chains.to(event.tail)
         instructions: list[ev.Instruction] = []
         if tier is Tier.HOST and event.shrink:
             instructions += self._shrink(nbytes)
@@ -257,7 +247,7 @@ class StoreMachine:
         return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
-        chain, room = self._chain_to(event.tail), len(self.blocks)
+        chain, room = self.chains.to(event.tail), len(self.blocks)
         instructions = self._unmount(event.count, chain)
         room -= len(self.blocks)
         protected = self._protected(Tier.HOST, chain)
@@ -287,20 +277,7 @@ class StoreMachine:
         block.copying_to = target
         if gain is None:
             gain = source.stored_bytes if target > source.tier else 0
-        return ev.Copy(key, block.root, block.parent, source, target, self._depth(block), not self._children[key], gain)
-
-    def _depth(self, block: Block) -> int | None:
-        """How many blocks stand before this one, by the nearest one before it of which that is known."""
-        missing = []
-        while block.depth is None and block.parent is not None:
-            missing.append(block)
-            if block.parent not in self.blocks or len(missing) > len(self.blocks):
-                return None
-            block = self.blocks[block.parent]
-        depth = block.depth or 0
-        for number, each in enumerate(reversed(missing), 1):
-            each.depth = depth + number
-        return depth + len(missing)
+        return ev.Copy(key, block.root, block.parent, source, target, block.depth, self.chains.is_tail(key), gain)
 
     def _shrink(self, nbytes: int = 0) -> list[ev.Instruction]:
         """Have blocks in host memory take fewer bytes, for at least `nbytes` if so many can be had."""
@@ -399,7 +376,7 @@ class StoreMachine:
         """A copy that comes by itself, not as part of a run."""
         instructions = self._place(key, block, location)
         if location.tier in self._policies:
-            self._policies[location.tier].add([key], block.parent, location.stored_bytes)
+            self._policies[location.tier].add([key], block.link, location.stored_bytes)
         self._weigh(key, block)
         return instructions
 
@@ -432,7 +409,7 @@ class StoreMachine:
         instructions: list[ev.Instruction] = []
         if not block.copies:
             del self.blocks[key]
-            self._forget_child(block.parent)
+            self.chains.remove(key, block)
             instructions.append(ev.Hide(key))
         else:
             self._weigh(key, block)
@@ -440,23 +417,10 @@ class StoreMachine:
                 instructions.append(ev.Show(key, block.best))
         return [*instructions, ev.Free(key, location)]
 
-    def _forget_child(self, parent: BlockKey | None) -> None:
-        if parent is not None:
-            self._children[parent] -= 1
-            if not self._children[parent]:
-                del self._children[parent]
-
     def _weigh(self, key: BlockKey, block: Block) -> None:
         for tier, policy in self._policies.items():
             if tier in block.copies:
                 policy.weigh(key, block.restore_factor(tier))
-
-    def _chain_to(self, tail: BlockKey | None) -> frozenset[BlockKey]:
-        chain = set()
-        while tail is not None and tail in self.blocks and tail not in chain:
-            chain.add(tail)
-            tail = self.blocks[tail].parent
-        return frozenset(chain)
 
     def check(self) -> None:
         """Recompute everything that is kept in two places, and compare."""
@@ -477,7 +441,7 @@ class StoreMachine:
             policy.check()
         self._movement.check()
         self._holds.check()
-        assert self._children == Counter(block.parent for block in self.blocks.values() if block.parent is not None)
+        self.chains.check()
         in_host = {key: block.copies[Tier.HOST] for key, block in self.blocks.items() if Tier.HOST in block.copies}
         self.shrinking.check({key: each.stored_bytes for key, each in in_host.items() if each.stored_bytes == each.raw_bytes})
         assert all(self.blocks[key].copying_to is Tier.HOST for key in self.shrinking.under_way)

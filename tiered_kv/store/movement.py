@@ -41,18 +41,25 @@ class Block:
 
     `copying_to`: where a copy of it is under way. `leaving`: the tier that it leaves once that copy is there.
     `refused`: the last try to copy it down failed. `used_below`: it was used since it was written to a lower tier.
-    `depth`: how many blocks stand before it in its chain, None if nobody has said.
+    `depth`: how many blocks are before it in its chain, None if nobody has said. `linked`: its depth fits that of `parent`, which is a
+    claim until then (see `chains`).
     """
 
     parent: BlockKey | None
     root: BlockKey | None
     depth: int | None = None
+    linked: bool = False
     copies: dict[Tier, Location] = field(default_factory=dict)
     uses: int = 1
     copying_to: Tier | None = None
     leaving: Tier | None = None
     refused: bool = False
     used_below: bool = False
+
+    @property
+    def link(self) -> BlockKey | None:
+        """The parent, if it is more than a claim: following links always ends."""
+        return self.parent if self.linked else None
 
     @property
     def best(self) -> Location:

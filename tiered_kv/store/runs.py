@@ -29,4 +29,4 @@ def uses_of(touched: Sequence[tuple[BlockKey, int, int]], blocks: Mapping[BlockK
 
 def _continues(deeper: tuple[BlockKey, int, int], upper: tuple[BlockKey, int, int], blocks: Mapping[BlockKey, Block]) -> bool:
     block = blocks.get(deeper[0])
-    return block is not None and block.parent == upper[0] and upper[2] == deeper[2] + 1
+    return block is not None and block.link == upper[0] and upper[2] == deeper[2] + 1

@@ -17,7 +17,7 @@ from itertools import accumulate
 
 from tiered_kv import blocks
 from tiered_kv.blocks import Location
-from tiered_kv.codecs.frame import MAX_FRAME_BYTES, Frame
+from tiered_kv.codecs.frame import MAX_FRAME_BYTES, Frame, carried_error
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.tiers.books import Live, Segment, location_of, pages, room
@@ -136,6 +136,14 @@ class DiskTier(LogTier):
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
         """The verified frame at `location`, as `SegmentReader.read`."""
         return self._reader.read(location, key, namespace)
+
+    def carried(self, location: Location) -> float | None:
+        """As of every log; one small read."""
+        try:
+            return carried_error(self._reader.head(location))
+        except TieredKVError as error:
+            log.warning("%s", error)
+            return None
 
     def forget(self, location: Location) -> bool:
         """The block at `location` is not wanted any more; False if it had not been there. Waits for no disk.
@@ -426,7 +434,11 @@ class DiskTier(LogTier):
         self._shrink_to_cap()
         for id in [id for id in self._segments if found[id].needs_footer]:
             self._add_footer(self._segments[id], entries[id])
-        return [Recovered(entry.key, entry.parent, entry.root, location_of(id, entry)) for id in self._segments for entry in entries[id]]
+        return [
+            Recovered(entry.key, entry.parent, entry.root, location_of(id, entry), entry.error)
+            for id in self._segments
+            for entry in entries[id]
+        ]
 
     def _cut_tail(self, segment: Segment, end: int) -> None:
         """Cut what a crash has left behind the last whole frame."""

@@ -7,11 +7,12 @@ is none (the writer was killed) the entries give the same facts, frame by frame.
 zeros is one that is not known. Version 1:
 
     entry    128  magic "TKVB" | version u16 | codec u16 | frame bytes u32 | raw bytes u32 | key | parent | root | checksum 16
-    row      120  key | parent | root | offset of the frame u64 | frame bytes u32 | raw bytes u32 | codec u16 | 6 zeros
+    row      120  key | parent | root | offset of the frame u64 | frame bytes u32 | raw bytes u32 | codec u16 | error f32 | 2 zeros
     trailer   64  magic "TKVSEGMT" | version u32 | rows u32 | segment u64 | offset of the first row u64 | store 16 | checksum 16
 
 The checksum is that of frames, xxh3-128. An entry's is over store, segment and its own offset too, a trailer's over its
-own first 48 bytes and the rows: none counts in another place. `store` is the digest of a format and a secret (`store_tag`).
+own first 48 bytes and the rows: none counts in another place. The error is what the block carries by its frame. It is zero also in rows
+that were written before it was kept there; the frame knows. `store` is the digest of a format and a secret (`store_tag`).
 """
 
 import struct
@@ -28,16 +29,20 @@ TRAILER_BYTES = 64
 TAG_BYTES = 16
 
 _ENTRY = struct.Struct(f"<4sHHII{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}s")
-_ROW = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sQIIH6x")
+_ROW = struct.Struct(f"<{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sQIIHf2x")
 _TRAILER = struct.Struct(f"<8sIIQQ{TAG_BYTES}s")
 _PLACE = struct.Struct("<QQ")
 _ENTRY_MAGIC = b"TKVB"
 _TRAILER_MAGIC = b"TKVSEGMT"
 _NONE = bytes(KEY_BYTES)
+_LEAST_ERROR = 2.0**-126  # that f32 has in full
 
 
 class Entry(NamedTuple):
-    """One frame of a segment: whose it is, how it is coded, and where it begins."""
+    """One frame of a segment: whose it is, how it is coded, where it begins, and the error that its block carries.
+
+    An error of 0 is none; of a lossy codec it is one that is not known.
+    """
 
     key: BlockKey
     parent: BlockKey | None
@@ -46,6 +51,7 @@ class Entry(NamedTuple):
     offset: int
     stored_bytes: int
     raw_bytes: int
+    error: float = 0.0
 
     @property
     def end(self) -> int:
@@ -76,7 +82,7 @@ def footer_bytes(rows: int) -> int:
 
 def pack_entry(entry: Entry, tag: bytes, segment: int) -> bytes:
     """The bytes in front of a frame."""
-    key, parent, root, codec, _, stored_bytes, raw_bytes = entry
+    key, parent, root, codec, _, stored_bytes, raw_bytes, _ = entry
     head = _ENTRY.pack(_ENTRY_MAGIC, VERSION, codec, stored_bytes, raw_bytes, key, parent or _NONE, root or _NONE)
     return head + _entry_sum(head, tag, segment, entry.offset)
 
@@ -94,15 +100,15 @@ def unpack_entry(view: memoryview, tag: bytes, segment: int, offset: int) -> Ent
 
 def pack_row(entry: Entry) -> bytes:
     """The row of a frame in the footer."""
-    key, parent, root, codec, offset, stored_bytes, raw_bytes = entry
-    return _ROW.pack(key, parent or _NONE, root or _NONE, offset, stored_bytes, raw_bytes, codec)
+    key, parent, root, codec, offset, stored_bytes, raw_bytes, error = entry
+    return _ROW.pack(key, parent or _NONE, root or _NONE, offset, stored_bytes, raw_bytes, codec, error and max(error, _LEAST_ERROR))
 
 
 def unpack_rows(rows: memoryview) -> list[Entry]:
     """The frames that verified rows list, in the order written. Cost: about 1 µs each."""
     return [
-        Entry(key, _known(parent), _known(root), codec, offset, stored_bytes, raw_bytes)
-        for key, parent, root, offset, stored_bytes, raw_bytes, codec in _ROW.iter_unpack(rows)
+        Entry(key, _known(parent), _known(root), codec, offset, stored_bytes, raw_bytes, error)
+        for key, parent, root, offset, stored_bytes, raw_bytes, codec, error in _ROW.iter_unpack(rows)
     ]
 
 

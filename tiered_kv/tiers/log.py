@@ -43,12 +43,13 @@ class Appended(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """A block that was found in the segments of a former owner."""
+    """A block that was found in the segments of a former owner, and the error that it carries (0: none, or not known)."""
 
     key: BlockKey
     parent: BlockKey | None
     root: BlockKey | None
     location: Location
+    error: float = 0.0
 
 
 class LogTier(Tier):
@@ -69,6 +70,10 @@ class LogTier(Tier):
     @abstractmethod
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
         """The verified frame at `location`; raises (kinds `storage`, `corrupt`) where it is not. Either is a miss."""
+
+    def carried(self, location: Location) -> float | None:
+        """The error that the header at `location` says its block carries, not verified; None where that would take a request."""
+        return None
 
     @abstractmethod
     def forget(self, location: Location) -> bool:

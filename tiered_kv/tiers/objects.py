@@ -167,7 +167,7 @@ class ObjectsTier(LogTier):
                 raise self._store.failed("cannot be emptied", f"it holds {self._used_bytes} bytes of {self._capacity_bytes}")
             self._listed = True
             return [
-                Recovered(entry.key, entry.parent, entry.root, _location(number, entry))
+                Recovered(entry.key, entry.parent, entry.root, _location(number, entry), entry.error)
                 for number, pack in kept.items()
                 for entry in pack.entries
             ]

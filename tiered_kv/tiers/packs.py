@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from tiered_kv.codecs.base import byte_view
-from tiered_kv.codecs.frame import CHECKSUM_BYTES, Frame, open_frame
+from tiered_kv.codecs.frame import CHECKSUM_BYTES, Frame, carried_error, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.footer import (
     ROW_BYTES,
@@ -69,8 +69,9 @@ class PackWriter:
 
     def add(self, record: Record) -> Entry:
         """Put a frame behind the others; where in the pack it will lie. The pack grows by `grown_bytes`."""
-        views = [byte_view(buffer) for buffer in record.buffers]
-        entry = Entry(record.key, record.parent, record.root, record.codec, self._end, record_bytes(record), record.raw_bytes)
+        nbytes, views = record_bytes(record), [byte_view(buffer) for buffer in record.buffers]
+        error = carried_error(views[0]) or 0.0
+        entry = Entry(record.key, record.parent, record.root, record.codec, self._end, nbytes, record.raw_bytes, error)
         self._entries.append(entry)
         self._views += views
         self._sums.update(b"".join(bytes(view[-CHECKSUM_BYTES:]) for view in views)[-CHECKSUM_BYTES:])

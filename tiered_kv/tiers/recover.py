@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from tiered_kv.codecs.frame import open_frame
+from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers import footer
 from tiered_kv.tiers.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry
@@ -60,8 +60,9 @@ def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Fo
     try:
         while (entry := footer.unpack_entry(read_at(fd, at, ENTRY_BYTES, files), tag, segment, at + ENTRY_BYTES)) and entry.end <= nbytes:
             at = entry.end
-            if _is_whole(read_at(fd, entry.offset, entry.stored_bytes, files), entry):
-                entries.append(entry)
+            frame = _whole(read_at(fd, entry.offset, entry.stored_bytes, files), entry)
+            if frame is not None:
+                entries.append(entry._replace(error=frame.error))
                 end = at
     except OSError as error:
         log.warning("disk segment %d cannot be read behind byte %d: %s", segment, at, error.strerror)
@@ -69,12 +70,13 @@ def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Fo
     return Found(entries, end, True)
 
 
-def _is_whole(view: memoryview, entry: Entry) -> bool:
+def _whole(view: memoryview, entry: Entry) -> Frame | None:
+    """The frame that an entry announces; None if another one lies there, or a damaged one."""
     try:
         frame = open_frame(view, entry.key)
     except TieredKVError:
-        return False
-    return (frame.codec.id, frame.raw_bytes) == (entry.codec, entry.raw_bytes)
+        return None
+    return frame if (frame.codec.id, frame.raw_bytes) == (entry.codec, entry.raw_bytes) else None
 
 
 def newest(entries_by_segment: dict[int, list[Entry]]) -> dict[int, list[Entry]]:

@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tiered_kv.codecs.base import byte_view
+from tiered_kv.codecs.frame import carried_error
 from tiered_kv.tiers.books import room
 from tiered_kv.tiers.footer import ENTRY_BYTES, Entry
 from tiered_kv.tiers.log import Record
@@ -25,7 +26,7 @@ class Unwritten(NamedTuple):
     def entry(self, offset: int) -> Entry:
         """What is said of the frame where it will begin at `offset`."""
         key, _, codec, raw_bytes, parent, root = self.record
-        return Entry(key, parent, root, codec, offset, self.stored_bytes, raw_bytes)
+        return Entry(key, parent, root, codec, offset, self.stored_bytes, raw_bytes, carried_error(self.views[0]) or 0.0)
 
 
 def unwritten(record: Record) -> Unwritten:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tiered_kv import forking
 from tiered_kv.blocks import Location, Tier
-from tiered_kv.codecs.frame import Frame, open_frame
+from tiered_kv.codecs.frame import MAX_HEADER_BYTES, Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 
 _PIECE_BYTES = 256 << 10
@@ -104,6 +104,15 @@ class SegmentReader:
         with self._borrowed(location.segment) as (file, _):
             buffer, _ = self._verified(file.fd, location, key, None)
             return buffer
+
+    def head(self, location: Location) -> memoryview:
+        """The first bytes at `location`, as many as a header may have, not verified; raises (kind `storage`) where they cannot be read."""
+        with self._borrowed(location.segment) as (file, _):
+            try:
+                return read_at(file.fd, location.offset, min(location.stored_bytes, MAX_HEADER_BYTES), self._files)
+            except OSError as error:
+                message = f"disk segment {location.segment} at byte {location.offset}: {error.strerror}"
+                raise TieredKVError(Kind.STORAGE, message, segment=location.segment) from error
 
     def drop(self, segment: int, file: _OpenFile | None = None) -> None:
         """Close a segment's file, if it is open (and is `file`, when given)."""

@@ -1,6 +1,6 @@
 """A machine in its world, and short words for what happens to it."""
 
-from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, World, key_of, machine_of, parent_of
+from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, World, depth_of, key_of, machine_of, parent_of
 from tiered_kv.blocks import Tier
 from tiered_kv.store import events as ev
 
@@ -30,7 +30,7 @@ class Story:
     def commit(self, *numbers: int) -> None:
         for number in numbers:
             key = key_of(number)
-            self.tell(ev.Committed(ROOT, parent_of(number), [key], [self.world.place(HOST, key)], 0.0))
+            self.tell(ev.Committed(ROOT, parent_of(number), [key], [self.world.place(HOST, key)], 0.0, depth_of(number)))
 
     def use(self, *numbers: int, now_s: float = 0.0) -> None:
         self.tell(ev.Used([key_of(number) for number in numbers], now_s))

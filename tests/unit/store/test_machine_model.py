@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.store.world import CODED_BYTES, FRAME_BYTES, HOST_BYTES, IN_MEMORY, World, key_of, machine_of, parent_of
+from tests.unit.store.world import CODED_BYTES, FRAME_BYTES, HOST_BYTES, IN_MEMORY, World, depth_of, key_of, machine_of, parent_of
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.store import events as ev
 
@@ -63,7 +63,7 @@ class MachineModel(RuleBasedStateMachine):
             keys.append(key_of(number))
             locations.append(location)
         if keys:
-            self.tell(ev.Committed(ROOT, parent_of(numbers[0]), keys, locations, self.now_s))
+            self.tell(ev.Committed(ROOT, parent_of(numbers[0]), keys, locations, self.now_s, depth_of(numbers[0])))
             assert all(self.world.shown[key].tier <= Tier.HOST for key in keys)
 
     @rule(number=NUMBERS)

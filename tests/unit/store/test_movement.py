@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.store.story import DEVICE, DISK, HOST, OBJECTS, ROOT, Story
-from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, key_of, parent_of
+from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, depth_of, key_of, parent_of
 from tiered_kv.blocks import Hint, Tier
 from tiered_kv.policy import EvictionPolicy, History, LRUPolicy
 from tiered_kv.store import events as ev
@@ -58,7 +58,7 @@ def watched_story(*tiers: Tier) -> tuple[Story, list[tuple]]:
 
 def committed(story: Story, *numbers: int, now_s: float = 0.0) -> ev.Committed:
     keys = [key_of(number) for number in numbers]
-    return ev.Committed(ROOT, parent_of(numbers[0]), keys, [story.world.place(HOST, key) for key in keys], now_s)
+    return ev.Committed(ROOT, parent_of(numbers[0]), keys, [story.world.place(HOST, key) for key in keys], now_s, depth_of(numbers[0]))
 
 
 def test_history_and_policy_hear_of_a_request_what_a_replay_tells_them() -> None:

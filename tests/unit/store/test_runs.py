@@ -1,10 +1,10 @@
 """From touches of single blocks back to the uses of chains."""
 
-from tests.unit.store.world import key_of, parent_of
+from tests.unit.store.world import depth_of, key_of, parent_of
 from tiered_kv.store.movement import Block
 from tiered_kv.store.runs import REPEATS_MAX, uses_of
 
-BLOCKS = {key_of(number): Block(parent_of(number), None) for number in range(1, 32)}
+BLOCKS = {key_of(number): Block(parent_of(number), None, depth_of(number), linked=number > 1) for number in range(1, 32)}
 NAMES = {key_of(number): number for number in range(1, 100)}
 
 

@@ -23,6 +23,11 @@ def parent_of(number: int) -> bytes | None:
     return key_of(number // 2) if number > 1 else None
 
 
+def depth_of(number: int) -> int:
+    """How many blocks of the tree are before a block in its chain."""
+    return number.bit_length() - 1
+
+
 def machine_of(
     capacities: Mapping[Tier, int], policy: str = "lru", history: History | None = None, *, shrinks: bool = False
 ) -> StoreMachine:
