@@ -50,7 +50,8 @@ def client_of(
             raise
         return session
 
-    source = BlockSource(NodeView.open(info["directory"]), _segments(info), layout, has_device=info["has_device"])
+    seen = {"has_device": info["has_device"], "verifies": info.get("verify_host", False)}
+    source = BlockSource(NodeView.open(info["directory"]), _segments(info), layout, **seen)
     client = Client(layout, namespace, source, introduced, deadline_ms=info["fetch_deadline_ms"], clock=clock, on_close=on_close)
     try:
         client.greet()
