@@ -19,6 +19,7 @@ from tiered_kv.memory.shared import NodeFiles
 
 _EMPTY_KEY = bytes(KEY_BYTES)
 _U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
 _TIERS = frozenset(Tier)
 
 
@@ -184,14 +185,13 @@ class IndexWriter:
 
         Returns how many slots were wrong or missing. About 10 µs a block.
         """
-        wrong = self._drop_torn() + self._drop(lambda key, location: truth.get(key) != location) + self._drop_duplicates()
+        dropped = self._drop_torn() + self._drop(lambda key, location: truth.get(key) != location) + self._drop_duplicates()
         self._make_reachable()
         self._header[w.BLOCKS] = int(np.count_nonzero(self._tiers()))
-        for key, location in truth.items():
-            if not self._find(key)[1]:
-                wrong += 1
-                self.put(key, location)
-        return wrong
+        missing = [key for key in truth if not self._find(key)[1]]
+        for key in missing:
+            self.put(key, truth[key])
+        return max(dropped, len(missing))  # most were both
 
     def check(self) -> None:
         """Recompute what is kept in two places, and assert what readers rely on. Cost: about 10 µs a block."""
@@ -246,7 +246,7 @@ class IndexWriter:
         w.FIELDS.pack_into(self._views.slot_bytes, slot * w.SLOT_BYTES + w.KEY_OFFSET, *fields)
         if w.WEAKLY_ORDERED:
             w.fence()
-        self._words[word] = odd + 1
+        self._words[word] = odd + 1 & _U64  # damage may have made it the last number there is
 
     def _set_touches(self, slot: int, tick: int, count: int, seen_tick: int, seen_count: int) -> None:
         self._views.ticks[slot], self._views.counts[slot] = tick, count

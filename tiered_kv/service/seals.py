@@ -47,13 +47,13 @@ class Seals:
         self._engine = engine
         self._place = place
         self._backlog: deque[BlockKey] = deque(engine.machine.blocks, maxlen=BACKLOG_MAX)
-        self._suspects: deque[BlockKey] = deque(maxlen=BACKLOG_MAX)
+        self._suspects: dict[BlockKey, None] = {}  # found to be damaged, and read by somebody
         self._unscrubbed: deque[BlockKey] = deque()  # of the present pass
         self._next_pass_s = self._quiet_until_s = 0.0
         self._counts: Counter[str] = Counter()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tkv-seal", daemon=True)
-        place.on_suspect = self._suspects.append
+        place.on_suspect = self._suspect
 
     def start(self) -> None:
         """Begin to seal and to scrub."""
@@ -165,17 +165,22 @@ class Seals:
                     self._counts["sealed"] += 1
         return sound
 
+    def _suspect(self, key: BlockKey) -> None:
+        """Find out whether a block that could not be copied elsewhere is damaged."""
+        with self._engine.lock:
+            block = self._block(key)
+            if block is not None and not self._place.host.judge(*block)[0]:
+                self._give_up(block)
+
     def _settle_suspects(self) -> None:
-        """Give up what a copy met as damaged, once nobody reads it."""
-        for _ in range(len(self._suspects)):
+        """Give up damaged blocks that somebody read when they were found."""
+        for key in list(self._suspects):
             with self._engine.lock:
-                block = self._block(self._suspects.popleft())
-                if block is None:
-                    continue
-                if self._is_read(block.key):
-                    self._suspects.append(block.key)
-                elif not self._place.host.judge(*block)[0]:
-                    self._give_up(block)
+                if self._block(key) is None:
+                    del self._suspects[key]
+                elif not self._is_read(key):
+                    self._suspect(key)
+                    self._suspects.pop(key, None)
 
     def _block(self, key: BlockKey) -> _Block | None:
         """The block, if it is in host memory; the engine's lock is held."""
@@ -190,9 +195,12 @@ class Seals:
 
     def _give_up(self, block: _Block) -> None:
         """Drop a damaged copy, or remember to while somebody reads it; the engine's lock is held."""
-        if self._is_read(block.key):
-            self._suspects.append(block.key)
+        if self._block(block.key) != block:
             return
-        self._counts["flipped"] += 1
-        log.warning("block %s is damaged in host memory and is given up there", block.key.hex())
-        self._engine.handle([ev.Lost(block.key, block.location)])
+        if block.key not in self._suspects:
+            self._counts["flipped"] += 1
+            log.warning("block %s is damaged in host memory and is given up there", block.key.hex())
+        if self._is_read(block.key):
+            self._suspects[block.key] = None
+        else:
+            self._engine.handle([ev.Lost(block.key, block.location)])
