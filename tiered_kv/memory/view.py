@@ -211,8 +211,10 @@ class NodeView:
         Two workers at once may lose one of the two.
         """
         header = self._header
-        for word, more in ((w.ASKED, asked), (w.HIT, hit), (w.SAVED_TOKENS, saved_tokens), (w.SAVED_US, saved_us)):
-            header[word] = header[word] + more & _U64
+        header[w.ASKED] = header[w.ASKED] + asked & _U64
+        header[w.HIT] = header[w.HIT] + hit & _U64
+        header[w.SAVED_TOKENS] = header[w.SAVED_TOKENS] + saved_tokens & _U64
+        header[w.SAVED_US] = header[w.SAVED_US] + saved_us & _U64
 
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8: bytes of the arena, shared. Raises (kind `memory`) out of bounds."""

@@ -181,25 +181,31 @@ class BlockSource:
 
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
         """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
-        runs = runs_of([each.slot.offset for each in found], first)
-        names: Callable[[int, BlockKey], bool] | None = None
+        offsets = [each.slot.offset for each in found]
+        runs, named = runs_of(offsets, first), len(found)
         if found[0].slot.tier == Tier.HOST:
             for run in runs:
                 self.arena.unpack(run, kv)
             _settle(kv)
-            names = self._is_sealed_for if self._verifies else self._headers.names
+            named = self._named(found, offsets)  # before `valid`: what that says holds for the headers as well
         elif self._device is None or not self._device.unpack(runs, kv):
             return 0
         valid = self._view.valid
-        for count, (key, slot) in enumerate(found):
-            is_its_own = names is None or names(slot.offset, key)  # before `valid`: what that says holds for the header as well
-            if not valid(slot):
+        for count, each in enumerate(found):
+            if not valid(each.slot):
                 self.invalidated += 1
                 return count
-            if not is_its_own:
-                self._doubt(key, TieredKVError(Kind.CORRUPT, "the bytes in host memory are not those that were stored under it"))
+            if count == named:
+                self._doubt(each.key, TieredKVError(Kind.CORRUPT, "the bytes in host memory are not those that were stored under it"))
                 return count
         return len(found)
+
+    def _named(self, found: Sequence[Found], offsets: Sequence[int]) -> int:
+        """How many blocks, from the first on, have headers that name their keys; with `verify_host`, and seals that match."""
+        if not self._verifies and self._headers.name_all(offsets, [each.key for each in found]):
+            return len(found)
+        is_its_own = self._is_sealed_for if self._verifies else self._headers.names
+        return next((count for count, (key, slot) in enumerate(found) if not is_its_own(slot.offset, key)), len(found))
 
     def _is_sealed_for(self, offset: int, key: BlockKey) -> bool:
         """Whether the header names the key, and header and bytes are what the seal was made of; so far none is no fault."""
