@@ -16,6 +16,7 @@ ONLY_OF = {
     "codec": ("codec",),
     "synthetic": ("codec",),
     "model": ("codec", "held"),
+    "verify_host": ("fetch",),
 }
 """Options that not every bench has."""
 
@@ -42,13 +43,16 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--codec", metavar="A,B,…", help="of codec: which (default: all that the model has)")
     command.add_argument("--model", help="of codec and held: whose KV, an id, a folder or `default` (default: default)")
     command.add_argument("--synthetic", action="store_true", help="of codec: noise of KV's size and shape, where there is no model")
+    command.add_argument("--verify-host", action="store_true", help="of fetch: with the setting verify_host")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     for name, users in ONLY_OF.items():
         if getattr(options, name) and options.what not in users:
-            raise TieredKVError(Kind.CONFIG, f"--{name}: is for bench {' and '.join(users)}, not {options.what}", setting=name)
+            raise TieredKVError(
+                Kind.CONFIG, f"--{name.replace('_', '-')}: is for bench {' and '.join(users)}, not {options.what}", setting=name
+            )
     report, show = RUNS[options.what](options, console.print)
     if options.json:
         print(json.dumps(report, indent=1))
@@ -63,7 +67,7 @@ Ran = tuple[dict, Callable[[dict, Console], None]]
 def _fetch(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
     from tiered_kv.bench import fetch
 
-    return fetch.run_bench(quick=options.quick, say=say), fetch.show
+    return fetch.run_bench(quick=options.quick, say=say, verify_host=options.verify_host), fetch.show
 
 
 def _disk(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:

@@ -77,14 +77,18 @@ SETTINGS = {
     "quality": ("NAME", f"how near blocks stay to what was stored: {', '.join(QUALITIES)} (default: {Config.quality}); see docs/codecs.md"),
     "codec": ("TIER=CODEC,…", "codec of some tiers by name, for example host=int8,disk=xlayer:1e-4 (default: those of the quality)"),
     "error-budget": ("kl=KL", "choose each tier's codec by the KL that was measured on the model, for example kl=1e-3 (default: none)"),
+    "verify-host": ("", "compare what each fetch copies out of host memory with its checksum (default: a slow scrubber alone does)"),
     "calibration": ("PATH", "file that `tiered-kv calibrate` wrote, or a folder of them (default: the user's cache)"),
 }
-"""Settings that are options of commands: how the value is called, and what it says."""
+"""Settings that are options of commands: how the value is called ("" for a switch), and what it says."""
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", help="settings from a TOML file; what is given here goes before it")
     for setting, (value, text) in SETTINGS.items():
+        if not value:
+            command.add_argument(f"--{setting}", action="store_true", default=None, help=text)
+            continue
         command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
 
 

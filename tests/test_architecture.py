@@ -110,6 +110,7 @@ BOUNDARIES = {
     "tiered_kv/service/local.py SessionServer._answer",
     "tiered_kv/service/node.py Node._run_beats",
     "tiered_kv/service/reporter.py Reporter._report_guarded",
+    "tiered_kv/service/seals.py Seals._run",
     "tiered_kv/store/engine.py Engine._guarded",
     "tiered_kv/threads.py _Job.run",
     "tiered_kv/codecs/kernels.py works_on",

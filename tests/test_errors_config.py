@@ -174,6 +174,7 @@ BAD = [
     *[("codec", value) for value in ("", "int8", "host=", "=int8", "gpu=int8", "device=int8", "host=int8,host=int4", "host=int8,", 1)],
     *[("error_budget", value) for value in ("", "1e-3", "kl", "kl=", "kl=0", "kl=-1", "kl=nan", "kl=inf", "mse=1", 1e-3)],
     *[("calibration", value) for value in ("", 1)],
+    *[("verify_host", value) for value in ("true", 1, 0, None)],
 ]
 
 

@@ -63,6 +63,7 @@ class Config:
     was measured on the model. calibration: that file, or a folder of such files; None for the user's cache.
     store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
     a fetch may wait for other nodes and disks. pull_chunk: bytes a node asks of a peer in one go.
+    verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
     """
 
     device: int = 0
@@ -85,6 +86,7 @@ class Config:
     store_wait_ms: int = 1000
     fetch_deadline_ms: int = 5000
     pull_chunk: int = 16 << 20
+    verify_host: bool = False
     io_threads: int = 2
     heartbeat_s: float = 1.0
     node_timeout_s: float = 5.0
@@ -111,6 +113,8 @@ class Config:
             raise TieredKVError(Kind.CONFIG, f"cost_weight: must be at most 1, got {self.cost_weight}", setting="cost_weight")
         for setting in ("heartbeat_s", "node_timeout_s"):
             self._at_least(setting, 0.01, "0.01 seconds")
+        if not isinstance(self.verify_host, bool):
+            raise TieredKVError(Kind.CONFIG, f"verify_host: must be true or false, got {self.verify_host!r}", setting="verify_host")
         self._text("shm_path", "the path of a folder")
         for setting, words in _TEXTS.items():
             if getattr(self, setting) is not None:

@@ -35,6 +35,12 @@ def test_every_tier_in_one_line() -> None:
     )
 
 
+def test_a_switch_is_on_or_left_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "cache.toml"
+    path.write_text("verify_host = true\n")
+    assert config("--verify-host") == config("--config", str(path)) == Config(verify_host=True)
+
+
 def test_options_go_before_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cache.toml"
     path.write_text('host = "16GiB"\nio_threads = 3\n')

@@ -121,12 +121,15 @@ def token_ids(case: Case, number: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng([case.layout.block_bytes, case.chain, number]).integers(0, 100_000, case.tokens))
 
 
-def run_bench(quick: bool, say: Say) -> dict:
-    """Measure everything; takes some 50 s, `quick` 12 s. Raises `TieredKVError` (kind `corrupt`) for one wrong byte."""
+def run_bench(quick: bool, say: Say, verify_host: bool = False) -> dict:
+    """Measure everything; takes some 50 s, `quick` 12 s. `verify_host`: with that setting, on the same node.
+
+    Raises `TieredKVError` (kind `corrupt`) for one wrong byte.
+    """
     plan = QUICK if quick else FULL
     buffers = Buffers()
     results: list[dict] = []
-    with subprocess_node("1GiB" if quick else "3GiB") as info:
+    with subprocess_node({"host": "1GiB" if quick else "3GiB", "verify_host": verify_host}) as info:
         for case in _cases(plan):
             with client_of(info, case.layout, NAMESPACE) as client:
                 lines = same_node(client, case, plan, buffers)
@@ -140,7 +143,7 @@ def run_bench(quick: bool, say: Say) -> dict:
                 results += lines
                 say(_line(lines))
     asked = sum(each["node_calls"] for each in results if (each["path"], each["op"]) == ("same-node", "fetch"))
-    return {"machine": machine(), "results": results, "calls": {"same_node_calls": asked}}
+    return {"machine": machine(), "verify_host": verify_host, "results": results, "calls": {"same_node_calls": asked}}
 
 
 def _cases(plan: Plan) -> Iterator[Case]:
@@ -270,9 +273,9 @@ def _wait_for(done: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def subprocess_node(host: str) -> Iterator[dict]:
+def subprocess_node(settings: dict) -> Iterator[dict]:
     """The info of a node in another process, which ends with the block."""
-    command = [sys.executable, "-m", "tiered_kv.bench.node", json.dumps({"host": host}), f"bench-{uuid.uuid4().hex[:8]}"]
+    command = [sys.executable, "-m", "tiered_kv.bench.node", json.dumps(settings), f"bench-{uuid.uuid4().hex[:8]}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         if not line:

@@ -6,7 +6,7 @@ systems", 2005): sequence number odd, fields, sequence number even again. Sequen
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from tiered_kv.memory.shared import NodeFiles
 
 _EMPTY_KEY = bytes(KEY_BYTES)
 _U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
 _TIERS = frozenset(Tier)
 
 
@@ -173,22 +174,34 @@ class IndexWriter:
         self._closed = True
         self._views.release()
 
-    def rebuild(self) -> Rebuilt:
+    def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> Rebuilt:
         """Put the index of a writer that may have died at any point in order; readers go on meanwhile.
 
-        Drops slots that were being written, blocks out of bounds, blocks under one key with different locations, and
-        host extents that overlap (all of them: none can be trusted); makes every block reachable. About 10 µs a block.
+        Drops slots that were being written, blocks out of bounds or in host memory and not `is_trusted`, blocks under one key
+        with different locations, and host extents that overlap (all of them: none can be trusted); makes every block
+        reachable. About 10 µs a block.
         """
         torn = self._drop_torn()
-        stray = self._drop(lambda location: not self._in_bounds(location))
+        stray = self._drop(lambda key, location: not self._in_bounds(location) or not _is_where_trusted(key, location, is_trusted))
         duplicate = self._drop_duplicates()
         overlapping_extents = self._overlapping()
-        overlapping = self._drop(lambda location: location.tier is Tier.HOST and location.offset in overlapping_extents)
-        moved = sum(self._find(key) != (slot, True) for slot, key in self._slot_keys())
-        if moved:
-            self._insert_all_again()
+        overlapping = self._drop(lambda _, location: location.tier is Tier.HOST and location.offset in overlapping_extents)
+        moved = self._make_reachable()
         self._header[w.BLOCKS] = int(np.count_nonzero(self._tiers()))
         return Rebuilt(len(self), torn, stray, duplicate, overlapping, moved)
+
+    def reconcile(self, truth: Mapping[BlockKey, Location]) -> int:
+        """Make the index show exactly the blocks of `truth`, after damage; readers go on meanwhile, with more misses than usual.
+
+        Returns how many slots were wrong or missing. About 10 µs a block.
+        """
+        dropped = self._drop_torn() + self._drop(lambda key, location: truth.get(key) != location) + self._drop_duplicates()
+        self._make_reachable()
+        self._header[w.BLOCKS] = int(np.count_nonzero(self._tiers()))
+        missing = [key for key in truth if not self._find(key)[1]]
+        for key in missing:
+            self.put(key, truth[key])
+        return max(dropped, len(missing))  # most were both
 
     def check(self) -> None:
         """Recompute what is kept in two places, and assert what readers rely on. Cost: about 10 µs a block."""
@@ -243,7 +256,7 @@ class IndexWriter:
         w.FIELDS.pack_into(self._views.slot_bytes, slot * w.SLOT_BYTES + w.KEY_OFFSET, *fields)
         if w.WEAKLY_ORDERED:
             w.fence()
-        self._words[word] = odd + 1
+        self._words[word] = odd + 1 & _U64  # damage may have made it the last number there is
 
     def _set_touches(self, slot: int, tick: int, count: int, seen_tick: int, seen_count: int) -> None:
         self._views.ticks[slot], self._views.counts[slot] = tick, count
@@ -283,11 +296,11 @@ class IndexWriter:
                 self._close_gap(slot)
         return len(torn)
 
-    def _drop(self, unwanted) -> int:
-        """Remove the blocks whose location is unwanted; a slot is looked at again when another block moved into it."""
+    def _drop(self, unwanted: Callable[[BlockKey, Location], bool]) -> int:
+        """Remove the blocks whose key and location are unwanted; a slot is looked at again when another block moved into it."""
         dropped = 0
         for slot in np.flatnonzero(self._tiers()).tolist():
-            while self._words[slot * w.SLOT_WORDS + 5] & 0xFF and unwanted(self._location(slot)):
+            while self._words[slot * w.SLOT_WORDS + 5] & 0xFF and unwanted(self._key(slot), self._location(slot)):
                 self._close_gap(slot)
                 dropped += 1
         return dropped
@@ -322,6 +335,13 @@ class IndexWriter:
                 end, owner = offset + stored_bytes, offset
         return overlapping
 
+    def _make_reachable(self) -> int:
+        """Have every block where its key is looked for; how many were out of reach."""
+        moved = sum(self._find(key) != (slot, True) for slot, key in self._slot_keys())
+        if moved:
+            self._insert_all_again()
+        return moved
+
     def _insert_all_again(self) -> None:
         blocks = list(self.items())
         for slot in np.flatnonzero(self._tiers()).tolist():
@@ -329,6 +349,10 @@ class IndexWriter:
         self._header[w.BLOCKS] = 0
         for key, location in blocks:
             self.put(key, location)
+
+
+def _is_where_trusted(key: BlockKey, location: Location, is_trusted: Callable[[BlockKey, Location], bool]) -> bool:
+    return location.tier is not Tier.HOST or is_trusted(key, location)
 
 
 def _location(kind: int, offset: int, lengths: int) -> Location:

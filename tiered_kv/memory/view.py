@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 import torch
 
+from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.memory import words as w
@@ -18,6 +19,10 @@ from tiered_kv.memory.locks import merged, share_range, unlock_range
 from tiered_kv.memory.shared import NodeFiles, VacantFiles
 
 _U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
+_HOST, _DEVICE = int(Tier.HOST), int(Tier.DEVICE)
+_TIERS = frozenset(map(int, Tier))
+DAMAGED_MAX = 1024
 _slot = tuple.__new__  # half the time of the named tuple's own constructor
 
 
@@ -47,6 +52,8 @@ class NodeView:
         self.arena_bytes = files.arena_bytes
         self.lookups = 0
         self.retries = 0
+        self.damaged: set[BlockKey] = set()
+        """Keys whose slots were found to say what cannot be, up to `DAMAGED_MAX`, until somebody takes them."""
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
@@ -114,7 +121,8 @@ class NodeView:
     def lookup(self, key: BlockKey, _tries: int = 2) -> Slot | None:
         """The slot of a block that was visible at this moment, or None. Cost: about 1 µs.
 
-        A block that is being moved is tried once more, then it is a miss. Raises (kind `closed`) after `close`.
+        A block that is being moved is tried once more, then it is a miss. A slot that says what cannot be (an unknown tier, bytes
+        out of bounds) is a miss, and its key is kept in `damaged`. Raises (kind `closed`) after `close`.
         """
         self.lookups += 1
         words, view, mask, unpack = self._words, self._bytes, self._mask, w.FIELDS.unpack_from
@@ -132,7 +140,8 @@ class NodeView:
                     if seq & 1 or words[index * 8] != seq:
                         return self._lookup_again(key, _tries - 1)
                     if kind & 0xFF:
-                        return _slot(Slot, (index, seq, kind & 0xFF, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32))
+                        slot = _slot(Slot, (index, seq, kind & 0xFF, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32))
+                        return slot if self._is_sound(slot) else self._note_damage(key)
                 if not kind & 0xFF:
                     return None
         except ValueError as error:
@@ -142,8 +151,10 @@ class NodeView:
     def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
         """The slots of the leading keys that are visible as blocks of `raw_bytes`: `lookup` for each, at half its cost.
 
-        A block that sits undisturbed where its probe starts is read here; whatever else there is goes to `lookup`.
+        A raw block in host memory that sits undisturbed where its probe starts is read here; whatever else there is goes to
+        `lookup`.
         """
+        lengths_of_raw, offset_max = raw_bytes | raw_bytes << 32, self.arena_bytes - raw_bytes
         words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from
         found: list[Slot] = []
         quick = 0
@@ -152,18 +163,42 @@ class NodeView:
                 index = home(key)[0] & mask
                 seq = words[index * 8]
                 held, kind, offset, lengths = unpack(view, index * 64 + 8)
-                if held == key and kind & 0xFF and not seq & 1 and not w.WEAKLY_ORDERED and words[index * 8] == seq:
+                if (
+                    held == key
+                    and kind == _HOST
+                    and lengths == lengths_of_raw
+                    and offset <= offset_max
+                    and not offset % w.PAYLOAD_ALIGN
+                    and not seq & 1
+                    and not w.WEAKLY_ORDERED
+                    and words[index * 8] == seq
+                ):
                     quick += 1
-                    slot = _slot(Slot, (index, seq, kind & 0xFF, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32))
+                    slot = _slot(Slot, (index, seq, _HOST, 0, 0, offset, raw_bytes, raw_bytes))
                 else:
                     slot = self.lookup(key)
-                if slot is None or slot.raw_bytes != raw_bytes:
+                    if slot is not None and slot.raw_bytes != raw_bytes:
+                        slot = self._note_damage(key)  # the key is bound to the layout, and so to the size
+                if slot is None:
                     break
                 found.append(slot)
         except ValueError as error:
             raise _closed() from error
         self.lookups += quick
         return found
+
+    def _is_sound(self, slot: Slot) -> bool:
+        """Whether what a slot says can be true of any block."""
+        if slot.tier not in _TIERS or not 0 < slot.stored_bytes <= slot.raw_bytes + w.FRAME_BYTES_MORE or slot.offset > w.OFFSET_MAX:
+            return False
+        if slot.tier > _HOST:
+            return True
+        is_placed = not slot.offset % w.PAYLOAD_ALIGN and (slot.codec != 0 or slot.stored_bytes == slot.raw_bytes)
+        return is_placed and (slot.tier == _DEVICE or slot.offset + slot.stored_bytes <= self.arena_bytes)
+
+    def _note_damage(self, key: BlockKey) -> None:
+        if len(self.damaged) < DAMAGED_MAX:
+            self.damaged.add(key)
 
     def _lookup_again(self, key: BlockKey, tries: int) -> Slot | None:
         if not tries:
@@ -186,7 +221,7 @@ class NodeView:
         ticks, counts = self._views.ticks, self._views.counts
         tick = self._head(w.TICK)
         for slot in slots:
-            tick += 1
+            tick = tick + 1 & _U64  # a damaged one may be the last there is
             index = slot.index
             ticks[index] = tick
             counts[index] = counts[index] + 1 & _U32
@@ -198,10 +233,10 @@ class NodeView:
         Two workers at once may lose one of the two.
         """
         header = self._header
-        header[w.ASKED] += asked
-        header[w.HIT] += hit
-        header[w.SAVED_TOKENS] += saved_tokens
-        header[w.SAVED_US] += saved_us
+        header[w.ASKED] = header[w.ASKED] + asked & _U64
+        header[w.HIT] = header[w.HIT] + hit & _U64
+        header[w.SAVED_TOKENS] = header[w.SAVED_TOKENS] + saved_tokens & _U64
+        header[w.SAVED_US] = header[w.SAVED_US] + saved_us & _U64
 
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
         """(nbytes,) uint8: bytes of the arena, shared. Raises (kind `memory`) out of bounds."""

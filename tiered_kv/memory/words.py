@@ -43,6 +43,11 @@ BLOCK_BYTES_BELOW = 64 << 10
 SLOTS_PER_BLOCK = 2.25  # of which half are used, but for a tenth of that half
 BYTES_OF_SLOT = SLOT_BYTES + 8 + 4  # with its tick and its count
 SLOTS_MIN = 64
+FRAME_BYTES_MORE = 8192
+"""A block takes at most so many bytes more than its raw ones: the header and checksum of a frame."""
+OFFSET_MAX = (1 << 63) - 1
+PAYLOAD_ALIGN = 64
+"""Payloads in memory begin at multiples of this, as extents and their headers are aligned."""
 
 HOME = struct.Struct("@Q")
 """The first word of a key; masked, it is the slot where probing starts."""

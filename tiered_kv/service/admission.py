@@ -67,9 +67,9 @@ class Admission:
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                self._place.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._place.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
             except TieredKVError as error:
                 log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
                 break
-            packed.append(Packed(key, parent, location, depth, frame.error))
+            packed.append(Packed(key, parent, location, depth, frame.error, digest))
         return packed

@@ -58,7 +58,8 @@ def client_of(
     def access_of(present: dict | None) -> NodeAccess:
         told = present or info
         view = NodeView.open(told["directory"]) if present else NodeView.vacant(told["directory"])
-        source = BlockSource(view, _segments(present), layout, has_device=bool(present and present["has_device"]))
+        seen = {"has_device": bool(present and present["has_device"]), "verifies": told.get("verify_host", False)}
+        source = BlockSource(view, _segments(present), layout, **seen)
         pool = SessionPool(lambda wait_s: knock(told, wait_s), view, clock or SystemClock(), introduce)
         return NodeAccess(told, view, source, BlockWriter(layout, root, source), pool)
 

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,12 +38,21 @@ MODELS_MAX = 256
 RAW = RawCodec()
 
 
+def _nothing_to_verify() -> None:
+    """Bytes that are this process's own."""
+
+
 class Held(NamedTuple):
-    """A block as it lies somewhere, raw or as its frame, and the error that it carries."""
+    """A block as it is kept somewhere, raw or as its frame, and the error that it carries.
+
+    `verify` raises (kind `corrupt`) if the bytes are not those that were stored. Whoever gives them a new checksum, or copies
+    them raw, calls it afterwards: a bit that flips before that is found then, and one that flips later does no harm.
+    """
 
     raw: torch.Tensor | None
     frame: Frame | None = None
     error: float = 0.0
+    verify: Callable[[], object] = _nothing_to_verify
 
     @classmethod
     def of(cls, frame: Frame) -> "Held":
@@ -175,7 +184,8 @@ class Coder:
         return self.shrinks and (model is None or not isinstance(model.codecs[Tier.HOST], RawCodec))
 
     def coded(self, copy: ev.Copy, held: Held) -> CodedBlock:
-        """A block as the tier that it is copied to should keep it. Raises (kind `corrupt`) for a frame that does not decode."""
+        """A block as the tier that it is copied to should keep it. Raises (kind `corrupt`) for a frame that does not decode, and for
+        bytes that are not those that were stored."""
         codec = self._codec(copy)
         frame = held.frame
         if frame is not None and not _may_improve(codec, frame.codec):
@@ -183,6 +193,7 @@ class Coder:
         raw = held.decoded()
         encoded = codec.encode(raw, held.error)
         made = CodedBlock(frame_encoded(copy.key, copy.root or UNKNOWN_ROOT, encoded, raw.numel()), encoded.codec.id, raw.numel())
+        held.verify()
         if frame is not None and made.nbytes >= frame.nbytes:
             return _as_it_is(frame)
         with self._lock:
@@ -252,10 +263,12 @@ def _registered(path: str, mtime_ns: int, nbytes: int) -> Calibration:
 
 
 def raw_frame(key: BlockKey, root: BlockKey | None, held: Held) -> FramePieces:
-    """A block as a frame for another node: as it is coded, else raw, without a copy."""
+    """A block as a frame for another node: as it is coded, else raw, without a copy. Raises (kind `corrupt`) for damaged bytes."""
     if held.frame is not None:
         return held.frame.pieces
-    return encode_frame(key, root or UNKNOWN_ROOT, RAW, held.raw, held.error)
+    pieces = encode_frame(key, root or UNKNOWN_ROOT, RAW, held.raw, held.error)
+    held.verify()
+    return pieces
 
 
 def _may_improve(codec: Codec, present: Codec) -> bool:

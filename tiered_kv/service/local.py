@@ -262,7 +262,7 @@ class SocketSession:
     def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
         return self._call("introduce", root, facts)
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
         return self._call(
             "commit", root, nbytes, blocks, late_s=COMMIT_GRACE_S, check=lambda added: answers.are_truths(added, len(blocks))
         )

@@ -28,6 +28,7 @@ from tiered_kv.service.recorder import ObservedHistory
 from tiered_kv.service.recording import Recorded, Recording
 from tiered_kv.service.reporter import Reporter
 from tiered_kv.service.saving import Saving
+from tiered_kv.service.seals import Seals
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
@@ -70,6 +71,7 @@ class Node:
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
         self.engine.handle(self.place.restore())
+        self.seals = Seals(self.engine, self.place)
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
@@ -84,6 +86,7 @@ class Node:
         self._closer = Closer()
         self._beats = threading.Thread(target=self._run_beats, name="tkv-beat", daemon=True)
         self._beats.start()
+        self.seals.start()
         if self._reporter:
             self._reporter.start()
 
@@ -106,6 +109,7 @@ class Node:
             "block_tokens": self.config.block_tokens,
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
+            "verify_host": self.config.verify_host,
             **self._labels,
         }
 
@@ -172,9 +176,11 @@ class Node:
             self.engine.drain_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
-            for key, parent, location, depth, error in taken:
-                self.place.sign(location, Lineage(key, parent, root, depth), error)
+            for key, parent, location, depth, error, digest in taken:
+                self.place.sign(location, Lineage(key, parent, root, depth), error, digest)
             self.engine.handle(_runs(root, taken, self._clock.now_s()))
+            self.seals.committed([each.key for each in taken if each.digest is None])
+            self.seals.mend_slots(each.key for each, is_new in zip(taken, added, strict=True) if not is_new)
             self.free_extents(each.location.offset for each in packed[len(taken) :])
         if self._reporter:
             self._reporter.wake()
@@ -228,13 +234,10 @@ class Node:
             return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
 
     def doubt(self, keys: list[BlockKey]) -> None:
-        """A worker could not read these blocks where they are in host memory: those that the node cannot read either are given up."""
+        """A worker could not read these blocks where the index shows them: wrong slots are written anew, damaged blocks are given up."""
         for key in keys:
             with self.running():
-                block = self.engine.machine.blocks.get(key)
-                location = block.copies.get(Tier.HOST) if block else None
-                if location is not None and block.copying_to is None and self.place.decoded(key, location) is None:
-                    self.engine.handle([ev.Lost(key, location)])
+                self.seals.examine(key)
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         """Have blocks that are here, but where a worker cannot read them, in host memory; waits at most `wait_s`."""
@@ -374,6 +377,7 @@ class Node:
                 "recording": self._recording.is_on,
                 "filling": self.filling.stats(),
                 "saved": self.saving.last,
+                "seals": self.seals.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
@@ -437,6 +441,7 @@ class Node:
     def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
         """Close one part after the other, each when what uses it has ended."""
         self._beats.join()
+        self.seals.close()
         self.saving.close()
         self.filling.close()
         if self._reporter:
@@ -511,7 +516,7 @@ def _runs(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Com
     """Blocks, root first, as runs in which each is the parent of the next."""
     runs: list[ev.Committed] = []
     keys: list[BlockKey] = []
-    for key, parent, location, depth, _ in packed:
+    for key, parent, location, depth, *_ in packed:
         if not keys or keys[-1] != parent:
             keys = []
             runs.append(ev.Committed(root, parent, keys, [], now_s, depth))

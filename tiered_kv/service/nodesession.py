@@ -63,10 +63,11 @@ class NodeSession:
         _check_chain(root, [])
         return self._node.introduce(root, ModelFacts.of_message(facts))
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
-        _check_chain(root, [(key, parent) for key, parent, _, _ in blocks])
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
+        _check_chain(root, [(key, parent) for key, parent, *_ in blocks])
         packed = [
-            Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth)) for key, parent, offset, depth in blocks
+            Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), digest=_digest(*digest))
+            for key, parent, offset, depth, *digest in blocks
         ]
         return self.commit_packed(root, packed)
 
@@ -152,3 +153,10 @@ def _seconds(wait_s: object) -> float:
     if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s < float("inf"):
         raise TieredKVError(Kind.TRANSPORT, f"a wait must be a finite number of seconds, 0 or more, got {wait_s!r}")
     return wait_s
+
+
+def _digest(digest: object = None) -> int | None:
+    """The digest of a block's bytes, if a worker gives one; raises (kind `transport`) for what is none."""
+    if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):
+        raise TieredKVError(Kind.TRANSPORT, f"commit: a digest must be a whole number of 64 bits, got {digest!r}")
+    return digest

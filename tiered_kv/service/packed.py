@@ -7,10 +7,14 @@ from tiered_kv.keys import BlockKey
 
 
 class Packed(NamedTuple):
-    """`depth`: how many blocks stand before it in its chain. `error`: what raw bytes carry of it."""
+    """`depth`: how many blocks stand before it in its chain. `error`: what raw bytes carry of it.
+
+    `digest`: of its bytes (`ExtentHeaders.digest`); None if they were not hashed yet.
+    """
 
     key: BlockKey
     parent: BlockKey | None
     location: Location
     depth: int
     error: float = 0.0
+    digest: int | None = None

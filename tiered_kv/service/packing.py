@@ -50,6 +50,11 @@ class ArenaBlocks:
             strides.insert(0, strides[0] * size)
         self._block_shape, self._block_strides = tuple(shape), tuple(strides)
 
+    def holds(self, run: Run) -> bool:
+        """Whether the run's payloads can lie where it says."""
+        itemsize, end = self._dtype.itemsize, run.offset + run.stride * (run.count - 1) + self._layout.block_bytes
+        return not run.offset % itemsize and not run.stride % itemsize and run.offset >= 0 and end <= self._items.nbytes
+
     def blocks(self, run: Run) -> torch.Tensor:
         """The run's payloads as (count, L, 2, H, T, D), sharing the arena's memory."""
         start, odd = divmod(run.offset, self._dtype.itemsize)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -33,11 +34,12 @@ from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
 from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk import DiskTier
-from tiered_kv.tiers.host import HostTier, Lineage
+from tiered_kv.tiers.host import FRAME_DIGEST, HostTier, Lineage
 from tiered_kv.tiers.log import LogTier, Record
 from tiered_kv.tiers.mounted import MountedPacks
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CROWDED_PART = 10  # of the index: with fewer slots free than one in so many, the lowest tier gives up a segment
 REQUESTS_AT_ONCE = 8  # to object storage, where one takes some 50 ms whatever its size
@@ -73,19 +75,23 @@ class Place:
                 self.logs[Tier.OBJECTS] = objects_tier(config, cluster_id, node_id)
             self.index = IndexWriter(self._files)
             undo.callback(self.index.close)
+            self._arena = self._files.arena.tensor()
+            undo.callback(delattr, self, "_arena")
+            self.host = HostTier(self._arena)
+            undo.callback(self.host.close)
             self._last_use, self._from_device = self._taken_over() if self._inherited else ({}, {})
             self._below = self._recovered_below()
             if config.device:
                 self.device = device_tier(config, self.directory, self.index.generation)
             undo.pop_all()
-        self._arena = self._files.arena.tensor()
         self._is_pinned = self.device is not None and self.device.pool.device.type == "cuda" and register_host(self._arena)
-        self.host = HostTier(self._arena)
         self._memory = {Tier.HOST: self.host} | ({Tier.DEVICE: self.device} if self.device else {})
         self._abandoned: dict[int, int] = {}  # extents by their start, that somebody may still be writing to
         self._device_turn = threading.Lock()  # the pool is for one thread at a time
         self._device_errors: dict[int, float] = {}  # by offset, of blocks that were lossy before they came there
         self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts no thread before it is used
+        self.on_suspect: Callable[[BlockKey], object] = lambda key: None
+        """Called for a block in host memory whose bytes were found to be damaged."""
         self.beat()
 
     @property
@@ -104,7 +110,7 @@ class Place:
 
         These are hidden before there is a new pool: in that one a worker would find other bytes where they were.
         """
-        self.index.rebuild()
+        self.index.rebuild(self.host.describes)
         last_use = {key: tick for key, _, tick in self.index.harvest()}
         on_device = {key: location.raw_bytes for key, location in self.index.items() if location.tier is Tier.DEVICE}
         for key in on_device:
@@ -144,13 +150,14 @@ class Place:
     def _behind_the_device(self, bytes_by_key: dict[BlockKey, int]) -> list[tuple[BlockKey, Location]]:
         """The host copies of blocks that the index showed on the device of a former node; all other headers are taken back."""
         found = []
-        for offset, (key, _, _, _, codec, nbytes, raw_bytes, _) in list(self.host.orphans()):
-            location = Location(Tier.HOST, codec, 0, offset, nbytes, raw_bytes)
-            if bytes_by_key.get(key) == raw_bytes and nbytes and self._claim(key, location):
-                del bytes_by_key[key]
-                found.append((key, location))
-            else:
-                self.host.disown(offset)
+        for offset, lineage in list(self.host.orphans()):
+            if lineage is not None and bytes_by_key.get(lineage.key) == lineage.raw_bytes and lineage.nbytes:
+                location = Location(Tier.HOST, lineage.codec, 0, offset, lineage.nbytes, lineage.raw_bytes)
+                if self._claim(lineage.key, location):
+                    del bytes_by_key[lineage.key]
+                    found.append((lineage.key, location))
+                    continue
+            self.host.disown(offset)
         return found
 
     def _recovered_below(self) -> list[ev.Recovered]:
@@ -195,10 +202,7 @@ class Place:
             self.host.claim(location.offset, location.stored_bytes)
         except TieredKVError:
             return False
-        try:
-            ours = self.host.lineage(location.offset).key == key
-        except TieredKVError:
-            ours = False
+        ours = self.host.describes(key, location)
         if not ours:
             self.host.free(location.offset)
         return ours
@@ -289,10 +293,10 @@ class Place:
             return Filled.LATER if away else Filled.GONE
         return Filled.DONE
 
-    def put(self, held: Held, location: Location, lineage: Lineage) -> None:
-        """Write a block, raw or as its frame, into a reserved extent of host memory, and sign it.
+    def put(self, held: Held, location: Location, lineage: Lineage) -> int:
+        """Write a block, raw or as its frame, into a reserved extent of host memory, then sign and seal it.
 
-        Raises (kind `corrupt`), also for a block that may not be shown.
+        Returns its digest. Raises (kind `corrupt`), also for a block that may not be shown.
         """
         self.allowance.check(held, lineage)
         payload = self.host.payload(location.offset, location.stored_bytes)
@@ -302,21 +306,18 @@ class Place:
             held.frame.decode(payload)
         else:
             payload.copy_(held.raw)
-        self.sign(location, lineage, held.error)
+        digest = FRAME_DIGEST if location.codec else self.host.headers.digest(location.offset, location.stored_bytes)
+        self.sign(location, lineage, held.error, digest)
+        return digest
 
-    def sign(self, location: Location, lineage: Lineage, error: float = 0.0) -> None:
-        """Say whose bytes lie in an extent of host memory, and how."""
+    def sign(self, location: Location, lineage: Lineage, error: float = 0.0, digest: int | None = None) -> None:
+        """Say whose bytes lie in an extent of host memory, and how; with their digest the extent is sealed."""
         key, parent, root, depth, *_ = lineage
         _, codec, _, offset, nbytes, raw_bytes = location
-        self.host.sign(offset, Lineage(key, parent, root, depth, codec, nbytes, raw_bytes, error))
+        self.host.sign(offset, Lineage(key, parent, root, depth, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
 
     def coded(self, copy: ev.Copy) -> CodedBlock | None:
-        held = self._readable(copy.key, copy.source)
-        try:
-            return self.coder.coded(copy, held) if held is not None else None
-        except TieredKVError as error:
-            log.warning("block %s cannot be coded for %s: %s", copy.key.hex(), copy.target.label, str(error))
-            return None
+        return self._attempted(copy.key, copy.source, lambda held: self.coder.coded(copy, held))
 
     def settle_in(self) -> None:
         work_alone()
@@ -354,22 +355,20 @@ class Place:
             return Held.of(place.read(location, key))
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
-            return Held.of(open_frame(payload, key))
-        return Held(payload, error=self.host.lineage(location.offset).error)
-
-    def _readable(self, key: BlockKey, location: Location) -> Held | None:
-        """The same; None if it cannot be read."""
-        return self._attempted(key, location, lambda held: held)
+            return Held.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
+        return Held(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
 
     def decoded(self, key: BlockKey, location: Location) -> Held | None:
         """The raw bytes of a block, and the error that they carry; None if it is damaged, or its codec is not known here."""
-        return self._attempted(key, location, lambda held: Held(held.decoded(), error=held.error))
+        return self._attempted(key, location, lambda held: held._replace(raw=held.decoded()))
 
-    def _attempted(self, key: BlockKey, location: Location, use: Callable[[Held], Held]) -> Held | None:
+    def _attempted(self, key: BlockKey, location: Location, use: Callable[[Held], T]) -> T | None:
         try:
             return use(self._held(key, location))
         except TieredKVError as error:
             log.warning("block %s in %s cannot be read: %s", key.hex(), location.tier.label, str(error))
+            if location.tier is Tier.HOST and error.kind is Kind.CORRUPT:
+                self.on_suspect(key)
             return None
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
@@ -402,7 +401,7 @@ class Place:
         self.logs[tier].reclaim(segment)
 
     def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # alive until the copies have happened
+        blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # kept until the copies have happened
         with self._device_turn:
             tickets = []
             for block, location in zip(blocks, locations, strict=True):
@@ -412,17 +411,29 @@ class Place:
                         self._device_errors[location.offset] = block.error
             for ticket in tickets:
                 ticket.wait()
-        return [Filled.GONE if block is None else Filled.DONE for block in blocks]
+        return [self._copied_whole(copy, block) for copy, block in zip(copies, blocks, strict=True)]
+
+    def _copied_whole(self, copy: ev.Copy, block: Held | None) -> Filled:
+        """How the copy of a block went that `decoded` gave: its bytes are verified now that they were read."""
+        try:
+            if block is None:
+                return Filled.GONE
+            block.verify()
+        except TieredKVError as error:
+            log.warning("block %s in %s cannot be copied: %s", copy.key.hex(), copy.source.tier.label, str(error))
+            self.on_suspect(copy.key)
+            return Filled.GONE
+        return Filled.DONE
 
     # Peers
 
     def frames(self, blocks: Iterable[tuple[BlockKey, BlockKey | None, Location]]) -> Iterator[FramePieces]:
         """Blocks (key, root, location) as frames, up to the first that cannot be read. Of host memory these are views: pin them."""
         for key, root, location in blocks:
-            held = self._readable(key, location)
-            if held is None:
+            pieces = self._attempted(key, location, lambda held, key=key, root=root: raw_frame(key, root, held))
+            if pieces is None:
                 return
-            yield raw_frame(key, root, held)
+            yield pieces
 
     def opened(self, key: BlockKey, pieces: FramePieces, root: BlockKey) -> Frame | None:
         """The frame that a peer sent, if it is undamaged, that of `key`, and may be shown as a block below `root`."""

@@ -1,7 +1,8 @@
 """Where a worker reads blocks: the node's shared memory, its device pool and its disk segments, all without asking the node.
 
 A block in memory is copied first and believed after: its slot's sequence number must be what it was before the copy (a
-seqlock), and the copy must have happened. Of a block that is coded there, the frame is copied, believed, and then decoded straight
+seqlock), the copy must have happened, and in host memory the header in front of the bytes must name the block's key: so a damaged
+slot is a miss. Of a block that is coded there, the frame is copied, believed, and then decoded straight
 to where its tokens belong. A block on disk is believed because its frame's checksum binds it to its key.
 Blocks in objects or a checkpoint, and on a device that this process does not see, are hidden: the node has to bring them.
 """
@@ -19,8 +20,9 @@ import torch
 
 from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
+from tiered_kv.codecs import CODECS
 from tiered_kv.codecs.frame import Frame, open_frame
-from tiered_kv.errors import TieredKVError
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
 from tiered_kv.memory.pool import DevicePool
@@ -28,6 +30,7 @@ from tiered_kv.memory.view import NodeView, Slot
 from tiered_kv.service.decoders import Decoders
 from tiered_kv.service.packing import ArenaBlocks, Run, runs_of
 from tiered_kv.threads import DaemonThreads
+from tiered_kv.tiers.host import ExtentHeaders
 from tiered_kv.tiers.segments import SegmentReader
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ READS_AHEAD = 4
 """Disk blocks that are read at the same time for one worker; each takes a block's memory."""
 LOOK_AGAIN_S = 0.01  # at the clock, while a disk is slow
 _IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+_CODEC_IDS = frozenset(codec.id for codec in CODECS)
 _MAY_HIDE = {int(Tier.DEVICE), *map(int, AWAY)}
 
 
@@ -49,14 +53,24 @@ class Found(NamedTuple):
 
 
 class BlockSource:
-    """One worker's view of its node's blocks, for one layout."""
+    """One worker's view of its node's blocks, for one layout. `verifies`: whether raw blocks are compared with their seals."""
 
-    def __init__(self, view: NodeView, segments: SegmentReader | None, layout: KVLayout, *, has_device: bool = False) -> None:
+    def __init__(
+        self,
+        view: NodeView,
+        segments: SegmentReader | None,
+        layout: KVLayout,
+        *,
+        has_device: bool = False,
+        verifies: bool = False,
+    ) -> None:
         self._view = view
         self._disk = DiskReader(segments) if segments is not None else None
         self._layout = layout
         self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
+        self._headers = ExtentHeaders(view.arena)
+        self._verifies = verifies
         self._decoders = Decoders()
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
@@ -75,10 +89,12 @@ class BlockSource:
         return list(map(Found, keys, self._view.lookup_leading(keys, self._layout.block_bytes)))
 
     def lookup_all(self, keys: Sequence[BlockKey]) -> list[Slot | None]:
-        """For every key what the index shows."""
+        """For every key what the index shows; None also where that cannot be right."""
         if not self._view.live:
             return [None] * len(keys)
-        return [self._view.lookup(key) for key in keys]
+        slots = [self._view.lookup(key) for key in keys]
+        raw_bytes = self._layout.block_bytes
+        return [slot if slot is not None and slot.raw_bytes == raw_bytes and slot.codec in _CODEC_IDS else None for slot in slots]
 
     def hidden(self, found: Sequence[Found]) -> list[BlockKey]:
         """Those of the found blocks that this process cannot read where they are."""
@@ -151,21 +167,29 @@ class BlockSource:
         return True
 
     def _doubt(self, key: BlockKey, error: TieredKVError) -> None:
-        log.warning("block %s cannot be decoded: %s", key.hex(), error)
+        log.warning("block %s cannot be read: %s", key.hex(), error)
         self._doubted.append(key)
 
     def doubted(self) -> list[BlockKey]:
-        """Blocks that could not be decoded since this was last asked."""
+        """Blocks that were not what the index shows, since this was last asked."""
         doubted, self._doubted = self._doubted, []
+        if damaged := self._view.damaged:
+            doubted += [damaged.pop() for _ in range(len(damaged))]
         return doubted
+
+    def digest(self, offset: int, nbytes: int) -> tuple[int, ...]:
+        """The digest of what was packed at `offset`, if the node wants it with the block."""
+        return (self._headers.digest(offset, nbytes),) if self._verifies else ()
 
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
         """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
-        runs = runs_of([each.slot.offset for each in found], first)
+        offsets = [each.slot.offset for each in found]
+        runs, named = runs_of(offsets, first), len(found)
         if found[0].slot.tier == Tier.HOST:
             for run in runs:
                 self.arena.unpack(run, kv)
             _settle(kv)
+            named = self._named(found, offsets)  # before `valid`: what that says holds for the headers as well
         elif self._device is None or not self._device.unpack(runs, kv):
             return 0
         valid = self._view.valid
@@ -173,7 +197,22 @@ class BlockSource:
             if not valid(each.slot):
                 self.invalidated += 1
                 return count
+            if count == named:
+                self._doubt(each.key, TieredKVError(Kind.CORRUPT, "the bytes in host memory are not those that were stored under it"))
+                return count
         return len(found)
+
+    def _named(self, found: Sequence[Found], offsets: Sequence[int]) -> int:
+        """How many blocks, from the first on, have headers that name their keys; with `verify_host`, and seals that match."""
+        if not self._verifies and self._headers.name_all(offsets, [each.key for each in found]):
+            return len(found)
+        is_its_own = self._is_sealed_for if self._verifies else self._headers.names
+        return next((count for count, (key, slot) in enumerate(found) if not is_its_own(slot.offset, key)), len(found))
+
+    def _is_sealed_for(self, offset: int, key: BlockKey) -> bool:
+        """Whether the header names the key, and header and bytes are what the seal was made of; so far none is no fault."""
+        headers = self._headers
+        return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 
     def _read_disk(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
         """Copy blocks of a lower tier; how many of them, from the first on, could be read before `expired()`."""
@@ -229,7 +268,7 @@ class BlockSource:
 
     def close(self) -> None:
         """Give mapped memory and open segments back."""
-        self.arena = None
+        self.arena = self._headers = None
         if self._device is not None:
             self._device.close()
         self._decoders.close()
@@ -329,7 +368,8 @@ class DeviceReader:
         False where the pool cannot be read, or the node has begun another life with another pool meanwhile.
         """
         pool, blocks = self._present()
-        if pool is None or blocks is None:
+        runs = list(runs)
+        if pool is None or blocks is None or not all(map(blocks.holds, runs)):
             return False
         with pool.copies(kv) as ticket:
             for run in runs:

@@ -355,10 +355,10 @@ def ended(job: Future, doing: str) -> tuple[bool, TieredKVError | None]:
     return is_done, error
 
 
-def stand_back() -> None:
+def stand_back(nice: int = _NICE) -> None:
     """Have this thread wait for others where there are too few cores."""
     with suppress(OSError):  # not everywhere a thread's own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _copied(frames: Sequence[FramePieces]) -> list[memoryview]:

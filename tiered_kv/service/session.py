@@ -42,10 +42,10 @@ class Session(Protocol):
         where the node's settings ask for what the model does not have.
         """
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple[BlockKey, BlockKey | None, int, int]]) -> list[bool]:
-        """Make packed blocks (key, parent, offset, depth), root first, visible; False for one that was there already.
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
+        """Make packed blocks (key, parent, offset, depth[, digest]), root first, visible; False for one that was there already.
 
-        The depth of a block says how many stand before it in its chain.
+        The depth of a block says how many stand before it in its chain. A digest (`ExtentHeaders.digest`) seals it at once.
 
         Fewer answers than blocks: there is no room for the others, whose extents are given back.
         """

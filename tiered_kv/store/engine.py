@@ -303,6 +303,11 @@ class Engine:
             return self._down[tier].submit(call)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether copies between tiers are under way."""
+        return self._batches > 0
+
+    @property
     def leaving_bytes(self) -> dict[str, int]:
         """By tier: bytes that are on their way from there to a lower tier."""
         return {tier.label: nbytes for tier, nbytes in self._leaving.items()}

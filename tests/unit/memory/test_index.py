@@ -64,7 +64,7 @@ def test_every_reader_sees_the_same_as_a_dict(key, location, operations, homes):
 @pytest.mark.parametrize("weakly_ordered", [False, True])
 def test_all_fields_survive(node, key, weakly_ordered, monkeypatch):
     monkeypatch.setattr("tiered_kv.memory.words.WEAKLY_ORDERED", weakly_ordered)
-    place = Location(Tier.DISK, 255, 2**32 - 1, 2**63 + 5, 2**32 - 1, 2**32 - 2)
+    place = Location(Tier.DISK, 255, 2**32 - 1, 2**62 + 5, 2**32 - 1, 2**32 - 2)
     index = node.index.put(key(2**64 - 1), place)
     slot = node.view.lookup(key(2**64 - 1))
     assert slot == (index, 2, *place)
