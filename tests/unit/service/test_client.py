@@ -15,6 +15,7 @@ from tiered_kv.clock import ManualClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.service.attachment import client_of
+from tiered_kv.service.writing import BlockWriter
 
 T = LAYOUT.block_tokens
 PATH = (1, 2, 0, 1)
@@ -381,7 +382,7 @@ def test_a_store_that_fails_midway_gives_its_extents_back(node, client, monkeypa
         raise RuntimeError("out of memory on a device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client._writer, "_pack", break_off)
+        patch.setattr(BlockWriter, "_pack", break_off)
         for _ in range(3):
             with pytest.raises(RuntimeError):
                 client.store(TOKENS, KV)
