@@ -143,7 +143,15 @@ class TransportContract:
         assert told == {"plan": {"host": {"codec": "raw", "why": "quality exact"}}, "calibration": None}
         assert list(node.stats()["codecs"]["plans"]) == [ROOT.hex()[:12]]
         good = facts.as_message()
-        for bad in (None, {}, good | {"weights": 7}, good | {"rope": "none"}, good | {"layout": {}}, good | {"more": 1}):
+        for bad in (
+            None,
+            {},
+            good | {"weights": 7},
+            good | {"rope": "none"},
+            good | {"layout": {}},
+            good | {"more": 1},
+            good | {"weights": "w" * (1 << 20)},
+        ):
             with pytest.raises(TieredKVError):
                 session.introduce(ROOT, bad)
 

@@ -3,9 +3,13 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import msgpack
+
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
+
+FACTS_BYTES_MAX = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class ModelFacts:
 
     @classmethod
     def of_message(cls, message: Any) -> Self:
-        """Raises (kind `transport`) for what is none: a worker of another version."""
+        """Raises (kind `transport`) for what is none, as from a worker of another version, and for more than FACTS_BYTES_MAX."""
         try:
+            if len(msgpack.packb(message)) > FACTS_BYTES_MAX:
+                raise TieredKVError(Kind.TRANSPORT, f"more than {FACTS_BYTES_MAX} bytes")
             facts = cls(**{**message, "layout": KVLayout(**message["layout"])})
             is_one = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
             known = facts.known_namespace()
             is_one &= known is None or asdict(known) == facts.namespace
-        except (TypeError, KeyError, TieredKVError) as error:
+        except (TypeError, KeyError, ValueError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {error}") from error
         if not is_one:
             raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {message!r}")

@@ -10,6 +10,7 @@ import torch
 
 from tests.unit.service.prompts import NAMESPACE, kv_of, tokens_of
 from tiered_kv import Config, KVLayout
+from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.ops.checkpoint import Taken, Taking, Wanted
@@ -318,3 +319,31 @@ def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(repository) ->
     with pytest.raises(TieredKVError) as error:
         repository.read_latest(said.append)
     assert error.value.kind is Kind.CORRUPT
+
+
+def test_a_checkpoint_of_less_quality_is_not_shown_and_its_frames_are_not_used_again(tmp_path) -> None:
+    """Two clusters, of int8 and exact, write the same blocks to one place."""
+    with open_repository(str(tmp_path)) as repository:
+        with cluster_of(1, host="2MiB", quality="near_exact") as lossy:
+            store(lossy, "n0", TREE)
+            lossy.nodes["n0"].engine.settle()
+            take(lossy, repository)
+        manifest = Manifest.read(repository.store, repository.latest())
+        worn = [row for row in manifest.rows if is_lossy(row.codec)]
+        assert len(worn) > 5
+        with cluster_of(2) as exact:
+            mounted = mount(asking(exact), list(exact.nodes), repository.store.url, manifest, manifest.rows)
+            assert (mounted.no_room, mounted.too_lossy) == (0, len(worn))
+            fill(asking(exact), list(exact.nodes), poll_s=0.002)
+            for node in exact.nodes:
+                store(exact, node, TREE)
+            assert take(exact, repository).new_blocks == len(worn)
+        manifest = Manifest.read(repository.store, repository.latest())
+        assert len(manifest.rows) == COUNT
+        assert not any(is_lossy(row.codec) for row in manifest.rows)
+        with cluster_of(1) as other, client_of(other, "n0") as client:
+            mounted = mount(asking(other), ["n0"], repository.store.url, manifest, manifest.rows)
+            assert mounted == ({"n0": COUNT}, 0, 0)
+            for path in TREE:
+                fetched = client.fetch(tokens_of(path, WHOLE))
+                assert torch.equal(fetched.kv, kv_of(path, WHOLE))
