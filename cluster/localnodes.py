@@ -4,12 +4,14 @@ import os
 import sys
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from tiered_kv.cluster import raylocal, state
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.record import NodeRecord, records_below
-from tiered_kv.service.session import PROTOCOL
+
+if TYPE_CHECKING:
+    from tiered_kv.service.record import NodeRecord
 
 LIVE_S = 2.0
 """A node whose last beat is younger lives; beats come every 0.1 s."""
@@ -28,10 +30,12 @@ class LocalNodes:
         self.name = name
         self.address = address
         self._by_state = state.find(name) is not None
-        self._chosen: NodeRecord | None = None
+        self._chosen: "NodeRecord | None" = None
 
-    def records(self) -> list[NodeRecord]:
-        """All that match, also of nodes that have ended without removing theirs, the oldest last."""
+    def records(self) -> "list[NodeRecord]":
+        """All that match, also of nodes that have ended without removing theirs."""
+        from tiered_kv.service.record import records_below
+
         known = self._known()
         here = _own_ray()
         if known is None and self._by_state and here is None:
@@ -49,6 +53,8 @@ class LocalNodes:
         That is the one used before, while it is expected back; else the one on this process's Ray node, if it is part of a Ray; else
         the first by name. Raises (kind `cluster`) for a node of another version.
         """
+        from tiered_kv.service.session import PROTOCOL
+
         now_ns, records = time.monotonic_ns(), self.records()
         ages = {record.directory: record.age_s(now_ns) for record in records}
         before = self._chosen
@@ -87,7 +93,7 @@ class LocalNodes:
             return state.find(self.name)
         return None
 
-    def _is_at_address(self, record: NodeRecord) -> bool:
+    def _is_at_address(self, record: "NodeRecord") -> bool:
         if self.address is None:
             return True
         return record.ray_address is not None and raylocal.parse_address(record.ray_address) == raylocal.parse_address(self.address)

@@ -25,7 +25,7 @@ from tiered_kv.service.access import AccessHolder, NodeAccess
 from tiered_kv.service.pool import SessionPool
 from tiered_kv.service.reading import BlockSource, Found
 from tiered_kv.service.savings import Savings
-from tiered_kv.service.writing import LayerPairs
+from tiered_kv.service.writing import BlockWriter, LayerPairs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +93,11 @@ class Client:
     def _source(self) -> BlockSource:
         """Where the present life of the node's files is read."""
         return self._holder.present.source
+
+    @property
+    def _writer(self) -> BlockWriter:
+        """What packs blocks into the present life of the node's files."""
+        return self._holder.present.writer
 
     @property
     def _pool(self) -> SessionPool:
