@@ -115,6 +115,17 @@ class Filling:
         self.models: dict[BlockKey, dict] = {}
         """By root what the checkpoints said of models (`ModelFacts.as_message`); workers say it again when they attach."""
 
+    def steps(self) -> dict[str, Callable[..., object]]:
+        """Returns the steps of restoring a checkpoint, by the names under which a command calls them."""
+        return {
+            "shelf": self.shelf,
+            "mount": self.mount,
+            "fill": self.fill,
+            "make": self.make,
+            "filled": self.filled,
+            "stop_filling": self.stop,
+        }
+
     def shelf(self) -> Shelf:
         """What there is room for now."""
         with self._node.running():

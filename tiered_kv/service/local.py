@@ -195,9 +195,7 @@ class SocketSession:
         except OSError as error:
             self._connection.close()
             silent = isinstance(error, TimeoutError | BlockingIOError)  # the latter: others wait to be let in as well
-            raise TieredKVError(
-                Kind.TRANSPORT, f"the node at {path} does not answer ({error})", path=path, timed_out=silent
-            ) from error
+            raise TieredKVError(Kind.TRANSPORT, f"the node at {path} does not answer ({error})", path=path, timed_out=silent) from error
         try:
             told = self._call("hello", PROTOCOL)
         except TieredKVError:
@@ -263,9 +261,7 @@ class SocketSession:
         return self._call("introduce", root, facts)
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
-        return self._call(
-            "commit", root, nbytes, blocks, late_s=COMMIT_GRACE_S, check=lambda added: answers.are_truths(added, len(blocks))
-        )
+        return self._call("commit", root, nbytes, blocks, late_s=COMMIT_GRACE_S, check=lambda added: answers.are_truths(added, len(blocks)))
 
     def release(self, offsets: list[int]) -> None:
         self._call("release", offsets)

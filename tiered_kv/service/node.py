@@ -14,15 +14,16 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
+from tiered_kv.policy import History
 from tiered_kv.service.admission import Admission
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.filling import INDEX_SHARE, Filling
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.nodesession import NodeSession
-from tiered_kv.service.packed import Packed
+from tiered_kv.service.packed import Packed, runs_of_packed
 from tiered_kv.service.place import Place
+from tiered_kv.service.policies import history_of, policy_of
 from tiered_kv.service.pull import Puller
 from tiered_kv.service.recorder import ObservedHistory
 from tiered_kv.service.recording import Recorded, Recording
@@ -74,6 +75,7 @@ class Node:
         self.seals = Seals(self.engine, self.place)
         self.directory = self.place.directory
         self.saving, self.filling = Saving(self), Filling(self)
+        self._checkpoint_steps = self.saving.steps() | self.filling.steps()
         self._sessions: dict[NodeSession, None] = {}
         self._too_lossy: dict[BlockKey, None] = {}  # to be given up; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
@@ -136,7 +138,7 @@ class Node:
         """Take back what the session had reserved, at once or when nobody writes there any more."""
         with self.engine.lock:
             if self._sessions.pop(session, ...) is None and not self._stopped:
-                self.place.abandon(session.reserved)
+                self.place.quarantine.abandon(session.reserved)
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
@@ -178,7 +180,7 @@ class Node:
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:
                 self.place.sign(location, Lineage(key, parent, root, depth), error, digest)
-            self.engine.handle(_runs(root, taken, self._clock.now_s()))
+            self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
             self.seals.committed([each.key for each in taken if each.digest is None])
             self.seals.mend_slots(each.key for each, is_new in zip(taken, added, strict=True) if not is_new)
             self.free_extents(each.location.offset for each in packed[len(taken) :])
@@ -308,21 +310,7 @@ class Node:
 
     def checkpoint(self, step: str, *arguments: object) -> object:
         """One step of writing or restoring a checkpoint, by name: a method of `Saving` or `Filling`."""
-        saving, filling = self.saving, self.filling
-        steps = {
-            "snapshot": saving.snapshot,
-            "save": saving.save,
-            "written": saving.written,
-            "stop_saving": saving.stop,
-            "note_saved": saving.note,
-            "shelf": filling.shelf,
-            "mount": filling.mount,
-            "fill": filling.fill,
-            "make": filling.make,
-            "filled": filling.filled,
-            "stop_filling": filling.stop,
-        }
-        return steps[step](*arguments)
+        return self._checkpoint_steps[step](*arguments)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Begin or end to record requests; for how many seconds they are being recorded by now.
@@ -498,28 +486,3 @@ class Node:
                 self._at_beat()
             except Exception:
                 log.exception("the node's beat failed")
-
-
-def history_of(config: Config) -> History:
-    """The history that these settings ask for: only adaptive learns from one, for the others the machine's counts will do."""
-    return create_history() if config.policy == "adaptive" else History()
-
-
-def policy_of(config: Config, history: History, capacity_bytes: int) -> EvictionPolicy:
-    """The policy that these settings ask for, for one tier in memory."""
-    return create_policy(
-        config.policy, history, capacity_bytes, cost_weight=config.cost_weight, block_tokens=config.block_tokens, seed=config.seed
-    )
-
-
-def _runs(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
-    """Blocks, root first, as runs in which each is the parent of the next."""
-    runs: list[ev.Committed] = []
-    keys: list[BlockKey] = []
-    for key, parent, location, depth, *_ in packed:
-        if not keys or keys[-1] != parent:
-            keys = []
-            runs.append(ev.Committed(root, parent, keys, [], now_s, depth))
-        keys.append(key)
-        runs[-1].locations.append(location)
-    return runs

@@ -1,9 +1,11 @@
 """A block that lies complete in a reserved extent of host memory, before it is visible."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tiered_kv.blocks import Location
 from tiered_kv.keys import BlockKey
+from tiered_kv.store import events as ev
 
 
 class Packed(NamedTuple):
@@ -18,3 +20,16 @@ class Packed(NamedTuple):
     depth: int
     error: float = 0.0
     digest: int | None = None
+
+
+def runs_of_packed(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
+    """Returns blocks, root first, as runs in which each block is the parent of the next."""
+    runs: list[ev.Committed] = []
+    keys: list[BlockKey] = []
+    for key, parent, location, depth, *_ in packed:
+        if not keys or keys[-1] != parent:
+            keys = []
+            runs.append(ev.Committed(root, parent, keys, [], now_s, depth))
+        keys.append(key)
+        runs[-1].locations.append(location)
+    return runs

@@ -10,24 +10,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import TypeVar
 
 import torch
 
 from tiered_kv.blocks import AWAY, PEER, Location, Tier
-from tiered_kv.codecs.frame import Frame, carried_error, open_frame, open_pieces
+from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.memory.index import IndexWriter
-from tiered_kv.memory.locks import locked_ranges
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.service.allowance import Allowance
 from tiered_kv.service.coding import CodedBlock, Coder, Held, put, raw_frame, work_alone
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.lower import device_tier, disk_tier, objects_tier, own_name
+from tiered_kv.service.quarantine import ExtentQuarantine
+from tiered_kv.service.recovery import CROWDED_PART, Recovery
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form, Room
 from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
@@ -41,7 +41,6 @@ from tiered_kv.tiers.mounted import MountedPacks
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CROWDED_PART = 10  # of the index: with fewer slots free than one in so many, the lowest tier gives up a segment
 REQUESTS_AT_ONCE = 8  # to object storage, where one takes some 50 ms whatever its size
 AGING_SEGMENTS = 2
 """With room for fewer segments than this left, the oldest one is copied down."""
@@ -79,14 +78,13 @@ class Place:
             undo.callback(delattr, self, "_arena")
             self.host = HostTier(self._arena)
             undo.callback(self.host.close)
-            self._last_use, self._from_device = self._taken_over() if self._inherited else ({}, {})
-            self._below = self._recovered_below()
+            self._recovery: Recovery | None = Recovery(self.index, self.host, self.logs, self.allowance, inherited=self._inherited)
             if config.device:
                 self.device = device_tier(config, self.directory, self.index.generation)
             undo.pop_all()
         self._is_pinned = self.device is not None and self.device.pool.device.type == "cuda" and register_host(self._arena)
         self._memory = {Tier.HOST: self.host} | ({Tier.DEVICE: self.device} if self.device else {})
-        self._abandoned: dict[int, int] = {}  # extents by their start, that somebody may still be writing to
+        self.quarantine = ExtentQuarantine(self.host, self._files.arena_fd)
         self._device_turn = threading.Lock()  # the pool is for one thread at a time
         self._device_errors: dict[int, float] = {}  # by offset, of blocks that were lossy before they came there
         self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts no thread before it is used
@@ -103,115 +101,14 @@ class Place:
         """The caps of the tiers that there are."""
         return {tier: place.capacity_bytes for tier, place in (self._memory | self.logs).items()}
 
-    # What a former node left
-
-    def _taken_over(self) -> tuple[dict[BlockKey, int], dict[BlockKey, int]]:
-        """Put a former node's index in order: the tick of each block's last use, and the bytes of those on the device.
-
-        These are hidden before there is a new pool: in that one a worker would find other bytes where they were.
-        """
-        self.index.rebuild(self.host.describes)
-        last_use = {key: tick for key, _, tick in self.index.harvest()}
-        on_device = {key: location.raw_bytes for key, location in self.index.items() if location.tier is Tier.DEVICE}
-        for key in on_device:
-            self.index.remove(key)
-        return last_use, on_device
-
     def restore(self) -> list[ev.Recovered]:
-        """What the files of a former node hold, the least recently used first, to be reported to the machine."""
-        last_use, on_device = self._last_use, self._from_device
-        below, self._below = self._below, []
-        self._last_use, self._from_device = {}, {}
-        kept = {(each.key, each.location.tier): each.location for each in below}
-        lost = [key for key, location in self.index.items() if not self._is_there(key, location, kept)]
-        for key in lost:
-            self.index.remove(key)
-        in_host = [(key, location) for key, location in self.index.items() if location.tier is Tier.HOST]
+        """Returns what the files of a former node hold, the least recently used first, for the machine. To be called once."""
+        recovery, self._recovery = self._recovery, None
+        assert recovery is not None
+        found = recovery.restore(self.free)
         if self._inherited:
-            in_host += self._behind_the_device(on_device)
-            self._quarantine()
-            log.info("took over %d blocks; %d were not where the index said", len(self.index), len(lost))
-        in_host.sort(key=lambda item: last_use.get(item[0], 0))
-        host = []
-        for key, location in in_host:
-            _, parent, root, depth, *_, error = self.host.lineage(location.offset)
-            if self.allowance.admits(key, root, location.codec, self._error_of_frame(location) if location.codec else error):
-                host.append(ev.Recovered(key, parent, root, location, depth))
-            else:
-                self.index.remove(key)
-                self.host.free(location.offset)
-        self.allowance.refuse(Tier.HOST.label, len(in_host) - len(host))
-        return self._that_fit(below, {key for key, _ in [*self.index.items(), *in_host]}) + host
-
-    def _error_of_frame(self, location: Location) -> float | None:
-        """What a frame in host memory says, unverified, of the error that its block carries."""
-        return carried_error(self.host.payload(location.offset, location.stored_bytes))
-
-    def _behind_the_device(self, bytes_by_key: dict[BlockKey, int]) -> list[tuple[BlockKey, Location]]:
-        """The host copies of blocks that the index showed on the device of a former node; all other headers are taken back."""
-        found = []
-        for offset, lineage in list(self.host.orphans()):
-            if lineage is not None and bytes_by_key.get(lineage.key) == lineage.raw_bytes and lineage.nbytes:
-                location = Location(Tier.HOST, lineage.codec, 0, offset, lineage.nbytes, lineage.raw_bytes)
-                if self._claim(lineage.key, location):
-                    del bytes_by_key[lineage.key]
-                    found.append((lineage.key, location))
-                    continue
-            self.host.disown(offset)
+            self.quarantine.find_writers()
         return found
-
-    def _recovered_below(self) -> list[ev.Recovered]:
-        """The blocks of the lower tiers that may be shown, the lowest first; the others stay where they are, until their segment goes.
-
-        Raises for a store that a first start cannot reach: it may be misspelt.
-        """
-        found: list[ev.Recovered] = []
-        for tier in sorted(self.logs, reverse=True):
-            try:
-                there = self.logs[tier].recovered()
-            except TieredKVError as error:
-                if not self._inherited:
-                    raise
-                log.warning("what lies in %s is not used: %s", tier.label, error)
-                continue
-            look, admits = self.logs[tier].carried, self.allowance.admits
-            shown = [each for each in there if admits(each.key, each.root, each.location.codec, each.error, partial(look, each.location))]
-            found += [ev.Recovered(each.key, each.parent, each.root, each.location) for each in shown]
-            self.allowance.refuse(tier.label, len(there) - len(shown))
-        return found
-
-    def _that_fit(self, below: list[ev.Recovered], known: set[BlockKey]) -> list[ev.Recovered]:
-        """Those that the index knows, and of the others the newest that it can show; the rest is given up."""
-        room = self.index.capacity_blocks - self.index.capacity_blocks // CROWDED_PART - len(known)
-        newest = list(dict.fromkeys(each.key for each in reversed(below) if each.key not in known))
-        keep = known.union(newest[: max(room, 0)])
-        for each in below:
-            if each.key not in keep:
-                self.free(each.location)
-        return [each for each in below if each.key in keep]
-
-    def _is_there(self, key: BlockKey, location: Location, kept: Mapping[tuple[BlockKey, Tier], Location]) -> bool:
-        """Whether what an index entry says is still so."""
-        if location.tier is Tier.HOST:
-            return self._claim(key, location)
-        return kept.get((key, location.tier)) == location
-
-    def _claim(self, key: BlockKey, location: Location) -> bool:
-        """Whether the extent of an index entry is its own, by its header."""
-        try:
-            self.host.claim(location.offset, location.stored_bytes)
-        except TieredKVError:
-            return False
-        ours = self.host.describes(key, location)
-        if not ours:
-            self.host.free(location.offset)
-        return ours
-
-    def _quarantine(self) -> None:
-        """Keep free ranges out of use that a worker of the former node is still packing into."""
-        for start, nbytes in locked_ranges(self._files.arena_fd, self.host.extents.free_ranges()):
-            self.host.extents.claim(start, nbytes)
-            self._abandoned[start] = nbytes
 
     # The engine's mover
 
@@ -246,19 +143,6 @@ class Place:
             self.mounted.forget(location)
         else:
             self.logs[location.tier].forget(location)
-
-    def abandon(self, reserved: Mapping[int, int]) -> None:
-        """Take back the extents of a session that ended: at once, or once nobody holds a lock on them any more."""
-        for offset, nbytes in reserved.items():
-            start, length = self.host.extent_range(offset, nbytes)
-            self._abandoned[start] = length
-        self._free_abandoned()
-
-    def _free_abandoned(self) -> None:
-        for start, nbytes in list(self._abandoned.items()):
-            if not locked_ranges(self._files.arena_fd, [(start, nbytes)]):
-                self.host.extents.free(start)
-                del self._abandoned[start]
 
     # Blocks from one tier to another
 
@@ -459,8 +343,7 @@ class Place:
     def beat(self) -> None:
         """Say that the node lives, and look after what dead workers held."""
         self.index.beat(time.monotonic_ns())
-        if self._abandoned:
-            self._free_abandoned()
+        self.quarantine.release()
 
     def is_in_place(self) -> bool:
         """Whether the directory and the socket in it still have their names."""
@@ -475,7 +358,7 @@ class Place:
         assert dict(self.index.items()) == {key: block.best for key, block in blocks.items()}
         used = [location.offset for block in blocks.values() for tier, location in block.copies.items() if tier is Tier.HOST]
         used += [offset for reserved in reservations for offset in reserved]
-        starts = [self.host.extent_range(offset, 0)[0] for offset in used] + list(self._abandoned)
+        starts = [self.host.extent_range(offset, 0)[0] for offset in used] + self.quarantine.starts()
         assert sorted(starts) == self.host.extents.offsets(), "extents leaked, or are used twice"
 
     def close(self, remove: bool) -> None:

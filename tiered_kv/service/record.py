@@ -5,9 +5,9 @@
 
 import json
 import os
-from importlib.metadata import version
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from tiered_kv.errors import Kind, TieredKVError

@@ -109,6 +109,16 @@ class Saving:
         self.last: dict | None = None
         """The last checkpoint that is known to be complete, see `note`."""
 
+    def steps(self) -> dict[str, Callable[..., object]]:
+        """Returns the steps of writing a checkpoint, by the names under which a command calls them."""
+        return {
+            "snapshot": self.snapshot,
+            "save": self.save,
+            "written": self.written,
+            "stop_saving": self.stop,
+            "note_saved": self.note,
+        }
+
     def snapshot(self, tiers: Sequence[int] | None = None, min_hits: int = 0, ticket: str = "") -> Snapshot:
         """What is committed now, in these tiers (None: everywhere but in objects), and was used so often since it was stored.
 

@@ -9,7 +9,7 @@ import tiered_kv
 from tests.unit.service.prompts import NAMESPACE
 from tiered_kv.clock import ManualClock
 from tiered_kv.memory import words
-from tiered_kv.service.node import history_of, policy_of
+from tiered_kv.service.policies import history_of, policy_of
 from tiered_kv.tiers.host import HEADER_BYTES
 
 LAYOUT = tiered_kv.KVLayout(1, 1, 64, "float32", 32)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiered_kv
 from tests.unit.service.processes import NodeProcess
@@ -161,11 +160,11 @@ def test_a_child_that_ends_in_order_leaves_its_parents_cache(tmp_path: Path) -> 
     """It runs what is registered to be run at the interpreter's end."""
     import subprocess
 
-    script = f"""
+    script = """
 import os, sys, torch, tiered_kv
 from pathlib import Path
 layout = tiered_kv.KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="float32", block_tokens=4)
-client = tiered_kv.open({{"host": "2MiB", "disk": "2MiB"}}, layout=layout, namespace=tiered_kv.Namespace(weights="fork"))
+client = tiered_kv.open({"host": "2MiB", "disk": "2MiB"}, layout=layout, namespace=tiered_kv.Namespace(weights="fork"))
 kv = torch.randn(layout.kv_shape(8))
 client.store(range(8), kv)
 places = [Path(client._source._view.directory), Path(client._source._disk._segments._folder)]

@@ -1,0 +1,42 @@
+"""Extents of host memory that belong to nobody any more, but that a worker may still be writing to."""
+
+from collections.abc import Mapping
+
+from tiered_kv.memory.locks import locked_ranges
+from tiered_kv.tiers.host import HostTier
+
+
+class ExtentQuarantine:
+    """Keeps such extents taken until no process holds a lock on them. Not thread-safe: the engine's lock guards it.
+
+    `arena_fd`: the open file description of the node, through which it sees the locks of workers.
+    """
+
+    def __init__(self, host: HostTier, arena_fd: int | None) -> None:
+        self._host = host
+        self._arena_fd = arena_fd
+        self._bytes_by_start: dict[int, int] = {}
+
+    def find_writers(self) -> None:
+        """After a restart: take the free ranges that a worker of the former node is still packing into."""
+        for start, nbytes in locked_ranges(self._arena_fd, self._host.extents.free_ranges()):
+            self._host.extents.claim(start, nbytes)
+            self._bytes_by_start[start] = nbytes
+
+    def abandon(self, reserved: Mapping[int, int]) -> None:
+        """Take over what a session that has ended had reserved: payload offsets and their bytes."""
+        for offset, nbytes in reserved.items():
+            start, length = self._host.extent_range(offset, nbytes)
+            self._bytes_by_start[start] = length
+        self.release()
+
+    def release(self) -> None:
+        """Free the extents on which nobody holds a lock any more."""
+        for start, nbytes in list(self._bytes_by_start.items()):
+            if not locked_ranges(self._arena_fd, [(start, nbytes)]):
+                self._host.extents.free(start)
+                del self._bytes_by_start[start]
+
+    def starts(self) -> list[int]:
+        """Returns where the extents in quarantine begin in the arena."""
+        return list(self._bytes_by_start)
