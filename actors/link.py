@@ -11,6 +11,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
 from tiered_kv.service.link import FramePieces
+from tiered_kv.service.probes import Probe, Variants
 
 CONTROL_WAIT_S = 2.0
 
@@ -28,6 +29,9 @@ class RayLink:
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._ask(coordinator_name(self._cluster), lambda actor: actor.locate.remote(self._node_id, keys))
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        return self._ask(coordinator_name(self._cluster), lambda actor: actor.probe.remote(root, known, probe))
 
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)

@@ -12,7 +12,7 @@ from tiered_kv.config import user_cache
 from tiered_kv.demo.model import load_model
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.transformers import check_supported
-from tiered_kv.keys import tensors_digest
+from tiered_kv.identity import tensors_digest
 
 
 class Subject(NamedTuple):

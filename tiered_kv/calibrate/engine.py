@@ -17,7 +17,7 @@ from tiered_kv.codecs.calibration import Calibration
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.integrations.support import check_supported
-from tiered_kv.keys import tensors_digest
+from tiered_kv.identity import tensors_digest
 from tiered_kv.layout import KVLayout
 
 Say = Callable[[str], None]

@@ -35,23 +35,26 @@ def client_of(
     what the model does not have, and where a calibration that is needed cannot be read.
     """
     timeout_s = ANSWER_WITHIN_S + info["store_wait_ms"] / 1000
-    facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
     opened = connect or (lambda: SocketSession(f"{info['directory']}/sock", timeout_s))
+
+    def introduce(session: Session, namespace: Namespace) -> None:
+        facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
+        told = session.introduce(namespace.root(layout), facts.as_message())
+        if told["calibration"]:  # without it nothing could be read
+            registered(told["calibration"])
 
     def introduced() -> Session:
         """A session of a node that knows the model, also after it was restarted."""
         session = opened()
         try:
-            told = session.introduce(namespace.root(layout), facts.as_message())
-            if told["calibration"]:  # without it nothing could be read
-                registered(told["calibration"])
+            introduce(session, client.namespace)
         except BaseException:
             session.close()
             raise
         return session
 
     source = BlockSource(NodeView.open(info["directory"]), _segments(info), layout, has_device=info["has_device"])
-    client = Client(layout, namespace, source, introduced, deadline_ms=info["fetch_deadline_ms"], clock=clock, on_close=on_close)
+    client = Client(layout, namespace, source, introduced, introduce, deadline_ms=info["fetch_deadline_ms"], clock=clock, on_close=on_close)
     try:
         client.greet()
     except BaseException:

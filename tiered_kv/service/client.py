@@ -6,11 +6,13 @@ contract (kinds `tokens`, `layout`) or use a closed client (`closed`).
 """
 
 import logging
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 
@@ -29,9 +31,12 @@ from tiered_kv.service.writing import BlockWriter, LayerPairs
 if TYPE_CHECKING:
     import numpy as np
 
+    from tiered_kv.service.probes import Probe
+
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
+EPOCH_BITS = 63
 LABELS = {tier.value: tier.label for tier in Tier}
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -51,6 +56,14 @@ def _while_open(method: Callable) -> Callable:
     return guarded
 
 
+class Names(NamedTuple):
+    """What a client works under at one moment; every call reads it once, so that a change meets later calls only."""
+
+    namespace: Namespace
+    root: BlockKey
+    keys: Callable[["np.ndarray"], list[BlockKey]]
+
+
 class Client:
     """Fetches and stores the KV of token prefixes, in the blocks of one layout under one namespace.
 
@@ -64,25 +77,28 @@ class Client:
         namespace: Namespace,
         source: BlockSource,
         connect: Callable[[], Session],
+        introduce: Callable[[Session, Namespace], None] = lambda session, namespace: None,
         *,
         deadline_ms: int,
         clock: Clock | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
-        self.namespace = namespace
-        chain = namespace.chain(layout)
-        self._root = chain.root
+        self.followed: object | None = None
+        """What follows the state of the model that the client was attached to (`integrations.modelstate`)."""
+        self._timed: Callable[[str, Callable], Callable] = lambda _, function: function
+        self._names = self._names_of(namespace)
+        self._introduce = introduce
         self._source = source
         self._clock = clock or SystemClock()
         self._pool = SessionPool(connect, self._clock)
-        self._writer = BlockWriter(layout, self._root, source)
-        self._hash = chain.keys
+        self._writer = BlockWriter(layout, source)
         self._deadline_ms = deadline_ms
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
         self._savings = Savings()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._closed = False
         self._warn_again_s = float("-inf")
 
@@ -120,7 +136,8 @@ class Client:
         `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
         """
         begun_s = self._clock.now_s()
-        keys = self._keys(token_ids)
+        names = self._names
+        keys = self._keys(token_ids, names)
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
             self.layout.check_kv(out, room, "out")
@@ -133,7 +150,7 @@ class Client:
             found = self._bring(keys, hidden, deadline_s)
         local = len(found)
         if local < len(keys) and self._source.peers:
-            found = found + self._pull(keys, local, deadline_s)
+            found = found + self._pull(names.root, keys, local, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
@@ -166,7 +183,8 @@ class Client:
         self._check_open()
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
-        keys = self._hash(ids)
+        names = self._names
+        keys = names.keys(ids)
         kv = self._writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
         shown = self._source.lookup_all(keys)
@@ -175,7 +193,7 @@ class Client:
         try:
             while missing:
                 with self._pool.session() as session:
-                    taken, added = self._writer.write(session, keys, missing, kv, start)
+                    taken, added = self._writer.write(session, names.root, keys, missing, kv, start)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]
                 if not taken:
@@ -236,9 +254,46 @@ class Client:
         own |= self._savings.stats()
         return own | {"node_calls": self._pool.calls, "retries": self._source.retries}
 
+    @property
+    def namespace(self) -> Namespace:
+        """What later calls work under."""
+        return self._names.namespace
+
+    def use(self, namespace: Namespace) -> None:
+        """Work under another namespace, of the same layout, from the next call on; calls under way finish under the one before.
+
+        Raises what the node's settings have against its model, and then changes nothing. Cost: a call of some 50 µs.
+        """
+        self._check_open()
+        with self._turn:
+            try:
+                with self._pool.session() as session:
+                    self._introduce(session, namespace)
+            except TieredKVError as error:
+                if error.kind is not Kind.TRANSPORT:
+                    raise
+                self._degraded("change of namespace", error)  # the next session introduces it
+            self._names = self._names_of(namespace)
+
+    def new_epoch(self, epoch: int | None = None) -> int:
+        """Move to another epoch of the namespace, after a change of the model that cannot be seen; returns its number.
+
+        `epoch`: a number of the caller's, such as the training step: workers that give the same one share. Without it a random one,
+        which nobody else has. What was stored before is not met again, unless that number comes back.
+        """
+        number = secrets.randbits(EPOCH_BITS) if epoch is None else epoch
+        self.use(replace(self.namespace, epoch=number))
+        return number
+
+    def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
+        """Which variant of a namespace a model with this probe belongs to; None while the node does not answer. One call."""
+        root = namespace.root(self.layout)
+        return self._ask(lambda session: session.probe(root, list(probe)), None)
+
     def measure(self, timed: Callable[[str, Callable], Callable]) -> None:
         """From now on run each stage's function as `timed(stage, function)` gives it (`service.profile`); once, before any use."""
-        self._hash = timed("hash", self._hash)
+        self._timed = timed
+        self._names = self._names_of(self.namespace)
         self._writer.write = timed("store", self._writer.write)
         self._source.measure(timed)
 
@@ -261,9 +316,13 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
+    def _names_of(self, namespace: Namespace) -> Names:
+        chain = namespace.chain(self.layout)
+        return Names(namespace, chain.root, self._timed("hash", chain.keys))
+
+    def _keys(self, token_ids: TokenIds, names: Names | None = None) -> list[BlockKey]:
         self._check_open()
-        return self._hash(as_token_ids(token_ids))
+        return (names or self._names).keys(as_token_ids(token_ids))
 
     def _bring(self, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
         """What can be found after the node was asked for blocks that only it can read."""
@@ -272,12 +331,12 @@ class Client:
             self._ask(lambda session: session.bring(hidden, wait_s), None)
         return self._source.find(keys)
 
-    def _pull(self, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
+    def _pull(self, root: BlockKey, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
         wait_s = deadline_s - self._clock.now_s()
         if wait_s <= 0:
             return []
         tail, rest = keys[local - 1] if local else None, keys[local:]
-        count = self._ask(lambda session: session.pull(self._root, self.layout.block_bytes, tail, rest, local, wait_s), 0)
+        count = self._ask(lambda session: session.pull(root, self.layout.block_bytes, tail, rest, local, wait_s), 0)
         return self._source.find(rest[:count])
 
     def _ask(self, question: Callable, otherwise: object):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
+from tiered_kv.service.probes import Probe, Variants
 
 Buffer = Any
 """Anything with the buffer protocol: bytes, memoryview, numpy array."""
@@ -34,6 +35,9 @@ class Link(Protocol):
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         """Ask the coordinator which nodes hold the leading keys."""
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        """Ask the coordinator for the variants of a root, of which one agrees with `probe`; `known`: those known here."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Begin to fetch blocks from another node; returns at once."""

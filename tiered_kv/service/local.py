@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ _LENGTH = struct.Struct("<I")
 MESSAGE_BYTES_MAX = 64 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset({"introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "stats"})
+METHODS = frozenset({"introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
 
 
 def _send(connection: socket.socket, message: object) -> None:
@@ -198,6 +198,9 @@ class SocketSession:
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._call("locate", keys)
+
+    def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
+        return self._call("probe", root, probe)
 
     def stats(self) -> dict:
         return self._call("stats")

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
@@ -22,6 +23,7 @@ from tiered_kv.service.link import FramePieces, Link
 from tiered_kv.service.nodesession import NodeSession
 from tiered_kv.service.packed import Packed
 from tiered_kv.service.place import Place
+from tiered_kv.service.probes import NodeProbes
 from tiered_kv.service.pull import Puller
 from tiered_kv.service.recorder import ObservedHistory
 from tiered_kv.service.recording import Recorded, Recording
@@ -66,6 +68,7 @@ class Node:
         self._learning = Learning(history, self.engine.lock, self._clock)
         self.engine.handle(self.place.restore())
         self.directory = self.place.directory
+        self.probes = NodeProbes(self._lasting_folders(), link.probe if link else None)
         self.saving, self.filling = Saving(self), Filling(self)
         self._sessions: dict[NodeSession, None] = {}
         self._link = link
@@ -398,8 +401,14 @@ class Node:
             describe=lambda: (self.info(), self.stats()),
             set_peers=self.place.index.set_peers,
             learning=self._learning,
+            probes=self.probes.book.everything,
             clock=self._clock,
         )
+
+    def _lasting_folders(self) -> list[Path]:
+        """Where a file outlives this node as long as its blocks do."""
+        disk = self.place.disk
+        return [self.directory, *([Path(disk.folder)] if disk and self.place.keeps_disk else [])]
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:

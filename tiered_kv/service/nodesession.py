@@ -1,6 +1,6 @@
 """One worker's session as the node serves it: checks what the worker says, and keeps what it has reserved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Hint, Location, Tier
@@ -8,6 +8,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.packed import Packed
+from tiered_kv.service.probes import Probe
 
 if TYPE_CHECKING:
     from tiered_kv.service.node import Node
@@ -80,6 +81,10 @@ class NodeSession:
 
     def locate(self, keys: list[BlockKey]) -> list[list[str]]:
         return self._node.locate(keys)
+
+    def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
+        _check_chain(root, [])
+        return self._node.probes.match(root, Probe.of_message(probe))
 
     def stats(self) -> dict:
         return self._node.stats()
