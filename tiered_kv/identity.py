@@ -248,7 +248,8 @@ def watched_attributes(module: Any) -> list[str]:
     from torch import nn
 
     left_out = _SIZES if type(module) is nn.Linear else frozenset()
-    return [name for name in vars(module) if name not in TORCHS_OWN and name not in BOOKKEEPING and name not in left_out]
+    left_out |= TORCHS_OWN | BOOKKEEPING
+    return [name for name, value in vars(module).items() if name not in left_out and not is_door(value)]
 
 
 _NOTHING = object()
@@ -337,9 +338,14 @@ def _is_method(kind: type, name: str) -> bool:
     return callable(getattr(kind, name, None)) and not isinstance(getattr(kind, name), type)
 
 
+def is_door(value: Any) -> bool:
+    """Whether this is a door of this library (`integrations.attached`), in the place of a model's method."""
+    return hasattr(type(value), "stands_before")
+
+
 def below_door(value: Any) -> Any:
-    """What is in the place of a method, but for doors of this library (`integrations.attached`); None for the class's own."""
-    while value is not None and hasattr(type(value), "stands_before"):
+    """What is in the place of a method, but for doors; None for the class's own."""
+    while is_door(value):
         value = value.stands_before
     return value
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torchs
 
-from tiered_kv.identity import watched_attributes
+from tiered_kv.identity import is_door, watched_attributes
 
 _version = attrgetter("_version")
 _training = itemgetter("training")
@@ -51,7 +51,8 @@ class Watch:
         self._attributes_then = [[_kept(value) for value in map(get, dicts)] for get, dicts in self._attributes]
         self._configs = _configs(self._dicts)
         self._configs_then = _kept(self._configs)
-        self._counted = [*self._dicts, *tensor_dicts]
+        self._counted = [*self._dicts[1:], *tensor_dicts]
+        self._own_count = _own_count(self._dicts[0])
         self._counts = list(map(len, self._counted))
         self._remember_tensors()
 
@@ -81,6 +82,7 @@ class Watch:
             and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._there, self._there_then, strict=True))
             and not any(any(map(get, dicts)) for get, dicts in self._absent)
             and list(map(len, self._counted)) == self._counts
+            and _own_count(self._dicts[0]) == self._own_count
             and (self._hooks == self._hooks_then if self._hooks_then else not any(self._hooks))
             and self._children == self._children_then
             and list(map(type, self.modules)) == self._kinds
@@ -101,6 +103,11 @@ class Watch:
         """Whether both are of the same modules and tensors, whatever their state."""
         ours, theirs = [self.modules, self.tensors], [other.modules, other.tensors]
         return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def _own_count(values: dict) -> int:
+    """How many attributes a model has, doors of this library not counted."""
+    return len(values) - sum(is_door(values.get(name)) for name in ("forward", "generate"))
 
 
 def _configs(dicts: list[dict]) -> list[dict]:
