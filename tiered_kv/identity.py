@@ -197,7 +197,8 @@ BOOKKEEPING = frozenset(
         *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing"),
         *("_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "_tied_weights_keys", "_weight_conversions", "_hf_hook"),
         *("_old_forward", "_hf_peft_config_loaded", "_auto_class", "_caches", "hf_quantizer", "_backward_compatibility_gradient_checkpointing"),
-        *("_use_kernels", "_use_cache", "_is_stateful", "_supports_sdpa", "_supports_flash_attn", "is_loaded_in_8bit", "is_loaded_in_4bit"),
+        *("_use_kernels", "_output_capturing_hooks_installed", "_use_cache", "_is_stateful", "_supports_sdpa", "_supports_flash_attn"),
+        *("is_loaded_in_8bit", "is_loaded_in_4bit"),
     }
 )
 _SIZES = frozenset({"in_features", "out_features"})
@@ -235,7 +236,7 @@ def facts_of(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> F
         facts.foreign += [(f"{where}.{method}, replaced by {_named(code)}", code) for method, code in replaced_methods(module)]
         attributes = {}
         for attribute in watched_attributes(module):
-            if (name, attribute) not in ignored:
+            if (name, attribute) not in ignored and not _is_method(type(module), attribute):
                 value = _described(vars(module)[attribute], f"{name}.{attribute}", facts.tensors, DEPTH_MAX)
                 if value is not _NOTHING:
                     attributes[attribute] = value
@@ -324,13 +325,15 @@ def foreign_hooks(module: Any) -> list[Any]:
 
 
 def replaced_methods(module: Any) -> Iterator[tuple[str, Any]]:
-    """Methods of the module's class that this one has others for, by name."""
+    """Methods of the module's class that this one has others for, by name; not those that accelerate puts round them (`to`, `cuda`)."""
     kind = type(module)
     for name, value in vars(module).items():
         if name in TORCHS_OWN or name in BOOKKEEPING or not callable(value) or not _is_method(kind, name):
             continue
         code = below_door(value)
-        if code is not None and not _is_own(module, name, code) and not (name == "forward" and _only_aligns(module, code)):
+        if code is None or _is_own(module, name, code):
+            continue
+        if not (_only_aligns(module, code) if name == "forward" else is_of_framework(code)):
             yield name, code
 
 

@@ -102,9 +102,11 @@ class ModelState:
         with self._lock:
             state = self.now()
             if state.watch.is_training():
+                part = next(where or type(module).__name__ for where, module in self.model.named_modules() if module.training)
+                self._say("training", f"runs without the cache while {part} is in training mode; call model.eval()")
                 return None
             if state.refusal is not None:
-                self._say("refusal", "runs without the cache: %s", state.refusal)
+                self._say("refusal", f"runs without the cache: {state.refusal}")
                 return None
             if state.used is not None and state.used is getattr(client, "namespace", None):
                 return state
@@ -126,7 +128,7 @@ class ModelState:
             try:
                 client.use(wanted)
             except TieredKVError as error:
-                self._say("use", "runs without the cache: %s", error)
+                self._say("use", f"runs without the cache: {error}")
                 return False
         state.used = client.namespace
         return True
@@ -162,10 +164,10 @@ class ModelState:
                 variant,
             )
 
-    def _say(self, what: str, words: str, error: TieredKVError) -> None:
-        if f"{what} {error}" not in self._said:
-            self._said.add(f"{what} {error}")
-            log.warning(words + " (said once)", error)
+    def _say(self, what: str, words: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s (said once)", words)
 
 
 def _numbers(model: Any) -> dict[tuple[str, str], Any]:

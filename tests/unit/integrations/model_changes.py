@@ -107,7 +107,7 @@ epsilon = number(lambda model: layer(model).input_layernorm, "variance_epsilon",
 
 def replaced_module(model):
     mlp = layer(model).mlp
-    before, mlp.act_fn = mlp.act_fn, torch.nn.Tanh()
+    before, mlp.act_fn = mlp.act_fn, torch.nn.Tanh().eval()
     return lambda: setattr(mlp, "act_fn", before)
 
 
@@ -182,6 +182,7 @@ class LoraLinear(torch.nn.Module):
         self.merged_adapters = []
         self._active_adapter = [names[0]]
         self._disable_adapters = False
+        self.eval()
 
     def forward(self, x):
         output = self.base_layer(x)
@@ -200,9 +201,9 @@ class StandIn:
     def __init__(self, model):
         self.layers = []
         for each in model.model.layers:
-            each.self_attn.v_proj = LoraLinear(each.self_attn.v_proj, ["a", "b"])
+            each.self_attn.v_proj = LoraLinear(each.self_attn.v_proj, ["first", "second"])
             self.layers.append(each.self_attn.v_proj)
-        model.peft_config = {name: types.SimpleNamespace(peft_type="LORA", to_dict=lambda: {"r": 4}) for name in "ab"}
+        model.peft_config = {name: types.SimpleNamespace(peft_type="LORA", to_dict=lambda: {"r": 4}) for name in ("first", "second")}
         self.model = model
 
     def set_adapter(self, name):
@@ -227,8 +228,8 @@ class RealPeft(StandIn):
         import peft
 
         config = peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, lora_dropout=0.0)
-        self.model = peft.get_peft_model(model, config, adapter_name="a")
-        self.model.add_adapter("b", config)
+        self.model = peft.get_peft_model(model, config, adapter_name="first")
+        self.model.add_adapter("second", config)
         self.model.eval()
         self.layers = [each.self_attn.v_proj for each in model.model.layers]
         self.set_adapter = self.model.set_adapter

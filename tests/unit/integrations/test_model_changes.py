@@ -69,21 +69,21 @@ def test_a_changed_model_never_meets_its_old_kv(change, served):
 def test_adapters_switched_at_every_request(adapters, served, monkeypatch):
     lora = adapters(tiny())
     cached = served(lora.model)
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         lora.set_adapter(name)
         assert_as_plain(cached, 0)
-    with lora.disable_adapter():
-        assert_as_plain(cached, 0)
+        with lora.disable_adapter():
+            assert_as_plain(cached, 0)
     namespaces = set()
     monkeypatch.setattr("tiered_kv.integrations.modelstate.content_of", lambda *_: pytest.fail("the weights were read again"))
-    for name in ("a", "b", "a"):
+    for name in ("first", "second", "first"):
         lora.set_adapter(name)
         assert_as_plain(cached, 3 * BLOCK)
         namespaces.add(cached.client.namespace)
         with lora.disable_adapter():
             assert_as_plain(cached, 3 * BLOCK)
             namespaces.add(cached.client.namespace)
-    assert len(namespaces) >= 3
+    assert len(namespaces) == 4
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
@@ -100,7 +100,7 @@ def test_adapters_scaled_or_switched_off(adapters, change, served):
     elif change == "merged":
         with torch.no_grad():
             for each in lora.layers:
-                each.base_layer.weight += 2 * each.lora_B["a"].weight @ each.lora_A["a"].weight
+                each.base_layer.weight += 2 * each.lora_B["first"].weight @ each.lora_A["first"].weight
         lora.enable(False)
     else:
         lora.enable(False)
@@ -150,7 +150,7 @@ def test_a_state_that_cannot_be_served_runs_without_the_cache(served, caplog):
     cached = served(model)
     assert_as_plain(cached, 0)
     model.model.rotary_emb.rope_type = "dynamic"
-    layer(model).mlp.act_fn = torch.nn.Tanh()
+    layer(model).mlp.act_fn = torch.nn.Tanh().eval()
     with caplog.at_level(logging.WARNING):
         plain = copy.deepcopy(model).generate(PROMPT, **WANTED)
         for _ in range(2):
@@ -169,7 +169,7 @@ def test_a_counter_that_every_run_moves_is_no_change(served):
             return super().forward(x)
 
     model = tiny()
-    layer(model).mlp.act_fn = Counting()
+    layer(model).mlp.act_fn = Counting().eval()
     layout = check_supported(model).layout(BLOCK)
     state = ModelState(model)
     client = DictClient(model, layout, state.as_namespace())
