@@ -196,7 +196,7 @@ BOOKKEEPING = frozenset(
         *("_fsdp_plan", "_tp_plan", "_ep_plan", "_pp_plan", "_tp_size", "_device_mesh", "_no_split_modules", "_skip_keys_device_placement"),
         *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing"),
         *("_keys_to_ignore_on_load_unexpected", "all_tied_weights_keys", "_tied_weights_keys", "_weight_conversions", "_hf_hook"),
-        *("_old_forward", "_hf_peft_config_loaded", "_auto_class", "_caches", "hf_quantizer", "_backward_compatibility_gradient_checkpointing"),
+        *("_old_forward", "_hf_peft_config_loaded", "_auto_class", "_caches", "hf_quantizer"),
         *("_use_kernels", "_output_capturing_hooks_installed", "_use_cache", "_is_stateful", "_supports_sdpa", "_supports_flash_attn"),
         *("is_loaded_in_8bit", "is_loaded_in_4bit"),
     }
@@ -271,7 +271,7 @@ def _described(value: Any, name: str, tensors: "dict[str, torch.Tensor]", depth:
     if depth and isinstance(value, list | tuple):
         items = [_described(item, f"{name}.{number}", tensors, depth - 1) for number, item in enumerate(value)]
         return [item for item in items if item is not _NOTHING]
-    if type(value).__module__.startswith("torch") and type(value).__name__ == "device" or hasattr(value, "named_modules"):
+    if (type(value).__module__.startswith("torch") and type(value).__name__ == "device") or hasattr(value, "named_modules"):
         return _NOTHING
     if type(value).__name__ in ("dtype", "complex", "bytes") or hasattr(value, "_value_"):  # the last: enumerations
         return f"{type(value).__name__} {value!r}" if not hasattr(value, "_value_") else f"{type(value).__name__} {value._value_!r}"

@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiered_kv import identity
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.identity import tensors_digest, tokenizer_digest
 from tiered_kv.keys import Chain, Namespace, as_token_ids, chain_keys
@@ -488,8 +489,6 @@ def test_tensors_made_of_others_are_read_to_the_bottom():
 
 
 def test_pieces_of_a_large_tensor_make_one_sum():
-    from tiered_kv import identity
-
     value = torch.arange(1000.0)
     whole = b"".join(bytes(piece) for piece in identity._byte_pieces(value))
     parts = list(identity._byte_pieces(value, piece_bytes=96))

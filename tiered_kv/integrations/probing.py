@@ -12,7 +12,8 @@ from tiered_kv.service.probes import Probe
 
 VECTOR_FLOATS = 1024
 SKETCH_FLOATS_MAX = 32
-# How far two computations of the same KV may be apart, relative to its norm: in the first layer, which adds as much with each layer, and at most.
+# How far two computations of the same KV may be apart, relative to its norm: in the first layer (each further one adds as much), and
+# at most.
 _TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (2e-4, 2e-3), torch.float16: (4e-3, 0.1)}
 _TOLERANCE_ELSE = (1.2e-2, 0.12)
 

@@ -44,9 +44,7 @@ class Watch:
         tensor_dicts = [each for module in self.modules for each in (module._parameters, module._buffers) if each]
         self._there = _columns((each, [name for name, tensor in each.items() if tensor is not None]) for each in tensor_dicts)
         self._absent = _columns((each, [name for name, tensor in each.items() if tensor is None]) for each in tensor_dicts)
-        watched = [
-            (vars(module), [name for name in watched_attributes(module) if (where, name) not in ignored]) for where, module in named
-        ]
+        watched = [(vars(module), [name for name in watched_attributes(module) if (where, name) not in ignored]) for where, module in named]
         self._attributes = _columns(watched)
         self._attributes_then = [[_kept(value) for value in map(get, dicts)] for get, dicts in self._attributes]
         self._configs = _configs(self._dicts)

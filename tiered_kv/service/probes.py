@@ -104,7 +104,7 @@ class ProbeBook:
                 if ours is None and len(known) < VARIANTS_MAX:
                     known.append((name, probe))
                 elif ours is not None and not name and ours.distance(probe) > 1:
-                    log.warning("two first probes of %s differ: while the coordinator was away models of one namespace mixed", root.hex()[:12])
+                    log.warning("two first probes of %s differ: models met while the coordinator was away", root.hex()[:12])
 
     def replace(self, root: BlockKey, variants: Variants) -> None:
         """Note what the cluster knows of a root, in place of what was known here."""
