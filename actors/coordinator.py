@@ -6,6 +6,7 @@ from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Coordinator, Report
+from tiered_kv.service.probes import Probe, Variants
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
@@ -27,6 +28,9 @@ class CoordinatorActor:
 
     def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
         return self._coordinator.locate(asking, keys)
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        return self._coordinator.probe(root, known, probe)
 
     def forget(self, node: str) -> None:
         self._coordinator.forget(node)

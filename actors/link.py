@@ -19,6 +19,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
 from tiered_kv.service.link import HUNG_AFTER_S, FramePieces
+from tiered_kv.service.probes import Probe, Variants
 from tiered_kv.threads import DaemonThreads
 
 CONTROL_WAIT_S = 2.0
@@ -46,6 +47,10 @@ class RayLink:
         wait_s = min(wait_s, CONTROL_WAIT_S)
         call = partial(self._ask, lambda actor: actor.locate.remote(self._node_id, keys), wait_s)
         return _within(wait_s, self._coordinator, self._locating.submit(call))
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        call = partial(self._ask, lambda actor: actor.probe.remote(root, known, probe), CONTROL_WAIT_S)
+        return _within(CONTROL_WAIT_S, self._coordinator, self._locating.submit(call))
 
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)

@@ -34,9 +34,7 @@ class NodeActor:
             )
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
             write_record(
-                NodeRecord(
-                    cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]
-                )
+                NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
             )
             self._is_serving = True
         except TieredKVError as error:

@@ -30,7 +30,7 @@ class LocalNodes:
         self.name = name
         self.address = address
         self._by_state = state.find(name) is not None
-        self._chosen: "NodeRecord | None" = None
+        self._chosen: NodeRecord | None = None
 
     def records(self) -> "list[NodeRecord]":
         """All that match, also of nodes that have ended without removing theirs."""

@@ -18,7 +18,7 @@ FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
 # The root's modules, lowest first: each may import only what stands in a line before its own.
-ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture", "threads"], ["keys"], ["blocks"], ["config"]]
+ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture", "threads", "identity"], ["keys"], ["blocks"], ["config"]]
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
     "quantization": ["codecs", "errors"],
@@ -30,7 +30,10 @@ DOORS = {
 }
 DOOR_LINES_MAX = 120
 
-EVERYTHING = ["errors", "clock", "forking", "layout", "keys", "blocks", "config", "codecs", "memory", "policy", "store", "tiers", "service"]
+EVERYTHING = [
+    *("errors", "clock", "forking", "layout", "identity", "keys", "blocks", "config"),
+    *("codecs", "memory", "policy", "store", "tiers", "service"),
+]
 # What a folder may import of the project, beside itself: a folder or module with all below it. Marked + is what the
 # table of section 8 leaves out: names and values that everyone speaks in, and that know nothing themselves.
 MAY_IMPORT = {
@@ -56,8 +59,21 @@ MAY_IMPORT = {
         "threads",
     ],  # + the vocabulary
     "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
-    "library": ["service", "integrations", "ops", "codecs", "tiers.folderstore", "config", "layout", "keys", "blocks", "errors", "clock"],
-    "integrations": ["service", "codecs.rotation", "layout", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
+    "library": [
+        "service",
+        "integrations",
+        "ops",
+        "codecs",
+        "tiers.folderstore",
+        "config",
+        "layout",
+        "identity",
+        "keys",
+        "blocks",
+        "errors",
+        "clock",
+    ],
+    "integrations": ["service", "codecs.rotation", "layout", "identity", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
     "actors": ["service", "config", "errors", "keys", "clock", "threads"],  # + keys, clock, threads
     "cluster": [
         "actors",
@@ -69,7 +85,7 @@ MAY_IMPORT = {
         "keys",
         "threads",
     ],  # + blocks, errors, keys, threads; the rooms below: only its commands, only later
-    "calibrate": ["integrations", "codecs", "layout", "keys", "errors"],
+    "calibrate": ["integrations", "codecs", "layout", "identity", "keys", "errors"],
     "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
     "bench": [*EVERYTHING, "ops", "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],
 }
@@ -118,6 +134,7 @@ BOUNDARIES = {
     "tiered_kv/integrations/transformers.py CachedModel._fetch",
     "tiered_kv/integrations/transformers.py CachedModel._store",
     "tiered_kv/integrations/transformers.py CachedModel.keep",
+    "tiered_kv/integrations/transformers.py CachedModel.ready",
     "tiered_kv/demo/model.py _attempt",
 }
 

@@ -97,23 +97,29 @@ def attach(
     Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
     your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an
     engine of your own turns its keys (`tiered_kv.codecs.rotation`), for a cluster that keeps blocks with a small error; read
-    off a model. Costs one pass over the weights (several GB/s). Raises `TieredKVError`: kind `model` for a model whose KV
+    off a model. Costs one pass over the weights (several GB/s) and three runs of eight tokens, whose KV is compared with what the
+    first worker of the namespace computed of them (docs/design/021). Raises `TieredKVError`: kind `model` for a model whose KV
     cannot be shared, `cluster` where there is no cluster, or none of its nodes runs on this machine, `config` where the
     cluster's quality needs a calibration of the model that is not there.
     """
     from tiered_kv.cluster import attach as attaching
 
     if model is not None:
+        from tiered_kv.identity import tokenizer_digest
+        from tiered_kv.integrations.modelstate import ModelState
         from tiered_kv.integrations.rope import rope_of_model
-        from tiered_kv.integrations.transformers import check_supported
 
         if namespace is not None or layout is not None:
             raise TieredKVError(Kind.CONFIG, "attach: give either a model, or namespace and layout", setting="model")
         attaching.reach(cluster, address)  # first what is quick to fail
-        shape = check_supported(model)
-        namespace = Namespace.of(model, tokenizer, tenant=tenant)
+        followed = ModelState(model)
+        namespace = followed.as_namespace(tokenizer=tokenizer_digest(tokenizer), tenant=tenant)
+        shape = followed.now().shape
         turned = {"rope": rope_of_model(model), "rope_halves": rope_halves}
-        return attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address, **turned)
+        client = attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address, **turned)
+        client.followed = followed
+        followed.adopt(client)
+        return client
     if namespace is None or layout is None:
         raise TieredKVError(Kind.CONFIG, "attach: a model is needed, or both namespace and layout", setting="model")
     if block_tokens not in (None, layout.block_tokens):

@@ -8,23 +8,38 @@ be put together to those of other ranks without their tokens (docs/design/018-ke
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.identity import (
+    NOT_IDENTITY,
+    Facts,
+    Sums,
+    adapter_digest,
+    facts_of,
+    plain,
+    rope_digest,
+    tensors_digest,
+    text_digest,
+    tokenizer_digest,
+)
 from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 KEY_BYTES = 32
+FOREIGN_NAMED_MAX = 3
 MAX_TOKEN_ID = (1 << 32) - 1
 BlockKey = bytes
 
@@ -117,7 +132,8 @@ class Namespace:
 
     `Namespace.of(model)` fills it from a model's content. For an engine of your own, `weights` is any text that
     identifies the weights' content, such as a checkpoint's digest; the other fields likewise. Ranks of one tensor-parallel model
-    say the same in all fields but `rank`: `weights` is then of the whole model, not of a rank's part.
+    say the same in all fields but `rank`: `weights` is then of the whole model, not of a rank's part. `variant`: what tells models
+    apart whose other fields are equal (docs/design/021); "" for the first of them, and then not part of the digest.
     """
 
     weights: str
@@ -131,13 +147,14 @@ class Namespace:
     rank: int = 0
     world: int = 1
     epoch: int = 0
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if not self.weights or not isinstance(self.weights, str):
             raise TieredKVError(Kind.MODEL, "namespace: weights must be a text that identifies the weights' content")
         if not isinstance(self.tenant, str) or not self.tenant:
             raise TieredKVError(Kind.CONFIG, "namespace: tenant must be a text of at least one character", setting="tenant")
-        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales"):
+        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant"):
             if not isinstance(getattr(self, name), str):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, not {getattr(self, name)!r}", setting=name)
         for name in ("rank", "world", "epoch"):
@@ -150,7 +167,10 @@ class Namespace:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that stand for this namespace."""
-        return _digest(json.dumps(asdict(self), sort_keys=True).encode())
+        fields = asdict(self)
+        if not self.variant:  # a field of later versions: keys from before it are still the same
+            del fields["variant"]
+        return _digest(json.dumps(fields, sort_keys=True).encode())
 
     def root(self, layout: KVLayout) -> BlockKey:
         """What the blocks of one layout under this namespace are known by together: another layout is another chain."""
@@ -171,146 +191,40 @@ class Namespace:
         """The namespace of a transformers model, from the content of its weights; or of a text that names them.
 
         Reads every byte of the weights once (xxh3-128 on all cores, several GB/s from host memory; from a GPU at the
-        speed of the bus), so that another checkpoint under the same name never matches.
+        speed of the bus), so that another checkpoint under the same name never matches. A model with forward hooks or replaced
+        methods gets a namespace that nobody else has: what they do to KV cannot be read.
         """
         facts = {"tenant": tenant, "tokenizer": tokenizer_digest(tokenizer), "rank": rank, "world": world, "epoch": epoch}
         if isinstance(model, str):
             return cls(weights=model, **facts)
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
             raise TieredKVError(Kind.MODEL, f"namespace: a transformers model or a text is needed, got {type(model).__name__}")
-        config = _plain(model.config, leave_out=_NOT_IDENTITY)
-        return cls(
-            weights=tensors_digest(model.state_dict()),
-            adapter=_adapter_digest(model),
-            architecture=_text_digest([type(model).__name__, config]),
-            rope=_rope_digest(model, config),
-            dtype=str(model.dtype).removeprefix("torch."),
-            **facts,
-        )
+        walked = facts_of(model)
+        return cls(**facts, **content_of(model, walked), variant=private_variant(walked))
 
 
-def tensors_digest(state: "Mapping[str, torch.Tensor]") -> str:
-    """A digest of names, shapes, dtypes and every byte of the tensors, in the order of the names; hex.
-
-    Tensors that share their storage (tied weights) are read once. Raises (kind `model`) for weights without content
-    and for anything whose content cannot be read.
+def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str, str]:
+    """The fields of a namespace that a transformers model fills, by name; `walked`: `facts_of(model)`. Cost: as `Namespace.of`, less
+    what `sums` knows.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    texts: dict[str, str] = {}
-    for name, value in state.items():
-        _flatten(str(name), value, tensors, texts)
-    identities = {
-        name: (str(value.device), value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype)) for name, value in tensors.items()
+    config = plain(model.config, leave_out=NOT_IDENTITY)
+    return {
+        "weights": tensors_digest(model.state_dict(keep_vars=True), sums),
+        "adapter": adapter_digest(model),
+        "architecture": text_digest([type(model).__name__, config, walked.modules]),
+        "rope": rope_digest(config, walked.tensors, sums),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
-    unique = {identity: tensors[name] for name, identity in identities.items()}
-    with ThreadPoolExecutor() as pool:
-        sums = dict(zip(unique, pool.map(_tensor_sum, unique.values()), strict=True))
-    whole = blake2b(digest_size=KEY_BYTES)
-    for name in sorted(identities):
-        shape, dtype = identities[name][2], identities[name][4]
-        whole.update(f"{name} {shape} {dtype}\n".encode())
-        whole.update(sums[identities[name]])
-    if texts:
-        whole.update(_text_digest(texts).encode())
-    return whole.hexdigest()
 
 
-def _flatten(name: str, value: Any, tensors: "dict[str, torch.Tensor]", texts: dict[str, str]) -> None:
-    """Sort one entry of a state dict into plain tensors and texts; raises (kind `model`) for what is neither."""
-    if hasattr(value, "__tensor_flatten__"):  # tensor subclasses, such as quantized weights, have no storage of their own
-        parts, settings = value.__tensor_flatten__()
-        texts[name] = f"{type(value).__name__} {_text_digest(settings)}"
-        for part in parts:
-            _flatten(f"{name}.{part}", getattr(value, part), tensors, texts)
-    elif hasattr(value, "data_ptr"):
-        if value.device.type == "meta":
-            raise TieredKVError(Kind.MODEL, f"namespace: {name} is on the device 'meta'; load the model's weights first")
-        if getattr(value, "is_quantized", False) or str(value.layout) != "torch.strided":
-            raise TieredKVError(Kind.MODEL, f"namespace: {name} is a tensor of {value.layout}, {value.dtype}, whose bytes cannot be read")
-        tensors[name] = value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(f"{name}.{key}", item, tensors, texts)
-    elif isinstance(value, tuple | list):
-        for number, item in enumerate(value):
-            _flatten(f"{name}.{number}", item, tensors, texts)
-    elif value is None or isinstance(value, str | bytes | int | float) or type(value).__name__ == "dtype":
-        texts[name] = f"{type(value).__name__} {value!r}"
-    else:
-        raise TieredKVError(Kind.MODEL, f"namespace: the model's state {name} is a {type(value).__name__}, whose content cannot be read")
-
-
-def _tensor_sum(tensor: "torch.Tensor") -> bytes:
-    hasher = xxhash.xxh3_128()
-    for piece in _byte_pieces(tensor):
-        hasher.update(piece)
-    return hasher.digest()
-
-
-def _byte_pieces(tensor: "torch.Tensor", piece_bytes: int = 64 << 20) -> Iterator[memoryview]:
-    import torch
-
-    flat = tensor.detach().reshape(-1).contiguous()
-    if not flat.numel():
-        return
-    for piece in flat.view(torch.uint8).split(piece_bytes):
-        yield memoryview(piece.cpu().numpy())
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary, or "" for none; hex."""
-    if tokenizer is None:
+def private_variant(walked: Facts) -> str:
+    """A name that nobody else has, for a model with foreign code; "" for one without. Says so in the log."""
+    if not walked.foreign:
         return ""
-    if not hasattr(tokenizer, "get_vocab"):
-        raise TieredKVError(Kind.CONFIG, f"tokenizer: has no get_vocab(), got {type(tokenizer).__name__}", setting="tokenizer")
-    return _text_digest(sorted(tokenizer.get_vocab().items()))
-
-
-def _text_digest(facts: Any) -> str:
-    return _digest(json.dumps(_plain(facts), sort_keys=True).encode()).hex()
-
-
-def _plain(value: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Settings as JSON knows them, the same in every process: sets sorted, keys as text, `leave_out` left out at every level."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, leave_out) for key, item in value.items() if key not in leave_out}
-    if isinstance(value, set | frozenset):  # a set's order changes from process to process
-        return sorted(str(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item, leave_out) for item in value]
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-# What says where a model came from, how it is run or what becomes of its output, not what its KV is. The class's name
-# stands for `architectures`, which a model has only once it was saved.
-_NOT_IDENTITY = (
-    *("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"),
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id"),
-    *("id2label", "label2id", "problem_type"),
-)
-_NOT_ADAPTER_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-_ADAPTER_STATE = ("active_adapter", "active_adapters", "merged_adapters", "merged", "disable_adapters", "scaling")
-
-
-def _adapter_digest(model: Any) -> str:
-    """Which adapters are active, how strongly, with their settings; their weights are part of the state dict."""
-    adapters = getattr(model, "peft_config", None)
-    if not adapters:
-        return ""
-    state = {name: facts for name, module in model.named_modules() if (facts := _adapter_state(module))}
-    return _text_digest([_plain(adapters, leave_out=_NOT_ADAPTER_IDENTITY), state])
-
-
-def _adapter_state(module: Any) -> dict:
-    """What a module says of its adapters; a method or a number of that name is something else."""
-    found = {fact: getattr(module, fact, None) for fact in _ADAPTER_STATE}
-    return {fact: value for fact, value in found.items() if isinstance(value, str | bool | list | tuple | dict)}
-
-
-def _rope_digest(model: Any, config: dict) -> str:
-    """Rotary settings and the frequencies that the model really holds (buffers that no state dict contains)."""
-    settings = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
-    buffers = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
-    return _text_digest([settings, tensors_digest(buffers)])
+    where = "; ".join(words for words, _ in walked.foreign[:FOREIGN_NAMED_MAX])
+    log.warning(
+        "the KV of this model is shared with no other worker and outlives no process, because what changes it cannot be read: %s%s",
+        where,
+        " …" if len(walked.foreign) > FOREIGN_NAMED_MAX else "",
+    )
+    return f"private {secrets.token_hex(16)}"

@@ -14,8 +14,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiered_kv import identity
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import Chain, Namespace, as_token_ids, chain_keys, tensors_digest, tokenizer_digest
+from tiered_kv.identity import tensors_digest, tokenizer_digest
+from tiered_kv.keys import Chain, Namespace, as_token_ids, chain_keys
 from tiered_kv.layout import KVLayout
 
 ROOT = bytes(range(32))
@@ -390,9 +392,9 @@ def test_adapters_count_with_settings_and_state():
 def test_a_namespace_is_the_same_in_every_process():
     """Sets in settings come in another order in every process."""
     code = (
-        "import types, torch; from tiered_kv.keys import _adapter_digest, _plain\n"
+        "import types, torch; from tiered_kv.identity import adapter_digest\n"
         "a = types.SimpleNamespace(to_dict=lambda: {'target_modules': {'q_proj', 'v_proj', 'k_proj', 'o_proj'}, 2: frozenset('abcdef')})\n"
-        "print(_adapter_digest(types.SimpleNamespace(peft_config={'x': a}, named_modules=lambda: [])))"
+        "print(adapter_digest(types.SimpleNamespace(peft_config={'x': a}, named_modules=lambda: [])))"
     )
     ran = [
         subprocess.run(
@@ -487,11 +489,9 @@ def test_tensors_made_of_others_are_read_to_the_bottom():
 
 
 def test_pieces_of_a_large_tensor_make_one_sum():
-    from tiered_kv import keys
-
     value = torch.arange(1000.0)
-    whole = b"".join(bytes(piece) for piece in keys._byte_pieces(value))
-    parts = list(keys._byte_pieces(value, piece_bytes=96))
+    whole = b"".join(bytes(piece) for piece in identity._byte_pieces(value))
+    parts = list(identity._byte_pieces(value, piece_bytes=96))
     assert whole == value.numpy().tobytes() == b"".join(bytes(piece) for piece in parts)
     assert len(parts) > 1
 

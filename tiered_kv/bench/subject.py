@@ -11,8 +11,8 @@ from tiered_kv.codecs.calibration import calibration_file
 from tiered_kv.config import user_cache
 from tiered_kv.demo.model import load_model
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.identity import tensors_digest
 from tiered_kv.integrations.transformers import check_supported
-from tiered_kv.keys import tensors_digest
 
 
 class Subject(NamedTuple):

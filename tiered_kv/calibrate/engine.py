@@ -15,9 +15,9 @@ from tiered_kv.calibrate.unit import with_units
 from tiered_kv.codecs import codec_for
 from tiered_kv.codecs.calibration import Calibration
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.identity import tensors_digest
 from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.integrations.support import check_supported
-from tiered_kv.keys import tensors_digest
 from tiered_kv.layout import KVLayout
 
 Say = Callable[[str], None]

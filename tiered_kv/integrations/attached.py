@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from tiered_kv.blocks import Fetched
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import Batch, check_batch, check_request
+from tiered_kv.integrations.modelstate import State
 from tiered_kv.integrations.transformers import CachedModel, GenerateReport
 from tiered_kv.keys import as_token_ids
 
@@ -220,6 +221,11 @@ class Door:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._through(self._plain, arguments, options)
 
+    @property
+    def stands_before(self) -> Callable | None:
+        """What was in this place of the model before (`identity.below_door`); None for the method of its class."""
+        return self._before
+
     def __deepcopy__(self, memo: dict) -> Any:
         copy = memo.get(id(self._model), self._model)
         return types.MethodType(getattr(type(copy), self._name), copy)
@@ -244,6 +250,8 @@ class Rows(NamedTuple):
     ids: list[np.ndarray]
     pads: list[int]
     found: list[Fetched]
+    state: State | None
+    """The model's state that this is KV of; None where nothing of it may be kept."""
 
     @classmethod
     def of(
@@ -253,8 +261,9 @@ class Rows(NamedTuple):
         whole = as_token_ids(input_ids.reshape(-1)).reshape(input_ids.shape)
         ends = [input_ids.shape[1]] * len(pads) if lengths is None else [a + b for a, b in zip(pads, lengths, strict=True)]
         ids = [whole[row, start:end] for row, (start, end) in enumerate(zip(pads, ends, strict=True))]
-        found = [cached.found(each) if fetch else cached.nothing() for each in ids]
-        return cls(cached, input_ids.shape[1], ids, pads, found)
+        state = cached.ready()
+        found = [cached.found(each) if fetch and state else cached.nothing() for each in ids]
+        return cls(cached, input_ids.shape[1], ids, pads, found, state)
 
     def common(self, most: int) -> int:
         """Columns, `most` at most, that nobody has to compute."""
@@ -279,6 +288,8 @@ class Rows(NamedTuple):
 
     def store(self, cache: DynamicCache, copies: int = 1) -> None:
         """Keep the whole blocks of the prompts that were not found."""
+        if self.state is None or not self.state.watch.is_unwritten():
+            return
         for row, (ids, pads, each) in enumerate(zip(self.ids, self.pads, self.found, strict=True)):
             start, held = each.tokens, cache.get_seq_length()
             if start < len(ids) and pads + len(ids) <= held:

@@ -15,8 +15,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 
-PROBE_TOKENS = 5
-PROBE_PREFIX_TOKENS = 3
+PROBE_TOKENS = 8
+PROBE_PREFIX_TOKENS = 5
+PROBE_STRIDE = 7919
+"""The ids of a run of a few tokens are so far apart, modulo the vocabulary: they are the same in every process."""
 # How far two ways of computing the same KV may lie apart, relative to its norm; a wrong position moves keys by 0.3 and more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2}
 _TOLERANCE_ELSE = 0.2
@@ -46,13 +48,23 @@ def check_supported(model: Any, *, generates: bool = True) -> CacheShape:
     """The shape of the model's cache, if its KV can be reused; else `TieredKVError` (kind `model`) that says why not.
 
     `generates` False: also a decoder without a language head, such as `AutoModel` makes; it is run by its forward.
-    Cost: three runs of the model on at most five tokens. No random number is drawn, no state of the model changes.
+    Cost: three runs of the model on at most eight tokens. No random number is drawn, no state of the model changes.
     """
+    return examine(model, generates=generates)[0]
+
+
+def examine(model: Any, *, generates: bool = True) -> tuple[CacheShape, DynamicCache]:
+    """As `check_supported`, at the same cost; returns also the KV that the model computed of the few tokens it was run with."""
     for check in _CHECKS:
         reason = check(model) if generates or check is not _cannot_generate else None
         if reason:
             raise _refusal(model, reason)
-    return _probe(model, _one_step if model.can_generate() else _one_forward)
+    with torch.random.fork_rng(_cuda_devices(model)):
+        return _probe(model, _one_step if model.can_generate() else _one_forward)
+
+
+def _cuda_devices(model: Any) -> list[torch.device]:
+    return list({each.device for each in model.parameters() if each.device.type == "cuda"})
 
 
 def _refusal(model: Any, reason: str) -> TieredKVError:
@@ -164,9 +176,9 @@ _CHECKS: tuple[Callable[[Any], str | None], ...] = (
 Step = Callable[[Any, torch.Tensor, DynamicCache], tuple[torch.Tensor, DynamicCache]]
 
 
-def _probe(model: Any, step: Step) -> CacheShape:
-    """Run five tokens at once and as three plus two, and compare what the cache holds."""
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+def _probe(model: Any, step: Step) -> tuple[CacheShape, DynamicCache]:
+    """Run eight tokens at once and as five plus three, and compare what the cache holds."""
+    ids = (1 + PROBE_STRIDE * torch.arange(PROBE_TOKENS, device=model.device))[None] % model.config.vocab_size
     try:
         whole_logits, whole = step(model, ids, DynamicCache(config=model.config))
         _, prefix = step(model, ids[:, :PROBE_PREFIX_TOKENS], DynamicCache(config=model.config))
@@ -183,7 +195,7 @@ def _probe(model: Any, step: Step) -> CacheShape:
         _check_close(model, a.keys, b.keys, tolerance, f"the keys of layer {number}")
         _check_close(model, a.values, b.values, tolerance, f"the values of layer {number}")
     _check_close(model, whole_logits, parts_logits, tolerance, "the logits")
-    return shape
+    return shape, whole
 
 
 def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:

@@ -17,6 +17,7 @@ from tiered_kv.blocks import Fetched, Hint, Stored
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import check_request
+from tiered_kv.integrations.modelstate import ModelState, State
 from tiered_kv.integrations.support import CacheShape, check_supported, layout_of
 from tiered_kv.keys import as_token_ids
 from tiered_kv.layout import KVLayout
@@ -102,8 +103,9 @@ class GenerateReport:
 class CachedModel:
     """A model whose `generate` starts from the longest prefix that the cluster has, and keeps what it computed.
 
-    The output is that of `model.generate`; in half precision, as with any reused prefix, up to rounding. The weights
-    must not change while it is in use. A client that fails costs the reuse, never the request.
+    The output is that of `model.generate`; in half precision, as with any reused prefix, up to rounding. A client that fails costs
+    the reuse, never the request. A model that changes (weights, adapters, hooks, settings) gets another namespace at the next request,
+    and the one before when it is as before; what cannot be seen is in `integrations.watch`.
     """
 
     def __init__(
@@ -119,6 +121,11 @@ class CachedModel:
             raise TieredKVError(
                 Kind.LAYOUT, f"the client is of another model: its layout is {client.layout.spec}, the model's {self._layout.spec}"
             )
+        self.reshaped = False
+        """Whether the model's KV has another layout by now than the client's."""
+        followed = getattr(client, "followed", None)
+        is_of_this = isinstance(followed, ModelState) and followed.model is model
+        self._state = followed if is_of_this else ModelState(model, getattr(client, "namespace", None), self._shape)
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()
@@ -163,7 +170,8 @@ class CachedModel:
         self, prompt: torch.Tensor, arguments: dict[str, Any], scratch: torch.Tensor | None, begun_s: float
     ) -> tuple[Any, GenerateReport]:
         ids = as_token_ids(prompt)
-        fetched = self._fetch(ids, scratch)
+        state = self.ready()
+        fetched = self._fetch(ids, scratch) if state else self.nothing()
         reused = min(fetched.tokens, len(ids) - 1)  # the last token has to run: its logits choose the first new one
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
@@ -174,7 +182,9 @@ class CachedModel:
             self.client.note_prefill(len(ids) - reused, first.seen_s - fetched_s)
         sequence = as_token_ids(output if isinstance(output, torch.Tensor) else output.sequences)
         stop = len(sequence) if self._store_generated else len(ids)
-        stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)))
+        stored = Stored(0, 0, 0)
+        if state and state.watch.is_unwritten():
+            stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)))
         report = GenerateReport(
             prompt_tokens=len(ids),
             reused_tokens=reused,
@@ -192,6 +202,16 @@ class CachedModel:
     def shape(self) -> CacheShape:
         """What the model's cache looks like."""
         return self._shape
+
+    def ready(self) -> State | None:
+        """Have the client work under the namespace of the model as it is now; None where this request must run without the cache."""
+        try:
+            state = self._state.adopt(self.client)
+        except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
+            self._log_once("check of the model", error)
+            return None
+        self.reshaped = state is not None and state.shape != self._shape
+        return None if self.reshaped else state
 
     def found(self, ids: np.ndarray) -> Fetched:
         """The longest prefix of a prompt that the cache has, in memory of its own; nothing where the cache fails."""

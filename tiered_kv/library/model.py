@@ -1,24 +1,23 @@
 """A transformers model with a cache of this process attached: `model.generate` and `model(...)` are called as before."""
 
-import os
 import threading
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch.utils.weak import WeakIdRef
 
 from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.identity import tokenizer_digest
 from tiered_kv.integrations.attached import Attachment
+from tiered_kv.integrations.modelstate import ModelState
 from tiered_kv.integrations.rope import rope_of_model
-from tiered_kv.integrations.support import check_supported
 from tiered_kv.integrations.transformers import CachedModel, GenerateReport
 from tiered_kv.keys import Namespace
 from tiered_kv.library.cache import BaseKVCache
 from tiered_kv.library.config import CacheMode, KVCacheConfig
+from tiered_kv.service.probes import Probe, ProbeBook
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class TransformersKVCache:
         self._tokenizer = tokenizer
         self._clock = clock
         self._lock = threading.Lock()
-        self._weights: tuple | None = None
+        self._probes = ProbeBook()
+        self._state: ModelState | None = None
         self._cached: CachedModel | None = None
         if model is not None:
             self.bind(model)
@@ -78,12 +78,11 @@ class TransformersKVCache:
 
     def _detect(self) -> None:
         model, config = self.model, getattr(self.model, "config", None)
-        shape = check_supported(model, generates=False)
-        weights = _weights_of(model)
-        self.cache.layout = shape.layout(self.config.block_tokens)
-        self.cache.namespace = Namespace.of(model, self._tokenizer)
-        if _hooks_of(model):  # what they do to KV is in no weight: nobody else, and no checkpoint, may have the same namespace
-            self.cache.namespace = replace(self.cache.namespace, adapter=f"{self.cache.namespace.adapter} hooks {os.urandom(16).hex()}")
+        if self._state is None or self._state.model is not model:
+            self._state = ModelState(model, generates=False)
+        namespace = self._state.as_namespace(tokenizer=tokenizer_digest(self._tokenizer))
+        shape = self._state.now().shape
+        self.cache.layout, self.cache.namespace = shape.layout(self.config.block_tokens), namespace
         self.cache.rope = rope_of_model(model)
         self.facts = ModelFacts(
             num_layers=shape.layers,
@@ -94,21 +93,21 @@ class TransformersKVCache:
             dtype=self.cache.layout.dtype,
         )
         stores_generated = self.config.cache_mode is not CacheMode.BULK
-        client = _Fresh(self.cache.client, self.cache.layout)
+        client = _Fresh(self.cache, self._state, self._probes)
+        self._state.adopt(client)
         self._cached = CachedModel(model, client, store_generated=stores_generated, shape=shape, clock=self._clock)
-        self._weights = weights
 
     def _serving(self) -> CachedModel:
-        """The model with the client of its present weights."""
+        """The model with a client of its present layout."""
         with self._lock:
-            if self._weights != _weights_of(self.model):
+            if self._cached.reshaped:
                 self.attachment.straight(self._detect)
             return self._cached
 
     def refresh(self) -> None:
         """Look at the model's weights again, after a change that cannot be seen."""
         with self._lock:
-            self._weights = None
+            self._state.forget()
 
     # Attaching
 
@@ -224,42 +223,32 @@ class ModelCacheWrapper:
 class _Fresh:
     """A client that is looked for at each call: memory is taken at the first one, and again after `clear`."""
 
-    def __init__(self, client: Callable[[], Any], layout: Any) -> None:
-        self._client = client
-        self.layout = layout
+    def __init__(self, cache: BaseKVCache, followed: ModelState, probes: ProbeBook) -> None:
+        self._cache = cache
+        self._probes = probes
+        self.followed = followed
+        self.layout = cache.layout
+
+    @property
+    def namespace(self) -> Namespace:
+        """The cache's."""
+        return self._cache.namespace
+
+    def use(self, namespace: Namespace) -> None:
+        """Later calls find and keep what is of this namespace."""
+        self._cache.namespace = namespace
+
+    def variant_of(self, namespace: Namespace, probe: Probe) -> str:
+        """As the client's, among the states that this model has had."""
+        return self._probes.match(namespace.root(self.layout), probe)
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """As the client's; a cache that was closed meanwhile is no error of the request."""
         with suppress(TieredKVError):
-            self._client().note_prefill(tokens, seconds)
+            self._cache.client().note_prefill(tokens, seconds)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._client(), name)
-
-
-def _weights_of(model: Any) -> tuple:
-    """What changes when weights are written or replaced, adapters switched, or hooks set: no pass over them, 5 µs a tensor.
-
-    Tensors are named by weak references, for one that is gone may leave its address to another.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    adapters = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
-    states = ((WeakIdRef(each), each.data_ptr(), each.dtype, 0 if each.is_inference() else each._version) for each in tensors)
-    return (str(adapters), _hooks_of(model), *states)
-
-
-_HARMLESS = ("torch.", "transformers.", "accelerate.")
-
-
-def _hooks_of(model: Any) -> tuple[int, ...]:
-    """Which hooks of other people's code run when the model's modules do. Those of the frameworks do not change what weights compute."""
-    return tuple(
-        number
-        for module in model.modules()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        for number, hook in hooks.items()
-        if not str(getattr(hook, "__module__", "")).startswith(_HARMLESS)
-    )
+        return getattr(self._cache.client(), name)
 
 
 @contextmanager

@@ -43,15 +43,14 @@ def client_of(
     Raises as `Coder.introduce`, where the node's settings ask for what the model does not have, and where a calibration that is
     needed cannot be read.
     """
-    facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
-    root = namespace.root(layout)
 
     def knock(info: dict, wait_s: float) -> Session:
         return connect() if connect else SocketSession(f"{info['directory']}/sock", wait_s)
 
-    def introduce(session: Session) -> None:
+    def introduce(session: Session, namespace: Namespace) -> None:
         """Tell the node of the model, also after it was restarted."""
-        told = session.introduce(root, facts.as_message())
+        facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
+        told = session.introduce(namespace.root(layout), facts.as_message())
         if told["calibration"]:  # without it nothing could be read
             registered(told["calibration"])
 
@@ -60,12 +59,17 @@ def client_of(
         view = NodeView.open(told["directory"]) if present else NodeView.vacant(told["directory"])
         seen = {"has_device": bool(present and present["has_device"]), "verifies": told.get("verify_host", False)}
         source = BlockSource(view, _segments(present), layout, **seen)
-        pool = SessionPool(lambda wait_s: knock(told, wait_s), view, clock or SystemClock(), introduce)
-        return NodeAccess(told, view, source, BlockWriter(layout, root, source), pool)
+        pool = SessionPool(
+            lambda wait_s: knock(told, wait_s),
+            view,
+            clock or SystemClock(),
+            greet=lambda session: introduce(session, client.namespace),
+        )
+        return NodeAccess(told, view, source, BlockWriter(layout, source), pool)
 
     find = find or (lambda: _in_its_place(info))
     holder = AccessHolder(access_of(info), find, knock, access_of, in_background=connect is None)
-    client = Client(layout, namespace, holder, clock=clock, on_close=on_close)
+    client = Client(layout, namespace, holder, introduce, clock=clock, on_close=on_close)
     try:
         client.greet(GREET_WITHIN_S, must_answer)
     except BaseException:

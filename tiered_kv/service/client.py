@@ -6,11 +6,13 @@ contract (kinds `tokens`, `layout`) or use a closed client (`closed`).
 """
 
 import logging
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 
@@ -25,16 +27,20 @@ from tiered_kv.service.access import AccessHolder, NodeAccess
 from tiered_kv.service.pool import SessionPool
 from tiered_kv.service.reading import BlockSource, Found
 from tiered_kv.service.savings import Savings
+from tiered_kv.service.session import Session
 from tiered_kv.service.writing import BlockWriter, LayerPairs
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tiered_kv.service.probes import Probe
 
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """How long `match`, `explain`, `stats` and hints wait for an answer at most; less where the setting `fetch_deadline_ms` is less."""
+EPOCH_BITS = 63
 LABELS = {tier.value: tier.label for tier in Tier}
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -54,6 +60,14 @@ def _while_open(method: Callable) -> Callable:
     return guarded
 
 
+class Names(NamedTuple):
+    """What a client works under at one moment; every call reads it once, so that a change meets later calls only."""
+
+    namespace: Namespace
+    root: BlockKey
+    keys: Callable[["np.ndarray"], list[BlockKey]]
+
+
 class Client:
     """Fetches and stores the KV of token prefixes, in the blocks of one layout under one namespace.
 
@@ -66,28 +80,31 @@ class Client:
         layout: KVLayout,
         namespace: Namespace,
         holder: AccessHolder,
+        introduce: Callable[[Session, Namespace], None] = lambda session, namespace: None,
         *,
         clock: Clock | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
-        self.namespace = namespace
-        chain = namespace.chain(layout)
-        self._root = chain.root
+        self.followed: object | None = None
+        """What follows the state of the model that the client was attached to (`integrations.modelstate`)."""
+        self._timed: Callable[[str, Callable], Callable] = lambda _, function: function
+        self._names = self._names_of(namespace)
+        self._introduce = introduce
         self._holder = holder
         self._clock = clock or SystemClock()
-        self._hash = chain.keys
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
         self._savings = Savings()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._closed = False
         self._warn_again_s = float("-inf")
         forking.register(self)
 
     def after_fork(self) -> None:
         """In a child process: a thread of the parent may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
 
     @property
     def _source(self) -> BlockSource:
@@ -139,8 +156,8 @@ class Client:
         `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
         """
         begun_s = self._clock.now_s()
-        keys, access = self._keys(token_ids), self._holder.take()
-        source = access.source
+        names, access = self._names, self._holder.take()
+        keys, source = self._keys(token_ids, names), access.source
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
             self.layout.check_kv(out, room, "out")
@@ -153,7 +170,7 @@ class Client:
             found = self._bring(access, keys, hidden, deadline_s)
         local = len(found)
         if local < len(keys) and source.peers:
-            found = found + self._pull(access, keys, local, deadline_s)
+            found = found + self._pull(access, names.root, keys, local, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
@@ -189,7 +206,8 @@ class Client:
         deadline_s = begun_s + access.store_wait_s
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
-        keys = self._hash(ids)
+        names = self._names
+        keys = names.keys(ids)
         kv = access.writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
         shown = access.source.lookup_all(keys)
@@ -199,7 +217,7 @@ class Client:
             while missing:
                 wait_s = max(deadline_s - self._clock.now_s(), 0.0)
                 with access.pool.session(wait_s) as session:
-                    taken, added = access.writer.write(session, keys, missing, kv, start, wait_s)
+                    taken, added = access.writer.write(session, names.root, keys, missing, kv, start, wait_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]
                 if not taken or self._clock.now_s() >= deadline_s:
@@ -262,6 +280,43 @@ class Client:
         own |= self._savings.stats()
         return own | {"node_calls": self._holder.calls, "retries": self._holder.retries}
 
+    @property
+    def namespace(self) -> Namespace:
+        """What later calls work under."""
+        return self._names.namespace
+
+    def use(self, namespace: Namespace) -> None:
+        """Work under another namespace, of the same layout, from the next call on; calls under way finish under the one before.
+
+        Raises what the node's settings have against its model, and then changes nothing. Cost: a call of some 50 µs.
+        """
+        self._check_open()
+        with self._turn:
+            access = self._holder.take()
+            try:
+                with access.pool.session(_question_s(access)) as session:
+                    self._introduce(session, namespace)
+            except TieredKVError as error:
+                if error.kind is not Kind.TRANSPORT:
+                    raise
+                self._degraded("change of namespace", error)  # the next session introduces it
+            self._names = self._names_of(namespace)
+
+    def new_epoch(self, epoch: int | None = None) -> int:
+        """Move to another epoch of the namespace, after a change of the model that cannot be seen; returns its number.
+
+        `epoch`: a number of the caller's, such as the training step: workers that give the same one share. Without it a random one,
+        which nobody else has. What was stored before is not met again, unless that number comes back.
+        """
+        number = secrets.randbits(EPOCH_BITS) if epoch is None else epoch
+        self.use(replace(self.namespace, epoch=number))
+        return number
+
+    def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
+        """Which variant of a namespace a model with this probe belongs to; None while the node does not answer. One call."""
+        root, access = namespace.root(self.layout), self._holder.take()
+        return self._ask(access, lambda session: session.probe(root, list(probe)), None, _question_s(access))
+
     def measure(self, timed: Callable[[str, Callable], Callable]) -> None:
         """From now on run each stage's function as `timed(stage, function)` gives it (`service.profile`); once, before any use."""
 
@@ -269,7 +324,8 @@ class Client:
             access.writer.write = timed("store", access.writer.write)
             access.source.measure(timed)
 
-        self._hash = timed("hash", self._hash)
+        self._timed = timed
+        self._names = self._names_of(self.namespace)
         self._holder.dress = dress
         dress(self._holder.present)
 
@@ -291,9 +347,13 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keys(self, token_ids: TokenIds) -> list[BlockKey]:
+    def _names_of(self, namespace: Namespace) -> Names:
+        chain = namespace.chain(self.layout)
+        return Names(namespace, chain.root, self._timed("hash", chain.keys))
+
+    def _keys(self, token_ids: TokenIds, names: Names | None = None) -> list[BlockKey]:
         self._check_open()
-        return self._hash(as_token_ids(token_ids))
+        return (names or self._names).keys(as_token_ids(token_ids))
 
     def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
         """What can be found after the node was asked for blocks that only it can read."""
@@ -302,12 +362,12 @@ class Client:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
-    def _pull(self, access: NodeAccess, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
+    def _pull(self, access: NodeAccess, root: BlockKey, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
         wait_s = deadline_s - self._clock.now_s()
         if wait_s <= 0:
             return []
         tail, rest = keys[local - 1] if local else None, keys[local:]
-        asked = (self._root, self.layout.block_bytes, tail, rest, local, wait_s)
+        asked = (root, self.layout.block_bytes, tail, rest, local, wait_s)
         count = self._ask(access, lambda session: session.pull(*asked), None, wait_s)
         return access.source.find(rest[:count])  # all of them where there was no answer in time: some may be here by now
 

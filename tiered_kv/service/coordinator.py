@@ -12,6 +12,7 @@ from tiered_kv.clock import Clock
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy.reuse import merge_statistics
 from tiered_kv.service.directory import Directory
+from tiered_kv.service.probes import Probe, ProbeBook, Variants
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ LOST_MAX = 1024
 class Report(NamedTuple):
     """What a node tells with a heartbeat. `number` counts the node's reports; a gap means that one was lost.
 
-    `statistics`: what its policy has counted, now and then; None in between, and of a policy that learns nothing.
+    `statistics`: what its policy has counted, now and then; None in between, and of a policy that learns nothing. `probes`: those
+    that it knows, with number 0.
     """
 
     node: str
@@ -32,6 +34,7 @@ class Report(NamedTuple):
     info: dict
     stats: dict
     statistics: bytes | None = None
+    probes: list[tuple[BlockKey, Variants]] | None = None
 
 
 class Answer(NamedTuple):
@@ -69,9 +72,12 @@ class Coordinator:
         self._lost: dict[str, float] = {}  # nodes taken for gone, and when they were last heard of
         self._directory = Directory()
         self._lock = threading.Lock()
+        self._probes = ProbeBook()
 
     def report(self, report: Report) -> Answer:
         """Take a node's heartbeat. Number 0 is a whole inventory and begins anew; after a gap one is asked for."""
+        for root, variants in report.probes or ():
+            self._probes.adopt(root, variants)
         is_teaching = report.statistics is not None and _are_statistics(report)
         answer = self._take(report, is_teaching)
         if not is_teaching or answer.resync:
@@ -104,6 +110,12 @@ class Coordinator:
         with self._lock:
             self._drop_silent()
             return self._directory.locate(keys, asking)
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        """The variants of a root, of which one is within the tolerance of `probe`; `known`: those that the asking node knows."""
+        self._probes.adopt(root, known)
+        self._probes.match(root, probe)
+        return self._probes.variants(root)
 
     def nodes(self) -> list[dict]:
         """One record a live node: its info, figures, and the age of its last report in seconds."""

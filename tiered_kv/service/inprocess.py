@@ -19,6 +19,7 @@ from tiered_kv.service.client import Client
 from tiered_kv.service.coordinator import Answer, Coordinator, Report
 from tiered_kv.service.link import FramePieces
 from tiered_kv.service.node import Node
+from tiered_kv.service.probes import Probe, Variants
 
 
 class InProcessCluster:
@@ -83,6 +84,10 @@ class InProcessLink:
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         self._reach("coordinator")
         return self._cluster.coordinator.locate(self._node_id, keys)
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        self._reach("coordinator")
+        return self._cluster.coordinator.probe(root, known, probe)
 
     def request(self, node: str, keys: list[BlockKey]) -> "InProcessTransfer":
         self._reach(node)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Answer, Report
+from tiered_kv.service.probes import Probe, Variants
 
 HUNG_AFTER_S = 0.05
 """A node that has not answered at all for so long may hang."""
@@ -40,6 +41,9 @@ class Link(Protocol):
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         """Ask the coordinator which nodes hold the leading keys; waits at most `wait_s` for its answer."""
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        """Ask the coordinator for the variants of a root, of which one agrees with `probe`; `known`: those known here."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Begin to fetch blocks from another node; returns at once."""

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -31,7 +31,7 @@ _LENGTH = struct.Struct("<I")
 MESSAGE_BYTES_MAX = 64 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "stats"})
+METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
 
 GRACE_S = 0.03
 """So much later than its deadline a call ends if the node does not answer: its way there and back on a machine that is busy."""
@@ -281,6 +281,9 @@ class SocketSession:
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         return self._call("locate", keys, wait_s, wait_s=wait_s, check=lambda nodes: answers.are_names(nodes, len(keys)))
+
+    def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
+        return self._call("probe", root, probe)
 
     def stats(self) -> dict:
         return self._call("stats")

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
@@ -24,6 +25,7 @@ from tiered_kv.service.nodesession import NodeSession
 from tiered_kv.service.packed import Packed, runs_of_packed
 from tiered_kv.service.place import Place
 from tiered_kv.service.policies import history_of, policy_of
+from tiered_kv.service.probes import NodeProbes
 from tiered_kv.service.pull import Puller
 from tiered_kv.service.recorder import ObservedHistory
 from tiered_kv.service.recording import Recorded, Recording
@@ -74,6 +76,7 @@ class Node:
         self.engine.handle(self.place.restore())
         self.seals = Seals(self.engine, self.place)
         self.directory = self.place.directory
+        self.probes = NodeProbes(self._lasting_folders(), link.probe if link else None)
         self.saving, self.filling = Saving(self), Filling(self)
         self._checkpoint_steps = self.saving.steps() | self.filling.steps()
         self._sessions: dict[NodeSession, None] = {}
@@ -458,12 +461,18 @@ class Node:
             describe=lambda: (self.info(), self.stats()),
             set_peers=self.place.index.set_peers,
             learning=self._learning,
+            probes=self.probes.book.everything,
             clock=self._clock,
         )
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
         forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
         return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
+
+    def _lasting_folders(self) -> list[Path]:
+        """Where a file outlives this node as long as its blocks do."""
+        disk = self.place.disk
+        return [self.directory, *([Path(disk.folder)] if disk and self.place.keeps_disk else [])]
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:

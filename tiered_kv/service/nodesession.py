@@ -1,7 +1,7 @@
 """One worker's session as the node serves it: checks what the worker says, and keeps what it has reserved."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.packed import Packed
+from tiered_kv.service.probes import Probe
 from tiered_kv.service.session import PROTOCOL, Life
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ class NodeSession:
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         return self._node.locate(keys, _seconds(wait_s))
+
+    def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
+        _check_chain(root, [])
+        return self._node.probes.match(root, Probe.of_message(probe))
 
     def stats(self) -> dict:
         return self._node.stats()

@@ -10,6 +10,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Report
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import Link
+from tiered_kv.service.probes import Variants
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Reporter:
         describe: Callable[[], tuple[dict, dict]],
         set_peers: Callable[[int], None],
         learning: Learning,
+        probes: Callable[[], list[tuple[BlockKey, Variants]]],
         clock: Clock,
     ) -> None:
         self._link = link
@@ -46,6 +48,7 @@ class Reporter:
         self._describe = describe
         self._set_peers = set_peers
         self._learning = learning
+        self._probes = probes
         self._clock = clock
         self._teach_again_s = float("-inf")
         self._number = 0
@@ -103,7 +106,8 @@ class Reporter:
         now_s = self._clock.now_s()
         due = number > 0 and now_s >= self._teach_again_s  # not with an inventory: that is tried again and again without a coordinator
         statistics = self._learning.statistics() if due else None
-        answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics))
+        probes = None if number else self._probes()  # a coordinator that lost count may have lost them
+        answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics, probes))
         self.reachable = True
         self._number = number + 1
         self._set_peers(answer.peers)

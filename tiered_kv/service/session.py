@@ -3,6 +3,7 @@
 Reservations belong to their session and end with it, at the latest when its worker dies.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
@@ -70,6 +71,9 @@ class Session(Protocol):
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
+
+    def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
+        """Leave the `Probe` of a model whose namespace has this root; the variant of the namespace that it belongs to, "" the first."""
 
     def stats(self) -> dict:
         """The node's figures."""

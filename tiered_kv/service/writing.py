@@ -15,9 +15,8 @@ from tiered_kv.service.session import Session
 class BlockWriter:
     """Packs KV of one layout into the extents that a session reserves."""
 
-    def __init__(self, layout: KVLayout, root: BlockKey, source: BlockSource) -> None:
+    def __init__(self, layout: KVLayout, source: BlockSource) -> None:
         self._layout = layout
-        self._root = root
         self._source = source
 
     def checked(self, kv: torch.Tensor | LayerPairs, tokens: int, start: int) -> torch.Tensor | LayerPairs:
@@ -42,9 +41,19 @@ class BlockWriter:
                 layout.check_part(heads, (layout.kv_heads, tokens, layout.head_dim), f"kv: the {name} of layer {layer}")
 
     def write(
-        self, session: Session, keys: list[BlockKey], missing: list[int], kv: torch.Tensor | LayerPairs, start: int, wait_s: float
+        self,
+        session: Session,
+        root: BlockKey,
+        keys: list[BlockKey],
+        missing: list[int],
+        kv: torch.Tensor | LayerPairs,
+        start: int,
+        wait_s: float,
     ) -> tuple[int, int]:
-        """Store as many of the `missing` blocks, in their order, as there is room for within `wait_s`: (taken, newly visible)."""
+        """Store as many of the `missing` blocks below `root`, in their order, as there is room for within `wait_s`.
+
+        Returns how many were taken, and how many of these are newly visible.
+        """
         nbytes = self._layout.block_bytes
         tail = keys[missing[0] - 1] if missing[0] else None
         if not self._source.live:  # nobody reads these files any more
@@ -62,7 +71,7 @@ class BlockWriter:
                 (keys[block], keys[block - 1] if block else None, offset, block, *self._source.digest(offset, nbytes))
                 for block, offset in zip(taken, offsets, strict=True)
             ]
-            added = session.commit(self._root, nbytes, blocks)
+            added = session.commit(root, nbytes, blocks)
         return len(added), sum(added)
 
     def _pack(self, taken: list[int], offsets: list[int], kv: torch.Tensor | LayerPairs, start: int) -> None:

@@ -73,11 +73,12 @@ def test_conversion_refuses_what_is_not_there():
 @pytest.mark.parametrize("tokens", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1, 4 * BLOCK - 1])
 def test_reuse_changes_no_token_and_hardly_a_logit(family, tokens):
     model = tiny(family)
-    cached, _ = served(model, store_generated=False)
     prompt = prompt_of(tokens)
     wanted = dict(GREEDY, return_dict_in_generate=True, output_logits=True)
     plain = model.generate(prompt, **wanted)
     runs = tokens_run(model)
+    cached, _ = served(model, store_generated=False)
+    runs.clear()
     cold = cached.generate(prompt, **wanted)
     assert runs == [tokens, 1, 1, 1, 1]
     assert cached.last_report.stored == Stored(tokens // BLOCK, 0, 0)
@@ -195,11 +196,11 @@ def test_the_policy_is_told_how_long_the_answer_was():
 def test_the_report_measures_the_first_token_and_the_fetch():
     model = tiny()
     clock = ManualClock()
+    model.register_forward_pre_hook(lambda module, args: clock.advance(1.0))
     cached, client = served(model, clock=clock)
     fetch, store = client.fetch, client.store
     client.fetch = lambda ids, out=None: clock.advance(0.5) or fetch(ids)
     client.store = lambda *given, **named: clock.advance(4.0) or store(*given, **named)
-    model.register_forward_pre_hook(lambda module, args: clock.advance(1.0))
     _, report = cached.run(prompt_of(BLOCK), **GREEDY)
     assert (report.seconds_fetch, report.seconds_to_first_token, report.seconds_store) == (0.5, 1.5, 4.0)
     assert cached.last_report is None

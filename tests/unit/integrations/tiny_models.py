@@ -5,6 +5,7 @@ import transformers
 
 from tiered_kv.blocks import Fetched, Stored
 from tiered_kv.keys import Namespace, as_token_ids
+from tiered_kv.service.probes import ProbeBook
 
 VOCAB = 97
 SIZES = dict(
@@ -47,10 +48,17 @@ class DictClient:
 
     def __init__(self, model, layout, namespace=None):
         self.layout = layout
-        self.chain = (namespace or Namespace.of(model)).chain(layout)
+        self.probes = ProbeBook()
+        self.use(namespace or Namespace.of(model))
         self.blocks = {}
         self.prefills = []
         self.hints = []
+
+    def use(self, namespace):
+        self.namespace, self.chain = namespace, namespace.chain(self.layout)
+
+    def variant_of(self, namespace, probe):
+        return self.probes.match(namespace.root(self.layout), probe)
 
     def note_prefill(self, tokens, seconds):
         self.prefills.append((tokens, seconds))

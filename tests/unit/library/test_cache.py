@@ -240,7 +240,7 @@ def test_off_a_profile_is_not_there(make) -> None:
     cache = make()
     cache.store(range(8), kv_of(8))
     client = cache.client()
-    assert not hasattr(client._hash, "__wrapped__")
+    assert not hasattr(client._names.keys, "__wrapped__")
     assert "find" not in vars(client._source)
     assert "write" not in vars(client._writer)
     with pytest.raises(TieredKVError, match="enable_profiling is off"):

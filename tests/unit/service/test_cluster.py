@@ -289,7 +289,7 @@ def test_a_block_of_another_size_under_the_right_key_is_refused(cluster, clients
     cluster.report_all()
     session = cluster.nodes["n1"].open_session()
     keys = [bytes.fromhex(record.key) for record in here.explain(TOKENS)]
-    assert session.pull(here._root, 512, None, keys, 0, 5.0) == 0
+    assert session.pull(NAMESPACE.root(LAYOUT), 512, None, keys, 0, 5.0) == 0
     session.close()
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
     check_nodes(cluster)

@@ -140,7 +140,7 @@ def test_lossy_bytes_that_are_raw_again_still_carry_their_error(attached, tmp_pa
     key = next(key for key in node.engine.machine.blocks if key.hex() == client.explain(tokens_of(path, LAYOUT))[1].key)
     location = node.engine.machine.blocks[key].copies[Tier.HOST]
     assert 0 < node.place.host.lineage(location.offset).error <= BOUND["int4"]
-    copy = ev.Copy(key, client._root, None, location, Tier.OBJECTS, depth=1)
+    copy = ev.Copy(key, client.namespace.root(client.layout), None, location, Tier.OBJECTS, depth=1)
     assert node.place.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
 
 
