@@ -160,7 +160,7 @@ class ModelState:
         if variant:
             log.warning(
                 "this model computes other KV from a few fixed tokens than the first worker of its namespace did, by more than rounding,"
-                " although weights, settings and classes are equal: its KV is shared only with workers whose KV agrees with it (variant %s)",
+                " although weights, settings and classes are equal; its KV is shared with workers whose KV agrees with it (variant %s)",
                 variant,
             )
 

@@ -85,7 +85,7 @@ def test_models_that_look_equal_and_compute_other_kv_never_share(nodes, cluster,
     """A class whose code is another in one process, as after an update of a package: nothing but the probe can see that."""
     plain, other, third = tiny(), tiny(), tiny()
     first = attached(cluster, nodes[0], plain, checked)
-    wanted, reused = answers(plain, first)
+    _, reused = answers(plain, first)
     assert reused == 0
     cluster.report_all()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
