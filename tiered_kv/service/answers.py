@@ -71,6 +71,10 @@ def _is_introduction(answer: Any) -> bool:
     return "calibration" in answer and type(answer["calibration"]) in (str, type(None))
 
 
+def _is_text(answer: Any) -> bool:
+    return type(answer) is str
+
+
 def _is_nothing(answer: Any) -> bool:
     return answer is None
 
@@ -80,6 +84,7 @@ _KINDS = frozenset(kind.value for kind in Kind)
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "hello": _is_hello,
     "introduce": _is_introduction,
+    "probe": _is_text,
     "release": _is_nothing,
     "doubt": _is_nothing,
     "bring": _is_nothing,

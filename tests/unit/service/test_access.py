@@ -69,7 +69,7 @@ def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> N
     session = node.open_session()
     client._source._view._header[7] = 2  # the state: closed
     with pytest.raises(TieredKVError, match="closed the files") as refusal:
-        client._holder.present.writer.write(session, [bytes(32)], [0], KV, 0, 1.0)
+        client._holder.present.writer.write(session, bytes(32), [bytes(32)], [0], KV, 0, 1.0)
     assert refusal.value.kind is Kind.TRANSPORT
     session.close()
     client._source._view._header[7] = 1
