@@ -162,7 +162,7 @@ class Calibration:
             raise TieredKVError(Kind.CONFIG, message, path=str(path))
         body = memoryview(data)[:-DIGEST_BYTES]
         if blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
-            message = f"{path}: the checksum of the calibration file does not match; run: tiered-kv calibrate MODEL"
+            message = f"{path}: the calibration file is damaged (checksum mismatch); run: tiered-kv calibrate MODEL"
             raise TieredKVError(Kind.CORRUPT, message, path=str(path))
         try:
             return cls._unpacked(body[_HEAD.size : _HEAD.size + meta_bytes], body[_HEAD.size + meta_bytes :])
