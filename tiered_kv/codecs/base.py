@@ -32,8 +32,8 @@ def byte_view(buffer: Buffer) -> memoryview:
 class Encoded:
     """The result of encoding a block: a payload, and the codec that decodes it.
 
-    `codec` is not the codec that was asked to encode if that one fell back to another. `fell_back` then gives the reason in a word
-    ("opaque", "error", "no gain", "domain"); otherwise it is empty.
+    A codec may fall back to another one. `codec` is then that other codec, and `fell_back` gives the reason: "opaque", "error",
+    "no gain" or "domain". Without a fallback, `fell_back` is empty.
     `error` is the block's total relative mean squared error, including that of earlier lossy codecs.
     """
 
@@ -87,7 +87,10 @@ class Codec(ABC):
 
     @classmethod
     def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
-        """Returns the codec for blocks of a layout (None: unknown) and for the model's RoPE (see `rotation`), if it uses that."""
+        """Returns the codec for blocks of `layout`. None means that the layout is unknown.
+
+        `rope` and `rope_halves` describe the model's RoPE (see `rotation`). Codecs that do not rotate ignore them.
+        """
         return cls(**parameters)
 
     @classmethod

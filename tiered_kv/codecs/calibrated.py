@@ -221,7 +221,10 @@ def thread_buffer(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def alphabet(dtype: torch.dtype) -> Alphabet:
-    """Returns the tables that unpack codes to numbers of a dtype: float32, or bf16 as u16 words. bf16 rounds codes beyond 256."""
+    """Returns the tables that unpack codes to numbers of a dtype, float32 or bf16.
+
+    bf16 numbers are stored as u16 words. bf16 rounds codes whose absolute value is above 256.
+    """
     if dtype is torch.float32:
         return Alphabet.of(lambda codes: codes.astype(np.float32))
     return Alphabet.of(lambda codes: torch.from_numpy(codes).to(torch.bfloat16).view(torch.uint16).numpy())

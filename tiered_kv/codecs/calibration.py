@@ -37,7 +37,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class EcuqTables(NamedTuple):
-    """Tables of each channel (L, C), float32: its mean, the width of its step at step 1, and its deviation in such widths."""
+    """The tables of the ecuq codec, float32, with one number for each channel (L, C).
+
+    `width` is the size of the channel's quantization step if the codec's `step` is 1. `spread` is the channel's standard
+    deviation in units of `width`.
+    """
 
     mean: torch.Tensor
     width: torch.Tensor

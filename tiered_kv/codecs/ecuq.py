@@ -1,7 +1,8 @@
 """The ecuq codec: entropy-coded uniform quantization, with a step of its own for each channel.
 
-A channel is one of K before RoPE, or one of V. The calibration has its mean and its step. The step comes from the Fisher information of
-the next tokens' distribution, so that channels that matter more are rounded more finely. It needs no matrix products.
+A channel is one of K before RoPE, or one of V. The calibration has its mean and its step. The step is derived from the
+Fisher information of the next tokens' distribution, so that channels that matter more are rounded more finely. The codec needs no
+matrix products.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from tiered_kv.codecs.modepack import unpack
 
 
 class Prepared(NamedTuple):
-    """The calibration's tables for one step, in the shapes used here: mean and width (L, 2, H, 1, D).
+    """The calibration's tables for one step, in the shapes used here.
 
-    `order` has the indices of the channels in the payload, into a flat (L, 2, H, D).
+    `mean` and `width` (the size of a step) are (L, 2, H, 1, D). `order` lists the channels in the order of the payload, as indices
+    into the flattened axes (L, 2, H, D).
     """
 
     mean: torch.Tensor

@@ -67,7 +67,7 @@ def kernels_of(device: torch.device) -> ModuleType | None:
 def quantize(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes float32 numbers in groups along `axis`. Returns scales (2, …) and codes (u8) below 2 ** bits.
 
-    The scales are least numbers and steps, in float32 numbers that bf16 can represent.
+    The scales of a group are its least number and its step. They are float32 numbers that bf16 can represent.
     """
     levels = 2**bits - 1
     least = round_to_bf16(x.amin(axis, keepdim=True), up=False)

@@ -1,7 +1,7 @@
 """Triton kernels that decode the integer codecs on a GPU: they unpack, dequantize, rotate and scatter a part in one pass.
 
-The reference is the torch path of `grouped`. A kernel's numbers differ from it by at most one unit in the last place of float32
-before the final rounding, because a GPU multiplies and adds in one step. In a part that is spread, the unit is that of the
+The reference is the torch path of `grouped`. A GPU multiplies and adds in one step. So a kernel's numbers may differ from the
+reference by one unit in the last place of float32 before the final rounding. In a part that is spread, the unit is that of the
 product's dtype. So a decoded number is the same, or, near the middle of two numbers of the destination's dtype, the adjacent one.
 Triton's interpreter on CPUs differs in two ways: it truncates instead of rounding to bf16, which also gives the adjacent number
 at most, and it cannot multiply bf16 matrices.

@@ -1,9 +1,10 @@
 """Mode packing: packs rows of small whole numbers into few bytes, and compresses those with an entropy coder.
 
-The mode of a row depends on its greatest absolute number. A row of zeros takes no bytes. Up to 1, four numbers share a byte as
-digits of base 3; up to 7, two numbers as digits of base 15. Larger numbers take one byte or two. Tables make unpacking fast.
-A byte then carries about two to six bits of information. So Huffman coding, which cannot go below one bit a symbol, loses
-almost nothing. Rows are sorted by falling spread, so that neighbours are similar and each part of the bytes gets its own code.
+The greatest absolute number of a row decides its mode. A row of zeros takes no bytes. In rows with numbers up to 1, four numbers
+share a byte as digits of base 3. In rows with numbers up to 7, two numbers share a byte as digits of base 15. Larger numbers
+take one byte or two. Tables make unpacking fast. A byte then carries about two to six bits of information. So Huffman coding,
+which cannot go below one bit a symbol, loses almost nothing. Rows are sorted by falling spread, so that neighbouring rows are
+similar, and each part of the bytes gets its own Huffman code.
 docs/design/014 says why zstd is used, and with which parameters.
 
 The packed bytes, little-endian:
@@ -87,7 +88,7 @@ def _joined(rows: np.ndarray, limit: int, digits: int) -> np.ndarray:
 def unpack(packed: memoryview, rows: np.ndarray, out: np.ndarray, alphabet: Alphabet) -> np.ndarray:
     """Unpacks the packed row i into row `rows[i]` of `out` (…, T), as words of the alphabet. Returns the indices of the rows written.
 
-    Rows of zeros are not written. Raises ValueError for bytes that are not `pack`'s result for as many rows and numbers.
+    Rows of zeros are not written. Raises ValueError unless `packed` is the result of `pack` for `len(rows)` rows of T numbers.
     `out` is then undefined.
     """
     streams = _streams(packed)
@@ -116,7 +117,7 @@ def _streams(packed: memoryview) -> list[memoryview]:
     sizes = _HEAD.unpack_from(packed)
     ends = np.cumsum([_HEAD.size, *sizes]).tolist()
     if ends[-1] != packed.nbytes:
-        raise ValueError(f"{ends[-1]} bytes expected by the stream sizes, got {packed.nbytes}")
+        raise ValueError(f"the stream sizes add up to {ends[-1]} bytes, got {packed.nbytes} bytes")
     return [packed[start:end] for start, end in pairwise(ends)]
 
 

@@ -38,7 +38,7 @@ class CodedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this record's half of the payload. The sum over both records of a pair is exact."""
+        """Half of the payload's bytes. The two records of a pair add up to exactly the payload."""
         return (len(self.payload) + 1 - self.which) // 2
 
     def __repr__(self) -> str:

@@ -159,9 +159,9 @@ class PartsCodec(BlockCodec):
 
 
 def product_dtype(out: torch.Tensor) -> torch.dtype:
-    """Returns bf16 for blocks of bf16 on hardware where that is fast, else float32.
+    """Returns the dtype in which to multiply by the spreading matrix: bf16 for bf16 blocks on fast hardware, else float32.
 
-    Only codes of fewer than 8 bits are multiplied. The rounding of bf16 is small beside theirs.
+    Only parts with codes of fewer than 8 bits are multiplied. The error of bf16 products is small compared to that of the codes.
     """
     is_fast = out.device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if out.dtype is torch.bfloat16 and is_fast else torch.float32

@@ -63,7 +63,7 @@ class Turning(NamedTuple):
 
 @lru_cache(maxsize=512)
 def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -> Turning:
-    """Returns RoPE for `tokens` positions from `start` on.
+    """Returns the rotations of RoPE for the `tokens` positions from `start` on.
 
     `halves`: channel i is paired with i + pairs, as in Llama. Otherwise channel 2i is paired with 2i + 1, as in GPT-J.
     """

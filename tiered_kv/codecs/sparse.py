@@ -21,8 +21,8 @@ CENTER = 128
 class SparseCodec(ReducedCodec, GroupedCodec):
     """Stores the numbers farthest from their group's mean with 8 bits each.
 
-    In a group with the mean c and the greatest distance a from it, a finite number that is stored decodes with an error of at most
-    a / 254, plus the rounding of the scales to bf16 and of the block's dtype. Other numbers decode as c.
+    Let c be the mean of a group, and a the greatest distance from it. A finite number that is stored decodes with an error of at
+    most a / 254, plus the rounding of the scales to bf16 and of the block's dtype. Other numbers decode as c.
     The bound of `BlockCodec` holds for the whole block.
     """
 

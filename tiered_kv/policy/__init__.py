@@ -1,4 +1,4 @@
-"""Eviction policies: which block leaves a tier first. Owns the ranking of resident blocks and the history behind it.
+"""Eviction policies: which block leaves a tier first. Owns the ranking of resident blocks and the history it uses.
 
 May import: keys, errors, blocks; numpy.
 Must never know: torch, the clock, random without a seed, codecs, tiers, files. Pure and deterministic.

@@ -72,7 +72,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._sort_leaf(slot)
 
     def use(self, keys: Sequence[Key]) -> None:
-        """Does nothing: the history has the time and the class of the use."""
+        """Does nothing, because the history already records the time and the class of each use."""
 
     def remove(self, key: Key) -> None:
         slot = self._chosen.pop(key, None)
@@ -197,7 +197,7 @@ class _Search:
 
     def __init__(self, policy: AdaptivePolicy, protected: Container[Key], now_s: float) -> None:
         self.chosen: dict[int, Key] = {}
-        self.pool: list[tuple[float, float, int]] = []  # value, last use (of equal values the older goes first), slot
+        self.pool: list[tuple[float, float, int]] = []  # value, last use (of equal values, the older is evicted first), slot
         self.freed = 0
         self._policy = policy
         self._protected = protected

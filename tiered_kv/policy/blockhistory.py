@@ -245,7 +245,7 @@ class BlockHistory(History):
         self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
 
     def _last_use_of(self, tail: int) -> np.ndarray:
-        """Returns the slots of a chain, root first, without the ancestors that were not used together with `tail`."""
+        """Returns the slots of `tail` and of those of its ancestors that were last used by the same request, root first."""
         if self._run and self._run[-1][-1] == tail:
             return np.concatenate(self._run)
         chain = []

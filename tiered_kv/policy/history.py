@@ -10,7 +10,7 @@ from tiered_kv.policy.base import Key
 
 
 class History:
-    """The interface of a history, and one that remembers nothing, for policies that store what they need themselves."""
+    """The base class of histories. It remembers nothing itself, which is enough for policies that store what they need themselves."""
 
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
         """Records that a request used this run of one chain, root first, whose first block has the parent `parent`.

@@ -91,7 +91,10 @@ def sizing(by_policy: dict[str, dict[float, float]]) -> str:
 
 
 def memory_ratio(lru: dict[float, float], capacity: float, ratio: float) -> str:
-    """Returns the capacity at which LRU reaches `ratio`, divided by `capacity`. Interpolates LRU's curve linearly in log capacity."""
+    """Returns, as text, how many times `capacity` LRU needs to reach the hit ratio `ratio`.
+
+    Interpolates LRU's curve linearly in log capacity.
+    """
     points = sorted(lru.items())
     if ratio <= points[0][1]:
         return f"{'≤ ' if ratio < points[0][1] else ''}{points[0][0] / capacity:.1f} ×"

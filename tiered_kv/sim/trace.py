@@ -213,9 +213,10 @@ def _block_tokens(raw: _Raw, given: int | None) -> int:
 
 
 def _fitting_block_tokens(raw: _Raw) -> int:
-    """Returns the block size that explains the number of ids of each request.
+    """Returns the block size that fits the lengths and the numbers of ids of all requests.
 
-    If several nearby sizes do, returns the only power of two among them.
+    If several sizes fit, at most a quarter apart, returns the only power of two among them. Raises (kind `config`) if that is
+    ambiguous.
     """
     inputs, counts = np.array(raw.inputs), np.array(raw.counts)
     fewer, more = np.maximum(counts - 1, 0), counts + 1
