@@ -41,7 +41,8 @@ def _prepared(fingerprint: str, step: float) -> Prepared:
 class EcuqCodec(CalibratedCodec):
     """About 4 times smaller than bf16 at the default step, which is quality `balanced` of calibrated models.
 
-    A number decodes within half a step of its channel. Rounding to bf16 precision adds to that: of codes above 256, and of the number.
+    A number decodes with an error of at most half a step of its channel, plus rounding to bf16 precision. Two values are rounded:
+    codes above 256, and the number itself.
     """
 
     id: ClassVar[int] = 6

@@ -202,7 +202,7 @@ def _fixed(view: memoryview, frame_bytes: int) -> _Fixed:
         raise _corrupt(f"invalid lengths in the header of a frame: header of {fixed.header_bytes} bytes, spec of {fixed.spec_bytes}")
     size = fixed.header_bytes + fixed.payload_bytes + CHECKSUM_BYTES
     if size != frame_bytes or max(size, fixed.raw_bytes) > MAX_FRAME_BYTES:
-        raise _corrupt(f"frame of {size} bytes expected by its header, got {frame_bytes} (block of {fixed.raw_bytes} bytes)")
+        raise _corrupt(f"the header describes a frame of {size} bytes (block of {fixed.raw_bytes} bytes), got {frame_bytes} bytes")
     return fixed
 
 

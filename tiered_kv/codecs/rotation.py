@@ -16,12 +16,15 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 def rope_of_theta(theta: float, rotary_dim: int) -> bytes:
-    """Returns the `rope` parameter of a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
+    """Returns the `rope` parameter of codecs for a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
     return rope_of(1.0 / theta ** (np.arange(0, rotary_dim, 2) / rotary_dim))
 
 
 def rope_of(inverse_frequencies: np.ndarray) -> bytes:
-    """Returns the `rope` parameter of inverse frequencies (radians a token, one for each pair of channels): float32, little-endian."""
+    """Packs inverse frequencies as the `rope` parameter of codecs: float32, little-endian.
+
+    There is one frequency for each pair of channels, in radians a token.
+    """
     return np.asarray(inverse_frequencies, "<f4").tobytes()
 
 

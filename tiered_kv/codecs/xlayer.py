@@ -30,7 +30,8 @@ CODES_STEP = 64
 class Prepared(NamedTuple):
     """The calibration's tables in the shapes used here: `mean` (L, 2, H, 1, D), and `matrix` (G, L, c, 3c) scaled for one step.
 
-    `rows` has the row of each code in (G, 2 + L, c), in the order of the payload; `codes` has its row in (G, L, c).
+    `rows` and `codes` list the rows of codes in the order of the payload, as indices into flattened axes: (G, 2 + L, c) for `rows`
+    and (G, L, c) for `codes`.
     """
 
     mean: torch.Tensor

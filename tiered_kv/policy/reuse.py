@@ -162,16 +162,19 @@ def gittins(hazard: np.ndarray) -> np.ndarray:
 
 
 def _expected(usual: np.ndarray) -> np.ndarray:
-    """Returns the index (OCTAVES, OCTAVES) of blocks whose use is expected within each octave.
+    """Returns the index of blocks with an expected use: (octave of the expected use, octave of age).
 
-    It is high until the expected time is over. Then it is the index of any block.
+    It is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
     """
     left_s = _ENDS_S[:, None] - _EDGES_S[None, :]
     return np.where(left_s > 0, np.maximum(_EXPECTED_TRUE / np.maximum(left_s, FIRST_S), usual), usual)
 
 
 def _coarse_to_fine(counts: np.ndarray) -> list[np.ndarray]:
-    """Returns the counts of all blocks, by uses, by uses and gap, and by class. Each is shaped to broadcast over the next."""
+    """Returns four arrays of counts, from coarse to fine: of all blocks, by uses, by uses and gap, and by class.
+
+    Each is shaped to broadcast over the next.
+    """
     if len(counts) == 1:
         return [counts.reshape(1, 1, 1, 1, OCTAVES)]
     classes = counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)

@@ -91,7 +91,10 @@ class S3FIFOPolicy(RankedPolicy):
         self._enter_main(key, self._bytes[key])
 
     def _enter_main(self, key: Key, nbytes: int) -> None:
-        """Adds `key` and its ancestors to the main queue. The ancestors stay as long as `key`, and would only clog the small queue."""
+        """Adds `key` to the main queue and moves its ancestors there.
+
+        The ancestors cannot be evicted before `key`, so they would only take up room in the small queue.
+        """
         self._main.enter(key, next(self._tick), nbytes)
         parent = self._parent[key]
         while parent in self._small.rank and parent not in self._chosen:

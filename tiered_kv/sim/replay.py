@@ -152,7 +152,10 @@ class Hits(NamedTuple):
 
 
 def send(trace: Trace, request: Callable[[list[int], float, int], int], progress: Progress | None) -> Hits:
-    """Sends every request of `trace`. `request` takes keys, time and answer tokens, and returns how many leading blocks hit."""
+    """Calls `request` for every request of `trace`, and returns the hits.
+
+    `request` takes keys, time and answer tokens. It returns how many leading blocks hit.
+    """
     blocks, hit_weight, weight = 0, 0.0, 0.0
     for at, each in enumerate(trace, 1):
         hit = request(each.keys, each.time_s, each.output_tokens)
