@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.unit.service.processes import NodeProcess, until
 from tests.unit.service.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiered_kv
 from tests.unit.service.processes import NodeProcess
