@@ -216,6 +216,16 @@ class NodeView:
         except ValueError as error:
             raise _closed() from error
 
+    def all_valid(self, slots: Sequence[Slot]) -> bool:
+        """Whether `valid` holds for every slot; at half the cost."""
+        if w.WEAKLY_ORDERED:
+            return all(map(self.valid, slots))
+        words = self._words
+        try:
+            return [words[slot.index * 8] for slot in slots] == [slot.seq for slot in slots]
+        except ValueError as error:
+            raise _closed() from error
+
     def touch(self, slots: Iterable[Slot]) -> None:
         """Note that blocks were used, the deepest of a chain first. Cost: about 0.3 µs a block; races lose a touch at most."""
         ticks, counts = self._views.ticks, self._views.counts

@@ -67,7 +67,7 @@ class NodeSession:
     def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
         _check_chain(root, [(key, parent) for key, parent, *_ in blocks])
         packed = [
-            Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), digest=_digest(*digest))
+            Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), 0.0, _digest(*digest) if digest else None)
             for key, parent, offset, depth, *digest in blocks
         ]
         return self.commit_packed(root, packed)

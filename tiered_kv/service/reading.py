@@ -70,7 +70,8 @@ class BlockSource:
         self._device = DeviceReader(view, layout) if has_device else None
         self.arena = ArenaBlocks(view.arena, layout)
         self._headers = ExtentHeaders(view.arena)
-        self._verifies = verifies
+        self.verifies = verifies
+        """Whether blocks are hashed when they are stored, and when they are fetched."""
         self._decoders = Decoders()
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
@@ -177,9 +178,9 @@ class BlockSource:
             doubted += [damaged.pop() for _ in range(len(damaged))]
         return doubted
 
-    def digest(self, offset: int, nbytes: int) -> tuple[int, ...]:
-        """The digest of what was packed at `offset`, if the node wants it with the block."""
-        return (self._headers.digest(offset, nbytes),) if self._verifies else ()
+    def digest(self, offset: int, nbytes: int) -> int:
+        """The digest of what was packed at `offset`."""
+        return self._headers.digest(offset, nbytes)
 
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
         """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
@@ -192,9 +193,10 @@ class BlockSource:
             named = self._named(found, offsets)  # before `valid`: what that says holds for the headers as well
         elif self._device is None or not self._device.unpack(runs, kv):
             return 0
-        valid = self._view.valid
+        if named == len(found) and self._view.all_valid([each.slot for each in found]):
+            return named
         for count, each in enumerate(found):
-            if not valid(each.slot):
+            if not self._view.valid(each.slot):
                 self.invalidated += 1
                 return count
             if count == named:
@@ -204,9 +206,9 @@ class BlockSource:
 
     def _named(self, found: Sequence[Found], offsets: Sequence[int]) -> int:
         """How many blocks, from the first on, have headers that name their keys; with `verify_host`, and seals that match."""
-        if not self._verifies and self._headers.name_all(offsets, [each.key for each in found]):
+        if not self.verifies and self._headers.name_all(offsets, [each.key for each in found]):
             return len(found)
-        is_its_own = self._is_sealed_for if self._verifies else self._headers.names
+        is_its_own = self._is_sealed_for if self.verifies else self._headers.names
         return next((count for count, (key, slot) in enumerate(found) if not is_its_own(slot.offset, key)), len(found))
 
     def _is_sealed_for(self, offset: int, key: BlockKey) -> bool:

@@ -68,9 +68,10 @@ class BlockWriter:
                 raise TieredKVError(Kind.TRANSPORT, "the node was restarted during a store")
             self._pack(taken, offsets, kv, start)
             blocks = [
-                (keys[block], keys[block - 1] if block else None, offset, block, *self._source.digest(offset, nbytes))
-                for block, offset in zip(taken, offsets, strict=True)
+                (keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)
             ]
+            if self._source.verifies:
+                blocks = [(*block, self._source.digest(offset, nbytes)) for block, offset in zip(blocks, offsets, strict=True)]
             added = session.commit(root, nbytes, blocks)
         return len(added), sum(added)
 

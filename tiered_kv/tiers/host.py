@@ -26,6 +26,7 @@ HEADER_BYTES = 128
 _MAGIC = b"TKVE"
 _HEADER = struct.Struct(f"<4sHH{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sIIfI")
 _SEAL = struct.Struct("<Q")  # behind the header
+_SIGNED = struct.Struct(_HEADER.format + "Q")
 _OWNER = struct.Struct(f"<4s4x{KEY_BYTES}s")
 _NOBODYS = struct.Struct("<I")  # over the magic
 _VERSION, _UNSEALED_VERSION = 3, 2
@@ -87,11 +88,10 @@ class ExtentHeaders:
         """Whether the extent has a seal, right or wrong."""
         return self._seal(offset) != _UNSEALED
 
-    def seal(self, offset: int, digest: int | None) -> None:
-        """Write the seal of a payload with this digest over the present header; None: the payload is not hashed yet."""
+    def seal(self, offset: int, digest: int) -> None:
+        """Write the seal of a payload with this digest over the present header."""
         self.bytes[offset - HEADER_BYTES + 4] = _VERSION  # what a node of an older version left becomes a header of this one
-        seal = _UNSEALED if digest is None else self._seal_for(offset, digest)
-        _SEAL.pack_into(self.bytes, offset - _SEAL.size, seal)
+        _SEAL.pack_into(self.bytes, offset - _SEAL.size, self._seal_for(offset, digest))
 
     def _seal(self, offset: int) -> int:
         if self.bytes[offset - HEADER_BYTES + 4] == _UNSEALED_VERSION:
@@ -160,9 +160,10 @@ class HostTier(ExtentTier):
         """Write the header of the extent whose payload is at `offset`, and its seal where the payload's digest is known."""
         key, parent, root, depth, codec, nbytes, raw_bytes, error = lineage
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
-        header = _HEADER.pack(_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
-        self._bytes[offset - HEADER_BYTES : offset - HEADER_BYTES + len(header)] = header
-        self.headers.seal(offset, digest)
+        fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
+        _SIGNED.pack_into(self._bytes, offset - HEADER_BYTES, *fields, _UNSEALED)
+        if digest is not None:
+            self.headers.seal(offset, digest)
 
     def lineage(self, offset: int) -> Lineage:
         """Whose payload lies at `offset`; raises (kind `corrupt`) where no header is, or one that cannot be right."""
