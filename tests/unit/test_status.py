@@ -90,7 +90,7 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
         pass
     summary = summarize(about(first, second))
     assert summary == json.loads(json.dumps(summary))
-    assert summary["nodes"][1]["filling"] == {"blocks": 4, "nearer": 4, "damaged": 0, "is_done": True, "error": None}
+    assert summary["nodes"][1]["filling"] == {"blocks": 4, "nearer": 4, "damaged": 0, "too_lossy": 0, "is_done": True, "error": None}
     assert summary["last_checkpoint"]["name"] == "ckpt-1"
     assert "n1: from a checkpoint: 4 of 4 blocks brought to memory or disk, done" in shown(summary)
     summary["nodes"][1]["filling"] |= {"damaged": 1, "error": "the store is gone"}

@@ -1,6 +1,7 @@
 """What a cluster of another quality has left or sends: shown only within the present plan's error, a miss else, and stored again."""
 
 import time
+import uuid
 from contextlib import contextmanager
 
 import pytest
@@ -154,12 +155,13 @@ def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, 
 @ids
 def test_memory_that_a_node_of_less_quality_left_makes_no_exact_one_lossy(filled, node_factory, tmp_path, lossy) -> None:
     disk = f"{PLENTY}:{tmp_path}"
-    filled(disk=disk, cluster_id="again", **lossy).close(remove=False)
-    assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id="again", store_wait_ms=20_000))
+    cluster_id = uuid.uuid4().hex[:8]
+    filled(disk=disk, cluster_id=cluster_id, **lossy).close(remove=False)
+    assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id=cluster_id, store_wait_ms=20_000))
 
 
 def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_factory, tmp_path) -> None:
-    settings = {"host": "1MiB", "disk": f"{PLENTY}:{tmp_path}", "cluster_id": "raw", "store_wait_ms": 20_000}
+    settings = {"host": "1MiB", "disk": f"{PLENTY}:{tmp_path}", "cluster_id": uuid.uuid4().hex[:8], "store_wait_ms": 20_000}
     node = node_factory(codec="host=raw,disk=int4", **settings)
     with worker(node) as client:
         store(node, client)

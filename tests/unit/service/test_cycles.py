@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import uuid
 from contextlib import closing, suppress
 
 import pytest
@@ -41,9 +42,9 @@ def told(*arguments: object) -> tuple:
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "s3fifo"])
-def test_a_cycle_of_parents_does_not_hang_the_node(policy: str, tmp_path) -> None:
+def test_a_cycle_of_parents_does_not_hang_the_node(policy: str) -> None:
     """The worker commits A behind B and B behind A, says all that it can of their future, and makes both go and come again."""
-    command = [sys.executable, "-c", NODE, tmp_path.name[-20:], policy]
+    command = [sys.executable, "-c", NODE, uuid.uuid4().hex[:8], policy]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         directory = process.stdout.readline().strip()
         try:
@@ -146,7 +147,8 @@ def test_a_checkpoint_with_a_cycle_is_mounted_and_filled_without_links(node_fact
 
 
 def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(node_factory) -> None:
-    node = node_factory(host="1MiB", cluster_id="again")
+    cluster_id = uuid.uuid4().hex[:8]
+    node = node_factory(host="1MiB", cluster_id=cluster_id)
     with closing(node.open_session()) as session:
         offsets = session.reserve(NBYTES, keys_of(3), None)
         session.commit(ROOT, NBYTES, [(A, None, offsets[0], 0), (B, A, offsets[1], 1), (C, B, offsets[2], 2)])
@@ -155,7 +157,7 @@ def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(
         offset = node.engine.machine.blocks[key].copies[Tier.HOST].offset
         place.host.sign(offset, place.host.lineage(offset)._replace(parent=parent, depth=depth))
     node.close(remove=False)
-    node = node_factory(host="1MiB", cluster_id="again", store_wait_ms=0)
+    node = node_factory(host="1MiB", cluster_id=cluster_id, store_wait_ms=0)
     assert len(node.engine.machine.blocks) == 3
     node.check()
     with closing(node.open_session()) as session:

@@ -9,6 +9,7 @@ from tiered_kv.blocks import Hint, Tier
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
 from tiered_kv.store.movement import Block
+from tiered_kv.store.runs import uses_of
 
 ROOT = bytes(32)
 HOST, DISK = Tier.HOST, Tier.DISK
@@ -126,7 +127,9 @@ def test_whatever_is_claimed_nothing_hangs_and_every_block_can_go(policy: str, c
             tell(ev.Recovered(key, above, ROOT, world.place(HOST if what == "found" else DISK, key), depth))
         elif key in machine.blocks:
             tell(ev.Lost(key, machine.blocks[key].best))
-        tell(ev.Used([key_of(each) for each in range(6)], now_s / 1e4))
+        touched = [(key_of((number + each) % 6), 1, each) for each in range(6)]
+        for use in [*uses_of(touched, machine.blocks, now_s / 1e4), *uses_of(touched[::-1], machine.blocks, now_s / 1e4)]:
+            tell(use)
         tell(ev.Hinted(key, Hint(answer_tokens=3, ended=bool(number % 2)), now_s / 1e4))
     machine.shrinking.used(list(machine.blocks))
     while world.copies:
