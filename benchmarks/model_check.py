@@ -29,9 +29,7 @@ from tiered_kv.keys import Namespace
 from tiered_kv.service.probes import Probe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = dict(
-    vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=33, num_attention_heads=2, num_key_value_heads=1
-)
+SIZES = dict(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=33, num_attention_heads=2, num_key_value_heads=1)
 
 
 class Still:

@@ -7,10 +7,12 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from tiered_kv.errors import TieredKVError
 from tiered_kv.identity import Facts, Sums, facts_of
 from tiered_kv.integrations.probing import probe_of
-from tiered_kv.integrations.support import CacheShape, examine
+from tiered_kv.integrations.support import CacheShape, check_supported, examine
 from tiered_kv.integrations.watch import Watch
 from tiered_kv.keys import Namespace, content_of, private_variant
 from tiered_kv.service.probes import Probe
@@ -135,6 +137,8 @@ class ModelState:
 
     def _read(self) -> State:
         """The present state from scratch; sums of tensors that were not written since are known."""
+        if not isinstance(self.model, torch.nn.Module):
+            check_supported(self.model)  # says why not
         before = _numbers(self.model)
         try:
             shape, cache = examine(self.model, generates=self._generates)

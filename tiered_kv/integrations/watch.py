@@ -60,7 +60,8 @@ class Watch:
         self.tensors = list({id(each): each for each in values if isinstance(each, torch.Tensor)}.values())
         self._versioned = [each for each in self.tensors if not each.is_inference()]
         self._versions = list(map(_version, self._versioned))
-        storages = list(map(_storage, self.tensors))
+        self._stored = list(chain.from_iterable(map(_parts, self.tensors)))
+        storages = list(map(_storage, self._stored))
         self._lost: list = []  # gets what memory a tensor had when that is gone, whose address may then be another's
         self._storages = [weakref.ref(each, self._lost.append) for each in storages]
         self._storage_ids = list(map(id, storages))
@@ -76,7 +77,7 @@ class Watch:
         return (
             not self._lost
             and list(map(_version, self._versioned)) == self._versions
-            and list(map(id, map(_storage, self.tensors))) == self._storage_ids
+            and list(map(id, map(_storage, self._stored))) == self._storage_ids
             and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._there, self._there_then, strict=True))
             and not any(any(map(get, dicts)) for get, dicts in self._absent)
             and list(map(len, self._counted)) == self._counts
@@ -101,6 +102,14 @@ class Watch:
         """Whether both are of the same modules and tensors, whatever their state."""
         ours, theirs = [self.modules, self.tensors], [other.modules, other.tensors]
         return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that have the memory of one: itself, or the parts of a tensor subclass, such as a quantized weight."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return list(chain.from_iterable(map(_parts, parts)))
+    return [tensor] if tensor.layout is torch.strided else []
 
 
 def _own_count(values: dict) -> int:

@@ -37,8 +37,8 @@ class TransformersKVCache:
 
     Prefixes are found and kept by themselves; results are those of the model without a cache (up to the rounding of a prefill in
     two parts; with quantization or compression within the codec's error). Heads, KV heads, head dim, layers, length and dtype
-    are read off the model. When its weights or its modules' hooks change a new namespace is begun; a change through `tensor.data` is
-    not seen: say `refresh`.
+    are read off the model. A model that changes gets another namespace (`integrations.watch`); a write through `tensor.data`
+    is not seen: say `refresh`.
 
     Raises `TieredKVError` (kind `model`) with the reason for a model that cannot be served, before anything is attached.
     """
