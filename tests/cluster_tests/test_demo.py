@@ -70,11 +70,11 @@ def test_built_in_questions_are_about_long_documents() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no question"),
+        ("", "contains no questions"),
         ("{", "line 1: not JSON"),
-        ('{"document": "a"}', "line 1: needs"),
-        ('{"document": "a", "question": "b"}\n[]', "line 2: needs"),
-        ('{"document": 3, "question": "b"}', "line 1: needs"),
+        ('{"document": "a"}', 'line 1: must be an object with the strings "document" and "question"'),
+        ('{"document": "a", "question": "b"}\n[]', 'line 2: must be an object with the strings "document" and "question"'),
+        ('{"document": 3, "question": "b"}', 'line 1: must be an object with the strings "document" and "question"'),
     ],
 )
 def test_the_error_for_a_bad_prompts_file_names_the_line(text: str, words: str, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_texts_are_whole_files_or_json_lines(tmp_path: Path) -> None:
     [
         (["--text", "none.txt"], "--text: cannot read none.txt"),
         (["--out", "none/a.tkvcal"], "--out: the folder of none/a.tkvcal does not exist"),
-        (["--tokens", "9999"], "at least 10000 are needed"),
+        (["--tokens", "9999"], "--tokens: must be at least 10000, got 9999"),
     ],
 )
 def test_invalid_options_are_refused_by_name(
