@@ -24,9 +24,9 @@ from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
     from tiered_kv.ops.checkpoint import Taken
-    from tiered_kv.ops.collecting import Collected
+    from tiered_kv.ops.collecting import CollectionResult
     from tiered_kv.ops.manifest import Model
-    from tiered_kv.ops.repository import Listed, Repository
+    from tiered_kv.ops.repository import CheckpointSummary, Repository
 
 BUSY_POLL_S = 2.0
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -68,7 +68,10 @@ def _add_checkpoint(commands: Any, add_name: Callable) -> None:
         "--every", metavar="TIME", help="write one checkpoint every TIME, for example 10m, until Ctrl-C (default: only one)"
     )
     command.add_argument(
-        "--keep", type=int, metavar="N", help="then delete all but the newest N checkpoints, and the packs that only the deleted ones used"
+        "--keep",
+        type=int,
+        metavar="N",
+        help="after each checkpoint, delete all but the newest N, and the packs that no checkpoint uses any more",
     )
     command.add_argument("--max-rate", metavar="SIZE", help="maximum bytes per second, for example 100MiB (default: no limit)")
     add_name(command)
@@ -151,7 +154,7 @@ def _write_checkpoint(
             raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped before it started")
     seconds = time.monotonic() - begun_s
     ask(nodes, "note_saved", {"name": taken.name, "url": repository.store.url, "at_s": time.time(), "blocks": taken.blocks})
-    _report_taken(console, taken, seconds)
+    _report_checkpoint(console, taken, seconds)
     collected = repository.collect(options.keep) if options.keep else None
     if collected is not None:
         _report_collected(console, collected)
@@ -162,7 +165,7 @@ def _write_checkpoint(
         print(json.dumps({**taken._asdict(), "seconds": round(seconds, 3), "collected": collected and collected._asdict()}), flush=True)
 
 
-def _report_taken(console: Console, taken: "Taken", seconds: float) -> None:
+def _report_checkpoint(console: Console, taken: "Taken", seconds: float) -> None:
     whole = f"{count(taken.blocks, 'block')}, {format_size(taken.nbytes)}, in {count(taken.packs, 'pack')}"
     rate = f", {format_size(taken.written_bytes / seconds)}/s" if seconds and taken.written_bytes else ""
     was_there = taken.blocks - taken.new_blocks
@@ -177,7 +180,7 @@ def _report_taken(console: Console, taken: "Taken", seconds: float) -> None:
         say(console, f"left out: {count(taken.orphans, 'block')}; {why}")
 
 
-def _report_collected(console: Console, collected: "Collected") -> None:
+def _report_collected(console: Console, collected: "CollectionResult") -> None:
     if collected.skipped:
         say(console, f"no checkpoints were deleted this time: {collected.skipped}")
     elif collected.manifests_deleted or collected.packs_deleted:
@@ -299,7 +302,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _table(listed: "list[Listed]", url: str) -> Table:
+def _table(listed: "list[CheckpointSummary]", url: str) -> Table:
     from tiered_kv.ops.restore import title
 
     table = Table(title=f"checkpoints at {url}", caption="shared: the share of its packs' bytes that other checkpoints use too")
@@ -336,7 +339,7 @@ def _tiers(text: str | None) -> tuple[int, ...] | None:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise TieredKVError(Kind.CONFIG, f"--tiers: must be of {', '.join(known)}, got {name!r}", setting="tiers")
+            raise TieredKVError(Kind.CONFIG, f"--tiers: must be one or more of {', '.join(known)}, got {name!r}", setting="tiers")
     return tuple(known[name] for name in names)
 
 

@@ -99,9 +99,10 @@ def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
 
 
 def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
-    """Returns the bytes of lower tiers to add when sizing each node's index, so that its share of the checkpoint fits.
+    """Returns a number of bytes for `start.up`, which sizes each node's index as if its lower tiers were larger by that.
 
-    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes.
+    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes of lower tiers. With these additional slots, the node's share of the
+    checkpoint fits into it.
     """
     return int(MOUNTED_SPARE * len(manifest.rows) * INDEX_BYTES_A_BLOCK / nodes)
 

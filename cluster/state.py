@@ -157,7 +157,7 @@ def starting(name: str = DEFAULT_NAME) -> Iterator[None]:
 
     The kernel releases the lock when the process ends. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
     """
-    path = cluster_dir(name).with_suffix(".lock")  # beside the directory, which `remove` deletes
+    path = cluster_dir(name).with_suffix(".lock")  # next to the directory, which `remove` deletes
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

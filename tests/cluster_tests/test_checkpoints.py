@@ -334,7 +334,7 @@ def test_ctrl_c_stops_a_checkpoint_within_seconds_and_the_next_continues(main: s
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, out + err
-    assert "the checkpoint was stopped; what was written stays, the next one goes on from there" in out
+    assert "the checkpoint was stopped; the next one continues from what was written" in out
     assert "Traceback" not in err
     assert leases(tmp_path / "place") == []
     assert_next_is_complete(main, tmp_path / "place")
@@ -350,7 +350,7 @@ def test_the_checkpoint_after_a_killed_one_continues_from_it(main: str, tmp_path
     assert json.loads(good("checkpoints", "--json", folder).stdout) == []
     done = good("checkpoint", "--name", main, "--keep", 1, folder)
     assert "waiting: node-0: another checkpoint is being written by this node" in done.stdout
-    assert f"no checkpoints were deleted this time: somebody else is at work: {lease}" in done.stdout
+    assert f"no checkpoints were deleted this time: another process is working on this store: {lease}" in done.stdout
     assert packs(folder) | before == packs(folder), "no pack was changed"
     assert set(content(folder).copies) == {1}
     assert len(content(folder).manifest.rows) >= len(seeds()) * BLOCKS
@@ -404,7 +404,7 @@ def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path,
     for given, status, words in (
         (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'main' is"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
-        (["restore", "--name", main, "--world", 5, place], 2, "world of 5"),
+        (["restore", "--name", main, "--world", 5, place], 2, "no block of the checkpoint can be restored for 5 ranks"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
         (["checkpoint", "--name", main, "/proc/nope"], 1, "file:///proc/nope cannot be used"),

@@ -203,11 +203,11 @@ def _plain_write(folder: Path, bodies: Sequence[bytes]) -> None:
 def _plain_read(folder: Path, into_new: bool = False) -> None:
     """Read all files, one after the other: into one existing buffer, or with `into_new` each into newly allocated memory."""
     kept = memoryview(np.ones(PACK_BYTES, np.uint8))
-    held = []
+    buffers = []
     for path in _files(folder):
         fd = os.open(path, os.O_RDONLY)
         buffer = memoryview(np.empty(path.stat().st_size, np.uint8)) if into_new else kept
-        held.append(buffer)
+        buffers.append(buffer)
         done = 0
         while count := os.preadv(fd, [buffer[done:] if into_new else buffer], done):
             done += count

@@ -41,8 +41,8 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     about, kvs, rope, calibration = _synthetic() if model is None else _real(model)
     needing = next((name for name in asked or () if needs_calibration(name)), None)
     if needing and calibration is None:
-        said = f"--codec: {needing} needs a calibration file for the model; run: tiered-kv calibrate {model or 'default'}"
-        raise TieredKVError(Kind.CONFIG, said, setting="codec")
+        message = f"--codec: {needing} needs a calibration file for the model; run: tiered-kv calibrate {model or 'default'}"
+        raise TieredKVError(Kind.CONFIG, message, setting="codec")
     codecs = asked or [
         *CODECS,
         *(CALIBRATED[:-1] if calibration else ()),

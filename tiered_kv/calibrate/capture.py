@@ -109,20 +109,20 @@ def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.
 
     They are those of tokens that are drawn from the model's own distribution after each token that follows the prefix.
     """
-    held = kv.clone().to(model.device, model.dtype).requires_grad_()
-    was = [each.requires_grad for each in model.parameters()]
+    leaf = kv.clone().to(model.device, model.dtype).requires_grad_()
+    required = [each.requires_grad for each in model.parameters()]
     model.requires_grad_(False)
     try:
         with torch.enable_grad():
-            cache = cache_from_kv(held, model.config)
+            cache = cache_from_kv(leaf, model.config)
             logits = model(ids[:, kv.shape[3] :].to(model.device), past_key_values=cache, use_cache=True).logits[0].float()
             log_p = logits.log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             log_p.gather(1, drawn).sum().backward()
     finally:
-        for each, needs in zip(model.parameters(), was, strict=True):
+        for each, needs in zip(model.parameters(), required, strict=True):
             each.requires_grad_(needs)
-    return held.grad.float().cpu()
+    return leaf.grad.float().cpu()
 
 
 def _add_outer(fisher: torch.Tensor, geometry: Geometry, gradient: torch.Tensor) -> None:

@@ -74,12 +74,12 @@ def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, sa
         captured = capture(model, prompts, geometry, Path(folder), continue_tokens, every, say)
         ecuq = fit_ecuq(captured, geometry)
         xlayer = fit_xlayer(captured, geometry, say)
-        say("digests of the weights")
+        say("computing the digests of the weights")
         facts = {"model": _name_of(model), "weights": weights_digests(model), "tokens": captured.kv.shape[1]}
         sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "rope": rope, "rope_halves": True}
         made = Calibration(**facts, **sizes, ecuq=ecuq, xlayer=xlayer)
         made = with_units(made, model, prompts, continue_tokens, say)
-        say("errors of blocks")
+        say("measuring the error bounds of the codecs")
         return with_errors(made, captured, geometry)
 
 
