@@ -67,7 +67,10 @@ def generate(repeats: int) -> list[dict]:
 
 
 def profiling() -> list[dict]:
-    """Measure each operation with profiling on and off, relative to a cache without profiling code. Returns one record for each."""
+    """Measure each operation with profiling on and off, relative to a cache without profiling code.
+
+    Returns one record for each.
+    """
     kv, ids = torch.randn(LAYOUT.kv_shape(PREFIX_TOKENS)), range(PREFIX_TOKENS)
     out = torch.empty_like(kv)
     with ExitStack() as caches:

@@ -32,7 +32,7 @@ class Client(NamedTuple):
 
 
 def obstore_of(endpoint: str, bucket: str, *, unsigned: bool = True) -> Client:
-    """Returns the client of obstore, with (`unsigned=False`) or without hashing the payload for the signature."""
+    """Returns the client of obstore. With `unsigned` it does not hash the payload for the signature."""
     import obstore
     import obstore.store
 
@@ -98,7 +98,10 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def round_of(client: Client, prefix: str, body: bytes, count: int) -> dict[str, tuple[float, float]]:
-    """Put and get `count` objects. Returns the times of both. Raises ValueError if the content of an object has changed."""
+    """Put and get `count` objects.
+
+    Returns the times of both. Raises ValueError if the content of an object has changed.
+    """
     names = [f"{prefix}-{number}" for number in range(count)]
     with ThreadPoolExecutor(THREADS) as threads:
         times = {

@@ -1,4 +1,7 @@
-"""The command `tiered-kv`. Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage, 130 after Ctrl-C."""
+"""The command `tiered-kv`.
+
+Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage, 130 after Ctrl-C.
+"""
 
 import argparse
 import json

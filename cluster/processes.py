@@ -32,7 +32,10 @@ def _stat(pid: int) -> _Stat | None:
 
 
 class Process(NamedTuple):
-    """Identifies a process; a later process with the same pid is not equal. `start_time` is in clock ticks since boot."""
+    """Identifies a process; a later process with the same pid is not equal.
+
+    `start_time` is in clock ticks since boot.
+    """
 
     pid: int
     start_time: int
@@ -46,7 +49,10 @@ class Process(NamedTuple):
         return cls(pid, stat.start_time)
 
     def alive(self) -> bool:
-        """Returns whether the process is running. A process that has ended but was not reaped (a zombie) is not running."""
+        """Returns whether the process is running.
+
+        A process that has ended but was not reaped (a zombie) is not running.
+        """
         _reap(self.pid)
         stat = _stat(self.pid)
         return stat is not None and stat.start_time == self.start_time and stat.state not in "ZX"

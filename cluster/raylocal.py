@@ -44,7 +44,10 @@ _LEAN = {
 
 @dataclass(frozen=True)
 class RayProcesses:
-    """A local Ray cluster started by this package. `processes`: its session leaders, one per node, the head node's first."""
+    """A local Ray cluster started by this package.
+
+    `processes`: its session leaders, one per node, the head node's first.
+    """
 
     address: str
     node_ips: tuple[str, ...]
@@ -54,7 +57,10 @@ class RayProcesses:
 
 
 def node_resource(index: int) -> str:
-    """Returns the name of a custom resource that only node `index` of a local cluster has (quantity 1). Used to place actors."""
+    """Returns the name of a custom resource that only node `index` of a local cluster has (quantity 1).
+
+    Used to place actors.
+    """
     return f"tiered_kv_node_{index}"
 
 
@@ -195,7 +201,10 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
 
 
 def driver_environment(address: str, token_path: str | None) -> dict[str, str]:
-    """Returns the environment variables with which a plain `ray.init()` joins the cluster. Set them before Ray is imported."""
+    """Returns the environment variables with which a plain `ray.init()` joins the cluster.
+
+    Set them before Ray is imported.
+    """
     token = {} if token_path is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
     return {"RAY_ADDRESS": address} | token
 
@@ -214,7 +223,10 @@ def leave_ray() -> None:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Returns host and port of "host:port". Raises `TieredKVError` (kind `cluster`) for any other form, including ray://."""
+    """Returns host and port of "host:port".
+
+    Raises `TieredKVError` (kind `cluster`) for any other form, including ray://.
+    """
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     host = host.removeprefix("[").removesuffix("]")
     if not host or "/" in host or any(letter.isspace() for letter in host) or not (port.isdecimal() and 0 < int(port) < 65536):
@@ -285,7 +297,10 @@ def _node_to_join(nodes: list, node_ip: str | None, address: str) -> str:
 
 @contextmanager
 def _authentication(token_path: str | None) -> Iterator[ExitStack]:
-    """Set Ray's authentication from a token file. At the end it is undone, unless the caller empties the stack (`pop_all`)."""
+    """Set Ray's authentication from a token file.
+
+    At the end it is undone, unless the caller empties the stack (`pop_all`).
+    """
     with ExitStack() as undo:
         if token_path is not None:
             undo.callback(_reload_authentication)

@@ -27,7 +27,10 @@ MOUNTED_SPARE = 1.3  # index slots per node, relative to an even share of the ch
 
 
 def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Repository]":
-    """Opens the checkpoints at a URL, as a context manager. A missing folder is created, or is an error with `must_exist`."""
+    """Opens the checkpoints at a URL, as a context manager.
+
+    A missing folder is created, or is an error with `must_exist`.
+    """
     from tiered_kv.ops.repository import open_repository
 
     return open_repository(url, create=not must_exist)
@@ -49,7 +52,10 @@ def must_be_there(repository: "Repository", name: str) -> None:
 
 
 def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
-    """Read the checkpoint `name`, or the latest if None, and print its description. Returns its name and its manifest."""
+    """Read the checkpoint `name`, or the latest if None, and print its description.
+
+    Returns its name and its manifest.
+    """
     if name is None:
         chosen, manifest = repository.read_latest(
             lambda line: console.print(f"[bold yellow]warning[/]: {line}", highlight=False, soft_wrap=True)

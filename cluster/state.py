@@ -99,7 +99,10 @@ def state_dir() -> Path:
 
 
 def cluster_dir(name: str = DEFAULT_NAME) -> Path:
-    """Returns the directory of one cluster with its state file, token and logs. Creates it (mode 0700) if it is missing."""
+    """Returns the directory of one cluster with its state file, token and logs.
+
+    Creates it (mode 0700) if it is missing.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
         raise TieredKVError(Kind.CONFIG, f"name: a cluster name must be 1 to 40 letters, digits, - and _, got {name!r}", setting="name")
     return _private_dir(state_dir() / name, "TIERED_KV_STATE")
@@ -121,7 +124,10 @@ def names() -> list[str]:
 
 
 def find(name: str = DEFAULT_NAME) -> ClusterState | None:
-    """Returns the state of a cluster, or None if there is none. Raises `TieredKVError` (kind `cluster`) if its file is damaged."""
+    """Returns the state of a cluster, or None if there is none.
+
+    Raises `TieredKVError` (kind `cluster`) if its file is damaged.
+    """
     path = cluster_dir(name) / _FILE
     try:
         text = path.read_text()
@@ -137,7 +143,10 @@ def find(name: str = DEFAULT_NAME) -> ClusterState | None:
 
 
 def load(name: str = DEFAULT_NAME) -> ClusterState:
-    """Returns the state of a cluster. Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged."""
+    """Returns the state of a cluster.
+
+    Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged.
+    """
     state = find(name)
     if state is None:
         others = f"; there are: {', '.join(names())}" if names() else ""

@@ -1,4 +1,7 @@
-"""A local Ray cluster of two nodes for all tests of a session. It starts at first use and is stopped by pid at the end."""
+"""A local Ray cluster of two nodes for all tests of a session.
+
+It starts at first use and is stopped by pid at the end.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checkpoints of a real cluster from the command line: restored on one, two and three nodes, and interrupted in several ways."""
+"""Checkpoints of a real cluster from the command line: restored on one to three nodes, and interrupted in several ways."""
 
 import json
 import os

@@ -111,7 +111,10 @@ def written(calibration: Calibration, out: str | None) -> list[Path]:
 
 
 def _link(first: Path, other: Path) -> None:
-    """Give the file a second name, or copy it if the file system has no hard links. Replaces an existing file atomically."""
+    """Give the file a second name, or copy it if the file system has no hard links.
+
+    Replaces an existing file atomically.
+    """
     fresh = other.with_name(f".{other.name}-{os.getpid()}")
     try:
         fresh.unlink(missing_ok=True)
@@ -125,7 +128,7 @@ def _link(first: Path, other: Path) -> None:
 
 
 def _qualities(calibration: Calibration) -> list[dict[str, Any]]:
-    """Returns for each quality preset the codecs of host and disk for this model, and the disk codec's measured ratio and KL."""
+    """Returns for each quality preset the codecs of host and disk, and the measured ratio and KL of the disk codec."""
     measured_of = {row["codec"]: row for row in calibration.measured}
     found = []
     for quality in QUALITIES:

@@ -75,7 +75,10 @@ class Plan(NamedTuple):
     mounted_bytes: int
 
     def smaller(self, block_bytes: int) -> "Plan":
-        """Returns the plan for one block size. Small blocks take longer, so below 1 MiB it has a quarter of the bytes."""
+        """Returns the plan for one block size.
+
+        Small blocks take longer, so below 1 MiB it has a quarter of the bytes.
+        """
         few = 4 if block_bytes < 1 << 20 else 1
         return self._replace(bytes_each=self.bytes_each // few, remote_bytes=self.remote_bytes // few)
 
@@ -161,7 +164,7 @@ def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
 
 
 def _reads(folder: Path, blocks: Blocks, plan: Plan, turn: int) -> dict[str, float]:
-    """Returns the seconds for restoring a checkpoint on a new node and for reading its files, with and without the page cache."""
+    """Returns the seconds for restoring a checkpoint on a new node and for reading its files, cold and from the page cache."""
     times = {}
     for name in _rotated(["restore", "read", "read_new", "restore_touched", "restore_warm", "read_warm"], turn):
         _make_cold(folder)
@@ -323,7 +326,10 @@ def _finished(writer: PackWriter, store: ObjectStore, packs: list[tuple[str, int
 
 
 def _on_objects(url: str, blocks: Blocks, plan: Plan) -> list[dict]:
-    """Measure `take` and `restore` on object storage, alternating with puts and gets of the same sizes. Returns one record for each."""
+    """Measure `take` and `restore` on object storage, alternating with puts and gets of the same sizes.
+
+    Returns one record for each.
+    """
     times: dict[str, list[float]] = {}
     with closing(BenchNode(plan.host_bytes)) as source:
         with closing(source.client(blocks)) as client:

@@ -70,7 +70,10 @@ def _real(model: str) -> tuple[dict[str, Any], list[torch.Tensor], bytes | None,
 
 
 def _synthetic() -> tuple[dict[str, Any], list[torch.Tensor], bytes | None, None]:
-    """Returns the same for random KV in the default model's shape: normal values, with a log-normal scale per channel."""
+    """Create random KV in the default model's shape: normal values, with a log-normal scale per channel.
+
+    Returns the same four values as `_real`. There is no calibration.
+    """
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randn(30, 2, 3, 1, 64, generator=generator).exp()
     kv = torch.randn(30, 2, 3, TOKENS, 64, generator=generator) * sizes

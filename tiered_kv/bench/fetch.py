@@ -82,7 +82,10 @@ class Case(NamedTuple):
 
 
 class Buffers:
-    """Memory to copy from and to. It is faulted in, and used in rotation, so that no piece is in the processor's cache."""
+    """Memory to copy from and to.
+
+    It is faulted in, and used in rotation, so that no piece is in the processor's cache.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -122,7 +125,10 @@ def token_ids(case: Case, number: int) -> torch.Tensor:
 
 
 def run_bench(quick: bool, say: Say) -> dict:
-    """Measure all cases. Returns the report. Takes 50 s, or 12 s with `quick`. Raises `TieredKVError` (kind `corrupt`) for a wrong byte."""
+    """Measure all cases.
+
+    Returns the report. Takes 50 s, or 12 s with `quick`. Raises `TieredKVError` (kind `corrupt`) for a wrong byte.
+    """
     plan = QUICK if quick else FULL
     buffers = Buffers()
     results: list[dict] = []

@@ -26,7 +26,10 @@ from tiered_kv.tiers.host import HEADER_BYTES
 NODE = "bench"
 CHAIN = 8
 POLL_S = 0.005
-"""Seconds between two polls of a checkpoint or restore. By default 0.1 s, which would add waiting to the measured time."""
+"""Seconds between two polls of a checkpoint or restore.
+
+By default 0.1 s, which would add waiting to the measured time.
+"""
 CONTENT_BYTES = 64 << 20
 
 

@@ -28,7 +28,10 @@ def counting(what: str, total: int, console: Console) -> Iterator[Callable[[floa
 
 @contextmanager
 def telling(console: Console) -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows the current step. On a terminal only the last step is visible, elsewhere each gets a line."""
+    """Yields a function that shows the current step.
+
+    On a terminal only the last step is visible, elsewhere each gets a line.
+    """
     if console.is_terminal:
         with console.status("") as status:
             yield status.update

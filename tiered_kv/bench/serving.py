@@ -74,7 +74,7 @@ def measure(place: Path, blocks: Blocks, plan: Plan, say: Callable[[str], None])
 
 
 def _turns(plan: Plan, fetches: Callable[[float], float], work: Callable[[Event], int]) -> tuple[list[float], list[float], int]:
-    """Returns the median seconds of a fetch for each turn, alone and while `work` runs, and the number of rounds of `work`."""
+    """Returns the median seconds of a fetch in each turn, alone and during `work`, and the number of rounds of `work`."""
     alone, meanwhile, rounds = [], [], 0
     fetches(plan.turn_s)
     for _ in range(plan.turns):

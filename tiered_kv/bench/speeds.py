@@ -149,7 +149,10 @@ def _speed(blocks: _Blocks, threads: int, working_set_bytes: int, turns: int) ->
 
 
 def _took_s(lanes: list[_Lane], turns: int) -> dict[str, list[float]]:
-    """Returns the seconds of single blocks by operation. All lanes run the same operation at a time, each in its own thread."""
+    """Returns the seconds of single blocks by operation.
+
+    All lanes run the same operation at a time, each in its own thread.
+    """
     took_s: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
     together = Barrier(len(lanes))
 

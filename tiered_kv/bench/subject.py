@@ -85,7 +85,10 @@ def codecs_of(text: str, default: Sequence[str] = ()) -> list[str]:
 
 
 def needs_calibration(codec: str) -> bool:
-    """Returns whether a codec, by its name, needs a calibration. Raises (kind `config`) naming --codec if it is unknown."""
+    """Returns whether a codec, by its name, needs a calibration.
+
+    Raises (kind `config`) naming --codec if it is unknown.
+    """
     try:
         return parse_codec(codec)[0].needs_calibration
     except TieredKVError as error:

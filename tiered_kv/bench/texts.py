@@ -35,7 +35,10 @@ def own_texts() -> Iterator[str]:
 
 
 def texts_from(path: str, setting: str = "prompts") -> list[str]:
-    """Returns the texts of a file of JSON lines {"text": …}. Raises (kind `config`) naming the flag, the file and the line."""
+    """Returns the texts of a file of JSON lines {"text": …}.
+
+    Raises (kind `config`) naming the flag, the file and the line.
+    """
     lines = content_of(path, setting).split("\n")
     texts = [_text(line, f"--{setting}: {path}, line {number}", setting) for number, line in enumerate(lines, 1) if line.strip()]
     if not texts:

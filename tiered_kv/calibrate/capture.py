@@ -38,7 +38,7 @@ class Geometry:
         return 2 * self.kv_heads * self.head_dim
 
     def channels_of(self, kv: torch.Tensor, start: int) -> torch.Tensor:
-        """Returns kv (L, 2, H, T, D), whose first token has position `start`, as float32 (L, T, C) with K's rotation undone."""
+        """Returns kv (L, 2, H, T, D) as float32 (L, T, C), K's rotation undone. `start`: the position of its first token."""
         layers, _, heads, tokens, dim = kv.shape
         x = kv.float()
         if self.rope:
@@ -126,7 +126,10 @@ def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.
 
 
 def _add_outer(fisher: torch.Tensor, geometry: Geometry, gradient: torch.Tensor) -> None:
-    """Add g gᵀ to `fisher`. RoPE is orthogonal, so the gradient for K before rotation is that for K with the rotation undone."""
+    """Add g gᵀ to `fisher`.
+
+    RoPE is orthogonal, so the gradient for K before rotation is that for K with the rotation undone.
+    """
     g = geometry.channels_of(gradient, SINKS)
     layers, tokens, _ = g.shape
     g = g.view(layers, tokens, geometry.groups, 2, -1).permute(0, 3, 2, 4, 1)

@@ -73,7 +73,10 @@ def _cut(tokenizer: Any, text: str, head: list[int], prompt_tokens: int) -> Iter
 
 
 def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
-    """Yields the texts of files of at least `least` characters, in a seeded order. Every second one starts at a random line."""
+    """Yields the texts of files of at least `least` characters, in a seeded order.
+
+    Every second one starts at a random line.
+    """
     paths = sorted(paths)
     generator = random.Random(_SEED)
     generator.shuffle(paths)

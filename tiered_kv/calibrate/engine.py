@@ -28,7 +28,10 @@ CONTINUE_PART = 5
 SENSITIVITY_PROMPTS = 40
 COST_PART = 0.05
 NARROW_CHANNELS = 512
-"""Up to this number of channels per layer all heads are one group. Decoding is cheap then, whatever its share of a small prefill."""
+"""Up to this number of channels per layer all heads are one group.
+
+Decoding is cheap then, whatever its share of a small prefill.
+"""
 STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 BOUND_BLOCKS = 12
 BOUND_BLOCK_TOKENS = 64
@@ -106,7 +109,7 @@ def weights_digests(model: Any) -> tuple[str, ...]:
 
 
 def with_errors(made: Calibration, captured: Captured, geometry: Geometry) -> Calibration:
-    """Returns the calibration with error bounds: for each codec and step the highest relative error of some fitted blocks."""
+    """Returns the calibration with error bounds: the highest relative error of some fitted blocks for each codec and step."""
     tokens = min(BOUND_BLOCK_TOKENS, captured.kv.shape[1])
     layout = KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, "bfloat16", tokens)
     last = captured.kv.shape[1] - tokens

@@ -19,10 +19,16 @@ STEP = 1e-4
 RIDGE = 1e-3
 """The ridge regularization of the predictor, as a part of the features' mean power."""
 FLOOR = 1.0
-"""A lower bound for the sensitivity of each axis, relative to the mean. It is needed because gradients are of few texts."""
+"""A lower bound for the sensitivity of each axis, relative to the mean.
+
+It is needed because gradients are of few texts.
+"""
 ECUQ_FLOOR = 0.75
 V_STEP = 0.8
-"""The step of V relative to that of K. V needs finer steps, because its errors add up over the tokens that attend to it."""
+"""The step of V relative to that of K.
+
+V needs finer steps, because its errors add up over the tokens that attend to it.
+"""
 
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
@@ -79,7 +85,10 @@ def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) ->
 
 
 def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the square root of the Fisher information of K and V (2, C/2, C/2) as a block-diagonal (C, C) matrix, and its inverse."""
+    """Returns the square root of the Fisher information of K and V (2, C/2, C/2), and its inverse.
+
+    Both are block-diagonal (C, C) matrices.
+    """
     size = fisher.shape[-1]
     floor = FLOOR * _tiny_guard(fisher.diagonal(dim1=-2, dim2=-1).mean(-1))
     power, axes = torch.linalg.eigh(fisher + floor[:, None, None] * torch.eye(size, dtype=fisher.dtype))
@@ -106,5 +115,8 @@ def _plain(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def _tiny_guard(x: torch.Tensor) -> torch.Tensor:
-    """Returns `x` with a tiny lower bound, so that quotients stay finite. A layer may be constant, or have no effect at all."""
+    """Returns `x` with a tiny lower bound, so that quotients stay finite.
+
+    A layer may be constant, or have no effect at all.
+    """
     return x.clamp_min(1e-20)

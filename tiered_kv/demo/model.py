@@ -70,7 +70,10 @@ def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str
 
 
 def load_words(name_or_path: str | Path | None = None) -> tuple[Any, Any]:
-    """Load the config and tokenizer of a model without its weights, as `load_model` does. Returns (config, tokenizer)."""
+    """Load the config and tokenizer of a model without its weights, as `load_model` does.
+
+    Returns (config, tokenizer).
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     def load(name: str, local: bool) -> tuple[Any, Any]:

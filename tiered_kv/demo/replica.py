@@ -55,7 +55,10 @@ class Replica:
         return {"block_tokens": layout.block_tokens, "block_bytes": layout.block_bytes, "token_bytes": layout.token_bytes}
 
     def answer(self, ids: Sequence[int], new_tokens: int) -> dict:
-        """Answer one prompt greedily. Returns the output tokens, the reused tokens by tier, and the seconds to the first token."""
+        """Answer one prompt greedily.
+
+        Returns the output tokens, the reused tokens by tier, and the seconds to the first token.
+        """
         output, report = self._cached.run(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)
         facts = asdict(report)
         return {

@@ -20,7 +20,10 @@ REFERENCES = {
 
 
 EQUAL_SHARE_NEEDED = {"exact": 1.0, "near_exact": 0.95}
-"""The share of outputs that must equal the reference, by quality. Other qualities allow more error and need no equal output."""
+"""The share of outputs that must equal the reference, by quality.
+
+Other qualities allow more error and need no equal output.
+"""
 
 
 def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict, config: Config) -> dict:

@@ -22,7 +22,10 @@ ANSWER_WITHIN_S = 900.0
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The options of the demo; see `tiered-kv demo --help`. Raises (kind `config`) naming the option if a value is below 1."""
+    """The options of the demo; see `tiered-kv demo --help`.
+
+    Raises (kind `config`) naming the option if a value is below 1.
+    """
 
     model: str | None = None
     prompts: str | None = None
@@ -40,7 +43,10 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
-    """Run the demo and print its tables. Returns the results as data for JSON. Stops all it started, also on an error or Ctrl-C."""
+    """Run the demo and print its tables.
+
+    Returns the results as data for JSON. Stops all it started, also on an error or Ctrl-C.
+    """
     asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
     model = options.model or str(ensure_default_model(console.print))
     prompts, tokenizer = _prompts(model, asked, options.new_tokens)
@@ -60,7 +66,10 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
 
 
 def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
-    """Returns the token ids of each question's prompt, and the tokenizer. Raises (kind `config`) if one is empty or too long."""
+    """Returns the token ids of each question's prompt, and the tokenizer.
+
+    Raises (kind `config`) if one is empty or too long.
+    """
     config, tokenizer = load_words(model)
     longest = getattr(config, "max_position_embeddings", None)
     prompts = [workload.prompt_ids(tokenizer, question) for question in asked]

@@ -61,7 +61,10 @@ class Manifest(NamedTuple):
     extra: dict[str, Any]
 
     def write(self, store: ObjectStore, name: str) -> None:
-        """Write the manifest atomically under `name`, replacing any object there. Raises ValueError if `read` would refuse it."""
+        """Write the manifest atomically under `name`, replacing any object there.
+
+        Raises ValueError if `read` would refuse it.
+        """
         _check(self)
         columns = pack_rows(self.rows, [model.root for model in self.models], [nbytes for _, nbytes in self.packs])
         models = [[each.root, each.layout and plain_layout(each.layout), each.name, each.namespace] for each in self.models]
@@ -139,7 +142,7 @@ def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
         raise _corrupt(name, "it is cut off within its header")
     _, version = _START.unpack_from(view)
     if version not in _BODY_BYTES:
-        raise _corrupt(name, f"its version must be at most {VERSION}, got {version}; a newer tiered_kv can read it")
+        raise _corrupt(name, f"its version must be at most {VERSION}, got {version}; a newer tiered_kv may be able to read it")
     begin, end = _START.size + _BODY_BYTES[version].size, len(view) - _DIGEST_BYTES
     if end < begin:
         raise _corrupt(name, "it is cut off within its header")

@@ -76,7 +76,10 @@ _OF_OPERATIONS = ("operation_time_s", "operation_time_p99_s", "operations_per_s"
 
 @dataclass(frozen=True)
 class Alert:
-    """An alert on a metric beyond its threshold. `bound` is "lower" or "upper". `message` has value, threshold and advice."""
+    """An alert on a metric beyond its threshold.
+
+    `bound` is "lower" or "upper". `message` has value, threshold and advice.
+    """
 
     metric: str
     bound: str
@@ -124,7 +127,10 @@ class CacheMonitor:
         self.metrics = CacheMetrics()
 
     def record_operation(self, operation_time: float) -> None:
-        """Record the duration of one operation in seconds. Raises (kind `config`) for anything but a finite number of at least 0."""
+        """Record the duration of one operation in seconds.
+
+        Raises (kind `config`) for anything but a finite number of at least 0.
+        """
         if isinstance(operation_time, bool) or not isinstance(operation_time, int | float) or not 0 <= operation_time < float("inf"):
             raise TieredKVError(Kind.CONFIG, f"operation_time: must be a number of seconds, 0 or more, got {operation_time!r}")
         with self._lock:
@@ -170,7 +176,10 @@ class CacheMonitor:
         )
 
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
-        """Compare one metric with its thresholds. Returns the alerts that start now. Ends alerts whose metric is within again."""
+        """Compare one metric with its thresholds.
+
+        Returns the alerts that start now. Ends alerts whose metric is within again.
+        """
         begun: list[Alert] = []
         known = (name not in _OF_LOOKUPS or metrics.lookups) and (name not in _OF_OPERATIONS or metrics.operations)
         value = getattr(metrics, name)
@@ -208,7 +217,10 @@ def _message(name: str, bound: str, threshold: float, value: float) -> str:
 
 
 def _bounds(name: str, given: Any) -> dict[str, float]:
-    """Returns the thresholds of a metric by "lower" and "upper". Raises (kind `config`) if the metric or threshold is invalid."""
+    """Returns the thresholds of a metric by "lower" and "upper".
+
+    Raises (kind `config`) if the metric or threshold is invalid.
+    """
     if name not in THRESHOLDS:
         raise TieredKVError(Kind.CONFIG, f"alert_thresholds: the metric must be one of {', '.join(THRESHOLDS)}, got {name!r}", setting=name)
     pair = given if isinstance(given, tuple | list) else (given, None) if THRESHOLDS[name].is_least else (None, given)

@@ -152,7 +152,10 @@ class Repository:
         return pointer["name"].decode()
 
     def read(self, name: str | None = None) -> Manifest:
-        """Returns the manifest of the checkpoint `name`, or of the latest if None. Raises as `Manifest.read` and `latest`."""
+        """Returns the manifest of the checkpoint `name`, or of the latest if None.
+
+        Raises as `Manifest.read` and `latest`.
+        """
         return Manifest.read(self.store, self.latest() if name is None else name)
 
     def publish(self, manifest: Manifest, name: str | None = None, lease: Lease | None = None) -> str:
@@ -330,7 +333,10 @@ class Repository:
         return None
 
     def _await_collector(self, say: Callable[[str], object], lease: Lease | None = None) -> None:
-        """Wait for a listing that shows the lease and no live delete mark. Raises (kind `storage`) if that takes too long."""
+        """Wait for a listing that shows the lease and no live delete mark.
+
+        Raises (kind `storage`) if that takes too long.
+        """
         begun = self.now_s()
         while True:
             listed = self.store.sizes()

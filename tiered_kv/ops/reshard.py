@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """A block to build for a rank of the new world. `sources`: the checkpoint's block for each of `pieces` (`service.resharding.join`)."""
+    """A block to build for a rank of the new world.
+
+    `sources`: the checkpoint's block for each of `pieces` (`service.resharding.join`).
+    """
 
     key: BlockKey
     parent: BlockKey | None

@@ -17,7 +17,10 @@ class Crash(BaseException):
 
 
 class Step(NamedTuple):
-    """One call of a store. `number`: among all calls of one `Hooked`. `done`: whether the call was carried out already."""
+    """One call of a store.
+
+    `number`: among all calls of one `Hooked`. `done`: whether the call was carried out already.
+    """
 
     number: int
     call: str

@@ -41,7 +41,10 @@ def server(credentials):
 
 @pytest.fixture(autouse=True)
 def no_leaked_files():
-    """Replaces the check by an empty one, because connections of a closed store end a moment later. The fixture of all tests waits."""
+    """Replaces the check by an empty one, because connections of a closed store end a moment later.
+
+    The fixture of all tests waits.
+    """
 
 
 @pytest.fixture
