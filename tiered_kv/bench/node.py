@@ -1,6 +1,7 @@
-"""A node in a process of its own, without Ray: prints its info as one line of JSON, ends when its standard input does.
+"""Runs a node in its own process, without Ray.
 
-It leaves a record as a cluster's node does, under the cluster name that is given.
+It prints its info as one line of JSON, and stops when its standard input is closed. It leaves a record beside its socket, as a
+cluster's node does, under the given cluster name.
 """
 
 import json
@@ -13,7 +14,7 @@ from tiered_kv.service.record import NodeRecord, write_record
 
 
 def main() -> None:
-    """`python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID [CLUSTER_NAME]`."""
+    """Run as `python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID [CLUSTER_NAME]`; the first argument is the node's config."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
     server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
     write_record(NodeRecord(sys.argv[3] if len(sys.argv) > 3 else sys.argv[2], sys.argv[2], "bench", node.info()))
