@@ -85,7 +85,7 @@ SETTINGS = {
     "error-budget": ("kl=KL", "choose each tier's codec by its KL divergence measured on the model, for example kl=1e-3 (default: none)"),
     "verify-host": (
         "",
-        "compare each block that a fetch copies out of host memory with its checksum (default: only the background scrubber does)",
+        "check each fetched host-memory block against its checksum (default: only a background scrubber checks)",
     ),
     "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
 }

@@ -222,9 +222,16 @@ def tiered_hint():
     return Hint(answer_tokens=5)
 
 
+def refusal_of(path: str) -> TieredKVError:
+    """Returns the error of a session that is given 0.1 s to connect."""
+    with pytest.raises(TieredKVError) as refusal:
+        SocketSession(path, 0.1)
+    return refusal.value
+
+
 def test_a_session_counts_connecting_and_the_first_exchange_in_its_time(hung) -> None:
     node, _ = hung
-    took_s, error = timed(lambda: pytest.raises(TieredKVError, SocketSession, f"{node.info['directory']}/sock", 0.1).value)
+    took_s, error = timed(lambda: refusal_of(f"{node.info['directory']}/sock"))
     assert took_s < 0.1 + LATE_S
     assert error.kind is Kind.TRANSPORT
     assert error.context["timed_out"]
@@ -247,7 +254,7 @@ def test_an_answer_that_comes_in_pieces_has_no_more_time_than_a_whole_one(tmp_pa
         thread = threading.Thread(target=drip, args=(listener,))
         thread.start()
         try:
-            took_s, error = timed(lambda: pytest.raises(TieredKVError, SocketSession, path, 0.1).value)
+            took_s, error = timed(lambda: refusal_of(path))
         finally:
             end.set()
             thread.join(30)

@@ -33,7 +33,7 @@ def in_child(work: Callable[[], None]) -> int:
         faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # one that hangs says where
         work()
         status = 0
-    except BaseException:  # the test's own process must not go on in the child
+    except BaseException:  # noqa: BLE001  # the test's own process must not go on in the child
         traceback.print_exc()
     finally:
         sys.stderr.flush()
