@@ -10,7 +10,7 @@ SEED ?=
 FUZZ_ARGS ?=
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test fuzz check sim bench docs clean
+.PHONY: help demo test fuzz hostile check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -28,6 +28,9 @@ test: $(STAMP)  ## all tests; TEST_ARGS="-k name"
 
 fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
+
+hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its files; MINUTES=20, SEED=7
+	$(BIN)/python -m tests.hostile.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint and format
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff

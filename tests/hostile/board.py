@@ -9,11 +9,12 @@ from typing import Self
 WORKERS_MAX = 16
 COUNTS = ("fetches", "checked_blocks", "wrong_blocks", "stores", "stored_blocks", "exceptions", "overrun_us_max")
 _WORD = struct.Struct("<q")
-_CONTROL = ("stop", "lossy")
+_CONTROL = ("stop", "lossy", "pauses")
 
 
 class Board:
-    """Control words (`stop`: end now; `lossy`: blocks may have a lossy codec's error) and each worker's counts.
+    """Control words (`stop`: end now; `lossy`: blocks may have a lossy codec's error; `pauses`: how often
+    all workers were stopped) and each worker's counts.
 
     One writer a word: the driver writes the control words, each worker its own counts.
     """

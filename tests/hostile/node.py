@@ -1,7 +1,9 @@
 """A node in a process of its own, as the node actor runs one, but without Ray: it can be killed, stopped and started again."""
 
 import json
+import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,33 @@ from tests.hostile.nursery import Child, Nursery, wait_until
 from tiered_kv.config import Config
 from tiered_kv.service.local import SessionServer
 from tiered_kv.service.node import Node
+from tiered_kv.service.record import NodeRecord, write_record
 
 
 def run_node(config: dict[str, Any], cluster_id: str, node_id: str, ready: str) -> None:
-    """The role of a nursery's child: serves until it is killed; writes what a worker needs to attach to the file `ready`."""
+    """The role of a nursery's child: writes `Node.info` to the file `ready`, and serves until it is killed.
+
+    Workers attach to it by the cluster name, which is `cluster_id`. As a node actor it ends when its files are removed.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads, so that only sigwait takes it
-    node = Node(Config.of(config), cluster_id, node_id)
+    serving = threading.Event()
+    node = Node(Config.of(config), cluster_id, node_id, at_beat=lambda: serving.is_set() and _end_unless_in_place(node))
     server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+    write_record(NodeRecord(cluster_id, cluster_id, node_id, node.info()))
+    serving.set()
     written = Path(f"{ready}.new")
     written.write_text(json.dumps(node.info()))
     written.rename(ready)
     signal.sigwait({signal.SIGTERM})
+    serving.clear()
     server.close()
     node.close(remove=True)
+
+
+def _end_unless_in_place(node: Node) -> None:
+    if not node.is_in_place():
+        node.abdicate()
+        os._exit(3)
 
 
 class NodeProcess:

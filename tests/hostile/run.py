@@ -27,6 +27,7 @@ from typing import Any
 from tests.hostile.board import Board
 from tests.hostile.node import NodeProcess
 from tests.hostile.nursery import Nursery
+from tiered_kv.blocks import Tier
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.memory import words
 
@@ -45,18 +46,19 @@ CHANGES_QUALITY, HANGS = 0.1, 0.1
 """Shares of the restarts that change the quality, and that come after the node hung."""
 KEPT_MIN = 0.999
 REMOVALS = 2
+MUST_HAPPEN = ("checked_blocks", "stored_blocks", "restarts", "shown_on_disk", "shown_coded_in_host")
 
 
-def shown(directory: Path) -> set[BlockKey]:
-    """The keys of the blocks that a node's index shows, read from its file; whole slots only."""
+def shown(directory: Path) -> dict[BlockKey, tuple[int, int]]:
+    """Returns the blocks that a node's index shows, read from its file: by key the numbers of tier and codec. Whole slots only."""
     data = memoryview((directory / "index").read_bytes())
     slots = data[: words.HEADER_BYTES].cast("Q")[words.SLOTS]
     table = data[words.HEADER_BYTES : words.ticks_offset(slots)]
-    found = set()
+    found = {}
     for at in range(0, len(table), words.SLOT_BYTES):
         key, kind, _, _ = words.FIELDS.unpack_from(table, at + words.KEY_OFFSET)
         if kind & 0xFF and not int.from_bytes(table[at : at + 8], sys.byteorder) & 1:
-            found.add(bytes(key[:KEY_BYTES]))
+            found[bytes(key[:KEY_BYTES])] = (kind & 0xFF, kind >> 8 & 0xFF)
     return found
 
 
@@ -73,9 +75,9 @@ class Run:
         self._node = NodeProcess(nursery, scratch, uuid.uuid4().hex[:8], disk_path=str(folder), **SETTINGS)
         self._node.start()
         self._nursery = nursery
-        ready, path = str(scratch / "n0.json"), str(scratch / "board")
+        cluster, path = self._node.ids["cluster_id"], str(scratch / "board")
         for workers in ([0, 1, 2], [3]):
-            nursery.start("worker", board=path, workers=workers, attach=ready, documents=DOCUMENTS, seed=self._draw.randrange(1 << 30))
+            nursery.start("worker", board=path, workers=workers, cluster=cluster, documents=DOCUMENTS, seed=self._draw.randrange(1 << 30))
 
     def go(self, seconds: float) -> None:
         """Kills and restarts until the time is over."""
@@ -106,6 +108,7 @@ class Run:
             self.counts["quality_changes"] += 1
         if self._quality != QUALITIES[0]:
             self._board["lossy"] = 1
+        self._board["pauses"] += 1
         self._pause(signal.SIGSTOP)
         before = shown(self._node.directory)
         self._start()
@@ -114,9 +117,11 @@ class Run:
             self._board["lossy"] = 0
         self._pause(signal.SIGCONT)
         self.counts["restarts"] += 1
+        self.counts["shown_on_disk"] += sum(tier == Tier.DISK for tier, _ in after.values())
+        self.counts["shown_coded_in_host"] += sum(tier == Tier.HOST and codec > 0 for tier, codec in after.values())
         if not changes:
             self.counts["shown_before"] += len(before)
-            self.counts["shown_after"] += len(before & after)
+            self.counts["shown_after"] += len(before.keys() & after.keys())
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._node.directory)
@@ -157,9 +162,7 @@ def faults_of(result: dict[str, Any]) -> list[str]:
     faults = [f"{name} is {result[name]}, must be 0" for name in ("wrong_blocks", "exceptions") if result[name]]
     if result["kept"] is not None and result["kept"] < KEPT_MIN:
         faults.append(f"only {result['kept']:.4%} of the shown blocks were shown after a restart, must be {KEPT_MIN:.1%}")
-    return faults + [
-        f"{name} is 0: the run tested nothing" for name in ("checked_blocks", "stored_blocks", "restarts") if not result.get(name)
-    ]
+    return faults + [f"{name} is 0: the run tested nothing" for name in MUST_HAPPEN if not result.get(name)]
 
 
 def main() -> int:
