@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import blake2b
 
+import numpy as np
 import pytest
 
 from tiered_kv.blocks import Tier
@@ -13,6 +14,7 @@ from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.service.facts import ModelFacts
 from tiered_kv.service.node import Node
+from tiered_kv.service.probes import Probe
 from tiered_kv.service.session import Session
 
 NBYTES = 64 << 10
@@ -64,6 +66,12 @@ class TransportContract:
         assert len(offsets) == 8
         assert all(after - before >= NBYTES for before, after in zip(sorted(offsets), sorted(offsets)[1:], strict=False))
         assert node.stats()["reserved_bytes"] == 8 * NBYTES
+
+    def test_a_probe_that_agrees_is_the_first_variant(self, session) -> None:
+        rows = [1.0, 1.0, 2.0, 2.0]
+        first, other = (Probe(np.array(rows, "<f4").tobytes(), 2, 1e-3, 1e-3) for rows in (rows, rows[::-1]))
+        assert session.probe(ROOT, list(first)) == session.probe(ROOT, list(first)) == ""
+        assert session.probe(ROOT, list(other)) != ""
 
     def test_nothing_is_visible_before_its_commit(self, node, session) -> None:
         offsets = session.reserve(NBYTES, keys_of(2), None)
