@@ -23,6 +23,7 @@ from tiered_kv.service.probes import Probe, Variants
 from tiered_kv.threads import DaemonThreads
 
 CONTROL_WAIT_S = 2.0
+PROBE_WAIT_S = 0.5  # a worker waits for the node's answer to a probe for a second at most
 LOCATES_AT_ONCE = 4
 READY_WAIT_S = 0.05  # for an answer that Ray has said to be there
 
@@ -49,8 +50,8 @@ class RayLink:
         return _within(wait_s, self._coordinator, self._locating.submit(call))
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        call = partial(self._ask, lambda actor: actor.probe.remote(root, known, probe), CONTROL_WAIT_S)
-        return _within(CONTROL_WAIT_S, self._coordinator, self._locating.submit(call))
+        call = partial(self._ask, lambda actor: actor.probe.remote(root, known, probe), PROBE_WAIT_S)
+        return _within(PROBE_WAIT_S, self._coordinator, self._locating.submit(call))
 
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)

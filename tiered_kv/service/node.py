@@ -76,7 +76,7 @@ class Node:
         self.engine.handle(self.place.restore())
         self.seals = Seals(self.engine, self.place)
         self.directory = self.place.directory
-        self.probes = NodeProbes(self._lasting_folders(), link.probe if link else None)
+        self.probes = NodeProbes(self._lasting_folders(), (lambda *asked: self._reporter.probe(*asked)) if link else None)
         self.saving, self.filling = Saving(self), Filling(self)
         self._checkpoint_steps = self.saving.steps() | self.filling.steps()
         self._sessions: dict[NodeSession, None] = {}

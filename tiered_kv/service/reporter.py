@@ -10,7 +10,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.service.coordinator import Report
 from tiered_kv.service.learning import Learning
 from tiered_kv.service.link import Link
-from tiered_kv.service.probes import Variants
+from tiered_kv.service.probes import Probe, Variants
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,12 @@ class Reporter:
             self._is_silent(error)
             self.wake()  # it may have been the question that was too slow: this finds out
             raise
+
+    def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        """As `Link.probe`. Raises (kind `transport`) at once while the coordinator is silent."""
+        if not self.reachable:
+            raise TieredKVError(Kind.TRANSPORT, "the coordinator did not answer, and has not been heard of since")
+        return self._link.probe(root, known, probe)
 
     def report_once(self) -> None:
         """Send what changed since the last report; the whole inventory first if the coordinator lost count."""
