@@ -87,7 +87,7 @@ LIBRARIES = {
     "ops": {"numpy", "msgpack", "torch", "tensorboard", "wandb"},
     "library": {"numpy", "torch", "transformers"},
     "actors": {"numpy", "ray"},
-    "cluster": {"ray", "rich"},
+    "cluster": {"psutil", "ray", "rich"},
     "calibrate": {"numpy", "torch", "transformers"},
     "demo": {"numpy", "torch", "ray", "rich", "transformers"},
     "bench": {"numpy", "torch", "ray", "rich", "obstore"},
