@@ -115,11 +115,13 @@ def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) ->
     left = _wait_gone(leaders, known, directory, wait_s)
     killed: set[int] = set()
     deadline_s = time.monotonic() + wait_s
-    while left and time.monotonic() < deadline_s:
+    while left:
         for process in left:
             process.signal(signal.SIGKILL)
         killed.update(process.pid for process in left)
         left = _wait_gone(leaders, known, directory, 0.5)
+        if time.monotonic() >= deadline_s:
+            break
     return sorted(killed)
 
 

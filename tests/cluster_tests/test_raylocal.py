@@ -92,10 +92,11 @@ def test_a_session_that_ends_by_itself_is_not_killed(tmp_path: Path, spawned: li
     assert session_members(leader, tmp_path) == []
 
 
-def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process]) -> None:
+@pytest.mark.parametrize("wait_s", [0.1, 0.0])
+def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process], wait_s: float) -> None:
     leader = shell("trap '' TERM; sleep 1000 & echo ready > $READY; wait", tmp_path, spawned)
     members = session_members(leader, tmp_path)
-    assert stop_sessions([leader], tmp_path, 0.1) == sorted(process.pid for process in members)
+    assert stop_sessions([leader], tmp_path, wait_s) == sorted(process.pid for process in members)
     assert not any(process.alive() for process in members)
 
 
