@@ -1,6 +1,6 @@
 """Owns the life of a cluster on machines: its state file, starting, joining and stopping Ray, the command line.
 
-May import actors, service, ops, config, errors; ray only inside functions that need it.
+May import actors, service, ops, config, errors; psutil; ray only inside functions that need it.
 Must never import torch, and must never touch a process or a file that it did not start or write itself.
 """
 
