@@ -29,10 +29,11 @@ test: $(STAMP)  ## all tests; TEST_ARGS="-k name"
 fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
 
-check: $(STAMP)  ## lint and format
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff
+check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
 	$(BIN)/tiered-kv simulate $(TRACES)

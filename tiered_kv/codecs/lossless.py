@@ -152,9 +152,9 @@ def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
     """The plane as zstd if that is shorter, else as it is. A sample of a long one tells first whether to try."""
     middle = len(plane) // 2
     sample = plane[middle : middle + SAMPLE_BYTES]
-    if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(sample)) > len(sample) * (1 - MIN_GAIN):
+    if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(memoryview(sample))) > len(sample) * (1 - MIN_GAIN):
         return plane
-    small = _compressor().compress(plane)
+    small = _compressor().compress(memoryview(plane))
     return small if len(small) < len(plane) else plane
 
 
@@ -162,10 +162,12 @@ def _compressor() -> zstandard.ZstdCompressor:
     """This thread's own: one is for one thread at a time, and making one costs as much as a small block."""
     if not hasattr(_of_thread, "compressor"):
         _of_thread.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-    return _of_thread.compressor
+    compressor: zstandard.ZstdCompressor = _of_thread.compressor
+    return compressor
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
     if not hasattr(_of_thread, "decompressor"):
         _of_thread.decompressor = zstandard.ZstdDecompressor()
-    return _of_thread.decompressor
+    decompressor: zstandard.ZstdDecompressor = _of_thread.decompressor
+    return decompressor

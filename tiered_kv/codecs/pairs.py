@@ -71,7 +71,7 @@ def encode_pair(
     """The records of a pair by the lossy codec of that name; changes and keeps neither tensor. Raises as `check_pair`."""
     check_pair(key, value)
     batch, heads, tokens, dim = key.shape
-    chosen = codec_for(codec, KVLayout(batch, heads, dim, key.dtype, tokens), sinks=0, **parameters)
+    chosen = codec_for(codec, KVLayout(batch, heads, dim, str(key.dtype), tokens), sinks=0, **parameters)
     with torch.autocast(key.device.type, enabled=False):  # a region of another dtype refuses to stack
         block = torch.stack([key.detach(), value.detach()], 1)
     encoded = chosen.encode(block.view(-1).view(torch.uint8), carried_error)

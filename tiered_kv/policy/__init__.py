@@ -48,5 +48,6 @@ def create_policy(
     to 1 (by its prefill FLOPs, which grow with its position: the tokens of a block), and the `seed` of its samples.
     """
     if name == "adaptive":
+        assert isinstance(history, BlockHistory), "the policy adaptive needs the history of create_history"
         return AdaptivePolicy(history, cost_per_block=cost_weight * block_tokens / COST_TOKENS, seed=seed)
     return _CLASSICS[name](history, capacity_bytes)

@@ -167,7 +167,8 @@ class BlockHistory(History):
     @property
     def nbytes(self) -> int:
         """Memory in use."""
-        return self._keys.nbytes + sum(getattr(self, field).nbytes for field in _FIELDS)
+        arrays: list[np.ndarray] = [getattr(self, field) for field in _FIELDS]
+        return self._keys.nbytes + sum(array.nbytes for array in arrays)
 
     @property
     def blocks(self) -> int:
@@ -241,7 +242,7 @@ class BlockHistory(History):
         """Slots of the chain, root first, as far as it was used together with its tail."""
         if self._run and self._run[-1][-1] == tail:
             return np.concatenate(self._run)
-        chain = []
+        chain: list[int] = []
         while tail >= 0 and (not chain or abs(self.last_s[tail] - self.last_s[chain[0]]) < _REQUEST_S):
             chain.append(tail)
             tail = int(self.parent[tail])
@@ -286,7 +287,7 @@ class BlockHistory(History):
 
     def _grow(self, capacity: int) -> None:
         for field, dtype in _FIELDS.items():
-            fresh = np.zeros(capacity, dtype)
+            fresh: np.ndarray = np.zeros(capacity, dtype)
             if self.capacity:
                 fresh[: self.capacity] = getattr(self, field)
             setattr(self, field, fresh)

@@ -1,6 +1,7 @@
 """A map from many block keys to slot numbers, in a few bytes a key, asked for a whole chain at a time."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -17,7 +18,9 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
     """64 bits that stand for each key: of a store's key all its words folded, of a number the number, else its hash."""
     first = keys[0]
     if isinstance(first, bytes) and len(first) == KEY_BYTES:
-        return (np.frombuffer(b"".join(keys), np.uint64).reshape(-1, len(_FOLD)) * _FOLD).sum(1, dtype=np.uint64)  # type: ignore[arg-type]
+        words = np.frombuffer(b"".join(cast("Sequence[bytes]", keys)), np.uint64)
+        tags: np.ndarray = (words.reshape(-1, len(_FOLD)) * _FOLD).sum(1, dtype=np.uint64)
+        return tags
     if isinstance(first, int):
         return np.array(keys, np.int64).view(np.uint64)
     return np.array([hash(key) for key in keys], np.int64).view(np.uint64)
@@ -35,7 +38,7 @@ class KeyTable:
     def find(self, tags: np.ndarray, tag_of: np.ndarray) -> np.ndarray:
         """int32 slots of the tags, -1 for one that is not there. About 10 µs for a chain of a hundred."""
         at = self._home(tags)
-        slots = self._slots[at]
+        slots: np.ndarray = self._slots[at]
         open_ = np.flatnonzero((tag_of[slots] != tags) & (slots >= 0))
         while len(open_):
             at[open_] = at[open_] + 1 & self._mask

@@ -1,6 +1,6 @@
 """What policies of several queues are made of: a queue that knows its bytes, and ghosts of blocks given up."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, KeysView, Mapping, Sequence
 
 from tiered_kv.policy.base import Key
@@ -28,7 +28,7 @@ class Queue:
 
 def check_queues(queues: Sequence[Queue], nbytes: Mapping[Key, int], chosen: Container[Key]) -> None:
     """Assert that each block is in one queue, and their bytes are right."""
-    assert sorted(key for queue in queues for key in queue.rank) == sorted(nbytes)
+    assert Counter(key for queue in queues for key in queue.rank) == Counter(iter(nbytes))
     for queue in queues:
         assert queue.nbytes == sum(nbytes[key] for key in queue.rank if key not in chosen)
 

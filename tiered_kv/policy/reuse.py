@@ -40,7 +40,8 @@ _ENDS_S = _EDGES_S + _WIDTHS_S
 
 def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
     """The classes of blocks of one chain that were used so often, as int64."""
-    return ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
+    found: np.ndarray = ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
+    return found
 
 
 def gap_bucket(gap_s: float) -> int:
@@ -109,7 +110,7 @@ class ReuseModel:
             return float(kind != ENDED)
         octaves = np.arange(OCTAVES + 1)
         now, then = np.interp(np.log2(np.maximum([age_s, age_s + within_s], FIRST_S) / FIRST_S) + 1, octaves, self._unused[kind])
-        return 1 - then / now
+        return float(1 - then / now)
 
     def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
         """Own counts as bytes: rows u16 | ended f32 | open f32, behind their number as u32."""
