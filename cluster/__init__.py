@@ -1,7 +1,7 @@
-"""Owns the life of a cluster on machines: its state file, starting, joining and stopping Ray, the command line.
+"""The life of a cluster on real machines: its state file, starting, joining and stopping Ray, and the command line.
 
 May import actors, service, ops, config, errors; psutil; ray only inside functions that need it.
-Must never import torch, and must never touch a process or a file that it did not start or write itself.
+Must never import torch. Must never touch a process that it did not start, or a file that it did not write.
 """
 
 if __name__ != "tiered_kv.cluster":

@@ -1,7 +1,6 @@
-"""Processes known by (pid, start time), so that a reused pid is never signalled, and the members of their sessions.
+"""Processes and their sessions. A process is identified by (pid, start time), so that a reused pid is never signalled.
 
-psutil and the standard library ask the kernel. A process that is started here leads a session of its own; what it starts
-stays in that session.
+psutil reads /proc. A process started here leads its own session, and its children stay in that session.
 """
 
 import os
@@ -20,21 +19,27 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
-    """A process that cannot be mistaken for a later one with the same pid. `start_time`: clock ticks since boot."""
+    """Identifies a process; a later process with the same pid is not equal.
+
+    `start_time` is in clock ticks since boot.
+    """
 
     pid: int
     start_time: int
 
     @classmethod
     def of(cls, pid: int) -> "Process":
-        """The process that now has this pid; raises `ProcessLookupError` if there is none."""
+        """Returns the process that has this pid now. Raises `ProcessLookupError` if there is none."""
         start_time = _start_time(pid)
         if start_time is None:
-            raise ProcessLookupError(f"no process {pid}")
+            raise ProcessLookupError(f"there is no process with pid {pid}")
         return cls(pid, start_time)
 
     def alive(self) -> bool:
-        """Whether it runs; a process that ended and waits for its parent (a zombie) does not. Reaps a child of ours."""
+        """Returns whether the process is running.
+
+        A process that has ended but was not reaped (a zombie) is not running; a child of this process is reaped here.
+        """
         with suppress(psutil.NoSuchProcess):
             if _start_time(self.pid) == self.start_time:
                 if psutil.Process(self.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -44,7 +49,7 @@ class Process(NamedTuple):
         return False
 
     def signal(self, number: int) -> None:
-        """Send a signal if it still runs."""
+        """Send a signal if the process is still running."""
         if self.alive():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -62,7 +67,10 @@ def _start_time(pid: int) -> int | None:
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
-    """Start a command as the leader of a new session, detached from the terminal; its output goes to `log` (0600)."""
+    """Start a command as the leader of a new session, detached from the terminal.
+
+    Its output is written to `log` (mode 0600). Returns the process.
+    """
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
@@ -72,41 +80,41 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 
 
 def session_members(leader: Process, directory: Path) -> list[Process]:
-    """The running processes of a leader's session, the leader included.
+    """Returns the running processes of a leader's session, including the leader.
 
-    Once the leader is gone its number may name a session of somebody else's; then only processes that hold a file
-    below `directory` open (Ray's own log files) count. Cost: one system call for each process of the machine.
+    Once the leader has ended, its number may be the id of an unrelated session. Then only processes that have a file
+    below `directory` open (Ray's own log files) are returned. Cost: one system call for each process of the machine.
     """
     start_time = _start_time(leader.pid)
     if start_time not in (None, leader.start_time):
-        return []  # a session's number is free for reuse only once the session is empty
+        return []  # the kernel reuses a session's number only after the session is empty
     found = _session(leader.pid)
     if start_time is not None:
         return found
-    return [process for process in found if _holds_file_below(process.pid, directory)]
+    return [process for process in found if _has_open_file_below(process.pid, directory)]
 
 
 def _session(number: int) -> list[Process]:
     found = []
     for pid in psutil.pids():
-        with suppress(ProcessLookupError):  # it has ended since it was listed
+        with suppress(ProcessLookupError):  # it ended after it was listed
             if os.getsid(pid) == number and (process := Process.of(pid)).alive():
                 found.append(process)
     return found
 
 
-def _holds_file_below(pid: int, directory: Path) -> bool:
+def _has_open_file_below(pid: int, directory: Path) -> bool:
     """Reads /proc: psutil's `open_files` leaves out files that were deleted, and a cleaner of /tmp may have deleted Ray's logs."""
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended, or belongs to another user
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to another user
         return any(os.path.realpath(f"/proc/{pid}/fd/{fd}").startswith(f"{directory}/") for fd in os.listdir(f"/proc/{pid}/fd"))
     return False
 
 
 def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) -> list[int]:
-    """SIGTERM to each leader, `wait_s` for their sessions to empty, then SIGKILL to what is left of these sessions.
+    """Stop sessions: send SIGTERM to each leader, wait up to `wait_s`, then send SIGKILL to the processes that are left.
 
-    What outlives its leader gets a SIGTERM too, and 2 s. Returns the pids that had to be killed; empty if all ended by
-    themselves. `directory`: see `session_members`.
+    A process that outlives its leader also gets SIGTERM, and 2 s to end. Returns the pids that had to be killed, or []
+    if all ended by themselves. `directory`: see `session_members`.
     """
     leaders = list(leaders)
     known = {process for leader in leaders for process in session_members(leader, directory)}
@@ -126,18 +134,19 @@ def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) ->
 
 
 def _wait_gone(leaders: list[Process], known: set[Process], directory: Path, wait_s: float) -> list[Process]:
-    """Wait until all `known` processes and the leaders' sessions are gone; return those that are not. Adds to `known`.
+    """Wait until all `known` processes and the leaders' sessions have ended. Adds the session members to `known`.
 
-    What outlives its leader has nobody left to end it: it gets a SIGTERM, and less time (Ray's agents go on regardless).
+    Returns the processes that are still running. A process that outlives its leader has no parent left to stop it
+    (Ray's agents keep running): it gets SIGTERM, and less time.
     """
     deadline_s = time.monotonic() + wait_s
-    asked: set[Process] = set()
+    signalled: set[Process] = set()
     while True:
         for leader in leaders:
             members = session_members(leader, directory)
             known.update(members)
-            orphans = set() if leader.alive() else set(members) - asked
-            asked |= orphans
+            orphans = set() if leader.alive() else set(members) - signalled
+            signalled |= orphans
             for process in orphans:
                 process.signal(signal.SIGTERM)
         if not any(leader.alive() for leader in leaders):

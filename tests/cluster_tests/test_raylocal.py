@@ -57,7 +57,7 @@ def error_of(call, *arguments: object) -> str:
 # --- processes ---
 
 
-def test_a_process_is_known_by_its_start_time() -> None:
+def test_a_process_is_identified_by_its_start_time() -> None:
     me = Process.of(os.getpid())
     assert me.alive()
     assert not me._replace(start_time=me.start_time - 1).alive()
@@ -93,7 +93,7 @@ def test_a_session_that_ends_by_itself_is_not_killed(tmp_path: Path, spawned: li
 
 
 @pytest.mark.parametrize("wait_s", [0.1, 0.0])
-def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process], wait_s: float) -> None:
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process], wait_s: float) -> None:
     leader = shell("trap '' TERM; sleep 1000 & echo ready > $READY; wait", tmp_path, spawned)
     members = session_members(leader, tmp_path)
     assert stop_sessions([leader], tmp_path, wait_s) == sorted(process.pid for process in members)

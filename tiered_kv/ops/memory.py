@@ -1,4 +1,4 @@
-"""How much memory there is and who uses it: this process, its machine or container, and its GPU."""
+"""Reads memory figures: of this process, its machine or container, and its GPU."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,10 @@ _CGROUP = Path("/sys/fs/cgroup")  # psutil knows the machine, not the container
 
 
 class MemoryFigures(NamedTuple):
-    """Bytes. `total` is the container's limit where it has one below the machine's; `process` is what this process has in memory."""
+    """Memory in bytes.
+
+    `total` is the container's limit if it is lower than the machine's memory. `process` is the resident memory of this process.
+    """
 
     total_bytes: int
     available_bytes: int
@@ -17,12 +20,12 @@ class MemoryFigures(NamedTuple):
 
     @property
     def used_share(self) -> float:
-        """Of all memory, the part that is in use; 0 to 1."""
+        """The share of all memory that is in use, 0 to 1."""
         return 1 - self.available_bytes / self.total_bytes if self.total_bytes else 0.0
 
 
 def host_memory() -> MemoryFigures:
-    """Returns the figures of the host. Cost: some 100 µs."""
+    """Returns the figures of the host, from the kernel. Cost: about 100 µs."""
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
@@ -33,7 +36,7 @@ def host_memory() -> MemoryFigures:
 
 
 def device_memory(device: object) -> MemoryFigures | None:
-    """The figures of a CUDA device; None for any other."""
+    """Returns the figures of a CUDA device, or None for any other device."""
     import torch
 
     device = torch.device(device)
@@ -44,7 +47,7 @@ def device_memory(device: object) -> MemoryFigures | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file of the kernel; None where there is no such file, or no limit."""
+    """Returns the number in a kernel file, or None if there is no such file or no limit."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -53,7 +56,7 @@ def _number(path: Path) -> int | None:
 
 
 def _inactive_file_bytes() -> int:
-    """Bytes of cached files that the container could give up at once."""
+    """Returns the bytes of cached files that the container could free at once."""
     try:
         lines = (_CGROUP / "memory.stat").read_text().splitlines()
     except OSError:
