@@ -1,4 +1,4 @@
-"""What every codec must do. Subclass in a test module, give the fixture `codec`, and loosen `assert_same` for a lossy one."""
+"""The contract of every codec. Subclass it in a test module, define the fixture `codec`, and loosen `assert_same` for a lossy codec."""
 
 from dataclasses import FrozenInstanceError
 
@@ -13,7 +13,7 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 class CodecContract:
-    """A suite; `sizes` are block sizes in bytes that the codec takes."""
+    """The test suite. `sizes` are block sizes in bytes that the codec accepts."""
 
     sizes = (1, 63, 64, 4096, 100_003)
 
@@ -25,17 +25,17 @@ class CodecContract:
         assert torch.equal(decoded, raw)
 
     def block(self, nbytes: int) -> torch.Tensor:
-        """A block that the codec does not give way for."""
+        """Returns a block for which the codec does not fall back."""
         return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(nbytes))
 
-    def test_a_block_comes_back(self, codec: Codec) -> None:
+    def test_a_block_decodes(self, codec: Codec) -> None:
         for nbytes in self.sizes:
             raw, out = self.block(nbytes), torch.zeros(nbytes, dtype=torch.uint8)
             encoded = codec.encode(raw)
             encoded.codec.decode(encoded.payload, out)
             self.assert_same(out, raw)
 
-    def test_a_block_comes_back_through_a_frame(self, codec: Codec) -> None:
+    def test_a_block_decodes_from_a_frame(self, codec: Codec) -> None:
         key, root, raw = bytes(range(32)), bytes(32), self.block(self.sizes[-1])
         encoded = codec.encode(raw, carried_error=1e-6)
         frame = open_pieces(frame_encoded(key, root, encoded, raw.numel()), key, root)
@@ -43,15 +43,15 @@ class CodecContract:
         frame.decode(out := torch.zeros_like(raw))
         self.assert_same(out, raw)
 
-    def test_the_block_of_the_suite_is_kept_by_the_codec_itself(self, codec: Codec) -> None:
+    def test_the_block_of_the_suite_is_encoded_without_fallback(self, codec: Codec) -> None:
         encoded = codec.encode(self.block(self.sizes[-1]))
         assert (encoded.codec, encoded.fell_back) == (codec, "")
 
-    def test_an_exact_codec_adds_no_error_and_a_lossy_one_does(self, codec: Codec) -> None:
+    def test_only_a_lossy_codec_adds_error(self, codec: Codec) -> None:
         added = codec.encode(self.block(self.sizes[-1]), carried_error=1e-6).error - 1e-6
         assert (added > 0) is codec.is_lossy
 
-    def test_encoding_changes_nothing_and_gives_the_same_again(self, codec: Codec) -> None:
+    def test_encoding_leaves_the_block_unchanged_and_is_deterministic(self, codec: Codec) -> None:
         raw = self.block(self.sizes[-1])
         before = raw.clone()
         assert bytes(codec.encode(raw).payload) == bytes(codec.encode(raw).payload)
@@ -72,7 +72,7 @@ class CodecContract:
             codec.decode(source, out)
             self.assert_same(out, raw)
 
-    def test_takes_bytes_from_anywhere_in_a_larger_tensor(self, codec: Codec) -> None:
+    def test_encodes_and_decodes_any_part_of_a_larger_tensor(self, codec: Codec) -> None:
         raw = self.block(self.sizes[-1])
         room = torch.zeros(raw.numel() + 5, dtype=torch.uint8)
         room[1:-4] = raw
@@ -91,20 +91,20 @@ class CodecContract:
                 codec.decode(damaged, torch.zeros_like(raw))
             assert caught.value.kind is Kind.CORRUPT
 
-    def test_a_block_of_another_size_is_not_filled(self, codec: Codec) -> None:
+    def test_decoding_into_a_block_of_another_size_is_refused(self, codec: Codec) -> None:
         raw = self.block(self.sizes[-1])
         with pytest.raises(TieredKVError) as caught:
             codec.decode(codec.encode(raw).payload, torch.zeros(raw.numel() + 64, dtype=torch.uint8))
         assert caught.value.kind is Kind.CORRUPT
 
-    def test_takes_only_flat_bytes(self, codec: Codec) -> None:
+    def test_encodes_only_flat_bytes(self, codec: Codec) -> None:
         wrong = [torch.zeros(64), torch.zeros(8, 8, dtype=torch.uint8), torch.zeros(128, dtype=torch.uint8)[::2], b"bytes"]
         for raw in wrong:
             with pytest.raises(TieredKVError) as caught:
                 codec.encode(raw)
             assert caught.value.kind is Kind.LAYOUT
 
-    def test_the_spec_brings_the_codec_back(self, codec: Codec) -> None:
+    def test_the_spec_restores_the_codec(self, codec: Codec) -> None:
         again = codec_from_spec(msgpack.unpackb(msgpack.packb(codec.spec())))
         assert (again, hash(again), type(again)) == (codec, hash(codec), type(codec))
 

@@ -1,4 +1,4 @@
-"""What every eviction policy must do, whatever it ranks by. Subclass in a test module and say which one."""
+"""The contract of every eviction policy. Subclass it in a test module and set `name`."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def key_of(number: int) -> bytes:
 
 
 def parent_of(number: int) -> int | None:
-    """Blocks 1, 2, … as one binary tree: the parent of 4 and 5 is 2."""
+    """Returns the parent in one binary tree of the blocks 1, 2, …: the parent of 4 and 5 is 2."""
     return number // 2 or None
 
 
@@ -26,7 +26,7 @@ def parent_key(number: int) -> bytes | None:
 
 
 def chain_to(number: int) -> list[int]:
-    """The block and its ancestors, root first."""
+    """Returns the chain of a block: its ancestors and itself, root first."""
     return [number >> bits for bits in reversed(range(number.bit_length()))]
 
 
@@ -34,8 +34,8 @@ def children_of(number: int, among: Iterable[int]) -> set[int]:
     return {2 * number, 2 * number + 1} & set(among)
 
 
-class _Asked:
-    """A set that remembers nothing: only what `victims` may ask of its argument."""
+class _MembershipOnly:
+    """A container that supports only `in`, the one operation that `victims` may use on its argument."""
 
     def __init__(self, numbers: frozenset[int]) -> None:
         self._keys = {key_of(number) for number in numbers}
@@ -48,11 +48,11 @@ STEPS = st.lists(st.tuples(st.sampled_from(["add", "use", "chain", "remove", "sh
 NUMBERS = st.frozensets(st.integers(1, 40), max_size=8)
 
 shared = settings(suppress_health_check=[*settings().suppress_health_check, HealthCheck.differing_executors])
-"""Several policies run the same test: that is what a contract is, and nothing is kept in its instances."""
+"""Several policies run the same test from different classes. That is safe: instances of a contract have no state."""
 
 
 class Grown:
-    """A policy with its history and a model of what is resident; blocks are known by number, step n happens at n s."""
+    """A policy with its history and a model of the resident blocks. Blocks are numbers. Step n happens at n seconds."""
 
     def __init__(self, policy: EvictionPolicy, history: History) -> None:
         self.policy, self.history = policy, history
@@ -100,7 +100,7 @@ class Grown:
         del self.resident[number]
 
     def chain(self, number: int) -> None:
-        """What a request does: use what is there of its chain from the root on, add the rest that is not."""
+        """Does what a request does: uses the resident leading blocks of a chain and adds the other blocks that are missing."""
         chain = chain_to(number)
         hit = next((at for at, each in enumerate(chain) if each not in self.resident), len(chain))
         if hit:
@@ -110,12 +110,12 @@ class Grown:
                 self.add(each)
 
     def victims(self, nbytes: int, protected: frozenset[int] = frozenset(), incoming: Iterable[int] = ()) -> list[int]:
-        keys = self.policy.victims(nbytes, _Asked(protected), self.now_s, [key_of(number) for number in incoming])
+        keys = self.policy.victims(nbytes, _MembershipOnly(protected), self.now_s, [key_of(number) for number in incoming])
         return [int.from_bytes(key, "big") for key in keys]
 
 
 class PolicyContract:
-    """A suite. `name` is the policy's; `history` makes the history that it needs."""
+    """The test suite. `name` is the policy's name. `history` returns the history that it needs."""
 
     name: str
 
@@ -132,7 +132,7 @@ class PolicyContract:
     def test_without_blocks_has_no_victims(self) -> None:
         assert self.grown().victims(1) == []
 
-    def test_of_a_chain_the_last_block_goes_first(self) -> None:
+    def test_of_a_chain_the_deepest_block_is_evicted_first(self) -> None:
         grown = self.grown([("chain", 4)])
         assert grown.victims(1) == [4]
         assert grown.victims(1000) == [4, 2, 1]
@@ -147,28 +147,28 @@ class PolicyContract:
     def test_an_ancestor_waits_for_all_its_children(self) -> None:
         assert self.grown([("chain", 2), ("chain", 3)]).victims(1000, frozenset({3})) == [2]
 
-    def test_blocks_behind_a_missing_one_go_too(self) -> None:
+    def test_descendants_of_a_missing_block_can_be_evicted(self) -> None:
         grown = self.grown([("add", 4), ("add", 2), ("add", 1), ("remove", 2)])
         assert sorted(grown.victims(1000)) == [1, 4]
 
-    def test_a_block_that_comes_before_its_parent_is_its_child(self) -> None:
-        """As after a restart, where the deepest block of a chain was used first."""
+    def test_a_block_added_before_its_parent_is_its_child(self) -> None:
+        """The deepest block of the chain is used first, as may happen after a restart."""
         assert self.grown([("add", 2), ("add", 1), ("use", 2)]).victims(1) == [2]
         assert self.grown([("add", 4), ("add", 2), ("add", 1), ("use", 2), ("use", 4)]).victims(1000) == [4, 2, 1]
 
-    def test_a_block_that_is_weighed_stays_a_block(self) -> None:
+    def test_weighing_a_block_keeps_it_resident_and_in_order(self) -> None:
         grown = self.grown([("chain", 4)])
         grown.policy.weigh(key_of(4), 0.25)
         grown.policy.check()
         assert grown.victims(1000) == [4, 2, 1]
 
-    def test_a_block_that_takes_fewer_bytes_frees_fewer(self) -> None:
+    def test_a_resized_block_frees_its_new_size(self) -> None:
         grown = self.grown([("chain", 4), ("shrink", 4)])
-        assert grown.victims(8) == [4, 2], "7 bytes are left of the 14 of block 4"
+        assert grown.victims(8) == [4, 2], "block 4 has shrunk from 14 bytes to 7"
 
     @shared
     @given(STEPS)
-    def test_counts_what_is_resident(self, steps) -> None:
+    def test_counts_the_resident_blocks(self, steps) -> None:
         grown = self.grown(steps)
         assert len(grown.policy) == len(grown.resident)
         assert all((key_of(number) in grown.policy) == (number in grown.resident) for number in range(1, 41))
@@ -186,12 +186,12 @@ class PolicyContract:
     def check_victims(self, grown: Grown, chosen: list[int], nbytes: int, protected: frozenset[int]) -> None:
         assert len(set(chosen)) == len(chosen)
         assert set(chosen) <= grown.resident.keys() - protected
-        assert sum(map(grown.nbytes, chosen[:-1])) < max(nbytes, 1), "the last one was not needed"
+        assert sum(map(grown.nbytes, chosen[:-1])) < max(nbytes, 1), "the last victim was not needed"
         for at, number in enumerate(chosen):
-            assert children_of(number, grown.resident) <= set(chosen[:at]), "a child stays"
+            assert children_of(number, grown.resident) <= set(chosen[:at]), "a child must be chosen before its parent"
         if sum(map(grown.nbytes, chosen)) < nbytes:
             left = grown.resident.keys() - set(chosen)
-            assert left == {number for number in left if number in protected or children_of(number, left)}, "more could have gone"
+            assert left == {number for number in left if number in protected or children_of(number, left)}, "more could be evicted"
 
     @shared
     @given(STEPS)
@@ -200,7 +200,7 @@ class PolicyContract:
 
 
 class PureAnswerContract(PolicyContract):
-    """For policies without a hand: asking does not change what they answer."""
+    """The contract of policies whose answer does not change when `victims` is called again (all but those with a hand)."""
 
     @shared
     @given(STEPS, NUMBERS, st.integers(0, 800))

@@ -179,17 +179,17 @@ def test_an_autocast_region_decides_the_dtype_only_if_asked_and_only_what_fits()
 
 KEY, VALUE = pair()
 WRONG_PAIRS = {
-    "integers": (KEY.int(), VALUE.int(), "key must be of a floating-point dtype .*not torch.int32"),
+    "integers": (KEY.int(), VALUE.int(), "key must be of a floating-point dtype .*got torch.int32"),
     "complex": (KEY.cfloat(), VALUE.cfloat(), "key must be of a floating-point dtype"),
     "an integer value": (KEY, VALUE.long(), "value must be of a floating-point dtype"),
-    "no tensor": ([1.0], VALUE, "key must be a torch tensor .*not list"),
+    "no tensor": ([1.0], VALUE, "key must be a torch tensor .*got list"),
     "three axes": (KEY[0], VALUE[0], "key must be \\(batch, heads, tokens, head_dim\\)"),
     "no tokens": (KEY[:, :, :0], VALUE[:, :, :0], "key must be .*each at least 1"),
-    "shapes": (KEY, VALUE[:, :, 1:], "value must have the shape of key, \\(2, 3, 40, 64\\), not \\(2, 3, 39, 64\\)"),
-    "dtypes": (KEY, VALUE.half(), "value must have the dtype of key, torch.float32, not torch.float16"),
+    "shapes": (KEY, VALUE[:, :, 1:], "value must have the shape of key, \\(2, 3, 40, 64\\), got \\(2, 3, 39, 64\\)"),
+    "dtypes": (KEY, VALUE.half(), "value must have the dtype of key, torch.float32, got torch.float16"),
     "devices": (KEY, VALUE.to("meta"), "value must have the device of key"),
-    "nothing": (None, None, "key must be a torch tensor .*not NoneType"),
-    "half of a pair": (Quantizer().quantize(KEY, VALUE)[0], VALUE, "key must be a torch tensor .*not QuantizedTensor"),
+    "nothing": (None, None, "key must be a torch tensor .*got NoneType"),
+    "half of a pair": (Quantizer().quantize(KEY, VALUE)[0], VALUE, "key must be a torch tensor .*got QuantizedTensor"),
 }
 
 

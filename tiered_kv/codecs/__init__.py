@@ -1,7 +1,7 @@
-"""Codecs: a block's bytes made smaller and back, and the frame that carries them at rest and on the wire.
+"""Codecs that make a block's bytes smaller and restore them, and the frame that carries them in storage and on the wire.
 
 Owns: tensor to payload to frame, and the list of codecs. May import: layout, keys, errors, torch, compression libraries.
-Must never know: tiers, policy, where a frame lies or who asked for it.
+Must never know: tiers, policy, where a frame is stored, or which caller wants it.
 """
 
 import difflib
@@ -55,7 +55,7 @@ CODECS: tuple[type[Codec], ...] = (
     LowRankCodec,
     SparseCodec,
 )
-"""Every codec of this version. Ids and names are for ever: they are in shared indexes and in frames."""
+"""Every codec of this version. Ids and names never change, because shared indexes and frames store them."""
 
 _BY_ID: dict[int, type[Codec]] = {codec.id: codec for codec in CODECS}
 _BY_NAME: dict[str, type[Codec]] = {codec.name: codec for codec in CODECS}
@@ -63,22 +63,22 @@ assert len(_BY_ID) == len(_BY_NAME) == len(CODECS), "two codecs share an id or a
 
 
 def codec_by_id(codec_id: int) -> Codec:
-    """The codec of an id as the shared index keeps it, with its default parameters; raises (kind `config`) if unknown."""
+    """Returns the codec with this id (the shared index stores ids), with default parameters. Raises (kind `config`) for an unknown id."""
     if codec_id not in _BY_ID:
         known = ", ".join(f"{codec.id} ({codec.name})" for codec in CODECS)
-        raise TieredKVError(Kind.CONFIG, f"codec id {codec_id!r} is unknown; known are {known}", codec=codec_id)
+        raise TieredKVError(Kind.CONFIG, f"unknown codec id {codec_id!r}; known ids are {known}", codec=codec_id)
     return _BY_ID[codec_id]()
 
 
 def codec_by_name(name: str, **parameters: Any) -> Codec:
-    """The codec called `name`, with default parameters unless given; raises (kind `config`) naming what is unknown."""
+    """Returns the codec with this name. Parameters that are not given keep their defaults. Raises (kind `config`) for an unknown name."""
     return _known(name)(**parameters)
 
 
 def parse_codec(text: str) -> tuple[type[Codec], dict[str, Any]]:
-    """The class and the parameters of a codec as people write it: "int8", "ecuq:6e-5", "xlayer:2e-4:3e-5".
+    """Parses a codec as users write it: "int8", "ecuq:6e-5", "xlayer:2e-4:3e-5". Returns its class and its parameters.
 
-    Raises (kind `config`) for an unknown name, naming the nearest known one, and for what the codec does not take.
+    Raises (kind `config`) for an unknown name, with the nearest known name as a hint, and for parameters that the codec does not take.
     """
     name, colon, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
     cls = _known(name)
@@ -94,11 +94,11 @@ def codec_for(
     calibration: Calibration | None = None,
     **parameters: Any,
 ) -> Codec:
-    """The codec written as `text` (see `parse_codec`) for blocks of a layout, None if nothing is known of it; `.at(start)` then
-    says which block.
+    """Returns the codec written as `text` (see `parse_codec`) for blocks of `layout`; None means that nothing is known of the layout.
 
-    `rope` is as in `rotation`: the model's inverse frequencies, b"" if it has no RoPE, None if unknown; calibrated codecs
-    take it from `calibration`. Raises (kind `config`), also for a calibrated codec without calibration.
+    Call `.at(start)` on the result to get the codec of one block. `rope` holds the model's inverse frequencies (see `rotation`):
+    b"" if the model has no RoPE, None if unknown. Calibrated codecs take RoPE from `calibration` instead.
+    Raises as `parse_codec`, and (kind `config`) for a calibrated codec without a calibration.
     """
     cls, written = parse_codec(text)
     if cls.needs_calibration:
@@ -110,9 +110,9 @@ def codec_for(
 
 
 def codec_from_spec(spec: Mapping[str, Any]) -> Codec:
-    """The codec that wrote `spec`, with the parameters it had then; raises (kind `config`) naming what is unknown."""
+    """Returns the codec that wrote `spec`, with the parameters in the spec. Raises (kind `config`) for an unknown codec or parameter."""
     if not isinstance(spec, Mapping) or "codec" not in spec:
-        raise TieredKVError(Kind.CONFIG, f"a codec's spec is a mapping with the field 'codec', not {spec!r}")
+        raise TieredKVError(Kind.CONFIG, f"spec must be a mapping with the field 'codec', got {spec!r}")
     return _known(spec["codec"]).from_spec(spec)
 
 
@@ -120,5 +120,5 @@ def _known(name: object) -> type[Codec]:
     if not isinstance(name, str) or name not in _BY_NAME:
         near = difflib.get_close_matches(name, _BY_NAME, 1) if isinstance(name, str) else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TieredKVError(Kind.CONFIG, f"codec {name!r} is unknown; known are {', '.join(_BY_NAME)}{hint}", codec=name)
+        raise TieredKVError(Kind.CONFIG, f"unknown codec {name!r}; known codecs are {', '.join(_BY_NAME)}{hint}", codec=name)
     return _BY_NAME[name]

@@ -1,7 +1,7 @@
-"""What codecs share that keep a block of known shape with an error that they measure.
+"""Shared base of the codecs that encode a block of known shape and measure the error they cause.
 
-Shapes: kv (L, 2, H, T, D). The first tokens of a sequence, on which all later ones lean (Xiao et al. 2023), stay exact and stand
-first in the payload: (L, 2, H, sinks, D).
+Shapes: kv (L, 2, H, T, D). The first tokens of a sequence stay exact, because all later tokens attend to them strongly
+(Xiao et al. 2023). They are at the start of the payload: (L, 2, H, sinks, D).
 """
 
 import math
@@ -24,11 +24,14 @@ _of_thread = threading.local()
 
 @dataclass(frozen=True)
 class BlockCodec(Codec):
-    """The relative mean squared error of any layer's K or V is within the codec's bound, together with what the block carried before,
-    and every number is finite: a block for which that would not hold is kept by a better codec (`fell_back` says "error"), as is one
-    that would not shrink ("no gain") and one without a layout ("opaque").
+    """A lossy codec with a bound on the error of each block.
 
-    `shape` is (L, H, T, D); `start` the position of the first token; `sinks` of a sequence's first tokens stay exact.
+    The relative mean squared error of any layer's K or V, together with the error that the block had before, is within the bound.
+    A block that would break the bound, or has numbers that are not finite, is encoded by a better codec (`fell_back` is "error").
+    So is a block that would not shrink ("no gain"), and one without a layout ("opaque").
+
+    `shape` is (L, H, T, D). `start` is the position of the first token. The first `sinks` tokens of a sequence stay exact.
+    `max_error` is the bound; None means the codec's own.
     """
 
     is_lossy: ClassVar[bool] = True
@@ -43,75 +46,76 @@ class BlockCodec(Codec):
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
             if len(self.shape) != 4:
-                raise self._refused("shape", "four whole numbers (L, H, T, D)")
-            object.__setattr__(self, "dtype", self._layout.dtype)  # raises for what is none
+                raise self._invalid("shape", "four whole numbers (L, H, T, D)")
+            object.__setattr__(self, "dtype", self._layout.dtype)  # raises for an invalid shape or dtype
         for name in ("start", "sinks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise self._refused(name, "a whole number of at least 0")
+                raise self._invalid(name, "a whole number of at least 0")
         if self.max_error is not None and not (isinstance(self.max_error, float) and 0 <= self.max_error < math.inf):
-            raise self._refused("max_error", "a float of at least 0")
+            raise self._invalid("max_error", "a float of at least 0")
 
     def at(self, start: int, is_tail: bool = False) -> Self:
         return replace(self, start=start)
 
     @abstractmethod
     def _payload(self, kv: torch.Tensor) -> np.ndarray:
-        """The payload (u8) of a block."""
+        """Encodes a block. Returns its payload (u8)."""
 
     @abstractmethod
     def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
-        """Fill `kv`, strided as it may be, from a payload; raises (kind `corrupt`) if that is none of such a block."""
+        """Decodes a payload into `kv`, of any strides. Raises (kind `corrupt`) if it is not a payload of such a block."""
 
     @abstractmethod
     def _bound(self) -> float:
-        """The greatest relative error that a block may carry."""
+        """Returns the greatest relative error that a block may have."""
 
     def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
-        """As of every codec. Decodes what it made, to measure the error."""
+        """Encodes a block (see `Codec.encode`). Decodes the payload again to measure the error."""
         check_raw(raw)
         if self.shape is None:
-            return self._give_way(raw, carried_error, "opaque")
+            return self._fall_back(raw, carried_error, "opaque")
         if raw.numel() != self.raw_bytes:
-            raise TieredKVError(Kind.LAYOUT, f"{self.name}: a block of {raw.numel()} bytes; {self.raw_bytes} are needed", codec=self.name)
+            message = f"{self.name}: raw must be a block of {self.raw_bytes} bytes, got {raw.numel()}"
+            raise TieredKVError(Kind.LAYOUT, message, codec=self.name)
         kv = self._typed(raw.detach() if self._is_aligned(raw) else raw.clone())
-        with _as_written(kv.device):
+        with _without_autocast(kv.device):
             payload = memoryview(self._payload(kv))
         if payload.nbytes >= self.raw_bytes:
-            return self._give_way(raw, carried_error, "no gain")
+            return self._fall_back(raw, carried_error, "no gain")
         error = carried_error + self._distance(kv, payload)
-        if not error <= self._bound():  # nor if it is no number
-            return self._give_way(raw, carried_error, "error")
+        if not error <= self._bound():  # also true for NaN
+            return self._fall_back(raw, carried_error, "error")
         return Encoded(self, payload, error)
 
     def distance(self, raw: torch.Tensor) -> float:
-        """The relative error that this codec alone makes of a block, within its bound or not."""
+        """Returns the relative error that this codec alone causes in a block, even if it is above the bound."""
         kv = self._typed(raw)
-        with _as_written(kv.device):
+        with _without_autocast(kv.device):
             payload = memoryview(self._payload(kv))
         return self._distance(kv, payload)
 
     def _distance(self, kv: torch.Tensor, payload: memoryview) -> float:
-        again = _kept_like(kv)
+        again = _thread_buffer_like(kv)
         self.decode_kv(payload, again)
         return relative_error(kv, again)
 
     def decode(self, payload: memoryview, out: torch.Tensor) -> None:
         check_raw(out, "out")
         if self.shape is None or out.numel() != self.raw_bytes:
-            raise self._corrupt(f"a block of {out.numel()} bytes cannot be what {self.shape} of {self.dtype} is")
+            raise self._corrupt(f"out of {out.numel()} bytes does not fit blocks of shape {self.shape} and dtype {self.dtype}")
         target = out if self._is_aligned(out) else torch.empty_like(out)
         self.decode_kv(payload, self._typed(target))
         if target is not out:
             out.copy_(target)
 
     def decode_kv(self, payload: memoryview, kv: torch.Tensor) -> None:
-        with _as_written(kv.device):
+        with _without_autocast(kv.device):
             self._fill(payload, kv)
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of the block."""
+        """Size of the block in bytes."""
         return self._layout.block_bytes
 
     @property
@@ -128,7 +132,7 @@ class BlockCodec(Codec):
 
     @property
     def _exact(self) -> int:
-        """How many of the block's tokens are among the first of the sequence."""
+        """How many tokens of the block stay exact, because they are among the first of the sequence."""
         return min(max(self.sinks - self.start, 0), self._dims[2])
 
     @property
@@ -136,11 +140,11 @@ class BlockCodec(Codec):
         return self.raw_bytes // self._dims[2] * self._exact
 
     def _exact_of(self, kv: torch.Tensor) -> np.ndarray:
-        """The bytes of the exact tokens."""
+        """Returns the bytes of the exact tokens."""
         return kv[..., : self._exact, :].contiguous().view(-1).view(torch.uint8).cpu().numpy()
 
     def _put_exact(self, data: np.ndarray, kv: torch.Tensor) -> None:
-        """Fill in the exact tokens from the bytes that a payload begins with."""
+        """Copies the exact tokens from the start of a payload into `kv`."""
         if self._exact:
             exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
             kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
@@ -152,19 +156,22 @@ class BlockCodec(Codec):
     def _is_aligned(self, flat: torch.Tensor) -> bool:
         return not flat.storage_offset() % ITEM_BYTES[self.dtype]
 
-    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
+    def _fall_back(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
         lossless = LosslessCodec(ITEM_BYTES[self.dtype] if self.shape else 1)
         return replace(lossless.encode(raw, carried_error), fell_back=why)
 
-    def _refused(self, name: str, needed: str) -> TieredKVError:
-        return TieredKVError(Kind.CONFIG, f"{self.name}: {name} must be {needed}, not {getattr(self, name)!r}", setting=name)
+    def _invalid(self, name: str, needed: str) -> TieredKVError:
+        return TieredKVError(Kind.CONFIG, f"{self.name}: {name} must be {needed}, got {getattr(self, name)!r}", setting=name)
 
     def _corrupt(self, what: str) -> TieredKVError:
         return TieredKVError(Kind.CORRUPT, f"{self.name}: {what}", codec=self.name)
 
 
-def _kept_like(kv: torch.Tensor) -> torch.Tensor:
-    """Memory for as many numbers; on the CPU this thread's own, kept, for new memory costs as much as filling it twice."""
+def _thread_buffer_like(kv: torch.Tensor) -> torch.Tensor:
+    """Returns memory for as many numbers as `kv`, of the same shape and dtype. Its contents are undefined.
+
+    On the CPU it is reused by every call of the same thread: allocating new memory costs as much as filling it twice.
+    """
     if kv.device.type != "cpu":
         return torch.empty_like(kv)
     memory = getattr(_of_thread, "memory", None)
@@ -173,6 +180,6 @@ def _kept_like(kv: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(memory[: kv.nbytes]).view(kv.dtype).view(kv.shape)
 
 
-def _as_written(device: torch.device) -> torch.autocast:
-    """Where products are computed in the dtype of their factors, though a caller's autocast region says otherwise."""
+def _without_autocast(device: torch.device) -> torch.autocast:
+    """Disables autocast, so that products are computed in the dtype of their factors inside a caller's autocast region as well."""
     return torch.autocast(device.type, enabled=False)

@@ -1,7 +1,7 @@
-"""What the codecs share that use tables fitted to a model: which tables, which step, and what takes over where they do not fit.
+"""Shared base of codecs with tables fitted to a model: table lookup, quantization step, and fallback when the tables do not fit.
 
-Numbers are rounded along axes on which a step costs the same in the next tokens' distribution, KL growing as its square; the codes are
-packed by `modepack`. The payload: the exact tokens (see `block`) | packed codes.
+Numbers are rounded along axes on which a step has the same effect on the next tokens' distribution; the KL divergence grows with
+the square of the step. The codes are packed by `modepack`. The payload: the exact tokens (see `block`) | packed codes.
 """
 
 import math
@@ -27,17 +27,20 @@ from tiered_kv.layout import KVLayout
 
 STEP_LEAST, STEP_GREATEST = 1e-7, 1e-1
 FINISH_ELEMENTS = 1 << 18
-"""As many numbers are brought to their place at a time: what comes in between stays in the processor's cache."""
+"""Whole layers of about this many numbers are finished at a time, so that intermediate results stay in the processor's cache."""
 _of_thread = threading.local()
 
 
 @dataclass(frozen=True)
 class CalibratedCodec(BlockCodec):
-    """As `BlockCodec`, on the tables of the calibration `fingerprint`, with steps of `step`; `tail_step`, if any, serves for the last block
-    of a chain. The bound of the error is that of the calibration (`Calibration.bound`) unless `max_error` is given.
+    """A `BlockCodec` that quantizes with the tables of the calibration `fingerprint`.
 
-    A block that breaks it is kept by int8 ("error"). One that is not smaller than by the simple codec of the same quality is kept by
-    that ("domain"): int4, int6 or int8, by the step. Decoding raises (kind `corrupt`) if the calibration is not registered.
+    `step` is the quantization step. `tail_step`, if given, is the step for the last block of a chain. The bound on the error is that of
+    the calibration (`Calibration.bound`), unless `max_error` is given.
+
+    A block above the bound falls back to int8 ("error"). A block that is not smaller than with the simple codec of the same quality
+    falls back to that codec ("domain"): int4, int6 or int8, depending on the step.
+    Decoding raises (kind `corrupt`) if the calibration is not registered.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -54,9 +57,9 @@ class CalibratedCodec(BlockCodec):
         for name in ("step", "tail_step"):
             value = getattr(self, name)
             if not (isinstance(value, float) and STEP_LEAST <= value <= STEP_GREATEST) and (value is not None or name == "step"):
-                raise self._refused(name, f"a float from {STEP_LEAST:g} to {STEP_GREATEST:g}")
+                raise self._invalid(name, f"a float from {STEP_LEAST:g} to {STEP_GREATEST:g}")
         if not isinstance(self.fingerprint, bytes) or len(self.fingerprint) not in (0, FINGERPRINT_BYTES):
-            raise self._refused("fingerprint", f"{FINGERPRINT_BYTES} bytes")
+            raise self._invalid("fingerprint", f"{FINGERPRINT_BYTES} bytes")
 
     @classmethod
     def for_layout(
@@ -68,19 +71,19 @@ class CalibratedCodec(BlockCodec):
         calibration: Calibration | None = None,
         **parameters: Any,
     ) -> Self:
-        """As of every codec; registers the calibration, which knows of the model's RoPE itself."""
+        """Returns the codec for a layout (see `Codec.for_layout`) and registers the calibration. RoPE comes from the calibration."""
         if layout is None or calibration is None:
             return cls(**parameters)
         if (layout.layers, layout.kv_heads, layout.head_dim) != (calibration.layers, calibration.kv_heads, calibration.head_dim):
             made_for = f"{calibration.layers} layers of {calibration.kv_heads} KV heads of {calibration.head_dim}"
-            message = f"{cls.name}: the calibration of {calibration.model} is for {made_for}, not for {layout.spec}"
+            message = f"{cls.name}: the calibration of {calibration.model} is for {made_for}, got a layout of {layout.spec}"
             raise TieredKVError(Kind.CONFIG, message, codec=cls.name, setting="calibration")
         shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
         return cls(shape, layout.dtype, fingerprint=bytes.fromhex(register(calibration)), **parameters)
 
     @classmethod
     def parameters_of(cls, text: str) -> dict[str, Any]:
-        """`step` or `step:step of the last block of a chain`."""
+        """Parses `STEP` or `STEP:STEP_OF_LAST_BLOCK`, the second for the last block of a chain. Raises (kind `config`)."""
         try:
             steps = [float(part) for part in text.split(":")]
         except ValueError:
@@ -89,7 +92,7 @@ class CalibratedCodec(BlockCodec):
             allowed = (
                 f"{cls.name}, {cls.name}:STEP or {cls.name}:STEP:STEP OF THE LAST BLOCK, steps from {STEP_LEAST:g} to {STEP_GREATEST:g}"
             )
-            raise TieredKVError(Kind.CONFIG, f"codec '{cls.name}:{text}': needed is {allowed}", codec=cls.name)
+            raise TieredKVError(Kind.CONFIG, f"codec must be {allowed}, got '{cls.name}:{text}'", codec=cls.name)
         return dict(zip(("step", "tail_step"), steps, strict=False))
 
     def at(self, start: int, is_tail: bool = False) -> Self:
@@ -98,7 +101,7 @@ class CalibratedCodec(BlockCodec):
     def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
         encoded = super().encode(raw, carried_error)
         if encoded.codec is self and encoded.payload.nbytes >= self._simple().payload_bytes:
-            return self._give_way(raw, carried_error, "domain")
+            return self._fall_back(raw, carried_error, "domain")
         return encoded
 
     def max_payload_bytes(self, raw_bytes: int) -> int:
@@ -108,7 +111,7 @@ class CalibratedCodec(BlockCodec):
         calibration = calibration_of(self.fingerprint.hex())
         if (calibration.layers, calibration.kv_heads, calibration.head_dim) != (self._dims[0], self._dims[1], self._dims[3]):
             raise self._corrupt(
-                f"a block of {self.shape} and a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads"
+                f"blocks of shape {self.shape} do not fit a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads"
             )
         return calibration
 
@@ -120,7 +123,7 @@ class CalibratedCodec(BlockCodec):
         return self._calibration().bound(self.name, self._step) if self.max_error is None else self.max_error
 
     def _simple(self) -> GroupedCodec:
-        """The codec without tables that is about as good at this step, or better."""
+        """Returns the codec without tables whose quality is about as good at this step, or better."""
         cls = Int4Codec if self._step >= 1.5e-4 else Int6Codec if self._step >= 2.5e-5 else Int8Codec
         return self._as(cls)
 
@@ -128,9 +131,9 @@ class CalibratedCodec(BlockCodec):
         calibration = self._calibration()
         return cls(self.shape, self.dtype, self.start, self.sinks, rope=calibration.rope, rope_halves=calibration.rope_halves)
 
-    def _give_way(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
+    def _fall_back(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
         if why == "opaque":
-            return super()._give_way(raw, carried_error, why)
+            return super()._fall_back(raw, carried_error, why)
         other = self._as(Int8Codec) if why == "error" else self._simple()
         return replace(other.encode(raw, carried_error), fell_back="error" if why == "error" else "domain")
 
@@ -138,18 +141,18 @@ class CalibratedCodec(BlockCodec):
         return self.fingerprint.hex()
 
     @abstractmethod
-    def _coded(self, kv: torch.Tensor) -> np.ndarray:
-        """The codes of what is behind the exact tokens, as rows (R, T) of int16 in falling order of their spread."""
+    def _quantized(self, kv: torch.Tensor) -> np.ndarray:
+        """Quantizes the tokens after the exact ones. Returns codes as rows (R, T) of int16, sorted by falling spread."""
 
     @abstractmethod
     def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
-        """Fill the last `tokens` of `kv`, those behind the exact ones, from their packed codes."""
+        """Decodes packed codes into the last `tokens` tokens of `kv`, which follow the exact ones."""
 
     def _payload(self, kv: torch.Tensor) -> np.ndarray:
         exact = self._exact_of(kv)
         if self._exact == self._dims[2]:
             return exact
-        return np.concatenate([exact, np.frombuffer(pack(self._coded(kv)), np.uint8)])
+        return np.concatenate([exact, np.frombuffer(pack(self._quantized(kv)), np.uint8)])
 
     def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         data = self._opened(payload, kv)
@@ -158,13 +161,13 @@ class CalibratedCodec(BlockCodec):
             self._restored(data, tokens, kv)
 
     def _opened(self, payload: memoryview, kv: torch.Tensor) -> memoryview:
-        """The packed codes of a payload, whose exact tokens are put into `kv`; raises (kind `corrupt`) if it cannot be one."""
+        """Copies the exact tokens of a payload into `kv`. Returns the packed codes. Raises (kind `corrupt`) for an invalid payload."""
         if self.shape is None:
-            raise self._corrupt("without a shape nothing can be read")
+            raise self._corrupt("shape must be known to decode a payload, got None")
         self._layout.check_kv(kv, self.shape[2])
         self._calibration()
         if payload.nbytes < self._exact_bytes or (payload.nbytes > self._exact_bytes) is (self._exact == self.shape[2]):
-            raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
+            raise self._corrupt(f"payload of {payload.nbytes} bytes does not fit blocks of shape {self.shape}")
         self._put_exact(np.frombuffer(payload, np.uint8), kv)
         return payload[self._exact_bytes :]
 
@@ -172,10 +175,10 @@ class CalibratedCodec(BlockCodec):
         try:
             return unpack()
         except ValueError as error:
-            raise self._corrupt(f"payload that cannot be read: {error}") from error
+            raise self._corrupt(f"payload cannot be unpacked: {error}") from error
 
     def _channels(self, kv: torch.Tensor) -> torch.Tensor:
-        """The block (L, 2, H, T, D) without the exact tokens as float32 (L, 2, H, D, T), K turned back."""
+        """Returns the block (L, 2, H, T, D) without the exact tokens as float32 (L, 2, H, D, T). K is rotated back by RoPE."""
         calibration = self._calibration()
         x = kv[..., self._exact :, :].float()
         if calibration.rope:
@@ -184,14 +187,15 @@ class CalibratedCodec(BlockCodec):
         return x.transpose(-1, -2).contiguous()
 
     def _finish(self, x: torch.Tensor, mean: torch.Tensor, width: torch.Tensor | None, kv: torch.Tensor) -> None:
-        """Fill `kv` (L, 2, H, T, D) behind the exact tokens from x (L, 2, H, D, T), of any dtype and strides: times `width`, plus `mean`,
-        both (L, 2, H, 1, D), and K turned.
+        """Fills the tokens of `kv` (L, 2, H, T, D) after the exact ones from `x` (L, 2, H, D, T), of any dtype and strides.
+
+        Multiplies by `width` and adds `mean`, both (L, 2, H, 1, D), and rotates K by RoPE.
         """
         calibration = self._calibration()
         kv = kv[..., self._exact :, :]
         turn = turning(calibration.rope, calibration.rope_halves, self.start + self._exact, *kv.shape[3:])
         step = max(FINISH_ELEMENTS // kv[0].numel(), 1)
-        memory = kept("finish", (3, step * kv[0, 0].numel()), np.float32)
+        memory = thread_buffer("finish", (3, step * kv[0, 0].numel()), np.float32)
         for first in range(0, len(kv), step):
             layers = slice(first, first + step)
             shape = kv[layers, 0].shape
@@ -205,8 +209,11 @@ class CalibratedCodec(BlockCodec):
             kv[layers, 0], kv[layers, 1] = k, plain[:, 1]
 
 
-def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory for an array, this thread's own and kept: new memory of such a size may cost more than all the arithmetic."""
+def thread_buffer(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an array whose contents are undefined. Each thread reuses its memory for all arrays of one `name`.
+
+    Allocating new memory of this size may cost more than all the arithmetic.
+    """
     count = math.prod(shape)
     memory = getattr(_of_thread, name, None)
     if memory is None or len(memory) < count or memory.dtype != dtype:
@@ -217,17 +224,20 @@ def kept(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def alphabet(dtype: torch.dtype) -> Alphabet:
-    """Codes as numbers of a dtype, bf16 as the u16 that its bits are; beyond 256 those of bf16 are rounded."""
+    """Returns the tables that unpack codes to numbers of a dtype, float32 or bf16.
+
+    bf16 numbers are stored as u16 words. bf16 rounds codes whose absolute value is above 256.
+    """
     if dtype is torch.float32:
         return Alphabet.of(lambda codes: codes.astype(np.float32))
     return Alphabet.of(lambda codes: torch.from_numpy(codes).to(torch.bfloat16).view(torch.uint16).numpy())
 
 
-def falling(spread: torch.Tensor) -> np.ndarray:
-    """The places of the numbers of a table, flat, in falling order."""
+def descending_order(spread: torch.Tensor) -> np.ndarray:
+    """Returns the indices of a table's numbers, flattened, sorted by falling number."""
     return np.argsort(-spread.reshape(-1).numpy(), kind="stable")
 
 
 def as_codes(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to whole numbers that int16 has; what is not finite becomes anything."""
+    """Rounds numbers to whole ones in the range of int16. The result for numbers that are not finite does not matter."""
     return x.round().nan_to_num_(0, 0, 0).clamp_(-32767, 32767)

@@ -1,11 +1,11 @@
-"""Calibration: what codecs have learned of one model, in one file that every node loads.
+"""Calibration: the tables that codecs need for one model, in one file that every node loads.
 
 The file, little-endian:
 
-    magic "TKVC" | version u16 | meta bytes u32 | meta (msgpack) | arrays, one behind the other | BLAKE2b-256 of all before
+    magic "TKVC" | version u16 | meta bytes u32 | meta (msgpack) | arrays, concatenated | BLAKE2b-256 of all previous bytes
 
-A block that was coded with tables is read with those tables only: codecs name them in their spec by a fingerprint, and
-find them among those that were registered in this process. Channels (C) of a layer are (2, H, D), K before RoPE and V.
+A block that was encoded with tables can be decoded only with the same tables. So a codec's spec names them by a fingerprint, and the
+codec looks them up among those registered in this process. The channels (C) of a layer are (2, H, D): K before RoPE, then V.
 """
 
 import math
@@ -30,14 +30,18 @@ VERSION = 1
 DIGEST_BYTES = 32
 FINGERPRINT_BYTES = 16
 BOUND_MARGIN = 4.0
-"""A block may be this many times as far from what it was as the worst one of the calibration."""
+"""A block's error may be this many times that of the worst block of the calibration."""
 
 _HEAD = struct.Struct("<4sHI")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class EcuqTables(NamedTuple):
-    """Of each channel (L, C), float32: its mean, the width of a step at step 1, and the deviation in such widths."""
+    """The tables of the ecuq codec, float32, with one number for each channel (L, C).
+
+    `width` is the size of the channel's quantization step if the codec's `step` is 1. `spread` is the channel's standard
+    deviation in units of `width`.
+    """
 
     mean: torch.Tensor
     width: torch.Tensor
@@ -45,10 +49,12 @@ class EcuqTables(NamedTuple):
 
 
 class XlayerTables(NamedTuple):
-    """`mean` (L, C) and `spread`, the deviation of each coefficient at step 1 (L, C), float32, and `matrix`, (L, G, C/G, 3C/G) in bf16.
+    """The tables of the xlayer codec.
 
-    A layer's channels come in G groups of KV heads, each (2, H/G, D). From the left, `matrix` takes the same group's decoded channels two
-    layers before, one layer before, and the coefficients, the greatest first; `mean` and `spread` are in the order of the groups too.
+    `mean` (L, C) and `spread` (L, C) are float32; `spread` is the deviation of each coefficient at step 1. `matrix` is
+    (L, G, C/G, 3C/G), bf16. A layer's channels form G groups of KV heads, each (2, H/G, D). The columns of `matrix` take, from the
+    left: the group's decoded channels two layers earlier, those one layer earlier, and the coefficients, the greatest first.
+    `mean` and `spread` are in the order of the groups too.
     """
 
     mean: torch.Tensor
@@ -57,17 +63,18 @@ class XlayerTables(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """G."""
+        """G, the number of groups of KV heads."""
         return self.matrix.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What one file holds. Not to be changed, nor its tensors; equal fingerprints mean equal tables.
+    """The content of one calibration file. Neither the object nor its tensors may be changed. Equal fingerprints mean equal tables.
 
-    `weights`: digests of the weights it is valid for (`Namespace.weights`), one for each dtype that the model may be loaded in. `rope`
-    and `rope_halves` as in `rotation`, b"" without RoPE. `tokens`: how many it was fitted on. `errors`: for each codec
-    the steps that were tried, ascending, each with the relative error of the worst block (see `Encoded`). `measured`: one record a codec.
+    `weights`: digests of the weights it is valid for (`Namespace.weights`), one for each dtype in which the model may be loaded.
+    `rope` and `rope_halves` are as in `rotation`; b"" means no RoPE. `tokens`: how many tokens it was fitted on. `errors`: for each
+    codec the steps that were tried, ascending, each with the relative error of the worst block (see `Encoded`).
+    `measured`: one record of measurements for each codec.
     """
 
     model: str
@@ -89,13 +96,14 @@ class Calibration:
         cube = (self.layers, groups, channels // groups, 3 * (channels // groups))
         needed = [flat, flat, flat, flat, flat, cube]
         if self.kv_heads % groups or [tuple(each.shape) for each in self._arrays().values()] != needed:
-            raise TieredKVError(Kind.CONFIG, f"calibration of {self.model}: its tables are not those of {flat[0]} layers of {channels}")
+            message = f"calibration of {self.model}: tables for {flat[0]} layers of {channels} channels expected, got other shapes"
+            raise TieredKVError(Kind.CONFIG, message)
         if not all(bool(each.isfinite().all()) for each in self._arrays().values()):
-            raise TieredKVError(Kind.CONFIG, f"calibration of {self.model}: its tables have numbers that are not finite")
+            raise TieredKVError(Kind.CONFIG, f"calibration of {self.model}: its tables must be finite, got numbers that are not")
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits that stand for all that decoding depends on."""
+        """32 hex digits that identify everything that decoding depends on."""
         facts = [self.layers, self.kv_heads, self.head_dim, self.rope, self.rope_halves]
         whole = blake2b(msgpack.packb(facts), digest_size=FINGERPRINT_BYTES)
         for array in self._arrays().values():
@@ -103,7 +111,7 @@ class Calibration:
         return whole.hexdigest()
 
     def bound(self, codec: str, step: float) -> float:
-        """The relative error above which a block is not what the codec of that name was calibrated for, at a step; infinity if unknown."""
+        """Returns the greatest relative error that a block of the codec with this name may have at `step`. Infinity if unknown."""
         known = self.errors.get(codec, ())
         if not known:
             return math.inf
@@ -113,15 +121,15 @@ class Calibration:
         return BOUND_MARGIN * at * beyond**2
 
     def with_measured(self, rows: Iterable[Mapping[str, Any]]) -> Self:
-        """The same with other records of what was measured; the fingerprint stays."""
+        """Returns a copy with other records of measurements. The fingerprint stays the same."""
         return replace(self, measured=tuple(dict(row) for row in rows))
 
     def with_errors(self, errors: Mapping[str, tuple[tuple[float, float], ...]]) -> Self:
-        """The same with other errors of blocks; the fingerprint stays."""
+        """Returns a copy with other errors of blocks. The fingerprint stays the same."""
         return replace(self, errors=dict(errors))
 
     def save(self, path: str | Path) -> None:
-        """Write the file, all or nothing. Raises (kind `storage`) if it cannot."""
+        """Writes the file atomically. Raises (kind `storage`) if it cannot be written."""
         path = Path(path)
         data = self._packed()
         try:
@@ -130,7 +138,7 @@ class Calibration:
                 try:
                     file.write(data)
                     file.flush()
-                    os.fchmod(file.fileno(), 0o644)  # it holds no secret, and nodes may run as somebody else
+                    os.fchmod(file.fileno(), 0o644)  # the file holds no secret, and nodes may run as another user
                     os.fsync(file.fileno())
                     os.replace(file.name, path)
                 except BaseException:
@@ -141,24 +149,30 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The calibration in a file. Raises, naming the file: kind `config` for what is none or cannot be read, `corrupt` if damaged."""
+        """Reads a calibration file. Every error names the file.
+
+        Raises kind `config` if it cannot be read, is not a calibration or has a newer version, and kind `corrupt` if it is damaged.
+        """
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise TieredKVError(Kind.CONFIG, f"{path}: the calibration cannot be read ({error})", path=str(path)) from error
         if len(data) < _HEAD.size or data[:4] != MAGIC:
-            raise TieredKVError(Kind.CONFIG, f"{path}: not a calibration file", path=str(path))
+            message = f"{path}: not a calibration file: it must begin with {MAGIC!r}, got {data[:4]!r}"
+            raise TieredKVError(Kind.CONFIG, message, path=str(path))
         _, version, meta_bytes = _HEAD.unpack_from(data)
         if version > VERSION:
-            message = f"{path}: a calibration of version {version}, written by a newer tiered_kv; this one reads up to version {VERSION}"
+            message = f"{path}: calibration version {version} was written by a newer tiered_kv; this one reads up to version {VERSION}"
             raise TieredKVError(Kind.CONFIG, message, path=str(path))
         body = memoryview(data)[:-DIGEST_BYTES]
         if blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
-            raise TieredKVError(Kind.CORRUPT, f"{path}: the calibration file is damaged; run: tiered-kv calibrate MODEL", path=str(path))
+            message = f"{path}: the calibration file is damaged (checksum mismatch); run: tiered-kv calibrate MODEL"
+            raise TieredKVError(Kind.CORRUPT, message, path=str(path))
         try:
             return cls._unpacked(body[_HEAD.size : _HEAD.size + meta_bytes], body[_HEAD.size + meta_bytes :])
         except (ValueError, TypeError, KeyError, RuntimeError, TieredKVError) as error:
-            raise TieredKVError(Kind.CORRUPT, f"{path}: the calibration file is not complete ({error})", path=str(path)) from error
+            message = f"{path}: the content of the calibration file is invalid ({error})"
+            raise TieredKVError(Kind.CORRUPT, message, path=str(path)) from error
 
     def _arrays(self) -> dict[str, torch.Tensor]:
         return {f"{name}.{part}": array for name in ("ecuq", "xlayer") for part, array in getattr(self, name)._asdict().items()}
@@ -184,14 +198,14 @@ class Calibration:
             tables[codec][part] = array
             at += size
         if at != data.nbytes:
-            raise ValueError(f"{data.nbytes - at} bytes too many")
+            raise ValueError(f"arrays of {at} bytes expected, got {data.nbytes} bytes")
         meta["errors"] = {name: tuple(map(tuple, known)) for name, known in meta["errors"].items()}
         meta |= {"weights": tuple(meta["weights"]), "measured": tuple(meta["measured"])}
         return cls(**meta, ecuq=EcuqTables(**tables["ecuq"]), xlayer=XlayerTables(**tables["xlayer"]))
 
 
 def calibration_file(folder: Path, weights: str) -> Path:
-    """Where the calibration of a model lies below `folder`, by the digest of its weights (`Namespace.weights`)."""
+    """Returns the path of a model's calibration below `folder`, from the digest of its weights (`Namespace.weights`)."""
     return folder / f"{weights[:16]}.tkvcal"
 
 
@@ -199,15 +213,20 @@ _registered: dict[str, Calibration] = {}
 
 
 def register(calibration: Calibration) -> str:
-    """Make a calibration known to the codecs of this process, for as long as it lives; returns its fingerprint."""
+    """Registers a calibration for the codecs of this process, until the process ends. Returns its fingerprint."""
     return _registered.setdefault(calibration.fingerprint, calibration).fingerprint
 
 
 def calibration_of(fingerprint: str) -> Calibration:
-    """The registered calibration of a fingerprint; raises (kind `corrupt`) if there is none: what was coded with it cannot be read."""
+    """Returns the registered calibration with this fingerprint.
+
+    Raises (kind `corrupt`) if none is registered: blocks encoded with it cannot be decoded.
+    """
     if fingerprint not in _registered:
         raise TieredKVError(
-            Kind.CORRUPT, f"a calibration of fingerprint {fingerprint or '(none)'} is not loaded here", calibration=fingerprint
+            Kind.CORRUPT,
+            f"no calibration with the fingerprint {fingerprint or '(none)'} is loaded in this process",
+            calibration=fingerprint,
         )
     return _registered[fingerprint]
 

@@ -1,16 +1,17 @@
-"""How far a block is from what it was."""
+"""Measures how far a decoded block is from the original."""
 
 import torch
 
 ELEMENTS = 1 << 17
-"""As many numbers are compared at a time as whole layers have: what comes in between stays in the processor's cache."""
+"""Whole layers of about this many numbers are compared at a time, so that intermediate results stay in the processor's cache."""
 NORM_LEAST, NORM_GREATEST = 1e-10, 1e10
 
 
 def relative_error(kv: torch.Tensor, again: torch.Tensor) -> float:
-    """The mean squared error of `again` over the mean square of `kv` (L, 2, H, T, D), of that layer's K or V where it is greatest.
+    """Returns the relative mean squared error of `again` against `kv` (both L, 2, H, T, D): that of the worst layer's K or V.
 
-    NaN or infinity if either has a number that is not finite, or if zeros became something else.
+    It is the mean squared error over the mean square of `kv`. It is NaN or infinity if either tensor has a number that is not
+    finite, or if zeros became something else.
     """
     work = torch.float64 if kv.dtype is torch.float64 else torch.float32
     step = max(ELEMENTS // max(kv[0].numel(), 1), 1)
@@ -19,7 +20,7 @@ def relative_error(kv: torch.Tensor, again: torch.Tensor) -> float:
 
 
 def _of_layers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(L, 2) of some layers, which are scaled where a square might leave the range of floats."""
+    """Returns the errors (L, 2) of some layers. Scales the layers first if a square might overflow or underflow."""
     norm = _norm(x)
     if not ((norm > NORM_LEAST) & (norm < NORM_GREATEST)).all():
         greatest = x.abs().amax((2, 3, 4), keepdim=True)

@@ -1,6 +1,6 @@
-"""Integer codecs: each number as one of 2 ** bits steps between the least and the greatest of its group (see `grouped`).
+"""Integer codecs: each number becomes one of 2 ** bits steps between the least and the greatest number of its group.
 
-A group's scales are its least number and its step.
+The scales of a group are its least number and the size of its step. See `grouped` for groups.
 """
 
 from dataclasses import dataclass
@@ -11,24 +11,26 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, towards_bf16
+from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, round_to_bf16
 from tiered_kv.codecs.parts import Part
 
 
 @dataclass(frozen=True)
 class IntegerCodec(GroupedCodec):
-    """A finite number x of a group that spans [a, b] comes back as x ± (b - a) / (2 (2 ** bits - 1)), up to the rounding of the
-    scales to bf16 (the span may be 1/64 of |a| + |b| wider) and of the dtype; in the rotated space where there is a rotation,
-    which keeps the mean squared error. For the whole block the bound of `GroupedCodec` holds.
+    """Codes of `bits` bits, evenly spaced over the span [a, b] of each group.
+
+    A finite number decodes with an error of at most (b - a) / (2 (2 ** bits - 1)), plus the rounding of the scales to bf16 (which
+    may widen the span by 1/64 of |a| + |b|) and of the block's dtype. In a part that is rotated, this holds in the rotated space;
+    rotation keeps the mean squared error. The bound of `BlockCodec` holds for the whole block.
     """
 
     scales_of_group: ClassVar[int] = 2
 
-    def _coded(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return in_steps(x, axis, self.bits)
+    def _quantized(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize(x, axis, self.bits)
 
-    def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        numbers_of_steps(codes, scales, out)
+    def _dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        dequantize(codes, scales, out)
 
     def _read(self, part: Part, scales: torch.Tensor, codes: np.ndarray, out: torch.Tensor) -> None:
         kernels = kernels_of(out.device)
@@ -49,7 +51,10 @@ class IntegerCodec(GroupedCodec):
 
 @lru_cache
 def kernels_of(device: torch.device) -> ModuleType | None:
-    """The module of kernels, where they decode for a device: on CUDA, if triton is there and its kernels answer rightly."""
+    """Returns the module of Triton kernels that decode on a device, or None if the torch path must decode there.
+
+    Kernels decode on CUDA devices, if triton is installed and they pass a self-test (`kernels.works_on`).
+    """
     if device.type != "cuda":
         return None
     try:
@@ -59,24 +64,27 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     return kernels if kernels.works_on(device) else None
 
 
-def in_steps(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least numbers and steps (2, …) that bf16 can hold, and codes (u8) below 2 ** bits, of float32 numbers in groups along `axis`."""
+def quantize(x: torch.Tensor, axis: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes float32 numbers in groups along `axis`. Returns scales (2, …) and codes (u8) below 2 ** bits.
+
+    The scales of a group are its least number and its step. They are float32 numbers that bf16 can represent.
+    """
     levels = 2**bits - 1
-    least = towards_bf16(x.amin(axis, keepdim=True), up=False)
-    step = towards_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
-    codes = (x - least).div_(torch.where(step > 0, step, 1)).round_()  # from 0 to `levels`, for least and step cover the span
+    least = round_to_bf16(x.amin(axis, keepdim=True), up=False)
+    step = round_to_bf16((x.amax(axis, keepdim=True) - least) / levels, up=True)
+    codes = (x - least).div_(torch.where(step > 0, step, 1)).round_()  # 0 to `levels`, because least and step cover the span
     return torch.stack([least, step]), as_bytes(codes)
 
 
-def numbers_of_steps(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write the numbers of what `in_steps` made to `out`, contiguous float32, and return that."""
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Decodes the codes and scales of `quantize` into `out`, contiguous float32. Returns `out`."""
     least, step = scales
     return out.copy_(codes).mul_(step).add_(least)
 
 
 @dataclass(frozen=True)
 class Int8Codec(IntegerCodec):
-    """8 bits: 1.87 times less than bf16. `near_exact`: on the demo's model a sixtieth of the noise of bf16 arithmetic."""
+    """8 bits: 1.87 times smaller than bf16. Quality `near_exact`: its error is a sixtieth of bf16 arithmetic's on the demo's model."""
 
     id: ClassVar[int] = 2
     name: ClassVar[str] = "int8"
@@ -86,7 +94,7 @@ class Int8Codec(IntegerCodec):
 
 @dataclass(frozen=True)
 class Int6Codec(IntegerCodec):
-    """6 bits: 2.4 times less than bf16."""
+    """6 bits: 2.4 times smaller than bf16."""
 
     id: ClassVar[int] = 3
     name: ClassVar[str] = "int6"
@@ -96,7 +104,7 @@ class Int6Codec(IntegerCodec):
 
 @dataclass(frozen=True)
 class Int4Codec(IntegerCodec):
-    """4 bits: 3.5 times less than bf16. `balanced`, without calibration."""
+    """4 bits: 3.5 times smaller than bf16. Quality `balanced` for models without calibration."""
 
     id: ClassVar[int] = 4
     name: ClassVar[str] = "int4"

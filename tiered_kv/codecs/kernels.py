@@ -1,11 +1,12 @@
-"""Triton kernels that decode the integer codecs on a GPU: unpack, dequantize, rotate and scatter in one pass over a part.
+"""Triton kernels that decode the integer codecs on a GPU: they unpack, dequantize, rotate and scatter a part in one pass.
 
-The reference is the torch path of `grouped`; what a kernel writes differs from it by at most one unit in the last place of float32
-before the last rounding (a GPU multiplies and adds in one step), where a part is spread by that of the product's dtype. So a number
-is the same or, near the middle between two numbers of the destination's dtype, the next one. Triton's interpreter, on CPUs, differs in
-two ways: it cuts off where it should round to bf16, which is the next number at most too, and it cannot multiply matrices of bf16.
-Importing this module needs triton (Tillet et al. 2019), which the extra `triton` brings; nothing else imports it.
-Shapes: a part is (L, H, T, D) as in `parts`; a program restores some tokens of one head.
+The reference is the torch path of `grouped`. A GPU multiplies and adds in one step. So a kernel's numbers may differ from the
+reference by one unit in the last place of float32 before the final rounding. In a part that is spread, the unit is that of the
+product's dtype. So a decoded number is the same, or, near the middle of two numbers of the destination's dtype, the adjacent one.
+Triton's interpreter on CPUs differs in two ways: it truncates instead of rounding to bf16, which also gives the adjacent number
+at most, and it cannot multiply bf16 matrices.
+Importing this module needs triton (Tillet et al. 2019) from the extra `triton`. No other module imports triton.
+Shapes: a part is (L, H, T, D) as in `parts`. One program decodes some tokens of one head.
 """
 
 import logging
@@ -27,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 @triton.jit
-def _numbers(codes, scales, row, token, channel, mask, second_half, plane, tokens, dim, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Float32 numbers (tokens, channels) of a head; `plane` is how many scales lie before the steps."""
+def _dequantize(codes, scales, row, token, channel, mask, second_half, plane, tokens, dim, BITS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Returns the dequantized float32 numbers (tokens, channels) of a head. `plane` is the offset of the steps in `scales`."""
     place = (row * tokens + token[:, None]) * dim + channel[None, :]
     if BITS == 8:
         code = tl.load(codes + place, mask=mask, other=0)
@@ -74,7 +75,7 @@ def _restore(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, CHANNELS)
     mask = (token[:, None] < tokens) & (channel[None, :] < dim)
-    x = _numbers(codes, scales, row, token, channel, mask, second_half, plane, tokens, dim, BITS, PER_CHANNEL)
+    x = _dequantize(codes, scales, row, token, channel, mask, second_half, plane, tokens, dim, BITS, PER_CHANNEL)
     if TURN != 0:
         if TURN == 1:
             is_first, pair = channel < pairs, channel % pairs
@@ -83,7 +84,7 @@ def _restore(
             is_first, pair = channel % 2 == 0, channel // 2
             partner = tl.where(is_first, channel + 1, channel - 1)
         turns = mask & (channel[None, :] < 2 * pairs)
-        other = _numbers(codes, scales, row, token, partner, turns, second_half, plane, tokens, dim, BITS, PER_CHANNEL)
+        other = _dequantize(codes, scales, row, token, partner, turns, second_half, plane, tokens, dim, BITS, PER_CHANNEL)
         cosine = tl.load(cos + token[:, None] * dim + channel[None, :], mask=mask, other=0.0)
         sine = tl.load(sin + token[:, None] * pairs + pair[None, :], mask=turns, other=0.0)
         x = x * cosine + tl.where(is_first[None, :], -other, other) * sine
@@ -106,9 +107,10 @@ def restore(
     is_halves: bool = True,
     matrix: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` (L, H, T, D), of one of DTYPES and strided as it may be, from packed codes (1-D u8) and scales (2, L, H, n) in float32.
+    """Decodes packed codes (1-D u8) and scales (2, L, H, n) in float32 into `out` (L, H, T, D), of one of DTYPES and of any strides.
 
-    `turn` is RoPE for its tokens, in halves or neighbours; `matrix` (D, D) what else it is multiplied by. All tensors are on one device.
+    `turn` is RoPE for the part's tokens, with channels paired as halves or as neighbours. `matrix` (D, D) undoes the spreading.
+    All tensors must be on one device.
     """
     layers, heads, tokens, dim = out.shape
     count = layers * heads * tokens * dim
@@ -140,17 +142,17 @@ def restore(
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether kernels compile and answer rightly on a device: K turned and V spread of one small block. Costs seconds, once.
+    """Whether the kernels compile on a device and decode correctly there. Tests RoPE and spreading on a small block. Costs seconds, once.
 
-    What fails is logged, and the torch path decodes there.
+    Failures are logged. The torch path then decodes on that device.
     """
     try:
         right = _turns_rightly(device) and _spreads_rightly(device)
-    except Exception:  # noqa: BLE001 - boundary: a GPU's compiler may fail in any way, and torch decodes as well
-        _log.warning("Triton kernels do not run on %s; codecs decode by torch there", device, exc_info=True)
+    except Exception:  # noqa: BLE001 - boundary: a GPU's compiler may fail in any way, and torch can decode as well
+        _log.warning("Triton kernels do not run on %s; codecs decode with torch there", device, exc_info=True)
         return False
     if not right:
-        _log.warning("Triton kernels answer wrongly on %s; codecs decode by torch there", device)
+        _log.warning("Triton kernels decode incorrectly on %s; codecs decode with torch there", device)
     return right
 
 

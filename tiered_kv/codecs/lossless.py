@@ -1,15 +1,15 @@
-"""The lossless codec: each byte of the numbers in a plane of its own, those that hold a pattern through an entropy coder.
+"""The lossless codec: splits the bytes of numbers into planes, and compresses the planes that have a pattern.
 
-A float's exponents are alike throughout a block, its mantissas are noise. Each item is turned left by one bit, so that
-the sign goes to the end and the first byte is the exponent (bf16, fp32) or the exponent with the first bits of the mantissa
-(fp16, fp64). The planes are the first bytes of all items, then their second bytes, and so on.
+The exponents of floats are similar throughout a block; their mantissas are noise. Each item is rotated left by one bit, which
+moves the sign to the end. The first byte is then the exponent (bf16, fp32), or the exponent with the first bits of the mantissa
+(fp16, fp64). A plane has the first bytes of all items, the next plane their second bytes, and so on.
 
 The payload, little-endian:
 
-    bytes of plane 0 u32 | … | plane 0 | … | the bytes behind the last whole item
+    bytes of plane 0 u32 | … | plane 0 | … | the bytes after the last whole item
 
-A plane of as many bytes as there are items is as it was; a shorter one is a zstd frame with its content size.
-Why zstd, and with which parameters: docs/design/012.
+A plane of as many bytes as there are items is not compressed. A shorter one is a zstd frame with its content size.
+docs/design/012 says why zstd is used, and with which parameters.
 """
 
 import struct
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 MIN_GAIN = 1 / 16
-"""A block that would save less than this part of its bytes is kept raw: reading it costs some ten times a copy."""
+"""A block is stored raw unless compression saves at least this part of its bytes: decoding costs about ten times a copy."""
 SAMPLE_BYTES = 1 << 14
 CHUNK_ITEMS = 1 << 16
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# Matches hardly exist in exponents, and looking for them is what costs: with 64 places to remember and matches of seven
-# bytes at least, the coder skips through them and codes nearly all as literals, which is Huffman at a byte a nanosecond.
+# Exponents have hardly any matches, and searching for matches is what costs. With a table of 64 positions and matches of at least
+# seven bytes, the coder skips through the data and codes nearly all of it as literals: Huffman coding at a byte a nanosecond.
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
 )
@@ -44,9 +44,10 @@ _of_thread = threading.local()
 
 @dataclass(frozen=True)
 class LosslessCodec(Codec):
-    """Bit-identical. About 2/3 of bf16 KV; exactly as large as the block for what does not shrink, which is then kept raw.
+    """Bit-identical, at about 2/3 the size of bf16 KV. Accepts any number of bytes.
 
-    `item_bytes`: the width of the block's numbers; 1 for fp8 and for bytes of which nothing is known. Any number of bytes.
+    A block that does not shrink enough is stored raw, at its own size. `item_bytes` is the width of the block's numbers:
+    1 for fp8 and for bytes of unknown content.
     """
 
     id: ClassVar[int] = 1
@@ -57,7 +58,7 @@ class LosslessCodec(Codec):
     def __post_init__(self) -> None:
         if isinstance(self.item_bytes, bool) or self.item_bytes not in _WORDS:
             raise TieredKVError(
-                Kind.CONFIG, f"lossless: item_bytes must be one of {', '.join(map(str, _WORDS))}, not {self.item_bytes!r}", codec=self.name
+                Kind.CONFIG, f"lossless: item_bytes must be one of {', '.join(map(str, _WORDS))}, got {self.item_bytes!r}", codec=self.name
             )
 
     @classmethod
@@ -89,11 +90,11 @@ class LosslessCodec(Codec):
         return raw_bytes
 
     def _parts(self, payload: memoryview, rest_bytes: int) -> list[memoryview]:
-        """The planes of a payload, and what is behind them."""
+        """Splits a payload into its planes and the bytes after the last whole item."""
         head = struct.Struct(f"<{self.item_bytes}I")
         sizes = head.unpack_from(payload) if payload.nbytes >= head.size else ()
         if not sizes or head.size + sum(sizes) + rest_bytes != payload.nbytes:
-            raise self._corrupt(f"payload of {payload.nbytes} bytes does not hold planes of {sizes} and {rest_bytes} more")
+            raise self._corrupt(f"payload of {payload.nbytes} bytes does not hold planes of {sizes} bytes and {rest_bytes} more bytes")
         ends = np.cumsum([head.size, *sizes, rest_bytes]).tolist()
         return [payload[start:end] for start, end in pairwise(ends)]
 
@@ -102,17 +103,17 @@ class LosslessCodec(Codec):
             return np.frombuffer(part, np.uint8)
         try:
             if zstandard.frame_content_size(part) != items:
-                raise self._corrupt(f"plane of other than {items} bytes")
+                raise self._corrupt(f"a plane does not decompress to the expected {items} bytes")
             return np.frombuffer(_decompressor().decompress(part), np.uint8)
         except zstandard.ZstdError as error:
-            raise self._corrupt(f"plane that cannot be read: {error}") from error
+            raise self._corrupt(f"a plane cannot be decompressed: {error}") from error
 
     def _corrupt(self, what: str) -> TieredKVError:
         return TieredKVError(Kind.CORRUPT, f"lossless: {what}", codec=self.name)
 
 
 def _split(data: np.ndarray, width: int) -> list[np.ndarray]:
-    """The planes of whole items of `width` bytes, made a piece at a time that stays in the processor's cache."""
+    """Splits whole items of `width` bytes into planes, in pieces that stay in the processor's cache."""
     if width == 1:
         return [data]
     items = data.view(_WORDS[width])
@@ -127,7 +128,7 @@ def _split(data: np.ndarray, width: int) -> list[np.ndarray]:
 
 
 def _join(planes: list[np.ndarray], target: np.ndarray) -> None:
-    """Fill `target` with the items of the planes, a piece at a time that stays in the processor's cache."""
+    """Fills `target` with the items of the planes, in pieces that stay in the processor's cache."""
     width = len(planes)
     if width == 1:
         target[:] = planes[0]
@@ -142,14 +143,14 @@ def _join(planes: list[np.ndarray], target: np.ndarray) -> None:
             piece <<= 8
             piece |= plane[start : start + len(piece)]
         np.copyto(part, planes[-1][start : start + len(piece)])
-        piece <<= 7  # the last byte's lowest bit is the sign, which goes to the front
+        piece <<= 7  # the last byte's lowest bit is the sign, which returns to the front
         piece |= part >> 1
         part <<= 8 * width - 1
         piece |= part
 
 
 def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
-    """The plane as zstd if that is shorter, else as it is. A sample of a long one tells first whether to try."""
+    """Returns the plane as a zstd frame if that is shorter, else unchanged. Tests a sample of a long plane before trying all of it."""
     middle = len(plane) // 2
     sample = plane[middle : middle + SAMPLE_BYTES]
     if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(memoryview(sample))) > len(sample) * (1 - MIN_GAIN):
@@ -159,7 +160,7 @@ def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
 
 
 def _compressor() -> zstandard.ZstdCompressor:
-    """This thread's own: one is for one thread at a time, and making one costs as much as a small block."""
+    """Returns this thread's compressor. One cannot be shared by threads, and creating one costs as much as compressing a small block."""
     if not hasattr(_of_thread, "compressor"):
         _of_thread.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
     compressor: zstandard.ZstdCompressor = _of_thread.compressor

@@ -1,7 +1,8 @@
-"""The low-rank codec: of each layer's K and V as a matrix (T, H D) the greatest singular components, as two factors of 8 bits.
+"""The low-rank codec: each layer's K and V, as a matrix (T, H D), is approximated by its greatest singular components.
 
-With n the shorter and m the longer side of a matrix and r the rank, a part is: the least numbers and steps (2, L, 2 r) bf16 of each
-component's column of the basis and of its row of the coordinates | basis (L, n, r) | coordinates (L, r, m), a byte a number.
+The components are stored as two factors of 8 bits a number. With n the shorter and m the longer side of the matrix, and r the
+rank, a part is: scales (2, L, 2 r) bf16 | basis (L, n, r) | coordinates (L, r, m), one byte a number. The scales are the least
+numbers and steps of each component's column of the basis, and of its row of the coordinates.
 """
 
 from dataclasses import dataclass
@@ -10,27 +11,29 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.integer import in_steps, numbers_of_steps
+from tiered_kv.codecs.integer import dequantize, quantize
 from tiered_kv.codecs.parts import Part, chunks_of, scratch_of
 from tiered_kv.codecs.reduced import ReducedCodec
 
 ELEMENTS = 1 << 19
 SCALES_BYTES = 8
-"""Of a component: a least number and a step for its column, and for its row, in bf16."""
+"""Scales of a component: a least number and a step in bf16, for its column and for its row."""
 
 
 @dataclass(frozen=True)
 class LowRankCodec(ReducedCodec):
-    """No bound holds for a single number; for the whole block that of `BlockCodec` does. The components are those of the truncated
-    singular value decomposition, which leaves the least mean squared error of all of their rank (Eckart and Young, 1936); 8 bits
-    for the factors buy nearly twice the rank of bf16. Encoding costs an eigenvalue problem of n for each layer's K and V.
+    """The truncated singular value decomposition of each layer's K and V, with factors of 8 bits.
+
+    Of all approximations of this rank it has the least mean squared error (Eckart and Young, 1936). With factors of 8 bits, the same
+    bytes hold nearly twice the rank that bf16 factors would have. There is no bound for a single number; the bound of `BlockCodec`
+    holds for the whole block. Encoding costs an eigenvalue problem of size n for each layer's K and V.
     """
 
     id: ClassVar[int] = 8
     name: ClassVar[str] = "lowrank"
 
     def rank(self, tokens: int) -> int:
-        """How many components are kept of a block with so many tokens that do not stay exact."""
+        """Returns how many components are stored for a block with `tokens` tokens that do not stay exact."""
         _, heads, _, dim = self._dims
         component_bytes = tokens + heads * dim + SCALES_BYTES
         return min(max(int(self._budget_bytes(tokens * heads * dim) / component_bytes), 1), tokens, heads * dim)
@@ -41,11 +44,11 @@ class LowRankCodec(ReducedCodec):
         return SCALES_BYTES * components, components * (tokens + heads * dim)
 
     def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-        x = self._in_space(part, kv.float()).transpose(1, 2).flatten(2)
+        x = self._to_code_space(part, kv.float()).transpose(1, 2).flatten(2)
         wide = x if x.shape[1] <= x.shape[2] else x.mT
-        column_scales, column_codes = in_steps(_basis(wide, self.rank(kv.shape[2])), -2, self.bits)
-        basis = numbers_of_steps(column_codes, column_scales, torch.empty(column_codes.shape, device=x.device))
-        row_scales, row_codes = in_steps(basis.mT @ wide, -1, self.bits)
+        column_scales, column_codes = quantize(_basis(wide, self.rank(kv.shape[2])), -2, self.bits)
+        basis = dequantize(column_codes, column_scales, torch.empty(column_codes.shape, device=x.device))
+        row_scales, row_codes = quantize(basis.mT @ wide, -1, self.bits)
         scales = torch.cat([column_scales.flatten(2), row_scales.flatten(2)], -1).bfloat16()
         return scales, torch.cat([column_codes.flatten(), row_codes.flatten()]).cpu().numpy()
 
@@ -54,11 +57,11 @@ class LowRankCodec(ReducedCodec):
         rank, (short, long) = self.rank(tokens), sorted((tokens, heads * dim))
         of_columns, of_rows = scales.view(2, layers, 2 * rank).split(rank, -1)
         columns, rows = torch.from_numpy(codes.copy()).to(out.device).split([layers * short * rank, layers * rank * long])
-        basis = _numbers(columns.view(layers, short, rank), of_columns.unsqueeze(2))
-        coordinates = _numbers(rows.view(layers, rank, long), of_rows.unsqueeze(3))
+        basis = _dequantize(columns.view(layers, short, rank), of_columns.unsqueeze(2))
+        coordinates = _dequantize(rows.view(layers, rank, long), of_rows.unsqueeze(3))
         left, right = (basis, coordinates) if tokens == short else (coordinates.mT, basis.mT)
         of_heads = right.unflatten(2, (heads, dim)).transpose(1, 2)
-        rotated = self._rotated(part, out)
+        rotated = self._from_code_space(part, out)
         chunks = chunks_of(out, ELEMENTS)
         scratch = scratch_of(out[chunks[0]].numel(), out.device)
         for chosen in chunks:
@@ -67,18 +70,18 @@ class LowRankCodec(ReducedCodec):
 
 
 def _basis(wide: torch.Tensor, rank: int) -> torch.Tensor:
-    """The left singular vectors (L, n, rank) of matrices (L, n, m) that belong to their greatest singular values; NaN where there are none.
+    """Returns the left singular vectors (L, n, rank) of matrices (L, n, m) for their greatest singular values. NaN if that fails.
 
-    They are the eigenvectors of the matrix times its transpose, scaled so that no square leaves the range of floats.
+    They are computed as eigenvectors of the matrix times its transpose, scaled so that no square overflows.
     """
     greatest = wide.abs().amax((1, 2), keepdim=True)
     unit = wide / torch.where(greatest == 0, 1, greatest)
     try:
         vectors: torch.Tensor = torch.linalg.eigh(unit @ unit.mT).eigenvectors
         return vectors[..., -rank:]
-    except torch.linalg.LinAlgError:  # numbers that are not finite
+    except torch.linalg.LinAlgError:  # the matrices have numbers that are not finite
         return wide.new_full((*wide.shape[:2], rank), torch.nan)
 
 
-def _numbers(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return numbers_of_steps(codes, scales, torch.empty(codes.shape, device=codes.device))
+def _dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return dequantize(codes, scales, torch.empty(codes.shape, device=codes.device))

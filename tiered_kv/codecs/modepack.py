@@ -1,16 +1,19 @@
-"""Mode packing: rows of small whole numbers as few bytes, quick to unpack by tables, and then an entropy coder over the bytes.
+"""Mode packing: packs rows of small whole numbers into few bytes, and compresses those with an entropy coder.
 
-Each row has the mode of its greatest number: zeros take nothing, up to 1 four numbers share a byte as digits of base 3, up to 7 two
-of base 15; larger ones have one byte or two. So a byte stands for some two to six bits, and Huffman's code, which cannot go
-below one bit a symbol, loses next to nothing. Rows come in an order in which their spread falls, so that neighbours are alike
-and each part of the bytes has a code of its own. Why zstd, and with which parameters: docs/design/014.
+The greatest absolute number of a row decides its mode. A row of zeros takes no bytes. In rows with numbers up to 1, four numbers
+share a byte as digits of base 3. In rows with numbers up to 7, two numbers share a byte as digits of base 15. Larger numbers
+take one byte or two. Tables make unpacking fast. A byte then carries about two to six bits of information. So Huffman coding,
+which cannot go below one bit a symbol, loses almost nothing. Rows are sorted by falling spread, so that neighbouring rows are
+similar, and each part of the bytes gets its own Huffman code.
+docs/design/014 says why zstd is used, and with which parameters.
 
 The packed bytes, little-endian:
 
     bytes of stream 0 u32 | … of stream 5 | stream 0 | …
 
-Stream 0 has the rows' modes, 1 to 4 the rows of each mode but zero, one behind the other, 5 the second bytes of those of mode 4.
-An empty stream has no bytes, a zstd frame says its own content size, and one that did not shrink is as it was.
+Stream 0 has the modes of the rows. Streams 1 to 4 have the rows of modes 1 to 4, concatenated. Rows of mode 4 have two bytes a
+number: stream 4 has the low ones and stream 5 the high ones. An empty stream has no bytes. Any other stream is a zstd frame
+with its content size, or uncompressed if it did not shrink.
 """
 
 import struct
@@ -23,13 +26,13 @@ import numpy as np
 import zstandard
 
 LIMITS = (0, 1, 7, 127, 32767)
-"""The greatest number of each mode."""
+"""The greatest absolute number of each mode."""
 DIGITS = (0, 4, 2, 1, 1)
 """How many numbers share a byte in each mode."""
 STREAMS = 6
 WIDE = len(LIMITS) - 1
 _HEAD = struct.Struct(f"<{STREAMS}I")
-# Huffman's code for every 16 KiB; no matches are looked for, as in `lossless`.
+# Huffman coding with a new code for every 16 KiB. The coder does not search for matches, as in `lossless`.
 _PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=14, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
 )
@@ -37,14 +40,17 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 
 @dataclass(frozen=True)
 class Alphabet:
-    """What numbers are unpacked to: for each mode a table (256, digits) from a byte to numbers of a dtype, as words of numpy's."""
+    """The tables that unpack bytes to numbers of some dtype, stored as words of a numpy dtype of the same width.
+
+    `tables` has, for each mode but the last, a table (256, digits) from a byte to its numbers. `wide` has the word of every 16-bit number.
+    """
 
     tables: tuple[np.ndarray, ...]
     wide: np.ndarray
 
     @classmethod
     def of(cls, as_words: Callable[[np.ndarray], np.ndarray]) -> "Alphabet":
-        """`as_words` turns an int16 array into the words that stand for its numbers."""
+        """Builds the tables. `as_words` converts an int16 array to the words of its numbers."""
         tables = []
         for limit, digits in zip(LIMITS[:WIDE], DIGITS[:WIDE], strict=True):
             base = 2 * limit + 1
@@ -54,7 +60,7 @@ class Alphabet:
 
 
 def pack(codes: np.ndarray) -> bytes:
-    """The rows (R, T), int16 and none below -32767, in falling order of their spread, as bytes. Cost: about 15 ns a number."""
+    """Packs rows (R, T) of int16, none below -32767, sorted by falling spread. Returns the bytes. Cost: about 15 ns a number."""
     greatest = np.abs(codes).max(1, initial=0)
     modes = np.searchsorted(LIMITS, greatest).astype(np.uint8)
     streams = [modes]
@@ -67,7 +73,7 @@ def pack(codes: np.ndarray) -> bytes:
 
 
 def _joined(rows: np.ndarray, limit: int, digits: int) -> np.ndarray:
-    """Rows of numbers up to a limit as bytes: digits of base 2 · limit + 1, the first one the least, zeros behind the last."""
+    """Packs rows of numbers up to `limit` as digits of base 2 · limit + 1, the least digit first. Pads rows with zeros."""
     base = 2 * limit + 1
     if rows.shape[1] % digits:
         rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % digits)))
@@ -80,15 +86,16 @@ def _joined(rows: np.ndarray, limit: int, digits: int) -> np.ndarray:
 
 
 def unpack(packed: memoryview, rows: np.ndarray, out: np.ndarray, alphabet: Alphabet) -> np.ndarray:
-    """Fill row `rows[i]` of `out` (…, T), words of the alphabet, with the packed row i where that is not zero; returns the rows filled.
+    """Unpacks the packed row i into row `rows[i]` of `out` (…, T), as words of the alphabet. Returns the indices of the rows written.
 
-    Raises ValueError for bytes that `pack` has not made of as many rows and numbers; `out` is then undefined.
+    Rows of zeros are not written. Raises ValueError unless `packed` is the result of `pack` for `len(rows)` rows of T numbers.
+    `out` is then undefined.
     """
     streams = _streams(packed)
     tokens = out.shape[1]
     modes = _restored(streams[0], len(rows))
     if len(modes) and modes.max() > WIDE:
-        raise ValueError("a mode that is none")
+        raise ValueError(f"a row's mode must be from 0 to {WIDE}, got {modes.max()}")
     filled = []
     for mode in range(1, WIDE + 1):
         at = rows[modes == mode]
@@ -106,11 +113,11 @@ def unpack(packed: memoryview, rows: np.ndarray, out: np.ndarray, alphabet: Alph
 
 def _streams(packed: memoryview) -> list[memoryview]:
     if packed.nbytes < _HEAD.size:
-        raise ValueError(f"{packed.nbytes} bytes are too few")
+        raise ValueError(f"at least {_HEAD.size} bytes expected, got {packed.nbytes}")
     sizes = _HEAD.unpack_from(packed)
     ends = np.cumsum([_HEAD.size, *sizes]).tolist()
     if ends[-1] != packed.nbytes:
-        raise ValueError(f"{packed.nbytes} bytes where {ends[-1]} are said to be")
+        raise ValueError(f"the stream sizes add up to {ends[-1]} bytes, got {packed.nbytes} bytes")
     return [packed[start:end] for start, end in pairwise(ends)]
 
 
@@ -122,19 +129,19 @@ def _compressed(stream: np.ndarray) -> bytes:
 
 
 def _restored(stream: memoryview, count: int) -> np.ndarray:
-    """The `count` bytes of a stream; raises ValueError for anything else."""
+    """Returns the `count` bytes of a stream. Raises ValueError for a stream of another size."""
     if stream.nbytes == count:
         return np.frombuffer(stream, np.uint8)
     try:
         if zstandard.frame_content_size(stream) != count:
-            raise ValueError(f"a stream of other than {count} bytes")
+            raise ValueError(f"a stream does not decompress to the expected {count} bytes")
         return np.frombuffer(_tools.decompressor.decompress(stream), np.uint8)
     except zstandard.ZstdError as error:
-        raise ValueError(f"a stream that cannot be read: {error}") from error
+        raise ValueError(f"a stream cannot be decompressed: {error}") from error
 
 
 class _Tools(threading.local):
-    """This thread's own: one is for one thread at a time."""
+    """This thread's compressor and decompressor. They cannot be shared by threads."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)

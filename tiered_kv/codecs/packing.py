@@ -1,8 +1,8 @@
-"""Codes of 4, 6 or 8 bits as tightly packed bytes.
+"""Packs codes of 4, 6 or 8 bits tightly into bytes.
 
 Codes that share bytes come from different parts of the sequence, so that packing and unpacking are a few operations over
-long runs: of 4 bits, byte i has code i and code i + n/2; of 6 bits, three bytes have the codes i, i + n/4, i + n/2 and the
-three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of the group.
+long runs. With 4 bits, byte i has code i and code i + n/2. With 6 bits, three bytes have the codes i, i + n/4, i + n/2 and
+the three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of the group.
 """
 
 import numpy as np
@@ -11,13 +11,13 @@ GROUP_CODES = {8: 1, 6: 4, 4: 2}
 
 
 def packed_bytes(codes: int, bits: int) -> int:
-    """Bytes that `pack` makes of a number of codes."""
+    """Returns the size in bytes of what `pack` makes of this many codes."""
     group = GROUP_CODES[bits]
     return -(-codes // group) * group * bits // 8
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """1-D codes (u8, each below 2 ** bits) as bytes; for 8 bits the same array."""
+    """Packs 1-D codes (u8, each below 2 ** bits) into bytes. Returns the same array for 8 bits."""
     if bits == 8:
         return codes
     group = GROUP_CODES[bits]
@@ -29,7 +29,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, codes: int, bits: int) -> np.ndarray:
-    """The 1-D codes that `pack` made the bytes of, in new memory."""
+    """Returns the 1-D codes that `pack` packed, in new memory."""
     if bits == 8:
         return packed.copy()
     unpacked = np.empty((GROUP_CODES[bits], len(packed) * 8 // bits // GROUP_CODES[bits]), np.uint8)

@@ -1,7 +1,7 @@
-"""A key and a value in the hands of a library's user, through a codec: one block to the codec, two records to the user.
+"""Encodes a key and a value of a library user with a codec. The pair is one block to the codec, and two records to the user.
 
-Key and value are (B, H, T, D): batch, heads, tokens, head dim. To the codec they are a block (B, 2, H, T, D), with a sequence of the batch
-in the place of a layer, whose positions and rotation are unknown: K is coded as V, and no token stays exact.
+Key and value are (B, H, T, D): batch, heads, tokens, head dim. The codec gets a block (B, 2, H, T, D), in which each sequence of
+the batch takes the place of a layer. Positions and rotation are unknown: K is encoded like V, and no token stays exact.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ AXES = "(batch, heads, tokens, head_dim)"
 
 @dataclass(frozen=True)
 class CodedTensor:
-    """The key (`which` 0) or the value (1) of a pair, as a codec keeps it. May be pickled and copied; holds no memory of a GPU.
+    """The encoded key (`which` 0) or value (`which` 1) of a pair. It can be pickled and copied, and holds no GPU memory.
 
-    `shape`, `dtype` and `device` are those of the tensor. `error` is the relative mean squared error of the pair's sequence, key or
-    value, where it is greatest, measured when it was coded, with that of what was done to it before. `fell_back` says why the pair
-    is kept exactly instead, and is empty if it is not: "error" (numbers that are not finite, or too far from what they were),
-    "no gain". `payload` is shared by both records of a pair.
+    `shape`, `dtype` and `device` are those of the tensor. `error` is the relative mean squared error of the pair, measured when it
+    was encoded, plus the error that it had before. It is that of the worst key or value of any sequence in the batch.
+    `fell_back` is empty, or says why the pair is stored exactly: "error" (numbers that are not finite, or an error above the
+    codec's bound) or "no gain". Both records of a pair share `payload`.
     """
 
     codec: Codec
@@ -38,7 +38,7 @@ class CodedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its half of the pair's payload; those of both records together are exact."""
+        """Half of the payload's bytes. The two records of a pair add up to exactly the payload."""
         return (len(self.payload) + 1 - self.which) // 2
 
     def __repr__(self) -> str:
@@ -49,30 +49,33 @@ Coded = TypeVar("Coded", bound=CodedTensor)
 
 
 def check_pair(key: object, value: object) -> None:
-    """Raise (kind `layout`) unless both are dense floating-point tensors (B, H, T, D), alike in shape, dtype and device."""
+    """Raises (kind `layout`) unless both are dense floating-point tensors (B, H, T, D) of the same shape, dtype and device."""
     for name, each in (("key", key), ("value", value)):
         if not isinstance(each, torch.Tensor):
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor {AXES}, not {type(each).__name__}", argument=name)
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor {AXES}, got {type(each).__name__}", argument=name)
         if each.dim() != 4 or not each.numel():
-            message = f"{name} must be {AXES}, each at least 1, not of shape {tuple(each.shape)}"
+            message = f"{name} must be {AXES}, each at least 1, got shape {tuple(each.shape)}"
             raise TieredKVError(Kind.LAYOUT, message, argument=name)
         if str(each.dtype).removeprefix("torch.") not in ITEM_BYTES:
-            message = f"{name} must be of a floating-point dtype ({', '.join(ITEM_BYTES)}), not {each.dtype}"
+            message = f"{name} must be of a floating-point dtype ({', '.join(ITEM_BYTES)}), got {each.dtype}"
             raise TieredKVError(Kind.LAYOUT, message, argument=name)
     for what in ("shape", "dtype", "device"):
         if (of_value := getattr(value, what)) != (of_key := getattr(key, what)):
-            message = f"value must have the {what} of key, {tuple(of_key) if what == 'shape' else of_key}, not "
+            message = f"value must have the {what} of key, {tuple(of_key) if what == 'shape' else of_key}, got "
             raise TieredKVError(Kind.LAYOUT, message + str(tuple(of_value) if what == "shape" else of_value), argument="value")
 
 
 def encode_pair(
     kind: type[Coded], codec: str, key: torch.Tensor, value: torch.Tensor, carried_error: float = 0.0, **parameters: Any
 ) -> tuple[Coded, Coded]:
-    """The records of a pair by the lossy codec of that name; changes and keeps neither tensor. Raises as `check_pair`."""
+    """Encodes a pair with the lossy codec of this name. Returns the records of key and value. Raises as `check_pair`.
+
+    Neither tensor is changed or kept.
+    """
     check_pair(key, value)
     batch, heads, tokens, dim = key.shape
     chosen = codec_for(codec, KVLayout(batch, heads, dim, str(key.dtype), tokens), sinks=0, **parameters)
-    with torch.autocast(key.device.type, enabled=False):  # a region of another dtype refuses to stack
+    with torch.autocast(key.device.type, enabled=False):  # stacking fails inside an autocast region of another dtype
         block = torch.stack([key.detach(), value.detach()], 1)
     encoded = chosen.encode(block.view(-1).view(torch.uint8), carried_error)
     payload = bytes(encoded.payload)
@@ -83,7 +86,7 @@ def encode_pair(
 
 
 def decode_pair(key: CodedTensor, value: CodedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensors of two records, in their shapes and dtypes on their devices; records of one pair are decoded once."""
+    """Decodes two records. Returns key and value in their shapes and dtypes, on their devices. A shared payload is decoded once."""
     of_key = _decoded(key)
     of_value = of_key if value.payload is key.payload else _decoded(value)
     return of_key[:, key.which], of_value[:, value.which]

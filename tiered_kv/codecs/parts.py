@@ -1,11 +1,11 @@
-"""What codecs share that code a block as two parts, K and V, by themselves.
+"""Shared base of the codecs that encode K and V of a block as two independent parts.
 
-K is turned back by the model's RoPE first, where that is known and the block is long enough for channels to pay; what has no rotation
-of its own is multiplied by a fixed matrix below 8 bits (see `rotation`).
+K is rotated back by the model's RoPE before it is quantized, if RoPE is known and the block is long enough for channel-wise scales.
+A part that is not rotated back is multiplied by a fixed matrix if its codes have fewer than 8 bits (see `rotation`).
 
 The payload: the exact tokens (L, 2, H, sinks, D) | for K, then for V: scales bf16 | codes
 
-Shapes: kv (L, 2, H, T, D); a part, K or V, is (L, H, T, D) without the exact tokens, float32 while it is worked on.
+Shapes: kv (L, 2, H, T, D). A part, K or V, is (L, H, T, D) without the exact tokens, and float32 during computation.
 """
 
 import threading
@@ -26,7 +26,11 @@ _of_thread = threading.local()
 
 
 class Part(NamedTuple):
-    """Where K or V lies in a payload, and the space in which it was coded."""
+    """The position of K or V in a payload, and the space in which it is quantized.
+
+    `which`: 0 for K, 1 for V. `per_channel`: the groups are channels, not tokens. `rope`: what the part is rotated back by, or b"".
+    `is_spread`: the part is multiplied by the spreading matrix. `scales`, `codes`: its bytes in the payload.
+    """
 
     which: int
     per_channel: bool
@@ -38,9 +42,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PartsCodec(BlockCodec):
-    """As `BlockCodec`; gives way to the lossless codec. The size of the payload is exact.
+    """A `BlockCodec` that falls back to the lossless codec. The size of a payload is known in advance.
 
-    `rope`: the inverse frequencies (see `rotation`), b"" for a model without, None if unknown; `rope_halves` says how channels are paired.
+    `rope`: the inverse frequencies (see `rotation`), b"" for a model without RoPE, None if unknown.
+    `rope_halves`: how channels are paired (see `turning`).
     """
 
     bits: ClassVar[int]
@@ -56,7 +61,7 @@ class PartsCodec(BlockCodec):
         if self.shape is not None:
             check_rope(self.rope, self.shape[3])
         if not isinstance(self.rope_halves, bool):
-            raise self._refused("rope_halves", "True or False")
+            raise self._invalid("rope_halves", "True or False")
 
     @classmethod
     def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
@@ -70,27 +75,27 @@ class PartsCodec(BlockCodec):
 
     @abstractmethod
     def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
-        """Bytes of the scales and of the codes of a part of so many tokens."""
+        """Returns the bytes of the scales and of the codes of a part with this many tokens."""
 
     @abstractmethod
     def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-        """Scales (bf16) and codes (1-D u8, as they are kept) of a part in the block's dtype, strided as it may be.
+        """Encodes a part in the block's dtype, with any strides. Returns scales (bf16) and codes (1-D u8, as stored).
 
-        What comes of numbers that are not finite does not matter, but it must not raise.
+        The result for numbers that are not finite does not matter, but they must not raise an error.
         """
 
     @abstractmethod
     def _read(self, part: Part, scales: torch.Tensor, codes: np.ndarray, out: torch.Tensor) -> None:
-        """Fill `out` (L, H, T, D) of the block's dtype, strided as it may be, from what `_write` made; scales are 1-D float32 there.
+        """Decodes what `_write` returned into `out` (L, H, T, D) of the block's dtype, with any strides. `scales` are 1-D float32.
 
-        Raises (kind `corrupt`) for codes that cannot be.
+        Raises (kind `corrupt`) for invalid codes.
         """
 
     def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         if self.shape is not None:
             self._layout.check_kv(kv, self.shape[2])
         if self.shape is None or payload.nbytes != self.payload_bytes:
-            raise self._corrupt(f"payload of {payload.nbytes} bytes for blocks of {self.shape}")
+            raise self._corrupt(f"payload of {payload.nbytes} bytes does not fit blocks of shape {self.shape}")
         data = np.frombuffer(payload, np.uint8)
         self._put_exact(data, kv)
         for part in self._parts():
@@ -102,12 +107,12 @@ class PartsCodec(BlockCodec):
 
     @property
     def payload_bytes(self) -> int:
-        """Exact size of a payload, all side information counted."""
+        """Exact size of a payload in bytes, scales and other side information included."""
         parts = self._parts()
         return parts[-1].codes.stop if parts else self._exact_bytes
 
     def _parts(self) -> list[Part]:
-        """K and V in the order of the payload; none if all tokens are exact."""
+        """Returns K and V in the order of the payload, or an empty list if all tokens are exact."""
         tokens = self._dims[2] - self._exact
         end = self._exact_bytes
         parts: list[Part] = []
@@ -128,14 +133,14 @@ class PartsCodec(BlockCodec):
             payload[part.scales] = scales.view(-1).view(torch.uint8).cpu().numpy()
         return payload
 
-    def _in_space(self, part: Part, x: torch.Tensor) -> torch.Tensor:
-        """Some layers of a part, rotated to where they are quantized."""
+    def _to_code_space(self, part: Part, x: torch.Tensor) -> torch.Tensor:
+        """Returns some layers of a part, rotated into the space in which they are quantized."""
         if part.rope:
             return self._turning(part, x).turn(x, torch.empty_like(x), back=True)
         return x @ spreading_matrix(x.shape[-1]).to(x.device).T if part.is_spread else x
 
-    def _rotated(self, part: Part, out: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The inverse of `_in_space`: (x, memory like x) -> the numbers of the block, in either memory."""
+    def _from_code_space(self, part: Part, out: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Returns the inverse of `_to_code_space`: (x, spare memory like x) -> the numbers of the block, in either memory."""
         if part.rope:
             return self._turning(part, out).turn
         if not part.is_spread:
@@ -146,7 +151,7 @@ class PartsCodec(BlockCodec):
         return lambda x, spare: _narrow(spare, matrix.dtype).copy_(x) @ matrix
 
     def _spreading(self, out: torch.Tensor) -> torch.Tensor:
-        """What a part that is spread is multiplied by to have the numbers of the block again."""
+        """Returns the matrix that undoes the spreading of a part."""
         return spreading_matrix(out.shape[-1]).to(out.device, product_dtype(out))
 
     def _turning(self, part: Part, like: torch.Tensor) -> Turning:
@@ -155,24 +160,30 @@ class PartsCodec(BlockCodec):
 
 
 def product_dtype(out: torch.Tensor) -> torch.dtype:
-    """bf16 for blocks of bf16 where that is fast: its rounding is small beside that of the codes, which are of less than 8 bits."""
+    """Returns the dtype in which to multiply by the spreading matrix: bf16 for bf16 blocks on fast hardware, else float32.
+
+    Only parts with codes of fewer than 8 bits are multiplied. The error of bf16 products is small compared to that of the codes.
+    """
     is_fast = out.device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if out.dtype is torch.bfloat16 and is_fast else torch.float32
 
 
 def _narrow(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The first half of contiguous float32 memory as as many numbers of a dtype of half the width."""
+    """Returns contiguous float32 memory as a tensor of as many numbers of a dtype of half the width, in its first half."""
     return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
 
 
 def chunks_of(part: torch.Tensor, elements: int) -> list[slice]:
-    """The layers of a part, as many at a time as have so many elements, but at least one."""
+    """Splits the layers of a part into slices of about `elements` numbers, but of at least one layer."""
     step = max(elements // part[0].numel(), 1)
     return [slice(first, first + step) for first in range(0, len(part), step)]
 
 
 def scratch_of(elements: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Twice that many float32; on the CPU this thread's own, kept: new memory of this size may cost more than all the arithmetic."""
+    """Returns two float32 scratch tensors of `elements` numbers each. Their contents are undefined.
+
+    On the CPU they are reused by every call of the same thread: allocating memory of this size may cost more than the arithmetic.
+    """
     if device.type != "cpu":
         return torch.empty(elements, device=device), torch.empty(elements, device=device)
     memory = getattr(_of_thread, "memory", None)

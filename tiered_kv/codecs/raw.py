@@ -1,4 +1,4 @@
-"""The codec that changes nothing: the payload is the block."""
+"""The raw codec, which changes nothing: the payload is the block."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RawCodec(Codec):
-    """Bit-identical, as large as the block. Encoding host memory is free (a view); decoding is one copy."""
+    """Bit-identical, and as large as the block. Encoding host memory is free (a view). Decoding is one copy."""
 
     id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
@@ -27,16 +27,16 @@ class RawCodec(Codec):
         check_raw(out, "out")
         source = np.frombuffer(payload, np.uint8)
         if source.nbytes != out.numel():
-            raise TieredKVError(Kind.CORRUPT, f"raw payload of {source.nbytes} bytes for a block of {out.numel()}", codec=self.name)
+            raise TieredKVError(Kind.CORRUPT, f"raw: payload of {out.numel()} bytes expected, got {source.nbytes}", codec=self.name)
         fill(out, source)
 
     def decode_kv(self, payload: memoryview, kv: "torch.Tensor") -> None:
-        """One strided copy."""
+        """Decodes by one strided copy."""
         import torch
 
         source = np.frombuffer(payload, np.uint8)
         if source.nbytes != kv.nbytes:
-            raise TieredKVError(Kind.CORRUPT, f"raw payload of {source.nbytes} bytes for a block of {kv.nbytes}", codec=self.name)
+            raise TieredKVError(Kind.CORRUPT, f"raw: payload of {kv.nbytes} bytes expected, got {source.nbytes}", codec=self.name)
         if not source.nbytes:
             return
         block = torch.from_numpy(source if source.flags.writeable else source.copy())  # torch has no read-only tensors
@@ -47,10 +47,10 @@ class RawCodec(Codec):
 
 
 def fill(out: "torch.Tensor", source: np.ndarray) -> None:
-    """Copy bytes, maybe read-only ones, into a uint8 tensor of as many on any device."""
+    """Copies `source`, which may be read-only, into a uint8 tensor of the same size on any device."""
     import torch
 
     if out.device.type == "cpu":
         np.copyto(out.numpy(), source)
-    else:  # torch has no read-only tensors and warns of sharing such memory
+    else:  # torch has no read-only tensors and warns about sharing read-only memory
         out.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))

@@ -1,7 +1,7 @@
-"""What `lowrank` and `sparse` share: they keep a given part of a block's bytes, and less of what is in it.
+"""Shared base of `lowrank` and `sparse`, which store a given part of a block's bytes and drop the rest of its content.
 
-Both are dominated: int8 and int4 are nearer to the block at the same size (docs/design/015). They are here for those who ask
-for them by name.
+Both are dominated: at the same size, int8 and int4 are closer to the block (docs/design/015). They exist for users
+who ask for them by name.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ from tiered_kv.layout import ITEM_BYTES
 
 @dataclass(frozen=True)
 class ReducedCodec(PartsCodec):
-    """`keep`, above 0 and at most 1, is the part of the bytes of tokens that do not stay exact; a payload takes at most that, all side
-    information counted, but never less than one component or number. The rest as of `PartsCodec`.
+    """A `PartsCodec` whose payload takes at most the part `keep` of the bytes of all tokens that do not stay exact.
+
+    `keep` is above 0 and at most 1. It covers scales and other side information as well. A payload has at least one component
+    (lowrank) or one number of each head (sparse), even if that takes more.
     """
 
     bits: ClassVar[int] = 8
@@ -26,18 +28,18 @@ class ReducedCodec(PartsCodec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
-            raise self._refused("keep", "a number above 0 and at most 1")
+            raise self._invalid("keep", "a number above 0 and at most 1")
         object.__setattr__(self, "keep", float(self.keep))
 
     @classmethod
     def parameters_of(cls, text: str) -> dict[str, Any]:
-        """`keep`, as people write it behind the name and a colon; raises (kind `config`) for what is no number above 0 and at most 1."""
+        """Parses `keep`, written after the codec's name and a colon. Raises (kind `config`) unless it is above 0 and at most 1."""
         try:
             return {"keep": cls(keep=float(text)).keep}
         except ValueError:
-            message = f"{cls.name}: keep must be a number above 0 and at most 1, not {text!r}"
+            message = f"{cls.name}: keep must be a number above 0 and at most 1, got {text!r}"
             raise TieredKVError(Kind.CONFIG, message, setting="keep") from None
 
     def _budget_bytes(self, numbers: int) -> float:
-        """What so many numbers of the block may take."""
+        """Returns the bytes that `numbers` numbers of the block may take."""
         return self.keep * numbers * ITEM_BYTES[self.dtype]

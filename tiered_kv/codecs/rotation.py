@@ -1,8 +1,8 @@
-"""Rotations of keys and values: RoPE, which the model has turned K by, and one that spreads a token's values evenly.
+"""Rotations of keys and values: RoPE, which the model applied to K, and a fixed one that spreads a token's values evenly.
 
-K is turned back by RoPE before it is quantized: unturned, a channel has nearly the same size at every token. V and K of which
-no rotation is known are multiplied by a fixed orthogonal matrix, so that no single channel decides a token's range.
-All is in float32.
+K is rotated back by RoPE before it is quantized. In K without RoPE, a channel has nearly the same size at every token.
+V, and K of unknown rotation, are multiplied by a fixed orthogonal matrix, so that no single channel decides a token's range.
+All computations are in float32.
 """
 
 import math
@@ -16,28 +16,35 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 def rope_of_theta(theta: float, rotary_dim: int) -> bytes:
-    """The `rope` parameter of a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
+    """Returns the `rope` parameter of codecs for a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
     return rope_of(1.0 / theta ** (np.arange(0, rotary_dim, 2) / rotary_dim))
 
 
 def rope_of(inverse_frequencies: np.ndarray) -> bytes:
-    """The `rope` parameter of given inverse frequencies, radians a token, one for each pair of channels: float32, little-endian."""
+    """Packs inverse frequencies as the `rope` parameter of codecs: float32, little-endian.
+
+    There is one frequency for each pair of channels, in radians a token.
+    """
     return np.asarray(inverse_frequencies, "<f4").tobytes()
 
 
 def check_rope(rope: bytes | None, head_dim: int) -> None:
-    """Raise (kind `config`) unless `rope` is None or finite frequencies for at most `head_dim` channels."""
+    """Raises (kind `config`) unless `rope` is None or finite frequencies for at most `head_dim` channels."""
     if rope is None:
         return
     if not isinstance(rope, bytes) or len(rope) % 4 or len(rope) // 2 > head_dim:
-        raise TieredKVError(Kind.CONFIG, f"rope must be None or 4 bytes for each pair of at most {head_dim} channels", setting="rope")
+        got = f"{len(rope)} bytes" if isinstance(rope, bytes) else type(rope).__name__
+        message = f"rope must be None or 4 bytes for each pair of at most {head_dim} channels, got {got}"
+        raise TieredKVError(Kind.CONFIG, message, setting="rope")
     if not np.isfinite(np.frombuffer(rope, "<f4")).all():
-        raise TieredKVError(Kind.CONFIG, "rope has a frequency that is not finite", setting="rope")
+        raise TieredKVError(Kind.CONFIG, "rope must have finite frequencies, got one that is not finite", setting="rope")
 
 
 class Turning(NamedTuple):
-    """RoPE at some positions: each channel is multiplied by `cos` (T, D), and the other one of its pair, times `sin` (T, pairs), is
-    added to the second and taken from the first. Channels without a partner have the cosine 1. Tensors are not to be written.
+    """RoPE at a range of positions. Channels form pairs of a first and a second channel.
+
+    Each channel is multiplied by `cos` (T, D). The other channel of its pair times `sin` (T, pairs) is then subtracted from the
+    first and added to the second. Channels without a partner have the cosine 1. The tensors are shared: do not write to them.
     """
 
     cos: torch.Tensor
@@ -46,20 +53,23 @@ class Turning(NamedTuple):
     second: slice
 
     def turn(self, x: torch.Tensor, out: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Write `x` (…, T, D), turned or turned back, to `out`, another tensor, and return that. Both are float32."""
+        """Writes `x` (…, T, D), rotated by RoPE, to `out`, another tensor, and returns `out`. `back` undoes RoPE. Both are float32."""
         torch.mul(x, self.cos, out=out)
         out[..., self.first].addcmul_(x[..., self.second], self.sin, value=1 if back else -1)
         out[..., self.second].addcmul_(x[..., self.first], self.sin, value=-1 if back else 1)
         return out
 
     def to(self, device: torch.device) -> "Turning":
-        """The same on another device."""
+        """Returns the same rotation on another device."""
         return self if device == self.cos.device else self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
 
 
 @lru_cache(maxsize=512)
 def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -> Turning:
-    """RoPE for the positions from `start` on. `halves`: channel i goes with i + pairs, as in Llama; else 2i with 2i + 1, as in GPT-J."""
+    """Returns the rotations of RoPE for the `tokens` positions from `start` on.
+
+    `halves`: channel i is paired with i + pairs, as in Llama. Otherwise channel 2i is paired with 2i + 1, as in GPT-J.
+    """
     frequencies = torch.from_numpy(np.frombuffer(rope, "<f4").astype(np.float32))
     angles = torch.arange(start, start + tokens, dtype=torch.float32)[:, None] * frequencies
     pairs = len(frequencies)
@@ -71,9 +81,9 @@ def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -
 
 @lru_cache(maxsize=16)
 def spreading_matrix(dim: int) -> torch.Tensor:
-    """An orthogonal matrix (dim, dim) whose entries are all small: Hadamard's if `dim` is a power of two, else the cosine transform's.
+    """Returns an orthogonal matrix (dim, dim) whose entries are all small. Multiplying by its transpose undoes it.
 
-    Not to be written. Multiplying by its transpose undoes it.
+    It is Hadamard's matrix if `dim` is a power of two, else that of the cosine transform. The matrix is shared: do not write to it.
     """
     if dim & (dim - 1):
         angles = torch.arange(dim, dtype=torch.float64)[:, None] * (torch.arange(dim, dtype=torch.float64) + 0.5) * (math.pi / dim)

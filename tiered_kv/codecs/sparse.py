@@ -1,7 +1,7 @@
-"""The sparse codec: the numbers of a head that are farthest from the mean of their group; the others come back as that mean.
+"""The sparse codec: stores the numbers of a head that are farthest from the mean of their group. The others decode as that mean.
 
-Groups are those of `grouped`; the numbers that stay are as many in each head of a layer, wherever they lie. Of a part, with n as there:
-centers and steps (2, L, H, n) bf16 | a bit a number, the first the highest of its byte: it stays | a byte for each that stays.
+Groups are those of `grouped`. Each head of a layer stores the same count of numbers, at any positions. A part is, with n as in `grouped`:
+centers and steps (2, L, H, n) bf16 | mask: a bit a number, highest bit of a byte first, set if stored | a byte for each stored number.
 """
 
 from dataclasses import dataclass
@@ -10,34 +10,37 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, towards_bf16
+from tiered_kv.codecs.grouped import GroupedCodec, as_bytes, round_to_bf16
 from tiered_kv.codecs.reduced import ReducedCodec
 
 CENTER = 128
-"""The code of a group's center; 0 is that of a number which does not stay, and is not kept itself."""
+"""The code of a group's center. Code 0 marks a number that is not stored."""
 
 
 @dataclass(frozen=True)
 class SparseCodec(ReducedCodec, GroupedCodec):
-    """A finite number x of a group with the mean c and the greatest distance a from it comes back as x ± a / 254 if it stays, else as c,
-    up to the rounding of the scales to bf16 and of the dtype. For the whole block the bound of `BlockCodec` holds.
+    """Stores the numbers farthest from their group's mean with 8 bits each.
+
+    Let c be the mean of a group, and a the greatest distance from it. A finite number that is stored decodes with an error of at
+    most a / 254, plus the rounding of the scales to bf16 and of the block's dtype. Other numbers decode as c.
+    The bound of `BlockCodec` holds for the whole block.
     """
 
     id: ClassVar[int] = 9
     name: ClassVar[str] = "sparse"
     scales_of_group: ClassVar[int] = 2
 
-    def _coded(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _quantized(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         center = x.mean(axis, keepdim=True).bfloat16().float()
         apart = x - center
-        step = towards_bf16(apart.abs().amax(axis, keepdim=True) / (CENTER - 1), up=True)
+        step = round_to_bf16(apart.abs().amax(axis, keepdim=True) / (CENTER - 1), up=True)
         codes = (apart / torch.where(step > 0, step, 1)).round_().add_(CENTER).nan_to_num_(CENTER).clamp_(1, 2 * CENTER - 1)
         farthest = apart.abs().flatten(-2).topk(self._staying(x.shape[2], axis == -2), sorted=False).indices
         kept = torch.zeros_like(codes).flatten(-2)
         kept.scatter_(-1, farthest, codes.flatten(-2).gather(-1, farthest))
         return torch.stack([center, step]), as_bytes(kept.view(x.shape))
 
-    def _numbers(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    def _dequantize(self, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
         center, step = scales
         out.copy_(codes).sub_(CENTER).masked_fill_(codes == 0, 0).mul_(step).add_(center)
 
@@ -48,7 +51,8 @@ class SparseCodec(ReducedCodec, GroupedCodec):
         mask_bytes = -(-codes // 8)
         stays = np.unpackbits(packed[:mask_bytes], count=codes).view(bool)
         if np.count_nonzero(stays) != len(packed) - mask_bytes:
-            raise self._corrupt(f"a mask of {np.count_nonzero(stays)} numbers before {len(packed) - mask_bytes}")
+            message = f"the mask marks {np.count_nonzero(stays)} numbers as stored, but {len(packed) - mask_bytes} numbers are stored"
+            raise self._corrupt(message)
         unpacked = np.zeros(codes, np.uint8)
         unpacked[stays] = packed[mask_bytes:]
         return unpacked
@@ -58,7 +62,7 @@ class SparseCodec(ReducedCodec, GroupedCodec):
         return -(-layers * heads * tokens * dim // 8) + layers * heads * self._staying(tokens, per_channel)
 
     def _staying(self, tokens: int, per_channel: bool) -> int:
-        """How many numbers of a head stay."""
+        """Returns how many numbers of each head are stored."""
         dim = self._dims[3]
         numbers, groups = tokens * dim, dim if per_channel else tokens
         room = self._budget_bytes(numbers) - numbers / 8 - 2 * self.scales_of_group * groups

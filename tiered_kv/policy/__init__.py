@@ -1,7 +1,7 @@
-"""Policy: which block leaves a tier first. Owns the ranking of resident blocks and the history it rests on.
+"""Eviction policies: which block leaves a tier first. Owns the ranking of resident blocks and the history it uses.
 
 May import: keys, errors, blocks; numpy.
-Never knows: torch, the clock, random without a seed, codecs, tiers, files. Pure, deterministic.
+Must never know: torch, the clock, random without a seed, codecs, tiers, files. Pure and deterministic.
 """
 
 from collections.abc import Callable
@@ -31,21 +31,22 @@ _CLASSICS: dict[str, Callable[[History, int], EvictionPolicy]] = {
 }
 
 POLICY_NAMES = (*_CLASSICS, "adaptive")
-"""The names that `create_policy` knows."""
+"""The names that `create_policy` accepts."""
 
 
 def create_history() -> History:
-    """A history that remembers: for the policy `adaptive`, and wherever evidence of reuse is asked for."""
+    """Returns a history that remembers uses, for the policy `adaptive` and for all decisions that need evidence of reuse."""
     return BlockHistory()
 
 
 def create_policy(
     name: str, history: History, capacity_bytes: int, *, cost_weight: float = 0.0, block_tokens: int = 0, seed: int = 0
 ) -> EvictionPolicy:
-    """A fresh policy for one tier of `capacity_bytes` by the name used in settings; `Config` has checked the name.
+    """Returns a new policy for one tier of `capacity_bytes`. `name` is the name in settings, already checked by `Config`.
 
-    `history`: the node's, the same for all its tiers. For adaptive alone: `cost_weight` from 0 (every token counts alike)
-    to 1 (by its prefill FLOPs, which grow with its position: the tokens of a block), and the `seed` of its samples.
+    `history` is the node's history, shared by all its tiers. Only `adaptive` uses the other arguments. `cost_weight` is 0 (all
+    tokens cost the same) to 1 (the cost of a token is its prefill FLOPs, which grow with its position). `block_tokens` is the
+    tokens of a block. `seed` fixes the samples.
     """
     if name == "adaptive":
         assert isinstance(history, BlockHistory), "the policy adaptive needs the history of create_history"

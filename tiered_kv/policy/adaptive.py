@@ -1,9 +1,9 @@
-"""Adaptive: gives up what is worth least to keep, by a reuse index that is learned from this node's own traffic.
+"""Adaptive policy: evicts the blocks with the lowest value, by a reuse index learned from this node's own traffic.
 
-The index of a block is its Gittins index over hazards of reuse by class and age (`reuse`, `blockhistory`). Value = index
-times what getting the block back would cost, by byte. The lowest of a sample of leaves goes, as in hyperbolic
-caching (Blankstein, Sen & Freedman, ATC 2017), and the best candidates of one sample stay for the next (Psounis &
-Prabhakar, IEEE/ACM ToN 2002).
+The index of a block is its Gittins index over hazards of reuse by class and age (`reuse`, `blockhistory`). A block's value is
+its index times the cost of getting it back, for each byte. As in hyperbolic caching (Blankstein, Sen & Freedman, ATC 2017), it
+evicts the lowest of a sample of leaves. The best candidates of one sample are added to the next (Psounis & Prabhakar,
+IEEE/ACM ToN 2002).
 """
 
 import math
@@ -21,15 +21,15 @@ _PER_FIRST = 1 / reuse.FIRST_S
 _BARREN_ROUNDS_MAX = 4
 
 COST_TOKENS = 30_500
-"""Position at which a token costs twice the FLOPs of the first one in an 8B Llama: attention has caught up with the rest."""
+"""Position at which a token costs twice the FLOPs of the first one in an 8B Llama: attention costs as much as the rest there."""
 
 
 class AdaptivePolicy(EvictionPolicy):
-    """Ranks by value; without data its order is that of LRU. Shares `history` with the policies of the other tiers.
+    """Ranks blocks by value. Without data its order is that of LRU. Shares `history` with the policies of the other tiers.
 
-    `cost_per_block`: by how much computing a block costs more than the one before it, in the cost of the first; 0: all
-    alike. `seed` fixes which leaves are sampled. 0.2 to 0.4 ms a request; 12 bytes a block beside those of `history`,
-    and a dictionary entry for a resident one.
+    `cost_per_block`: how much more computing a block costs than computing its parent, relative to the cost of the first block;
+    0 means that all cost the same. `seed` fixes which leaves are sampled. Takes 0.2 to 0.4 ms a request. Memory: 12 bytes a
+    block in addition to `history`, and a dictionary entry for each resident block.
     """
 
     def __init__(self, history: BlockHistory, *, cost_per_block: float = 0.0, seed: int = 0) -> None:
@@ -38,12 +38,12 @@ class AdaptivePolicy(EvictionPolicy):
         self._random = np.random.default_rng(seed)
         self._keys: dict[int, Key] = {}
         self._factors: dict[int, float] = {}
-        self._bytes = np.zeros(0, np.uint32)  # of a block that is resident, else 0
+        self._bytes = np.zeros(0, np.uint32)  # by slot: bytes of a resident block, else 0
         self._children = np.zeros(0, np.int32)
-        self._leaf_at = np.zeros(0, np.int32)  # place in `_leaves`, -1: not a leaf
+        self._leaf_at = np.zeros(0, np.int32)  # by slot: index in `_leaves`, or -1 if the block is not a leaf
         self._leaves: list[int] = []
         self._kept: list[int] = []
-        self._chosen: dict[Key, int] = {}  # slots of the last victims, whose removal follows
+        self._chosen: dict[Key, int] = {}  # last victims and their slots; the caller removes them next
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -66,13 +66,13 @@ class AdaptivePolicy(EvictionPolicy):
         numbers = slots.tolist()
         self._keys.update(zip(numbers, keys, strict=True))
         self._bytes[slots] = nbytes
-        behind = self._history.parent[slots]
-        self._children[behind[behind >= 0]] += 1  # the blocks of a run have different parents
-        for slot in {*slots[self._children[slots] == 0].tolist(), int(behind[0])}:
+        parents = self._history.parent[slots]
+        self._children[parents[parents >= 0]] += 1  # the blocks of a run have different parents
+        for slot in {*slots[self._children[slots] == 0].tolist(), int(parents[0])}:
             self._sort_leaf(slot)
 
     def use(self, keys: Sequence[Key]) -> None:
-        """Nothing: time and class of the use are in the history."""
+        """Does nothing, because the history already records the time and the class of each use."""
 
     def remove(self, key: Key) -> None:
         slot = self._chosen.pop(key, None)
@@ -85,11 +85,11 @@ class AdaptivePolicy(EvictionPolicy):
         self._history.release(slot)
         if self._leaf_at.item(slot) >= 0:
             self._sort_leaf(slot)
-        behind = self._history.parent.item(slot)
-        if behind >= 0:
-            self._children[behind] -= 1
-            if not self._children.item(behind):
-                self._sort_leaf(behind)
+        parent = self._history.parent.item(slot)
+        if parent >= 0:
+            self._children[parent] -= 1
+            if not self._children.item(parent):
+                self._sort_leaf(parent)
 
     def resize(self, key: Key, nbytes: int) -> None:
         self._bytes[self._slot(key)] = nbytes
@@ -126,7 +126,7 @@ class AdaptivePolicy(EvictionPolicy):
         return int(self._history.slots([key])[0])
 
     def _sort_leaf(self, slot: int) -> None:
-        """Put the block among the leaves or take it out, whichever is due."""
+        """Adds the block to the leaves or removes it, depending on whether it is a resident block without resident children."""
         at = int(self._leaf_at[slot]) if slot >= 0 else -1
         due = slot in self._keys and not self._children[slot]
         if due and at < 0:
@@ -140,7 +140,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._leaf_at[slot] = -1
 
     def _fit(self) -> None:
-        """Have arrays as long as the history's."""
+        """Extends the arrays to the length of the history's arrays."""
         more = self._history.capacity - len(self._children)
         if more:
             self._bytes = np.concatenate([self._bytes, np.zeros(more, np.uint32)])
@@ -148,7 +148,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._leaf_at = np.concatenate([self._leaf_at, np.full(more, -1, np.int32)])
 
     def values(self, slots: list[int], now_s: float) -> list[float]:
-        """What keeping each of the blocks is worth, by byte."""
+        """Returns the value of each block for each byte: its index times its cost over its size."""
         known, at = self._history, np.array(slots, np.int64)
         octaves = np.log2(np.maximum((now_s - known.last_s[at]) * _PER_FIRST, 1.0)) + 1.0
         octave = np.minimum(octaves.astype(np.int64), reuse.OCTAVES - 2)
@@ -158,7 +158,7 @@ class AdaptivePolicy(EvictionPolicy):
         return [self._by_byte(slot, each) for slot, each in zip(slots, index.tolist(), strict=True)]
 
     def value(self, slot: int, now_s: float) -> float:
-        """The same for one block."""
+        """Same as `values`, for one block."""
         known = self._history
         octaves = math.log2(max((now_s - known.last_s.item(slot)) * _PER_FIRST, 1.0)) + 1.0
         octave = min(int(octaves), reuse.OCTAVES - 2)
@@ -171,12 +171,12 @@ class AdaptivePolicy(EvictionPolicy):
         return index * cost * self._factors.get(slot, 1.0) / self._bytes.item(slot)
 
     def parent_freed_by(self, slot: int, gone: dict[int, int]) -> int | None:
-        """The resident parent of a chosen block that becomes a leaf now; counts its lost children in `gone`."""
-        behind = self._history.parent.item(slot)
-        if behind not in self._keys:
+        """Returns the resident parent of a chosen block if it becomes a leaf now, else None. Counts chosen children in `gone`."""
+        parent = self._history.parent.item(slot)
+        if parent not in self._keys:
             return None
-        gone[behind] = gone.get(behind, 0) + 1
-        return behind if gone[behind] == self._children.item(behind) else None
+        gone[parent] = gone.get(parent, 0) + 1
+        return parent if gone[parent] == self._children.item(parent) else None
 
     def check(self) -> None:
         known = self._history
@@ -193,11 +193,11 @@ class AdaptivePolicy(EvictionPolicy):
 
 
 class _Search:
-    """One search for victims: what is chosen so far, and the best candidates that are not."""
+    """One search for victims: the blocks chosen so far, and the best candidates that are not chosen."""
 
     def __init__(self, policy: AdaptivePolicy, protected: Container[Key], now_s: float) -> None:
         self.chosen: dict[int, Key] = {}
-        self.pool: list[tuple[float, float, int]] = []  # value, last use (of equals the older goes), slot
+        self.pool: list[tuple[float, float, int]] = []  # value, last use (of equal values, the older is evicted first), slot
         self.freed = 0
         self._policy = policy
         self._protected = protected
@@ -205,7 +205,10 @@ class _Search:
         self._gone: dict[int, int] = {}  # chosen children by parent
 
     def take_lowest(self, candidates: list[int], nbytes: int) -> bool:
-        """Choose the lowest candidate, then its ancestors while they stay below the runner-up; whether there was one."""
+        """Chooses the candidate with the lowest value, then its ancestors as long as their values stay below the next candidate's.
+
+        Returns False if every candidate is protected.
+        """
         last_s = self._policy._history.last_s
         values = self._policy.values(candidates, self._now_s)
         self.pool = sorted([*self.pool, *zip(values, last_s[candidates].tolist(), candidates, strict=True)])
@@ -225,13 +228,13 @@ class _Search:
         while True:
             self.chosen[slot] = policy._keys[slot]
             self.freed += policy._bytes.item(slot)
-            behind = policy.parent_freed_by(slot, self._gone)
-            if behind is None or self.freed >= nbytes or policy._keys[behind] in self._protected:
+            parent = policy.parent_freed_by(slot, self._gone)
+            if parent is None or self.freed >= nbytes or policy._keys[parent] in self._protected:
                 return
-            if known.kind.item(behind) != kind or known.last_s.item(behind) != last_s:  # blocks of a turn are worth the same
-                kind, last_s = known.kind.item(behind), known.last_s.item(behind)
-                value = policy.value(behind, self._now_s)
+            if known.kind.item(parent) != kind or known.last_s.item(parent) != last_s:  # blocks of one turn have the same value
+                kind, last_s = known.kind.item(parent), known.last_s.item(parent)
+                value = policy.value(parent, self._now_s)
             if value > bound:
-                self.pool = sorted([*self.pool, (value, last_s, behind)])
+                self.pool = sorted([*self.pool, (value, last_s, parent)])
                 return
-            slot = behind
+            slot = parent

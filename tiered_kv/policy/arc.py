@@ -1,7 +1,7 @@
-"""ARC: blocks used once and blocks used again, least recently used each, their shares steered by ghosts of both.
+"""ARC: one LRU list of blocks used once and one of blocks used again. Ghosts of both lists adapt their shares.
 
-Megiddo, Modha: ARC: A Self-Tuning, Low Overhead Replacement Cache (FAST 2003). The letters are the paper's: T1 and T2
-are resident, B1 and B2 their ghosts, p the bytes T1 should have.
+Megiddo, Modha: ARC: A Self-Tuning, Low Overhead Replacement Cache (FAST 2003). The letters are those of the paper: T1 and T2
+are resident, B1 and B2 their ghosts, p is the target size of T1 in bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from tiered_kv.policy.queues import Ghosts, Queue, check_queues
 
 
 class ARCPolicy(RankedPolicy):
-    """Each block that returns from B1 makes T1 larger, each from B2 makes it smaller. O(1) a use."""
+    """Each block that returns from B1 makes the target of T1 larger; each block that returns from B2 makes it smaller. O(1) a use."""
 
     def __init__(self, capacity_bytes: int) -> None:
         super().__init__()
@@ -22,18 +22,18 @@ class ARCPolicy(RankedPolicy):
         self._t1, self._t2 = Queue(self._is_free), Queue(self._is_free)
         self._b1, self._b2 = Ghosts(), Ghosts()
         self._returning: dict[Key, Ghosts] = {}
-        self._ghostless: Key | None = None  # offered just now, not to become a ghost
-        self._without_ghost: set[Key] = set()  # chosen
+        self._ghostless: Key | None = None  # the block that `_next` has just returned, if it must not become a ghost
+        self._without_ghost: set[Key] = set()  # chosen blocks that must not become ghosts
         self._incoming: Iterator[Key] = iter(())
-        self._going_bytes = 0  # of T1, chosen just now: B1's soon
+        self._chosen_t1_bytes = 0  # bytes of T1 blocks chosen by this call, which will move to B1
 
-    def _expect(self, incoming: Sequence[Key]) -> None:
+    def _prepare_for(self, incoming: Sequence[Key]) -> None:
         known = self._returning
         self._returning = {key: known[key] for key in incoming if key in known}
         for key in incoming:
             self._meet_ghost(key)
         self._incoming = iter(incoming)
-        self._going_bytes = 0
+        self._chosen_t1_bytes = 0
 
     def _meet_ghost(self, key: Key) -> None:
         for mine, other, sign in ((self._b1, self._b2, 1), (self._b2, self._b1, -1)):
@@ -65,10 +65,10 @@ class ARCPolicy(RankedPolicy):
         if self._is_free(key):
             self._t2.leaves.push(key)
 
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
         queue = self._queue_of(key)
-        queue.leave(key, 0 if given_up else nbytes)
-        if given_up and key not in self._without_ghost:
+        queue.leave(key, 0 if evicted else nbytes)
+        if evicted and key not in self._without_ghost:
             self._remember(key, self._b1 if queue is self._t1 else self._b2, nbytes)
         self._without_ghost.discard(key)
 
@@ -84,7 +84,7 @@ class ARCPolicy(RankedPolicy):
         self._queue_of(key).leaves.push(key)
 
     def _next(self) -> Key | None:
-        """The paper's case IV for a newcomer that is no ghost, then its REPLACE."""
+        """Applies the paper's case IV if the incoming block is not a ghost, then its REPLACE."""
         self._ghostless = None
         ghosts = self._returning.get(next(self._incoming, None))
         if ghosts is None and self._forget_for_newcomer():
@@ -98,27 +98,27 @@ class ARCPolicy(RankedPolicy):
         return second.leaves.pop() if key is None else key
 
     def _forget_for_newcomer(self) -> bool:
-        """Make room among the ghosts; whether there are none to forget, so that T1 must give up a block without one."""
-        once_bytes = self._t1.nbytes + self._going_bytes + self._b1.nbytes
+        """Makes room among the ghosts. Returns True if there are none to forget, so that T1 must evict a block without a ghost."""
+        once_bytes = self._t1.nbytes + self._chosen_t1_bytes + self._b1.nbytes
         if once_bytes >= self._capacity_bytes:
             return not self._b1.forget_oldest()
         if once_bytes + self._t2.nbytes + self._b2.nbytes >= 2 * self._capacity_bytes:
             self._b2.forget_oldest()
         return False
 
-    def _leaving(self, key: Key) -> None:
+    def _on_chosen(self, key: Key) -> None:
         self._queue_of(key).nbytes -= self._bytes[key]
         if key == self._ghostless:
             self._without_ghost.add(key)
         elif key in self._t1.rank:
-            self._going_bytes += self._bytes[key]
+            self._chosen_t1_bytes += self._bytes[key]
 
-    def _staying(self, key: Key) -> None:
+    def _on_unchosen(self, key: Key) -> None:
         self._queue_of(key).nbytes += self._bytes[key]
         self._without_ghost.discard(key)
 
     def _resized(self, key: Key, before: int) -> None:
-        if key not in self._chosen:  # of what is chosen, all bytes were taken off and may come back
+        if key not in self._chosen:  # bytes of a chosen block are not counted; `_on_unchosen` may count them again
             self._queue_of(key).nbytes += self._bytes[key] - before
 
     def _offered(self) -> set[Key]:

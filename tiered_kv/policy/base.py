@@ -1,7 +1,7 @@
-"""What every eviction policy is: it ranks the blocks resident in one tier, and it respects the chain.
+"""The interface of eviction policies. A policy ranks the blocks resident in one tier, in the order of their chains.
 
-A block can be hit only if all blocks before it hit. So a block goes before its ancestors: `victims` offers a block
-only when every resident child of it is a victim too.
+A block can be hit only if all its ancestors hit. So a block is evicted before its ancestors: `victims` includes a block
+only if it includes every resident child of that block too.
 """
 
 from abc import ABC, abstractmethod
@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Container, Hashable, Sequence
 
 Key = Hashable
-"""A block's key: 32 bytes in the store, anything hashable in the simulator."""
+"""A block's key: 32 bytes in the store, any hashable object in the simulator."""
 
 
 class EvictionPolicy(ABC):
-    """Ranks the blocks resident in one tier. `add`, `use` and `remove` report facts, `victims` only answers.
+    """Ranks the blocks resident in one tier. `add`, `use` and `remove` report facts; `victims` only answers a question.
 
-    The same code decides in the store and in the simulator: fed the same calls, it gives the same answers, whatever
-    the keys look like.
+    The same code runs in the store and in the simulator. The same calls give the same answers, whatever the keys are.
     """
 
     @abstractmethod
@@ -26,7 +25,7 @@ class EvictionPolicy(ABC):
     def __contains__(self, key: object) -> bool: ...
 
     def leading(self, keys: Sequence[Key]) -> int:
-        """How many of the leading keys of a chain are resident."""
+        """Returns how many leading keys of a chain are resident."""
         for at, key in enumerate(keys):
             if key not in self:
                 return at
@@ -34,41 +33,44 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, keys: Sequence[Key], parent: Key | None, nbytes: int) -> None:
-        """A run of one chain, root first, behind `parent`, is resident from now on, `nbytes` each. None of it was."""
+        """Records a run of one chain, root first, as resident with `nbytes` each. No block of it was resident.
+
+        `parent` is the parent of the first block.
+        """
 
     @abstractmethod
     def use(self, keys: Sequence[Key]) -> None:
-        """A run of one chain, root first, was used; all of it is resident. The deepest block counts as used first."""
+        """Records a use of a run of one chain, root first, all resident. The deepest block counts as used first."""
 
     @abstractmethod
     def remove(self, key: Key) -> None:
-        """`key` is no longer resident."""
+        """Records that `key` is no longer resident."""
 
     @abstractmethod
     def victims(self, nbytes: int, protected: Container[Key], now_s: float, incoming: Sequence[Key] = ()) -> list[Key]:
-        """Blocks to give up, in this order, for at least `nbytes`; fewer where there is not enough.
+        """Chooses blocks to evict that have at least `nbytes` together. Returns them in order, or fewer if there are not enough.
 
-        Leaves first; an ancestor follows once all its resident children are chosen. `incoming`: the blocks that the
-        room is for, root first. No block becomes resident or ceases to be; `remove` follows for those that are given up.
+        Skips blocks in `protected`. Leaves come first; an ancestor follows once all its resident children are chosen.
+        `incoming`: the blocks that need the room, root first. Nothing is evicted yet: the caller calls `remove` for each evicted block.
         """
 
     @abstractmethod
     def resize(self, key: Key, nbytes: int) -> None:
-        """The resident `key` takes `nbytes` from now on; its rank stays as far as it does not depend on bytes."""
+        """Records that the resident `key` has a new size of `nbytes`. Its rank does not change, except where it depends on size."""
 
     def weigh(self, key: Key, factor: float) -> None:  # noqa: B027 - most policies know no costs
-        """Getting the resident `key` back would cost `factor` (0 to 1) of computing it again: a copy of it is near."""
+        """Records the cost of getting the resident `key` back, as a factor (0 to 1) of computing it again. A nearby copy makes it cheap."""
 
     @abstractmethod
     def check(self) -> None:
-        """Assert that what is kept in two places agrees. Slow; for tests."""
+        """Asserts that redundant state is consistent. Slow; for tests."""
 
 
 class RankedPolicy(EvictionPolicy):
-    """A policy that gives up leaf after leaf; a concrete one says which leaf is next.
+    """Base of policies that evict leaf after leaf. A subclass decides which leaf is next.
 
-    Leaves wait in the policy's queues, so that blocks which may not go yet cost nothing. What `victims` chose is out
-    of them until it is removed, or until `victims` is asked again.
+    The subclass has queues of leaves, so that blocks which cannot be evicted yet cost nothing. A block chosen by `victims` is
+    not in the queues until `victims` is called again.
     """
 
     def __init__(self) -> None:
@@ -89,13 +91,13 @@ class RankedPolicy(EvictionPolicy):
         return next((at for at, key in enumerate(keys) if key not in resident), len(keys))
 
     def add(self, keys: Sequence[Key], parent: Key | None, nbytes: int) -> None:
-        behind = parent
+        previous = parent
         for key in keys:
             assert key not in self._bytes
-            self._parent[key], self._bytes[key] = behind, nbytes
-            if behind is not None:
-                self._children[behind] = self._children.get(behind, 0) + 1
-            behind = key
+            self._parent[key], self._bytes[key] = previous, nbytes
+            if previous is not None:
+                self._children[previous] = self._children.get(previous, 0) + 1
+            previous = key
         self._added(keys, nbytes)
         if self._is_free(keys[-1]):
             self._offer(keys[-1])
@@ -105,9 +107,9 @@ class RankedPolicy(EvictionPolicy):
 
     def remove(self, key: Key) -> None:
         parent = self._parent.pop(key)
-        given_up = key in self._chosen
+        evicted = key in self._chosen
         self._chosen.pop(key, None)
-        self._removed(key, self._bytes.pop(key), given_up)
+        self._removed(key, self._bytes.pop(key), evicted)
         if parent is not None:
             self._children[parent] -= 1
             if not self._children[parent]:
@@ -120,38 +122,38 @@ class RankedPolicy(EvictionPolicy):
         self._resized(key, before)
 
     def victims(self, nbytes: int, protected: Container[Key], now_s: float, incoming: Sequence[Key] = ()) -> list[Key]:
-        self._take_back()
-        self._expect(incoming)
-        passed_over, freed = [], 0
+        self._unchoose()
+        self._prepare_for(incoming)
+        skipped, freed = [], 0
         while freed < nbytes and (key := self._next()) is not None:
             if key in protected:
-                passed_over.append(key)
+                skipped.append(key)
                 continue
             freed += self._bytes[key]
             self._choose(key)
-        for key in passed_over:
+        for key in skipped:
             self._offer(key)
         self._chosen_children.clear()
         return list(self._chosen)
 
     def _choose(self, key: Key) -> None:
         self._chosen[key] = None
-        self._leaving(key)
+        self._on_chosen(key)
         parent = self._parent[key]
         if parent in self._bytes:
             chosen = self._chosen_children[parent] = self._chosen_children.get(parent, 0) + 1
             if chosen == self._children[parent]:
                 self._offer(parent)
 
-    def _take_back(self) -> None:
+    def _unchoose(self) -> None:
         for key in self._chosen:
-            self._staying(key)
+            self._on_unchosen(key)
             if key not in self._children:
                 self._offer(key)
         self._chosen.clear()
 
     def _is_free(self, key: Key) -> bool:
-        """Whether the resident `key` could be chosen: no child of it stays."""
+        """Whether the resident `key` can be chosen now: all its resident children are chosen, and it is not chosen itself."""
         return self._children.get(key, 0) == self._chosen_children.get(key, 0) and key not in self._chosen
 
     def check(self) -> None:
@@ -161,40 +163,40 @@ class RankedPolicy(EvictionPolicy):
         assert self._chosen.keys() <= self._bytes.keys()
         assert not self._chosen_children
         leaves = self._bytes.keys() - self._children.keys() - self._chosen.keys()
-        assert leaves <= self._offered(), "a leaf that can never be chosen"
+        assert leaves <= self._offered(), "every leaf must be queued"
 
     @abstractmethod
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
-        """Rank new blocks: a run of one chain, root first."""
+        """Ranks new blocks: a run of one chain, root first."""
 
     @abstractmethod
     def _touched(self, keys: Sequence[Key]) -> None:
-        """Rank blocks anew after a use: a run of one chain, root first."""
+        """Ranks blocks again after a use: a run of one chain, root first."""
 
     @abstractmethod
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
-        """Forget a block; `given_up`: it is one that `victims` chose."""
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
+        """Drops a block that is no longer resident. `evicted`: `victims` chose it."""
 
     @abstractmethod
     def _offer(self, key: Key) -> None:
-        """Queue a resident block that may go: a leaf, or one whose children are all chosen. It may be queued already."""
+        """Queues a resident block that can be evicted: a leaf, or a block whose children are all chosen. It may be queued already."""
 
     @abstractmethod
     def _next(self) -> Key | None:
-        """Take the next block to give up, which `_is_free`, out of the queues; None: they are empty."""
+        """Removes the next block for which `_is_free` holds from the queues and returns it. Returns None if the queues are empty."""
 
     @abstractmethod
     def _offered(self) -> set[Key]:
-        """The blocks in the queues, and perhaps some that were there once."""
+        """Returns the blocks in the queues. The result may include blocks that are no longer queued."""
 
-    def _expect(self, incoming: Sequence[Key]) -> None:
-        """Room is being made for these blocks, root first."""
+    def _prepare_for(self, incoming: Sequence[Key]) -> None:
+        """Prepares to choose victims that make room for these blocks, root first."""
 
     def _resized(self, key: Key, before: int) -> None:
-        """A resident block takes other bytes than the `before`; it may be chosen."""
+        """Adjusts to the new size of a resident block, which had `before` bytes. The block may be chosen."""
 
-    def _leaving(self, key: Key) -> None:
-        """`key` was chosen. It stays resident until it is removed."""
+    def _on_chosen(self, key: Key) -> None:
+        """Adjusts to the choice of `key` as a victim. It stays resident until it is removed."""
 
-    def _staying(self, key: Key) -> None:
-        """`key` was chosen and is resident still."""
+    def _on_unchosen(self, key: Key) -> None:
+        """Undoes the choice of `key`, which is still resident."""

@@ -1,4 +1,4 @@
-"""The history that the adaptive policy learns from: some fifty bytes for each block, given up ones included."""
+"""The history from which the adaptive policy learns. It takes about fifty bytes for each block, evicted blocks included."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from tiered_kv.policy.keytable import KeyTable, tags_of
 GHOSTS_MIN = 65_536
 GHOSTS_PER_BLOCK = 4
 LEARN_EVERY = 200
-"""Runs seen between two tables; a request makes about two."""
+"""Runs recorded between two tables. A request has about two runs."""
 
 _SAMPLE = 4  # the model learns from every fourth block
 _HOT_USES = 64
 _USES_MAX = 255
 _ANSWER_UNKNOWN = 1
-_TICK_S = 1e-6  # time always goes on, so that uses have an order
-_REQUEST_S = 1e-3  # runs of one request are seen within
+_TICK_S = 1e-6  # each run is recorded at least this much later than the previous one, so that uses have an order
+_REQUEST_S = 1e-3  # runs of one request are recorded within this time
 _NONE = np.empty(0, np.int32)
 _FIELDS = {
     "tag": np.uint64,
@@ -37,9 +37,10 @@ _FIELDS = {
 class BlockHistory(History):
     """Known blocks by slot number, in arrays that the policies of all tiers share.
 
-    `last_s`: time of the last use; `parent`: slot, -1 for none; `depth`: blocks before it; `kind`: row of `table`;
-    `uses_of`: how often it was used, 0 for a slot that is free; `held`: in how many tiers it is resident; `sampled`: whether
-    it is learned from. Of blocks in no tier the most recently used are remembered, at most `GHOSTS_PER_BLOCK` for each resident one.
+    `last_s`: time of the last use. `parent`: slot of the parent, -1 for none. `depth`: number of ancestors. `kind`: row of `table`.
+    `uses_of`: count of uses, 0 for a free slot. `held`: in how many tiers the block is resident. `sampled`: whether the model
+    learns from it. Of the blocks in no tier (ghosts), the most recently used are remembered: at most `GHOSTS_PER_BLOCK` for each
+    resident block, but not fewer than `GHOSTS_MIN`.
     """
 
     tag: np.ndarray
@@ -54,7 +55,7 @@ class BlockHistory(History):
     def __init__(self) -> None:
         self.model = reuse.ReuseModel()
         self.table = self.model.table(_NONE, _NONE)
-        """float32: `reuse.ROWS` times `reuse.OCTAVES`, flat; what blocks are worth by kind and age."""
+        """The reuse index of blocks by kind and age. float32, `reuse.ROWS` times `reuse.OCTAVES`, flat."""
         self.capacity = 0
         self._keys = KeyTable()
         self._free: list[int] = []
@@ -63,14 +64,17 @@ class BlockHistory(History):
         self._learn_in = LEARN_EVERY
         self._now_s = 0.0
         self._adopted = False
-        self._hot: dict[int, int] = {}  # slot of a prefix that many share: its bucket, 1 and up
+        self._hot: dict[int, int] = {}  # slot of a prefix that many requests share -> its bucket, from 1 on
         self._hot_uses: Counter[int] = Counter()
-        self._run: list[np.ndarray] = []  # slots of the request seen last, in runs
+        self._run: list[np.ndarray] = []  # slots of the request recorded last, in runs
         self._memo: tuple[Sequence[Key], np.ndarray] = ((), _NONE)
         self._grow(1024)
 
     def slots(self, keys: Sequence[Key]) -> np.ndarray:
-        """int32 slots of a run of one chain, -1 for a block that is not known. Cheap for the run asked for last, its head or its rest."""
+        """Returns the int32 slots of a run of one chain, -1 for unknown blocks.
+
+        Cheap for the same run as in the last call, and for its beginning or its end.
+        """
         known, slots = self._memo
         count, more = len(keys), len(known) - len(keys)
         if more < 0 or not count:
@@ -95,36 +99,36 @@ class BlockHistory(History):
         return self.model.chance(self.kind.item(slot), age_s, ahead * age_s)
 
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
-        # one that nobody has seen yet gets a slot as well: when it comes it has to be known whose parent it is
-        behind = -1 if parent is None else int(self.note([parent], None)[0])
-        slots = self._known(keys, behind)
+        # An unknown parent gets a slot as well, so that its child is already linked to it when the parent becomes resident.
+        parent_slot = -1 if parent is None else int(self.note([parent], None)[0])
+        slots = self._known(keys, parent_slot)
         now_s = max(now_s, self._now_s + _TICK_S)
         before = slots[self.uses_of[slots] > 0]
-        gap, hot = self._chain_features(before, behind, now_s)
+        gap, hot = self._chain_features(before, parent_slot, now_s)
         learned = before[self.sampled[before]]
         self.model.ended(self.kind[learned], now_s - self.last_s[learned])
         self.uses_of[slots] += self.uses_of[slots] < _USES_MAX
         self.last_s[slots] = self._now_s = now_s
         self.kind[slots] = reuse.kinds(self.uses_of[slots], gap, hot, _ANSWER_UNKNOWN)
-        goes_on = self._run and behind >= 0 and self._run[-1][-1] == behind
-        self._run = [*self._run, slots] if goes_on else [slots]
+        continues = self._run and parent_slot >= 0 and self._run[-1][-1] == parent_slot
+        self._run = [*self._run, slots] if continues else [slots]
         self._learn_in -= 1
         if not self._learn_in:
             self.learn(now_s)
 
     def note(self, keys: Sequence[Key], parent: Key | None) -> np.ndarray:
-        """Slots of blocks that may never have been seen, such as those found on disk: those count as seen once, lately."""
+        """Returns the slots of blocks that may be unknown, such as those found on disk. Unknown blocks count as used once, just now."""
         slots = self.slots(keys)
         if (slots < 0).any():
             self.seen(keys, parent, self._now_s)
         return self.slots(keys)
 
     def hold(self, slots: np.ndarray) -> None:
-        """The blocks are resident in one tier more."""
+        """Records that the blocks are resident in one more tier."""
         self.held[slots] += 1
 
     def release(self, slot: int) -> None:
-        """The block is resident in one tier less."""
+        """Records that the block is resident in one tier fewer."""
         self.held[slot] -= 1
 
     def hint(
@@ -147,32 +151,32 @@ class BlockHistory(History):
             self.kind[chain[shared[-1] + 1 if len(shared) else 0 :]] = reuse.ENDED
 
     def learn(self, now_s: float) -> None:
-        """Make the table anew from all that was seen so far. About 2 ms."""
+        """Computes a new table from all uses so far. About 2 ms."""
         self._learn_in = LEARN_EVERY
         self._choose_hot()
         self._make_table(now_s)
         self.model.fade()
 
     def statistics(self) -> bytes:
-        """What this node has counted, for `merge_statistics`: at most a few tens of KB."""
+        """Returns this node's counts, for `merge_statistics`: at most a few tens of KB."""
         return self.model.statistics(*self._open_intervals(self._now_s))
 
     def adopt(self, others: bytes) -> None:
-        """Learn from what other nodes have counted as well; replaces what was adopted before."""
+        """Learns from the counts of other nodes as well. Replaces the counts of earlier calls."""
         self.model.adopt(others)
-        if not self._adopted:  # the others know more than a node that is new
+        if not self._adopted:  # other nodes know more than a node that is new
             self._adopted = True
             self._make_table(self._now_s)
 
     @property
     def nbytes(self) -> int:
-        """Memory in use."""
+        """Memory in use, in bytes."""
         arrays: list[np.ndarray] = [getattr(self, field) for field in _FIELDS]
         return self._keys.nbytes + sum(array.nbytes for array in arrays)
 
     @property
     def blocks(self) -> int:
-        """Blocks that are remembered."""
+        """How many blocks are remembered."""
         return len(self._keys)
 
     def check(self) -> None:
@@ -188,12 +192,12 @@ class BlockHistory(History):
         self.table = self.model.table(*self._open_intervals(now_s))
 
     def _open_intervals(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
-        """Kinds and ages of the blocks that are learned from, of which nobody knows yet when they are used again."""
+        """Returns the kinds and ages of the sampled blocks. Their current intervals are open: the next use is not known yet."""
         open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
         return self.kind[open_], now_s - self.last_s[open_]
 
-    def _known(self, keys: Sequence[Key], behind: int) -> np.ndarray:
-        """Slots of the run, new ones for new blocks, linked to each other."""
+    def _known(self, keys: Sequence[Key], parent_slot: int) -> np.ndarray:
+        """Returns the slots of a run. Gives slots to unknown blocks, and links each block to its parent."""
         if len(self._free) < len(keys):
             self._make_room(len(keys))
         slots = self.slots(keys)
@@ -202,16 +206,19 @@ class BlockHistory(History):
             slots = slots.copy()
             slots[new] = self._allocate(tags_of(keys)[new])
             self._memo = (keys, slots)
-        loose = np.flatnonzero(self.held[slots] == 0)  # the tree of resident blocks stays as it is
+        loose = np.flatnonzero(self.held[slots] == 0)  # links of resident blocks never change
         if len(loose):
-            parents = np.concatenate([np.array([behind], np.int32), slots[:-1]])
+            parents = np.concatenate([np.array([parent_slot], np.int32), slots[:-1]])
             self.parent[slots[loose]] = parents[loose]
-            self.depth[slots[loose]] = loose + (int(self.depth[behind]) + 1 if behind >= 0 else 0)
+            self.depth[slots[loose]] = loose + (int(self.depth[parent_slot]) + 1 if parent_slot >= 0 else 0)
         return slots
 
-    def _chain_features(self, before: np.ndarray, behind: int, now_s: float) -> tuple[int, int]:
-        """Bucket of the time since this chain's last turn, and of its hot prefix; `before`: its blocks that were seen before."""
-        gap, hot = reuse.inherited(int(self.kind[behind])) if behind >= 0 else (0, 0)
+    def _chain_features(self, before: np.ndarray, parent_slot: int, now_s: float) -> tuple[int, int]:
+        """Returns the buckets of the time since this chain's last turn, and of its hot prefix.
+
+        `before`: slots of its blocks that were used before.
+        """
+        gap, hot = reuse.inherited(int(self.kind[parent_slot])) if parent_slot >= 0 else (0, 0)
         if len(before):
             gap = reuse.gap_bucket(now_s - self.last_s.item(before[-1]))
             often = before[self.uses_of[before] >= _HOT_USES]
@@ -222,7 +229,7 @@ class BlockHistory(History):
         return gap, hot
 
     def _choose_hot(self) -> None:
-        """Give the buckets to the prefixes that are used most; one that is in loses it only to one used twice as much."""
+        """Assigns the buckets to the most used prefixes. A prefix loses its bucket only to one with more than twice its uses."""
         buckets = reuse.HOTS - 1
         for slot, _ in self._hot_uses.most_common(buckets):
             if slot in self._hot:
@@ -239,7 +246,7 @@ class BlockHistory(History):
         self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
 
     def _last_use_of(self, tail: int) -> np.ndarray:
-        """Slots of the chain, root first, as far as it was used together with its tail."""
+        """Returns the slots of `tail` and of those of its ancestors that were last used by the same request, root first."""
         if self._run and self._run[-1][-1] == tail:
             return np.concatenate(self._run)
         chain: list[int] = []
@@ -259,7 +266,7 @@ class BlockHistory(History):
         return slots
 
     def _make_room(self, count: int) -> None:
-        """Have `count` free slots: forget the ghosts that are too many, or grow."""
+        """Makes sure that `count` slots are free: forgets surplus ghosts, or grows the arrays."""
         needed = self.held > 0
         needed[self.parent[needed & (self.parent >= 0)]] = True
         ghosts = np.flatnonzero(~needed & (self.uses_of > 0))

@@ -1,6 +1,6 @@
 """First in, first out.
 
-The baseline of every caching study; Yang et al., FIFO can be Better than LRU (HotOS 2023), says what it is good for.
+The baseline of every caching study. Yang et al., FIFO can be Better than LRU (HotOS 2023), shows when it is good.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tiered_kv.policy.lru import LRUPolicy
 
 
 class FIFOPolicy(LRUPolicy):
-    """Gives up the leaf that has been resident longest; uses change nothing."""
+    """Evicts the leaf that has been resident longest. Uses change nothing."""
 
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
         self._used.update(zip(reversed(keys), self._tick))

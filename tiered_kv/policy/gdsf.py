@@ -1,4 +1,4 @@
-"""Greedy dual size frequency: uses × cost ÷ size, on top of a level that rises with what was given up.
+"""Greedy dual size frequency: a block's priority is uses × cost ÷ size, plus a level that rises with each eviction.
 
 Cherkasova: Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy (HP Labs, 1998).
 """
@@ -11,9 +11,9 @@ from tiered_kv.policy.leaves import OneQueuePolicy
 
 
 class GDSFPolicy(OneQueuePolicy):
-    """Gives up the leaf of the lowest priority. The cost of a block is one, times the factor it was weighed with.
+    """Evicts the leaf with the lowest priority. The cost of a block is the factor of `weigh`, 1 by default.
 
-    The level makes newcomers comparable with what was hot long ago. O(1) a use, O(log n) a victim.
+    The level makes new blocks comparable with blocks that were hot long ago. O(1) a use, O(log n) a victim.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class GDSFPolicy(OneQueuePolicy):
         self._change(key, self._worth(key, before))
 
     def _change(self, key: Key, before: float) -> None:
-        """The block's worth is another one than `before`."""
+        """Updates the block's priority. Its worth (uses × cost ÷ size) was `before`."""
         priority, tick = self._priority[key]
         self._priority[key] = (priority + self._worth(key, self._bytes[key]) - before, tick)
         if key in self._leaves.queued:
@@ -50,9 +50,9 @@ class GDSFPolicy(OneQueuePolicy):
             self._uses[key] = self._uses.get(key, 0) + 1
             self._priority[key] = (self._level + self._worth(key, self._bytes[key]), next(self._tick))
 
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
         priority, _ = self._priority.pop(key)
-        if given_up:
+        if evicted:
             self._level = max(self._level, priority)
         del self._uses[key]
         self._factor.pop(key, None)

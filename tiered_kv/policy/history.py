@@ -1,7 +1,7 @@
-"""What a node knows of the past of its blocks, whichever tier they are in, and of those it gave up.
+"""The history of a node's blocks: past uses of blocks in any tier, and of evicted blocks.
 
-One `History` a node. The store machine tells it every use once; policies that learn (adaptive) rank by it, and the
-machine asks it for evidence of reuse before it spends a write.
+Each node has one `History`. The store machine reports every use to it once. Policies that learn (adaptive) rank blocks by it,
+and the machine asks it for evidence of reuse before it spends a write.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,24 @@ from tiered_kv.policy.base import Key
 
 
 class History:
-    """Uses of blocks, resident or not. This one remembers nothing: for policies that keep what they need themselves."""
+    """The base class of histories. It remembers nothing itself, which is enough for policies that store what they need themselves."""
 
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
-        """A request used this run of one chain, root first, behind `parent`: fetched it, or stored it for the first time.
+        """Records that a request used this run of one chain, root first, whose first block has the parent `parent`.
 
-        Tell it before `EvictionPolicy.use` and `add` of the same blocks, and once a request for each block.
+        A use is a fetch, or the first store. Call this before `EvictionPolicy.use` and `add` of the same blocks, and once a
+        request for each block.
         """
 
     def uses(self, key: Key) -> int:
-        """How often the block was seen, as far as is remembered; 0: never."""
+        """Returns how many uses of the block are remembered, 0 for none."""
         return 0
 
     def chance(self, key: Key, ahead: float) -> float:
-        """How likely the block is used again within `ahead` times as long as it has not been used, as far as was learned."""
+        """Returns the estimated probability that the block is used again soon.
+
+        Soon means within `ahead` times the time since its last use.
+        """
         return 0.0
 
     def hint(
@@ -35,8 +39,11 @@ class History:
         reuse_within_s: float | None = None,
         ended: bool = False,
     ) -> None:
-        """What the worker knows of the request whose deepest block is `tail`: how long the answer was, when it
-        expects the chain to be used again, or that nobody will."""
+        """Records what the worker knows of the request whose deepest block is `tail`.
+
+        `answer_tokens`: length of the answer. `reuse_within_s`: when the worker expects the next use of the chain.
+        `ended`: the chain will not be used again.
+        """
 
     def check(self) -> None:
-        """Assert that what is kept in two places agrees. Slow; for tests."""
+        """Asserts that redundant state is consistent. Slow; for tests."""

@@ -1,4 +1,4 @@
-"""A map from many block keys to slot numbers, in a few bytes a key, asked for a whole chain at a time."""
+"""A map from many block keys to slot numbers. It takes a few bytes a key and looks up a whole chain at a time."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -8,14 +8,14 @@ import numpy as np
 from tiered_kv.keys import KEY_BYTES
 from tiered_kv.policy.base import Key
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, TAOCP 6.4): spreads keys that are small numbers
-_FOLD = np.array([1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd numbers
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, TAOCP 6.4): spreads keys that are small integers
+_FOLD = np.array([1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd factors, one for each word of a key
 _SIZE_MIN = 1 << 10
 _LOAD_MAX = 0.7
 
 
 def tags_of(keys: Sequence[Key]) -> np.ndarray:
-    """64 bits that stand for each key: of a store's key all its words folded, of a number the number, else its hash."""
+    """Returns a 64-bit tag for each key: all words of a store's key folded, an integer itself, or the hash of any other key."""
     first = keys[0]
     if isinstance(first, bytes) and len(first) == KEY_BYTES:
         words = np.frombuffer(b"".join(cast("Sequence[bytes]", keys)), np.uint64)
@@ -27,16 +27,17 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
 
 
 class KeyTable:
-    """Open addressing with linear probing: 4 bytes a place, of which 25 to 70 % are taken. Rebuilt instead of deleted from.
+    """A hash table with open addressing and linear probing. It is rebuilt instead of deleting keys.
 
-    The owner keeps the tags, an array by slot; it is passed in wherever slots are told apart.
+    It takes 4 bytes a place; 25 to 70 % of the places are used. The owner stores the tags, in an array indexed by slot. It passes
+    that array as `tag_of` to methods that compare tags.
     """
 
     def __init__(self) -> None:
         self.rebuild(np.empty(0, np.uint64), np.empty(0, np.int32))
 
     def find(self, tags: np.ndarray, tag_of: np.ndarray) -> np.ndarray:
-        """int32 slots of the tags, -1 for one that is not there. About 10 µs for a chain of a hundred."""
+        """Returns the int32 slot of each tag, or -1 for an unknown tag. About 10 µs for a chain of a hundred blocks."""
         at = self._home(tags)
         slots: np.ndarray = self._slots[at]
         open_ = np.flatnonzero((tag_of[slots] != tags) & (slots >= 0))
@@ -48,7 +49,7 @@ class KeyTable:
         return slots
 
     def insert(self, slots: np.ndarray, tag_of: np.ndarray) -> None:
-        """Map tags that are not there, and differ from each other, to these slots."""
+        """Adds slots. Their tags must be new to the table and differ from each other."""
         if self._count + len(slots) > _LOAD_MAX * len(self._slots):
             slots = np.concatenate([self._slots[self._slots >= 0], slots])
             self.rebuild(tag_of[slots], slots)
@@ -56,7 +57,7 @@ class KeyTable:
             self._put(tag_of[slots], slots)
 
     def rebuild(self, tags: np.ndarray, slots: np.ndarray) -> None:
-        """Hold exactly these."""
+        """Replaces the content of the table by exactly these tags and slots."""
         size = max(_SIZE_MIN, 1 << (2 * len(tags)).bit_length())
         self._shift, self._mask = np.uint64(65 - size.bit_length()), size - 1
         self._slots = np.full(size, -1, np.int32)
@@ -68,7 +69,7 @@ class KeyTable:
 
     @property
     def nbytes(self) -> int:
-        """Memory in use."""
+        """Memory in use, in bytes."""
         return self._slots.nbytes
 
     def _home(self, tags: np.ndarray) -> np.ndarray:
@@ -79,6 +80,6 @@ class KeyTable:
         at = self._home(tags)
         while len(at):
             free = self._slots[at] < 0
-            self._slots[at[free]] = slots[free]  # of several that want one place the last one gets it
+            self._slots[at[free]] = slots[free]  # if several slots compete for one place, the last one gets it
             lost = ~free | (self._slots[at] != slots)
             at, slots = at[lost] + 1 & self._mask, slots[lost]

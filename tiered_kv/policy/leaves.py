@@ -1,4 +1,4 @@
-"""Queues of blocks that may be given up, lowest rank first, and the policies that have one of them."""
+"""A priority queue of blocks that can be evicted, lowest rank first, and the base of policies with one such queue."""
 
 import heapq
 from collections.abc import Callable
@@ -8,27 +8,27 @@ from tiered_kv.policy.base import Key, RankedPolicy
 
 
 class Leaves:
-    """A priority queue of keys whose ranks may rise while they wait, and that may cease to be free.
+    """A priority queue of keys. Ranks of queued keys may rise, and queued keys may become blocks that cannot be evicted now.
 
-    `rank` belongs to the policy: a block's rank now, without an entry for blocks that are not (or no longer) this
-    queue's. Ranks are unique. A rank that rises costs nothing here: the entry is put right when it comes up, O(log n).
+    `rank` belongs to the policy: it has the current rank of each block in this queue, and no entry for other blocks. Ranks are
+    unique. A rank that rises costs nothing at once: its entry is corrected when it reaches the top, in O(log n).
     """
 
     def __init__(self, rank: dict[Key, Any], is_free: Callable[[Key], bool]) -> None:
         self.queued: dict[Key, Any] = {}
-        """The rank with which each key stands in the heap; other entries of a key are dead."""
+        """The rank with which each key is in the heap. Other entries of a key in the heap are stale."""
         self._rank, self._is_free = rank, is_free
         self._heap: list[tuple[Any, Key]] = []
 
     def push(self, key: Key) -> None:
-        """Queue `key`, unless it is queued; again if its rank has fallen since."""
+        """Queues `key`, unless it is already queued with the same or a lower rank."""
         rank = self._rank[key]
         if key not in self.queued or rank < self.queued[key]:
             self.queued[key] = rank
             heapq.heappush(self._heap, (rank, key))
 
     def pop(self) -> Key | None:
-        """Take out the free key of the lowest rank; None: there is none."""
+        """Removes the free key with the lowest rank and returns it. Returns None if there is none."""
         heap, rank, queued = self._heap, self._rank, self.queued
         while heap:
             was, key = heap[0]
@@ -47,7 +47,7 @@ class Leaves:
         return None
 
     def forget(self, key: Key) -> None:
-        """Take `key` out, if it is in."""
+        """Removes `key` if it is queued."""
         self.queued.pop(key, None)
 
     def __bool__(self) -> bool:
@@ -55,7 +55,7 @@ class Leaves:
 
 
 class OneQueuePolicy(RankedPolicy):
-    """A policy that gives up the leaf of the lowest rank. A concrete one keeps `rank`, with an entry for each block."""
+    """Base of policies that evict the leaf with the lowest rank. The subclass owns `rank`, with an entry for each block."""
 
     def __init__(self, rank: dict[Key, Any]) -> None:
         super().__init__()

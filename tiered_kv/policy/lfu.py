@@ -1,4 +1,4 @@
-"""Least frequently used, the count from when a block became resident; of equals the one that reached its count first.
+"""Least frequently used. Uses are counted while a block is resident. Of equal counts, the block that reached it first is evicted.
 
 Aho, Denning, Ullman: Principles of Optimal Page Replacement (JACM 1971).
 """
@@ -13,7 +13,7 @@ _ONE_USE = 1 << _TICK_BITS
 
 
 class LFUPolicy(LRUPolicy):
-    """Gives up the leaf with the fewest uses. O(1) a use, O(log n) a victim. Keeps what was hot once for ever."""
+    """Evicts the leaf with the fewest uses. O(1) a use, O(log n) a victim. A block that was hot once stays for ever."""
 
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
         for key in reversed(keys):

@@ -1,6 +1,6 @@
 """Least recently used.
 
-Touched deepest block first, this is the leaf-first LRU of a radix tree (SGLang's RadixCache; Zheng et al., SGLang:
+Uses touch the deepest block first. That makes it the leaf-first LRU of a radix tree (SGLang's RadixCache; Zheng et al., SGLang:
 Efficient Execution of Structured Language Model Programs, 2024).
 """
 
@@ -12,7 +12,7 @@ from tiered_kv.policy.leaves import OneQueuePolicy
 
 
 class LRUPolicy(OneQueuePolicy):
-    """Gives up the leaf whose last use is longest ago. O(1) a use, O(log n) a victim."""
+    """Evicts the leaf whose last use is longest ago. O(1) a use, O(log n) a victim."""
 
     def __init__(self) -> None:
         self._tick = count()
@@ -25,5 +25,5 @@ class LRUPolicy(OneQueuePolicy):
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
         self._touched(keys)
 
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
         del self._used[key]

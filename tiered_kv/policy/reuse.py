@@ -1,36 +1,36 @@
-"""How soon blocks of a kind come back, and what it is worth to keep one of a given age: the reuse index.
+"""The reuse index: how soon blocks of a class are used again, and how much keeping a block of a given age is worth.
 
-Hazards of reuse by class and age are estimated from intervals between uses, those still open counted as censored
-(Kaplan & Meier, JASA 1958), shrunk towards coarser classes where a class has few. The index of a block is its Gittins
-index (Gittins, JRSS B 1979): the best ratio, over all ages to come, of the chance of a use until then to the time
-for which the block is held. Everything is arrays, and counts of several nodes may be added up.
+Hazards of reuse by class and age are estimated from the intervals between uses. Intervals that are still open count as
+censored (Kaplan & Meier, JASA 1958). Classes with few intervals are shrunk towards coarser classes. The index of a block is its
+Gittins index (Gittins, JRSS B 1979): the best ratio, over all future ages, of the probability of a use until that age to
+the time for which the block is kept. All data is in arrays, and the counts of several nodes can be added.
 """
 
 import numpy as np
 
 FIRST_S = 2.0**-8
 OCTAVES = 28
-"""Ages: below 0.5 s, then 0.5 s to 1 s, and so on; the last octave has no end."""
+"""Octaves of age. The first ones end at 2^-8 s, 2^-7 s and so on; each is as long as all earlier ones. The last has no end."""
 
 USES, GAPS, HOTS, ANSWERS = 6, 5, 8, 3
 CLASSES = USES * GAPS * HOTS * ANSWERS
-"""A class is: uses so far, gap since the chain's turn before, hot prefix, length of the answer, each in buckets."""
+"""A class combines four buckets: uses so far, gap since the chain's previous turn, hot prefix, length of the answer."""
 
 ENDED = CLASSES
-"""Kind of blocks that nobody will use, as their worker said. From `ENDED + 1` on: those expected within an octave of age."""
+"""Kind of blocks that will not be used again, as their worker reported. Kinds from `ENDED + 1` on: the octave of the expected use."""
 ROWS = CLASSES + 1 + OCTAVES
 
 _USES_FROM = np.array([2, 3, 5, 9, 17])
-_GAP_FROM_S = np.array([10.0, 60.0, 300.0])  # bucket 0: no turn before
+_GAP_FROM_S = np.array([10.0, 60.0, 300.0])  # bucket 0 means no previous turn
 _ANSWER_FROM_TOKENS = np.array([65, 257])
 _USES_BUCKET = np.searchsorted(_USES_FROM, np.arange(256), side="right")
 
-_PSEUDO = 128.0  # observations that a coarser class counts for
+_PSEUDO = 128.0  # the coarser class counts as this many observations
 _CARRY = 0.5  # how much of a class's deviation at one age is expected at the next
 _NOTHING_KNOWN = 0.1
-"""Chance of reuse within an octave where nothing was seen: the same at every age, so that the index falls with age (LRU)."""
-_EXPECTED_TRUE = 0.9  # how far a worker's expectation is believed
-_COUNT_MAX = 1e12  # what no node can have counted
+"""Chance of reuse within an octave without data. It is the same at every age, so that the index falls with age, as in LRU."""
+_EXPECTED_TRUE = 0.9  # the assumed probability that a worker's expectation comes true
+_COUNT_MAX = 1e12  # larger counts cannot be genuine
 _DECAY = 0.98
 
 _EDGES_S = np.concatenate([[0.0], FIRST_S * 2.0 ** np.arange(OCTAVES - 1)])
@@ -39,56 +39,56 @@ _ENDS_S = _EDGES_S + _WIDTHS_S
 
 
 def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
-    """The classes of blocks of one chain that were used so often, as int64."""
+    """Returns the classes of blocks of one chain as int64. `uses` has each block's count of uses; the other buckets are shared."""
     found: np.ndarray = ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
     return found
 
 
 def gap_bucket(gap_s: float) -> int:
-    """The bucket of the time since a chain's turn before."""
+    """Returns the bucket of the time since a chain's previous turn."""
     return 1 + int(np.searchsorted(_GAP_FROM_S, gap_s, side="right"))
 
 
 def inherited(kind: int) -> tuple[int, int]:
-    """Buckets of gap and hot prefix that a block passes on to those behind it."""
+    """Returns the buckets of gap and hot prefix that a block passes on to its descendants."""
     return (kind // (ANSWERS * HOTS) % GAPS, kind // ANSWERS % HOTS) if kind < CLASSES else (0, 0)
 
 
 def answered(kind: np.ndarray, tokens: int) -> np.ndarray:
-    """The classes of blocks whose request was answered with so many tokens."""
+    """Returns the classes of blocks after their request was answered with `tokens` tokens."""
     answer = int(np.searchsorted(_ANSWER_FROM_TOKENS, tokens, side="right"))
     return np.where(kind < CLASSES, kind // ANSWERS * ANSWERS + answer, kind)
 
 
 def expected_kind(within_s: float) -> int:
-    """The kind of blocks that their worker expects to use within so many seconds."""
+    """Returns the kind of blocks that their worker expects to use within `within_s` seconds."""
     return ENDED + 1 + int(_octave_of(np.array([within_s]))[0])
 
 
 class ReuseModel:
-    """Counts of intervals between uses, and the table made of them."""
+    """Counts of intervals between uses, and the table of reuse indices computed from them."""
 
     def __init__(self) -> None:
-        self._used = np.zeros((CLASSES, OCTAVES))  # intervals that ended with a use, by their length
-        self._lost = np.zeros((CLASSES, OCTAVES))  # intervals whose block was forgotten at that age
-        self._others = np.zeros((2, CLASSES, OCTAVES))  # ended and open ones of other nodes
+        self._used = np.zeros((CLASSES, OCTAVES))  # intervals that ended with a use, by length
+        self._lost = np.zeros((CLASSES, OCTAVES))  # intervals whose block was forgotten, by its age then
+        self._others = np.zeros((2, CLASSES, OCTAVES))  # ended and open intervals of other nodes
         self._unused = np.ones((CLASSES, OCTAVES + 1))  # share of blocks not used before each octave, as of the last table
 
     def ended(self, kind: np.ndarray, age_s: np.ndarray) -> None:
-        """Blocks of these kinds were used at these ages."""
+        """Counts intervals that ended: blocks of these kinds were used at these ages."""
         _count(self._used, kind, age_s)
 
     def lost_sight(self, kind: np.ndarray, age_s: np.ndarray) -> None:
-        """Blocks of these kinds were not used until these ages; what comes after is not known."""
+        """Counts censored intervals: blocks of these kinds were not used until these ages. Their later uses are unknown."""
         _count(self._lost, kind, age_s)
 
     def forget_hot(self, bucket: int) -> None:
-        """Another prefix has this bucket from now on."""
+        """Drops the counts of a bucket of hot prefixes, because another prefix gets the bucket."""
         for counts in (self._used, self._lost):
             counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)[:, :, bucket] = 0
 
     def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
-        """float32 (ROWS x OCTAVES), flat: the index by kind, at the start of each octave of age, in uses a second.
+        """Returns the index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
 
         `kind`, `age_s`: the intervals that are open now.
         """
@@ -100,12 +100,12 @@ class ReuseModel:
         return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
 
     def fade(self) -> None:
-        """What was counted so far weighs a little less from now on."""
+        """Reduces the weight of all counts so far a little."""
         self._used *= _DECAY
         self._lost *= _DECAY
 
     def chance(self, kind: int, age_s: float, within_s: float) -> float:
-        """How likely a block of that age is used within the next `within_s` seconds, as of the last table."""
+        """Returns the probability that a block of this kind and age is used within `within_s` seconds, as of the last table."""
         if kind >= CLASSES:
             return float(kind != ENDED)
         octaves = np.arange(OCTAVES + 1)
@@ -113,11 +113,11 @@ class ReuseModel:
         return float(1 - then / now)
 
     def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
-        """Own counts as bytes: rows u16 | ended f32 | open f32, behind their number as u32."""
+        """Returns this node's counts as bytes: the number of rows u32 | rows u16 | ended f32 | open f32."""
         return _packed(np.stack(self._counts(kind, age_s)))
 
     def adopt(self, others: bytes) -> None:
-        """Learn from others' statistics as well, in place of those adopted before. Raises ValueError for what is none."""
+        """Adds the statistics of other nodes to the model. Replaces those of earlier calls. Raises ValueError for invalid bytes."""
         self._others = _unpacked(others)
 
     def _counts(self, kind: np.ndarray, age_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,18 +127,19 @@ class ReuseModel:
 
 
 def merge_statistics(statistics: list[bytes]) -> bytes:
-    """The sum of several nodes' statistics. Raises ValueError for bytes that are none."""
+    """Returns the sum of several nodes' statistics. Raises ValueError for invalid bytes."""
     return _packed(sum((_unpacked(each) for each in statistics), np.zeros((2, CLASSES, OCTAVES))))
 
 
 def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
-    """(classes, OCTAVES): chance that a block which reached an octave of age is used within it.
+    """Returns hazards (classes, OCTAVES): the probability that a block that reached an octave of age is used within that octave.
 
-    `used`, `open_`: intervals by class and by the octave in which they ended, or were last seen open. One class, or all.
+    `used`, `open_`: counts of intervals by class, and by the octave in which they ended or were last seen open. They have one
+    class or all classes.
     """
     prior = np.full((1, 1, 1, 1, OCTAVES), _NOTHING_KNOWN)
     for ended, censored in zip(_coarse_to_fine(used), _coarse_to_fine(open_), strict=True):
-        at_risk = np.cumsum((ended + censored)[..., ::-1], -1)[..., ::-1] - censored / 2  # actuarial: half of an octave each
+        at_risk = np.cumsum((ended + censored)[..., ::-1], -1)[..., ::-1] - censored / 2  # actuarial: at risk for half an octave
         estimate = np.empty(ended.shape)
         drift = np.ones(ended.shape[:-1])
         for octave in range(OCTAVES):
@@ -150,8 +151,8 @@ def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
 
 
 def gittins(hazard: np.ndarray) -> np.ndarray:
-    """(classes, OCTAVES): the index at the start of each octave of age, in uses a second."""
-    index, alive, held_s = (np.full(hazard.shape, each) for each in (0.0, 1.0, 0.0))  # by the octave in which one starts
+    """Returns the index (classes, OCTAVES) at the start of each octave of age, in uses a second."""
+    index, alive, held_s = (np.full(hazard.shape, each) for each in (0.0, 1.0, 0.0))  # by the octave in which the interval starts
     for octave in range(OCTAVES):
         started = slice(0, octave + 1)
         used = alive[:, started] * hazard[:, octave : octave + 1]
@@ -162,13 +163,19 @@ def gittins(hazard: np.ndarray) -> np.ndarray:
 
 
 def _expected(usual: np.ndarray) -> np.ndarray:
-    """(OCTAVES, OCTAVES): index of blocks expected within each octave: high until its end, that of any block afterwards."""
+    """Returns the index of blocks with an expected use: (octave of the expected use, octave of age).
+
+    It is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
+    """
     left_s = _ENDS_S[:, None] - _EDGES_S[None, :]
     return np.where(left_s > 0, np.maximum(_EXPECTED_TRUE / np.maximum(left_s, FIRST_S), usual), usual)
 
 
 def _coarse_to_fine(counts: np.ndarray) -> list[np.ndarray]:
-    """The same counts for all blocks, by uses, by uses and gap, and by class, each shaped to be broadcast over the next."""
+    """Returns four arrays of counts, from coarse to fine: of all blocks, by uses, by uses and gap, and by class.
+
+    Each is shaped to broadcast over the next.
+    """
     if len(counts) == 1:
         return [counts.reshape(1, 1, 1, 1, OCTAVES)]
     classes = counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)
@@ -196,7 +203,7 @@ def _unpacked(statistics: bytes) -> np.ndarray:
     rows = np.frombuffer(statistics, np.uint16, count, 4)
     values = np.frombuffer(statistics, np.float32, -1, 4 + 2 * count).reshape(2, count, OCTAVES)
     if (rows >= CLASSES).any() or not ((values >= 0) & (values <= _COUNT_MAX)).all():
-        raise ValueError("these are no statistics of reuse")
+        raise ValueError("invalid statistics of reuse: a class or a count is out of range")
     counts = np.zeros((2, CLASSES, OCTAVES))
     counts[:, rows] = values
     return counts

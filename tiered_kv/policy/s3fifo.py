@@ -1,7 +1,7 @@
-"""S3-FIFO: a small queue that most blocks leave for good, a main queue for those used again, ghosts of those that left.
+"""S3-FIFO: a small queue that most blocks leave by eviction, a main queue for blocks used again, and ghosts of evicted blocks.
 
-Yang et al.: FIFO Queues are All You Need for Cache Eviction (SOSP 2023); in the form of its authors' later simulator:
-the main queue takes newcomers while the small one is full and nothing was given up yet.
+Yang et al.: FIFO Queues are All You Need for Cache Eviction (SOSP 2023), in the form of its authors' later simulator:
+as long as nothing has been evicted yet, new blocks enter the main queue while the small one is full.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from tiered_kv.policy.base import Key, RankedPolicy
 from tiered_kv.policy.queues import Ghosts, Queue, check_queues
 
 SMALL_SHARE, GHOST_SHARE = 0.1, 0.9
-USES_TO_MAIN = 2  # after its arrival, to leave the small queue for the main one
+USES_TO_MAIN = 2  # uses after its arrival that move a block from the small queue to the main one
 USES_MAX = 3
 
 
 class S3FIFOPolicy(RankedPolicy):
-    """Gives up leaves of the small queue unless the main one is over its share. O(1) a use.
+    """Evicts leaves of the small queue, unless the main queue is above its share. O(1) a use.
 
-    A block with children cannot go when its turn comes, and would leave no room in the small queue for what can. So it is
-    moved to the main queue with the first of its descendants that is, or when it was used often enough.
+    A block with children cannot be evicted at its turn, and would leave no room in the small queue for blocks that can. So it is
+    moved to the main queue with the first of its descendants that is moved, or when it was used often enough.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -35,7 +35,7 @@ class S3FIFOPolicy(RankedPolicy):
         self._returning: set[Key] = set()
         self._was_full = False
 
-    def _expect(self, incoming: Sequence[Key]) -> None:
+    def _prepare_for(self, incoming: Sequence[Key]) -> None:
         self._was_full = True
         self._returning.intersection_update(incoming)
         self._returning.update(key for key in incoming if self._ghosts.remove(key))
@@ -55,15 +55,15 @@ class S3FIFOPolicy(RankedPolicy):
         for key in reversed(keys):
             uses = self._uses[key] = self._uses[key] + 1
             if uses >= USES_TO_MAIN and key in self._children and key in self._small.rank and key not in self._chosen:
-                self._promote(key)  # without children it waits for its turn
+                self._promote(key)  # a block without children waits for its turn
 
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
         del self._uses[key]
         queue = self._queue_of(key)
-        if given_up and queue is self._small:
+        if evicted and queue is self._small:
             self._ghosts.add(key, nbytes)
             self._ghosts.shrink(self._ghosts_max_bytes)
-        queue.leave(key, 0 if given_up else nbytes)
+        queue.leave(key, 0 if evicted else nbytes)
 
     def _queue_of(self, key: Key) -> Queue:
         return self._small if key in self._small.rank else self._main
@@ -91,7 +91,10 @@ class S3FIFOPolicy(RankedPolicy):
         self._enter_main(key, self._bytes[key])
 
     def _enter_main(self, key: Key, nbytes: int) -> None:
-        """Take `key` and its ancestors in: they stay as long as it does, and would only clog the small queue."""
+        """Adds `key` to the main queue and moves its ancestors there.
+
+        The ancestors cannot be evicted before `key`, so they would only take up room in the small queue.
+        """
         self._main.enter(key, next(self._tick), nbytes)
         parent = self._parent[key]
         while parent in self._small.rank and parent not in self._chosen:
@@ -109,14 +112,14 @@ class S3FIFOPolicy(RankedPolicy):
             self._main.leaves.push(key)
         return None
 
-    def _leaving(self, key: Key) -> None:
+    def _on_chosen(self, key: Key) -> None:
         self._queue_of(key).nbytes -= self._bytes[key]
 
-    def _staying(self, key: Key) -> None:
+    def _on_unchosen(self, key: Key) -> None:
         self._queue_of(key).nbytes += self._bytes[key]
 
     def _resized(self, key: Key, before: int) -> None:
-        if key not in self._chosen:  # of what is chosen, all bytes were taken off and may come back
+        if key not in self._chosen:  # bytes of a chosen block are not counted; `_on_unchosen` may count them again
             self._queue_of(key).nbytes += self._bytes[key] - before
 
     def _offered(self) -> set[Key]:

@@ -1,4 +1,4 @@
-"""SIEVE: a queue in order of arrival, and a hand that gives up the first block not used since it last passed.
+"""SIEVE: a queue in order of arrival. A hand moves through it and evicts the first block not used since its last pass.
 
 Zhang et al.: SIEVE is Simpler than LRU (NSDI 2024).
 """
@@ -11,14 +11,14 @@ from tiered_kv.policy.leaves import Leaves
 
 
 class SIEVEPolicy(RankedPolicy):
-    """The hand goes from old to new over the leaves, and starts again when it has passed the newest. O(1) a use."""
+    """The hand moves over the leaves from old to new, and restarts at the oldest after the newest. O(1) a use."""
 
     def __init__(self) -> None:
         super().__init__()
         self._tick = count()
         self._arrived: dict[Key, int] = {}
         self._visited: set[Key] = set()
-        self._hand = -1  # the arrival of the block it passed last
+        self._hand = -1  # arrival number of the block that the hand passed last
         self._ahead, self._behind = Leaves(self._arrived, self._is_free), Leaves(self._arrived, self._is_free)
 
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
@@ -27,7 +27,7 @@ class SIEVEPolicy(RankedPolicy):
     def _touched(self, keys: Sequence[Key]) -> None:
         self._visited.update(keys)
 
-    def _removed(self, key: Key, nbytes: int, given_up: bool) -> None:
+    def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
         del self._arrived[key]
         self._visited.discard(key)
         self._ahead.forget(key)

@@ -1,7 +1,7 @@
-"""The offline optimum for chains: give up the block whose next use is farthest away (Belady, 1966), with bypass.
+"""The offline optimum for chains: evicts the block whose next use is farthest away (Belady, 1966), with bypass.
 
-A block is used whenever a block behind it is, so its next use is never later than theirs: what goes is always a leaf,
-if of blocks with the same next use the deepest goes first.
+A block is used whenever a descendant is, so its next use is never later than theirs. Of blocks with the same next use the
+deepest is evicted first. So the evicted block is always a leaf.
 """
 
 import heapq
@@ -14,9 +14,9 @@ _DEPTH_BITS, _ID_BITS = 32, 32
 
 
 class BeladyCache:
-    """Residency under a cap by knowledge of the future. Its requests must be those of `trace`, in their order.
+    """The blocks resident under a cap, chosen with knowledge of the future. Its requests must be those of `trace`, in order.
 
-    A block that is never used again is not kept; a new one that is used later than all others is not kept either.
+    It does not keep blocks that are never used again, nor new blocks whose next use is later than that of all others.
     """
 
     def __init__(self, trace: Trace, capacity_blocks: int) -> None:
@@ -25,11 +25,11 @@ class BeladyCache:
         self._never = len(trace)
         self._next_request = _next_requests(trace)
         self._done_blocks = 0
-        self._next: dict[int, int] = {}  # resident → request of its next use
-        self._farthest: list[int] = []  # heap; stale entries are those that disagree with _next
+        self._next: dict[int, int] = {}  # resident block → index of the request with its next use
+        self._farthest: list[int] = []  # heap; an entry that disagrees with _next is stale
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetch a chain and keep what is worth it; how many leading blocks hit."""
+        """Fetches a chain and keeps the blocks that are worth it. Returns how many leading blocks hit."""
         resident = self._next
         hit = next((at for at, key in enumerate(keys) if key not in resident), len(keys))
         upcoming = self._next_request[self._done_blocks : self._done_blocks + len(keys)].tolist()
@@ -58,14 +58,14 @@ class BeladyCache:
         return self._next.get(entry & ((1 << _ID_BITS) - 1)) == entry >> (_DEPTH_BITS + _ID_BITS)
 
     def check(self) -> None:
-        """Assert that the cap holds and every resident block can be found to be given up."""
+        """Asserts that the cap holds and that every resident block can be found for eviction."""
         assert len(self._next) <= self.capacity_blocks
         live = {-entry & ((1 << _ID_BITS) - 1) for entry in self._farthest if self._is_live(-entry)}
         assert live == self._next.keys()
 
 
 def _next_requests(trace: Trace) -> np.ndarray:
-    """For each block of each request the request that uses the block next; the number of requests: none does."""
+    """Returns, for each block of each request, the index of the next request with that block; the number of requests if none."""
     requests = np.repeat(np.arange(len(trace), dtype=np.int32), np.diff(trace.offsets))
     order = np.argsort(trace.ids, kind="stable")
     same = trace.ids[order[:-1]] == trace.ids[order[1:]]

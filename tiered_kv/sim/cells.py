@@ -1,4 +1,4 @@
-"""Many replays at once: each trace × policy × capacity (or set of tiers) is a cell, cells run in processes of their own."""
+"""Runs many replays. Each trace × policy × capacity (or set of tiers) is a cell. Cells run in separate processes."""
 
 import difflib
 import math
@@ -21,25 +21,25 @@ ALL_NAMES = (*POLICY_NAMES, "belady")
 POLL_S = 0.2
 
 Room = float | dict[Tier, float]
-"""A share of the trace's unique blocks, or one for each tier."""
+"""A capacity as a share of the trace's unique blocks, or a share for each tier."""
 
 Cell = tuple[int, str, Room, float]
-"""Number of the trace, policy, room, cost weight."""
+"""Index of the trace, policy, room, cost weight."""
 
 
 def policies_of(text: str) -> list[str]:
-    """Policies from `all` or names with commas, in their order; `Kind.CONFIG` for one that is none."""
+    """Parses `all` or names separated by commas. Returns the policies in this order. Raises (kind `config`) for an unknown name."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name != "all" and name not in ALL_NAMES:
             near = difflib.get_close_matches(name, ALL_NAMES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: all, {', '.join(ALL_NAMES)}"
-            raise TieredKVError(Kind.CONFIG, f"--policy: {name!r} is no policy; {hint}", setting="policy")
+            hint = f"did you mean {near[0]!r}?" if near else f"known are all, {', '.join(ALL_NAMES)}"
+            raise TieredKVError(Kind.CONFIG, f"--policy: unknown policy {name!r}; {hint}", setting="policy")
     return list(ALL_NAMES) if "all" in names else names
 
 
 def capacities_of(text: str) -> list[float]:
-    """Fractions from numbers with commas, rising; `Kind.CONFIG` for what is not above 0 and at most 1."""
+    """Parses shares separated by commas. Returns them sorted. Raises (kind `config`) for one that is not above 0 and at most 1."""
     found = set()
     for part in text.split(","):
         try:
@@ -47,7 +47,7 @@ def capacities_of(text: str) -> list[float]:
         except ValueError:
             capacity = math.nan
         if not 0 < capacity <= 1:
-            said = f"--capacity: {part.strip()!r} is no share of the trace's unique blocks: a number above 0 and at most 1"
+            said = f"--capacity: {part.strip()!r} is invalid; expected a share of the trace's unique blocks, above 0 and at most 1"
             raise TieredKVError(Kind.CONFIG, said, setting="capacity")
         found.add(capacity)
     return sorted(found)
@@ -56,9 +56,10 @@ def capacities_of(text: str) -> list[float]:
 def run_cells(
     traces: Sequence[Trace], policies: Sequence[str], rooms: Sequence[Room], *, cost_weight: float, jobs: int, advance: Progress
 ) -> list[Any]:
-    """The results of all cells (`Result`, `TiersResult`), by trace, policy, room. `advance` hears of requests as they are done.
+    """Runs all cells. Returns their results (`Result` or `TiersResult`) by trace, policy, room.
 
-    One job runs here; more run in processes, each with all traces in memory.
+    `advance` is called with the number of requests replayed since its last call. With one job, cells run in this process.
+    With more, they run in other processes, each with all traces in memory.
     """
     cells = list(product(range(len(traces)), policies, rooms, [cost_weight]))
     if jobs == 1 or len(cells) == 1:
@@ -67,7 +68,7 @@ def run_cells(
 
 
 def _run_in_processes(traces: Sequence[Trace], cells: list[Cell], jobs: int, advance: Progress) -> list[Any]:
-    context = multiprocessing.get_context("spawn")  # nothing of this process, its threads above all, is of use there
+    context = multiprocessing.get_context("spawn")  # the processes need nothing of this one, and must not inherit its threads
     done = context.Value("q", 0)
     with ProcessPoolExecutor(jobs, context, _start, (traces, done)) as pool:
         futures = [pool.submit(_run, cell) for cell in cells]
@@ -81,18 +82,18 @@ def _run_in_processes(traces: Sequence[Trace], cells: list[Cell], jobs: int, adv
                 advance(now - shown)
                 shown = now
         except BrokenProcessPool as error:
-            said = "a process of the simulation died, perhaps for want of memory: try fewer --jobs"
+            said = "a simulation process died, perhaps because memory ran out: try fewer --jobs"
             raise TieredKVError(Kind.MEMORY, said, setting="jobs") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return [future.result() for future in futures]
 
 
-_here: dict[str, Any] = {}  # of a worker process: what it was started with
+_here: dict[str, Any] = {}  # in a worker process: the arguments of `_start`
 
 
 def _start(traces: Sequence[Trace], done: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at an interrupt it ends at once and says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the process at once, without a traceback
     _here.update(traces=traces, done=done)
 
 

@@ -1,4 +1,4 @@
-"""`tiered-kv simulate` without its command line: settings as text in, tables or results out."""
+"""The command `tiered-kv simulate` without its argument parser: takes settings as text, prints tables, returns results."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from tiered_kv.sim.trace import Trace, read_trace
 
 @dataclass(frozen=True)
 class SimulateOptions:
-    """What the command line says; texts as given there."""
+    """The options of the command line, with texts as the user gave them."""
 
     traces: Sequence[str]
     policy: str = "all"
@@ -34,13 +34,16 @@ class SimulateOptions:
 
 
 def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
-    """Replay, print tables to `console`, draw if asked; returns what `--json` prints. Progress goes to standard error."""
+    """Replays the traces, prints tables to `console`, and draws a plot if asked to. Progress is shown on standard error.
+
+    Returns the object that `--json` prints.
+    """
     policies, rooms = _policies_and_rooms(options)
     jobs = (os.cpu_count() or 1) if options.jobs is None else options.jobs
     if jobs < 1:
-        raise TieredKVError(Kind.CONFIG, f"--jobs: {jobs} is no number of processes", setting="jobs")
+        raise TieredKVError(Kind.CONFIG, f"--jobs: must be at least 1, got {jobs}", setting="jobs")
     if not 0 <= options.cost_weight <= 1:
-        raise TieredKVError(Kind.CONFIG, f"--cost-weight: {options.cost_weight} is not between 0 and 1", setting="cost_weight")
+        raise TieredKVError(Kind.CONFIG, f"--cost-weight: must be from 0 to 1, got {options.cost_weight}", setting="cost_weight")
     if options.plot:
         picture.check_target(options.plot)
     _refuse_equal_names(options.traces)
@@ -54,7 +57,7 @@ def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
         report.show(results, options.metric, console)
     if options.plot:
         plot.draw(results, options.metric, options.plot)
-        console.print(f"drawn: {options.plot}", highlight=False, soft_wrap=True)
+        console.print(f"plot written to {options.plot}", highlight=False, soft_wrap=True)
     return {"results": [asdict(result) for result in results]}
 
 
@@ -63,9 +66,9 @@ def _policies_and_rooms(options: SimulateOptions) -> tuple[list[str], list[cells
     if options.tiers is None:
         return policies, list(cells.capacities_of(options.capacity))
     if options.plot:
-        raise TieredKVError(Kind.CONFIG, "--plot: draws hits over --capacity, which --tiers replaces", setting="plot")
+        raise TieredKVError(Kind.CONFIG, "--plot: draws hits by --capacity, so it cannot be used with --tiers", setting="plot")
     if policies == ["belady"]:
-        raise TieredKVError(Kind.CONFIG, "--policy: belady knows one tier only, not --tiers", setting="policy")
+        raise TieredKVError(Kind.CONFIG, "--policy: belady supports one tier only, so it cannot be used with --tiers", setting="policy")
     return [name for name in policies if name != "belady"], [tiers_of(options.tiers)]
 
 
@@ -73,7 +76,8 @@ def _refuse_equal_names(paths: Sequence[str]) -> None:
     names = [Path(path).name for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise TieredKVError(Kind.CONFIG, f"TRACE: two files are named {twice}; results go by a file's name", setting="traces")
+        message = f"TRACE: two files are named {twice}; results are reported by file name, so names must differ"
+        raise TieredKVError(Kind.CONFIG, message, setting="traces")
 
 
 def _replayed(traces: list[Trace], policies: list[str], rooms: list[cells.Room], cost_weight: float, jobs: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The curves as a picture: ratio over capacity, one panel a trace."""
+"""Draws the results as curves: ratio over capacity, one panel for each trace."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from tiered_kv.sim.report import TITLES, curves, percent
 
 
 def draw(results: Sequence[Result], metric: str, path: str) -> None:
-    """Write the picture of `results` to `path`; its ending says the format."""
+    """Draws `results` and writes the picture to `path`. The extension of `path` decides the format."""
     traces = list(dict.fromkeys(result.trace for result in results))
     columns = min(3, len(traces))
     rows = -(-len(traces) // columns)

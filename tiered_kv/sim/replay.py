@@ -1,6 +1,6 @@
-"""The replay: one trace, one policy, one cap; what hits, and what that saves.
+"""The replay: sends one trace through one policy under one cap, and counts the hits and the prefill they save.
 
-A step does exactly what the store does with a request, so that both hit the same blocks: `Cache.request`.
+A step does exactly what the store does with a request (see `Cache.request`), so that both hit the same blocks.
 """
 
 import math
@@ -14,18 +14,18 @@ from tiered_kv.policy import EvictionPolicy, History, create_policy
 from tiered_kv.sim.trace import Trace
 
 FLOPS_POSITION_TOKENS = 30_500
-"""A token at position p costs 1 + p / this of what the first token costs: prefill FLOPs of an 8B Llama, whose attention
-over p earlier tokens costs as much as all its weights once p reaches this."""
+"""A token at position p costs 1 + p / this times the first token: prefill FLOPs of an 8B Llama. Its attention over p earlier
+tokens costs as much as all its weights once p reaches this."""
 
 PROGRESS_REQUESTS = 64
 
 Progress = Callable[[int], None]
-"""Called now and then with the number of requests replayed since the last call."""
+"""Called from time to time with the number of requests replayed since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one policy got out of one trace under one cap. `capacity`: of the trace's unique full blocks, as given."""
+    """The result of one policy on one trace under one cap. `capacity` is a share of the trace's unique full blocks, as given."""
 
     trace: str
     policy: str
@@ -42,7 +42,7 @@ class Result:
 
 
 class Cache:
-    """Residency under a cap of `capacity_blocks` blocks, all of one size; `policy` decides."""
+    """The blocks resident under a cap of `capacity_blocks` blocks, all of one size. `policy` decides which stay."""
 
     def __init__(self, policy: EvictionPolicy, history: History, capacity_blocks: int) -> None:
         self.policy, self.history, self.capacity_blocks = policy, history, capacity_blocks
@@ -50,7 +50,7 @@ class Cache:
         self.evictions = 0
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetch a chain and store what is missing of it, as far as there is room; how many leading blocks hit."""
+        """Fetches a chain, and stores its missing blocks as far as there is room. Returns how many leading blocks hit."""
         hit = self.policy.leading(keys)
         if hit:
             self.history.seen(keys[:hit], None, now_s)
@@ -66,7 +66,7 @@ class Cache:
             missing = keys[resident:]
             lacking = len(missing) - (self.capacity_blocks - self.used_blocks)
             if lacking > 0:
-                self._give_up(self.policy.victims(lacking, set(keys[:resident]), now_s, incoming=missing))
+                self._evict(self.policy.victims(lacking, set(keys[:resident]), now_s, incoming=missing))
             taken = missing[: self.capacity_blocks - self.used_blocks]
             if not taken:
                 return
@@ -76,27 +76,27 @@ class Cache:
             self.used_blocks += len(taken)
             resident += len(taken)
 
-    def _give_up(self, victims: list[int]) -> None:
+    def _evict(self, victims: list[int]) -> None:
         for key in victims:
             self.policy.remove(key)
         self.used_blocks -= len(victims)
         self.evictions += len(victims)
 
     def check(self) -> None:
-        """Assert that the cap holds and the policy agrees."""
+        """Asserts that the cap holds and that the policy is consistent."""
         assert self.used_blocks == len(self.policy) <= self.capacity_blocks
         self.policy.check()
 
 
 def capacity_in_blocks(trace: Trace, capacity: float) -> int:
-    """How many blocks a fraction of the trace's unique full blocks is: rounded up, at least one."""
+    """Returns a share of the trace's unique full blocks as a number of blocks: rounded up, at least one."""
     return max(1, math.ceil(capacity * trace.unique_blocks - 1e-6))
 
 
 def replay(trace: Trace, policy_name: str, capacity: float, *, cost_weight: float = 0.0, progress: Progress | None = None) -> Result:
-    """Replay `trace` from a cold start under a cap of `capacity` (a fraction); `belady`: the offline optimum.
+    """Replays `trace` from a cold start under a cap of `capacity`, a share of its unique blocks.
 
-    `cost_weight`: see `create_policy`.
+    The policy `belady` is the offline optimum. `cost_weight`: see `create_policy`.
     """
     capacity_blocks = capacity_in_blocks(trace, capacity)
     if policy_name == "belady":
@@ -109,20 +109,20 @@ def replay(trace: Trace, policy_name: str, capacity: float, *, cost_weight: floa
 
 
 def history_for(policy_name: str) -> History:
-    """A history as the policy needs it: only adaptive learns from one."""
+    """Returns the history that the policy needs. Only adaptive learns from one."""
     return policies.create_history() if policy_name == "adaptive" else History()
 
 
 def replay_with(
     trace: Trace, policy: EvictionPolicy, history: History, capacity_blocks: int, *, progress: Progress | None = None
 ) -> Result:
-    """Replay `trace` with a policy and a history of the caller's."""
+    """Replays `trace` with a policy and a history that the caller created."""
     capacity = capacity_blocks / max(trace.unique_blocks, 1)
     return run(trace, Cache(policy, history, capacity_blocks), type(policy).__name__, capacity, progress=progress)
 
 
 def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Progress | None = None) -> Result:
-    """Send every request of `trace` through `cache` and count."""
+    """Sends every request of `trace` through `cache`. Returns the counts."""
     begun_s = time.perf_counter()
     hits = send(trace, cache.request, progress)
     return Result(
@@ -142,7 +142,7 @@ def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Pro
 
 
 class Hits(NamedTuple):
-    """What hit of a trace, and what of its prefill that saved: in tokens, and weighted by their FLOPs."""
+    """The hits of a trace. The ratios are the share of prefill that they save, in tokens and in tokens weighted by FLOPs."""
 
     blocks: int
     hit_tokens: int
@@ -152,7 +152,10 @@ class Hits(NamedTuple):
 
 
 def send(trace: Trace, request: Callable[[list[int], float, int], int], progress: Progress | None) -> Hits:
-    """Make every request of `trace`: `request` takes keys, time and answer tokens, and says how many leading blocks hit."""
+    """Calls `request` for every request of `trace`, and returns the hits.
+
+    `request` takes keys, time and answer tokens. It returns how many leading blocks hit.
+    """
     blocks, hit_weight, weight = 0, 0.0, 0.0
     for at, each in enumerate(trace, 1):
         hit = request(each.keys, each.time_s, each.output_tokens)
@@ -166,5 +169,5 @@ def send(trace: Trace, request: Callable[[list[int], float, int], int], progress
 
 
 def prefill_weight(tokens: int) -> float:
-    """What prefilling the first `tokens` of a prompt costs, in units of its first token."""
+    """Returns the cost of prefilling the first `tokens` of a prompt, in units of its first token's cost."""
     return tokens + tokens * (tokens - 1) / 2 / FLOPS_POSITION_TOKENS

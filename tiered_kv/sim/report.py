@@ -1,4 +1,4 @@
-"""What people see of the results: a table a trace, their mean, and what a policy saves in memory."""
+"""Prints results for people: a table for each trace, their mean, and how much memory a policy saves."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TITLES = {"tokens": "prefill tokens that hit, %", "flops": "prefill FLOPs saved 
 
 
 def show(results: Sequence[Result], metric: str, console: Console) -> None:
-    """Print a table for each trace, the mean over traces where there are several, and the sizing sentences."""
+    """Prints a table for each trace, the mean over several traces, and sentences on memory size (see `sizing`)."""
     traces = list(dict.fromkeys(result.trace for result in results))
     for trace in traces:
         rows = [result for result in results if result.trace == trace]
@@ -29,7 +29,7 @@ def show(results: Sequence[Result], metric: str, console: Console) -> None:
 
 
 def show_tiers(results: Sequence[TiersResult], metric: str, console: Console) -> None:
-    """Print a table for each trace: hits in all and by tier, blocks written to each tier, write amplification of lower ones."""
+    """Prints a table for each trace: hits in total and by tier, blocks written to each tier, write amplification of lower tiers."""
     for trace in dict.fromkeys(result.trace for result in results):
         rows = [result for result in results if result.trace == trace]
         table = Table("policy", title=f"{trace}: {TITLES[metric]}, in all and by tier; blocks written a request", title_justify="left")
@@ -48,7 +48,7 @@ def show_tiers(results: Sequence[TiersResult], metric: str, console: Console) ->
 
 
 def curves(results: Sequence[Result], metric: str) -> dict[str, dict[float, float]]:
-    """For each policy its ratio by capacity; the mean where there are several traces."""
+    """Returns the ratio by capacity for each policy, as the mean over the traces."""
     found: dict[str, dict[float, list[float]]] = {}
     for result in results:
         found.setdefault(result.policy, {}).setdefault(result.capacity, []).append(getattr(result, METRICS[metric]))
@@ -69,12 +69,15 @@ def _table(title: str, by_policy: dict[str, dict[float, float]], blocks: dict[fl
 
 
 def percent(capacity: float) -> str:
-    """A share for people: `5 %`."""
+    """Formats a share for people: `5 %`."""
     return f"{100 * capacity:g} %"
 
 
 def sizing(by_policy: dict[str, dict[float, float]]) -> str:
-    """How much memory LRU needs for the hits of adaptive, or else of the best other policy; empty without either side."""
+    """Says how much memory LRU needs for the hits of adaptive, or of the best other policy if adaptive was not replayed.
+
+    Returns "" if LRU or any other policy is missing.
+    """
     others = {policy: fmean(curve.values()) for policy, curve in by_policy.items() if policy not in ("lru", "belady")}
     if "lru" not in by_policy or not others:
         return ""
@@ -88,7 +91,10 @@ def sizing(by_policy: dict[str, dict[float, float]]) -> str:
 
 
 def memory_ratio(lru: dict[float, float], capacity: float, ratio: float) -> str:
-    """The capacity at which the LRU curve reaches `ratio`, over `capacity`; linear in log capacity between its points."""
+    """Returns, as text, how many times `capacity` LRU needs to reach the hit ratio `ratio`.
+
+    Interpolates LRU's curve linearly in log capacity.
+    """
     points = sorted(lru.items())
     if ratio <= points[0][1]:
         return f"{'≤ ' if ratio < points[0][1] else ''}{points[0][0] / capacity:.1f} ×"

@@ -1,7 +1,7 @@
-"""Several tiers: the store's own machine is driven by a trace, with a mover whose copies take no time.
+"""Simulates several tiers: a trace drives the store's own state machine, with copies between tiers that take no time.
 
-All blocks are one byte, so that caps count blocks. What the engine and the log tiers do for the machine is done here in
-the smallest form: room is asked for, segments fill up and go. Without lower tiers it hits what `Cache` hits.
+All blocks have one byte, so that caps count blocks. This module does the engine's and the log tiers' part in the simplest form:
+it asks the machine for room, and fills and reclaims segments. Without lower tiers it hits the same blocks as `Cache`.
 """
 
 import time
@@ -21,16 +21,16 @@ from tiered_kv.store.movement import REINSERT_SHARE
 NAMES = {"hot": Tier.DEVICE, "warm": Tier.HOST, "cold": Tier.OBJECTS} | {tier.label: tier for tier in Tier if tier is not Tier.CHECKPOINT}
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 SEGMENTS = 64
-"""In a full lower tier."""
+"""Number of segments in a full lower tier."""
 SEGMENTS_AHEAD = 2
-"""A segment is copied down while so many others are still before it would have to go."""
+"""A segment is copied to the next tier when at most this many other segments remain until it must be reclaimed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TiersResult:
-    """What one policy got out of one trace. Ratios by tier are of all input tokens, writes are blocks a request.
+    """The result of one policy on one trace. Ratios by tier are shares of all input tokens. Writes are blocks per request.
 
-    `write_amplification`: of each lower tier, what was written over what came new to it.
+    `write_amplification`: for each lower tier, blocks written divided by blocks that were new to the tier.
     """
 
     trace: str
@@ -49,7 +49,7 @@ class TiersResult:
 
 
 def tiers_of(text: str) -> dict[Tier, float]:
-    """Shares of the trace's unique blocks from `hot=0.1,warm=0.3,disk=1`; `Kind.CONFIG` for what is none."""
+    """Parses `hot=0.1,warm=0.3,disk=1`: shares of the trace's unique blocks by tier. Raises (kind `config`) for invalid text."""
     found: dict[Tier, float] = {}
     for part in text.split(","):
         name, _, share = (each.strip() for each in part.partition("="))
@@ -59,19 +59,20 @@ def tiers_of(text: str) -> dict[Tier, float]:
             capacity = 0.0
         if name not in NAMES or NAMES[name] in found or not 0 < capacity <= 1:
             known = ", ".join(NAMES)
-            raise _no_tiers(f"{part.strip()!r} is not NAME=SHARE, each tier once, of {known}, with a share above 0 and at most 1")
+            form = f"NAME=SHARE with each tier once, NAME one of {known}, SHARE above 0 and at most 1"
+            raise _invalid_tiers(f"{part.strip()!r} is invalid; expected {form}")
         found[NAMES[name]] = capacity
     if Tier.HOST not in found:
-        raise _no_tiers(f"{text!r} lacks warm=…, host memory, where every block arrives")
+        raise _invalid_tiers(f"warm=SHARE must be given (host memory, where every block arrives), got {text!r}")
     return dict(sorted(found.items()))
 
 
-def _no_tiers(said: str) -> TieredKVError:
-    return TieredKVError(Kind.CONFIG, f"--tiers: {said}", setting="tiers")
+def _invalid_tiers(message: str) -> TieredKVError:
+    return TieredKVError(Kind.CONFIG, f"--tiers: {message}", setting="tiers")
 
 
 class Log:
-    """A lower tier: blocks are appended to segments, and go with them."""
+    """A lower tier: a log of segments. Blocks are appended to segments and removed with them."""
 
     def __init__(self, tier: Tier, capacity: int) -> None:
         self.tier, self.capacity = tier, capacity
@@ -83,7 +84,7 @@ class Log:
         self._aged = -1
 
     def append(self, key: int) -> Location:
-        """Write one block; there must be room."""
+        """Appends one block. There must be room for it."""
         if len(self._segments[self._newest]) == self.segment_blocks:
             self._newest += 1
             self._segments[self._newest] = []
@@ -93,11 +94,11 @@ class Log:
         return Location(self.tier, 0, self._newest, 0, 1, 1)
 
     def segment_to_go(self) -> int | None:
-        """The oldest segment, if there is no room for one block more."""
+        """Returns the oldest segment if it must be reclaimed because the tier is full, else None."""
         return min(self._segments) if self._used == self.capacity else None
 
     def segment_to_age(self) -> int | None:
-        """A segment, told once, that has to go before long."""
+        """Returns the oldest segment, once, if it will have to be reclaimed soon, else None."""
         oldest = min(self._segments)
         if self._used + SEGMENTS_AHEAD * self.segment_blocks <= self.capacity or self._aged >= oldest or oldest == self._newest:
             return None
@@ -105,7 +106,7 @@ class Log:
         return oldest
 
     def remove(self, segment: int) -> list[int]:
-        """Remove a segment; what was ever written to it."""
+        """Removes a segment. Returns all keys ever written to it."""
         keys = self._segments.pop(segment)
         self._used -= len(keys)
         if segment == self._newest:
@@ -114,16 +115,16 @@ class Log:
         return keys
 
     def keys_in(self, segment: int) -> list[int]:
-        """What was ever written to a segment."""
+        """Returns all keys ever written to a segment."""
         return list(self._segments[segment])
 
     def check(self) -> None:
-        """Assert that the cap holds."""
+        """Asserts that the cap holds."""
         assert self._used == sum(map(len, self._segments.values())) <= self.capacity
 
 
 class TieredCache:
-    """A node's store in one thread: requests in, hits by tier out."""
+    """A node's store in one thread. Takes requests and counts hits by tier."""
 
     def __init__(self, policy_name: str, capacities: Mapping[Tier, int], *, cost_weight: float = 0.0, block_tokens: int = 0) -> None:
         history = history_for(policy_name)
@@ -140,38 +141,38 @@ class TieredCache:
         self._now_s = 0.0
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetch a chain and store what is missing of it, as far as there is room; how many leading blocks hit."""
+        """Fetches a chain, and stores its missing blocks as far as there is room. Returns how many leading blocks hit."""
         self._now_s, blocks = now_s, self.machine.blocks
         hit = next((at for at, key in enumerate(keys) if key not in blocks), len(keys))
         self.hits.update(min(blocks[key].copies) for key in keys[:hit])
         if hit:
-            self._tell(ev.Used(keys[:hit], now_s))
+            self._handle(ev.Used(keys[:hit], now_s))
         self._store(keys, hit)
         if keys:
-            self._tell(ev.Hinted(keys[-1], Hint(answer_tokens=answer_tokens), now_s))
+            self._handle(ev.Hinted(keys[-1], Hint(answer_tokens=answer_tokens), now_s))
         return hit
 
-    def _store(self, keys: list[int], there: int) -> None:
-        while there < len(keys):
-            missing, parent = keys[there:], keys[there - 1] if there else None
+    def _store(self, keys: list[int], present: int) -> None:
+        while present < len(keys):
+            missing, parent = keys[present:], keys[present - 1] if present else None
             taken = missing[: self._room(Tier.HOST, missing, parent)]
             if not taken:
                 return
-            self._tell(ev.Committed(b"", parent, taken, [_in_memory(Tier.HOST)] * len(taken), self._now_s))
+            self._handle(ev.Committed(b"", parent, taken, [_in_memory(Tier.HOST)] * len(taken), self._now_s))
             self.writes[Tier.HOST] += len(taken)
-            there += len(taken)
+            present += len(taken)
 
     def _room(self, tier: Tier, keys: Sequence[int], tail: int | None) -> int:
-        """How many blocks more the tier in memory can take, once room was made for `keys`."""
+        """Makes room for `keys` in a memory tier. Returns how many more blocks fit into it afterwards."""
         lacking = len(keys) - self._free(tier)
         if lacking > 0:
-            self._tell(ev.Needed(tier, lacking, tail, keys, self._now_s))
+            self._handle(ev.Needed(tier, lacking, tail, keys, self._now_s))
         return self._free(tier)
 
     def _free(self, tier: Tier) -> int:
         return self._capacities[tier] - self.machine.bytes_by_tier[tier]
 
-    def _tell(self, event: ev.Event) -> None:
+    def _handle(self, event: ev.Event) -> None:
         ways: dict[tuple[Tier, Tier], list[ev.Copy]] = {}
         for instruction in self.machine.handle(event):
             if isinstance(instruction, ev.Copy):
@@ -187,11 +188,11 @@ class TieredCache:
             taken = copies[: self._room(target, [copy.key for copy in copies], copies[-1].key)]
             if not taken:
                 for copy in copies:
-                    self._tell(ev.CopyFailed(copy.key, target))
+                    self._handle(ev.CopyFailed(copy.key, target))
                 return
-            for copy in reversed(taken):  # the deepest first: it goes first
+            for copy in reversed(taken):  # the deepest block first, because it is evicted first
                 self.writes[target] += 1
-                self._tell(ev.Copied(copy.key, _in_memory(target)))
+                self._handle(ev.Copied(copy.key, _in_memory(target)))
             copies = copies[len(taken) :]
 
     def _append(self, lower: Log, copies: list[ev.Copy]) -> None:
@@ -199,18 +200,18 @@ class TieredCache:
             while (segment := lower.segment_to_go()) is not None:
                 self._reclaim(lower, segment)
             self.writes[lower.tier] += 1
-            self._tell(ev.Copied(copy.key, lower.append(copy.key)))
+            self._handle(ev.Copied(copy.key, lower.append(copy.key)))
             if Tier.OBJECTS in self.logs and lower.tier is Tier.DISK and (segment := lower.segment_to_age()) is not None:
-                self._tell(ev.Aging(lower.tier, segment, lower.keys_in(segment)))
+                self._handle(ev.Aging(lower.tier, segment, lower.keys_in(segment)))
 
     def _reclaim(self, lower: Log, segment: int) -> None:
         keys = lower.remove(segment)
         for key in self.machine.wanted_in(lower.tier, segment, keys, REINSERT_SHARE * lower.segment_blocks):
-            self._tell(ev.Moved(key, segment, lower.append(key)))
-        self._tell(ev.Emptied(lower.tier, segment, keys))
+            self._handle(ev.Moved(key, segment, lower.append(key)))
+        self._handle(ev.Emptied(lower.tier, segment, keys))
 
     def check(self) -> None:
-        """Assert that every cap holds and the machine agrees."""
+        """Asserts that every cap holds and that the machine is consistent."""
         self.machine.check()
         for lower in self.logs.values():
             lower.check()
@@ -223,7 +224,7 @@ def _in_memory(tier: Tier) -> Location:
 def replay_tiers(
     trace: Trace, policy_name: str, shares: Mapping[Tier, float], *, cost_weight: float = 0.0, progress: Progress | None = None
 ) -> TiersResult:
-    """Replay `trace` from a cold start through tiers with these shares of its unique full blocks."""
+    """Replays `trace` from a cold start through tiers with these shares of its unique full blocks."""
     begun_s = time.perf_counter()
     capacities = {tier: capacity_in_blocks(trace, share) for tier, share in shares.items()}
     cache = TieredCache(policy_name, capacities, cost_weight=cost_weight, block_tokens=trace.block_tokens)

@@ -1,7 +1,7 @@
-"""Request traces in Mooncake's format: one JSON object a line, plain, gzip or zstandard.
+"""Request traces in Mooncake's format: one JSON object a line, uncompressed or compressed with gzip or zstandard.
 
-Fields: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one id a block of the input, the last
-block perhaps partial; equal ids mean equal prefixes). Format: Qin et al., Mooncake, FAST 2025.
+Fields: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one id for each block of the input; the last
+block may be partial; equal ids mean equal prefixes). Format: Qin et al., Mooncake, FAST 2025.
 """
 
 import gzip
@@ -23,12 +23,12 @@ from tiered_kv.errors import Kind, TieredKVError
 _FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 _ID_TYPES = {int, str, float}
 _CHUNK_BYTES = 1 << 20
-_TOKENS_BITS = 40  # more tokens than this in a request are a mistake
+_TOKENS_BITS = 40  # a request with 2 ** 40 tokens or more is an error
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a trace: when it came, its full blocks root first, its lengths in tokens."""
+    """One request of a trace: its time, its full blocks (root first), its lengths in tokens."""
 
     time_s: float
     keys: list[int]
@@ -38,9 +38,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory: full blocks only, as ids 0, 1, … in the order of their first use; requests by time.
+    """A trace in memory, sorted by time. It has full blocks only, numbered 0, 1, … in the order of their first use.
 
-    Request i has the blocks `ids[offsets[i]:offsets[i + 1]]`. Some 20 MB for 5 million blocks.
+    Request i has the blocks `ids[offsets[i]:offsets[i + 1]]`. About 20 MB for 5 million blocks.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Trace:
     ids: np.ndarray
     offsets: np.ndarray
     notes: tuple[str, ...] = field(default=())
-    """What people should know of how it was read."""
+    """Messages for the user about how the file was read."""
 
     def __len__(self) -> int:
         return len(self.times_s)
@@ -64,11 +64,11 @@ class Trace:
 
     @property
     def unique_blocks(self) -> int:
-        """How many blocks there are, each counted once."""
+        """How many different blocks the trace has."""
         return int(self.ids.max()) + 1 if len(self.ids) else 0
 
     def check(self) -> None:
-        """Assert that the arrays fit together."""
+        """Asserts that the arrays are consistent."""
         assert len(self.times_s) == len(self.input_tokens) == len(self.output_tokens) == len(self.offsets) - 1
         assert self.offsets[0] == 0
         assert self.offsets[-1] == len(self.ids)
@@ -79,11 +79,11 @@ class Trace:
 
 
 def read_trace(path: str | Path, *, block_tokens: int | None = None, rekey: bool = False) -> Trace:
-    """The trace in the file `path`; its times sorted if they are not.
+    """Reads the trace in the file `path`. Sorts it by time if needed.
 
-    `block_tokens`: tokens of a block; without it from `-bN` in the file's name, else the one that fits all lengths.
-    `rekey`: ids hash a block's own content; a block is then known by its id and all ids before it.
-    Errors (`Kind.CONFIG`) name file and line.
+    `block_tokens`: tokens of a block. Without it, `-bN` in the file's name counts, else the block size is derived from the lengths.
+    `rekey`: the ids hash only a block's own content. A block is then identified by its id and all previous ids of its request.
+    Raises (kind `config`), naming file and line.
     """
     path = Path(path)
     raw = _Raw(path.name)
@@ -101,13 +101,13 @@ def read_trace(path: str | Path, *, block_tokens: int | None = None, rekey: bool
 
 
 def first_misplaced(ids: np.ndarray, offsets: np.ndarray) -> tuple[int, int] | None:
-    """Of blocks that stand behind another block than where they stood first: the first one's place, and how many."""
+    """Finds blocks whose parent is not the same as at their first use. Returns the index of the first one and their number."""
     if not len(ids):
         return None
-    behind = _parents(ids, offsets)
-    first_behind = np.empty(int(ids.max()) + 1, ids.dtype)
-    first_behind[ids[::-1]] = behind[::-1]
-    wrong = np.flatnonzero(first_behind[ids] != behind)
+    parents = _parents(ids, offsets)
+    first_parents = np.empty(int(ids.max()) + 1, ids.dtype)
+    first_parents[ids[::-1]] = parents[::-1]
+    wrong = np.flatnonzero(first_parents[ids] != parents)
     return (int(wrong[0]), len(wrong)) if len(wrong) else None
 
 
@@ -118,7 +118,7 @@ def _parents(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 class _Raw:
-    """The file's requests, checked one by one; ids as numbers in order of appearance, partial blocks included."""
+    """The requests of a file, validated one by one. Ids are numbers in order of appearance, and partial blocks are included."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -128,7 +128,7 @@ class _Raw:
         self._numbers: dict[Any, int] = {}
 
     def add(self, number: int, text: bytes) -> None:
-        """Take one line; lines are counted from 1."""
+        """Adds one line. Line numbers start at 1."""
         time_ms, input_tokens, output_tokens, ids = self._parsed(number, text)
         self.lines.append(number)
         self.times_s.append(time_ms / 1000)
@@ -142,20 +142,22 @@ class _Raw:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _error(self.name, number, f"is no JSON ({error})") from None
+            raise _error(self.name, number, f"must be a JSON object, got invalid JSON ({error})") from None
         if not isinstance(found, dict):
-            raise _error(self.name, number, "is no JSON object")
+            raise _error(self.name, number, f"must be a JSON object, got {type(found).__name__}")
         missing = [name for name in _FIELDS if name not in found]
         if missing:
-            raise _error(self.name, number, f"has no {missing[0]}")
+            raise _error(self.name, number, f"must have the field {missing[0]}, got only {', '.join(map(str, found)) or 'no fields'}")
         time_ms, input_tokens, output_tokens, ids = (found[name] for name in _FIELDS)
         if type(time_ms) not in (int, float) or not 0 <= time_ms < math.inf:
-            raise _error(self.name, number, f"timestamp is no time in ms: {time_ms!r}")
+            raise _error(self.name, number, f"timestamp must be a time in ms of at least 0, got {time_ms!r}")
         for name, value in (("input_length", input_tokens), ("output_length", output_tokens)):
             if type(value) is not int or not 0 <= value < 1 << _TOKENS_BITS:
-                raise _error(self.name, number, f"{name} is no number of tokens: {value!r}")
+                raise _error(self.name, number, f"{name} must be a number of tokens from 0 to 2^{_TOKENS_BITS} - 1, got {value!r}")
         if not isinstance(ids, list) or not _ID_TYPES.issuperset(map(type, ids)):
-            raise _error(self.name, number, "hash_ids is no list of numbers or strings")
+            elements = [each for each in ids if type(each) not in _ID_TYPES] if isinstance(ids, list) else []
+            got = f"the element {elements[0]!r:.80}" if elements else f"{ids!r:.80}"
+            raise _error(self.name, number, f"hash_ids must be a list of numbers or strings, got {got}")
         return time_ms, input_tokens, output_tokens, ids
 
 
@@ -168,11 +170,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     except OSError as error:
         raise _error(path.name, None, f"cannot be read ({error.strerror or error})") from error
     except (zstandard.ZstdError, EOFError, zlib.error) as error:
-        raise _error(path.name, None, f"is damaged ({error})") from error
+        raise _error(path.name, None, f"is damaged or incomplete ({error})") from error
 
 
 def _unpacked(file: IO[bytes]) -> Iterable[bytes]:
-    """The lines of a file, whatever its first bytes say it is packed with."""
+    """Returns the lines of a file. Its first bytes decide how it is decompressed."""
     magic = file.read(4)
     file.seek(0)
     if magic == b"\x28\xb5\x2f\xfd":
@@ -181,7 +183,7 @@ def _unpacked(file: IO[bytes]) -> Iterable[bytes]:
 
 
 def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
-    """The content of one frame after another; unlike the library's reader it does not take a cut file for a short one."""
+    """Yields the content of all zstd frames of a file. The library's own reader would treat a truncated file as a shorter one."""
     packed = zstandard.ZstdDecompressor()
     frame = packed.decompressobj()
     while data := file.read(_CHUNK_BYTES):
@@ -190,7 +192,7 @@ def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
             yield frame.decompress(data)
             data = frame.unused_data
     if not frame.eof:
-        raise EOFError("it ends within a frame")
+        raise EOFError("the file ends inside a zstd frame")
 
 
 def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -205,13 +207,17 @@ def _block_tokens(raw: _Raw, given: int | None) -> int:
     named = re.search(r"-b([1-9]\d*)(?=[._-]|$)", raw.name)
     if given is not None:
         if given < 1:
-            raise TieredKVError(Kind.CONFIG, f"--block-tokens: {given} is no number of tokens", setting="block_tokens")
+            raise TieredKVError(Kind.CONFIG, f"--block-tokens: must be at least 1, got {given}", setting="block_tokens")
         return given
     return int(named[1]) if named else _fitting_block_tokens(raw)
 
 
 def _fitting_block_tokens(raw: _Raw) -> int:
-    """The block size that explains how many ids each request has; of several that are close the only power of two."""
+    """Returns the block size that fits the lengths and the numbers of ids of all requests.
+
+    If several sizes fit, at most a quarter apart, returns the only power of two among them. Raises (kind `config`) if that is
+    ambiguous.
+    """
     inputs, counts = np.array(raw.inputs), np.array(raw.counts)
     fewer, more = np.maximum(counts - 1, 0), counts + 1
     with_partial = -(-inputs // np.maximum(counts, 1)), _bounds(inputs - 1, fewer)
@@ -222,22 +228,24 @@ def _fitting_block_tokens(raw: _Raw) -> int:
         fitting = [low] if low == high else [1 << bit for bit in range(_TOKENS_BITS) if low <= 1 << bit <= high]
         if len(fitting) == 1 and high <= 1.25 * low:
             return fitting[0]
-    raise _error(raw.name, None, "does not show how many tokens a block has: give --block-tokens (Mooncake's own traces: 512)")
+    said = "the block size cannot be derived from the lengths: give --block-tokens (Mooncake's own traces: 512)"
+    raise _error(raw.name, None, said)
 
 
 def _bounds(tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """The largest block size of which `blocks` blocks fit into `tokens`."""
+    """Returns the largest block size for which `blocks` full blocks fit into `tokens`."""
     return np.where(blocks > 0, tokens // np.maximum(blocks, 1), 1 << _TOKENS_BITS)
 
 
 def _full_blocks(raw: _Raw, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and offsets without partial blocks, ids renumbered without gaps."""
+    """Returns ids and offsets without partial blocks. The ids are renumbered without gaps."""
     inputs, counts = np.array(raw.inputs), np.array(raw.counts)
     full = inputs // block_tokens
-    wrong = np.flatnonzero((counts < full) | (counts > full + 1))  # some writers give an id to a last block of no tokens
+    wrong = np.flatnonzero((counts < full) | (counts > full + 1))  # some writers add an id for a last block without tokens
     if len(wrong):
         at = wrong[0]
-        said = f"has {counts[at]} hash_ids, but {inputs[at]} tokens are {full[at]} blocks of {block_tokens} (see --block-tokens)"
+        allowed = f"{full[at]} or {full[at] + 1} ids for {inputs[at]} tokens in blocks of {block_tokens}"
+        said = f"hash_ids must have {allowed}, got {counts[at]} (see --block-tokens)"
         raise _error(raw.name, raw.lines[at], said)
     starts = np.cumsum(counts) - counts
     offsets = np.concatenate([[0], np.cumsum(full)])
@@ -246,7 +254,7 @@ def _full_blocks(raw: _Raw, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _dense(ids: np.ndarray) -> np.ndarray:
-    """The same ids as 0, 1, … in the order of their first use."""
+    """Renumbers ids as 0, 1, … in the order of their first use."""
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
@@ -254,7 +262,7 @@ def _dense(ids: np.ndarray) -> np.ndarray:
 
 
 def _rekeyed(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Ids of prefixes from ids of contents: the nodes of the trie of all requests."""
+    """Converts ids of block contents to ids of prefixes: the nodes of the trie of all requests."""
     nodes: dict[int, int] = {}
     width = int(ids.max()) + 1 if len(ids) else 1
     out = array("i")
@@ -273,8 +281,8 @@ def _refuse_content_ids(raw: _Raw, ids: np.ndarray, offsets: np.ndarray) -> None
     place, count = misplaced
     at = int(np.searchsorted(offsets, place, side="right")) - 1
     said = (
-        f"has a block behind another block than before (or twice in one request), as {count} of {len(ids)} blocks have: "
-        "ids that hash a block's content alone need --rekey"
+        f"a block has another parent than at its first use, or is twice in one request, like {count} of {len(ids)} blocks in the file; "
+        "if ids hash only a block's own content, use --rekey"
     )
     raise _error(raw.name, raw.lines[at], said)
 
@@ -282,7 +290,7 @@ def _refuse_content_ids(raw: _Raw, ids: np.ndarray, offsets: np.ndarray) -> None
 def _by_time(raw: _Raw, block_tokens: int, ids: np.ndarray, offsets: np.ndarray) -> Trace:
     times_s, inputs, outputs = (np.array(each) for each in (raw.times_s, raw.inputs, raw.outputs))
     if len(times_s) > 1 and not np.ptp(times_s):
-        note = f"{raw.name}: all requests have the same time; taken as one a second"
+        note = f"{raw.name}: all requests have the same time; replayed as one request a second"
         return Trace(raw.name, block_tokens, np.arange(len(times_s), dtype=float), inputs, outputs, ids, offsets, (note,))
     early = int((np.diff(times_s) < 0).sum())
     if not early:
@@ -291,7 +299,7 @@ def _by_time(raw: _Raw, block_tokens: int, ids: np.ndarray, offsets: np.ndarray)
     counts = np.diff(offsets)[order]
     sorted_offsets = np.concatenate([[0], np.cumsum(counts)])
     places = np.arange(offsets[-1]) + np.repeat(offsets[:-1][order] - sorted_offsets[:-1], counts)
-    note = f"{raw.name}: {early} requests come before their predecessor; sorted by time"
+    note = f"{raw.name}: {early} requests have an earlier time than the previous line; sorted by time"
     return Trace(raw.name, block_tokens, times_s[order], inputs[order], outputs[order], _dense(ids[places]), sorted_offsets, (note,))
 
 

@@ -14,9 +14,9 @@ _OPENERS = {".gz": gzip.open, ".zst": zstandard.open}
 
 
 class TraceWriter:
-    """A trace file, written a request at a time; packed as its name says (.gz, .zst, else plain). A context manager.
+    """A trace file, written request by request. A context manager. The extension decides the compression: .gz, .zst, else none.
 
-    Replaces the file that is there. Raises (kind `config`, setting `out`) where it cannot be written.
+    Replaces an existing file. Raises (kind `config`, setting `out`) if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -27,14 +27,14 @@ class TraceWriter:
             raise self._refusal(error) from error
 
     def write(self, request: dict) -> None:
-        """Add one request: `timestamp`, `input_length`, `output_length`, `hash_ids`."""
+        """Adds one request: `timestamp`, `input_length`, `output_length`, `hash_ids`."""
         try:
             self._file.write(json.dumps(request, separators=(",", ":")) + "\n")
         except OSError as error:
             raise self._refusal(error) from error
 
     def close(self) -> None:
-        """Finish the file, without which a packed one is damaged. May be called twice."""
+        """Finishes the file. A compressed file is incomplete without this. May be called twice."""
         try:
             self._file.close()
         except OSError as error:
@@ -47,7 +47,7 @@ class TraceWriter:
         if kind is None:
             self.close()
             return
-        with suppress(TieredKVError):  # the first error is the one to tell
+        with suppress(TieredKVError):  # the first error is the one to report
             self.close()
 
     def _refusal(self, error: OSError) -> TieredKVError:

@@ -101,11 +101,11 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(prompts: str, mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--codec", "int9"], "--codec: codec 'int9' is unknown"),
+        (["--codec", "int9"], "--codec: unknown codec 'int9'"),
         (["--codec", "int8,int8"], "--codec: int8 is there twice"),
-        (["--codec", ""], "--codec: codec '' is unknown"),
-        (["--codec", "int8:3"], "--codec: codec 'int8' takes nothing"),
-        (["--codec", "xlayer:fast"], "--codec: codec 'xlayer:fast'"),
+        (["--codec", ""], "--codec: unknown codec ''"),
+        (["--codec", "int8:3"], "--codec: codec 'int8' takes no parameters"),
+        (["--codec", "xlayer:fast"], "--codec: codec must be xlayer, xlayer:STEP or"),
         (["--codec", "xlayer:1e-4"], "--codec: xlayer:1e-4 needs a calibrated model; run: tiered-kv calibrate default"),
         (["--codec", "raw,ecuq"], "--codec: ecuq needs a calibrated model"),
         (["--calibration", "none.tkvcal"], "--calibration: none.tkvcal"),

@@ -1,4 +1,4 @@
-"""A small calibration made in code, and KV as it expects it: layers that follow from the two before them."""
+"""A small synthetic calibration, and KV that fits it: each layer is predicted from the two previous ones."""
 
 import torch
 
@@ -13,12 +13,12 @@ NOISE = 0.05
 
 
 def layout_of(tokens: int = 32, dtype: str = "bfloat16") -> KVLayout:
-    """Blocks of the calibration's model."""
+    """Returns the layout of blocks of the calibration's model."""
     return KVLayout(LAYERS, HEADS, DIM, dtype, tokens)
 
 
 def calibration(groups: int = 1, rope: bytes = ROPE, seed: int = 0) -> Calibration:
-    """Tables with orthogonal axes; a step of 1e-3 is about a hundredth of a deviation of the KV that `kv_of` makes."""
+    """Returns tables with orthogonal axes. A step of 1e-3 is about a hundredth of a deviation of the KV that `kv_of` makes."""
     generator = torch.Generator().manual_seed(seed)
     size = CHANNELS // groups
     mean = 2 * torch.randn(LAYERS, CHANNELS, generator=generator)
@@ -43,7 +43,7 @@ def calibration(groups: int = 1, rope: bytes = ROPE, seed: int = 0) -> Calibrati
 
 
 def kv_of(made: Calibration, layout: KVLayout, start: int = 0, seed: int = 0) -> torch.Tensor:
-    """(L, 2, H, T, D) at some position, drawn from the model that the tables of xlayer describe."""
+    """Returns KV (L, 2, H, T, D) at position `start`, drawn from the distribution that the xlayer tables describe."""
     generator = torch.Generator().manual_seed(seed)
     groups, size = made.xlayer.groups, CHANNELS // made.xlayer.groups
     matrix, spread = made.xlayer.matrix.float(), made.xlayer.spread.view(LAYERS, groups, size)

@@ -1,6 +1,6 @@
-"""What the kernels write, beside the torch path: on a GPU where there is one, else under Triton's interpreter.
+"""Compares the kernels with the torch path: on a GPU if there is one, else in Triton's interpreter.
 
-Run by test_kernels.py in a process of its own: the interpreter has to be chosen before triton is imported.
+test_kernels.py runs this module in a separate process, because the interpreter must be chosen before triton is imported.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ from tiered_kv.layout import KVLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-6}
-"""One unit in the last place; of float32, what adding in one step may differ by."""
+"""One unit in the last place of the dtype. For float32: the difference that a fused multiply-add may cause."""
 SAME = {"bfloat16": 0.95 if DEVICE.type == "cuda" else 0.4, "float16": 0.95, "float32": 0.5}
-"""So many of the numbers are the same."""
+"""At least this part of the numbers must be identical."""
 SHAPES = {
     "a model's": (2, 2, 64, 20),
     "no power of two": (1, 2, 20, 18),
@@ -30,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every decode goes through the kernels; what they were given to fill is noted."""
+    """Makes every decode use the kernels. Returns a list of the tensors that the kernels filled."""
     filled: list[torch.Tensor] = []
     restore = kernels.restore
 
@@ -38,7 +38,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         filled.append(out)
         restore(codes, scales, out, **how)
 
-    if DEVICE.type == "cpu":  # the interpreter multiplies the bits of bf16
+    if DEVICE.type == "cpu":  # the interpreter multiplies bf16 as if its bits were integers
         for module in (parts, kernels):
             monkeypatch.setattr(module, "product_dtype", lambda out: torch.float32)
     monkeypatch.setattr(integer, "kernels_of", lambda device: kernels)
@@ -53,7 +53,7 @@ def by_torch(codec: IntegerCodec, payload: memoryview, kv: torch.Tensor) -> None
 
 
 def assert_like_torch(codec: IntegerCodec, kv: torch.Tensor, out: torch.Tensor, filled: list[torch.Tensor]) -> None:
-    """`out` is filled as torch fills it: each number within a unit in the last place, and 1e-6 of the greatest."""
+    """Checks that `out` is filled as torch fills it: each number within a unit in the last place plus 1e-6 of the greatest number."""
     encoded = codec.encode(as_bytes(kv))
     assert not encoded.fell_back
     payload = encoded.payload
@@ -70,7 +70,7 @@ def assert_like_torch(codec: IntegerCodec, kv: torch.Tensor, out: torch.Tensor, 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_kernels_write_what_torch_writes(bits: str, shape: tuple[int, ...], dtype: str, chosen: list) -> None:
+def test_kernels_decode_as_torch_does(bits: str, shape: tuple[int, ...], dtype: str, chosen: list) -> None:
     layers, heads, dim, tokens = shape
     layout = KVLayout(layers, heads, dim, dtype, tokens)
     rope = rope_of_theta(10_000, dim - dim % 2)
@@ -88,8 +88,8 @@ def test_every_rotation(bits: str, rope: bytes | None, is_halves: bool, chosen: 
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_scatters_into_a_part_of_a_pool_and_leaves_the_rest(bits: str, chosen: list) -> None:
-    """As an engine keeps it: (2, L, slots, H, D), the block at some slots."""
+def test_decodes_into_a_part_of_a_pool_and_leaves_the_rest(bits: str, chosen: list) -> None:
+    """Decodes into some slots of an engine's pool (2, L, slots, H, D)."""
     layout = KVLayout(2, 2, 16, "bfloat16", 20)
     pool = torch.full((2, 2, 50, 2, 16), 7.0, dtype=torch.bfloat16, device=DEVICE)
     part = pool[:, :, 10:30].permute(1, 0, 3, 2, 4)
@@ -108,7 +108,7 @@ def test_every_code_of_a_byte(chosen: list) -> None:
         assert np.array_equal(out.cpu().numpy().ravel(), expected * 0.5 + 3)
 
 
-def test_dtypes_without_kernels_go_by_torch(chosen: list) -> None:
+def test_dtypes_without_kernels_decode_with_torch(chosen: list) -> None:
     for name, dtype in (("int8", "float64"), ("int6", "bfloat16")):
         layout = KVLayout(1, 1, 16, dtype, 8)
         kv, codec = kv_of(layout), codec_for(name, layout).at(64)
@@ -117,10 +117,10 @@ def test_dtypes_without_kernels_go_by_torch(chosen: list) -> None:
         assert out.any() and not chosen
 
 
-def test_the_check_of_a_device_passes_and_finds_wrong_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_self_test_passes_and_detects_wrong_results(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert kernels.works_on(DEVICE) and not caplog.records
     monkeypatch.setattr(kernels, "restore", lambda *_, **__: None)
-    assert not kernels.works_on(DEVICE) and "answer wrongly" in caplog.text
+    assert not kernels.works_on(DEVICE) and "decode incorrectly" in caplog.text
 
     def broken(*_, **__) -> None:
         raise RuntimeError("no ptxas")

@@ -1,4 +1,4 @@
-"""KV for the tests of this folder: random, but shaped as a model's is."""
+"""Random KV for the tests of this folder, with the statistics of a model's KV."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tiered_kv.layout import KVLayout
 
 
 def kv_of(layout: KVLayout, seed: int = 0) -> torch.Tensor:
-    """(L, 2, H, T, D): channels of K with means and sizes of their own, V without."""
+    """Returns KV (L, 2, H, T, D). The channels of K have different means and sizes, those of V do not."""
     generator = torch.Generator().manual_seed(seed)
     kv = torch.randn(layout.block_shape, generator=generator)
     sizes = torch.rand(layout.layers, layout.kv_heads, 1, layout.head_dim, generator=generator)
@@ -15,5 +15,5 @@ def kv_of(layout: KVLayout, seed: int = 0) -> torch.Tensor:
 
 
 def as_bytes(kv: torch.Tensor) -> torch.Tensor:
-    """The 1-D bytes of a tensor, a view if it is contiguous."""
+    """Returns a tensor's bytes as 1-D uint8. The result is a view if the tensor is contiguous."""
     return kv.contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Calibrations that no model needs: plain tables for any shape, so that calibrated codecs stand beside the others in tests."""
+"""Plain calibration tables for blocks of any shape, so that tests can run calibrated codecs without a model."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from tiered_kv.layout import KVLayout
 
 
 def plain_calibration(layout: KVLayout, rope: bytes = b"") -> Calibration:
-    """Channels without a mean, steps of 1e-2 of numbers of size 1 at the default step, nothing predicted."""
+    """Returns tables with means of zero, steps of 1e-2 at the default step for numbers of size 1, and no prediction across layers."""
     return _plain(layout.layers, layout.kv_heads, layout.head_dim, rope)
 
 

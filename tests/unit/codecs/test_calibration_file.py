@@ -1,4 +1,4 @@
-"""The calibration file: there and back, every damage named, and what an unregistered one means."""
+"""Tests of the calibration file: it loads as saved, every damage is reported with the file's name, and blocks need its tables."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ def assert_refused(path: Path, kind: Kind, match: str) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_calibration_comes_back_from_its_file(groups: int, tmp_path: Path) -> None:
+def test_a_calibration_loads_as_saved(groups: int, tmp_path: Path) -> None:
     made = calibration(groups).with_measured([{"codec": "int4", "ratio": 3.5, "kl": 4e-3}])
     made.save(tmp_path / "sub" / "a.calibration")
     again = Calibration.load(tmp_path / "sub" / "a.calibration")
@@ -46,7 +46,7 @@ def test_a_calibration_comes_back_from_its_file(groups: int, tmp_path: Path) -> 
     assert (tmp_path / "sub" / "a.calibration").stat().st_mode & 0o777 == 0o644
 
 
-def test_what_was_measured_is_not_what_decoding_depends_on() -> None:
+def test_the_fingerprint_covers_the_tables_and_not_the_measurements() -> None:
     made = calibration()
     assert made.with_measured([{"codec": "int8"}]).fingerprint == made.fingerprint == calibration().fingerprint
     others = [calibration(seed=1), calibration(2), calibration(rope=b""), replace(made, rope_halves=False)]
@@ -61,24 +61,24 @@ def test_every_damage_is_named_with_the_file(at: int, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0x55
     path.write_bytes(data)
-    kind, match = {0: (Kind.CONFIG, "not a calibration"), 4: (Kind.CONFIG, "newer")}.get(at, (Kind.CORRUPT, "damaged"))
+    kind, match = {0: (Kind.CONFIG, "not a calibration"), 4: (Kind.CONFIG, "newer")}.get(at, (Kind.CORRUPT, "checksum"))
     assert_refused(path, kind, match)
 
 
-@pytest.mark.parametrize(("size", "match"), [(0, "not a calibration"), (9, "not a calibration"), (50, "damaged"), (1000, "damaged")])
-def test_a_file_that_was_cut_off_is_refused(size: int, match: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "match"), [(0, "not a calibration"), (9, "not a calibration"), (50, "checksum"), (1000, "checksum")])
+def test_a_truncated_file_is_refused(size: int, match: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     calibration().save(path)
     path.write_bytes(path.read_bytes()[:size])
-    assert_refused(path, Kind.CORRUPT if match == "damaged" else Kind.CONFIG, match)
+    assert_refused(path, Kind.CORRUPT if match == "checksum" else Kind.CONFIG, match)
 
 
-def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "none", Kind.CONFIG, "cannot be read")
     assert_refused(tmp_path, Kind.CONFIG, "cannot be read")
 
 
-def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path) -> None:
+def test_a_calibration_that_cannot_be_written_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TieredKVError, match="cannot be written") as caught:
         calibration().save(tmp_path / "file" / "a")
@@ -86,7 +86,7 @@ def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["mean", "width"])
-def test_tables_that_cannot_be_are_refused(part: str) -> None:
+def test_invalid_tables_are_refused(part: str) -> None:
     tables = calibration().ecuq
     for wrong in (getattr(tables, part)[:, 1:], getattr(tables, part) * torch.nan):
         with pytest.raises(TieredKVError, match="tiny") as caught:
@@ -94,7 +94,7 @@ def test_tables_that_cannot_be_are_refused(part: str) -> None:
         assert caught.value.kind is Kind.CONFIG
 
 
-def test_bounds_lie_between_and_beyond_the_steps_that_were_tried() -> None:
+def test_bounds_are_interpolated_and_extrapolated_from_the_steps_tried() -> None:
     made = calibration()
     assert made.bound("xlayer", 1e-3) == pytest.approx(BOUND_MARGIN * 1e-4)
     assert made.bound("xlayer", 1e-3) < made.bound("xlayer", 1e-2) < made.bound("xlayer", 1e-1)
@@ -103,7 +103,7 @@ def test_bounds_lie_between_and_beyond_the_steps_that_were_tried() -> None:
 
 
 @pytest.mark.parametrize("name", ["ecuq:1e-1", "xlayer:1e-1"])
-def test_a_block_of_tables_that_are_not_here_is_corrupt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_whose_calibration_is_not_registered_is_corrupt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, key = calibration(), bytes(32)
     kv = kv_of(made, layout_of(), start=64)
     whole = b"".join(encode_frame(key, key, codec_for(name, layout_of(), calibration=made).at(64), as_bytes(kv)))

@@ -1,4 +1,4 @@
-"""Frames: sizes, every kind of damage, versions, and the bytes of version 1 for ever."""
+"""Tests of frames: sizes, every kind of damage, versions, and the stored bytes of version 1."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def frame_of(content: bytes, key: bytes = KEY, namespace: bytes = ROOT) -> bytes
 
 
 def resealed(frame: bytes, at: int, new: bytes) -> bytes:
-    """A frame with other bytes in it and a checksum that is right."""
+    """Returns a frame with some bytes replaced and a valid checksum."""
     changed = frame[:at] + new + frame[at + len(new) : -16]
     return changed + xxhash.xxh3_128(changed[8:40] + changed).digest()
 
@@ -40,7 +40,7 @@ def assert_corrupt(buffer, *, key: bytes = KEY, namespace: bytes | None = None, 
 
 
 @given(st.binary(min_size=1, max_size=300))
-def test_a_frame_opens_to_what_was_put_in(content: bytes) -> None:
+def test_a_frame_opens_to_the_block_it_was_made_of(content: bytes) -> None:
     whole = frame_of(content)
     assert len(whole) == frame_bytes(RawCodec(), len(content))
     frame = open_frame(whole, KEY, ROOT)
@@ -63,7 +63,7 @@ def test_the_payload_begins_aligned_and_is_not_copied() -> None:
     "kind",
     [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8), lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8)],
 )
-def test_opens_from_every_kind_of_buffer(kind) -> None:
+def test_a_frame_opens_from_every_kind_of_buffer(kind) -> None:
     assert bytes(open_frame(kind(frame_of(b"content")), KEY).payload) == b"content"
 
 
@@ -103,7 +103,7 @@ def test_any_damage_is_detected(content: bytes, data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=400))
-def test_noise_is_no_frame(noise: bytes) -> None:
+def test_noise_is_not_a_frame(noise: bytes) -> None:
     assert_corrupt(noise)
     assert_corrupt(b"TKVF\1\0" + noise)
 
@@ -113,7 +113,7 @@ def in_pieces(whole: bytes, header_end: int = 128, payload_end: int = -16) -> li
 
 
 @given(st.binary(min_size=1, max_size=100), st.data())
-def test_a_frame_in_pieces_is_judged_as_one_in_one_buffer(content: bytes, data: st.DataObject) -> None:
+def test_a_frame_in_pieces_opens_or_fails_as_one_buffer_does(content: bytes, data: st.DataObject) -> None:
     whole = bytearray(frame_of(content))
     assert open_pieces(in_pieces(whole), KEY, ROOT) == open_frame(whole, KEY, ROOT)
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
@@ -124,7 +124,7 @@ def test_a_frame_in_pieces_is_judged_as_one_in_one_buffer(content: bytes, data: 
 
 
 @pytest.mark.parametrize(("header_end", "payload_end"), [(127, -16), (129, -16), (128, -15), (128, -17), (0, -16), (64, -16)])
-def test_a_frame_cut_elsewhere_is_corrupt(header_end: int, payload_end: int) -> None:
+def test_a_frame_in_pieces_of_the_wrong_lengths_is_corrupt(header_end: int, payload_end: int) -> None:
     with pytest.raises(TieredKVError) as caught:
         open_pieces(in_pieces(frame_of(b"content"), header_end, payload_end), KEY)
     assert caught.value.kind is Kind.CORRUPT
@@ -140,7 +140,7 @@ def test_a_valid_frame_of_another_namespace_is_corruption() -> None:
     assert_corrupt(frame_of(b"content"), namespace=OTHER_KEY, match="namespace")
 
 
-def test_a_newer_version_is_refused_and_said_so() -> None:
+def test_an_unknown_version_is_refused_by_number() -> None:
     assert_corrupt(resealed(frame_of(b"content"), 4, struct.pack("<H", VERSION + 1)), match=f"version {VERSION + 1}.*newer")
     assert_corrupt(resealed(frame_of(b"content"), 4, struct.pack("<H", 0)), match="version 0")
 
@@ -160,7 +160,7 @@ def test_a_newer_version_is_refused_and_said_so() -> None:
         (127, b"x"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused_though_the_checksum_fits(field_at: int, value: bytes) -> None:
+def test_invalid_lengths_are_refused_even_if_the_checksum_matches(field_at: int, value: bytes) -> None:
     assert_corrupt(resealed(frame_of(b"content"), field_at, value))
 
 
@@ -180,7 +180,7 @@ def test_lengths_that_cannot_be_are_refused_though_the_checksum_fits(field_at: i
         b"",
     ],
 )
-def test_a_spec_that_is_none_is_refused_though_the_checksum_fits(spec) -> None:
+def test_an_invalid_spec_is_refused_even_if_the_checksum_matches(spec) -> None:
     packed = spec if isinstance(spec, bytes) else msgpack.packb(spec)
     header = struct.pack("<H", len(packed)) + packed.ljust(38, b"\0")
     assert_corrupt(resealed(frame_of(b"content"), 88, header), match="spec")
@@ -188,26 +188,28 @@ def test_a_spec_that_is_none_is_refused_though_the_checksum_fits(spec) -> None:
 
 def test_an_unknown_codec_is_named_with_the_known_ones() -> None:
     packed = msgpack.packb({"codec": "zap"})
-    assert_corrupt(resealed(frame_of(b"content"), 88, struct.pack("<H", len(packed)) + packed), match="'zap' is unknown; known are raw")
+    assert_corrupt(
+        resealed(frame_of(b"content"), 88, struct.pack("<H", len(packed)) + packed), match="unknown codec 'zap'; known codecs are raw"
+    )
 
 
-def test_decode_wants_room_for_exactly_the_block() -> None:
+def test_decode_needs_an_out_of_exactly_the_blocks_size() -> None:
     with pytest.raises(TieredKVError, match="7 bytes"):
         open_frame(frame_of(b"content"), KEY).decode(torch.zeros(8, dtype=torch.uint8))
 
 
-def test_headers_of_blocks_that_cannot_be_are_refused() -> None:
+def test_headers_with_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         encode_header(b"short", ROOT, RawCodec(), 1, 1)
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match="payload_bytes must be from 0 to 1"):
         encode_header(KEY, ROOT, RawCodec(), 1, 2)
-    with pytest.raises(TieredKVError, match="limit") as caught:
+    with pytest.raises(TieredKVError, match=f"at most {2**32 - 1} bytes") as caught:
         encode_header(KEY, ROOT, RawCodec(), 1 << 32, 1)
     assert caught.value.kind is Kind.LAYOUT
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-9, 0.25, 7.0])
-def test_the_error_that_a_block_carries_is_read_again(error: float) -> None:
+def test_a_frame_stores_the_error_of_the_block(error: float) -> None:
     raw = torch.zeros(200, dtype=torch.uint8)
     whole = b"".join(encode_frame(KEY, ROOT, RawCodec(), raw, error))
     assert len(whole) == frame_bytes(RawCodec(), 200, error)
@@ -215,7 +217,7 @@ def test_the_error_that_a_block_carries_is_read_again(error: float) -> None:
 
 
 @pytest.mark.parametrize("error", [-1e-9, float("nan"), float("inf")])
-def test_an_error_that_is_none_is_neither_written_nor_read(error: float) -> None:
+def test_an_invalid_error_is_neither_written_nor_read(error: float) -> None:
     with pytest.raises(ValueError, match="error"):
         encode_header(KEY, ROOT, RawCodec(), 7, 7, error)
     for value in (error, 1, "1", None):
@@ -229,7 +231,7 @@ def golden(name: str) -> tuple[bytes, dict]:
 
 
 @pytest.mark.parametrize("name", [codec.name for codec in CODECS])
-def test_frames_of_version_1_are_read_for_ever(name: str) -> None:
+def test_frames_of_version_1_stay_readable(name: str) -> None:
     register(Calibration.load(GOLDEN / "v1.calibration"))
     whole, facts = golden(name)
     frame = open_frame(whole, bytes.fromhex(facts["key"]), bytes.fromhex(facts["namespace"]))
@@ -246,6 +248,6 @@ def test_frames_of_version_1_are_read_for_ever(name: str) -> None:
 
 
 @pytest.mark.skipif(VERSION != 1, reason="another version is written now")
-def test_version_1_is_written_byte_for_byte_as_it_was() -> None:
+def test_version_1_is_written_byte_for_byte_as_stored() -> None:
     whole, facts = golden("raw")
     assert frame_of(bytes.fromhex(facts["raw"]), bytes.fromhex(facts["key"]), bytes.fromhex(facts["namespace"])) == whole

@@ -1,4 +1,4 @@
-"""The Triton kernels: equal to torch under the interpreter, chosen only where they can run, and faster than torch on a GPU."""
+"""Tests of the Triton kernels: equal to torch in the interpreter, used only where they run, faster than torch on a GPU."""
 
 import os
 import subprocess
@@ -21,8 +21,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the
 
 
 @needs_triton
-def test_kernels_write_what_torch_writes() -> None:
-    """In a process of its own: Triton reads the choice of its interpreter when it is imported."""
+def test_kernels_decode_as_torch_does() -> None:
+    """Runs in a separate process, because Triton decides on its interpreter when it is imported."""
     environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -35,7 +35,7 @@ def test_on_a_cpu_torch_decodes() -> None:
 
 
 def test_without_triton_torch_decodes_on_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tiered_kv.codecs.kernels", None)  # as an import that fails
+    monkeypatch.setitem(sys.modules, "tiered_kv.codecs.kernels", None)  # makes the import fail
     monkeypatch.delattr("tiered_kv.codecs.kernels", raising=False)
     assert kernels_of.__wrapped__(torch.device("cuda", 0)) is None
 

@@ -1,4 +1,4 @@
-"""The lossless codec: every bit pattern of every dtype, planes that shrink and planes that do not, and damage."""
+"""Tests of the lossless codec: every bit pattern of every dtype, planes that shrink and planes that do not, damaged payloads."""
 
 import struct
 
@@ -20,7 +20,7 @@ WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class OfWidth(CodecContract):
-    """Numbers of one width, with a remainder that is no whole one."""
+    """Numbers of one width, and a block whose last number is incomplete."""
 
     width: int
     sizes = (8000, 100_003)
@@ -51,8 +51,8 @@ class TestWidth8(OfWidth):
     width = 8
 
 
-def there_and_back(codec: LosslessCodec, raw: torch.Tensor) -> int:
-    """Bytes of the payload, after the block came back bit by bit."""
+def round_trip(codec: LosslessCodec, raw: torch.Tensor) -> int:
+    """Encodes and decodes a block, and checks that it is bit-identical. Returns the bytes of the payload."""
     encoded = codec.encode(raw)
     out = torch.full_like(raw, 0xA5)
     encoded.codec.decode(encoded.payload, out)
@@ -61,11 +61,11 @@ def there_and_back(codec: LosslessCodec, raw: torch.Tensor) -> int:
 
 
 @given(st.data(), st.sampled_from(sorted(WORDS)), st.integers(0, 7))
-def test_any_bits_come_back(data: st.DataObject, width: int, rest: int) -> None:
+def test_any_bits_decode_identically(data: st.DataObject, width: int, rest: int) -> None:
     few = data.draw(st.lists(st.integers(0, 2 ** (8 * width) - 1), min_size=1, max_size=4))  # so that planes shrink
     items = data.draw(stn.arrays(WORDS[width], st.integers(1, 200), elements=st.sampled_from(few)))
     raw = torch.from_numpy(np.concatenate([items.view(np.uint8), np.arange(rest, dtype=np.uint8)]))
-    there_and_back(LosslessCodec(width), raw)
+    round_trip(LosslessCodec(width), raw)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"])
@@ -75,23 +75,23 @@ def test_every_special_number_keeps_its_bits(dtype: str) -> None:
     special = [0, 1, 2 ** (bits - 1), 2 ** (bits - 1) + 1, 2**bits - 1, 2 ** (bits - 1) - 1]  # ±0, ±least subnormal, NaNs with payloads
     infinities = torch.tensor([torch.inf, -torch.inf, torch.nan]).to(getattr(torch, dtype)).view(torch.uint8)
     raw = torch.cat([torch.from_numpy(np.array(special, WORDS[width]).view(np.uint8)), infinities]).repeat(500)
-    assert there_and_back(LosslessCodec(width), raw) < raw.numel() / 2
+    assert round_trip(LosslessCodec(width), raw) < raw.numel() / 2
 
 
 @pytest.mark.parametrize(("dtype", "least_gain"), [("bfloat16", 1.3), ("float16", 1.08), ("float32", 1.12), ("float8_e4m3fn", 1.1)])
 def test_kv_of_every_dtype_shrinks(dtype: str, least_gain: float) -> None:
     layout = KVLayout(2, 2, 64, dtype, 64)
     raw = as_bytes(kv_of(layout))
-    assert there_and_back(codec_for("lossless", layout), raw) * least_gain < raw.numel()
+    assert round_trip(codec_for("lossless", layout), raw) * least_gain < raw.numel()
 
 
 def test_bf16_numbers_in_float32_cost_hardly_more_than_in_bf16() -> None:
     kv = kv_of(KVLayout(2, 2, 64, "bfloat16", 64))
-    narrow, wide = there_and_back(LosslessCodec(2), as_bytes(kv)), there_and_back(LosslessCodec(4), as_bytes(kv.float()))
+    narrow, wide = round_trip(LosslessCodec(2), as_bytes(kv)), round_trip(LosslessCodec(4), as_bytes(kv.float()))
     assert wide <= 1.05 * narrow
 
 
-def test_noise_is_kept_raw() -> None:
+def test_noise_is_stored_raw() -> None:
     raw = torch.randint(0, 256, (100_001,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for width in WORDS:
         encoded = LosslessCodec(width).encode(raw, carried_error=0.5)
@@ -99,8 +99,8 @@ def test_noise_is_kept_raw() -> None:
         assert encoded.payload.nbytes == raw.numel()
 
 
-def test_the_gain_must_be_worth_it() -> None:
-    """Zeros in front of noise: kept by the codec if they are more than the least gain, raw if they are less."""
+def test_a_gain_below_the_least_is_not_worth_decoding() -> None:
+    """Blocks of zeros followed by noise. If the zeros save less than the least gain the block is stored raw, else by the codec."""
     noise = torch.randint(0, 256, (32_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     kept = [
         LosslessCodec().encode(torch.cat([torch.zeros(zeros, dtype=torch.uint8), noise[zeros:]])).codec.name
@@ -111,16 +111,16 @@ def test_the_gain_must_be_worth_it() -> None:
 
 @pytest.mark.parametrize("items", [CHUNK_ITEMS - 1, CHUNK_ITEMS, CHUNK_ITEMS + 1, 2 * CHUNK_ITEMS + 7])
 def test_blocks_around_the_size_of_a_piece(items: int) -> None:
-    there_and_back(LosslessCodec(2), as_bytes(torch.randn(items).bfloat16()))
+    round_trip(LosslessCodec(2), as_bytes(torch.randn(items).bfloat16()))
 
 
 @pytest.mark.parametrize("width", [0, 3, 16, -1, "2", None, 2.5, True])
-def test_other_widths_are_refused(width) -> None:
+def test_an_invalid_item_width_is_refused(width) -> None:
     with pytest.raises(TieredKVError, match="item_bytes"):
         LosslessCodec(width)
 
 
-def test_without_a_layout_bytes_are_bytes() -> None:
+def test_without_a_layout_items_are_single_bytes() -> None:
     assert codec_for("lossless", None) == LosslessCodec(1)
 
 

@@ -1,4 +1,4 @@
-"""Mode packing: any rows come back, in any of the numbers' forms, and no damage does more than raise."""
+"""Tests of mode packing: any rows unpack as packed, to every dtype, and damaged bytes raise ValueError at most."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tiered_kv.codecs.modepack import LIMITS, pack, unpack
 WHOLE = alphabet(torch.float32)
 
 
-def through(codes: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+def round_trip(codes: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
     rows = np.arange(len(codes)) if places is None else places
     out = np.zeros((rows.max(initial=-1) + 1, codes.shape[1]), np.float32)
     unpack(memoryview(pack(codes)), rows, out, WHOLE)
@@ -30,19 +30,19 @@ def rows(draw) -> np.ndarray:
 
 @settings(deadline=None)
 @given(rows())
-def test_any_rows_come_back(codes: np.ndarray) -> None:
-    assert np.array_equal(through(codes), codes)
+def test_any_rows_unpack_as_packed(codes: np.ndarray) -> None:
+    assert np.array_equal(round_trip(codes), codes)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 64])
-def test_every_mode_comes_back_at_its_limits(limit: int, tokens: int) -> None:
+def test_every_mode_unpacks_at_its_limits(limit: int, tokens: int) -> None:
     codes = np.random.default_rng(limit).integers(-limit, limit, (50, tokens), endpoint=True).astype(np.int16)
     codes[0], codes[1] = limit, -limit
-    assert np.array_equal(through(codes), codes)
+    assert np.array_equal(round_trip(codes), codes)
 
 
-def test_rows_go_to_their_places_and_zeros_are_left_alone() -> None:
+def test_rows_are_written_at_their_indices_and_rows_of_zeros_are_not_written() -> None:
     codes = np.array([[3, -4], [0, 0], [1, 1]], np.int16)
     out = np.full((6, 2), 9, np.float32)
     filled = unpack(memoryview(pack(codes)), np.array([5, 2, 0]), out, WHOLE)
@@ -68,7 +68,7 @@ def test_small_rows_cost_a_part_of_a_byte() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(rows(), st.data())
-def test_damage_raises_or_gives_numbers_but_nothing_else(codes: np.ndarray, data) -> None:
+def test_damaged_bytes_raise_value_error_or_unpack_to_finite_numbers(codes: np.ndarray, data) -> None:
     packed = bytearray(pack(codes))
     at = data.draw(st.integers(0, len(packed) - 1))
     packed[at] ^= data.draw(st.integers(1, 255))
@@ -82,12 +82,12 @@ def test_damage_raises_or_gives_numbers_but_nothing_else(codes: np.ndarray, data
 
 
 @pytest.mark.parametrize("damaged", [b"", bytes(23), bytes(24) + b"x"])
-def test_what_is_no_packing_is_refused(damaged: bytes) -> None:
+def test_bytes_of_the_wrong_size_are_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError, match="bytes"):
         unpack(memoryview(damaged), np.arange(1), np.zeros((1, 4), np.float32), WHOLE)
 
 
-def test_a_mode_that_is_none_is_refused() -> None:
+def test_an_invalid_mode_is_refused() -> None:
     packed = bytearray(pack(np.ones((1, 4), np.int16)))
     packed[24] = 7
     with pytest.raises(ValueError, match="mode"):

@@ -1,4 +1,4 @@
-"""Packed codes: every code at every place comes back, in as many bytes as said."""
+"""Tests of packed codes: every code unpacks at its position, and the packed size is the stated one."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tiered_kv.codecs.packing import pack, packed_bytes, unpack
 
 
 @given(st.sampled_from([4, 6, 8]), st.integers(1, 70), st.data())
-def test_codes_come_back(bits: int, count: int, data: st.DataObject) -> None:
+def test_codes_unpack_as_packed(bits: int, count: int, data: st.DataObject) -> None:
     codes = data.draw(stn.arrays(np.uint8, count, elements=st.integers(0, 2**bits - 1)))
     packed = pack(codes, bits)
     assert (packed.dtype, len(packed)) == (np.uint8, packed_bytes(count, bits))

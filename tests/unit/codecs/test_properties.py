@@ -1,5 +1,5 @@
-"""What holds for every codec and any block: it comes back within the codec's bound or bit by bit, into memory of any strides, and damage
-never does more than give wrong numbers. Codecs that need a calibration get a plain one."""
+"""Properties of every codec for any block. It decodes within the codec's bound or bit by bit, into memory of any strides. Damage causes
+wrong numbers or an error, and nothing worse. Codecs that need a calibration get a plain one."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ BLOCK_TOKENS_MAX = 24
 
 @st.composite
 def layouts(draw: st.DrawFn) -> KVLayout:
-    """Any dtype, from one token on; with 16 tokens and more K goes by channel."""
+    """Layouts of any dtype and at least one token. K is quantized by channel from 16 tokens on."""
     dtype, dim = draw(st.sampled_from(sorted(ITEM_BYTES))), draw(st.sampled_from([1, 2, 8, 10, 16]))
     return KVLayout(draw(st.integers(1, 3)), draw(st.integers(1, 3)), dim, dtype, draw(st.integers(1, BLOCK_TOKENS_MAX)))
 
 
 @st.composite
 def codecs(draw: st.DrawFn, name: str, layout: KVLayout) -> Codec:
-    """The codec at any place in a sequence, with what it may know of a model's rotation."""
+    """The codec at any position in a sequence, with RoPE known or unknown."""
     ropes = [b"", rope_of_theta(100.0, layout.head_dim - layout.head_dim % 2)]
     cls = next(codec for codec in CODECS if codec.name == name)
     if cls.needs_calibration:
@@ -45,7 +45,7 @@ def codecs(draw: st.DrawFn, name: str, layout: KVLayout) -> Codec:
 
 @st.composite
 def finite_blocks(draw: st.DrawFn, layout: KVLayout) -> torch.Tensor:
-    """KV (L, 2, H, T, D) of finite numbers of every kind."""
+    """Blocks (L, 2, H, T, D) of finite numbers of every kind."""
     limits, kind = torch.finfo(layout.torch_dtype), draw(st.sampled_from(KINDS))
     numbers = torch.randn(layout.block_shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))), dtype=torch.float64)
     if kind == "alike":
@@ -67,8 +67,8 @@ def finite_blocks(draw: st.DrawFn, layout: KVLayout) -> torch.Tensor:
     return kv
 
 
-def through(codec: Codec, kv: torch.Tensor, carried_error: float = 0.0) -> tuple[Encoded, torch.Tensor]:
-    """What became of a block, and the block as it comes back."""
+def round_trip(codec: Codec, kv: torch.Tensor, carried_error: float = 0.0) -> tuple[Encoded, torch.Tensor]:
+    """Encodes and decodes a block. Returns the encoding and the decoded block."""
     encoded = codec.encode(as_bytes(kv), carried_error)
     out = torch.full(kv.shape, 7.0).to(kv.dtype)
     encoded.codec.decode(encoded.payload, as_bytes(out))
@@ -82,12 +82,12 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 @EVERY_CODEC
 @MANY
 @given(data=st.data(), layout=layouts(), carried_error=st.sampled_from([0.0, 0.0, 1e-5, 0.5]))
-def test_any_finite_block_comes_back_within_the_bound_or_bit_by_bit(
+def test_any_finite_block_decodes_within_the_bound_or_bit_by_bit(
     name: str, data: DataObject, layout: KVLayout, carried_error: float
 ) -> None:
     kv, codec = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout))
     before = kv.clone()
-    encoded, out = through(codec, kv, carried_error)
+    encoded, out = round_trip(codec, kv, carried_error)
     assert same_bits(kv, before)
     assert out.double().isfinite().all()
     assert encoded.payload.nbytes <= max(encoded.codec.max_payload_bytes(layout.block_bytes), 1)
@@ -104,9 +104,9 @@ def test_any_finite_block_comes_back_within_the_bound_or_bit_by_bit(
 @EVERY_CODEC
 @FEW
 @given(data=st.data(), layout=layouts())
-def test_memory_of_any_strides_is_filled_and_nothing_beside_it(name: str, data: DataObject, layout: KVLayout) -> None:
+def test_decoding_fills_memory_of_any_strides_and_nothing_else(name: str, data: DataObject, layout: KVLayout) -> None:
     kv, codec = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout))
-    encoded, out = through(codec, kv)
+    encoded, out = round_trip(codec, kv)
     order = data.draw(st.permutations(range(5)))
     wider = [size + 2 for size in layout.block_shape]
     pool = torch.full([wider[axis] for axis in order], 7.0).to(kv.dtype)
@@ -123,11 +123,11 @@ def test_memory_of_any_strides_is_filled_and_nothing_beside_it(name: str, data: 
 def test_numbers_that_are_not_finite_keep_their_bits(name: str, data: DataObject, layout: KVLayout, bad: float) -> None:
     kv, codec = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout))
     kv.view(-1)[data.draw(st.integers(0, kv.numel() - 1))] = bad
-    encoded, out = through(codec, kv)
+    encoded, out = round_trip(codec, kv)
     place = kv.double().isfinite().logical_not()
     assert torch.equal(out.double().isfinite(), ~place)
     assert same_bits(out[place], kv[place])
-    if encoded.codec.is_lossy:  # then it is in an exact token
+    if encoded.codec.is_lossy:  # the number must be in an exact token
         assert not place[..., max(4 - codec.start, 0) :, :].any()
     else:
         assert same_bits(out, kv)
@@ -136,9 +136,9 @@ def test_numbers_that_are_not_finite_keep_their_bits(name: str, data: DataObject
 @EVERY_CODEC
 @FEW
 @given(data=st.data(), layout=layouts())
-def test_a_damaged_payload_is_corrupt_or_wrong_and_nothing_worse(name: str, data: DataObject, layout: KVLayout) -> None:
+def test_a_damaged_payload_raises_corrupt_or_decodes_to_wrong_numbers(name: str, data: DataObject, layout: KVLayout) -> None:
     kv, codec = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout))
-    encoded, out = through(codec, kv)
+    encoded, out = round_trip(codec, kv)
     payload = np.array(encoded.payload)
     if data.draw(st.booleans()):
         damaged = payload[: data.draw(st.integers(0, len(payload) - 1))]
@@ -159,12 +159,12 @@ def test_a_damaged_payload_is_corrupt_or_wrong_and_nothing_worse(name: str, data
 @EVERY_CODEC
 @FEW
 @given(data=st.data(), layout=layouts())
-def test_a_frame_tells_every_damage(name: str, data: DataObject, layout: KVLayout) -> None:
+def test_a_frame_detects_every_damage(name: str, data: DataObject, layout: KVLayout) -> None:
     kv, codec, key, root = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout)), bytes(32), bytes(range(32))
     whole = np.frombuffer(b"".join(encode_frame(key, root, codec, as_bytes(kv))), np.uint8).copy()
     out = torch.zeros_like(kv)
     open_frame(whole, key, root).decode(as_bytes(out))
-    assert same_bits(out, through(codec, kv)[1])
+    assert same_bits(out, round_trip(codec, kv)[1])
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(TieredKVError) as caught:
         open_frame(whole, key, root)
@@ -174,7 +174,7 @@ def test_a_frame_tells_every_damage(name: str, data: DataObject, layout: KVLayou
 @EVERY_CODEC
 @FEW
 @given(content=st.binary(min_size=1, max_size=300))
-def test_bytes_without_a_layout_come_back_bit_by_bit(name: str, content: bytes) -> None:
+def test_bytes_without_a_layout_decode_bit_by_bit(name: str, content: bytes) -> None:
     cls = next(codec for codec in CODECS if codec.name == name)
     raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     out = torch.zeros_like(raw)
@@ -188,7 +188,7 @@ def test_bytes_without_a_layout_come_back_bit_by_bit(name: str, content: bytes) 
 @given(data=st.data(), layout=layouts())
 def test_an_autocast_region_of_the_caller_changes_nothing(name: str, data: DataObject, layout: KVLayout) -> None:
     kv, codec = data.draw(finite_blocks(layout)), data.draw(codecs(name, layout))
-    outside = through(codec, kv)
+    outside = round_trip(codec, kv)
     with torch.autocast("cpu", dtype=torch.float16):
-        inside = through(codec, kv)
+        inside = round_trip(codec, kv)
     assert inside[0] == outside[0] and same_bits(inside[1], outside[1])

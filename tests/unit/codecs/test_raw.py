@@ -1,4 +1,4 @@
-"""The raw codec, and the registry of codecs."""
+"""Tests of the raw codec and of the registry of codecs."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ class TestRawCodec(CodecContract):
         return RawCodec()
 
 
-def test_ids_and_names_are_for_ever() -> None:
+def test_ids_and_names_never_change() -> None:
     known = {codec.id: codec.name for codec in CODECS}
     assert {0: "raw", 1: "lossless", 2: "int8", 3: "int6", 4: "int4", 5: "fp8", 8: "lowrank", 9: "sparse"}.items() <= known.items()
 
@@ -46,7 +46,7 @@ def test_an_unknown_codec_is_named_with_the_known_ones(look_up) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, [], {}, "raw", {"name": "raw"}])
-def test_what_is_no_spec_is_refused(spec) -> None:
+def test_an_invalid_spec_is_refused(spec) -> None:
     with pytest.raises(TieredKVError, match="'codec'"):
         codec_from_spec(spec)
 

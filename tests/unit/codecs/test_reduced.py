@@ -1,4 +1,4 @@
-"""The codecs lowrank and sparse: the contract, sizes by `keep`, what stays of a block, and damage inside of payloads."""
+"""Tests of the codecs lowrank and sparse: the codec contract, sizes by `keep`, what is stored of a block, damaged payloads."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ NAMES = ("lowrank", "sparse")
 
 
 def blurred(layout: KVLayout) -> torch.Tensor:
-    """KV of four directions and a little noise: what these codecs are made for."""
+    """Returns KV spanned by four directions, plus a little noise: the kind of data that these codecs are made for."""
     generator = torch.Generator().manual_seed(5)
     layers, _, heads, tokens, dim = layout.block_shape
     of_tokens = torch.randn(layers, 2, 1, tokens, 4, generator=generator)
@@ -30,7 +30,7 @@ def blurred(layout: KVLayout) -> torch.Tensor:
 
 
 class OfKeep(CodecContract):
-    """One of the two with half of the bytes."""
+    """One of the two codecs, storing half of the bytes."""
 
     name: str
     sizes = (LAYOUT.block_bytes,)
@@ -56,7 +56,7 @@ class TestSparse(OfKeep):
     name = "sparse"
 
 
-def through(codec: ReducedCodec, kv: torch.Tensor, carried_error: float = 0.0) -> tuple[Encoded, torch.Tensor]:
+def round_trip(codec: ReducedCodec, kv: torch.Tensor, carried_error: float = 0.0) -> tuple[Encoded, torch.Tensor]:
     encoded = codec.encode(as_bytes(kv), carried_error)
     out = torch.full_like(kv, torch.nan)
     encoded.codec.decode(encoded.payload, as_bytes(out))
@@ -65,12 +65,12 @@ def through(codec: ReducedCodec, kv: torch.Tensor, carried_error: float = 0.0) -
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_payloads_take_the_part_that_is_kept_and_more_of_it_is_nearer(name: str, dtype: str) -> None:
+def test_payloads_take_the_part_keep_and_a_larger_part_has_less_error(name: str, dtype: str) -> None:
     layout = KVLayout(2, 3, 16, dtype, 32)
     kv = blurred(layout)
     errors = []
     for keep in (0.3, 0.5, 0.8):
-        encoded, out = through(codec_for(name, layout, rope=ROPE, keep=keep, max_error=2.0).at(64), kv)
+        encoded, out = round_trip(codec_for(name, layout, rope=ROPE, keep=keep, max_error=2.0).at(64), kv)
         assert 0.6 * keep < encoded.payload.nbytes / layout.block_bytes <= keep or encoded.error < 1e-3
         assert encoded.error == relative_error(kv, out)
         errors.append(encoded.error)
@@ -82,17 +82,17 @@ def test_a_matrix_of_low_rank_costs_only_the_rounding_of_its_factors() -> None:
     layout = KVLayout(2, 3, 16, "float32", 32)
     left, right = torch.randn(2, 2, 1, 32, 3), torch.randn(2, 2, 3, 3, 16)
     codec = codec_for("lowrank", layout, keep=0.1).at(64)
-    encoded, _ = through(codec, left @ right)
+    encoded, _ = round_trip(codec, left @ right)
     assert codec.rank(32) >= 3 and encoded.error < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [16, 64])
-def test_the_components_that_stay_are_the_greatest(tokens: int) -> None:
-    """The error of V is that of the truncated singular value decomposition (T < C, T > C), up to the rounding to 8 bits."""
+def test_lowrank_stores_the_greatest_components(tokens: int) -> None:
+    """The error of V equals that of the truncated singular value decomposition (T < C, T > C), up to the rounding to 8 bits."""
     layout = KVLayout(2, 2, 16, "float32", tokens)
     kv = kv_of(layout, seed=2)
     codec = codec_for("lowrank", layout, keep=0.1, max_error=2.0).at(64)
-    _, out = through(codec, kv)
+    _, out = round_trip(codec, kv)
     matrices = kv[:, 1].transpose(1, 2).flatten(2)
     values = torch.linalg.svdvals(matrices)
     least = values[:, codec.rank(tokens) :].square().sum(-1)
@@ -100,11 +100,11 @@ def test_the_components_that_stay_are_the_greatest(tokens: int) -> None:
     assert (error >= 0.999 * least).all() and (error <= 1.01 * least + 1e-3 * values.square().sum(-1)).all()
 
 
-def test_the_numbers_that_stay_are_those_farthest_from_the_mean() -> None:
+def test_sparse_stores_the_numbers_farthest_from_the_mean() -> None:
     layout = KVLayout(1, 2, 16, "float32", 8)
     kv = kv_of(layout, seed=2)
     codec = codec_for("sparse", layout, keep=0.2, max_error=2.0).at(64)
-    _, out = through(codec, kv)
+    _, out = round_trip(codec, kv)
     center = kv.mean(-1, keepdim=True).bfloat16().float()
     stays = out != center
     assert (stays.sum((-2, -1)) <= codec._staying(8, False)).all() and stays.any()
@@ -116,11 +116,11 @@ def test_the_numbers_that_stay_are_those_farthest_from_the_mean() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_k_is_reduced_before_it_is_turned(name: str) -> None:
+def test_k_is_reduced_without_its_rope(name: str) -> None:
     layout = KVLayout(2, 3, 16, "float32", 64)
     kv = kv_of(layout)
     turning(ROPE, True, 128, 64, 16).turn(kv[:, 0].clone(), kv[:, 0])
-    known, unturned = (through(codec_for(name, layout, rope=rope, keep=0.1, max_error=2.0).at(128), kv)[1] for rope in (ROPE, b""))
+    known, unturned = (round_trip(codec_for(name, layout, rope=rope, keep=0.1, max_error=2.0).at(128), kv)[1] for rope in (ROPE, b""))
     assert (known - kv)[:, 0].norm() < 0.9 * (unturned - kv)[:, 0].norm()
 
 
@@ -129,15 +129,15 @@ def test_k_is_reduced_before_it_is_turned(name: str) -> None:
 def test_numbers_that_are_not_finite_keep_their_bits(name: str, bad: float) -> None:
     kv = blurred(LAYOUT)
     kv[1, 1, 2, 9, 5] = bad
-    encoded, out = through(codec_for(name, LAYOUT, rope=ROPE), kv)
+    encoded, out = round_trip(codec_for(name, LAYOUT, rope=ROPE), kv)
     assert (encoded.fell_back, encoded.codec) == ("error", LosslessCodec(2))
     assert torch.equal(as_bytes(out), as_bytes(kv))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_block_with_nothing_to_leave_out_is_kept_losslessly(name: str) -> None:
+def test_a_block_without_redundancy_is_stored_losslessly(name: str) -> None:
     kv = torch.randn(LAYOUT.block_shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    encoded, out = through(codec_for(name, LAYOUT, rope=ROPE, keep=0.1), kv)
+    encoded, out = round_trip(codec_for(name, LAYOUT, rope=ROPE, keep=0.1), kv)
     assert (encoded.fell_back, encoded.error) == ("error", 0.0)
     assert torch.equal(out, kv)
 
@@ -146,20 +146,20 @@ def test_a_block_with_nothing_to_leave_out_is_kept_losslessly(name: str) -> None
 def test_errors_add_up(name: str) -> None:
     kv = blurred(LAYOUT)
     codec = codec_for(name, LAYOUT, rope=ROPE)
-    alone = through(codec, kv)[0].error
-    assert through(codec, kv, 0.01)[0].error == pytest.approx(alone + 0.01)
-    assert through(codec, kv, 0.2)[0].fell_back == "error"
+    alone = round_trip(codec, kv)[0].error
+    assert round_trip(codec, kv, 0.01)[0].error == pytest.approx(alone + 0.01)
+    assert round_trip(codec, kv, 0.2)[0].fell_back == "error"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_tokens_are_exact(name: str) -> None:
     kv = blurred(LAYOUT)
-    encoded, out = through(codec_for(name, LAYOUT, rope=ROPE).at(1), kv)
+    encoded, out = round_trip(codec_for(name, LAYOUT, rope=ROPE).at(1), kv)
     assert not encoded.fell_back
     assert torch.equal(out[..., :3, :], kv[..., :3, :]) and not torch.equal(out[..., 3, :], kv[..., 3, :])
 
 
-def test_a_mask_of_other_numbers_than_there_are_is_corrupt() -> None:
+def test_a_mask_that_does_not_match_the_count_of_numbers_is_corrupt() -> None:
     codec = codec_for("sparse", LAYOUT, rope=ROPE).at(64)
     payload = np.array(codec.encode(as_bytes(blurred(LAYOUT))).payload)
     mask = codec._parts()[1].codes.start
@@ -170,7 +170,7 @@ def test_a_mask_of_other_numbers_than_there_are_is_corrupt() -> None:
 
 
 @pytest.mark.parametrize("codec", [LowRankCodec, SparseCodec])
-def test_keep_is_written_behind_the_name(codec: type[ReducedCodec]) -> None:
+def test_keep_is_parsed_after_the_name(codec: type[ReducedCodec]) -> None:
     assert codec.parameters_of("0.3") == {"keep": 0.3}
     assert codec(keep=1).keep == 1.0 and isinstance(codec(keep=1).keep, float)
     for text in ("", "x", "0", "-1", "1.5", "nan", "inf", "0.3,0.4"):
@@ -181,6 +181,6 @@ def test_keep_is_written_behind_the_name(codec: type[ReducedCodec]) -> None:
 
 @pytest.mark.parametrize("keep", [0, 1.01, -0.5, float("nan"), True, "0.5", None])
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_that_cannot_be_are_refused(name: str, keep) -> None:
+def test_an_invalid_keep_is_refused(name: str, keep) -> None:
     with pytest.raises(TieredKVError, match="keep"):
         replace(codec_for(name, LAYOUT), keep=keep)

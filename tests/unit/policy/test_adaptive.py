@@ -1,4 +1,4 @@
-"""Adaptive: the contract of all policies, what it learns, what hints do, and that its answers depend on nothing else."""
+"""Tests of adaptive: the contract of all policies, what it learns, what hints do, and that nothing else changes its answers."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tiered_kv.policy.blockhistory import GHOSTS_MIN, BlockHistory
 
 
 class World:
-    """One tier under `capacity` blocks, and requests on it, as a store makes them. Chains are given as numbers, root first."""
+    """One tier of `capacity` blocks, with requests as a store makes them. Chains are given as numbers, root first."""
 
     def __init__(self, capacity: int, seed: int = 0, key=lambda number: number, **options) -> None:
         self.history = BlockHistory()
@@ -54,7 +54,7 @@ class TestAdaptive(PolicyContract):
 
 
 def traffic(world: World, requests: int, seed: int) -> list[int]:
-    """Sessions that grow turn by turn behind a few prompts; the hits of each request."""
+    """Requests sessions that start with one of a few prompts and grow turn by turn. Returns the hits of each request."""
     random = np.random.default_rng(seed)
     sessions = [[int(random.integers(3))] for _ in range(30)]
     hits, fresh, now_s = [], 100, 0.0
@@ -69,7 +69,7 @@ def traffic(world: World, requests: int, seed: int) -> list[int]:
     return hits
 
 
-def test_the_same_requests_hit_the_same_blocks_whatever_keys_look_like():
+def test_the_form_of_the_keys_does_not_change_the_hits():
     as_numbers, as_digests, as_text = World(150), World(150, key=key_of), World(150, key=str)
     hits = traffic(as_numbers, 900, seed=1)
     assert traffic(as_digests, 900, seed=1) == hits
@@ -89,8 +89,8 @@ def test_without_data_it_is_lru():
     assert world.evicted == [12, 2]
 
 
-def test_learns_what_comes_back_and_keeps_it():
-    """Every block of one kind is used again after 100 s, those of the other kind never; memory is for half of the first."""
+def test_learns_which_blocks_are_used_again_and_keeps_them():
+    """Every block of one kind is used again after 100 s, blocks of the other kind never. Memory holds half of the first kind."""
     world = World(40)
     fresh, now_s = 1000, 0.0
     hits = []
@@ -102,17 +102,17 @@ def test_learns_what_comes_back_and_keeps_it():
             now_s += 1.0
             world.request([fresh], now_s, answer_tokens=1000)
     world.check()
-    assert sum(hits[-100:]) > 90, "160 blocks pass between two uses: LRU would hit none"
+    assert sum(hits[-100:]) > 90, "160 other blocks are used between two uses: LRU would hit none"
 
 
-def test_forgets_ghosts_in_bounds_and_stays_consistent():
+def test_the_number_of_ghosts_is_bounded():
     world = World(500)
     for start in range(0, GHOSTS_MIN + 60_000, 100):
         world.request(list(range(start, start + 100)), start / 100)
     world.check()
     ghosts = world.history.blocks - len(world.policy)
     assert ghosts <= GHOSTS_MIN + 100
-    assert world.history.uses(GHOSTS_MIN + 59_000) == 1, "remembered though given up"
+    assert world.history.uses(GHOSTS_MIN + 59_000) == 1, "an evicted block must be remembered"
     assert world.history.uses(0) == 0, "forgotten"
 
 
@@ -121,11 +121,11 @@ def test_takes_less_than_a_hundred_bytes_a_block():
     for start in range(0, 200_000, 100):
         world.request(list(range(start, start + 100)), start / 100)
     arrays = [value for value in vars(world.policy).values() if isinstance(value, np.ndarray)]
-    nbytes = world.history.nbytes + sum(array.nbytes for array in arrays) + 100 * len(world.policy)  # one dict entry for a resident one
+    nbytes = world.history.nbytes + sum(array.nbytes for array in arrays) + 100 * len(world.policy)  # 100 bytes for the dict entry
     assert nbytes / world.history.blocks < 100
 
 
-def test_a_parent_that_was_forgotten_and_came_back_is_a_parent_again():
+def test_a_forgotten_parent_that_returns_is_linked_to_its_child_again():
     world = World(20)
     world.request([1, 2, 3], 0.0)
     for number in range(1000, 1000 + GHOSTS_MIN + 30_000):
@@ -140,7 +140,7 @@ def test_a_parent_that_was_forgotten_and_came_back_is_a_parent_again():
     assert [number for number in world.evicted[-5:] if number < 10] == [3, 4, 2, 1] or world.policy.leading([1]) == 1
 
 
-def test_a_session_that_ended_goes_first_but_not_what_it_shares():
+def test_an_ended_session_is_evicted_first_except_its_shared_prefix():
     world = World(6)
     world.request([1, 11, 12], 0.0)
     world.request([1, 21], 1.0)
@@ -149,12 +149,12 @@ def test_a_session_that_ended_goes_first_but_not_what_it_shares():
     world.request([3, 4, 5], 3.0)
     assert world.evicted == [12]
     world.request([6], 4.0)
-    assert world.evicted == [12, 11], "though 21 is older"
+    assert world.evicted == [12, 11], "although 21 is older"
     world.request([1, 11], 5.0)
     assert world.policy.leading([1]) == 1
 
 
-def test_a_session_that_is_expected_back_stays():
+def test_a_session_with_an_expected_use_stays():
     world = World(4)
     world.request([1, 11], 0.0)
     world.history.hint(11, 0.0, reuse_within_s=120.0)
@@ -162,17 +162,17 @@ def test_a_session_that_is_expected_back_stays():
     world.request([3, 13], 60.0)
     assert world.evicted == [12, 2]
     world.request([4, 14], 900.0)
-    assert world.evicted[2:] == [11, 1], "it did not come back"
+    assert world.evicted[2:] == [11, 1], "the expected use did not happen"
 
 
-def test_a_hint_for_nobody_does_nothing():
+def test_a_hint_for_an_unknown_block_does_nothing():
     world = World(4)
     world.history.hint(99, 0.0, ended=True, answer_tokens=3, reuse_within_s=5.0)
     world.request([1, 2], 0.0)
     world.check()
 
 
-def test_what_is_near_elsewhere_goes_before_what_must_be_computed_again():
+def test_a_block_with_a_nearby_copy_is_evicted_before_one_that_must_be_computed_again():
     world = World(4)
     for at, number in enumerate([1, 2, 3, 4]):
         world.request([number], float(at))
@@ -182,7 +182,7 @@ def test_what_is_near_elsewhere_goes_before_what_must_be_computed_again():
     assert world.policy.victims(1, (), 5.0) == [1]
 
 
-def test_late_positions_count_more_with_the_cost_weight():
+def test_with_a_cost_weight_late_positions_are_worth_more():
     plain, weighted = World(100), World(100, cost_weight=1.0, block_tokens=30_500)
     for world in (plain, weighted):
         world.request([1, 2, 3, 4], 0.0)
@@ -191,7 +191,7 @@ def test_late_positions_count_more_with_the_cost_weight():
     assert weighted.policy.victims(1, (), 50.0) == [9], "4 costs four times as much"
 
 
-def test_larger_blocks_go_first():
+def test_larger_blocks_are_evicted_first():
     world = World(100)
     world.history.seen([1], None, 0.0)
     world.policy.add([1], None, 10)
@@ -200,7 +200,7 @@ def test_larger_blocks_go_first():
     assert world.policy.victims(5, (), 5.0) == [2]
 
 
-def test_several_tiers_share_what_is_known():
+def test_several_tiers_share_one_history():
     history = BlockHistory()
     device, host = (create_policy("adaptive", history, 10) for _ in range(2))
     history.seen([1, 2], None, 0.0)
@@ -215,7 +215,7 @@ def test_several_tiers_share_what_is_known():
         structure.check()
 
 
-def test_a_prefix_that_many_share_gets_a_bucket_of_its_own():
+def test_a_widely_shared_prefix_gets_its_own_bucket():
     world, now_s = World(3000), 0.0
     for number in range(400):
         now_s += 1.0
@@ -235,7 +235,7 @@ def test_statistics_of_one_node_teach_another():
     assert np.corrcoef(pupil.history.table, teacher.history.table)[0, 1] > 0.99
 
 
-def test_blocks_that_were_never_seen_may_be_added():
+def test_blocks_that_were_never_used_can_be_added():
     world = World(10)
     world.policy.add([1, 2], None, 1)
     world.policy.add([3], 2, 1)
@@ -245,7 +245,7 @@ def test_blocks_that_were_never_seen_may_be_added():
 
 @given(STEPS)
 def test_a_child_may_be_resident_without_its_parent(steps):
-    """Orphans, as after a restart or a lost disk: everything still adds up."""
+    """Creates orphans, as after a restart or the loss of a disk. All counts must stay consistent."""
     world = World(1000)
     for at, (step, number) in enumerate(steps):
         if step in ("add", "chain") and number not in world.policy:
@@ -259,11 +259,11 @@ def test_a_child_may_be_resident_without_its_parent(steps):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_seed_decides_what_is_sampled(seed):
+def test_the_seed_decides_which_leaves_are_sampled(seed):
     assert traffic(World(150, seed=seed), 600, seed=2) == traffic(World(150, seed=seed), 600, seed=2)
 
 
-def test_the_chance_of_a_block_nobody_knows_is_none():
+def test_the_chance_of_an_unknown_block_is_zero():
     world = World(10)
     assert world.history.chance(5, 3.0) == 0.0
     world.request([5], 10.0)

@@ -1,4 +1,4 @@
-"""Without chains the classics are the published algorithms: equal to libcachesim request by request."""
+"""Without chains, the classic policies are the published algorithms: they hit the same requests as libcachesim."""
 
 import random
 from bisect import bisect
@@ -14,7 +14,7 @@ OBJECTS = 2_000
 
 
 def skewed(seed: int, requests: int) -> list[int]:
-    """Zipf objects whose ranks move on, and now and then a scan."""
+    """Returns Zipf-distributed objects whose ranks drift, with an occasional scan."""
     chance = random.Random(seed)
     sums, total = [], 0.0
     for rank in range(1, OBJECTS + 1):
@@ -61,6 +61,6 @@ def peer_hits(name: str, capacity: int, objects: list[int]) -> list[bool]:
 @pytest.mark.parametrize("trace", TRACES)
 @pytest.mark.parametrize("capacity", [20, 99, 250, 1_000])
 @pytest.mark.parametrize("name", PEERS)
-def test_the_same_requests_hit(name, capacity, trace):
+def test_the_same_requests_hit_as_in_libcachesim(name, capacity, trace):
     mine, theirs = hits(name, capacity, TRACES[trace]), peer_hits(name, capacity, TRACES[trace])
     assert mine == theirs, f"first at request {next(at for at, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1])}"

@@ -1,4 +1,4 @@
-"""The key table against a dict."""
+"""Tests of the key table against a dict."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ BATCHES = st.lists(st.lists(st.integers(0, 300), unique=True, min_size=1, max_si
 
 
 class Owned:
-    """A table and the tags of its owner, whose slots are given out one after the other."""
+    """A table with the tags that its owner stores. Slots are assigned in order."""
 
     def __init__(self, slots: int = 10_000) -> None:
         self.tag_of = np.zeros(slots, np.uint64)
@@ -29,7 +29,7 @@ class Owned:
 
 
 @given(BATCHES)
-def test_finds_what_was_inserted_and_nothing_else(batches):
+def test_finds_inserted_keys_and_no_others(batches):
     owned, expected = Owned(), {}
     for batch in batches:
         new = [number for number in batch if number not in expected]
@@ -41,7 +41,7 @@ def test_finds_what_was_inserted_and_nothing_else(batches):
         assert len(owned.table) == len(expected)
 
 
-def test_keys_that_want_the_same_place_are_told_apart():
+def test_keys_with_the_same_place_are_distinguished():
     keys = [number << 40 for number in range(5000)]
     owned = Owned()
     owned.insert(keys)
@@ -49,7 +49,7 @@ def test_keys_that_want_the_same_place_are_told_apart():
     assert set(owned.find([key + 1 for key in keys])) == {-1}
 
 
-def test_a_rebuilt_table_holds_what_it_was_given():
+def test_a_rebuilt_table_has_exactly_the_given_keys():
     owned = Owned()
     owned.insert([1, 2, 3, 4])
     owned.table.rebuild(tags_of([3, 4]), np.array([2, 3], np.int32))
@@ -63,7 +63,7 @@ NINE = range(9)
     "keys",
     [[bytes([n]) * 32 for n in NINE], [n.to_bytes(32, "big") for n in NINE], list(NINE), [str(n) for n in NINE], [b"short", b"other"]],
 )
-def test_any_keys_have_tags_of_their_own(keys):
+def test_different_keys_have_different_tags(keys):
     tags = tags_of(keys)
     assert tags.dtype == np.uint64
     assert len(set(tags.tolist())) == len(keys)

@@ -248,7 +248,7 @@ def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"codec": "host=int3"}, "codec: host=int3: codec 'int3' is unknown"),
+        ({"codec": "host=int3"}, "codec: host=int3: unknown codec 'int3'"),
         ({"codec": "disk=int8"}, "there is no disk tier"),
         ({"codec": "gpu=int8"}, "TIER=CODEC"),
         ({"codec": "host=xlayer:none"}, "codec: host=xlayer:none"),

@@ -1,6 +1,6 @@
-"""Exact hit counts of every policy on two committed traces (tests/data/sim/generate.py made them).
+"""Exact hit counts of every policy on two committed traces (made by tests/data/sim/generate.py).
 
-After a change that is meant to change them: `python -m tests.unit.sim.test_golden`.
+After a change that is meant to change the counts, run `python -m tests.unit.sim.test_golden` to write new ones.
 """
 
 import json
@@ -18,7 +18,7 @@ CAPACITIES = [0.02, 0.1, 0.3]
 
 
 def counts(trace_name: str, policy: str) -> dict[str, list[int]]:
-    """Hit blocks and evictions by capacity."""
+    """Returns hit blocks and evictions by capacity."""
     trace = read_trace(DATA / trace_name)
     results = [replay(trace, policy, capacity) for capacity in CAPACITIES]
     return {str(result.capacity): [result.hit_blocks, result.evictions] for result in results}
@@ -26,16 +26,16 @@ def counts(trace_name: str, policy: str) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("policy", ALL_NAMES)
 @pytest.mark.parametrize("trace", TRACES)
-def test_hits_and_evictions_are_those_committed(trace, policy):
+def test_hits_and_evictions_equal_the_committed_counts(trace, policy):
     assert counts(trace, policy) == json.loads(GOLDEN.read_text())[trace][policy]
 
 
-def test_nothing_is_committed_for_a_policy_that_is_none():
+def test_every_committed_policy_exists():
     golden = json.loads(GOLDEN.read_text())
     assert {name: set(of_trace) for name, of_trace in golden.items()} == {name: set(ALL_NAMES) for name in TRACES}
 
 
-def test_the_optimum_is_best_everywhere():
+def test_the_optimum_has_the_most_hits_everywhere():
     for of_trace in json.loads(GOLDEN.read_text()).values():
         for capacity in map(str, CAPACITIES):
             hits = {policy: found[capacity][0] for policy, found in of_trace.items()}

@@ -1,4 +1,4 @@
-"""The replay: what a step does, what is counted, and the optimum against a search of everything and against every policy."""
+"""Tests of the replay: what a step does, what is counted, and the offline optimum against an exhaustive search and all policies."""
 
 from functools import cache as memoized
 from itertools import combinations
@@ -16,28 +16,28 @@ from tiered_kv.sim.trace import read_trace
 ALL = [*POLICY_NAMES, "belady"]
 
 
-class Listening(History):
-    """Remembers what it is told."""
+class RecordingHistory(History):
+    """Records the calls it gets."""
 
     def __init__(self) -> None:
-        self.told: list[tuple] = []
+        self.calls: list[tuple] = []
 
     def seen(self, keys, parent, now_s) -> None:
-        self.told.append(("seen", list(keys), parent, now_s))
+        self.calls.append(("seen", list(keys), parent, now_s))
 
     def hint(self, tail, now_s, *, answer_tokens=None, reuse_within_s=None, ended=False) -> None:
-        self.told.append(("hint", tail, now_s, answer_tokens))
+        self.calls.append(("hint", tail, now_s, answer_tokens))
 
 
 def lru_cache(capacity: int) -> Cache:
-    return Cache(LRUPolicy(), Listening(), capacity)
+    return Cache(LRUPolicy(), RecordingHistory(), capacity)
 
 
-def test_the_history_hears_of_hits_then_of_what_is_new_then_of_the_answer():
+def test_the_history_gets_hits_then_new_blocks_then_the_answer():
     cache = lru_cache(10)
     cache.request([1, 2], 1.0, 30)
     cache.request([1, 2, 3], 2.0, 40)
-    assert cache.history.told == [
+    assert cache.history.calls == [
         ("seen", [1, 2], None, 1.0),
         ("hint", 2, 1.0, 30),
         ("seen", [1, 2], None, 2.0),
@@ -46,7 +46,7 @@ def test_the_history_hears_of_hits_then_of_what_is_new_then_of_the_answer():
     ]
 
 
-def test_of_a_request_longer_than_the_capacity_the_leading_blocks_stay():
+def test_a_request_longer_than_the_capacity_keeps_its_leading_blocks():
     cache = lru_cache(3)
     cache.request([9], 0.0, 0)
     assert cache.request([1, 2, 3, 4, 5], 1.0, 0) == 0
@@ -58,7 +58,7 @@ def test_of_a_request_longer_than_the_capacity_the_leading_blocks_stay():
 def test_a_request_without_blocks_changes_nothing():
     cache = lru_cache(3)
     assert cache.request([], 0.0, 5) == 0
-    assert cache.history.told == []
+    assert cache.history.calls == []
 
 
 def test_tokens_are_counted_over_all_input(tmp_path):
@@ -72,7 +72,7 @@ def test_tokens_are_counted_over_all_input(tmp_path):
 
 
 @given(st.integers(0, 3_000))
-def test_the_weight_of_a_prefill_is_that_of_its_tokens(tokens):
+def test_the_weight_of_a_prefill_is_the_sum_over_its_tokens(tokens):
     assert prefill_weight(tokens) == pytest.approx(sum(1 + at / FLOPS_POSITION_TOKENS for at in range(tokens)))
 
 
@@ -95,7 +95,7 @@ def test_progress_adds_up_to_all_requests(tmp_path):
     assert told == [64, 64, 2]
 
 
-def test_a_policy_of_the_callers_gives_what_its_name_gives():
+def test_a_policy_object_gives_the_same_result_as_its_name():
     trace = read_trace(DATA / "documents-b64.jsonl.zst")
     mine = replay_with(trace, LRUPolicy(), History(), 301)
     assert mine.hit_blocks == replay(trace, "lru", 0.1).hit_blocks
@@ -119,14 +119,14 @@ def test_the_optimum_keeps_its_cap_and_no_policy_beats_it(tmp_path_factory, chai
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 7).map(lambda number: [number >> 2, number >> 1, number]), min_size=1, max_size=8), st.integers(1, 4))
-def test_the_optimum_hits_as_often_as_the_best_of_all_choices(tmp_path_factory, chains, capacity):
+def test_the_optimum_hits_as_often_as_an_exhaustive_search(tmp_path_factory, chains, capacity):
     chains = [[number for number in chain if number] for chain in chains]
     trace = trace_of(tmp_path_factory.mktemp("trace"), chains)
     assert run(trace, BeladyCache(trace, capacity), "belady", 1.0).hit_blocks == best_possible(chains, capacity)
 
 
 def best_possible(chains: list[list[int]], capacity: int) -> int:
-    """The most hits of any way to keep at most `capacity` blocks, leading blocks of what was asked for so far."""
+    """Searches all ways to keep at most `capacity` blocks, each with its ancestors. Returns the most hits of any of them."""
 
     @memoized
     def most(at: int, kept: frozenset[int]) -> int:
@@ -140,5 +140,5 @@ def best_possible(chains: list[list[int]], capacity: int) -> int:
     return most(0, frozenset())
 
 
-def test_full_blocks_of_ten_tokens_are_what_these_traces_have(tmp_path):
+def test_the_traces_of_these_tests_have_full_blocks_of_ten_tokens(tmp_path):
     assert trace_of(tmp_path, [[1, 2]]).block_tokens == BLOCK_TOKENS

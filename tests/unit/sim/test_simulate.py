@@ -1,4 +1,4 @@
-"""`tiered-kv simulate`: settings, the printed table, JSON, the picture, processes, and what is refused."""
+"""Tests of `tiered-kv simulate`: settings, the printed table, JSON, the plot, processes, and errors."""
 
 import io
 import json
@@ -20,7 +20,7 @@ CHAT, DOCUMENTS = str(DATA / "chat-b64.jsonl.zst"), str(DATA / "documents-b64.js
 
 
 def printed(**settings) -> tuple[str, list[dict]]:
-    """What one run in this process says to people, and its results."""
+    """Runs the command in this process. Returns the text printed for people, and the results."""
     said = io.StringIO()
     found = run_simulate(SimulateOptions(**{"jobs": 1, **settings}), Console(width=200, file=said))
     return said.getvalue(), found["results"]
@@ -37,13 +37,13 @@ def test_tables_show_each_trace_the_mean_and_the_memory_lru_needs():
     assert text.index("2 %") < text.index("10 %")
 
 
-def test_flops_are_another_table():
+def test_metric_flops_prints_another_table():
     text, results = printed(traces=[DOCUMENTS], policy="lru", capacity="0.1", metric="flops")
     assert f"{100 * results[0]['flops_saved_ratio']:.1f}" in text
-    assert results[0]["flops_saved_ratio"] < results[0]["token_hit_ratio"], "hits are at the beginning, where tokens are cheap"
+    assert results[0]["flops_saved_ratio"] < results[0]["token_hit_ratio"], "hits are at the beginning of prompts, where tokens cost less"
 
 
-def test_the_cost_weight_is_for_the_policy_the_metric_for_the_reader():
+def test_the_cost_weight_changes_the_policy_and_the_metric_only_the_table():
     def hits(**settings):
         return printed(traces=[CHAT], policy="adaptive", capacity="0.02", **settings)[1][0]["hit_blocks"]
 
@@ -51,7 +51,7 @@ def test_the_cost_weight_is_for_the_policy_the_metric_for_the_reader():
     assert hits(cost_weight=1.0) != hits()
 
 
-def test_tiers_are_another_table():
+def test_tiers_print_another_table():
     text, results = printed(traces=[DOCUMENTS], policy="lru,belady", tiers="disk=0.5,hot=0.02,warm=0.1")
     (result,) = results
     assert result["tiers"] == {"device": 0.02, "host": 0.1, "disk": 0.5}
@@ -61,7 +61,7 @@ def test_tiers_are_another_table():
     assert f"{result['write_amplification']['disk']:.2f}" in text
 
 
-def test_json_is_one_object_on_standard_output_and_processes_change_nothing():
+def test_json_is_one_object_on_standard_output_and_the_same_for_any_jobs():
     command = [sys.executable, "-m", "tiered_kv.cluster.cli", "simulate", CHAT, DOCUMENTS]
     done = subprocess.run(
         [*command, "--capacity", "0.1,0.3", "--policy", "lru,arc", "--jobs", "2", "--json"], capture_output=True, text=True, check=True
@@ -76,10 +76,10 @@ def test_json_is_one_object_on_standard_output_and_processes_change_nothing():
     ]
     for each in results:
         assert [each["hit_blocks"], each["evictions"]] == golden[each["trace"]][each["policy"]][str(each["capacity"])]
-    assert "policy" in done.stderr, "the table is there too"
+    assert "policy" in done.stderr, "the table must be on standard error"
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     text, _ = printed(traces=[CHAT, DOCUMENTS], policy="lru,belady", capacity="0.1,0.3", plot=str(tmp_path / "curve.png"))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -87,19 +87,19 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["curve.doc", "none/curve.png"])
-def test_a_picture_that_cannot_be_written_is_refused_before_any_work(tmp_path, name):
+def test_a_plot_that_cannot_be_written_is_refused_before_any_work(tmp_path, name):
     pytest.importorskip("matplotlib")
     with pytest.raises(TieredKVError, match="--plot"):
         printed(traces=["no such trace"], plot=str(tmp_path / name))
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(TieredKVError, match=r"tiered-kv\[plot\]"):
         printed(traces=[CHAT], plot="curve.png")
 
 
-def test_what_was_noticed_in_reading_is_said(tmp_path):
+def test_notes_about_reading_the_trace_are_printed(tmp_path):
     path = write(tmp_path / "a-b10.jsonl", [line(5, [1], 10), line(3, [1], 10)])
     text, results = printed(traces=[path], policy="lru")
     assert "sorted by time" in text
@@ -110,7 +110,7 @@ def test_what_was_noticed_in_reading_is_said(tmp_path):
     ("arguments", "said"),
     [
         ([CHAT, "--policy", "lru,acr"], "did you mean 'arc'?"),
-        ([CHAT, "--policy", "zzz"], "there are: all, lru"),
+        ([CHAT, "--policy", "zzz"], "unknown policy 'zzz'; known are all, lru"),
         ([CHAT, "--capacity", "0"], "--capacity: '0'"),
         ([CHAT, "--capacity", "0.1,1.5"], "--capacity: '1.5'"),
         ([CHAT, "--capacity", "nan"], "--capacity: 'nan'"),
@@ -119,22 +119,22 @@ def test_what_was_noticed_in_reading_is_said(tmp_path):
         ([CHAT, "--tiers", "warm=0.1,host=0.2"], "--tiers: 'host=0.2'"),
         ([CHAT, "--tiers", "warm=0"], "--tiers: 'warm=0'"),
         ([CHAT, "--tiers", "warm"], "--tiers: 'warm'"),
-        ([CHAT, "--tiers", "hot=0.1"], "lacks warm="),
-        ([CHAT, "--tiers", "warm=0.1", "--plot", "a.png"], "--plot: draws hits over --capacity"),
-        ([CHAT, "--tiers", "warm=0.1", "--policy", "belady"], "belady knows one tier only"),
-        ([CHAT, "--cost-weight", "nan"], "--cost-weight: nan"),
-        ([CHAT, "--jobs", "0"], "--jobs: 0"),
-        ([CHAT, "--block-tokens", "0"], "--block-tokens: 0"),
+        ([CHAT, "--tiers", "hot=0.1"], "warm=SHARE must be given"),
+        ([CHAT, "--tiers", "warm=0.1", "--plot", "a.png"], "--plot: draws hits by --capacity"),
+        ([CHAT, "--tiers", "warm=0.1", "--policy", "belady"], "belady supports one tier only"),
+        ([CHAT, "--cost-weight", "nan"], "--cost-weight: must be from 0 to 1, got nan"),
+        ([CHAT, "--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        ([CHAT, "--block-tokens", "0"], "--block-tokens: must be at least 1, got 0"),
         ([CHAT, CHAT], "two files are named chat-b64.jsonl.zst"),
         (["/no/such-b1.jsonl"], "such-b1.jsonl: cannot be read"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_its_name(capsys, arguments, said):
+def test_an_invalid_argument_is_refused_by_name(capsys, arguments, said):
     assert main(["simulate", *arguments]) == 2
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_bad_trace_is_refused_on_standard_error_where_json_is_asked_for(tmp_path, capsys):
+def test_with_json_an_invalid_trace_is_reported_on_standard_error(tmp_path, capsys):
     path = write(tmp_path / "a-b10.jsonl", ["nonsense"])
     assert main(["simulate", str(path), "--json"]) == 2
     captured = capsys.readouterr()
@@ -142,13 +142,13 @@ def test_a_bad_trace_is_refused_on_standard_error_where_json_is_asked_for(tmp_pa
     assert "a-b10.jsonl, line 1" in captured.err
 
 
-def test_all_is_every_policy_and_the_optimum():
+def test_all_stands_for_every_policy_and_the_optimum():
     assert policies_of("all") == list(ALL_NAMES) == policies_of("lru,all")
     assert ALL_NAMES[-1] == "belady"
     assert policies_of("belady, lru,belady") == ["belady", "lru"]
 
 
-def test_capacities_rise():
+def test_capacities_are_sorted():
     assert capacities_of("0.2,1,0.05,0.2") == [0.05, 0.2, 1.0]
 
 
@@ -156,20 +156,20 @@ def test_capacities_rise():
     ("ratio", "capacity", "said"),
     [(0.1, 0.1, "≤ 0.1 ×"), (0.2, 0.01, "1.0 ×"), (0.3, 0.01, "3.2 ×"), (0.4, 0.05, "2.0 ×"), (0.5, 0.1, "> 1.0 ×")],
 )
-def test_memory_is_read_off_lrus_curve_in_log_capacity(ratio, capacity, said):
+def test_memory_is_interpolated_on_the_lru_curve_in_log_capacity(ratio, capacity, said):
     assert memory_ratio({0.01: 0.2, 0.1: 0.4}, capacity, ratio) == said
 
 
-def test_sizing_compares_with_adaptive_or_else_the_best():
+def test_sizing_compares_with_adaptive_or_else_the_best_policy():
     curves = {"lru": {0.1: 0.2, 0.4: 0.4}, "arc": {0.1: 0.3, 0.4: 0.45}, "lfu": {0.1: 0.1, 0.4: 0.1}, "belady": {0.1: 0.6, 0.4: 0.6}}
     assert sizing(curves) == "LRU needs 2.0 × the memory for the same hits as arc at 10 %, > 1.0 × at 40 %"
     curves["adaptive"] = {0.1: 0.2, 0.4: 0.2}
     assert sizing(curves).startswith("LRU needs 1.0 × the memory for the same hits as adaptive at 10 %")
     assert sizing({"lru": {0.1: 0.2}, "belady": {0.1: 0.3}}) == ""
-    assert sizing({"lru": {0.1: 0.0}, "adaptive": {0.1: 0.0}}) == "", "nothing hits, so nothing can be said"
+    assert sizing({"lru": {0.1: 0.0}, "adaptive": {0.1: 0.0}}) == "", "without hits there is nothing to compare"
 
 
-def test_kinds_of_refusal_are_bad_usage():
+def test_an_invalid_capacity_is_a_config_error_that_names_the_setting():
     with pytest.raises(TieredKVError) as caught:
         capacities_of("much")
     assert (caught.value.kind, caught.value.context) == (Kind.CONFIG, {"setting": "capacity"})

@@ -1,4 +1,4 @@
-"""Several tiers in the simulator: the machine of the store, caps, and what is written."""
+"""Tests of the simulator with several tiers: equality with the replay, caps, and writes."""
 
 import pytest
 from hypothesis import given, settings
@@ -53,5 +53,5 @@ def test_a_lower_tier_adds_hits_and_is_written_little_more_than_once():
     assert all_tiers.write_amplification["objects"] == 1
 
 
-def test_tiers_may_be_named_by_warmth():
+def test_tiers_have_aliases_by_warmth():
     assert tiers_of("cold=1,disk=0.5, warm = 0.1,hot=0.01") == {Tier.DEVICE: 0.01, Tier.HOST: 0.1, Tier.DISK: 0.5, Tier.OBJECTS: 1.0}

@@ -1,4 +1,4 @@
-"""Traces that are written are those that are read."""
+"""Tests that written traces can be read again."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tiered_kv.sim.write import TraceWriter
 
 
 @pytest.mark.parametrize(("name", "magic"), [("a.jsonl", b"{"), ("a.jsonl.gz", b"\x1f\x8b"), ("a.jsonl.zst", b"\x28\xb5\x2f\xfd")])
-def test_what_was_written_is_read(tmp_path: Path, name: str, magic: bytes) -> None:
+def test_a_written_trace_is_read_again(tmp_path: Path, name: str, magic: bytes) -> None:
     (tmp_path / name).write_text("what was there before")
     with TraceWriter(tmp_path / name) as trace:
         for at in range(100):
@@ -23,14 +23,14 @@ def test_what_was_written_is_read(tmp_path: Path, name: str, magic: bytes) -> No
 
 
 @pytest.mark.parametrize("name", ["none/a.jsonl", "none/a.jsonl.gz", "none/a.jsonl.zst", "."])
-def test_a_file_that_cannot_be_made_is_told(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_created_is_reported(tmp_path: Path, name: str) -> None:
     with pytest.raises(TieredKVError, match="--out: cannot write") as caught:
         TraceWriter(tmp_path / name)
     assert (caught.value.kind, caught.value.context["setting"]) == (Kind.CONFIG, "out")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_full_disk_is_told(tmp_path: Path, suffix: str) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"full{suffix}"
     target.symlink_to("/dev/full")
 
