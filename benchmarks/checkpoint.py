@@ -1,4 +1,7 @@
-"""The same as `tiered-kv bench checkpoint`: checkpoints beside plain calls on the same bytes. Takes its options, such as --folder."""
+"""The same as `tiered-kv bench checkpoint`: checkpoints relative to plain calls on the same bytes.
+
+Takes its options, such as --folder.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""The same as `tiered-kv bench held`: hits of the demo's workload with a codec in half the memory. Takes its options, such as --json."""
+"""The same as `tiered-kv bench held`: the hit ratio of the demo's workload with a codec in half the memory.
+
+Takes its options, such as --json.
+"""
 
 import sys
 

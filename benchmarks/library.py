@@ -1,11 +1,11 @@
-"""How much faster a second `generate` with the same long prefix is, and what `enable_profiling` costs; ratios within one run.
+"""Measures the speed of a second `generate` with the same long prefix, and the cost of `enable_profiling`, as ratios in one run.
 
     python benchmarks/library.py [--repeats 7] [--json FILE]
 
-`generate`: the default model in float32, a document of 704 tokens and a short question that is another each time, a cache that is
-empty at first. `profiling`: store, match and fetch of a chain of 44 small blocks (a model of two layers, so that copying does not hide
-what is measured), with `enable_profiling` on, with it off (twice: how far two equal caches lie apart), and with the function that begins
-it taken out; in turns, so that what else the machine does meets all alike.
+`generate`: the default model in float32, a document of 704 tokens, and a short question that differs each time. The cache is empty
+at first. `profiling`: store, match and fetch of a chain of 44 small blocks, of a model of two layers, so that copying does not hide
+the difference. It runs with `enable_profiling` on, with it off (in two caches, to see how much equal caches differ), and without the
+function that starts profiling. The variants alternate, so that other load on the machine affects all alike.
 """
 
 import argparse
@@ -33,14 +33,17 @@ CONFIG = KVCacheConfig(max_tokens=2048, block_tokens=BLOCK_TOKENS)
 
 
 def seconds(function: Callable, *arguments: object, **options: object) -> float:
-    """What one call takes."""
+    """Returns the seconds of one call."""
     begun_s = time.perf_counter()
     function(*arguments, **options)
     return time.perf_counter() - begun_s
 
 
 def generate(repeats: int) -> list[dict]:
-    """The first and the second request for a prefix, and the second without a cache, by how many tokens are generated."""
+    """Measure the first and second request for a prefix, and the second without a cache.
+
+    Returns one record per number of generated tokens.
+    """
     model, tokenizer = load_model(dtype="float32")
     document = (Path(demo.__file__).parent / "documents" / "longitude.md").read_text()
     text = tokenizer(document, return_tensors="pt")["input_ids"][0]
@@ -64,7 +67,10 @@ def generate(repeats: int) -> list[dict]:
 
 
 def profiling() -> list[dict]:
-    """Each operation with profiling on and off, over the same without any of it."""
+    """Measure each operation with profiling on and off, relative to a cache without profiling code.
+
+    Returns one record for each.
+    """
     kv, ids = torch.randn(LAYOUT.kv_shape(PREFIX_TOKENS)), range(PREFIX_TOKENS)
     out = torch.empty_like(kv)
     with ExitStack() as caches:
@@ -96,13 +102,13 @@ def _profiled(name: str, operation: Callable, caches: dict[str, BaseKVCache]) ->
 
 
 def _spread(above: list[float], below: list[float]) -> dict[str, float]:
-    """The median of the ratios of what was measured in the same turn, and their quartiles."""
+    """Returns the median and the quartiles of the ratios between measurements of the same turn."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
     return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def main() -> None:
-    """Measure, print, and write what was measured."""
+    """Measure, print the figures as JSON, and write them to the file named with --json."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)

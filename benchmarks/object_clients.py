@@ -1,10 +1,10 @@
-"""Clients of object storage beside each other: CPU seconds a GiB and MiB a second of puts and gets, for docs/design/009.
+"""Compares object-storage clients: CPU seconds per GiB, and MiB per second, of puts and gets, for docs/design/009.
 
     python benchmarks/object_clients.py --endpoint http://127.0.0.1:9000 [--bucket bench] [--clients obstore,boto3]
 
-Against one S3 server that runs already, with the bucket there; credentials as in the environment. Each client that can be
-imported puts and gets the same objects, 16 MiB each by 4 threads, in turns with the others; medians of the rounds. CPU seconds are those of
-this process alone, of all its threads. Needs nothing of the package.
+It needs a running S3 server with an existing bucket, and credentials in the environment. Each client that can be imported puts and
+gets the same objects of 16 MiB each with 4 threads. The clients alternate, and the medians of the rounds are reported. CPU seconds are
+those of all threads of this process. The script does not use the package.
 """
 
 import argparse
@@ -25,14 +25,14 @@ GIB = 1 << 30
 
 
 class Client(NamedTuple):
-    """How one library puts and gets an object by its name."""
+    """The functions with which one library puts and gets an object by name."""
 
     put: Callable[[str, bytes], object]
     get: Callable[[str], object]
 
 
 def obstore_of(endpoint: str, bucket: str, *, unsigned: bool = True) -> Client:
-    """obstore, with or without hashing the payload for the signature."""
+    """Returns the client of obstore. With `unsigned` it does not hash the payload for the signature."""
     import obstore
     import obstore.store
 
@@ -45,7 +45,7 @@ def obstore_of(endpoint: str, bucket: str, *, unsigned: bool = True) -> Client:
 
 
 def boto3_of(endpoint: str, bucket: str) -> Client:
-    """boto3's plain client."""
+    """Returns the plain client of boto3."""
     import boto3
     from botocore.config import Config
 
@@ -57,7 +57,7 @@ def boto3_of(endpoint: str, bucket: str) -> Client:
 
 
 def s3fs_of(endpoint: str, bucket: str) -> Client:
-    """s3fs, without its cache of listings."""
+    """Returns the client of s3fs, without its cache of listings."""
     import s3fs
 
     files = s3fs.S3FileSystem(endpoint_url=endpoint, use_listings_cache=False)
@@ -65,7 +65,7 @@ def s3fs_of(endpoint: str, bucket: str) -> Client:
 
 
 def pyarrow_of(endpoint: str, bucket: str) -> Client:
-    """pyarrow's file system."""
+    """Returns the client of pyarrow's file system."""
     from pyarrow import fs
 
     files = fs.S3FileSystem(endpoint_override=urlsplit(endpoint).netloc, scheme=urlsplit(endpoint).scheme)
@@ -91,14 +91,17 @@ CLIENTS: dict[str, Callable[[str, str], Client]] = {
 
 
 def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall seconds, and CPU seconds of this process."""
+    """Run `work`. Returns its wall seconds, and the CPU seconds of this process."""
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall_s, time.process_time() - cpu_s
 
 
 def round_of(client: Client, prefix: str, body: bytes, count: int) -> dict[str, tuple[float, float]]:
-    """Put and get `count` objects; raises where one came back changed."""
+    """Put and get `count` objects.
+
+    Returns the times of both. Raises ValueError if the content of an object has changed.
+    """
     names = [f"{prefix}-{number}" for number in range(count)]
     with ThreadPoolExecutor(THREADS) as threads:
         times = {
@@ -106,16 +109,16 @@ def round_of(client: Client, prefix: str, body: bytes, count: int) -> dict[str, 
             "get": measured(lambda: list(threads.map(lambda name: len(memoryview(client.get(name))), names))),
         }
         if bytes(client.get(names[-1])) != body:
-            raise ValueError(f"{names[-1]} came back changed")
+            raise ValueError(f"{names[-1]}: the content read differs from the content written")
     return times
 
 
 def main() -> None:
-    """Print a line for each client, and all figures as JSON at the end."""
+    """Measure all clients. Prints one line for each, and all figures as JSON at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--bucket", default="bench")
-    parser.add_argument("--clients", default=",".join(CLIENTS), help="which, separated by commas")
+    parser.add_argument("--clients", default=",".join(CLIENTS), help="clients to measure, separated by commas")
     parser.add_argument("--objects", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -127,11 +130,11 @@ def main() -> None:
             print(f"{name}: left out, {error}")
     body = os.urandom(OBJECT_BYTES)
     times: dict[str, list[dict]] = {name: [] for name in clients}
-    for turn in range(options.rounds + 1):  # the first opens connections
+    for turn in range(options.rounds + 1):  # the first round is not counted: it opens connections
         for number, (name, client) in enumerate(list(clients.items())):
             try:
                 taken = round_of(client, str(number), body, options.objects)
-            except Exception as error:  # noqa: BLE001 (every library has errors of its own)
+            except Exception as error:  # noqa: BLE001 (every library has its own errors)
                 print(f"{name}: left out, {type(error).__name__}: {error}")
                 del clients[name]
                 continue

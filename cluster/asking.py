@@ -1,4 +1,4 @@
-"""Asking the node actors of a cluster, all at once."""
+"""Calls a method on several node actors of a cluster in parallel, through Ray."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,18 +8,22 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.service.link import Ask
 
 ANSWER_WITHIN_S = 10.0
-RECEIVE_WITHIN_S = 30.0  # an answer that is there, and may be large
+RECEIVE_WITHIN_S = 30.0  # for copying an answer that is ready, which may be large
 
 
 def asking(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:
-    """How to ask the nodes of the cluster whose Ray this process has joined; each answers within so many seconds."""
+    """Returns a function that calls a method on several nodes at once. This process must have joined the cluster's Ray.
+
+    The function returns one answer for each node. A node that fails, or does not answer within `within_s` seconds,
+    is answered by a `TieredKVError`, which is returned and not raised.
+    """
     import ray
 
     def send(node: str, method: str, arguments: tuple) -> Any:
         try:
             return getattr(ray.get_actor(node_name(cluster, node), NAMESPACE), method).remote(*arguments)
         except (ValueError, ray.exceptions.RayError) as error:
-            return TieredKVError(Kind.TRANSPORT, f"it is not there ({type(error).__name__})", node=node)
+            return TieredKVError(Kind.TRANSPORT, f"the node's actor was not found ({type(error).__name__})", node=node)
 
     def receive(sent: Any, is_ready: bool) -> Any:
         if isinstance(sent, TieredKVError):
@@ -27,9 +31,10 @@ def asking(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:
         try:
             return ray.get(sent, timeout=RECEIVE_WITHIN_S if is_ready else 0)
         except ray.exceptions.RayTaskError as error:
-            return error.cause if isinstance(error.cause, TieredKVError) else TieredKVError(Kind.TRANSPORT, f"it failed: {error.cause!r}")
+            cause = error.cause
+            return cause if isinstance(cause, TieredKVError) else TieredKVError(Kind.TRANSPORT, f"the node failed: {cause!r}")
         except ray.exceptions.RayError as error:
-            return TieredKVError(Kind.TRANSPORT, f"it does not answer ({type(error).__name__})")
+            return TieredKVError(Kind.TRANSPORT, f"the node did not answer ({type(error).__name__})")
 
     def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
         sent = {node: send(node, method, arguments) for node in nodes}

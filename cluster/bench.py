@@ -1,4 +1,4 @@
-"""The command line of `tiered-kv bench`."""
+"""The command `tiered-kv bench`."""
 
 import argparse
 import json
@@ -17,38 +17,42 @@ ONLY_OF = {
     "synthetic": ("codec",),
     "model": ("codec", "held"),
 }
-"""Options that not every bench has."""
+"""Options that only some benchmarks accept, and which ones."""
 
 
 def add_bench(commands: Any) -> None:
-    """Add the command to the parser's `commands`."""
+    """Add `bench` to the parser's `commands`."""
     text = (
-        "Measure the cache on this machine, each figure as a ratio in the same run: to a torch memcpy of the same bytes (fetch, codec), "
-        "or to plain system calls (disk, checkpoint). held: the hit ratio of the demo's workload with a codec in half the host memory."
+        "Measure the cache on this machine: each figure is a ratio to a baseline in the same run. The baseline is a torch memcpy of the "
+        "same bytes (fetch, codec) or plain system calls (disk, checkpoint). held measures the hit ratio of the demo's workload "
+        "with a codec in half the host memory."
     )
     example = "tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n  tiered-kv bench codec --codec int8,int4"
-    command = add_command(commands, "bench", text, example, _bench, text.partition(":")[0])
+    command = add_command(commands, "bench", text, example, _bench, text.partition(":")[0] + ".")
     what = (
         "fetch: look-up, fetch and store from a second process and from another node; disk: writes, cold reads, and a restart; "
-        "codec: encode and decode with one and two threads; held: hits with int8 in half the memory; "
-        "checkpoint: writing and restoring in a folder and on S3, what workers feel of it, the first hit"
+        "codec: encode and decode with one and two threads; held: hit ratio with int8 in half the memory; "
+        "checkpoint: writing and restoring with a folder and with S3, the slowdown of workers meanwhile, and the time to the first hit"
     )
     command.add_argument("what", choices=list(RUNS), help=what)
-    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions; of fetch the same node only")
-    command.add_argument("--folder", help="of disk and checkpoint: where to measure (default: the system's temporary folder)")
+    command.add_argument("--quick", action="store_true", help="fewer sizes and repetitions; fetch measures the same node only")
+    command.add_argument("--folder", help="for disk and checkpoint: folder to measure in (default: the system's temporary folder)")
     command.add_argument(
-        "--endpoint", metavar="URL", help="of checkpoint: an S3 server with a bucket `bench` (default: moto, started for it)"
+        "--endpoint",
+        metavar="URL",
+        help="for checkpoint: an S3 server with a bucket `bench` (default: a moto server that the benchmark starts)",
     )
-    command.add_argument("--codec", metavar="A,B,…", help="of codec: which (default: all that the model has)")
-    command.add_argument("--model", help="of codec and held: whose KV, an id, a folder or `default` (default: default)")
-    command.add_argument("--synthetic", action="store_true", help="of codec: noise of KV's size and shape, where there is no model")
+    command.add_argument("--codec", metavar="A,B,…", help="for codec: codecs to measure (default: all that the model supports)")
+    command.add_argument("--model", help="for codec and held: Hugging Face id or folder of the model, or `default` (default: default)")
+    command.add_argument("--synthetic", action="store_true", help="for codec: use random values in the shape of KV instead of a model")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> int:
     for name, users in ONLY_OF.items():
         if getattr(options, name) and options.what not in users:
-            raise TieredKVError(Kind.CONFIG, f"--{name}: is for bench {' and '.join(users)}, not {options.what}", setting=name)
+            message = f"--{name}: only allowed with bench {' and '.join(users)}, got bench {options.what}"
+            raise TieredKVError(Kind.CONFIG, message, setting=name)
     report, show = RUNS[options.what](options, console.print)
     if options.json:
         print(json.dumps(report, indent=1))

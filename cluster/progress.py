@@ -1,4 +1,4 @@
-"""What commands say while they move bytes: a bar on a terminal, elsewhere a line now and then."""
+"""Progress reports of commands that move bytes: a bar on a terminal, a line every few seconds elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,21 +13,21 @@ from tiered_kv.config import format_size
 SAY_EVERY_S = 5.0
 
 Advance = Callable[[float, float, str], None]
-"""Bytes done, bytes in all, and what else there is to say, for example how many blocks."""
+"""Reports progress: bytes done, bytes in total, and a further text, for example the number of blocks."""
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is."""
+    """Print a line without wrapping, highlighting or markup."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def count(number: int, what: str) -> str:
-    """A number of things: 1 pack, 1,200 packs, no packs."""
+    """Returns a number with its noun: 1 pack, 1,200 packs, no packs."""
     return f"{format(number, ',') if number else 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def age(seconds: float) -> str:
-    """How long ago, with one digit that matters after the point."""
+    """Returns a time span in its largest fitting unit, with one decimal: 1.5 min, 5.0 h; below a minute 59 s."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -35,30 +35,33 @@ def age(seconds: float) -> str:
 
 
 def words(done: float, total: float, what: str, seconds: float) -> str:
-    """How far it is after so many seconds: `what`, bytes, rate and time left."""
+    """Returns one line about progress after `seconds`: `what`, bytes done and total, rate, and time left."""
     done = min(done, total)
-    said = [what] if what else []
-    said.append(f"{format_size(done)} of {format_size(total)}")
+    parts = [what] if what else []
+    parts.append(f"{format_size(done)} of {format_size(total)}")
     if done and seconds > 0:
-        said.append(f"{format_size(done / seconds)}/s")
-        said.append(f"{timedelta(seconds=round((total - done) * seconds / done))} left")
-    return ", ".join(said)
+        parts.append(f"{format_size(done / seconds)}/s")
+        parts.append(f"{timedelta(seconds=round((total - done) * seconds / done))} left")
+    return ", ".join(parts)
 
 
 @contextmanager
 def bar(console: Console, doing: str, now_s: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
-    """Progress of bytes, from now on until the end of the with block."""
+    """Show progress until the end of the with block.
+
+    Yields the function that updates it. Not on a terminal, a line is printed at most every `SAY_EVERY_S` seconds.
+    """
     begun_s = now_s()
     if not console.is_terminal:
-        said_s = begun_s
+        printed_s = begun_s
 
-        def tell(done: float, total: float, what: str) -> None:
-            nonlocal said_s
-            if now_s() - said_s >= SAY_EVERY_S:
-                said_s = now_s()
-                say(console, f"{doing}: {words(done, total, what, said_s - begun_s)}")
+        def print_line(done: float, total: float, what: str) -> None:
+            nonlocal printed_s
+            if now_s() - printed_s >= SAY_EVERY_S:
+                printed_s = now_s()
+                say(console, f"{doing}: {words(done, total, what, printed_s - begun_s)}")
 
-        yield tell
+        yield print_line
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}")
     with Progress(*columns, console=console, transient=True) as progress:

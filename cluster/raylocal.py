@@ -1,8 +1,11 @@
 """Ray on this machine: start and stop a local cluster on loopback addresses, and join a cluster as a driver.
 
-Facts of Ray 2.60 that shape this module: a node at 127.0.0.1 hangs, 127.0.0.2 and up work; Ray listens on all
-interfaces even so, hence token authentication is always on; a driver with a wrong token, address or node retries for
-20 to 60 s, hence everything is checked before `ray.init`; and a token file that cannot be read aborts the process.
+Facts about Ray 2.60 that shape this module:
+
+* A node at 127.0.0.1 hangs. Nodes at 127.0.0.2 and above work.
+* Ray listens on all interfaces even then, so token authentication is always on.
+* A driver with a wrong token, address or node retries for 20 to 60 s, so everything is checked before `ray.init`.
+* A token file that cannot be read aborts the process.
 """
 
 import os
@@ -28,20 +31,23 @@ STOP_WAIT_S = 8.0
 PROBE_TIMEOUT_S = 3.0
 
 _TEMP_PREFIX = "tkv-ray-"
-_TEMP_ROOT_CHARS_MAX = 34  # Ray adds up to 70 to its sockets' paths, which the kernel limits to 107
+_TEMP_ROOT_CHARS_MAX = 34  # Ray appends up to 70 characters to its sockets' paths, and the kernel allows 107
 _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _LEAN = {
-    "RAY_enable_worker_prestart": "0",  # otherwise one idle process of 80 MB per CPU and driver
+    "RAY_enable_worker_prestart": "0",  # otherwise Ray starts one idle process of 80 MB per CPU and driver
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # otherwise SIGTERM waits up to 30 s for actors to leave
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # otherwise SIGTERM waits up to 30 s for actors to end
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # otherwise 15: beside busy workers a cache node gets 3 % of a core
+    "RAY_worker_niceness": "0",  # otherwise 15, and a cache node beside busy workers gets 3 % of a core
 }
 
 
 @dataclass(frozen=True)
 class RayProcesses:
-    """A local Ray cluster that we started. `processes`: the leaders of its sessions, one a node, the head's first."""
+    """A local Ray cluster started by this package.
+
+    `processes`: its session leaders, one per node, the head node's first.
+    """
 
     address: str
     node_ips: tuple[str, ...]
@@ -51,21 +57,25 @@ class RayProcesses:
 
 
 def node_resource(index: int) -> str:
-    """The custom resource, of quantity 1, that only node `index` of a local cluster has; for placement."""
+    """Returns the name of a custom resource that only node `index` of a local cluster has (quantity 1).
+
+    Used to place actors.
+    """
     return f"tiered_kv_node_{index}"
 
 
 def start_ray(nodes: int, object_store_bytes: int, cpus_per_node: int | None = None, *, directory: Path) -> RayProcesses:
-    """Start a local Ray cluster of `nodes` nodes at 127.0.0.2, 127.0.0.3, …; it outlives this process.
+    """Start a local Ray cluster of `nodes` nodes at 127.0.0.2, 127.0.0.3, … The cluster outlives this process.
 
-    `directory` gets the token (0600) and one log a node. `cpus_per_node`: None for as many as the machine has. Takes
-    about 3 s for the head and 3 s more for all others; any number of clusters may run side by side. If it fails or is
-    interrupted, whatever was started is stopped again. Raises `TieredKVError` (kind `config` or `cluster`).
+    The token (mode 0600) and one log per node are written to `directory`. `cpus_per_node`: None means all CPUs of the
+    machine. Takes about 3 s for the head node and 3 s more for all others. Any number of clusters may run side by side.
+    If the start fails or is interrupted, every started process is stopped again. Raises `TieredKVError` (kind `config`
+    or `cluster`).
     """
     if not 1 <= nodes <= NODES_MAX:
         raise TieredKVError(Kind.CONFIG, f"nodes: must be 1 to {NODES_MAX}, got {nodes}", setting="nodes")
     if object_store_bytes < OBJECT_STORE_BYTES_MIN:
-        message = f"object_store_bytes: Ray needs at least 75MiB, got {object_store_bytes}"
+        message = f"object_store_bytes: must be at least {OBJECT_STORE_BYTES_MIN} (75 MiB, Ray's minimum), got {object_store_bytes}"
         raise TieredKVError(Kind.CONFIG, message, setting="object_store_bytes")
     token_path = _write_token(directory)
     started: list[Process] = []
@@ -73,8 +83,8 @@ def start_ray(nodes: int, object_store_bytes: int, cpus_per_node: int | None = N
         temp_dir = _make_temp_dir()
         undo.callback(lambda: stop_ray(started, str(temp_dir)))
 
-        def start_node(index: int, place: list[str]) -> None:
-            command = _node_command(index, place, temp_dir, object_store_bytes, cpus_per_node)
+        def start_node(index: int, role: list[str]) -> None:
+            command = _node_command(index, role, temp_dir, object_store_bytes, cpus_per_node)
             started.append(spawn(command, _ray_environment(token_path), directory / f"ray-node-{index}.log"))
 
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -89,10 +99,11 @@ def start_ray(nodes: int, object_store_bytes: int, cpus_per_node: int | None = N
 
 
 def stop_ray(processes: Iterable[Process], temp_dir: str | None, wait_s: float = STOP_WAIT_S) -> list[int]:
-    """Stop exactly these sessions (see `start_ray`) and delete their temp dir; about 2 s, at most twice `wait_s`.
+    """Stop exactly these sessions (see `start_ray`) and delete their temporary directory. Safe to repeat.
 
-    A process that has joined should leave first. Returns the pids that did not end by themselves and were killed. Safe
-    to repeat. Ray's plasma files need no care: they are unlinked while in use and go with their process.
+    Takes about 2 s, at most twice `wait_s`. A process that has joined the cluster should leave it first. Returns the
+    pids that did not end by themselves and were killed. Ray's plasma files need no cleanup: they are already unlinked,
+    and the kernel frees them when their process ends.
     """
     directory = Path(temp_dir or "/nonexistent")
     killed = stop_sessions(processes, directory, wait_s)
@@ -105,10 +116,10 @@ def _node_ip(index: int) -> str:
     return f"127.0.0.{index + 2}"
 
 
-def _node_command(index: int, place: list[str], temp_dir: Path, object_store_bytes: int, cpus: int | None) -> list[str]:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, "--block", f"--node-ip-address={_node_ip(index)}"]
+def _node_command(index: int, role: list[str], temp_dir: Path, object_store_bytes: int, cpus: int | None) -> list[str]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", f"--node-ip-address={_node_ip(index)}"]
     command += ["--disable-usage-stats", "--include-log-monitor=false", f"--object-store-memory={object_store_bytes}"]
-    # a temp dir for each node: sockets and the file that tells that the node is up cannot be mixed up
+    # one temporary directory per node keeps the nodes' sockets and their ready files apart
     command += [f"--temp-dir={_node_dir(temp_dir, index)}", f'--resources={{"{node_resource(index)}": 1}}']
     return command if cpus is None else [*command, f"--num-cpus={cpus}"]
 
@@ -131,26 +142,26 @@ def _write_token(directory: Path) -> Path:
 
 
 def _make_temp_dir() -> Path:
-    """A new directory (0700) for Ray's files, with a path short enough for its sockets."""
+    """Create a directory (mode 0700) for Ray's files. Its path is short enough for Ray's sockets. Returns the path."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if len(base) + len("/" + _TEMP_PREFIX) + 8 <= _TEMP_ROOT_CHARS_MAX and os.access(base, os.W_OK):
             return Path(tempfile.mkdtemp(prefix=_TEMP_PREFIX, dir=base))
-    message = f"Ray's sockets need a short temporary directory; set TMPDIR to one of at most {_TEMP_ROOT_CHARS_MAX - 17} characters"
+    message = f"TMPDIR: Ray's sockets need a short path; set it to a writable folder of at most {_TEMP_ROOT_CHARS_MAX - 17} characters"
     raise TieredKVError(Kind.CONFIG, message, setting="TMPDIR")
 
 
 def _wait_ready(index: int, process: Process, temp_dir: Path, directory: Path, deadline_s: float) -> str:
-    """Wait until a node says where its cluster is; returns that address."""
-    said = _node_dir(temp_dir, index) / "ray_current_cluster"
+    """Wait until a node has written the address of its cluster. Returns the address."""
+    address_file = _node_dir(temp_dir, index) / "ray_current_cluster"
     while True:
         running = process.alive()
-        text = said.read_text() if said.exists() else ""
+        text = address_file.read_text() if address_file.exists() else ""
         if text.rpartition(":")[2].isdigit() and running:
             return text
         if not running or time.monotonic() > deadline_s:
             log = directory / f"ray-node-{index}.log"
-            why = "ended at once" if not running else f"was not up after {START_TIMEOUT_S:.0f} s"
-            message = f"Ray node {index} {why}; the end of {log}:\n{_tail(log)}"
+            why = "ended during its start" if not running else f"was not up after {START_TIMEOUT_S:.0f} s"
+            message = f"Ray node {index} {why}; the last lines of {log}:\n{_tail(log)}"
             raise TieredKVError(Kind.CLUSTER, message, log=str(log), node=index)
         time.sleep(0.02)
 
@@ -161,12 +172,13 @@ def _tail(path: Path) -> str:
 
 
 def join_ray(address: str, node_ip: str | None = None, token_path: str | None = None) -> str:
-    """Join a Ray cluster as a driver in the namespace "tiered_kv"; returns the address of the node that was joined.
+    """Join a Ray cluster as a driver in the namespace "tiered_kv". Returns the address of the joined node.
 
-    node_ip: a Ray node on this machine, None to look for one. token_path: the file with the cluster's token, None for
-    whatever the environment says. The environment keeps the token's place, for later children. Takes 0.1 to 0.7 s. Where this
-    process has joined the same cluster already, nothing happens. Raises `TieredKVError` (kind `cluster`), within
-    seconds, if the address is malformed or does not answer, the token is refused, or no node runs on this machine.
+    node_ip: the Ray node on this machine to join; None searches for one. token_path: the file with the cluster's token;
+    None uses the settings in the environment. The token's path stays in the environment, for later child processes.
+    Takes 0.1 to 0.7 s. If this process has already joined the same cluster, nothing happens. Raises `TieredKVError`
+    (kind `cluster`) within seconds if the address is malformed or does not answer, if the token is refused, or if no
+    Ray node runs on this machine.
     """
     parse_address(address)
     joined = _joined()
@@ -177,7 +189,7 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
 
     with _authentication(token_path) as kept:
         node_ip = _node_to_join(_nodes_alive(address), node_ip, address)
-        before = _set_environment({"RAY_gcs_server_port_wait_time_s": "5"})  # bounds Ray's own retries, otherwise 20
+        before = _set_environment({"RAY_gcs_server_port_wait_time_s": "5"})  # limits Ray's own retries, by default 20 s
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING", _node_ip_address=node_ip)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -189,18 +201,21 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
 
 
 def driver_environment(address: str, token_path: str | None) -> dict[str, str]:
-    """The variables with which anybody's own `ray.init()` joins the cluster, if set before Ray is imported."""
+    """Returns the environment variables with which a plain `ray.init()` joins the cluster.
+
+    Set them before Ray is imported.
+    """
     token = {} if token_path is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
     return {"RAY_ADDRESS": address} | token
 
 
 def is_joined() -> bool:
-    """Whether this process is part of a Ray cluster."""
+    """Returns whether this process has joined a Ray cluster."""
     return _joined() is not None
 
 
 def leave_ray() -> None:
-    """Leave the cluster that this process has joined; nothing happens if there is none."""
+    """Leave the cluster that this process has joined. Does nothing if it has joined none."""
     if _joined() is not None:
         import ray
 
@@ -208,26 +223,29 @@ def leave_ray() -> None:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of "host:port". Raises `TieredKVError` (kind `cluster`) for anything else, ray:// included."""
+    """Returns host and port of "host:port".
+
+    Raises `TieredKVError` (kind `cluster`) for any other form, including ray://.
+    """
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     host = host.removeprefix("[").removesuffix("]")
     if not host or "/" in host or any(letter.isspace() for letter in host) or not (port.isdecimal() and 0 < int(port) < 65536):
-        raise TieredKVError(Kind.CLUSTER, f"--address {address!r}: write host:port, for example 10.0.0.5:6379", address=address)
+        raise TieredKVError(Kind.CLUSTER, f"--address: must be host:port, for example 10.0.0.5:6379, got {address!r}", address=address)
     return host, int(port)
 
 
 def probe(address: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Raise `TieredKVError` (kind `cluster`) unless a gRPC server, which Ray is, answers at `address` in time."""
+    """Raises `TieredKVError` (kind `cluster`) unless a gRPC server, as Ray is one, answers at `address` in time."""
     host, port = parse_address(address)
     try:
         with socket.create_connection((host, port), timeout_s) as connection:
             connection.settimeout(timeout_s)
-            # a gRPC server speaks first: an HTTP/2 SETTINGS frame, type 4 in its fourth byte (RFC 9113, 4.1)
+            # a gRPC server sends first: an HTTP/2 SETTINGS frame, type 4 in its fourth byte (RFC 9113, 4.1)
             greeting = b"\0\0\0\4" if _uses_tls() else connection.recv(9)
     except OSError as error:
-        raise _cannot_join(address, f"nothing answers there ({error.strerror or error})") from error
+        raise _cannot_join(address, f"nothing answers at this address ({error.strerror or error})") from error
     if greeting[3:4] != b"\4":
-        raise _cannot_join(address, "what answers there is not Ray")
+        raise _cannot_join(address, "the server at this address is not Ray")
 
 
 def _uses_tls() -> bool:
@@ -239,28 +257,28 @@ def _cannot_join(address: str, why: str) -> TieredKVError:
 
 
 def _joined() -> str | None:
-    """The address of the cluster that this process is part of, None if of none. Does not import ray."""
+    """Returns the address of the cluster that this process has joined, or None. Does not import ray."""
     ray = sys.modules.get("ray")
     return ray.get_runtime_context().gcs_address if ray is not None and ray.is_initialized() else None
 
 
 def _stay(joined: str, address: str) -> str:
     if parse_address(joined) != parse_address(address):
-        raise _cannot_join(address, f"this process is part of another one, {joined}; leave it first (ray.shutdown())")
+        raise _cannot_join(address, f"this process is part of another cluster, {joined}; leave it first with ray.shutdown()")
     import ray
 
     return ray.util.get_node_ip_address()
 
 
 def _nodes_alive(address: str) -> list:
-    """Ray's records of the nodes that are alive; asks once, so that a refused token is known at once."""
+    """Returns Ray's records of the live nodes. Asks only once, so that a refused token is reported at once."""
     import ray
     from ray._raylet import GcsClient
 
     try:
         nodes = GcsClient(address=address).get_all_node_info(timeout=PROBE_TIMEOUT_S).values()
     except ray.exceptions.AuthenticationError as error:
-        message = "the token was refused, or none was given. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+        message = "the token was refused or is missing. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
         raise _cannot_join(address, message) from error
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         raise _cannot_join(address, str(error)) from error
@@ -268,18 +286,21 @@ def _nodes_alive(address: str) -> list:
 
 
 def _node_to_join(nodes: list, node_ip: str | None, address: str) -> str:
-    """The address of a node on this machine: `node_ip` if given, else the head's if it is here, else any."""
+    """Returns the address of a node on this machine: `node_ip` if given, else the head node if it is local, else any."""
     here = sorted((not node.is_head_node, node.node_manager_address) for node in nodes if os.path.exists(node.raylet_socket_name))
     found = [ip for _, ip in here if node_ip in (None, ip)]
     if not found:
         wanted = "no Ray node" if node_ip is None else f"no Ray node {node_ip}"
-        raise _cannot_join(address, f"{wanted} runs on this machine; start one with: ray start --address={address}")
+        raise _cannot_join(address, f"{wanted} runs on this machine; to start one: ray start --address={address}")
     return found[0]
 
 
 @contextmanager
 def _authentication(token_path: str | None) -> Iterator[ExitStack]:
-    """Ray's authentication set from a token file, and undone at the end unless the stack is emptied (`pop_all`)."""
+    """Set Ray's authentication from a token file.
+
+    At the end it is undone, unless the caller empties the stack (`pop_all`).
+    """
     with ExitStack() as undo:
         if token_path is not None:
             undo.callback(_reload_authentication)
@@ -291,7 +312,7 @@ def _authentication(token_path: str | None) -> Iterator[ExitStack]:
 
 
 def _check_token() -> None:
-    """Raise (kind `cluster`) if Ray is to use a token and there is none: Ray would abort the process."""
+    """Raises (kind `cluster`) if Ray is set to use a token and has none, because Ray would abort the process."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -304,7 +325,7 @@ def _check_token() -> None:
 
 
 def _reload_authentication() -> None:
-    """Have Ray read its authentication settings again: it keeps what it saw when it was first imported."""
+    """Make Ray read its authentication settings again. By default it keeps those from its first import."""
     from ray._raylet import AuthenticationTokenLoader, Config
 
     Config.initialize("")
@@ -312,7 +333,7 @@ def _reload_authentication() -> None:
 
 
 def _set_environment(changes: dict[str, str | None]) -> dict[str, str | None]:
-    """Set environment variables (None: unset); returns the values before, in the same form."""
+    """Set environment variables; None unsets one. Returns the previous values in the same form."""
     before = {key: os.environ.get(key) for key in changes}
     for key, value in changes.items():
         os.environ.pop(key, None)

@@ -1,4 +1,4 @@
-"""`tiered-kv record`: the requests of a running cluster, gathered from all its nodes into one trace, in the order of time."""
+"""The work behind `tiered-kv record`: collects the requests of all nodes of a cluster into one trace, in time order."""
 
 import heapq
 import re
@@ -20,14 +20,15 @@ from tiered_kv.service.recorder import PENDING_S
 
 POLL_S = 1.0
 NOBODY_S = 60.0
-"""With no node answering for so long, the recording ends."""
+"""The recording ends if no node has answered for this long."""
 
 
 @dataclass
 class _Source:
-    """One node, in the time of the trace. `begun_ms`: when it began, or up to `slack_ms` before; None while it does not record.
+    """The state of one node's recording, in milliseconds of the trace.
 
-    `complete_ms`: all that began before it is here.
+    `begun_ms`: when the node started to record; the true time is up to `slack_ms` later. None while it does not record.
+    `complete_ms`: all requests that began before this time have been received.
     """
 
     begun_ms: float | None = None
@@ -38,7 +39,10 @@ class _Source:
 
 
 class ClusterRecording:
-    """Starts the nodes' recorders, reads them, and writes what they say in order. A node that went away is started when it is back."""
+    """Starts the recorders of all nodes, reads them, and writes their requests in time order.
+
+    The recorder of a node that was unreachable is started again once the node answers.
+    """
 
     def __init__(
         self,
@@ -60,27 +64,27 @@ class ClusterRecording:
 
     @property
     def recording(self) -> list[str]:
-        """The nodes that record now."""
+        """The nodes that are recording now."""
         return [node for node, source in self._sources.items() if source.begun_ms is not None]
 
     @property
     def lost(self) -> int:
-        """Requests that nodes know to be missing."""
+        """The number of requests that the nodes report as missing from the recording."""
         return sum(source.lost for source in self._sources.values())
 
     @property
     def nobody_answers(self) -> bool:
-        """Whether no node has answered for a long time."""
+        """Whether no node has answered for `NOBODY_S` seconds."""
         return self._now_s() - self._answered_s > NOBODY_S
 
     def start(self) -> None:
-        """Have all nodes record. Raises what kept them from it if none of them does."""
+        """Start recording on every node. If no node could start, raises the first error."""
         errors = self._start_missing()
         if not self.recording:
             raise next(iter(errors.values()), TieredKVError(Kind.CLUSTER, "the cluster has no nodes"))
 
     def poll(self, everything: bool = False) -> None:
-        """Read all nodes, and write what nothing earlier can come before any more."""
+        """Read all nodes. Writes each request once no earlier request can still arrive."""
         self._start_missing()
         asked_ms = self._now_ms()
         for node, answer in self._ask(self.recording, "recorded", everything).items():
@@ -96,19 +100,19 @@ class ClusterRecording:
         self._write_before(min((self._sources[node].complete_ms for node in self.recording), default=float("inf")))
 
     def finish(self) -> None:
-        """Read what is left, write everything, and end the recording on all nodes."""
+        """Read and write all remaining requests, and stop the recording on all nodes."""
         self.poll(everything=True)
         self._write_before(float("inf"))
         self.stop()
 
     def stop(self) -> None:
-        """End the recording on all nodes; those that do not answer end it by themselves."""
+        """Stop the recording on all nodes. Nodes that do not answer stop by themselves."""
         self._ask(self.recording, "record", False)
         for source in self._sources.values():
             source.begun_ms = None
 
     def check(self) -> None:
-        """Assert that what waits is filed under its time."""
+        """Assert that every waiting request is queued under its own timestamp."""
         assert all(request["timestamp"] == time_ms for time_ms, _, request in self._waiting)
 
     def _start_missing(self) -> dict[str, TieredKVError]:
@@ -124,7 +128,7 @@ class ClusterRecording:
             source.slack_ms, source.complete_ms = self._now_ms() - asked_ms, 0.0
             if source.is_gone:
                 source.is_gone = False
-                self._say(f"{node} is back and records again")
+                self._say(f"{node} answers again and records again")
         return errors
 
     def _gone(self, node: str, error: TieredKVError) -> None:
@@ -132,7 +136,7 @@ class ClusterRecording:
         source.begun_ms = None
         if not source.is_gone:
             source.is_gone = True
-            self._say(f"going on without {node}: {error}")
+            self._say(f"recording continues without {node}: {error}")
 
     def _write_before(self, time_ms: float) -> None:
         while self._waiting and self._waiting[0][0] < time_ms:
@@ -146,7 +150,10 @@ class ClusterRecording:
 
 
 def record(recording: ClusterRecording, seconds: float | None, console: Console, stopped: threading.Event) -> None:
-    """Record for so many seconds, or until `stopped` is set, and finish. If the trace cannot be written nodes stop as well."""
+    """Record for `seconds` or until `stopped` is set, then finish.
+
+    The nodes' recorders are stopped in any case, also if the trace cannot be written.
+    """
     end_s = time.monotonic() + (float("inf") if seconds is None else seconds)
     recording.start()
     try:
@@ -166,13 +173,16 @@ def record(recording: ClusterRecording, seconds: float | None, console: Console,
 
 @contextmanager
 def interrupted() -> Iterator[threading.Event]:
-    """An event that Ctrl-C, or SIGTERM, sets instead of what else it does; the second time it does that again."""
+    """Yields an event that the first Ctrl-C or SIGTERM sets instead of ending the process.
+
+    The second one has its usual effect. The previous signal handlers are restored at the end.
+    """
     event = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
-            with suppress(TypeError):  # set by C code, which cannot be put back
+            with suppress(TypeError):  # a handler set by C code cannot be restored
                 signal.signal(number, handler)
 
     def stop(*_: object) -> None:
@@ -188,6 +198,6 @@ def interrupted() -> Iterator[threading.Event]:
 
 
 def names_blocks(path: str, block_tokens: int) -> bool:
-    """Whether the file's name says how many tokens a block has, as `tiered-kv simulate` understands it."""
+    """Returns whether the file's name contains the block size in the form that `tiered-kv simulate` reads (-b64)."""
     named = re.search(r"-b([1-9]\d*)(?=[._-]|$)", Path(path).name)
     return named is not None and int(named[1]) == block_tokens

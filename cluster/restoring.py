@@ -1,4 +1,4 @@
-"""A checkpoint on its way into a cluster: into one that is up, or into one that begins with it."""
+"""Restores a checkpoint into a cluster: a running cluster, or one that starts with the checkpoint."""
 
 import time
 from collections.abc import Iterator
@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 
 ANSWER_WITHIN_S = 120.0
 INDEX_BYTES_A_BLOCK = 64 << 10
-"""For so many bytes of lower tiers the index has one slot."""
-MOUNTED_SPARE = 1.3
+"""The index has one slot per this many bytes of lower tiers."""
+MOUNTED_SPARE = 1.3  # index slots per node, relative to an even share of the checkpoint
 
 
 def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Repository]":
-    """The checkpoints at a URL. With `must_exist` a folder that is not there is an error, else it is made."""
+    """Opens the checkpoints at a URL, as a context manager.
+
+    A missing folder is created, or is an error with `must_exist`.
+    """
     from tiered_kv.ops.repository import open_repository
 
     return open_repository(url, create=not must_exist)
 
 
 def asking(cluster: str) -> "Ask":
-    """How to ask nodes for steps of writing or restoring a checkpoint."""
+    """Returns a function that calls a step of writing or restoring a checkpoint on several nodes at once."""
     from tiered_kv.cluster.asking import asking
 
     ask = asking(cluster, ANSWER_WITHIN_S)
@@ -42,14 +45,17 @@ def asking(cluster: str) -> "Ask":
 
 
 def must_be_there(repository: "Repository", name: str) -> None:
-    """Raise (kind `storage`) unless there is a checkpoint of that name, and say which there are."""
+    """Raises (kind `storage`) unless a checkpoint of this name exists. The error lists the existing ones."""
     if "/" in name or not repository.is_there(name):
         known = ", ".join(repository.names()) or "none"
         raise TieredKVError(Kind.STORAGE, f"--checkpoint: there is no {name!r} at {repository.store.url}; there are: {known}", missing=True)
 
 
 def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
-    """The checkpoint `name`, or the latest, and what it is called; says what it is."""
+    """Read the checkpoint `name`, or the latest if None, and print its description.
+
+    Returns its name and its manifest.
+    """
     if name is None:
         chosen, manifest = repository.read_latest(
             lambda line: console.print(f"[bold yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
@@ -66,9 +72,10 @@ def read(repository: "Repository", name: str | None, console: Console) -> "tuple
 
 @contextmanager
 def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Console) -> Iterator[int]:
-    """Start a cluster inside of this, with as many bytes of lower tiers more in mind, and it begins with the checkpoint at `url`.
+    """Restore the checkpoint at `url` into the cluster that the caller starts inside this context.
 
-    The manifest is read first, so that a wrong URL starts nothing. Should the nodes not take it, the cluster is up all the same.
+    Yields `mounted_bytes` for `start.up`, or 0 if `url` is None. The manifest is read first, so that a wrong URL starts
+    no cluster. If the nodes cannot restore the checkpoint, a warning is printed and the cluster stays up without it.
     """
     if url is None:
         yield 0
@@ -82,11 +89,11 @@ def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Con
             restoring.mount([], None)
             restoring.begin_to_fill()
         except TieredKVError as error:
-            console.print(f"[bold yellow]warning[/]: the cluster begins without the checkpoint: {error}", highlight=False, soft_wrap=True)
+            console.print(f"[bold yellow]warning[/]: the cluster starts without the checkpoint: {error}", highlight=False, soft_wrap=True)
 
 
 def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
-    """Raise (kind `model`) where nothing of a checkpoint would be a hit under these settings."""
+    """Raises (kind `model`) if no block of a checkpoint could be a hit under these settings."""
     from tiered_kv.ops.restore import chosen
 
     picked = chosen(manifest, block_tokens=config.block_tokens)
@@ -94,16 +101,20 @@ def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
         why = "; ".join(picked.skipped) or "it has no blocks"
         sizes = {model.layout.block_tokens for model in manifest.models if model.layout}
         flag = f"; --block-tokens {sizes.pop()} would fit" if len(sizes) == 1 and config.block_tokens not in sizes else ""
-        raise TieredKVError(Kind.MODEL, f"checkpoint {name}: nothing in it could be restored: {why}{flag}", setting="block_tokens")
+        raise TieredKVError(Kind.MODEL, f"checkpoint {name}: none of its blocks can be restored: {why}{flag}", setting="block_tokens")
 
 
 def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
-    """For how many bytes more each node's index must have slots, so that it can show its share of the checkpoint."""
+    """Returns a number of bytes for `start.up`, which sizes each node's index as if its lower tiers were larger by that.
+
+    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes of lower tiers. With these additional slots, the node's share of the
+    checkpoint fits into it.
+    """
     return int(MOUNTED_SPARE * len(manifest.rows) * INDEX_BYTES_A_BLOCK / nodes)
 
 
 class Restoring:
-    """One checkpoint on its way into a cluster whose Ray this process has joined."""
+    """Restores one checkpoint into a cluster whose Ray this process has joined."""
 
     def __init__(self, cluster: str, repository: "Repository", name: str, manifest: "Manifest", console: Console) -> None:
         from tiered_kv.cluster.start import describe
@@ -118,7 +129,11 @@ class Restoring:
         self._mounted = self._no_room = 0
 
     def mount(self, namespaces: list[str], world: int | None) -> None:
-        """Make the blocks hits; says what is left out."""
+        """Make the blocks hits, and print which are left out.
+
+        `namespaces`: restore only these, or all if empty. `world`: the number of tensor-parallel ranks to restore for,
+        or None for the blocks as they are. Raises `TieredKVError` (kind `model`) if no block can be restored.
+        """
         from tiered_kv.ops.reshard import plan
         from tiered_kv.ops.restore import chosen, matches, mount
 
@@ -133,7 +148,7 @@ class Restoring:
         for line in self._skipped:
             say(self._console, line)
         if not picked.rows:
-            raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: there is nothing in it that could be restored here")
+            raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: none of its blocks can be restored into this cluster")
         if not rows:
             return
         begun_s = time.monotonic()
@@ -142,18 +157,21 @@ class Restoring:
         spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
         say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
         if mounted.no_room:
-            text = f"{count(mounted.no_room, 'block')}, the coldest, are left out: the nodes' indexes have no slots for them"
+            text = f"the coldest {count(mounted.no_room, 'block')} are left out: the nodes' indexes have no free slots"
             say(self._console, text)
 
     def begin_to_fill(self) -> None:
-        """Have the nodes bring blocks nearer, in the background."""
+        """Make the nodes copy blocks to host memory and disk in the background. Returns at once."""
         from tiered_kv.ops.nodes import answers
 
         answers(self._ask, self._nodes, "fill", None)
-        say(self._console, "host memory and disk are being filled in the background; `tiered-kv status` shows how far it is")
+        say(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
 
     def fill(self, max_rate: float | None, stopped: Event) -> "Filled":
-        """Have the nodes bring blocks nearer, and make those of other ranks; waits for it."""
+        """Make the nodes copy blocks to host memory and disk, and convert blocks of another number of ranks.
+
+        Waits until they are done or `stopped` is set. `max_rate`: bytes per second, None for no limit. Returns the counts.
+        """
         from tiered_kv.ops.restore import fill, make
         from tiered_kv.service.filling import Filled
 
@@ -166,14 +184,14 @@ class Restoring:
 
             if self._mounted:
                 mounted = fill(self._ask, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
-                self._report("restored", mounted, "were there already, or stay in the checkpoint's packs and are read when they are wanted")
+                self._report("restored", mounted, "were in the cache already, or are read from the checkpoint's packs on demand")
                 filled = _sum(filled, mounted)
             if self._planned and self._planned.targets:
                 url = self._repository.store.url
                 made = make(
                     *(self._ask, self._nodes, url, self._manifest, self._planned), max_rate=max_rate, progress=progress, stopped=stopped
                 )
-                self._report("made of other ranks' blocks", made, "were there already, or found no room")
+                self._report("converted from other ranks' blocks", made, "were in the cache already, or there was no room for them")
                 filled = _sum(filled, made)
         return filled
 
@@ -187,7 +205,7 @@ class Restoring:
             say(self._console, f"{count(filled.damaged, 'block')} damaged and left out; all others are restored")
 
     def figures(self, filled: "Filled") -> dict:
-        """For scripts."""
+        """Returns the counts as a dict for `--json`."""
         record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
         del record["error"], record["is_done"]
         return record

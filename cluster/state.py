@@ -1,7 +1,7 @@
-"""What this machine knows of its clusters: one directory per cluster with its state file, Ray's token and logs.
+"""The state files of this machine's clusters: one directory per cluster with its state file, Ray's token and logs.
 
-The place is `$TIERED_KV_STATE`, else `$XDG_STATE_HOME/tiered_kv`, else `~/.local/state/tiered_kv`; all of it is
-readable by its owner only (directories 0700, files 0600).
+They are in `$TIERED_KV_STATE`, else `$XDG_STATE_HOME/tiered_kv`, else `~/.local/state/tiered_kv`. Only the owner can
+read them (directories 0700, files 0600).
 """
 
 import fcntl
@@ -38,11 +38,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ClusterState:
-    """One cluster as this machine knows it.
+    """The state file of one cluster.
 
-    address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head's first; empty
-    for a Ray that others started. processes: leaders of the sessions that we started, one a node, empty unless
-    `owns_ray`. temp_dir: Ray's files of these sessions. created_s: seconds since 1970. config: the settings as given.
+    address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head node's first; empty
+    if Ray was started by others. owns_ray: whether `tiered-kv up` started Ray. processes: the leaders of the started
+    sessions, one per node; empty unless `owns_ray`. temp_dir: folder with Ray's files of these sessions.
+    created_s: seconds since 1970. config: the settings as the user gave them.
     """
 
     cluster_id: str
@@ -58,19 +59,19 @@ class ClusterState:
 
     @property
     def node_ip(self) -> str | None:
-        """The node that drivers on this machine join; None leaves the choice to `join_ray`."""
+        """The address of the node that drivers on this machine join. None leaves the choice to `join_ray`."""
         return self.node_ips[0] if self.node_ips else None
 
     def gone(self) -> list[int]:
-        """Pids of the Ray processes that we started and that no longer run."""
+        """Returns the pids of the Ray processes that `tiered-kv up` started and that no longer run."""
         return [process.pid for process in self.processes if not process.alive()]
 
     def alive(self) -> bool:
-        """Whether all Ray processes that we started run. Of a Ray that others started nothing is known here: true."""
+        """Returns whether all Ray processes started by `tiered-kv up` are running. True if others started Ray."""
         return not self.gone()
 
     def save(self) -> Path:
-        """Write the state file, whole or not at all; returns its path."""
+        """Write the state file atomically. Returns its path."""
         directory = cluster_dir(self.name)
         handle, temporary = tempfile.mkstemp(prefix=".cluster-", dir=directory)  # mkstemp: 0600
         try:
@@ -80,17 +81,17 @@ class ClusterState:
                 os.fsync(file.fileno())
             os.replace(temporary, directory / _FILE)
         finally:
-            Path(temporary).unlink(missing_ok=True)  # there only if something failed
+            Path(temporary).unlink(missing_ok=True)  # exists only if something failed
         return directory / _FILE
 
 
 def new_cluster_id() -> str:
-    """Eight random hexadecimal digits."""
+    """Returns eight random hexadecimal digits."""
     return secrets.token_hex(4)
 
 
 def state_dir() -> Path:
-    """The directory of all clusters' state; made (0700) if missing."""
+    """Returns the directory with the state of all clusters. Creates it (mode 0700) if it is missing."""
     own = os.environ.get("TIERED_KV_STATE")
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     path = Path(own).expanduser() if own else Path(base) / "tiered_kv"
@@ -98,9 +99,12 @@ def state_dir() -> Path:
 
 
 def cluster_dir(name: str = DEFAULT_NAME) -> Path:
-    """The directory of one cluster: state file, token, logs; made (0700) if missing."""
+    """Returns the directory of one cluster with its state file, token and logs.
+
+    Creates it (mode 0700) if it is missing.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
-        raise TieredKVError(Kind.CONFIG, f"cluster name {name!r}: use 1 to 40 letters, digits, - and _", setting="name")
+        raise TieredKVError(Kind.CONFIG, f"name: a cluster name must be 1 to 40 letters, digits, - and _, got {name!r}", setting="name")
     return _private_dir(state_dir() / name, "TIERED_KV_STATE")
 
 
@@ -108,19 +112,22 @@ def _private_dir(path: Path, setting: str) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise TieredKVError(Kind.CONFIG, f"{setting}: cannot make {path} ({error.strerror})", setting=setting) from error
+        raise TieredKVError(Kind.CONFIG, f"{setting}: cannot create {path} ({error.strerror})", setting=setting) from error
     if path.stat().st_uid != os.getuid():
         raise TieredKVError(Kind.CONFIG, f"{setting}: {path} belongs to another user", setting=setting)
     return path
 
 
 def names() -> list[str]:
-    """The names of all clusters with a state file."""
+    """Returns the names of all clusters that have a state file, sorted."""
     return sorted(path.parent.name for path in state_dir().glob(f"*/{_FILE}"))
 
 
 def find(name: str = DEFAULT_NAME) -> ClusterState | None:
-    """The state of a cluster, None if there is none. Raises `TieredKVError` (kind `cluster`) for a damaged file."""
+    """Returns the state of a cluster, or None if there is none.
+
+    Raises `TieredKVError` (kind `cluster`) if its file is damaged.
+    """
     path = cluster_dir(name) / _FILE
     try:
         text = path.read_text()
@@ -136,7 +143,10 @@ def find(name: str = DEFAULT_NAME) -> ClusterState | None:
 
 
 def load(name: str = DEFAULT_NAME) -> ClusterState:
-    """The state of a cluster. Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged."""
+    """Returns the state of a cluster.
+
+    Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged.
+    """
     state = find(name)
     if state is None:
         others = f"; there are: {', '.join(names())}" if names() else ""
@@ -145,18 +155,18 @@ def load(name: str = DEFAULT_NAME) -> ClusterState:
 
 
 def remove(name: str = DEFAULT_NAME) -> None:
-    """Forget a cluster: its state file, token and logs. Nothing happens if there is none."""
+    """Delete the state file, token and logs of a cluster. Does nothing if there are none."""
     with suppress(FileNotFoundError):
         shutil.rmtree(cluster_dir(name))
 
 
 @contextmanager
 def starting(name: str = DEFAULT_NAME) -> Iterator[None]:
-    """Hold the cluster's lock while it is started or stopped.
+    """Lock the cluster while it is started or stopped.
 
-    The lock ends with the process. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
+    The kernel releases the lock when the process ends. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
     """
-    path = cluster_dir(name).with_suffix(".lock")  # beside the directory, which `remove` deletes
+    path = cluster_dir(name).with_suffix(".lock")  # next to the directory, which `remove` deletes
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -177,22 +187,22 @@ def _of_record(record: object, path: Path) -> ClusterState:
         raise _damaged(path, "not a JSON object")
     version = record.pop("version", None)
     if version != VERSION:
-        raise _damaged(path, f"version {version!r}, this program reads version {VERSION}")
+        raise _damaged(path, f"version must be {VERSION}, got {version!r}")
     if set(record) != set(_TYPES):
-        raise _damaged(path, f"fields {sorted(set(record) ^ set(_TYPES))} are missing or unknown")
+        raise _damaged(path, f"missing or unknown fields: {sorted(set(record) ^ set(_TYPES))}")
     for name, expected in _TYPES.items():
         if not isinstance(record[name], expected):
-            raise _damaged(path, f"{name} is {record[name]!r}")
+            raise _damaged(path, f"{name} has the wrong type: {record[name]!r}")
     if not all(isinstance(ip, str) for ip in record["node_ips"]):
-        raise _damaged(path, f"node_ips is {record['node_ips']!r}")
+        raise _damaged(path, f"node_ips must be strings, got {record['node_ips']!r}")
     processes = tuple(_process(value, path) for value in record["processes"])
     return ClusterState(**record | {"node_ips": tuple(record["node_ips"]), "processes": processes})
 
 
 def _process(value: object, path: Path) -> Process:
     whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
-    if not whole or value[0] < 2 or value[1] < 0:  # a signal to pid 0, 1 or below would hit something else altogether
-        raise _damaged(path, f"processes holds {value!r}")
+    if not whole or value[0] < 2 or value[1] < 0:  # a signal to a pid below 2 would reach init or whole process groups
+        raise _damaged(path, f"processes must be pairs of pid and start time, got {value!r}")
     return Process(*value)
 
 

@@ -1,6 +1,7 @@
-"""Any Ray task can use the cache: attach, store, fetch. Needs a cluster: `tiered-kv up`, then `python examples/attach_worker.py`.
+"""Two Ray tasks use the cache: one attaches and stores, the other attaches and fetches.
 
-The worker here has an engine of its own, so it says what its KV is: a namespace (which weights) and a layout (which shape).
+Needs a cluster: `tiered-kv up`, then `python examples/attach_worker.py`. The workers here have their own engine, so they describe
+their KV: a namespace (the weights) and a layout (the shape).
 """
 
 import ray
@@ -11,7 +12,7 @@ from tiered_kv.cluster.attach import join
 
 LAYOUT = tiered_kv.KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16", block_tokens=64)
 NAMESPACE = tiered_kv.Namespace(weights="sha256 of my checkpoint", tenant="examples")
-PROMPT = list(range(300))  # token ids: 4 whole blocks of 64, and 44 tokens more
+PROMPT = list(range(300))  # token ids: 4 whole blocks of 64 tokens, and 44 more tokens, which are not stored
 
 
 @ray.remote

@@ -1,6 +1,7 @@
-"""Two replicas of one model share a prefix: the second computes only what comes after it.
+"""Two replicas of one model share a prefix: the second one computes only the tokens after it.
 
-Needs a cluster: `tiered-kv up`, then `python examples/share_prefix.py [MODEL]` (a folder or a Hugging Face id; default: the demo's).
+Needs a cluster: `tiered-kv up`, then `python examples/share_prefix.py [MODEL]`. MODEL is a folder or a Hugging Face id (default:
+the demo's model).
 """
 
 import sys

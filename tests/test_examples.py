@@ -1,4 +1,4 @@
-"""Every example runs as its reader would run it: a process of its own beside a cluster that `tiered-kv up` started."""
+"""Every example runs as a reader would run it: in its own process, with a cluster started by `tiered-kv up`."""
 
 import os
 import runpy
@@ -15,7 +15,7 @@ WITHIN_S = 300
 
 
 def run(*command: str, environment: dict[str, str]) -> str:
-    """What a command prints; it has to succeed."""
+    """Run a command. Returns its output. Fails if the command fails."""
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WITHIN_S, check=False
     )
@@ -25,7 +25,7 @@ def run(*command: str, environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster with a state folder of its own; the environment in which processes find it."""
+    """Start a cluster with its own state folder. Yields the environment in which processes find it."""
     ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     environment = {key: value for key, value in os.environ.items() if key not in ray_settings}
     environment["TIERED_KV_STATE"] = str(tmp_path_factory.mktemp("state"))
@@ -41,7 +41,7 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_an_example_runs(example, running_cluster):
-    assert run(str(example), environment=running_cluster).strip(), "an example shows what it does"
+    assert run(str(example), environment=running_cluster).strip(), "an example must print something"
 
 
 LIBRARY_EXAMPLES = [path for path in sorted((ROOT / "examples" / "library").glob("*.py")) if path.stem != "tiny"]
@@ -49,8 +49,11 @@ LIBRARY_EXAMPLES = [path for path in sorted((ROOT / "examples" / "library").glob
 
 @pytest.mark.parametrize("example", LIBRARY_EXAMPLES, ids=[path.stem for path in LIBRARY_EXAMPLES])
 def test_an_example_of_the_library_runs(example, tmp_path, monkeypatch, capsys):
-    """In this process, for the time that it takes to import torch; beside the file that it imports, as Python runs a script."""
+    """Runs in this process, which saves the time for importing torch.
+
+    The folder of the example is on the path, as when Python runs a script, because examples import `tiny`.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(example.parent))
     runpy.run_path(str(example), run_name="__main__")
-    assert capsys.readouterr().out.strip(), "an example shows what it does"
+    assert capsys.readouterr().out.strip(), "an example must print something"

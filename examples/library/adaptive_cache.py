@@ -1,4 +1,4 @@
-"""A cache that learns which prefixes come back: one prompt is asked again and again between many that are not."""
+"""A cache that learns which prefixes are used again: one prompt is repeated between many that occur only once."""
 
 import torch
 
@@ -18,4 +18,4 @@ for cls in (BaseKVCache, AdaptiveKVCache):
             found = cache.fetch(prompt).tokens if cache.layout else 0
             hits[cls.__name__] += found // 64 if again else 0
             cache.store(prompt, torch.zeros(SHAPE))
-print(f"of 20 requests for the same prompt, LRU had {hits['BaseKVCache']}, adaptive {hits['AdaptiveKVCache']}")
+print(f"of 20 requests for the same prompt, LRU had {hits['BaseKVCache']} hits, adaptive {hits['AdaptiveKVCache']}")

@@ -1,4 +1,4 @@
-"""Sequences as block tables: two answers to one prompt share its pages, and each copies only the page that it writes to."""
+"""Sequences as block tables: two answers to one prompt share its pages, and each copies only a page to which it writes."""
 
 import torch
 
@@ -20,4 +20,4 @@ with PagedKVCache(KVCacheConfig(max_tokens=1024)) as cache:
     assert torch.equal(cache.gather(first)[..., :40, :], cache.gather(second)[..., :40, :])
     cache.free(first)
     cache.free(second)
-    print("another prompt finds", cache.length(cache.create(range(36))), "of its tokens in the pages that were freed")
+    print("another prompt reuses", cache.length(cache.create(range(36))), "of its tokens from the freed pages")

@@ -1,4 +1,4 @@
-"""A cache that begins with what another one had: saved under a name, and step by step."""
+"""A cache that starts with the blocks of another one: saved under a name, and as numbered steps."""
 
 import torch
 

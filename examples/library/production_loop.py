@@ -1,4 +1,4 @@
-"""A server's loop: requests of several sessions, a checkpoint every N requests, and a restart that begins warm."""
+"""A server's loop: requests of several sessions, a checkpoint every N requests, and a restart with a warm cache."""
 
 import time
 
@@ -14,13 +14,13 @@ config = KVCacheConfig(max_tokens=8192)
 
 
 def serve(requests: range) -> float:
-    """Answer requests, each the next turn of one of four sessions; the hit rate."""
+    """Answer requests, each of them the next turn of one of four sessions. Returns the hit rate."""
     monitor = CacheMonitor(alert_thresholds={"recent_hit_rate": 0.2})
     with TransformersKVCache(config, model=model) as cache:
         try:
-            print("begins with the checkpoint of request", load_cache_checkpoint(cache, FOLDER))
+            print("starts with the checkpoint of request", load_cache_checkpoint(cache, FOLDER))
         except TieredKVError as error:
-            print("begins cold:", error)
+            print("starts cold:", error)
         for number in requests:
             session, turn = number % 4, number // 4
             ids = torch.cat([prompt(200), prompt(20 * (turn + 1), seed=session + 1)], 1)

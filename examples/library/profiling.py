@@ -1,4 +1,4 @@
-"""Where the time goes, by stage, with blocks that are quantized once memory fills up."""
+"""Shows the time of each stage of the cache, with blocks that are quantized when memory is full."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The model of these examples: a tiny Llama with random weights, so that nothing is fetched. Put your own in its place."""
+"""The model of these examples: a tiny Llama with random weights, which needs no download. Replace it by your own."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A training loop that tries its model out as it goes: training runs past the cache, and new weights never meet old KV."""
+"""A training loop that also generates: training steps bypass the cache, and KV of old weights is never reused."""
 
 import time
 
@@ -22,7 +22,7 @@ with TransformersKVCache(config, model=model) as cache:
         optimizer.zero_grad()
         if step % 3 == 2:
             model.eval()
-            for _ in range(2):  # the second one starts from the first one's prefix
+            for _ in range(2):  # the second call reuses the prefix of the first
                 begun = time.perf_counter()
                 model.generate(texts[0], max_new_tokens=4, do_sample=False)
                 monitor.record_operation(time.perf_counter() - begun)

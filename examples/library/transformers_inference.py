@@ -1,4 +1,4 @@
-"""A transformers model with a cache attached: `generate` is called as before, and starts from the longest prefix that is known."""
+"""A transformers model with an attached cache: `generate` is called as usual, and reuses the longest cached prefix."""
 
 import torch
 from tiny import prompt, tiny_model
@@ -21,9 +21,9 @@ with TransformersKVCache(KVCacheConfig(max_tokens=4096), model=model) as cache:
     print(f"a batch of three reused {cache.last_report.reused_tokens} of {batch.numel()}")
     print(f"hit rate {cache.get_cache_stats()['hit_rate']:.2f}")
 
-wrapper = ModelCacheWrapper(model, KVCacheConfig(max_tokens=4096))  # the same, to be switched on and off
+wrapper = ModelCacheWrapper(model, KVCacheConfig(max_tokens=4096))  # the same, but it can be switched on and off
 wrapper.enable_cache()
 model(document)
-print(wrapper.get_cache_stats()["num_entries"], "blocks kept by a forward")
+print(wrapper.get_cache_stats()["num_entries"], "blocks stored by a forward pass")
 wrapper.disable_cache()
 wrapper.close()

@@ -1,4 +1,7 @@
-"""A local Ray cluster of two nodes for the tests of a session; started at first use, stopped by pid at the end."""
+"""A local Ray cluster of two nodes for all tests of a session.
+
+It starts at first use and is stopped by pid at the end.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from tiered_kv.cluster.raylocal import OBJECT_STORE_BYTES_MIN, RayProcesses, joi
 
 @dataclass(frozen=True)
 class RayCluster:
-    """What tests get: Ray's processes, and the directory that `TIERED_KV_STATE` names."""
+    """Ray's processes, and the directory that `TIERED_KV_STATE` names."""
 
     ray: RayProcesses
     state_dir: Path
@@ -19,7 +22,7 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """Two Ray nodes of one CPU; `TIERED_KV_STATE` names a directory of their own while they run."""
+    """Two Ray nodes of one CPU each. `TIERED_KV_STATE` names their own directory while they run."""
     state_dir = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIERED_KV_STATE", str(state_dir))
@@ -33,7 +36,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 @pytest.fixture
 def joined(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
-    """The cluster, with this process as a driver of it for one test; Ray's environment is put back afterwards."""
+    """The cluster, joined by this process as a driver for one test. Ray's environment is restored afterwards."""
     for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(key, raising=False)
     join_ray(ray_cluster.ray.address, ray_cluster.ray.node_ips[0], ray_cluster.ray.token_path)

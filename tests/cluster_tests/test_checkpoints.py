@@ -1,4 +1,4 @@
-"""Checkpoints of a real cluster from the command line: restored on one, two and three nodes, and what breaks one in the middle."""
+"""Checkpoints of a real cluster from the command line: restored on one to three nodes, and interrupted in several ways."""
 
 import json
 import os
@@ -33,7 +33,7 @@ PROMPTS = {"node-0": range(40), "node-1": range(30, 70)}
 """Prompts of five blocks that are stored on each node; ten of them on both."""
 BLOCKS = 5
 RATE = "2MiB"
-"""With this rate each node's second pack comes many seconds after its first one."""
+"""At this rate each node writes its second pack many seconds after its first."""
 WORK = 60
 """Blocks that a worker stores while a checkpoint is taken."""
 PATIENCE_S = 60.0
@@ -55,7 +55,7 @@ def good(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def until(condition, what: str) -> None:
-    """Poll a fact of another process, with a bound."""
+    """Wait until a condition that another process brings about is true. Fails after PATIENCE_S."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {PATIENCE_S} s: {what}"
@@ -70,7 +70,7 @@ def prompt(seed: int, blocks: int = BLOCKS) -> tuple[list[int], torch.Tensor]:
 
 @contextmanager
 def joined(name: str) -> Iterator[None]:
-    """This process as a driver of another cluster for a while."""
+    """Join another cluster with this process as a driver, until the end of the with block."""
     raylocal.leave_ray()
     try:
         join(name)
@@ -81,7 +81,7 @@ def joined(name: str) -> Iterator[None]:
 
 @contextmanager
 def clients(name: str, namespace: tiered_kv.Namespace = NAMESPACE) -> Iterator[dict[str, tiered_kv.Client]]:
-    """A client of each node, all of them on this machine."""
+    """Yields a client of each node. All nodes are on this machine."""
     with ExitStack() as stack:
         nodes = start.describe(name)["nodes"]
         yield {node["node"]: stack.enter_context(client_of(node, LAYOUT, namespace)) for node in nodes}
@@ -89,7 +89,7 @@ def clients(name: str, namespace: tiered_kv.Namespace = NAMESPACE) -> Iterator[d
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for what tests write; `TIERED_KV_STATE` is in it, and no cluster is left in there at the end."""
+    """A folder for the files of the tests, with `TIERED_KV_STATE` in it. Asserts at the end that no cluster is left."""
     if ray.is_initialized():
         raylocal.leave_ray()
     folder = tmp_path_factory.mktemp("home")
@@ -103,7 +103,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @contextmanager
 def up(name: str, *how: object) -> Iterator[subprocess.CompletedProcess]:
-    """A cluster that a command starts."""
+    """Start a cluster with a command, and stop it at the end. Yields the finished command."""
     started = run(*how, "--name", name)
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -128,7 +128,7 @@ def model():
 
 
 def answered(model, name: str) -> tuple[list[int], dict[str, int]]:
-    """What the model says in this cluster to a long question, and the tokens that were reused, by tier."""
+    """Returns the model's output for a long question with this cluster's cache, and the number of reused tokens by tier."""
     from tiered_kv.integrations.transformers import CachedModel
 
     inputs = model[1](QUESTION, return_tensors="pt")
@@ -140,7 +140,10 @@ def answered(model, name: str) -> tuple[list[int], dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def main(home: Path, model) -> Iterator[str]:
-    """A cluster of two nodes with host memory and disk, which has all prompts and the model's question; this process is a driver of it."""
+    """A cluster of two nodes with host memory and disk, which has stored all prompts and the model's question.
+
+    This process is a driver of it.
+    """
     with up("main", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
         join("main")
         until(lambda: len(start.describe("main")["nodes"]) == 2, "both nodes have reported")
@@ -154,7 +157,7 @@ def main(home: Path, model) -> Iterator[str]:
 
 
 class Content(NamedTuple):
-    """What lies at a place: its newest manifest, and how often each block is in some pack."""
+    """The content of a checkpoint store: its newest manifest, and the number of copies of each block in its packs."""
 
     manifest: Manifest
     copies: list[int]
@@ -173,7 +176,7 @@ def content(folder: Path) -> Content:
 
 
 def packs(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of each pack that is complete."""
+    """Returns inode and modification time of each complete pack."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.pack")}
 
 
@@ -187,7 +190,7 @@ def seeds() -> set[int]:
 
 @pytest.fixture(scope="module")
 def place(main: str, home: Path) -> Path:
-    """Where a checkpoint of the cluster is, taken while a worker stores and fetches."""
+    """A folder with a checkpoint of the cluster that was taken while a worker stored and fetched."""
     folder = home / "place"
     ended = threading.Event()
     counts = {"fetched": 0}
@@ -227,9 +230,9 @@ def place(main: str, home: Path) -> Path:
 
 
 def assert_all_hit(name: str, tiers: set[str]) -> None:
-    """Every node of a cluster has all prompts, bit for bit, and serves them from these tiers among others.
+    """Assert that a cluster serves all prompts bit for bit, and that `tiers` are among the tiers they are read from.
 
-    A miss for a moment is allowed, while blocks move; a block that is gone is not.
+    A short miss is allowed while blocks move between tiers. A lost block is not.
     """
     found: set[str] = set()
     with clients(name) as each:
@@ -247,7 +250,7 @@ def assert_all_hit(name: str, tiers: set[str]) -> None:
     assert tiers <= found
 
 
-def test_one_node_begins_warm_and_the_models_answers_are_those_without_a_cache(place: Path, model, main: str) -> None:
+def test_one_node_starts_warm_and_the_models_output_equals_that_without_a_cache(place: Path, model, main: str) -> None:
     inputs = model[1](QUESTION, return_tensors="pt")
     plain = model[0].generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
     raylocal.leave_ray()
@@ -268,7 +271,7 @@ def test_one_node_begins_warm_and_the_models_answers_are_those_without_a_cache(p
         join(main)
 
 
-def test_two_nodes_without_disk_serve_from_packs_what_has_no_room(place: Path, main: str) -> None:
+def test_two_nodes_without_disk_serve_the_blocks_that_do_not_fit_from_packs(place: Path, main: str) -> None:
     raylocal.leave_ray()
     try:
         how = ["restore", place, "--nodes", 2, "--host", "16MiB", "--block-tokens", 16, "--json"]
@@ -299,7 +302,7 @@ def test_three_nodes_share_the_blocks(place: Path, main: str) -> None:
 
 @contextmanager
 def writing_slowly(name: str, folder: Path, *more: object) -> Iterator[subprocess.Popen]:
-    """A checkpoint in the middle: some packs are there, some are not."""
+    """Yields a running checkpoint command that has written some of its packs and not all."""
     process = subprocess.Popen(
         command("checkpoint", "--name", name, "--max-rate", RATE, *more, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -313,32 +316,32 @@ def writing_slowly(name: str, folder: Path, *more: object) -> Iterator[subproces
             process.kill()
 
 
-def assert_goes_on(name: str, folder: Path) -> None:
-    """After something broke a checkpoint nothing torn is listed, and the next one is complete without writing anything twice."""
+def assert_next_is_complete(name: str, folder: Path) -> None:
+    """Assert that an interrupted checkpoint is not listed, and that the next one is complete and writes no block twice."""
     assert json.loads(good("checkpoints", "--json", folder).stdout) == []
     before = packs(folder)
     assert before
     taken = json.loads(good("checkpoint", "--name", name, "--json", folder).stdout)
     assert taken["blocks"] >= len(seeds()) * BLOCKS
     assert 0 < taken["new_blocks"] < taken["blocks"]
-    assert packs(folder) | before == packs(folder), "none was touched"
-    assert set(content(folder).copies) == {1}, "and none of their blocks was written again"
+    assert packs(folder) | before == packs(folder), "no pack was changed"
+    assert set(content(folder).copies) == {1}, "no block was written twice"
 
 
-def test_ctrl_c_ends_a_checkpoint_within_seconds_and_the_next_goes_on(main: str, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_checkpoint_within_seconds_and_the_next_continues(main: str, tmp_path: Path) -> None:
     with writing_slowly(main, tmp_path / "place") as process:
         assert len(leases(tmp_path / "place")) == 1
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, out + err
-    assert "the checkpoint was stopped; what was written stays, the next one goes on from there" in out
+    assert "the checkpoint was stopped; the next one continues from what was written" in out
     assert "Traceback" not in err
     assert leases(tmp_path / "place") == []
-    assert_goes_on(main, tmp_path / "place")
+    assert_next_is_complete(main, tmp_path / "place")
 
 
-def test_a_checkpoint_that_was_killed_is_gone_on_with(main: str, tmp_path: Path) -> None:
-    """Nodes notice by themselves that nobody waits any more; until then the next command waits."""
+def test_the_checkpoint_after_a_killed_one_continues_from_it(main: str, tmp_path: Path) -> None:
+    """Nodes notice by themselves that the killed command has gone. Until then the next command waits."""
     folder = tmp_path / "place"
     with writing_slowly(main, folder) as process:
         process.kill()
@@ -347,13 +350,13 @@ def test_a_checkpoint_that_was_killed_is_gone_on_with(main: str, tmp_path: Path)
     assert json.loads(good("checkpoints", "--json", folder).stdout) == []
     done = good("checkpoint", "--name", main, "--keep", 1, folder)
     assert "waiting: node-0: another checkpoint is being written by this node" in done.stdout
-    assert f"nothing was deleted this time: somebody else is at work: {lease}" in done.stdout
-    assert packs(folder) | before == packs(folder), "none was touched"
+    assert f"no checkpoints were deleted this time: another process is working on this store: {lease}" in done.stdout
+    assert packs(folder) | before == packs(folder), "no pack was changed"
     assert set(content(folder).copies) == {1}
     assert len(content(folder).manifest.rows) >= len(seeds()) * BLOCKS
 
 
-def test_a_node_that_dies_meanwhile_is_named_and_the_next_checkpoint_is_complete(main: str, tmp_path: Path) -> None:
+def test_a_node_that_dies_during_a_checkpoint_is_named_and_the_next_is_complete(main: str, tmp_path: Path) -> None:
     ids, kv = prompt(3)
     with clients(main) as each:
         view = each["node-1"]._source._view
@@ -368,10 +371,10 @@ def test_a_node_that_dies_meanwhile_is_named_and_the_next_checkpoint_is_complete
         until(lambda: view.generation > generation, "Ray has restarted the node")
         until(lambda: each["node-1"].store(*prompt(2000)).refused == 0, "stores work again")
     assert leases(tmp_path / "place") == []
-    assert_goes_on(main, tmp_path / "place")
+    assert_next_is_complete(main, tmp_path / "place")
 
 
-def test_every_so_often_and_keeping_some(main: str, tmp_path: Path) -> None:
+def test_repeated_checkpoints_keep_the_newest_ones(main: str, tmp_path: Path) -> None:
     folder = tmp_path / "place"
     given = ["checkpoint", "--name", main, "--every", "1s", "--keep", 2, "--namespace", "checkpointed", "--json", folder]
     with subprocess.Popen(command(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -390,18 +393,18 @@ def test_every_so_often_and_keeping_some(main: str, tmp_path: Path) -> None:
     assert last["url"] == f"file://{folder}"
 
 
-def test_a_restore_into_a_cluster_that_is_up_brings_only_what_is_missing(main: str, place: Path) -> None:
+def test_a_restore_into_a_running_cluster_loads_only_missing_blocks(main: str, place: Path) -> None:
     done = good("restore", "--name", main, place)
     assert "blocks are hits from now on" in done.stdout
     assert_all_hit(main, set())
 
 
-def test_what_cannot_be_is_said_and_changes_nothing(main: str, place: Path, tmp_path: Path) -> None:
+def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in place.iterdir())
     for given, status, words in (
-        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: cluster 'main' is up and has its nodes"),
+        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'main' is"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
-        (["restore", "--name", main, "--world", 5, place], 2, "world of 5"),
+        (["restore", "--name", main, "--world", 5, place], 2, "no block of the checkpoint can be restored for 5 ranks"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
         (["checkpoint", "--name", main, "/proc/nope"], 1, "file:///proc/nope cannot be used"),

@@ -1,4 +1,4 @@
-"""A cluster from the command line, used from processes that are not the one that started it; and what breaks it."""
+"""A cluster from the command line, used by other processes than the one that started it, and with failures of its parts."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def prompt(seed: int, blocks: int = 8) -> tuple[list[int], torch.Tensor]:
 
 
 def until(condition, what: str) -> None:
-    """Poll a fact of another process, with a bound."""
+    """Wait until a condition that another process brings about is true. Fails after PATIENCE_S."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {PATIENCE_S} s: {what}"
@@ -56,7 +56,7 @@ def until(condition, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cluster of two nodes, with a disk tier, that `tiered-kv up` has started; this process is a driver of it."""
+    """A cluster of two nodes with a disk tier, started by `tiered-kv up`. This process is a driver of it."""
     if ray.is_initialized():
         raylocal.leave_ray()
     with pytest.MonkeyPatch.context() as patch:
@@ -75,12 +75,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             down = run("down", "--name", "main")
             assert down.returncode == 0, down.stdout + down.stderr
             assert not list(Path("/dev/shm").glob(f"tkv-{cluster_id}-*"))
-            assert {path.name for path in disk.glob("*")} == {"node-0", "node-1"}, "below a folder that was named content stays"
+            assert {path.name for path in disk.glob("*")} == {"node-0", "node-1"}, "a folder named in --disk keeps its content"
             assert state.find("main") is None
 
 
 def clients(cluster: str, namespace: tiered_kv.Namespace) -> list[tiered_kv.Client]:
-    """A client of each node; both nodes are on this machine."""
+    """Returns a client of each node. Both nodes are on this machine."""
     until(lambda: len(start.describe(cluster)["nodes"]) == 2, "both nodes have reported")
     return [client_of(node, LAYOUT, namespace) for node in start.describe(cluster)["nodes"]]
 
@@ -113,7 +113,7 @@ def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
     assert "disk" in table
 
 
-def test_a_ray_task_attaches_and_its_blocks_are_there_for_others(cluster: str) -> None:
+def test_a_ray_task_attaches_and_stores_blocks_for_others(cluster: str) -> None:
     ids, kv = prompt(2)
     namespace = space("task")
 
@@ -132,7 +132,7 @@ def test_a_ray_task_attaches_and_its_blocks_are_there_for_others(cluster: str) -
         assert fetched.tokens_by_tier == {"host": len(ids)}
 
 
-def test_a_block_of_another_node_comes_over_bit_identical_and_stays(cluster: str) -> None:
+def test_a_block_of_another_node_is_copied_bit_identical_and_kept(cluster: str) -> None:
     ids, kv = prompt(3)
     first, second = clients(cluster, space("peer"))
     with first, second:
@@ -147,10 +147,10 @@ def test_a_block_of_another_node_comes_over_bit_identical_and_stays(cluster: str
         again = second.fetch(ids)
         assert again.tokens_by_tier == {"host": len(ids)}
         assert torch.equal(again.kv, kv)
-        assert second.node_calls == calls, "a fetch of local blocks asks nobody"
+        assert second.node_calls == calls, "a fetch of local blocks calls no node"
 
 
-def test_reads_go_on_while_a_killed_node_actor_comes_back_with_its_blocks(cluster: str) -> None:
+def test_reads_continue_while_a_killed_node_actor_restarts_with_its_blocks(cluster: str) -> None:
     ids, kv = prompt(4)
     more, more_kv = prompt(5)
     client = clients(cluster, space("killed"))[0]
@@ -159,7 +159,7 @@ def test_reads_go_on_while_a_killed_node_actor_comes_back_with_its_blocks(cluste
         view = client._source._view
         pid, generation = view._head(10), view.generation
         os.kill(pid, signal.SIGKILL)
-        assert torch.equal(client.fetch(ids).kv, kv), "no actor is needed to read"
+        assert torch.equal(client.fetch(ids).kv, kv), "reading needs no actor"
         refused = client.store(more, more_kv)
         assert refused.new + refused.refused == 8, "a store waits or is refused; it never raises"
         until(lambda: view.generation > generation, "Ray has restarted the node")
@@ -170,7 +170,7 @@ def test_reads_go_on_while_a_killed_node_actor_comes_back_with_its_blocks(cluste
         assert node["stats"]["blocks"] >= 16
 
 
-def test_a_killed_coordinator_costs_remote_misses_only_until_it_is_back(cluster: str) -> None:
+def test_a_killed_coordinator_causes_only_remote_misses_until_it_restarts(cluster: str) -> None:
     ids, kv = prompt(6)
     first, second = clients(cluster, space("coordinator"))
     with first, second:
@@ -182,7 +182,7 @@ def test_a_killed_coordinator_costs_remote_misses_only_until_it_is_back(cluster:
 
 
 def test_a_recorded_trace_has_the_requests_of_all_nodes(cluster: str, tmp_path: Path) -> None:
-    """Until Ctrl-C; a node that dies meanwhile is recorded again when it is back."""
+    """Records until Ctrl-C. A node that dies meanwhile is recorded again after its restart."""
     trace = tmp_path / "trace-b16.jsonl.zst"
     ids, kv = prompt(10)
     first, second = clients(cluster, space("recorded"))
@@ -200,18 +200,18 @@ def test_a_recorded_trace_has_the_requests_of_all_nodes(cluster: str, tmp_path: 
         out, said = ran.communicate(timeout=PATIENCE_S)
     assert ran.returncode == 0, said
     found = json.loads(out)
-    assert "going on without node-1" in said
-    assert "node-1 is back" in said
+    assert "recording continues without node-1" in said
+    assert "node-1 answers again" in said
     assert f"tiered-kv simulate {trace}\n" in said
     requests = read_trace(trace)
-    assert len(requests) == found["requests"] >= 4, "the last one of node-1 before it died may be lost"
+    assert len(requests) == found["requests"] >= 4, "only the last request to node-1 before it died may be lost"
     assert requests.unique_blocks == 8
     assert replay(requests, "adaptive", 1.0).hit_blocks == 8 * (len(requests) - 1)
     assert not any(node_stats(cluster, node)["recording"] for node in ("node-0", "node-1"))
 
 
 def node_stats(cluster: str, node: str) -> dict:
-    """What the node itself says now; while it is being restarted, what it would say of a node that does nothing."""
+    """Returns the node's own statistics. While it restarts, returns those of a node that does not record."""
     try:
         return ray.get(ray.get_actor(node_name(cluster, node), NAMESPACE).stats.remote(), timeout=PATIENCE_S)
     except ray.exceptions.RayActorError:
@@ -227,10 +227,10 @@ def test_a_node_that_dies_during_a_fetch_gives_misses(cluster: str) -> None:
         os.kill(first._source._view._head(10), signal.SIGKILL)
         fetched = second.fetch(ids, deadline_ms=2000)
         assert torch.equal(fetched.kv, kv[..., : fetched.tokens, :])
-        until(lambda: second.fetch(ids).tokens == len(ids), "the restarted node serves what it had")
+        until(lambda: second.fetch(ids).tokens == len(ids), "the restarted node serves its blocks again")
 
 
-def test_the_node_of_this_process_is_the_one_of_its_ray_node(cluster: str) -> None:
+def test_a_process_uses_the_cache_node_of_its_ray_node(cluster: str) -> None:
     nodes = start.describe(cluster)["nodes"]
     assert node_here(nodes)["ray_node_id"] == ray.get_runtime_context().get_node_id()
     elsewhere = [node | {"directory": "/nonexistent"} for node in nodes]
@@ -240,13 +240,13 @@ def test_the_node_of_this_process_is_the_one_of_its_ray_node(cluster: str) -> No
 
 @pytest.fixture
 def own_shm() -> Iterator[Path]:
-    """A folder in shared memory that nobody else uses."""
+    """A folder in shared memory for this test only."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-") as folder:
         yield Path(folder)
 
 
-def test_a_node_that_cannot_start_says_which_setting(cluster: str, own_shm: Path) -> None:
-    """On a Ray of others: the error of the actor arrives, and nothing is left of the attempt."""
+def test_a_node_that_cannot_start_names_the_setting(cluster: str, own_shm: Path) -> None:
+    """On a Ray started by others: the caller gets the error of the actor, and nothing is left behind."""
     address = ray.get_runtime_context().gcs_address
     with pytest.raises(TieredKVError, match=r"host: .* are needed") as caught:
         start.up(Config(host=1 << 50, shm_path=str(own_shm)), name="toobig", address=address)
@@ -260,8 +260,10 @@ def test_a_node_that_cannot_start_says_which_setting(cluster: str, own_shm: Path
             ray.get_actor(node_name(name, "node-0"), NAMESPACE)
 
 
-def test_an_up_that_meets_a_cluster_of_its_name_leaves_it_alone(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from another machine: no state file here says that the name is taken on that Ray."""
+def test_up_with_the_name_of_a_running_cluster_leaves_that_cluster_alone(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if from another machine: this machine has no state file of the cluster."""
     ids, kv = prompt(8)
     with clients(cluster, space("foreign"))[0] as client:
         client.store(ids, kv)
@@ -276,7 +278,7 @@ def test_an_up_that_meets_a_cluster_of_its_name_leaves_it_alone(cluster: str, tm
         assert torch.equal(client.fetch(ids).kv, kv)
 
 
-def test_attach_says_what_is_missing(cluster: str) -> None:
+def test_attach_names_missing_arguments(cluster: str) -> None:
     with pytest.raises(TieredKVError, match="model is needed"):
         tiered_kv.attach(cluster=cluster)
     with pytest.raises(TieredKVError, match="no tiered_kv cluster 'other'"):
@@ -304,7 +306,7 @@ def test_attach_says_what_is_missing(cluster: str) -> None:
         (["nothing"], 2, "invalid choice"),
     ],
 )
-def test_bad_usage_is_told_within_seconds(
+def test_bad_usage_is_reported_within_seconds(
     arguments: list[str], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The demo from the command line, with the real default model on short documents: its figures, and what they must be."""
+"""The demo from the command line, with the default model and short documents: checks its figures."""
 
 import json
 import subprocess
@@ -52,13 +52,13 @@ def test_outputs_are_equal_and_the_second_replica_reuses_every_whole_block(
 
 
 def _shared_blocks(cold: dict, warm: dict, block_tokens: int) -> int:
-    """Tokens in whole blocks that two prompts of the workload share, by their own token ids."""
+    """Returns the number of tokens in the whole blocks that two prompts share, computed from their token ids."""
     pairs = zip(cold["prompt_ids"], warm["prompt_ids"], strict=False)
     shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(cold["prompt_tokens"], warm["prompt_tokens"]))
     return shared // block_tokens * block_tokens
 
 
-def test_own_questions_are_about_real_documents() -> None:
+def test_built_in_questions_are_about_long_documents() -> None:
     asked = own_questions(3)
     assert len(asked) == 12
     assert len({question.document for question in asked}) == 4
@@ -70,21 +70,21 @@ def test_own_questions_are_about_real_documents() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no question"),
+        ("", "contains no questions"),
         ("{", "line 1: not JSON"),
-        ('{"document": "a"}', "line 1: needs"),
-        ('{"document": "a", "question": "b"}\n[]', "line 2: needs"),
-        ('{"document": 3, "question": "b"}', "line 1: needs"),
+        ('{"document": "a"}', 'line 1: must be an object with the strings "document" and "question"'),
+        ('{"document": "a", "question": "b"}\n[]', 'line 2: must be an object with the strings "document" and "question"'),
+        ('{"document": 3, "question": "b"}', 'line 1: must be an object with the strings "document" and "question"'),
     ],
 )
-def test_a_bad_prompts_file_says_where(text: str, words: str, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_prompts_file_names_the_line(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(TieredKVError, match=words):
         questions_from(str(path))
 
 
-def test_documents_are_told_apart_by_their_text(tmp_path: Path) -> None:
+def test_documents_are_distinguished_by_their_text(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"document": "a", "question": "1"}\n\n{"document": "b", "question": "2"}\n{"document": "a", "question": "3"}\n')
     assert [question.title for question in questions_from(str(path))] == ["document 1", "document 2", "document 1"]

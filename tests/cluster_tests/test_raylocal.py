@@ -1,4 +1,4 @@
-"""Ray processes: started, joined with and without the token, and stopped by exactly what was started."""
+"""Ray processes: starting them, joining with and without the token, and stopping exactly those that were started."""
 
 import os
 import signal
@@ -24,22 +24,22 @@ AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 @pytest.fixture
 def no_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No authentication settings, and the ones that the test makes are undone."""
+    """Removes all authentication settings. Those that the test makes are undone at its end."""
     for key in AUTH:
-        monkeypatch.setenv(key, "")  # remembered, so that the end of the test puts the state before it back
+        monkeypatch.setenv(key, "")  # so that monkeypatch restores the previous value
         monkeypatch.delenv(key)
 
 
 @pytest.fixture
 def spawned(tmp_path: Path) -> Iterator[list[Process]]:
-    """Processes to be stopped whatever happens to the test."""
+    """Processes that are stopped at the end, also if the test fails."""
     started: list[Process] = []
     yield started
     stop_sessions(started, tmp_path, 0.0)
 
 
 def shell(script: str, tmp_path: Path, spawned: list[Process]) -> Process:
-    """Start a shell script as a session and wait until it says that it is ready (it writes a line)."""
+    """Start a shell script as a session and wait until it writes the line "ready"."""
     ready = tmp_path / f"ready-{len(spawned)}"
     os.mkfifo(ready)
     spawned.append(spawn([SHELL, "-c", script], {"READY": str(ready)}, tmp_path / f"log-{len(spawned)}"))
@@ -84,7 +84,7 @@ def test_a_reused_pid_is_never_signalled(tmp_path: Path, spawned: list[Process])
 
 
 def test_a_session_that_ends_by_itself_is_not_killed(tmp_path: Path, spawned: list[Process]) -> None:
-    # the child, a program of its own by then, says ready: before that it still has its parent's handler
+    # the child reports ready only as its own program: before that it still has its parent's signal handler
     child = "/bin/sh -c 'echo ready > $READY; exec sleep 1000'"
     leader = shell(f"trap 'kill $!; exit 0' TERM; {child} & wait", tmp_path, spawned)
     assert len(session_members(leader, tmp_path)) == 2
@@ -127,7 +127,7 @@ def test_two_nodes_with_private_token_and_logs(ray_cluster) -> None:
 
 
 @pytest.mark.parametrize(("nodes", "store", "setting"), [(0, OBJECT_STORE_BYTES_MIN, "nodes"), (1, 1 << 20, "object_store_bytes")])
-def test_settings_that_cannot_be(nodes: int, store: int, setting: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_by_name(nodes: int, store: int, setting: str, tmp_path: Path) -> None:
     with pytest.raises(TieredKVError, match=setting):
         start_ray(nodes, store, directory=tmp_path)
 
@@ -139,7 +139,7 @@ def test_a_start_that_fails_stops_what_it_started_and_shows_the_log(tmp_path: Pa
     monkeypatch.setattr(raylocal, "_node_command", lambda *args: temp_dirs.append(args[2]) or command)
     monkeypatch.setattr(raylocal, "stop_ray", lambda started, temp: stopped.append(list(started)) or stop_ray(started, temp))
     message = error_of(lambda: start_ray(1, OBJECT_STORE_BYTES_MIN, directory=tmp_path))
-    assert "ended at once" in message and "no room for Ray" in message
+    assert "ended during its start" in message and "no room for Ray" in message
     assert len(stopped[0]) == 1 and not stopped[0][0].alive()
     assert not temp_dirs[0].exists()
 
@@ -189,7 +189,7 @@ def greet_once(server: socket.socket) -> None:
         connection.sendall(b"220 hello")
 
 
-def test_an_address_where_something_else_answers() -> None:
+def test_an_address_of_another_kind_of_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         greeter = threading.Thread(target=greet_once, args=[other])
@@ -203,7 +203,7 @@ def test_a_driver_without_the_token_is_refused(ray_cluster, no_auth) -> None:
     assert "token was refused" in message and "RAY_AUTH_TOKEN_PATH" in message
 
 
-def test_a_driver_with_a_wrong_token_is_refused_and_may_come_back(ray_cluster, no_auth, tmp_path: Path) -> None:
+def test_a_driver_with_a_wrong_token_is_refused_and_may_try_again(ray_cluster, no_auth, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
     assert "token was refused" in error_of(join_ray, ray_cluster.ray.address, None, str(wrong))
@@ -220,11 +220,11 @@ def test_a_token_file_that_is_missing_or_empty_is_an_error_and_not_an_abort(ray_
     assert str(path) in error_of(join_ray, ray_cluster.ray.address, None, str(path))
 
 
-def test_a_node_that_is_not_there(ray_cluster, no_auth) -> None:
+def test_a_missing_node(ray_cluster, no_auth) -> None:
     assert "127.0.0.9" in error_of(join_ray, ray_cluster.ray.address, "127.0.0.9", ray_cluster.ray.token_path)
 
 
-def test_driver_and_actors_of_both_nodes(joined) -> None:
+def test_a_driver_reaches_actors_on_both_nodes(joined) -> None:
     import ray
 
     @ray.remote(num_cpus=0)
@@ -237,12 +237,12 @@ def test_driver_and_actors_of_both_nodes(joined) -> None:
     assert ray.get_runtime_context().namespace == "tiered_kv"
 
 
-def test_joining_twice_stays_and_another_cluster_is_refused(joined) -> None:
+def test_joining_twice_is_harmless_and_another_cluster_is_refused(joined) -> None:
     assert join_ray(joined.ray.address, None, joined.ray.token_path) == "127.0.0.2"
     assert "part of another" in error_of(join_ray, "127.0.0.2:1")
 
 
-def test_a_script_of_its_own_joins_with_the_environment_alone(ray_cluster) -> None:
+def test_a_separate_script_joins_with_only_the_environment(ray_cluster) -> None:
     code = "import ray; ray.init(log_to_driver=False); print(ray.get_runtime_context().gcs_address)"
     environment = os.environ | raylocal.driver_environment(ray_cluster.ray.address, ray_cluster.ray.token_path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
@@ -252,7 +252,7 @@ def test_a_script_of_its_own_joins_with_the_environment_alone(ray_cluster) -> No
 # --- two clusters, and stopping ---
 
 
-def test_a_second_cluster_beside_the_first_and_the_end_of_exactly_that_one(ray_cluster, no_auth, tmp_path: Path) -> None:
+def test_stopping_a_second_cluster_leaves_the_first_running(ray_cluster, no_auth, tmp_path: Path) -> None:
     second = start_ray(1, OBJECT_STORE_BYTES_MIN, cpus_per_node=1, directory=tmp_path)
     try:
         assert second.address != ray_cluster.ray.address
@@ -266,7 +266,7 @@ def test_a_second_cluster_beside_the_first_and_the_end_of_exactly_that_one(ray_c
 
 
 def check_join_and_stop(second: RayProcesses) -> None:
-    """Join, run a detached actor, kill the leader so that orphans stay behind, and see that nothing is left."""
+    """Join, run a detached actor, kill the leader so that orphans are left, and check that `stop_ray` stops them."""
     import ray
 
     @ray.remote(num_cpus=0)

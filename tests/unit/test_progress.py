@@ -1,4 +1,4 @@
-"""What is said of bytes that move."""
+"""Progress reports of commands that move bytes."""
 
 from io import StringIO
 
@@ -22,15 +22,15 @@ MIB = 1 << 20
         (1 * MIB, "", 3600.0, "1.0 MiB of 80.0 MiB, 291 B/s, 3 days, 7:00:00 left"),
     ],
 )
-def test_how_far_it_is_as_people_write_it(done: int, what: str, seconds: float, text: str) -> None:
+def test_a_progress_line_has_bytes_rate_and_time_left(done: int, what: str, seconds: float, text: str) -> None:
     assert words(done, 80 * MIB, what, seconds) == text
 
 
-def test_nothing_to_do_is_no_division_by_zero() -> None:
+def test_progress_of_zero_bytes_does_not_divide_by_zero() -> None:
     assert words(0, 0, "no blocks", 1.0) == "no blocks, 0 B of 0 B"
 
 
-def test_a_log_gets_a_line_now_and_then_and_a_terminal_a_bar_that_goes_away() -> None:
+def test_a_log_gets_a_line_every_few_seconds_and_a_terminal_a_bar() -> None:
     now_s, out = [0.0], StringIO()
     with bar(Console(file=out, width=120), "writing", lambda: now_s[0]) as advance:
         advance(MIB, 4 * MIB, "1 of 4 blocks")
@@ -45,6 +45,6 @@ def test_a_log_gets_a_line_now_and_then_and_a_terminal_a_bar_that_goes_away() ->
     assert "2 of 4 blocks, 2.0 MiB of 4.0 MiB, 1.0 MiB/s, 0:00:02 left" in screen.getvalue()
 
 
-def test_numbers_of_things() -> None:
+def test_counts_and_ages_as_text() -> None:
     assert [count(number, "block") for number in (0, 1, 2, 1200)] == ["no blocks", "1 block", "2 blocks", "1,200 blocks"]
     assert [age(seconds) for seconds in (-3, 59, 90, 3600 * 5, 86400 * 2.5)] == ["0 s", "59 s", "1.5 min", "5.0 h", "2.5 d"]

@@ -1,4 +1,4 @@
-"""The options of `up` and `demo` that are settings: alone, and on top of a file."""
+"""The options of `up` and `demo` that are settings: on the command line alone, and overriding a file."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_without_options_the_settings_are_the_defaults(command: str) -> None:
     assert config(command=command) == Config()
 
 
-def test_every_tier_in_one_line() -> None:
+def test_all_tiers_on_one_command_line() -> None:
     tiers = "--device 2GiB:cuda:1 --host 16GiB --disk 200GiB:/nvme/tkv --objects s3://bucket/x --objects-cap 1TiB"
     assert config(*tiers.split(), "--policy", "arc", "--block-tokens", "16") == Config(
         device=2 << 30,
@@ -35,7 +35,7 @@ def test_every_tier_in_one_line() -> None:
     )
 
 
-def test_options_go_before_the_file(tmp_path: Path) -> None:
+def test_options_override_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cache.toml"
     path.write_text('host = "16GiB"\nio_threads = 3\n')
     assert config("--config", str(path), "--host", "1GiB") == Config(host=1 << 30, io_threads=3)

@@ -1,5 +1,5 @@
-"""Bench: what the cache costs on this machine, always beside a memcpy of the same bytes in the same run.
+"""Benchmarks of the cache on this machine. Each figure is compared with a baseline (memcpy, plain calls) in the same run.
 
-May import: everything public, service, cluster, ray. Nothing but the command line imports it.
-Never knows: how blocks are kept; it measures what a worker sees.
+May import: everything public, service, cluster, ray. Only the command line imports it.
+Never knows: how blocks are stored. It measures what a worker sees.
 """

@@ -1,4 +1,4 @@
-"""`tiered-kv calibrate` without its command line: fits, measures, and puts the file where nodes look for it."""
+"""The work behind `tiered-kv calibrate`: fits the codecs, measures them, and writes the file where nodes look for it."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ MEASURED_ON, MEASURED_ON_QUICK = 12, 3
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What the command line says."""
+    """The options of `tiered-kv calibrate`."""
 
     model: str
     text: Sequence[str] = ()
@@ -39,10 +39,13 @@ class CalibrateOptions:
 
 
 def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]:
-    """Fit, measure, write; prints what came of it to `console`, returns what `--json` prints. Progress goes to standard error."""
+    """Fit the codecs to a model, measure all codecs, and write the calibration file.
+
+    Prints the results to `console`, and progress to standard error. Returns the object that `--json` prints.
+    """
     texts = [text for path in options.text for text in texts_of(path)] or None
     if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise TieredKVError(Kind.CONFIG, f"--out: {options.out} is in no folder that exists", setting="out")
+        raise TieredKVError(Kind.CONFIG, f"--out: the folder of {options.out} does not exist", setting="out")
     subject = Subject.load(options.model)
     with report.telling(console) as say:
         calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
@@ -50,12 +53,16 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, console, prefix_tokens)
     calibration = calibration.with_measured(records)
     paths = written(calibration, options.out)
-    report.show_quality(records, f"{subject.name}, {len(prompts.ids)} prompts of {prefix_tokens} tokens that the fit has not seen", console)
+    report.show_quality(
+        records, f"{subject.name}, {len(prompts.ids)} prompts of {prefix_tokens} tokens that were not used for the fit", console
+    )
     qualities = _qualities(calibration)
     report.show_qualities(qualities, console)
-    lines = [f"fitted on {calibration.tokens:,} tokens; written: {paths[0]}, {format_size(paths[0].stat().st_size)}"]
+    lines = [f"fitted on {calibration.tokens:,} tokens; wrote {paths[0]}, {format_size(paths[0].stat().st_size)}"]
     if not options.out:
-        lines.append(f"nodes of this machine find it by the weights; for other machines copy {paths[0].parent}, or run this there")
+        lines.append(
+            f"nodes on this machine find the file by the model's weights; on other machines, copy {paths[0].parent} or run calibrate again"
+        )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     return {
@@ -70,21 +77,28 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
 
 
 def texts_of(path: str) -> list[str]:
-    """The texts of a file: the whole of it, or of one that ends in .jsonl each line's "text"; raises naming --text and the file."""
+    """Returns the texts of a file: its whole content, or the "text" of each line if its name ends in .jsonl.
+
+    Raises (kind `config`) naming --text and the file.
+    """
     return texts_from(path, "text") if path.endswith(".jsonl") else [content_of(path, "text")]
 
 
 def _prompts(subject: Subject, count: int) -> tuple[int, Prompts]:
-    """Tokens of a prefix, fewer for a model that reads little, and prompts that are never calibrated on."""
+    """Returns the number of prefix tokens, and prompts that are never used for calibration.
+
+    The prefix is shorter for models with a short context.
+    """
     longest = longest_prompt(subject.model) or PREFIX_TOKENS + CONTINUE_TOKENS
     prefix_tokens = min(PREFIX_TOKENS, (longest - CONTINUE_TOKENS) // 64 * 64)
     return prefix_tokens, prompts_of(subject.tokenizer, islice(own_texts(), OWN_TEXTS), prefix_tokens + CONTINUE_TOKENS, count)
 
 
 def written(calibration: Calibration, out: str | None) -> list[Path]:
-    """Save it to `out`, or else where nodes look: under the digest of the weights in each dtype, as one file with several names.
+    """Save the calibration to `out`, or by default in the folder in which nodes look. Returns the paths.
 
-    Raises (kind `storage`).
+    In that folder the file has one name (a hard link) per dtype, the digest of the weights in it. Raises (kind `storage`)
+    if it cannot be written.
     """
     if out:
         calibration.save(out)
@@ -97,7 +111,10 @@ def written(calibration: Calibration, out: str | None) -> list[Path]:
 
 
 def _link(first: Path, other: Path) -> None:
-    """Another name for the file, or a copy where the file system has no links; replaces what is there at once."""
+    """Give the file a second name, or copy it if the file system has no hard links.
+
+    Replaces an existing file atomically.
+    """
     fresh = other.with_name(f".{other.name}-{os.getpid()}")
     try:
         fresh.unlink(missing_ok=True)
@@ -107,11 +124,11 @@ def _link(first: Path, other: Path) -> None:
             shutil.copyfile(first, fresh)
         os.replace(fresh, other)
     except OSError as error:
-        raise TieredKVError(Kind.STORAGE, f"{other}: the calibration cannot be written ({error})", path=str(other)) from error
+        raise TieredKVError(Kind.STORAGE, f"cannot write the calibration to {other}: {error}", path=str(other)) from error
 
 
 def _qualities(calibration: Calibration) -> list[dict[str, Any]]:
-    """What each quality gives this model, of a node with a disk: the codec of both tiers, and what was measured of the colder one's."""
+    """Returns for each quality preset the codecs of host and disk, and the measured ratio and KL of the disk codec."""
     measured_of = {row["codec"]: row for row in calibration.measured}
     found = []
     for quality in QUALITIES:

@@ -1,13 +1,14 @@
-"""`bench checkpoint`: what checkpoints cost beside plain calls on the same bytes in the same run, and what workers feel of them.
+"""`bench checkpoint`: the speed of checkpoints relative to plain calls on the same bytes, and the slowdown of workers meanwhile.
 
-Taken is all that a checkpoint costs: the snapshot, the frames' checksums, packs, manifest and `LATEST`, every file and the folder
-synced. The plain side writes files of the same sizes and syncs them. Restored is the manifest read, every block mounted, verified
-and copied to the host memory of a node that is new, as after a restart. The plain side reads the same files into one buffer. The
-page cache gives the files up before either. Beside object storage the plain side is the same client's puts and gets of objects of
-the same sizes, as many at a time (`bench.remote`). The sides take turns, and the median of their ratios counts.
+`take` times a whole checkpoint: the snapshot, the frames' checksums, packs, manifest and `LATEST`, with every file and the folder
+synced. Its baseline writes files of the same sizes and syncs them. `restore` times reading the manifest, and mounting, verifying
+and copying every block to the host memory of a new node, as after a restart. Its baseline reads the same files into one buffer.
+The files are dropped from the page cache before either. With object storage the baseline is puts and gets by the same client,
+of objects of the same sizes and with the same concurrency (`bench.remote`). Measurement and baseline alternate, and the median
+of their ratios is reported.
 
-For information: `touched`, with host memory that was used before; `warm`, with all files in the page cache; and beside a plain side
-that keeps what it reads, in memory that the system has to make for it as it has for a restore.
+Further columns, for information: `touched` restores into host memory that was used before, `warm` has all files in the page
+cache, and `plain into new` compares with a baseline that keeps its data in newly allocated memory, as a restore does.
 """
 
 import os
@@ -28,7 +29,7 @@ from tiered_kv.bench import remote, serving
 from tiered_kv.bench.disk import scratch
 from tiered_kv.bench.fetch import LAYOUTS as COMMON
 from tiered_kv.bench.fetch import machine
-from tiered_kv.bench.filled import Blocks, Served, used_memory
+from tiered_kv.bench.filled import BenchNode, Blocks, used_memory
 from tiered_kv.blocks import Tier
 from tiered_kv.codecs.frame import encode_frame
 from tiered_kv.codecs.raw import RawCodec
@@ -46,19 +47,23 @@ from tiered_kv.tiers.packs import PackWriter, grown_bytes, record_bytes
 Say = Callable[[str], None]
 
 SMOLLM2 = KVLayout(30, 3, 64, "bfloat16", 64)
-"""A block of 1.4 MiB, as SmolLM2-135M's."""
+"""The layout of SmolLM2-135M, with blocks of 1.4 MiB."""
 LAYOUTS = {layout.block_bytes: layout for layout in (COMMON[64 << 10], SMOLLM2, COMMON[3 << 20])}
 BARS = {"write": 0.7, "read": 0.7, "put": 0.8, "get": 0.8}
-"""At least so much of the plain side's speed: in a folder, and on object storage."""
+"""The lowest accepted speed relative to the baseline: in a folder (write, read) and on object storage (put, get)."""
 SECOND_BAR, SLOWER_BAR, FIRST_HIT_BAR_S = 0.08, 1.3, 2.0
-"""At most: bytes of a second checkpoint, of the first's; a fetch meanwhile, of one without; from reading the manifest to the first hit."""
+"""The highest accepted values.
+
+`SECOND_BAR`: bytes of a second checkpoint relative to the first. `SLOWER_BAR`: time of a fetch during a checkpoint relative
+to its time alone. `FIRST_HIT_BAR_S`: seconds from reading the manifest to the first hit.
+"""
 NEW_SHARE = 0.05
 SETTLE_S = 0.2
 _RAW = RawCodec()
 
 
 class Plan(NamedTuple):
-    """How much is measured."""
+    """The amount of work to measure."""
 
     sizes: tuple[int, ...]
     host_bytes: int
@@ -70,7 +75,10 @@ class Plan(NamedTuple):
     mounted_bytes: int
 
     def smaller(self, block_bytes: int) -> "Plan":
-        """For small blocks a quarter of the bytes: they take longer."""
+        """Returns the plan for one block size.
+
+        Small blocks take longer, so below 1 MiB it has a quarter of the bytes.
+        """
         few = 4 if block_bytes < 1 << 20 else 1
         return self._replace(bytes_each=self.bytes_each // few, remote_bytes=self.remote_bytes // few)
 
@@ -82,10 +90,11 @@ QUICK = Plan((SMOLLM2.block_bytes,), 512 << 20, 256 << 20, 3, 256 << 20, 2, serv
 def run_checkpoint_bench(
     quick: bool = False, say: Say = print, folder: str | os.PathLike | None = None, endpoint: str | None = None
 ) -> dict[str, Any]:
-    """Measure below `folder` (default: the system's temporary folder), of which 5 GiB are needed; five minutes, `quick` one.
+    """Measure checkpoints in a new folder below `folder` (default: the system's temporary folder). Returns the report.
 
-    `endpoint`: of an S3 server with a bucket `bench`; None: moto's, in a process of its own, where that is installed. Raises
-    `TieredKVError` where a block is not written, or does not come back as it was stored. A tmpfs tells nothing about a disk.
+    Needs 5 GiB of free space, and takes five minutes, or one with `quick`. On a tmpfs the figures say nothing about a disk.
+    `endpoint`: URL of an S3 server with a bucket `bench`. None starts a moto server in its own process, if moto is installed.
+    Raises `TieredKVError` if a block is not written, or differs after it was read.
     """
     plan = QUICK if quick else FULL
     with scratch(folder) as place:
@@ -121,10 +130,10 @@ def _rotated(names: Sequence[str], turn: int) -> list[str]:
 
 
 def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
-    """Take checkpoints and write plain files in turns, and read both ways what was taken."""
+    """Measure `take` and `restore` in a folder, alternating with the baseline. Returns one record for each."""
     times: dict[str, list[float]] = {}
     ours, plain = place / "ours", place / "plain"
-    with closing(Served(plan.host_bytes)) as source:
+    with closing(BenchNode(plan.host_bytes)) as source:
         with closing(source.client(blocks)) as client:
             blocks.store(client, range(blocks.chains(plan.bytes_each)))
         source.take(str(ours))
@@ -139,7 +148,7 @@ def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
                 else:
                     turned[name] = _timed(lambda: _plain_write(plain, bodies))
             turned |= _reads(ours, blocks, plan, turn)
-            for name, taken_s in turned.items() if turn else ():  # the first turn finds files and memory cold
+            for name, taken_s in turned.items() if turn else ():  # the first turn is not counted: its files and memory are cold
                 times.setdefault(name, []).append(taken_s)
         _clear(ours), _clear(plain)
     nbytes = sum(sizes)
@@ -155,14 +164,14 @@ def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
 
 
 def _reads(folder: Path, blocks: Blocks, plan: Plan, turn: int) -> dict[str, float]:
-    """Seconds of restoring a checkpoint on a node that is new, and of reading its files, each with and without the page cache."""
+    """Returns the seconds for restoring a checkpoint on a new node and for reading its files, cold and from the page cache."""
     times = {}
     for name in _rotated(["restore", "read", "read_new", "restore_touched", "restore_warm", "read_warm"], turn):
         _make_cold(folder)
         if name.endswith("warm"):
             _plain_read(folder)
         if name.startswith("restore"):
-            with closing(Served(plan.host_bytes)) as target:
+            with closing(BenchNode(plan.host_bytes)) as target:
                 if name.endswith("touched"):
                     target.touch()
                 times[name] = _timed(lambda target=target: _restore(target, str(folder)))
@@ -173,14 +182,16 @@ def _reads(folder: Path, blocks: Blocks, plan: Plan, turn: int) -> dict[str, flo
     return times
 
 
-def _restore(target: Served, url: str) -> None:
+def _restore(target: BenchNode, url: str) -> None:
     mounted, filled = target.mount(url), target.fill()
     if filled.host != mounted or filled.damaged:
-        raise TieredKVError(Kind.STORAGE, f"{filled.host} of {mounted} blocks were restored, {filled.damaged} are damaged")
+        raise TieredKVError(
+            Kind.STORAGE, f"all {mounted} blocks should have been restored, got {filled.host}; {filled.damaged} are damaged"
+        )
 
 
 def _plain_write(folder: Path, bodies: Sequence[bytes]) -> None:
-    """Files of these bytes one after the other, each file synced and the folder at the end."""
+    """Write one file per body, one after the other. Each file is synced, and the folder at the end."""
     folder.mkdir()
     for number, body in enumerate(bodies):
         fd = os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -193,13 +204,13 @@ def _plain_write(folder: Path, bodies: Sequence[bytes]) -> None:
 
 
 def _plain_read(folder: Path, into_new: bool = False) -> None:
-    """All files one after the other, into one buffer that is there already or each into memory of its own."""
+    """Read all files, one after the other: into one existing buffer, or with `into_new` each into newly allocated memory."""
     kept = memoryview(np.ones(PACK_BYTES, np.uint8))
-    held = []
+    buffers = []
     for path in _files(folder):
         fd = os.open(path, os.O_RDONLY)
         buffer = memoryview(np.empty(path.stat().st_size, np.uint8)) if into_new else kept
-        held.append(buffer)
+        buffers.append(buffer)
         done = 0
         while count := os.preadv(fd, [buffer[done:] if into_new else buffer], done):
             done += count
@@ -213,7 +224,7 @@ def _files(folder: Path) -> list[Path]:
 def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.sync()
-    time.sleep(SETTLE_S)  # where the file system tells the disk of free room, it is busy with that for a while
+    time.sleep(SETTLE_S)  # a disk is busy for a while after the file system has discarded (TRIM) the freed space
 
 
 def _sync(folder: Path) -> None:
@@ -223,7 +234,7 @@ def _sync(folder: Path) -> None:
 
 
 def _make_cold(folder: Path) -> None:
-    """Take the files out of the page cache."""
+    """Drop the files from the page cache."""
     for path in _files(folder):
         fd = os.open(path, os.O_RDONLY)
         os.fdatasync(fd)
@@ -232,10 +243,10 @@ def _make_cold(folder: Path) -> None:
 
 
 def _second(place: Path, blocks: Blocks, plan: Plan) -> dict:
-    """Bytes that a checkpoint adds when one block in twenty is new, manifest and all."""
+    """Measure the bytes that a second checkpoint adds if one block in twenty is new, including its manifest."""
     folder, chains = place / "second", blocks.chains(plan.bytes_each)
     new = max(1, round(chains * NEW_SHARE))
-    with closing(Served(plan.host_bytes)) as source, closing(source.client(blocks)) as client:
+    with closing(BenchNode(plan.host_bytes)) as source, closing(source.client(blocks)) as client:
         blocks.store(client, range(chains - new))
         source.take(str(folder))
         before = sum(path.stat().st_size for path in _files(folder))
@@ -251,11 +262,14 @@ def _second(place: Path, blocks: Blocks, plan: Plan) -> dict:
 
 
 def _first_hit(place: Path, plan: Plan) -> dict:
-    """Seconds from reading the manifest of a large checkpoint, all of it cold, until its coldest chain is had, while the node is filled."""
+    """Measure the seconds from reading the manifest of a large checkpoint until its least used chain has been fetched.
+
+    The page cache is cold, and the node copies blocks to host memory meanwhile.
+    """
     folder, blocks = place / "large", Blocks(SMOLLM2)
     count = _write_large(str(folder), blocks, blocks.chains(plan.mounted_bytes))
     nbytes = sum(path.stat().st_size for path in _files(folder))
-    with closing(Served(plan.host_bytes)) as target, closing(target.client(blocks)) as client, ThreadPoolExecutor(1) as thread:
+    with closing(BenchNode(plan.host_bytes)) as target, closing(target.client(blocks)) as client, ThreadPoolExecutor(1) as thread:
         os.sync()
         _make_cold(folder)
         before, chains = used_memory(), count // (blocks.tokens // blocks.layout.block_tokens)
@@ -278,7 +292,7 @@ def _first_hit(place: Path, plan: Plan) -> dict:
 
 
 def _write_large(url: str, blocks: Blocks, chains: int) -> int:
-    """A checkpoint of so many chains, made of frames without a node; its blocks."""
+    """Write a checkpoint of `chains` chains directly from frames, without a node. Returns the number of blocks."""
     root = blocks.namespace.root(blocks.layout)
     size = blocks.layout.block_bytes
     with open_repository(url) as repository:
@@ -312,9 +326,12 @@ def _finished(writer: PackWriter, store: ObjectStore, packs: list[tuple[str, int
 
 
 def _on_objects(url: str, blocks: Blocks, plan: Plan) -> list[dict]:
-    """Take and restore checkpoints on object storage, and put and get objects of the same sizes by the plain client, in turns."""
+    """Measure `take` and `restore` on object storage, alternating with puts and gets of the same sizes.
+
+    Returns one record for each.
+    """
     times: dict[str, list[float]] = {}
-    with closing(Served(plan.host_bytes)) as source:
+    with closing(BenchNode(plan.host_bytes)) as source:
         with closing(source.client(blocks)) as client:
             blocks.store(client, range(blocks.chains(plan.remote_bytes)))
         ours, plain = f"{url}/{blocks.layout.block_bytes}-ours", f"{url}/{blocks.layout.block_bytes}-plain"
@@ -330,7 +347,7 @@ def _on_objects(url: str, blocks: Blocks, plan: Plan) -> list[dict]:
                 if name.startswith("get"):
                     turned[name] = _timed(lambda name=name: client.get(len(bodies), keep=name == "get_kept"))
                     continue
-                with closing(Served(plan.host_bytes)) as target:
+                with closing(BenchNode(plan.host_bytes)) as target:
                     if name.endswith("touched"):
                         target.touch()
                     turned[name] = _timed(lambda target=target: _restore(target, ours))
@@ -352,7 +369,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _record(op: str, plain: str, blocks: Blocks, nbytes: int, times: dict[str, list[float]]) -> dict:
-    """One entry of the report's results: the speed as a fraction of the plain side's, and both in MB/s."""
+    """Returns one entry of the report's results: the speed relative to the baseline, and both speeds in MB/s."""
     return {
         "op": op,
         "beside": plain,
@@ -370,8 +387,8 @@ def _ratio(plain: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def _line(record: dict) -> str:
-    what = f"{record['op']} beside {record['beside']}, {format_size(record['block_bytes'])}"
-    return f"{what}: {record['vs_plain']:.2f}, {record['mb_per_s']} MB/s"
+    what = f"{record['op']}, {format_size(record['block_bytes'])}"
+    return f"{what}: {record['vs_plain']:.2f} of plain {record['beside']}, {record['mb_per_s']} MB/s"
 
 
 def _second_line(record: dict) -> str:
@@ -380,10 +397,10 @@ def _second_line(record: dict) -> str:
 
 
 def show(report: dict, console: Console) -> None:
-    """The report as tables."""
+    """Print the report as tables."""
     table = Table(title="tiered-kv bench checkpoint: speed as a fraction of plain calls on the same bytes")
-    for column in ("op", "beside", "block", "of plain", "bar", "MB/s", "plain MB/s", "touched", "warm", "plain into new"):
-        table.add_column(column, justify="left" if column in ("op", "beside") else "right")
+    for column in ("op", "baseline", "block", "of plain", "bar", "MB/s", "plain MB/s", "touched", "warm", "plain into new"):
+        table.add_column(column, justify="left" if column in ("op", "baseline") else "right")
     for each in report["results"]:
         numbers = [f"{each['vs_plain']:.2f}", f"≥ {BARS[each['beside']]}", str(each["mb_per_s"]), str(each["plain_mb_per_s"])]
         more = [f"{each[name]:.2f}" if name in each else "" for name in ("touched_vs_plain", "warm_vs_plain", "vs_plain_into_new_memory")]
@@ -392,11 +409,12 @@ def show(report: dict, console: Console) -> None:
     for each in report["second"]:
         console.print(f"{_second_line(each)} (bar: {SECOND_BAR:.0%})", highlight=False)
     for each in report["serving"]:
-        what = f"{format_size(each['block_bytes'])}: a fetch while {each['while']} takes {each['slower']:.2f} times its time alone"
+        doing = f"{format_size(each['block_bytes'])}: a fetch while {each['while']} a checkpoint"
+        what = f"{doing} takes {each['slower']:.2f} times its time alone"
         console.print(f"{what}, {each['us']:.0f} µs (bar: {SLOWER_BAR})", highlight=False)
     hit = report["first_hit"]
     what = (
         f"{format_size(hit['bytes'])} in {hit['blocks']} blocks: mounted in {hit['mounted_s']:.2f} s, first hit after {hit['hit_s']:.2f} s"
     )
-    memory = f"filled after {hit['filled_s']:.1f} s, at most {hit['own_memory_bytes'] >> 20} MiB of memory beside host"
+    memory = f"filled after {hit['filled_s']:.1f} s, at most {hit['own_memory_bytes'] >> 20} MiB of memory besides the host tier"
     console.print(f"{what} (bar: {FIRST_HIT_BAR_S:.0f} s), {memory}", highlight=False)

@@ -1,7 +1,7 @@
-"""`bench codec`: encode and decode of each codec beside memcpy in the same run, with one thread and with two.
+"""`bench codec`: the encode and decode speed of each codec relative to memcpy in the same run, with one and two threads.
 
-On the KV of real texts in a real model: what codecs make of numbers depends on the numbers. Without a model, on noise of that
-shape, which says little of codecs that pack by content.
+It measures on the KV of real texts in a real model, because the speed and size of codecs depend on the content. Without a model
+it uses random values of the same shape, which say little about codecs that pack by content.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,22 @@ SYNTHETIC = "synthetic"
 
 
 def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bool = False, say: Say = print) -> dict:
-    """Measure on a model's KV; on synthetic KV if `model` is None. Five minutes, `quick` one: one thread, blocks of 64 tokens, fewer turns.
+    """Measure codecs on a model's KV, or on synthetic KV if `model` is None. Returns the report.
 
-    Raises (kind `config`) naming --codec, and as `Subject.load`, if there is no model: --synthetic measures without.
+    Takes five minutes. With `quick` it takes one: one thread, blocks of 64 tokens, fewer turns. `codec`: names separated by
+    commas, or "all". Raises (kind `config`) naming --codec for an unknown codec, and as `Subject.load` if the model cannot be
+    loaded.
     """
     asked = None if codec == "all" else codecs_of(codec)
     about, kvs, rope, calibration = _synthetic() if model is None else _real(model)
     needing = next((name for name in asked or () if needs_calibration(name)), None)
     if needing and calibration is None:
-        said = f"--codec: {needing} needs a calibrated model; run: tiered-kv calibrate {model or 'default'}"
-        raise TieredKVError(Kind.CONFIG, said, setting="codec")
-    codecs = asked or [*CODECS, *(CALIBRATED[:-1] if calibration else ())]  # the last differs in a chain's last block alone
+        message = f"--codec: {needing} needs a calibration file for the model; run: tiered-kv calibrate {model or 'default'}"
+        raise TieredKVError(Kind.CONFIG, message, setting="codec")
+    codecs = asked or [
+        *CODECS,
+        *(CALIBRATED[:-1] if calibration else ()),
+    ]  # the last one differs from the one before only in a chain's last block
     results = []
     for threads in (1,) if quick else (1, 2):
         for tokens in (64,) if quick else BLOCK_TOKENS:
@@ -52,7 +57,10 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
 
 
 def _real(model: str) -> tuple[dict[str, Any], list[torch.Tensor], bytes | None, Calibration | None]:
-    """What is said of the model, KV (L, 2, H, T, D) of the beginnings of two texts, its rotation and its calibration."""
+    """Load a model and compute the KV of the first tokens of two texts.
+
+    Returns facts for the report, the KV tensors (L, 2, H, T, D), the rotary embedding (RoPE), and the calibration.
+    """
     subject = Subject.load(model)
     prompts = prompts_of(subject.tokenizer, own_texts(), TOKENS, TEXTS)
     dtype = torch.bfloat16
@@ -62,7 +70,10 @@ def _real(model: str) -> tuple[dict[str, Any], list[torch.Tensor], bytes | None,
 
 
 def _synthetic() -> tuple[dict[str, Any], list[torch.Tensor], bytes | None, None]:
-    """Normal noise of the default model's shape, each channel of a size of its own (log-normal)."""
+    """Create random KV in the default model's shape: normal values, with a log-normal scale per channel.
+
+    Returns the same four values as `_real`. There is no calibration.
+    """
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randn(30, 2, 3, 1, 64, generator=generator).exp()
     kv = torch.randn(30, 2, 3, TOKENS, 64, generator=generator) * sizes
@@ -75,7 +86,7 @@ def _line(record: dict) -> str:
 
 
 def show(report: dict, console: Console) -> None:
-    """The report as a table."""
+    """Print the report as a table."""
     prefill_us = report["prefill_us_per_token"]
     table = Table(title=f"tiered-kv bench codec: speed as a fraction of memcpy, KV of {report['model']} in {report['dtype']}")
     for column in (
@@ -86,7 +97,7 @@ def show(report: dict, console: Console) -> None:
         "ratio",
         "encode",
         "decode",
-        "decode µs a token",
+        "decode µs per token",
         "decode vs prefill",
         "fell back",
     ):
@@ -107,5 +118,5 @@ def show(report: dict, console: Console) -> None:
         )
     console.print(table)
     about = report["machine"]
-    prefill = f"prefill {prefill_us:.0f} µs a token, one thread; " if prefill_us else ""
+    prefill = f"prefill {prefill_us:.0f} µs per token, one thread; " if prefill_us else ""
     console.print(f"{prefill}{about['cpu']}, {about['cores']} cores, load {about['load_1min']}", highlight=False)

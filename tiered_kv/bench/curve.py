@@ -1,4 +1,4 @@
-"""The rate-quality curve as a picture: KL over bytes a token, a point a codec."""
+"""Plots the rate-quality curve: KL against bytes per token, with one point per codec."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from tiered_kv import picture
 
 BF16_KL = 1.0e-3
-"""What computing in bf16 instead of float32 costs the default model on the same KV (docs/design/013)."""
+"""The KL of the default model from computing in bf16 instead of float32 on the same KV (docs/design/013)."""
 
 
 def draw(records: Sequence[dict[str, Any]], title: str, path: str) -> None:
-    """Write the picture of what `codec-eval` measured to `path`; codecs that cost nothing stand at its lower edge."""
+    """Write a plot of the records of `codec-eval` to `path`. Codecs with a KL of 0 are drawn at its lower edge."""
     figure = picture.figure((9, 6))
     panel = figure.subplots()
     lossy = [each["kl"] for each in records if each["kl"] > 0]
@@ -27,8 +27,8 @@ def draw(records: Sequence[dict[str, Any]], title: str, path: str) -> None:
     panel.set_ylim(lowest / 1.5, 3 * max([*lossy, BF16_KL]))
     panel.margins(x=0.18)
     panel.xaxis.set_major_formatter("{x:,.0f}")
-    panel.set_xlabel("bytes a token, all side information counted")
-    panel.set_ylabel("mean KL to exact KV, nats a token")
+    panel.set_xlabel("bytes per token, including all side information")
+    panel.set_ylabel("mean KL from exact KV, nats per token")
     panel.set_title(title, fontsize="medium")
     panel.grid(alpha=0.3)
     figure.tight_layout()

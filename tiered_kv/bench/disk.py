@@ -1,10 +1,10 @@
-"""`bench disk`: what the disk tier costs beside plain system calls on the same bytes in the same run.
+"""`bench disk`: the speed of the disk tier relative to plain system calls on the same bytes in the same run.
 
-Written is all that a block's way to disk costs: the frame's checksum, the entry, the row of the footer and the one sync of
-a segment. The plain side writes the same bytes into files of a segment's size, each synced once: through the page cache
-(`pwrite`), and with O_DIRECT from aligned memory that is filled already (`direct`). Read is cold: the page cache gives
-the files up before. The two sides take turns, a little at a time, and the median of their ratios counts: a disk that
-others use too is never twice the same.
+`write` times everything that storing a block on disk takes: the frame's checksum, the entry, the row of the footer, and one sync
+per segment. Its baselines write the same bytes into files of a segment's size, each synced once: through the page cache
+(`pwrite`), and with O_DIRECT from aligned memory that is already filled (`direct`). `read` is cold: the files are dropped from
+the page cache first. Measurement and baseline alternate in small steps, and the median of their ratios is reported, because the
+speed of a shared disk changes all the time.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ _ROOT = bytes(KEY_BYTES)
 
 
 class Plan(NamedTuple):
-    """How much is measured."""
+    """The amount of work to measure."""
 
     bytes_each: int
     repetitions: int
@@ -60,9 +60,10 @@ QUICK = Plan(128 << 20, 6, 2 << 30)
 
 
 def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathLike | None = None) -> dict:
-    """Measure below `folder` (default: the system's temporary folder), of which 300 MiB are needed; two minutes, `quick` half of one.
+    """Measure the disk tier in a new folder below `folder` (default: the system's temporary folder). Returns the report.
 
-    Raises `TieredKVError` (kind `storage`) where a block is not written. A tmpfs tells nothing about a disk.
+    Needs 300 MiB of free space, and takes two minutes, or half a minute with `quick`. On a tmpfs the figures say nothing about
+    a disk. Raises `TieredKVError` (kind `storage`) if a block is not written.
     """
     plan = QUICK if quick else FULL
     with scratch(folder) as place:
@@ -77,7 +78,7 @@ def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathL
 
 @contextmanager
 def scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
-    """A new folder below `folder` (None: the system's temporary one), removed at the end."""
+    """Yields a new folder below `folder` (None: the system's temporary folder). It is removed at the end."""
     path = Path(tempfile.mkdtemp(prefix="tkv-bench-", dir=folder))
     try:
         yield path
@@ -86,7 +87,7 @@ def scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
 
 
 class _Blocks:
-    """The content that is written, again and again, and its keys."""
+    """The blocks to write: their content, which repeats, and their keys."""
 
     def __init__(self, block_bytes: int, total_bytes: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -96,23 +97,23 @@ class _Blocks:
         self._pool = torch.randint(-(1 << 62), 1 << 62, (size // 8,), dtype=torch.int64, generator=generator).view(torch.uint8)
 
     def raw(self, number: int) -> torch.Tensor:
-        """The content of a block."""
+        """Returns the content of a block."""
         start = number % (len(self._pool) // self.block_bytes) * self.block_bytes
         return self._pool[start : start + self.block_bytes]
 
     def key(self, number: int) -> bytes:
-        """Its key."""
+        """Returns the key of a block."""
         return number.to_bytes(KEY_BYTES, "big")
 
     def batches(self) -> Iterator[range]:
-        """The numbers of all blocks, as many at a time as the engine writes at a time."""
+        """Yields the numbers of all blocks, in batches of the size that the engine writes at once."""
         step = max(1, BATCH_BYTES // self.block_bytes)
         for start in range(0, self.count, step):
             yield range(start, min(start + step, self.count))
 
 
 def _sequential(place: Path, block_bytes: int, plan: Plan) -> list[dict]:
-    """Write and read blocks in turns with plain system calls, each time in another order."""
+    """Measure writes and reads, alternating with plain system calls. The order changes in each repetition."""
     content = _Blocks(block_bytes, plan.bytes_each)
     writers = {"write": _write, "pwrite": _plain_write, "direct": _direct_write}
     times: dict[str, list[float]] = {name: [] for name in (*writers, "read", "pread")}
@@ -124,8 +125,8 @@ def _sequential(place: Path, block_bytes: int, plan: Plan) -> list[dict]:
                 turn |= _reads(place / name, content, repetition)
             shutil.rmtree(place / name)
             os.sync()
-            time.sleep(SETTLE_S)  # where the file system tells the disk of free room, it is busy with that for a while
-        for name, taken_s in turn.items() if repetition else ():  # the first turn finds files and memory cold
+            time.sleep(SETTLE_S)  # a disk is busy for a while after the file system has discarded (TRIM) the freed space
+        for name, taken_s in turn.items() if repetition else ():  # the first turn is not counted: its files and memory are cold
             times[name].append(taken_s)
     nbytes = content.count * block_bytes
     return [
@@ -139,7 +140,10 @@ def _rotated(names: list[str], turn: int) -> list[str]:
 
 
 def _write(folder: Path, content: _Blocks) -> float:
-    """Seconds that everything takes through the tier, the last segment sealed too; raises (kind `storage`) if a block is not taken."""
+    """Write all blocks through the disk tier. Returns the seconds, including sealing the last segment.
+
+    Raises (kind `storage`) if the tier refuses a block.
+    """
     with DiskTier(folder, 16 * SEGMENT_BYTES + 2 * content.count * content.block_bytes, SEGMENT_BYTES, owner="bench") as tier:
         start_s = time.perf_counter()
         for batch in content.batches():
@@ -152,7 +156,7 @@ def _write(folder: Path, content: _Blocks) -> float:
 
 
 def _plain_write(folder: Path, content: _Blocks) -> float:
-    """Seconds that pwrite takes for the same bytes."""
+    """Returns the seconds that pwrite takes for the same bytes."""
     folder.mkdir()
     per_file = max(1, SEGMENT_BYTES // content.block_bytes)
     start_s = time.perf_counter()
@@ -166,7 +170,7 @@ def _plain_write(folder: Path, content: _Blocks) -> float:
 
 
 def _direct_write(folder: Path, content: _Blocks) -> float:
-    """Seconds that pwrite takes with O_DIRECT; not a number where the file system has none."""
+    """Returns the seconds that pwrite takes with O_DIRECT, or NaN if the file system does not support it."""
     folder.mkdir()
     buffer = memoryview(mmap.mmap(-1, content.block_bytes))
     buffer[:] = memoryview(content.raw(0).numpy())
@@ -187,7 +191,7 @@ def _direct_write(folder: Path, content: _Blocks) -> float:
 
 
 def _reads(folder: Path, content: _Blocks, turn: int) -> dict[str, float]:
-    """Seconds of reading all blocks of the tier's own segments, verified, and by preadv alone."""
+    """Returns the seconds for reading all blocks from the tier's segments: verified by the tier, and by preadv alone."""
     with DiskTier(folder, 1 << 40, SEGMENT_BYTES, owner="bench") as tier:
         locations = [block.location for block in tier.recovered()]
         tier.close(remove=False)
@@ -226,7 +230,7 @@ def _pwrite(fd: int, view: memoryview, offset: int) -> None:
 
 
 def _make_cold(folder: Path) -> None:
-    """Take the segments out of the page cache."""
+    """Drop the segments from the page cache."""
     for segment in segments_in(folder):
         fd = os.open(segment_path(folder, segment), os.O_RDONLY)
         os.fdatasync(fd)
@@ -235,9 +239,9 @@ def _make_cold(folder: Path) -> None:
 
 
 def _indexing(place: Path, nbytes: int) -> dict:
-    """Seconds to open a tier on so many bytes of segments, by their footers; and on one segment that has lost its footer.
+    """Measure opening a tier: on `nbytes` of segments with footers, and on one segment that has lost its footer.
 
-    The many segments are files of holes with a footer: to index them is to read footers only, and none is in the page cache.
+    The segments with footers are sparse files, because indexing them reads only the footers. None is in the page cache.
     """
     folder, count = place / "index", nbytes // SEGMENT_BYTES
     with DiskTier(folder, nbytes + 9 * SEGMENT_BYTES, SEGMENT_BYTES, owner="bench") as tier:
@@ -245,18 +249,18 @@ def _indexing(place: Path, nbytes: int) -> dict:
     blocks = sum(_segment_of_holes(folder, segment) for segment in range(1, count + 1))
     found, footers_s = _opened_s(folder, nbytes + 9 * SEGMENT_BYTES)
     if found != blocks:
-        raise TieredKVError(Kind.STORAGE, f"{found} of {blocks} blocks were found again")
+        raise TieredKVError(Kind.STORAGE, f"opening the tier should have found {blocks} blocks, got {found}")
     content = _Blocks(1 << 20, SEGMENT_BYTES - (2 << 20))
     _write(place / "torn", content)
     os.truncate(segment_path(place / "torn", 1), segments_in(place / "torn")[1] - 1)
     found, scan_s = _opened_s(place / "torn", 16 * SEGMENT_BYTES)
     if found != content.count:
-        raise TieredKVError(Kind.STORAGE, f"{found} of {content.count} blocks were found again by a scan")
+        raise TieredKVError(Kind.STORAGE, f"a scan should have found {content.count} blocks, got {found}")
     return {"bytes": nbytes, "segments": count, "blocks": blocks, "footers_s": round(footers_s, 3), "scan_one_s": round(scan_s, 3)}
 
 
 def _segment_of_holes(folder: Path, segment: int) -> int:
-    """Make a segment of blocks that are not there, with its footer; how many it lists."""
+    """Create a sparse segment: a footer that lists blocks without content. Returns the number of blocks."""
     count = SEGMENT_BYTES // (INDEX_BLOCK_BYTES + 512)
     stored = [INDEX_BLOCK_BYTES + 256] * count
     keys = [(segment * count + number).to_bytes(KEY_BYTES, "big") for number in range(count)]
@@ -272,7 +276,7 @@ def _segment_of_holes(folder: Path, segment: int) -> int:
 
 
 def _opened_s(folder: Path, capacity_bytes: int) -> tuple[int, float]:
-    """Blocks that a new owner of cold segments finds, and seconds until it has them."""
+    """Open a tier on segments that are not in the page cache. Returns the number of blocks found, and the seconds."""
     _make_cold(folder)
     start_s = time.perf_counter()
     with DiskTier(folder, capacity_bytes, SEGMENT_BYTES, owner="bench") as tier:
@@ -282,7 +286,7 @@ def _opened_s(folder: Path, capacity_bytes: int) -> tuple[int, float]:
 
 
 def _record(op: str, plain: str, block_bytes: int, nbytes: int, times: dict[str, list[float]]) -> dict:
-    """One entry of the report's results: the tier's speed as a fraction of the plain call's, and both in MB/s."""
+    """Returns one entry of the report's results: the tier's speed relative to the plain call, and both speeds in MB/s."""
     return {
         "op": op,
         "block_bytes": block_bytes,
@@ -294,7 +298,7 @@ def _record(op: str, plain: str, block_bytes: int, nbytes: int, times: dict[str,
 
 
 def _direct(nbytes: int, times: dict[str, list[float]]) -> dict:
-    """The same beside O_DIRECT; None where the file system has none."""
+    """Returns the write speed relative to O_DIRECT. The values are None if the file system does not support it."""
     if times["direct"][0] != times["direct"][0]:
         return {"vs_direct": None, "direct_mb_per_s": None}
     return {
@@ -308,7 +312,7 @@ def _ratio(plain: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def show(report: dict, console: Console) -> None:
-    """The report as a table."""
+    """Print the report as a table."""
     table = Table(title="tiered-kv bench disk: speed as a fraction of plain system calls on the same bytes")
     for column in ("op", "block", "of plain", "MB/s", "plain MB/s", "of O_DIRECT", "O_DIRECT MB/s"):
         table.add_column(column, justify="left" if column == "op" else "right")

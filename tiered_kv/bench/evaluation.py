@@ -1,4 +1,4 @@
-"""`tiered-kv codec-eval` without its command line: settings as text in, a table, a picture and results out."""
+"""The work behind `tiered-kv codec-eval`: takes its options, prints a table, draws a plot, and returns the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from tiered_kv.integrations.rope import rope_of_model
 
 OWN_PROMPTS = 30
 OWN_TEXTS = 49
-"""The demo's documents and the standard library's modules that no calibration uses."""
+"""The number of texts that are never used for calibration: the demo's documents and standard library modules."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line says."""
+    """The options of `tiered-kv codec-eval`. Raises (kind `config`) naming the option if a value is invalid."""
 
     model: str
     prompts: str | None = None
@@ -43,18 +43,21 @@ class EvalOptions:
     def __post_init__(self) -> None:
         for name, least, why in (
             ("block_tokens", 1, ""),
-            ("prefix_tokens", self.block_tokens, ", a block"),
+            ("prefix_tokens", self.block_tokens, " (one block)"),
             ("continue_tokens", 2, ""),
             ("limit", 1, ""),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                said = f"--{name.replace('_', '-')}: must be at least {least}{why}, got {value}"
-                raise TieredKVError(Kind.CONFIG, said, setting=name)
+                message = f"--{name.replace('_', '-')}: must be at least {least}{why}, got {value}"
+                raise TieredKVError(Kind.CONFIG, message, setting=name)
 
 
 def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
-    """Measure, print the table to `console`, draw if asked; returns what `--json` prints. Progress goes to standard error."""
+    """Measure codecs, print the table to `console`, and draw the plot if asked to.
+
+    Prints progress to standard error. Returns the object that `--json` prints.
+    """
     asked = None if options.codec == "all" else codecs_of(options.codec)
     texts = texts_from(options.prompts) if options.prompts else None
     if options.plot:
@@ -71,7 +74,7 @@ def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     report.show_quality(records, title, console)
     if options.plot:
         curve.draw(records, title, options.plot)
-        _say(console, [f"drawn: {options.plot}"])
+        _say(console, [f"wrote the plot to {options.plot}"])
     return {
         "model": options.model,
         "prompts": len(prompts.ids),
@@ -96,7 +99,10 @@ def measured(
     block_tokens: int = 64,
     kv_dtype: torch.dtype = torch.bfloat16,
 ) -> list[dict[str, Any]]:
-    """The quality of codecs on all prompts, and their speed on the KV of the first: a record for each codec. Shows how far it is."""
+    """Measure the quality of codecs on all prompts, and their speed on the KV of the first one.
+
+    Shows progress. Returns one record per codec.
+    """
     facts = {"prefix_tokens": prefix_tokens, "block_tokens": block_tokens, "kv_dtype": kv_dtype, "calibration": calibration}
     with report.counting("prompt", len(prompts.ids), console) as advance:
         qualities = as_records(evaluate(subject.model, prompts.ids, codecs, advance=advance, **facts))
@@ -126,8 +132,8 @@ def _calibration(subject: Subject, asked: Sequence[str] | None, path: str | None
         return None
     calibration = subject.calibration(path)
     if needing and calibration is None:
-        said = f"--codec: {needing} needs a calibrated model; run: tiered-kv calibrate {subject.name}"
-        raise TieredKVError(Kind.CONFIG, said, setting="codec")
+        message = f"--codec: {needing} needs a calibration file for the model; run: tiered-kv calibrate {subject.name}"
+        raise TieredKVError(Kind.CONFIG, message, setting="codec")
     return calibration
 
 
@@ -143,7 +149,9 @@ def _about(prompts: Prompts, is_uncalibrated: bool, subject: Subject) -> list[st
     if prompts.skipped:
         lines.append(f"[yellow]note[/]: {prompts.skipped} texts are too short and were skipped")
     if is_uncalibrated:
-        lines.append(f"[yellow]note[/]: ecuq and xlayer are left out: they need `tiered-kv calibrate {subject.name}`")
+        lines.append(
+            f"[yellow]note[/]: ecuq and xlayer are not measured: they need a calibration; run `tiered-kv calibrate {subject.name}`"
+        )
     return lines
 
 

@@ -1,8 +1,8 @@
-"""`tiered-kv bench fetch`: look-up, fetch and store from a second process and from another node, beside torch's memcpy.
+"""`tiered-kv bench fetch`: speed of look-up, fetch and store from a second process and from another node, relative to memcpy.
 
-A few memcpys of the same bytes and a few of the operation take turns, on memory that neither has touched for a
-working set several times the last-level cache. `vs_memcpy` is the median memcpy over the median of the operation;
-other load on the machine moves both, more the smaller of the two. Every fetched byte is compared with what was stored.
+A few torch memcpys of the same bytes and a few operations alternate, on memory that neither has touched within a working set
+of several times the last-level cache. `vs_memcpy` is the median time of memcpy divided by the median time of the operation.
+Other load on the machine changes both, and the shorter one more. Every fetched byte is compared with the stored one.
 """
 
 import json
@@ -33,7 +33,7 @@ from tiered_kv.service.client import Client
 
 Say = Callable[[str], None]
 
-# Blocks of 64 tokens, as the cluster's default is. 16 MiB is Qwen2.5-32B; the others are the shapes of smaller models.
+# Blocks of 64 tokens, the default of a cluster. 16 MiB is the block size of Qwen2.5-32B; the others are of smaller models.
 LAYOUTS = {
     64 << 10: KVLayout(2, 2, 64, "bfloat16", 64),
     1 << 20: KVLayout(16, 2, 128, "bfloat16", 64),
@@ -50,7 +50,7 @@ NAMESPACE = Namespace(weights="tiered-kv bench")
 
 
 class Plan(NamedTuple):
-    """How much is measured."""
+    """The amount of work to measure."""
 
     sizes: tuple[int, ...]
     chains: tuple[int, ...]
@@ -64,7 +64,7 @@ QUICK = Plan((64 << 10, 1 << 20, 3 << 20), (1, 8), ("same-node",), 40, 512 << 20
 
 
 class Case(NamedTuple):
-    """One line of the report."""
+    """One line of the report: chains of `chain` blocks of one layout."""
 
     layout: KVLayout
     chain: int
@@ -82,7 +82,10 @@ class Case(NamedTuple):
 
 
 class Buffers:
-    """Sources and destinations, faulted in, that are handed out in turn so that none is in the cache."""
+    """Memory to copy from and to.
+
+    It is faulted in, and used in rotation, so that no piece is in the processor's cache.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -92,11 +95,11 @@ class Buffers:
         self._turn = 0
 
     def source(self, case: Case, number: int) -> torch.Tensor:
-        """The KV that chain `number` consists of."""
+        """Returns the KV of chain `number`."""
         return self._piece(self._source, case, number)
 
     def target(self, case: Case) -> torch.Tensor:
-        """The next place to copy to."""
+        """Returns the next piece of memory to copy to."""
         self._turn += 1
         return self._piece(self._target, case, self._turn)
 
@@ -108,7 +111,7 @@ class Buffers:
         return pool[start : start + items].view(case.layout.torch_dtype).view(case.layout.kv_shape(case.tokens))
 
     def memcpy_s(self, case: Case, number: int) -> float:
-        """One memcpy of the case's bytes, from and to where the operation next to it will not be."""
+        """Returns the seconds of one memcpy of the case's bytes, between pieces that the next operation does not use."""
         pieces = max(2, WORKING_SET_BYTES // case.nbytes)
         source, target = self.source(case, number + pieces // 2), self.target(case)
         start_s = time.perf_counter()
@@ -117,12 +120,15 @@ class Buffers:
 
 
 def token_ids(case: Case, number: int) -> torch.Tensor:
-    """The prompt of chain `number`, like no other's."""
+    """Returns the token ids of chain `number`, which differ from those of every other chain."""
     return torch.from_numpy(np.random.default_rng([case.layout.block_bytes, case.chain, number]).integers(0, 100_000, case.tokens))
 
 
 def run_bench(quick: bool, say: Say) -> dict:
-    """Measure everything; takes some 50 s, `quick` 12 s. Raises `TieredKVError` (kind `corrupt`) for one wrong byte."""
+    """Measure all cases.
+
+    Returns the report. Takes 50 s, or 12 s with `quick`. Raises `TieredKVError` (kind `corrupt`) for a wrong byte.
+    """
     plan = QUICK if quick else FULL
     buffers = Buffers()
     results: list[dict] = []
@@ -150,9 +156,12 @@ def _cases(plan: Plan) -> Iterator[Case]:
 
 
 def same_node(client: Client, case: Case, plan: Plan, buffers: Buffers) -> list[dict]:
-    """Store, look up and fetch chains from beside the node; the last two never ask it anything."""
+    """Measure store, look-up and fetch of chains from another process on the node's machine. Returns one record per operation.
+
+    Raises `TieredKVError` (kind `transport`) if look-ups or fetches called the node, which they never should.
+    """
     repetitions = case.repetitions(plan)
-    kept = min(repetitions, max(1, KEPT_BYTES // case.nbytes))  # so many chains stay in the arena
+    kept = min(repetitions, max(1, KEPT_BYTES // case.nbytes))  # this many chains fit in the arena
     stores = Samples(case)
     for numbers in _turns(repetitions):
         prompts = [token_ids(case, number) for number in numbers]
@@ -173,12 +182,12 @@ def same_node(client: Client, case: Case, plan: Plan, buffers: Buffers) -> list[
             _check(had.tokens == case.tokens and _same(target, buffers.source(case, chain)), case)
     asked = client.node_calls - calls
     if asked:
-        raise TieredKVError(Kind.TRANSPORT, f"look-ups and fetches on the same node asked the node {asked} times")
+        raise TieredKVError(Kind.TRANSPORT, f"look-ups and fetches on the same node should not call the node, got {asked} calls")
     return [fetches.record("same-node", "fetch") | {"node_calls": asked}, stores.record("same-node", "store")]
 
 
 def other_node(owner: Client, client: Client, case: Case, buffers: Buffers) -> list[dict]:
-    """Fetch chains that only another node has; each comes through Ray's object store."""
+    """Measure fetches of chains that only another node has, through Ray's object store. Returns one record."""
     fetches = Samples(case)
     calls = client.node_calls
     for number in range(REPETITIONS_MIN):
@@ -190,12 +199,12 @@ def other_node(owner: Client, client: Client, case: Case, buffers: Buffers) -> l
         fetches.memcpys.append(buffers.memcpy_s(case, number))
         fetched = fetches.time(lambda ids=ids, out=target: client.fetch(ids, out, deadline_ms=60_000))
         _check(fetched.tokens == fetched.tokens_by_tier.get(PEER) == case.tokens and _same(target, buffers.source(case, number)), case)
-    record = fetches.record("other-node", "fetch")  # its look-ups find nothing here
+    record = fetches.record("other-node", "fetch")  # look-ups are not reported: this node does not have the blocks
     return [record | {"lookup_us_per_block": None, "node_calls": client.node_calls - calls}]
 
 
 class Samples:
-    """Seconds of one operation, of the memcpys beside it, and of the look-ups before it."""
+    """The measured seconds of an operation, of the memcpys that alternate with it, and of the look-ups before it."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -205,11 +214,11 @@ class Samples:
         self._matches: list[float] = []
 
     def time(self, operation: Callable[[], Any]) -> Any:
-        """What the operation returns; its time is kept."""
+        """Run the operation and record its time. Returns its result."""
         return _timed(operation, self._operations)
 
     def look_up(self, client: Client, prompts: list[torch.Tensor]) -> None:
-        """Time the look-up of chains in the shared index, and `match`, which makes the keys of the tokens first."""
+        """Time the look-up of chains in the shared index, and `match`, which also computes the keys from the tokens."""
         chain, index = NAMESPACE.chain(self._case.layout), client._source
         for ids in prompts:
             keys = chain.keys(as_token_ids(ids))
@@ -218,7 +227,7 @@ class Samples:
             _check(matched.tokens == self._case.tokens, self._case)
 
     def record(self, path: str, op: str) -> dict:
-        """One entry of the report's results; microseconds."""
+        """Returns one entry of the report's results. Times are in microseconds."""
         case, memcpy_s, op_s = self._case, median(self.memcpys), median(self._operations)
         return {
             "path": path,
@@ -239,7 +248,7 @@ class Samples:
 
 
 def _turns(repetitions: int) -> Iterator[range]:
-    """The numbers of all repetitions, a few at a time."""
+    """Yields the numbers of all repetitions, in groups of `TURN`."""
     for start in range(0, repetitions, TURN):
         yield range(start, min(start + TURN, repetitions))
 
@@ -252,26 +261,26 @@ def _timed(operation: Callable[[], Any], seconds: list[float]) -> Any:
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.view(torch.int16), right.view(torch.int16))  # as bits: NaN is not equal to itself
+    return torch.equal(left.view(torch.int16), right.view(torch.int16))  # compares bits, because NaN is not equal to itself
 
 
 def _check(right: bool, case: Case) -> None:
     if not right:
         what = f"{case.chain} blocks of {case.layout.block_bytes} bytes"
-        raise TieredKVError(Kind.CORRUPT, f"a chain of {what} did not come back as it was stored")
+        raise TieredKVError(Kind.CORRUPT, f"a chain of {what} differs from the stored one, or is incomplete")
 
 
 def _wait_for(done: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + SETTLE_S
     while not done():
         if time.monotonic() > deadline_s:
-            raise TieredKVError(Kind.TRANSPORT, f"the directory did not show stored blocks within {SETTLE_S:.0f} s")
+            raise TieredKVError(Kind.TRANSPORT, f"the directory did not list the stored blocks within {SETTLE_S:.0f} s")
         time.sleep(0.01)
 
 
 @contextmanager
 def subprocess_node(host: str) -> Iterator[dict]:
-    """The info of a node in another process, which ends with the block."""
+    """Start a node in another process, and stop it at the end. Yields its info."""
     command = [sys.executable, "-m", "tiered_kv.bench.node", json.dumps({"host": host}), f"bench-{uuid.uuid4().hex[:8]}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
@@ -283,7 +292,7 @@ def subprocess_node(host: str) -> Iterator[dict]:
 
 @contextmanager
 def two_nodes(host: str, say: Say) -> Iterator[list[dict]]:
-    """The infos of two nodes on a Ray cluster of their own, which ends with the block."""
+    """Start two nodes on a new Ray cluster, and stop them at the end. Yields their infos."""
     from tiered_kv.cluster import start
 
     name = f"bench-{uuid.uuid4().hex[:8]}"
@@ -310,7 +319,7 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 def machine() -> dict:
-    """What the figures depend on beside the code."""
+    """Returns the facts about the machine that the figures depend on: processor, cores, load, threads, versions."""
     with open("/proc/cpuinfo") as file:
         models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return {
@@ -326,14 +335,14 @@ def machine() -> dict:
 
 def _line(records: list[dict]) -> str:
     first = records[0]
-    parts = [f"{record['op']} {record['vs_memcpy']:.2f} of memcpy, {record['us_per_block']:.0f} µs a block" for record in records]
+    parts = [f"{record['op']} {record['vs_memcpy']:.2f} of memcpy, {record['us_per_block']:.0f} µs per block" for record in records]
     return f"{first['path']}, {first['chain']:2d} x {format_size(first['block_bytes'])}: " + "; ".join(parts)
 
 
 def show(report: dict, console: Console) -> None:
-    """The report as a table."""
+    """Print the report as a table."""
     table = Table(title="tiered-kv bench fetch: speed as a fraction of memcpy of the same bytes")
-    for column in ("path", "op", "block", "chain", "of memcpy", "µs a block", "memcpy µs a block", "look-up µs a block"):
+    for column in ("path", "op", "block", "chain", "of memcpy", "µs per block", "memcpy µs per block", "look-up µs per block"):
         table.add_column(column, justify="left" if column in ("path", "op") else "right")
     for each in report["results"]:
         lookup = each["lookup_us_per_block"]
@@ -344,4 +353,4 @@ def show(report: dict, console: Console) -> None:
     about = report["machine"]
     cores = f"{about['cpu']}, {about['cores']} cores"
     console.print(f"{cores}, torch {about['torch']} with {about['threads']} threads, load {about['load_1min']}", highlight=False)
-    console.print("match and fetch on the same node asked the node", report["calls"]["same_node_calls"], "times", highlight=False)
+    console.print("calls to the node by match and fetch on the same node:", report["calls"]["same_node_calls"], highlight=False)

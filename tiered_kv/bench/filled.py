@@ -1,4 +1,4 @@
-"""Nodes of this process that are full of blocks, and checkpoints of them: what `bench checkpoint` measures on."""
+"""The blocks and nodes that `bench checkpoint` uses. The nodes run in this process."""
 
 import uuid
 from collections.abc import Sequence
@@ -26,12 +26,15 @@ from tiered_kv.tiers.host import HEADER_BYTES
 NODE = "bench"
 CHAIN = 8
 POLL_S = 0.005
-"""The steps ask every tenth of a second whether it is done; what is measured is not their waiting."""
+"""Seconds between two polls of a checkpoint or restore.
+
+By default 0.1 s, which would add waiting to the measured time.
+"""
 CONTENT_BYTES = 64 << 20
 
 
 class Blocks:
-    """Chains of `CHAIN` blocks of one layout, each of another prompt. Their KV comes again; their keys never do."""
+    """Chains of `CHAIN` blocks of one layout. Each has its own prompt and keys; the KV of some chains is equal."""
 
     def __init__(self, layout: KVLayout, weights: str = "tiered-kv bench checkpoint") -> None:
         self.layout = layout
@@ -42,36 +45,36 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """Of one chain."""
+        """The number of tokens in one chain."""
         return self.layout.block_tokens * CHAIN
 
     def chains(self, nbytes: int) -> int:
-        """How many make up so many bytes."""
+        """Returns the number of chains in `nbytes`, at least one."""
         return max(1, nbytes // self._chain_bytes)
 
     def prompt(self, number: int) -> torch.Tensor:
-        """The tokens of a chain."""
+        """Returns the token ids of a chain."""
         return torch.from_numpy(np.random.default_rng([self.layout.block_bytes, number]).integers(0, 100_000, self.tokens))
 
     def kv(self, number: int) -> torch.Tensor:
-        """The KV of a chain."""
+        """Returns the KV of a chain."""
         items = self._chain_bytes // 8
         start = number % (len(self._content) // items) * items
         flat = self._content[start : start + items].view(self.layout.torch_dtype)
         return flat.view(self.layout.kv_shape(self.tokens))
 
     def keys(self, number: int) -> list[BlockKey]:
-        """The keys of a chain's blocks."""
+        """Returns the keys of a chain's blocks."""
         return self.namespace.chain(self.layout).keys(as_token_ids(self.prompt(number)))
 
     def raw(self, number: int, depth: int) -> torch.Tensor:
-        """The bytes of a block, as it is stored."""
+        """Returns the raw bytes of one block, as they are stored."""
         t = self.layout.block_tokens
         part = self.kv(number)[..., depth * t : (depth + 1) * t, :]
         return part.contiguous().view(-1).view(torch.uint8)
 
     def bodies(self, sizes: Sequence[int]) -> list[bytes]:
-        """So many bytes of content, again and again."""
+        """Returns for each size that many bytes of content. The content repeats."""
         content = self._content.view(torch.uint8).numpy()
         return [
             np.resize(np.roll(content, -(number << 20)) if size > 1 << 20 else content[:size], size).tobytes()
@@ -79,23 +82,24 @@ class Blocks:
         ]
 
     def store(self, client: Client, numbers: Sequence[int]) -> None:
-        """Store chains; raises (kind `storage`) where one was not taken."""
+        """Store chains. Raises (kind `storage`) if one was not stored whole."""
         for number in numbers:
             if client.store(self.prompt(number), self.kv(number)).new != CHAIN:
-                raise TieredKVError(Kind.STORAGE, f"chain {number} was not stored")
+                raise TieredKVError(Kind.STORAGE, f"chain {number} was not stored whole")
 
     def check(self, client: Client, number: int) -> None:
-        """Raise (kind `corrupt`) unless a chain is had whole and as it was stored."""
+        """Fetch a chain. Raises (kind `corrupt`) unless it is complete and equal to the stored one."""
         out = torch.empty(self.layout.kv_shape(self.tokens), dtype=self.layout.torch_dtype)
         fetched = client.fetch(self.prompt(number), out, deadline_ms=60_000)
         if fetched.tokens != self.tokens or not torch.equal(out.view(torch.int16), self.kv(number).view(torch.int16)):
             raise TieredKVError(
-                Kind.CORRUPT, f"{fetched.tokens} of {self.tokens} tokens of chain {number} came back, or not as they were stored"
+                Kind.CORRUPT,
+                f"chain {number}: expected {self.tokens} tokens equal to the stored ones, got {fetched.tokens} tokens or other values",
             )
 
 
-class Served:
-    """A node that workers of other processes reach as well; close it."""
+class BenchNode:
+    """A node in this process that also serves workers in other processes. The caller must close it."""
 
     def __init__(self, host_bytes: int) -> None:
         self.node = Node(Config(host=host_bytes, store_wait_ms=10_000), f"bench-{uuid.uuid4().hex[:8]}", NODE)
@@ -103,44 +107,44 @@ class Served:
         self._ask = asking_here(self.node)
 
     def client(self, blocks: Blocks) -> Client:
-        """A worker of this process."""
+        """Returns a client of the node in this process."""
         return client_of(self.node.info(), blocks.layout, blocks.namespace, connect=self.node.open_session)
 
     def touch(self) -> None:
-        """Have the system make all of host memory, as if it had been used before."""
+        """Touch all host memory, so that the system has allocated it, as after earlier use."""
         host = self.node.place.host
         host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
 
     def take(self, url: str, stopped: Event | None = None) -> Taken:
-        """Write a checkpoint of everything."""
+        """Write a checkpoint of all blocks. Returns its counts."""
         with open_repository(url) as repository:
             return Taking(self._ask, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
 
     def mount(self, url: str) -> int:
-        """Read the latest checkpoint's manifest and show its blocks; how many."""
+        """Read the manifest of the latest checkpoint and mount its blocks. Returns how many were mounted."""
         with open_repository(url) as repository:
             manifest = repository.read()
         return sum(restore.mount(self._ask, [NODE], url, manifest, manifest.rows).by_node.values())
 
     def fill(self, stopped: Event | None = None) -> Filled:
-        """Bring what is mounted nearer, and wait for it."""
+        """Copy the mounted blocks to host memory, and wait for it. Returns the counts."""
         return restore.fill(self._ask, [NODE], poll_s=POLL_S, stopped=stopped)
 
     def close(self) -> None:
-        """End the node."""
+        """Stop the node."""
         self._server.close()
         self.node.close()
 
 
-class Used(NamedTuple):
-    """Memory of this process, in bytes: its own, and that of mapped files, as arenas are."""
+class MemoryUse(NamedTuple):
+    """Resident memory of this process in bytes: private memory, and memory of shared mappings such as the arenas."""
 
     own_bytes: int
     shared_bytes: int
 
 
-def used_memory() -> Used:
-    """What the kernel says now."""
+def used_memory() -> MemoryUse:
+    """Returns the resident memory of this process now."""
     with open("/proc/self/status") as file:
         found = {name: value for name, _, value in (line.partition(":") for line in file)}
-    return Used(*(int(found[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem")))
+    return MemoryUse(*(int(found[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem")))

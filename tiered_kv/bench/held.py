@@ -1,9 +1,10 @@
-"""`bench held`: how much of a workload a codec keeps in host memory that is too small for it.
+"""`bench held`: the hit ratio of a workload with a codec, in host memory that is too small for the workload.
 
-The demo's questions about long documents: each is fetched, and what is missing is stored, with the model's own KV. Two orders: `demo`, all
-questions about a document one after the other as the demo asks them, and `turn`, one about each document in turn, so that a
-document comes back after all others, which is the worst for a cache that does not hold them all. Hit ratio: tokens fetched
-over tokens asked for, from a cold start. W is host memory that is just enough for all blocks as they are.
+The workload is the demo's questions about long documents, with the model's own KV. Each prompt is fetched, and its missing blocks
+are stored. There are two orders. `demo` asks all questions about a document one after the other, as the demo does. `turn` asks
+one question about each document in turn: a document is asked about again only after all others, which is the worst case for a
+cache that cannot hold all of them. The hit ratio is tokens fetched divided by tokens requested, from a cold start. W is the host
+memory that is just enough for all blocks without a codec.
 """
 
 import time
@@ -35,15 +36,15 @@ LOOK_S, SETTLE_S_MAX = 0.02, 5.0
 
 
 class Request(NamedTuple):
-    """A prompt about a document, and its KV (L, 2, H, T, D) as the cache keeps it."""
+    """A prompt about a document, and its KV (L, 2, H, T, D) in the dtype of the cache."""
 
     title: str
     ids: list[int]
     kv: torch.Tensor
 
 
-class Held(NamedTuple):
-    """What one run of the workload found and left."""
+class WorkloadResult(NamedTuple):
+    """The figures of one run of the workload. `codecs`: the node's counts of blocks by codec in host memory."""
 
     asked_tokens: int
     hit_tokens: int
@@ -53,7 +54,10 @@ class Held(NamedTuple):
 
 
 def run_held_bench(model: str = "default", quick: bool = False, say: Say = print) -> dict:
-    """Measure; two minutes, most of it to compute the KV. Raises as `Subject.load`."""
+    """Measure the hit ratios. Returns the report.
+
+    Takes two minutes, most of it for computing the KV. Raises as `Subject.load` if the model cannot be loaded.
+    """
     subject = Subject.load(model)
     in_turn = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, say)
     requests = sorted(in_turn, key=lambda request: request.title)
@@ -62,7 +66,7 @@ def run_held_bench(model: str = "default", quick: bool = False, say: Say = print
     cache = {"layout": layout, "namespace": namespace, "rope": rope_of_model(subject.model)}
     ample = held({"host": AMPLE_BYTES}, requests, cache)
     enough_bytes = _whole_mib(ample.used_bytes * AMPLE_BYTES / ample.capacity_bytes)
-    say(f"{len(requests)} requests, {ample.asked_tokens:,} tokens; W, enough for all blocks as they are: {format_size(enough_bytes)}")
+    say(f"{len(requests)} requests, {ample.asked_tokens:,} tokens; W (holds all blocks without a codec): {format_size(enough_bytes)}")
     results = []
     for order, quality, share in product(ORDERS, QUALITIES, SHARES_QUICK if quick else SHARES):
         host = _whole_mib(share * enough_bytes)
@@ -75,7 +79,10 @@ def run_held_bench(model: str = "default", quick: bool = False, say: Say = print
 
 
 def requests_of(subject: Subject, per_document: int, say: Say) -> list[Request]:
-    """One question about each document in turn, `per_document` times, each with its KV: the document's is computed once."""
+    """Returns requests with their KV: one question about each document in turn, `per_document` times.
+
+    The KV of each document is computed only once.
+    """
     asked = own_questions(per_document)
     in_turn = [question for number in range(per_document) for question in asked[number::per_document]]
     first: dict[str, Request] = {}
@@ -90,7 +97,7 @@ def requests_of(subject: Subject, per_document: int, say: Say) -> list[Request]:
 
 @torch.inference_mode()
 def _computed(model: Any, ids: list[int], before: Request | None) -> torch.Tensor:
-    """The KV of a prompt in bf16, of which what is `before`'s is taken from there."""
+    """Returns the KV of a prompt in bf16. The KV of the prefix that it shares with `before` is copied from there."""
     tokens = torch.tensor([ids])
     if before is None:
         return prefix_kv(model, tokens, torch.bfloat16)
@@ -101,10 +108,11 @@ def _computed(model: Any, ids: list[int], before: Request | None) -> torch.Tenso
     return torch.cat([head, kv_from_cache(cache, common, len(ids)).bfloat16()], 3)
 
 
-def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, Any]) -> Held:
-    """The workload once, from a cold start, in a cache of these settings. `cache`: what `tiered_kv.open` is told of the model.
+def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, Any]) -> WorkloadResult:
+    """Run the workload once from a cold start, in a cache with the settings `config`. Returns its figures.
 
-    Behind each request what goes on in the background comes to its end, as it does while a model computes.
+    `cache`: the arguments of `tiered_kv.open` that describe the model. After each request the background work of the node is
+    awaited, because it would also finish while a model computes.
     """
     asked = hit = 0
     with tiered_kv.open(config, **cache) as client:
@@ -114,11 +122,11 @@ def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, A
             asked, hit = asked + len(request.ids), hit + found
             node = _settled(client)
     host = node["tiers"]["host"]
-    return Held(asked, hit, host["used_bytes"], host["capacity_bytes"], node["codecs"]["coded"].get("host", {}))
+    return WorkloadResult(asked, hit, host["used_bytes"], host["capacity_bytes"], node["codecs"]["coded"].get("host", {}))
 
 
 def _settled(client: tiered_kv.Client) -> dict[str, Any]:
-    """The node's figures, once nothing changes any more."""
+    """Wait until the node's figures no longer change, at most `SETTLE_S_MAX` seconds. Returns them."""
     end_s = time.monotonic() + SETTLE_S_MAX
     before, node = None, client.stats()["node"]
     while (node["tiers"], node["codecs"]["coded"]) != before and time.monotonic() < end_s:
@@ -133,7 +141,7 @@ def _whole_mib(nbytes: float) -> int:
 
 
 def show(report: dict, console: Console) -> None:
-    """The report as a table, and how int8 does beside exact with twice the memory."""
+    """Print the report as a table, and compare near_exact with exact in twice the memory."""
     shares = sorted({each["share"] for each in report["results"]})
     table = Table(title=f"tiered-kv bench held: hit ratio of the demo's workload, W = {format_size(report['enough_bytes'])} of host memory")
     table.add_column("order")
@@ -147,4 +155,4 @@ def show(report: dict, console: Console) -> None:
     for order in ORDERS:
         gained = {share: ratios[order, "near_exact", share] - ratios[order, "exact", 2 * share] for share in shares if 2 * share in shares}
         words = ", ".join(f"{100 * points:+.1f} points at {share:g} W" for share, points in gained.items())
-        console.print(f"order {order}: near_exact beside exact with twice the memory: {words}", highlight=False, soft_wrap=True)
+        console.print(f"order {order}: near_exact compared with exact in twice the memory: {words}", highlight=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""A node in a process of its own, without Ray: prints its info as one line of JSON, ends when its standard input does."""
+"""Runs a node in its own process, without Ray.
+
+It prints its info as one line of JSON, and stops when its standard input is closed.
+"""
 
 import json
 import sys
@@ -9,7 +12,7 @@ from tiered_kv.service.node import Node
 
 
 def main() -> None:
-    """`python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID`."""
+    """Run as `python -m tiered_kv.bench.node '{"host": "1GiB"}' CLUSTER_ID`; the first argument is the node's config."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
     server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
     try:

@@ -1,9 +1,9 @@
-"""What codecs cost in quality on a real model.
+"""Measures the quality loss of codecs on a real model.
 
-The KV of a prompt's first tokens, as the cache would keep it, is encoded and decoded block by block; the model then reads
-the prompt's next tokens on both, teacher-forced. KL(exact || decoded) of the next token's distribution in nats, and the same
-greedy choice, a token. The model computes in the dtype that it was loaded in: float32, so that arithmetic adds no noise.
-Shapes: kv (L, 2, H, T, D) as in `layout`.
+The KV of a prompt's first tokens is encoded and decoded block by block, as in the cache. Then the model reads the prompt's next
+tokens, teacher-forced, on the exact and on the decoded KV. Two figures are computed per token: KL(exact || decoded) of the next
+token's distribution in nats, and whether the greedy choice is the same. The model computes in the dtype in which it was loaded:
+float32, so that arithmetic adds no noise. Shapes: kv (L, 2, H, T, D) as in `layout`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.layout import KVLayout
 
 CODECS = ("lossless", "int8", "int6", "int4", "fp8")
-"""Those that need no calibration."""
+"""The codecs that need no calibration."""
 CALIBRATED = ("ecuq:6e-5", "ecuq:1e-4", "xlayer:3e-5", "xlayer:1e-4", "xlayer:2e-4", "xlayer:2e-4:3e-5")
 PREFIX_TOKENS = 1024
 CONTINUE_TOKENS = 128
@@ -29,9 +29,13 @@ CONTINUE_TOKENS = 128
 
 @dataclass(frozen=True)
 class Quality:
-    """One codec on some prompts. `ratio`: raw bytes over those of whole frames, `ratio_least` of a prompt; `bytes_per_token` of frames;
-    `kl` in nats a token, `kl_worst` of a prompt, `kl_p99` of all tokens; `top1`: the part of tokens with the same greedy choice;
-    `ppl_ratio`: perplexity over that on exact KV; `error` as in `Encoded`, the greatest; `fell_back`: blocks that another codec keeps."""
+    """The figures of one codec on some prompts.
+
+    ratio: raw bytes divided by the bytes of whole frames; ratio_least is the lowest of any prompt. bytes_per_token: of frames.
+    kl: mean in nats per token; kl_worst is the highest mean of any prompt, kl_p99 the 99th percentile over all tokens.
+    top1: share of tokens with the same greedy choice. ppl_ratio: perplexity divided by that on exact KV. error: the highest
+    `Encoded.error`. fell_back: blocks that were encoded by the fallback codec instead.
+    """
 
     codec: str
     prompts: int
@@ -50,7 +54,7 @@ class Quality:
 
 @dataclass
 class _Tally:
-    """What was seen of one codec; a list has one entry a prompt."""
+    """The raw counts of one codec. `errors` has one entry per block, every other list one per prompt."""
 
     tokens: int = 0
     raw_bytes: list[int] = field(default_factory=list)
@@ -92,9 +96,11 @@ def evaluate(
     calibration: Calibration | None = None,
     advance: Callable[[float], None] = lambda part: None,
 ) -> list[Quality]:
-    """The quality of each codec, as `codec_for` reads them, on prompts (1, n), n above `prefix_tokens`, whose rest is the continuation.
+    """Measure the quality of codecs on prompts. Returns one `Quality` per codec.
 
-    `prefix_tokens` have at least one block. `advance` is told, in parts of a prompt, what has been done since.
+    prompts: token ids (1, n), n above `prefix_tokens`; the tokens after the prefix are the continuation. codecs: names as
+    `codec_for` parses them. prefix_tokens: at least one block. advance: called with the part of a prompt that was done since
+    the last call.
     """
     rope = rope_of_model(model)
     tallies = {name: _Tally() for name in codecs}
@@ -111,7 +117,7 @@ def evaluate(
 
 
 def _through(kv: torch.Tensor, codec: Codec, block_tokens: int, tally: _Tally) -> torch.Tensor:
-    """`kv` after every whole block of it was encoded and decoded, the rest as it is."""
+    """Returns a copy of `kv` in which every whole block was encoded and decoded. Adds sizes and errors to `tally`."""
     out = kv.clone()
     raw_bytes = kept_bytes = 0
     for start in range(0, kv.shape[3] - block_tokens + 1, block_tokens):
@@ -128,7 +134,7 @@ def _through(kv: torch.Tensor, codec: Codec, block_tokens: int, tally: _Tally) -
 
 
 def encoded_block(kv: torch.Tensor, codec: Codec, start: int, block_tokens: int) -> tuple[torch.Tensor, Encoded]:
-    """The bytes of the block of `kv` that begins at token `start`, and what the codec makes of them."""
+    """Returns the raw bytes of the block of `kv` that starts at token `start`, and their encoded form."""
     raw = kv[..., start : start + block_tokens, :].contiguous().view(-1).view(torch.uint8)
     is_tail = start + 2 * block_tokens > kv.shape[3]
     return raw, codec.at(start, is_tail).encode(raw)
@@ -142,5 +148,5 @@ def _compare(exact: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, tal
 
 
 def as_records(results: Sequence[Quality]) -> list[dict]:
-    """The table for JSON."""
+    """Returns the results as dicts for JSON."""
     return [asdict(result) for result in results]

@@ -1,4 +1,4 @@
-"""An S3 server for `bench checkpoint`, and the plain client's puts and gets."""
+"""The S3 server for `bench checkpoint`, and the baseline: puts and gets by the plain client."""
 
 import os
 import socket
@@ -24,12 +24,13 @@ STARTS_WITHIN_S = 30.0
 
 @contextmanager
 def bucket(endpoint: str | None, say: Callable[[str], None]) -> Iterator[str | None]:
-    """The URL of a bucket, with the environment in which it is reached: of the server at `endpoint`, or of one that ends with the block.
+    """Yields the URL of a bucket, and sets the environment variables with which it can be reached.
 
-    None where nothing can be measured: without obstore, or without a server.
+    The server is the one at `endpoint`, or a moto server that is stopped at the end. Yields None, and says so, if nothing can
+    be measured because obstore or moto is not installed.
     """
     if find_spec("obstore") is None or (endpoint is None and find_spec("moto") is None):
-        say("object storage is not measured: it takes obstore, and moto or an --endpoint")
+        say("object storage is not measured: it needs obstore, and either moto or --endpoint")
         yield None
         return
     known = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"} if endpoint is None else {}
@@ -67,7 +68,7 @@ def _make_bucket(url: str) -> None:
 
 
 class Plain:
-    """The client that the cache uses, without the cache: objects below a URL, as many at a time as checkpoints have under way."""
+    """The object-storage client of the cache, used directly. It has as many requests in flight as a checkpoint."""
 
     def __init__(self, url: str) -> None:
         import obstore
@@ -77,7 +78,7 @@ class Plain:
         self._store = obstore.store.from_url(url, unsigned_payload=True, client_options={"allow_http": True, "timeout": "120s"})
 
     def put(self, bodies: Sequence[bytes]) -> None:
-        """Objects of these bytes."""
+        """Write one object per body."""
 
         def put(number: int) -> None:
             self._obstore.put(self._store, str(number), bodies[number], use_multipart=False)
@@ -86,7 +87,7 @@ class Plain:
             list(threads.map(put, range(len(bodies))))
 
     def get(self, count: int, keep: bool = False) -> None:
-        """All of them, whole; with `keep` their bytes stay until all are there, as a restore's do."""
+        """Read `count` whole objects. With `keep` all their bytes stay in memory until the end, as in a restore."""
 
         def get(number: int) -> memoryview | None:
             content = memoryview(self._obstore.get(self._store, str(number)).bytes())
@@ -97,7 +98,7 @@ class Plain:
 
 
 def sizes(url: str) -> list[int]:
-    """Bytes of the objects at a URL."""
+    """Returns the sizes in bytes of the objects at a URL."""
     with open_store(url) as store:
         return list(store.sizes().values())
 

@@ -1,4 +1,4 @@
-"""What people see while codecs are measured, and of what was found."""
+"""Progress and result tables of the codec measurements."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,10 @@ from rich.table import Table
 
 @contextmanager
 def counting(what: str, total: int, console: Console) -> Iterator[Callable[[float], None]]:
-    """Shows how much of `total` things is done and the time left, as the function that it gives is told of parts: a bar on a
-    terminal, else a line for each whole thing. On standard error.
+    """Show on standard error how many of `total` things are done, and the time left.
+
+    Yields a function that adds the given part of a thing to the progress. On a terminal it draws a bar, elsewhere it prints a
+    line for each whole thing.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -26,7 +28,10 @@ def counting(what: str, total: int, console: Console) -> Iterator[Callable[[floa
 
 @contextmanager
 def telling(console: Console) -> Iterator[Callable[[str], None]]:
-    """Shows what is being done, as the function that it gives is told: the last step only on a terminal, else a line for each."""
+    """Yields a function that shows the current step.
+
+    On a terminal only the last step is visible, elsewhere each gets a line.
+    """
     if console.is_terminal:
         with console.status("") as status:
             yield status.update
@@ -50,16 +55,16 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 3 min."""
+    """Returns a number of seconds as text: 40 s, 3 min."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console) -> None:
-    """A table of what `codec-eval` and `calibrate` measure, a row a codec."""
+    """Print the figures of `codec-eval` and `calibrate` as a table with one row per codec."""
     table = Table("codec", title=title, title_justify="left")
     for column in (
         "ratio",
-        "bytes\na token",
+        "bytes\nper token",
         "KL",
         "p99",
         "top-1",
@@ -85,16 +90,16 @@ def show_quality(records: Sequence[dict[str, Any]], title: str, console: Console
         )
     console.print(table)
     legend = (
-        "KL in nats a token against exact KV; encode, decode: speed as a fraction of memcpy, one thread; decode vs prefill: how many "
-        "times faster than computing the tokens anew; ratio: whole frames"
+        "ratio: raw bytes divided by bytes of whole frames; KL: nats per token, relative to exact KV; encode, decode: speed as a fraction "
+        "of memcpy, one thread; decode vs prefill: how many times faster decoding is than computing the tokens again"
     )
     console.print(legend, highlight=False, soft_wrap=True)
 
 
 def show_qualities(qualities: Sequence[dict[str, Any]], console: Console) -> None:
-    """A table of what the presets give."""
-    table = Table("--quality", "host memory", "disk, objects", title="what --quality gives this model", title_justify="left")
-    table.add_column("ratio there", justify="right")
+    """Print the codecs of each quality preset as a table."""
+    table = Table("--quality", "host memory", "disk, objects", title="codecs of each --quality for this model", title_justify="left")
+    table.add_column("disk ratio", justify="right")
     table.add_column("KL", justify="right")
     for each in qualities:
         kl = f"{each['kl']:.1e}" if each["kl"] else "0"

@@ -1,4 +1,7 @@
-"""What a worker in a process of its own feels of a checkpoint that its node writes, or is filled from: the time of its fetches."""
+"""Measures the fetch times of a worker while its node writes or restores a checkpoint.
+
+The worker runs in its own process.
+"""
 
 import json
 import sys
@@ -15,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.bench.filled import Blocks, Served
+from tiered_kv.bench.filled import BenchNode, Blocks
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 from tiered_kv.ops.manifest import plain_layout
@@ -25,7 +28,11 @@ WEIGHTS = "tiered-kv bench worker"
 
 
 class Plan(NamedTuple):
-    """How much is measured: host memory, bytes that are written again and again, bytes that are fetched, turns and their length."""
+    """The amount of work to measure.
+
+    host_bytes: host memory of the node. bytes_each: size of the checkpoint, which is written repeatedly. fetched_bytes: size of
+    the worker's chains. turns, turn_s: number and length of the turns.
+    """
 
     host_bytes: int
     bytes_each: int
@@ -39,11 +46,14 @@ QUICK = Plan(512 << 20, 192 << 20, 64 << 20, 3, 0.7)
 
 
 def measure(place: Path, blocks: Blocks, plan: Plan, say: Callable[[str], None]) -> list[dict]:
-    """Times of a worker's fetches while nothing else happens and while checkpoints are written, or read, one after the other, in turns."""
+    """Measure fetch times alone and during checkpoints, in alternation. Returns one record for writing, one for restoring.
+
+    The checkpoints are written, or restored, one after the other without a pause.
+    """
     worker, folder = Blocks(blocks.layout, WEIGHTS), place / "serving"
     fetched = worker.chains(plan.fetched_bytes)
     root = blocks.namespace.root(blocks.layout)
-    with closing(Served(plan.host_bytes)) as node:
+    with closing(BenchNode(plan.host_bytes)) as node:
         with closing(node.client(worker)) as client:
             worker.store(client, range(fetched))
         with closing(node.client(blocks)) as client:
@@ -59,12 +69,12 @@ def measure(place: Path, blocks: Blocks, plan: Plan, say: Callable[[str], None])
         slower = median(busy / quiet for quiet, busy in zip(alone, meanwhile, strict=True))
         times = {"us": round(median(meanwhile) * 1e6, 1), "alone_us": round(median(alone) * 1e6, 1)}
         lines.append({"while": while_, "block_bytes": blocks.layout.block_bytes, "slower": round(slower, 3), **times, "rounds": rounds})
-        say(f"a fetch while {while_}: {slower:.2f} times its time alone, {times['us']:.0f} µs")
+        say(f"a fetch while {while_} a checkpoint: {slower:.2f} times its time alone, {times['us']:.0f} µs")
     return lines
 
 
 def _turns(plan: Plan, fetches: Callable[[float], float], work: Callable[[Event], int]) -> tuple[list[float], list[float], int]:
-    """Median seconds of a fetch, alone and while `work` is done, for each turn; and how often that was done."""
+    """Returns the median seconds of a fetch in each turn, alone and during `work`, and the number of rounds of `work`."""
     alone, meanwhile, rounds = [], [], 0
     fetches(plan.turn_s)
     for _ in range(plan.turns):
@@ -80,7 +90,7 @@ def _turns(plan: Plan, fetches: Callable[[float], float], work: Callable[[Event]
     return alone, meanwhile, rounds
 
 
-def _take_again(node: Served, folder: Path, stop: Event) -> int:
+def _take_again(node: BenchNode, folder: Path, stop: Event) -> int:
     rounds = 0
     while not stop.is_set():
         _empty(folder)
@@ -89,7 +99,7 @@ def _take_again(node: Served, folder: Path, stop: Event) -> int:
     return rounds
 
 
-def _fill_again(node: Served, folder: Path, root: bytes, stop: Event) -> int:
+def _fill_again(node: BenchNode, folder: Path, root: bytes, stop: Event) -> int:
     rounds = 0
     while not stop.is_set():
         node.node.forget(root)
@@ -105,7 +115,10 @@ def _empty(folder: Path) -> None:
 
 @contextmanager
 def _reader(info: dict, layout: KVLayout, chains: int) -> Iterator[Callable[[float], float]]:
-    """A worker's process, as the function that has it fetch for so many seconds and gives the median time of a fetch."""
+    """Start a worker process, and stop it at the end.
+
+    Yields a function that lets the worker fetch for the given number of seconds, and returns the median seconds of a fetch.
+    """
     command = [sys.executable, "-m", "tiered_kv.bench.serving", json.dumps(info), json.dumps(plain_layout(layout)), str(chains)]
     with Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
 
@@ -124,9 +137,12 @@ def _reader(info: dict, layout: KVLayout, chains: int) -> Iterator[Callable[[flo
 
 
 def main() -> None:
-    """`python -m tiered_kv.bench.serving INFO LAYOUT CHAINS`: for each line of standard input, fetch for so many seconds."""
+    """Run as `python -m tiered_kv.bench.serving INFO LAYOUT CHAINS`.
+
+    Reads a number of seconds from each line of standard input, fetches for that time, and prints the median seconds of a fetch.
+    """
     info, layout, chains = json.loads(sys.argv[1]), KVLayout(*json.loads(sys.argv[2])), int(sys.argv[3])
-    torch.set_num_threads(1)  # a second one would wait for the other core, which the node has
+    torch.set_num_threads(1)  # a second thread would wait for the other core, which the node uses
     blocks = Blocks(layout, WEIGHTS)
     out = torch.zeros(layout.kv_shape(blocks.tokens), dtype=layout.torch_dtype)
     prompts = [blocks.prompt(number) for number in range(chains)]
@@ -139,7 +155,7 @@ def main() -> None:
                 times.append(time.perf_counter() - start_s)
                 turn += 1
                 if fetched.tokens != blocks.tokens:
-                    raise TieredKVError(Kind.CORRUPT, f"a worker had {fetched.tokens} of {blocks.tokens} tokens")
+                    raise TieredKVError(Kind.CORRUPT, f"a worker should have fetched {blocks.tokens} tokens, got {fetched.tokens}")
             print(median(times), flush=True)
 
 

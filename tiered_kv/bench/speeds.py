@@ -1,8 +1,8 @@
-"""How fast codecs are, beside a memcpy of the raw bytes in the same run, and beside computing the tokens anew.
+"""Measures the speed of codecs, relative to a memcpy of the raw bytes in the same run and to computing the tokens again.
 
-Each thread has blocks of its own and computes alone (torch with one thread). Copying, encoding and decoding go round a working
-set larger than the processor's caches, so that they read and write what lies in memory, and take turns, a few blocks at
-a time, as a fetch has a few blocks. With several threads all do the same at the same time, and so does the memcpy.
+Each thread has its own blocks and computes alone (torch with one thread). Copying, encoding and decoding cycle through a working
+set larger than the processor's caches, so that they read and write main memory. They alternate every few blocks, because a fetch
+also has a few blocks. With several threads all run the same operation at the same time, including the memcpy.
 """
 
 import time
@@ -26,12 +26,12 @@ WORKING_SET_BYTES = 256 << 20
 TURNS, TURNS_LEAST = 12, 4
 TURN_BLOCKS = 8
 SECONDS_MAX = 10.0
-"""What so many turns have not done in this time is measured by fewer."""
+"""After this time fewer than `TURNS` turns are measured, but at least `TURNS_LEAST`."""
 
 
 @dataclass(frozen=True)
 class _Lane:
-    """What one thread works on: the codec of each block, its bytes, where they are decoded to, and what they were encoded to."""
+    """The data of one thread: for each block its codec, its raw bytes, the output of decoding, and its encoded payload."""
 
     codecs: list[Codec]
     raws: list[torch.Tensor]
@@ -39,7 +39,7 @@ class _Lane:
     payloads: list[tuple[Codec, memoryview]]
 
     def seconds(self, operation: str, first: int) -> list[float]:
-        """Of an operation on each of the next blocks from `first` on."""
+        """Returns the seconds of an operation on each of the next `TURN_BLOCKS` blocks, starting at block `first`."""
         run: Callable[[int], Any] = getattr(self, f"_{operation}")
         return [_seconds(run, at % len(self.raws)) for at in range(first, first + TURN_BLOCKS)]
 
@@ -68,10 +68,10 @@ def speeds(
     working_set_bytes: int = WORKING_SET_BYTES,
     turns: int = TURNS,
 ) -> list[dict]:
-    """Encode and decode of the blocks of some texts' KV, each (L, 2, H, T, D) from position 0 on, as ratios to memcpy: medians; a record
-    for each codec and size.
+    """Measure encoding and decoding the blocks of some texts' KV, relative to memcpy. Returns one record per codec and block size.
 
-    `decode_us_per_token`: time of one thread, while the others are at it too. Needs twice the working set, and the payloads.
+    kvs: the KV of each text, (L, 2, H, T, D), starting at position 0. The ratios are of medians. `decode_us_per_token` is the
+    time of one thread while the others decode too. Needs memory for twice the working set and for the payloads.
     """
     with one_thread():
         return [
@@ -82,14 +82,14 @@ def speeds(
 
 
 def prefill_us_per_token(model: Any, ids: torch.Tensor) -> float:
-    """What computing the prompt (1, n) costs one thread, once warm: the better of two runs."""
+    """Returns the microseconds per token of a prefill of the prompt (1, n) with one thread: the faster of two runs."""
     with one_thread():
         return 1e6 * min(_seconds(lambda _: prefix_kv(model, ids, model.dtype), 0) for _ in range(2)) / ids.shape[1]
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes with one thread meanwhile."""
+    """Limit torch to one thread until the end of the with block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,7 +100,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of some texts, their bytes, and what one codec makes of them."""
+    """The blocks of some texts: their raw bytes, and their encoded form in one codec."""
 
     name: str
     layout: KVLayout
@@ -118,7 +118,7 @@ class _Blocks:
         return cls(name, layout, [codec.at(start) for _, start in places], *map(list, zip(*pairs, strict=True)))
 
     def lane(self, nbytes: int) -> _Lane:
-        """Copies of them all, as often as fit into `nbytes`, but at least once."""
+        """Returns the data of one thread: copies of all blocks, as often as they fit into `nbytes` but at least once."""
         rounds = max(nbytes // (self.layout.block_bytes * len(self.raws)), 1)
         raws = [raw.clone() for _ in range(rounds) for raw in self.raws]
         payloads = [(each.codec, memoryview(bytes(each.payload))) for _ in range(rounds) for each in self.encoded]
@@ -149,7 +149,10 @@ def _speed(blocks: _Blocks, threads: int, working_set_bytes: int, turns: int) ->
 
 
 def _took_s(lanes: list[_Lane], turns: int) -> dict[str, list[float]]:
-    """Seconds of single blocks by operation. All lanes do the same at a time, each in a thread."""
+    """Returns the seconds of single blocks by operation.
+
+    All lanes run the same operation at a time, each in its own thread.
+    """
     took_s: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
     together = Barrier(len(lanes))
 

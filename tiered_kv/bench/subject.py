@@ -1,4 +1,4 @@
-"""The model that codecs are measured on, and the calibration that belongs to it."""
+"""The model on which codecs are measured, and its calibration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from tiered_kv.keys import tensors_digest
 
 
 class Subject(NamedTuple):
-    """A model that computes in float32, its tokenizer, and what people call it."""
+    """A model in float32, its tokenizer, and the name that the user gave."""
 
     name: str
     model: Any
@@ -24,22 +24,26 @@ class Subject(NamedTuple):
 
     @classmethod
     def load(cls, name: str) -> "Subject":
-        """A Hugging Face id, a folder, or `default`; raises (kind `model`) if it cannot be loaded, or not be served, saying why."""
+        """Load a model by Hugging Face id, folder, or `default`. Returns it as a `Subject`.
+
+        Raises (kind `model`) with the reason if it cannot be loaded, or is not supported by the cache.
+        """
         model, tokenizer = load_model(None if name == "default" else name, torch.float32)
         check_supported(model)
         return cls(name, model, tokenizer)
 
     def check_length(self, tokens: int) -> None:
-        """Raise (kind `config`) for prompts that are longer than the model reads."""
+        """Raises (kind `config`) if the model cannot read prompts of `tokens` tokens."""
         longest = longest_prompt(self.model)
         if longest and tokens > longest:
-            said = f"--prefix-tokens: with --continue-tokens that is {tokens}; {self.name} reads at most {longest}"
-            raise TieredKVError(Kind.CONFIG, said, setting="prefix_tokens")
+            message = f"--prefix-tokens: the sum with --continue-tokens must be at most {longest} for {self.name}, got {tokens}"
+            raise TieredKVError(Kind.CONFIG, message, setting="prefix_tokens")
 
     def calibration(self, path: str | None = None) -> Calibration | None:
-        """What was learned of this very model: in the file `path`, or else where `tiered-kv calibrate` puts it; None if there is nothing.
+        """Load the calibration of this model from `path`, or by default from where `tiered-kv calibrate` writes it.
 
-        Raises (kind `config`) naming --calibration and the file if that is none, damaged, or of other weights.
+        Returns None if `path` is None and there is no such file. Raises (kind `config`) naming --calibration and the file if it
+        is missing, damaged, no calibration file, or of other weights.
         """
         weights = tensors_digest(self.model.state_dict())
         place = Path(path) if path else calibration_file(calibrations(), weights)
@@ -50,35 +54,41 @@ class Subject(NamedTuple):
         except TieredKVError as error:
             raise TieredKVError(Kind.CONFIG, f"--calibration: {error}", setting="calibration") from error
         if weights not in calibration.weights:
-            said = f"--calibration: {place} is of other weights ({calibration.model}); run: tiered-kv calibrate {self.name}"
-            raise TieredKVError(Kind.CONFIG, said, setting="calibration")
+            message = f"--calibration: {place} was fitted to other weights ({calibration.model}); run: tiered-kv calibrate {self.name}"
+            raise TieredKVError(Kind.CONFIG, message, setting="calibration")
         return calibration
 
 
 def calibrations() -> Path:
-    """The folder in which nodes look for calibrations."""
+    """Returns the folder in which nodes look for calibration files."""
     return user_cache() / "calibration"
 
 
 def longest_prompt(model: Any) -> int | None:
-    """Tokens that a model reads at most, if its config says so."""
+    """Returns the highest number of tokens that a model can read, or None if its config does not name it."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def codecs_of(text: str, default: Sequence[str] = ()) -> list[str]:
-    """The codecs of a list with commas, "all" for `default`; raises (kind `config`) naming --codec for what is none."""
+    """Returns the codecs in a text separated by commas, or `default` for "all".
+
+    Raises (kind `config`) naming --codec for an unknown or repeated codec.
+    """
     if text == "all":
         return list(default)
     codecs = [part.strip() for part in text.split(",")]
     for codec in codecs:
         if codecs.count(codec) > 1:
-            raise TieredKVError(Kind.CONFIG, f"--codec: {codec} is there twice", setting="codec")
+            raise TieredKVError(Kind.CONFIG, f"--codec: each codec must be named only once, got {codec} twice", setting="codec")
         needs_calibration(codec)
     return codecs
 
 
 def needs_calibration(codec: str) -> bool:
-    """Whether a codec as people write it needs a calibrated model; raises (kind `config`) naming --codec if it is none."""
+    """Returns whether a codec, by its name, needs a calibration.
+
+    Raises (kind `config`) naming --codec if it is unknown.
+    """
     try:
         return parse_codec(codec)[0].needs_calibration
     except TieredKVError as error:

@@ -1,4 +1,4 @@
-"""The prompts that measurements run on: texts that every machine has and no calibration uses, or the user's own."""
+"""Prompts for measurements: built-in texts that no calibration uses, or the user's own."""
 
 import json
 import sysconfig
@@ -13,20 +13,20 @@ import torch
 from tiered_kv.errors import Kind, TieredKVError
 
 CHARACTERS_A_TOKEN = 12
-"""A text's beginning of so many characters a token is looked at first: a book has not to be read for its first page."""
+"""Only this many characters per token are tokenized first, so that a long text is not tokenized for its first page."""
 
 
 class Prompts(NamedTuple):
-    """Prompts (1, n) of equal length, and how many texts were too short for one."""
+    """Prompts (1, n) of equal length, and the number of texts that were too short."""
 
     ids: list[torch.Tensor]
     skipped: int
 
 
 def own_texts() -> Iterator[str]:
-    """Texts that are on every machine, long ones first of each kind: the demo's documents, then the standard library's modules.
+    """Yields texts that every machine has: the demo's documents, then the standard library's modules, longest first.
 
-    The documents and the 45 longest modules are never calibrated on (`calibrate.corpus`).
+    The documents and the 45 longest modules are never used for calibration (`calibrate.corpus`).
     """
     folder = files("tiered_kv.demo") / "documents"
     yield from (path.read_text("utf-8") for path in sorted(folder.iterdir(), key=lambda path: path.name) if path.name.endswith(".md"))
@@ -35,16 +35,19 @@ def own_texts() -> Iterator[str]:
 
 
 def texts_from(path: str, setting: str = "prompts") -> list[str]:
-    """The texts of a file of JSON lines {"text": …}; raises (kind `config`) naming the flag, the file and the line."""
+    """Returns the texts of a file of JSON lines {"text": …}.
+
+    Raises (kind `config`) naming the flag, the file and the line.
+    """
     lines = content_of(path, setting).split("\n")
     texts = [_text(line, f"--{setting}: {path}, line {number}", setting) for number, line in enumerate(lines, 1) if line.strip()]
     if not texts:
-        raise TieredKVError(Kind.CONFIG, f"--{setting}: {path} has no text", setting=setting)
+        raise TieredKVError(Kind.CONFIG, f"--{setting}: {path} contains no texts", setting=setting)
     return texts
 
 
 def content_of(path: str, setting: str) -> str:
-    """A file's text; raises (kind `config`) naming the flag and the file."""
+    """Returns the content of a text file. Raises (kind `config`) naming the flag and the file."""
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,12 +60,15 @@ def _text(line: str, where: str, setting: str) -> str:
     except ValueError as error:
         raise TieredKVError(Kind.CONFIG, f"{where}: not JSON ({error})", setting=setting) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise TieredKVError(Kind.CONFIG, f'{where}: needs the text "text"', setting=setting)
+        raise TieredKVError(Kind.CONFIG, f'{where}: must be an object with a string "text"', setting=setting)
     return record["text"]
 
 
 def prompts_of(tokenizer: Any, texts: Iterable[str], tokens: int, limit: int | None = None) -> Prompts:
-    """The first `tokens` tokens of each text that has as many, of at most `limit` texts; raises (kind `config`) if none has."""
+    """Returns the first `tokens` tokens of each text that is long enough, up to `limit` prompts.
+
+    Raises (kind `config`) if no text is long enough.
+    """
     skipped = 0
 
     def cut() -> Iterator[torch.Tensor]:
@@ -76,8 +82,8 @@ def prompts_of(tokenizer: Any, texts: Iterable[str], tokens: int, limit: int | N
 
     prompts = list(islice(cut(), limit))
     if not prompts:
-        said = f"--prompts: none of {skipped} texts has the {tokens} tokens that --prefix-tokens and --continue-tokens ask for"
-        raise TieredKVError(Kind.CONFIG, said, setting="prompts")
+        message = f"--prompts: a text must have {tokens} tokens (--prefix-tokens plus --continue-tokens), got {skipped} shorter texts"
+        raise TieredKVError(Kind.CONFIG, message, setting="prompts")
     return Prompts(prompts, skipped)
 
 

@@ -1,7 +1,7 @@
-"""What is learned of a model by running it: the KV of texts, and how much the next tokens' distribution feels an error in it.
+"""Runs a model on texts, and captures their KV and its sensitivity: how much errors in it change the next tokens' distribution.
 
-Channels (C) of a layer are taken in G groups of KV heads: (G, 2, H/G, D), K turned back by the model's RoPE. The first tokens
-of each prompt are left out: codecs keep them exact.
+The channels (C) of a layer are ordered in G groups of KV heads: (G, 2, H/G, D). The model's RoPE rotation is undone for K. The
+first `SINKS` tokens of each prompt are left out, because codecs store them exactly.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model's KV, and the groups that its heads are taken in."""
+    """The shape of a model's KV, the number of groups of its heads, and its RoPE."""
 
     layers: int
     kv_heads: int
@@ -34,11 +34,11 @@ class Geometry:
 
     @property
     def channels(self) -> int:
-        """C, of all groups."""
+        """C: the number of channels of a layer, in all groups."""
         return 2 * self.kv_heads * self.head_dim
 
     def channels_of(self, kv: torch.Tensor, start: int) -> torch.Tensor:
-        """kv (L, 2, H, T, D) whose first token has the position `start` as float32 (L, T, C), K turned back."""
+        """Returns kv (L, 2, H, T, D) as float32 (L, T, C), K's rotation undone. `start`: the position of its first token."""
         layers, _, heads, tokens, dim = kv.shape
         x = kv.float()
         if self.rope:
@@ -48,7 +48,7 @@ class Geometry:
         return x.permute(0, 4, 2, 1, 3, 5).reshape(layers, tokens, self.channels)
 
     def kv_of(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """The inverse of `channels_of`: (L, T, C) as kv (L, 2, H, T, D) in float32."""
+        """Returns (L, T, C) as kv (L, 2, H, T, D) in float32: the inverse of `channels_of`."""
         layers, tokens, _ = x.shape
         x = x.float().view(layers, tokens, self.groups, 2, self.kv_heads // self.groups, self.head_dim)
         kv = x.permute(0, 3, 2, 4, 1, 5).reshape(layers, 2, self.kv_heads, tokens, self.head_dim)
@@ -60,8 +60,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Captured:
-    """`kv` (L, N, C) in bf16, a file that is mapped; `fisher` (L, 2, G, C/2G, C/2G): the mean of g gᵀ over tokens, per token that follows,
-    where g is the gradient of the log-probability of tokens drawn from the model; `starts`: where each prompt begins in N.
+    """The captured KV of all prompts, and its sensitivity.
+
+    kv: (L, N, C) in bf16, a memory-mapped file. fisher: (L, 2, G, C/2G, C/2G), the mean of g gᵀ over tokens, per following
+    token, where g is the gradient of the log-probability of tokens drawn from the model. starts: the index in N of each
+    prompt's first token.
     """
 
     kv: torch.Tensor
@@ -72,9 +75,10 @@ class Captured:
 def capture(
     model: Any, prompts: Sequence[torch.Tensor], geometry: Geometry, folder: Path, continue_tokens: int, every: int, say: Say
 ) -> Captured:
-    """Run the model on prompts (1, n); of every so many of them the last `continue_tokens` tokens serve to measure sensitivity.
+    """Run the model on prompts (1, n), and capture their KV without the last `continue_tokens` tokens of each.
 
-    The KV goes to a file in `folder`: 2 bytes a channel and token, 1.2 GB for 50,000 tokens of a model with 30 layers of 3 heads.
+    For one prompt in `every`, these last tokens are used to measure the sensitivity. The KV is written to a file in `folder`:
+    2 bytes per channel and token, 1.2 GB for 50,000 tokens of a model with 30 layers of 3 heads.
     """
     lengths = [max(ids.shape[1] - continue_tokens - SINKS, 0) for ids in prompts]
     starts = np.cumsum([0, *lengths]).tolist()
@@ -101,25 +105,31 @@ def capture(
 
 
 def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The gradient as to the prefix's KV (L, 2, H, T, D) of the log-probability of tokens drawn from the model behind each later token."""
-    held = kv.clone().to(model.device, model.dtype).requires_grad_()
-    was = [each.requires_grad for each in model.parameters()]
+    """Returns the gradient, with respect to the prefix's KV (L, 2, H, T, D), of a sum of log-probabilities.
+
+    They are those of tokens that are drawn from the model's own distribution after each token that follows the prefix.
+    """
+    leaf = kv.clone().to(model.device, model.dtype).requires_grad_()
+    required = [each.requires_grad for each in model.parameters()]
     model.requires_grad_(False)
     try:
         with torch.enable_grad():
-            cache = cache_from_kv(held, model.config)
+            cache = cache_from_kv(leaf, model.config)
             logits = model(ids[:, kv.shape[3] :].to(model.device), past_key_values=cache, use_cache=True).logits[0].float()
             log_p = logits.log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             log_p.gather(1, drawn).sum().backward()
     finally:
-        for each, needs in zip(model.parameters(), was, strict=True):
+        for each, needs in zip(model.parameters(), required, strict=True):
             each.requires_grad_(needs)
-    return held.grad.float().cpu()
+    return leaf.grad.float().cpu()
 
 
 def _add_outer(fisher: torch.Tensor, geometry: Geometry, gradient: torch.Tensor) -> None:
-    """RoPE is orthogonal: the gradient of K before it is that of K, turned back."""
+    """Add g gᵀ to `fisher`.
+
+    RoPE is orthogonal, so the gradient for K before rotation is that for K with the rotation undone.
+    """
     g = geometry.channels_of(gradient, SINKS)
     layers, tokens, _ = g.shape
     g = g.view(layers, tokens, geometry.groups, 2, -1).permute(0, 3, 2, 4, 1)

@@ -1,6 +1,6 @@
-"""Texts to calibrate on: those that every machine has, or the user's own, cut into prompts.
+"""Texts for calibration: texts found on this machine, or the user's own, cut into prompts.
 
-What measurements use stays out: the demo's documents, and the longest modules of the standard library.
+The texts of measurements are never used: the demo's documents, and the longest modules of the standard library.
 """
 
 import importlib.metadata
@@ -21,26 +21,27 @@ TOKENS_MIN = 10_000
 PROMPT_TOKENS_MIN = 64
 TEXT_CHARACTERS_MAX = 24_000
 KEPT_FOR_MEASUREMENTS = 45
-"""As many of the standard library's longest modules are left to measurements."""
+"""The number of the standard library's longest modules that are reserved for measurements."""
 _SEED = 20
 
 
 def own_texts() -> list[str]:
-    """Texts that are on every machine, kind after kind in turn: Python, the language reference, READMEs, prose, licences,
-    notes, data, C headers.
+    """Returns texts found on this machine, one of each kind in turn.
 
-    The same machine gives the same list. What is installed on it makes a difference, hardly one to the tables.
+    The kinds are Python, the language reference, READMEs, prose, licences, notes, data and C headers. The same machine gives
+    the same list. Other installed packages change the list, but hardly the fitted tables.
     """
     kinds = [_modules(), _topics(), _readmes(), _prose(), _licences(), _packages(), _notes(), _readmes(skip=1), _data(), _headers()]
-    taken = chain.from_iterable(zip_longest(*kinds))
-    texts = dict.fromkeys(text for text in taken if text)
+    in_turn = chain.from_iterable(zip_longest(*kinds))
+    texts = dict.fromkeys(text for text in in_turn if text)
     return list(texts)
 
 
 def prompts_of(tokenizer: Any, texts: Sequence[str], tokens: int, prompt_tokens: int, least: int = TOKENS_MIN) -> list[torch.Tensor]:
-    """At least `tokens` tokens as prompts (1, n) of at most `prompt_tokens`, one of each text in turn, then the next of each.
+    """Cut texts into prompts (1, n) of at most `prompt_tokens` tokens: the first of each text, then the second of each, and so on.
 
-    All there are, if there are fewer; raises (kind `config`) below `least`. Each prompt begins as the tokenizer begins a text.
+    Returns prompts with at least `tokens` tokens in total, or all there are if the texts have fewer. Each prompt starts with the
+    tokenizer's own start tokens. Raises (kind `config`) if there are fewer than `least` tokens.
     """
     head = list(tokenizer("")["input_ids"])
     found: list[torch.Tensor] = []
@@ -57,7 +58,7 @@ def prompts_of(tokenizer: Any, texts: Sequence[str], tokens: int, prompt_tokens:
             left.append(pieces)
         waiting = left
     if count < least:
-        message = f"--text: {count} tokens are too few to calibrate on: at least {least} are needed, 50000 or more are better"
+        message = f"--text: must have at least {least} tokens, better 50000 or more, got {count}"
         raise TieredKVError(Kind.CONFIG, message, setting="text", tokens=count)
     return found
 
@@ -72,7 +73,10 @@ def _cut(tokenizer: Any, text: str, head: list[int], prompt_tokens: int) -> Iter
 
 
 def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
-    """The texts of files long enough, in a seeded order; every second one begins somewhere in its middle."""
+    """Yields the texts of files of at least `least` characters, in a seeded order.
+
+    Every second one starts at a random line.
+    """
     paths = sorted(paths)
     generator = random.Random(_SEED)
     generator.shuffle(paths)
@@ -86,7 +90,7 @@ def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
 
 
 def _part(text: str, generator: random.Random | None) -> str:
-    """At most TEXT_CHARACTERS_MAX of a text, from its beginning or from a line somewhere in it."""
+    """Returns at most TEXT_CHARACTERS_MAX characters of a text, from its start, or with `generator` from a random line."""
     if generator and len(text) > 2 * TEXT_CHARACTERS_MAX:
         start = generator.randrange(len(text) - TEXT_CHARACTERS_MAX)
         text = text[text.find("\n", start) + 1 :]
@@ -108,7 +112,7 @@ def _packages() -> Iterator[str]:
 
 
 def _topics() -> Iterator[str]:
-    """Chapters of the language reference."""
+    """Yields chapters of the Python language reference in a seeded order."""
     from pydoc_data.topics import topics
 
     names = sorted(name for name, text in topics.items() if len(text) >= 6000)
@@ -118,7 +122,7 @@ def _topics() -> Iterator[str]:
 
 
 def _readmes(skip: int = 0) -> Iterator[str]:
-    """Every second package's description, without the fields above it."""
+    """Yields the description of every second installed package, without its metadata fields."""
     found = {dist.name or "": dist for dist in importlib.metadata.distributions()}
     for name in sorted(found)[skip::2]:
         text = (found[name].read_text("METADATA") or "").partition("\n\n")[2]
@@ -127,7 +131,7 @@ def _readmes(skip: int = 0) -> Iterator[str]:
 
 
 def _licences() -> Iterator[str]:
-    """Distinct licences of installed packages and of the system."""
+    """Yields the distinct licences of installed packages and of the system."""
     system = Path("/usr/share/common-licenses")
     paths = [path for path in system.glob("*") if path.is_file()] if system.is_dir() else []
     for dist in importlib.metadata.distributions():
@@ -135,21 +139,21 @@ def _licences() -> Iterator[str]:
         paths += [Path(str(file.locate())) for file in names if file.suffix in ("", ".txt", ".md", ".rst")]
     seen = set()
     for text in _read(paths, least=5000):
-        mark = " ".join(text[:3000].split())[:300]
-        if mark not in seen:
-            seen.add(mark)
+        opening = " ".join(text[:3000].split())[:300]
+        if opening not in seen:
+            seen.add(opening)
             yield text
 
 
 def _notes() -> Iterator[str]:
-    """Notes, help pages and changelogs that lie about in the library and the system."""
+    """Yields notes, help pages and changelogs from the standard library and the system."""
     places = [(_library() / "idlelib", "*.txt"), (_library() / "idlelib", "*.html"), (Path("/usr/share/doc"), "*/README*")]
     paths = [path for folder, pattern in places if folder.is_dir() for path in folder.glob(pattern) if path.suffix != ".gz"]
     return _read(paths)
 
 
 def _prose() -> Iterator[str]:
-    """Stories, news, letters and answers, written for this: such texts lie on no machine by themselves."""
+    """Yields stories, news, letters and answers from `prose.md`, which was written because machines have no such texts."""
     text = (files("tiered_kv.calibrate") / "prose.md").read_text("utf-8")
     paragraphs = text.split("\n\n")
     third = -(-len(paragraphs) // 3)
@@ -163,7 +167,7 @@ def _headers() -> Iterator[str]:
 
 
 def _data() -> Iterator[str]:
-    """Records as JSON, and tables of numbers: a few."""
+    """Yields generated data: records as JSON, and a table of numbers."""
     generator = random.Random(_SEED)
     words = ("north", "river", "invoice", "engine", "status", "pending", "delivered", "temperature", "Anna", "Karl", "Lagos", "Lima")
     rows = [

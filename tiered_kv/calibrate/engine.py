@@ -1,4 +1,4 @@
-"""A model's calibration, from its weights and some texts."""
+"""Computes the calibration of a model from its weights and some texts."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,11 +24,14 @@ Say = Callable[[str], None]
 TOKENS = 80_000
 PROMPT_TOKENS = 1280
 CONTINUE_PART = 5
-"""A fifth of a prompt is what the sensitivity of the rest is measured by."""
+"""One part in this many of a prompt, its last tokens, is used to measure the sensitivity of the rest."""
 SENSITIVITY_PROMPTS = 40
 COST_PART = 0.05
 NARROW_CHANNELS = 512
-"""Of models with as few channels a layer all heads are coded together: a decode costs little whatever its part of so small a prefill."""
+"""Up to this number of channels per layer all heads are one group.
+
+Decoding is cheap then, whatever its share of a small prefill.
+"""
 STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 BOUND_BLOCKS = 12
 BOUND_BLOCK_TOKENS = 64
@@ -37,16 +40,18 @@ BOUND_BLOCK_TOKENS = 64
 def calibrate(
     model: Any, tokenizer: Any, texts: Sequence[str] | None = None, *, tokens: int = TOKENS, say: Say = lambda line: None
 ) -> Calibration:
-    """The calibration of a transformers model on `tokens` tokens of `texts`, by default of texts that are on every machine.
+    """Calibrate a transformers model on `tokens` tokens of `texts`, by default of texts found on this machine.
 
-    Raises (kind `config`) if there are fewer than 10,000 tokens: tables fitted on less make codecs worse than int4, and nothing would
-    say so; (kind `model`) for a model whose KV cannot be shared, or turns with the length of the text. Cost: one run over the texts,
-    about as much again for the sensitivity and for what a step costs, and the fit: some 11 minutes on two idle cores for 135 million
-    parameters. Memory: the model, a cast copy of its weights, four layers' KV of all tokens in float32; the KV itself goes to a
-    file in the temporary folder.
+    Returns the calibration. Raises (kind `config`) if there are fewer than 10,000 tokens, because tables fitted on less make
+    codecs worse than int4 without any warning. Raises (kind `model`) if the model's KV cannot be shared, or if its RoPE changes
+    with the length of the text.
+
+    Cost: one run over the texts, about as much again for the sensitivity and for measuring the step, and the fit. That is some
+    11 minutes on two idle cores for 135 million parameters. Memory: the model, a cast copy of its weights, and the KV of four
+    layers and all tokens in float32. The whole KV is written to a file in the temporary folder.
     """
     if tokens < TOKENS_MIN:
-        raise TieredKVError(Kind.CONFIG, f"--tokens: at least {TOKENS_MIN} are needed to calibrate on, not {tokens}", setting="tokens")
+        raise TieredKVError(Kind.CONFIG, f"--tokens: must be at least {TOKENS_MIN}, got {tokens}", setting="tokens")
     longest = getattr(model.config, "max_position_embeddings", PROMPT_TOKENS)
     prompt_tokens = min(PROMPT_TOKENS, longest)
     wanted = -(-tokens * CONTINUE_PART // (CONTINUE_PART - 1))
@@ -55,11 +60,14 @@ def calibrate(
 
 
 def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say = lambda line: None) -> Calibration:
-    """As `calibrate`, on prompts (1, n), however few; the last `continue_tokens` of each follow the KV that is learned from."""
+    """Calibrate a model on prompts (1, n) of any number, as `calibrate` does. Returns the calibration.
+
+    The tables are fitted to the KV of each prompt without its last `continue_tokens` tokens.
+    """
     shape = check_supported(model)
     rope = rope_of_model(model)
     if rope is None:
-        message = f"{type(model).__name__} cannot be calibrated: how it turns its keys is not known"
+        message = f"{type(model).__name__} cannot be calibrated: its rotary embedding (RoPE) is not supported"
         raise TieredKVError(Kind.MODEL, message, model=type(model).__name__)
     parameters = sum(each.numel() for each in model.parameters())
     groups = groups_of(parameters, shape.layers, shape.kv_heads, shape.head_dim)
@@ -69,19 +77,19 @@ def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, sa
         captured = capture(model, prompts, geometry, Path(folder), continue_tokens, every, say)
         ecuq = fit_ecuq(captured, geometry)
         xlayer = fit_xlayer(captured, geometry, say)
-        say("digests of the weights")
+        say("computing the digests of the weights")
         facts = {"model": _name_of(model), "weights": weights_digests(model), "tokens": captured.kv.shape[1]}
         sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "rope": rope, "rope_halves": True}
         made = Calibration(**facts, **sizes, ecuq=ecuq, xlayer=xlayer)
         made = with_units(made, model, prompts, continue_tokens, say)
-        say("errors of blocks")
+        say("measuring the error bounds of the codecs")
         return with_errors(made, captured, geometry)
 
 
 def groups_of(parameters: int, layers: int, kv_heads: int, head_dim: int) -> int:
-    """In how many groups of KV heads a model is coded: the fewest with which decoding costs a twentieth of a prefill at most.
+    """Returns the number of groups of KV heads for a model: the fewest with which decoding costs at most 1/20 of a prefill.
 
-    A token's prefill takes a multiplication for each parameter, its decode 3 C² / G for each layer of C channels.
+    The prefill of a token takes one multiplication per parameter. Decoding it takes 3 C² / G for each layer of C channels.
     """
     channels = 2 * kv_heads * head_dim
     if channels <= NARROW_CHANNELS:
@@ -92,7 +100,7 @@ def groups_of(parameters: int, layers: int, kv_heads: int, head_dim: int) -> int
 
 
 def weights_digests(model: Any) -> tuple[str, ...]:
-    """`Namespace.weights` of the model as it would be in float32, bfloat16 and float16."""
+    """Returns `Namespace.weights` of the model in float32, bfloat16 and float16."""
     state = model.state_dict()
     return tuple(
         tensors_digest({name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()})
@@ -101,7 +109,7 @@ def weights_digests(model: Any) -> tuple[str, ...]:
 
 
 def with_errors(made: Calibration, captured: Captured, geometry: Geometry) -> Calibration:
-    """The calibration with the relative error of the worst of some blocks that it was fitted on, for each codec and step."""
+    """Returns the calibration with error bounds: the highest relative error of some fitted blocks for each codec and step."""
     tokens = min(BOUND_BLOCK_TOKENS, captured.kv.shape[1])
     layout = KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, "bfloat16", tokens)
     last = captured.kv.shape[1] - tokens
@@ -112,12 +120,12 @@ def with_errors(made: Calibration, captured: Captured, geometry: Geometry) -> Ca
     for name in ("ecuq", "xlayer"):
         codecs = [codec_for(f"{name}:{step}", layout, calibration=made).at(tokens, is_tail=False) for step in STEPS]
         found = [max(codec.distance(each) for each in flat) for codec in codecs]
-        least = np.minimum.accumulate(found[::-1])[::-1]  # at steps so fine that codes leave their range errors grow again
+        least = np.minimum.accumulate(found[::-1])[::-1]  # at very fine steps codes exceed their range, and errors grow again
         errors[name] = tuple((step, max(float(error), 1e-9)) for step, error in zip(STEPS, least, strict=True))
     return made.with_errors(errors)
 
 
 def _name_of(model: Any) -> str:
-    """The last part of the name or path that the model was loaded by."""
+    """Returns the last part of the name or path from which the model was loaded."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return Path(name).name or name

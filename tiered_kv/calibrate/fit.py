@@ -1,8 +1,8 @@
-"""The fit of the tables: what a layer's KV is predicted by, and the axes and steps that its rest is rounded along.
+"""Fits the tables of the codecs: the predictor of a layer's KV, and the axes and steps in which the residual is rounded.
 
-A step costs the same in the next tokens' distribution along every axis: errors e are weighed by eᵀ G e with the Fisher information G
-of K and of V (see `capture`); `unit` then measures what a step comes to. The axes are those of the Karhunen-Loève transform in
-that metric. Layers are fitted in order, on what decoding makes of the ones before.
+One step changes the next tokens' distribution equally along every axis. For that, errors e are weighted by eᵀ G e, with the
+Fisher information G of K and of V (see `capture`). `unit` then measures the effect of a step. The axes are those of the
+Karhunen-Loève transform in that metric. Layers are fitted in order, each with the decoded KV of the layers before it.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,24 @@ from tiered_kv.codecs.calibration import EcuqTables, XlayerTables
 
 Say = Callable[[str], None]
 STEP = 1e-4
-"""The step that layers are fitted at; the tables serve for others too."""
+"""The step at which layers are fitted. The tables work for other steps too."""
 RIDGE = 1e-3
-"""Of the predictor, as a part of the features' mean power."""
+"""The ridge regularization of the predictor, as a part of the features' mean power."""
 FLOOR = 1.0
-"""Each axis counts as if it were at least this many times as sensitive as a mean one: gradients are of few texts."""
+"""A lower bound for the sensitivity of each axis, relative to the mean.
+
+It is needed because gradients are of few texts.
+"""
 ECUQ_FLOOR = 0.75
 V_STEP = 0.8
-"""V is rounded this much finer: its errors add up over the tokens that attend to it."""
+"""The step of V relative to that of K.
+
+V needs finer steps, because its errors add up over the tokens that attend to it.
+"""
 
 
 def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
-    """Mean, step and spread of each channel, in the order (2, H, D)."""
+    """Returns mean, step and spread of each channel, in the order (2, H, D)."""
     layers, channels = geometry.layers, geometry.channels
     mean, spread = torch.empty(layers, channels), torch.empty(layers, channels)
     for layer in range(layers):
@@ -41,7 +47,7 @@ def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
 
 
 def fit_xlayer(captured: Captured, geometry: Geometry, say: Say) -> XlayerTables:
-    """The tables of the transform codec. Holds four layers' KV in float32 at a time."""
+    """Returns the tables of the transform codec. Needs memory for the KV of four layers in float32."""
     layers, groups, size = geometry.layers, geometry.groups, geometry.channels // geometry.groups
     mean, spread = torch.empty(layers, groups, size), torch.empty(layers, groups, size)
     matrix = torch.empty(layers, groups, size, 3 * size, dtype=torch.bfloat16)
@@ -61,7 +67,10 @@ def fit_xlayer(captured: Captured, geometry: Geometry, say: Say) -> XlayerTables
 
 
 def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Deviations of the coefficients (C,) and the matrix (C, 3C) of one layer: x (N, C) less its mean, features (N, 2C)."""
+    """Fit one layer. x: (N, C) minus its mean. features: (N, 2C), the decoded KV of the two layers before.
+
+    Returns the standard deviations of the coefficients (C,), and the matrix (C, 3C).
+    """
     gram = features.T @ features
     ridge = RIDGE * _tiny_guard(gram.diagonal().mean())
     padded = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64)
@@ -76,7 +85,10 @@ def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) ->
 
 
 def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square root of the Fisher information of K and V (2, C/2, C/2), a (C, C) matrix of two blocks, and its inverse."""
+    """Returns the square root of the Fisher information of K and V (2, C/2, C/2), and its inverse.
+
+    Both are block-diagonal (C, C) matrices.
+    """
     size = fisher.shape[-1]
     floor = FLOOR * _tiny_guard(fisher.diagonal(dim1=-2, dim2=-1).mean(-1))
     power, axes = torch.linalg.eigh(fisher + floor[:, None, None] * torch.eye(size, dtype=fisher.dtype))
@@ -87,7 +99,7 @@ def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decoded(x: torch.Tensor, features: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """What decoding makes of a layer (N, C) at the step of the fit."""
+    """Returns a layer (N, C) after encoding and decoding it at the step of the fit."""
     size = x.shape[1]
     predicted = features @ matrix[:, : 2 * size].float().T
     basis = matrix[:, 2 * size :].float() * STEP
@@ -97,11 +109,14 @@ def _decoded(x: torch.Tensor, features: torch.Tensor, matrix: torch.Tensor) -> t
 
 
 def _plain(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """(L, C) in the order (G, 2, H/G, D) as (2, H, D)."""
+    """Returns a table (L, C) with its channels reordered from (G, 2, H/G, D) to (2, H, D)."""
     heads = geometry.kv_heads // geometry.groups
     return x.view(len(x), geometry.groups, 2, heads, -1).transpose(1, 2).reshape(len(x), -1).contiguous()
 
 
 def _tiny_guard(x: torch.Tensor) -> torch.Tensor:
-    """`x`, nowhere below what keeps a quotient finite: a layer may be constant, or no later token may feel it."""
+    """Returns `x` with a tiny lower bound, so that quotients stay finite.
+
+    A layer may be constant, or have no effect at all.
+    """
     return x.clamp_min(1e-20)

@@ -1,8 +1,7 @@
-"""What a step means: it is measured on the model, not believed.
+"""Scales the steps of a calibration, so that each codec has the promised KL on this model. The KL is measured, not estimated.
 
-The Fisher information says how errors compare, axis by axis, and much less well what they come to: gradients have heavy tails, and a few
-dozen prompts leave the sum uncertain by a third. So each codec is run once, and its steps are scaled until it costs
-what is promised of them.
+The Fisher information compares errors well between axes, but says little about their total effect: gradients have heavy tails,
+and a few dozen prompts leave the sum uncertain by a third. So each codec is run once, and its steps are scaled to the promise.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +18,18 @@ from tiered_kv.layout import KVLayout
 
 Say = Callable[[str], None]
 PROMISED = {"ecuq:1e-4": 2.05e-3, "xlayer:2e-4": 3.4e-3}
-"""KL in nats a token behind a prefix that these leave, the median of prompts: means hang on a few odd ones. The mean over ordinary texts
-is a third higher. It grows as the square of the step."""
+"""The promised KL of these codecs, in nats per token after an encoded prefix: the median over prompts.
+
+The median is used because a few odd prompts dominate the mean. The mean over ordinary texts is a third higher. The KL grows with
+the square of the step."""
 UNIT_PROMPTS = 24
 FACTOR_MAX = 8.0
 
 
 def with_units(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say) -> Calibration:
-    """The calibration with its steps scaled to what is promised, by at most 8 either way; measured on some of the prompts.
+    """Returns the calibration with its steps scaled to the promised KL, by at most a factor of 8 in either direction.
 
-    Cost: for each of those a prefill, and the tokens that follow it three times.
+    The KL is measured on some of the prompts. Cost for each of them: one prefill, and three runs of the tokens after it.
     """
     kl = measured(made, model, prompts[:: max(len(prompts) // UNIT_PROMPTS, 1)], continue_tokens, say)
     factors = {name.partition(":")[0]: (PROMISED[name] / each) ** 0.5 if each > 0 else 1.0 for name, each in kl.items()}
@@ -37,9 +38,10 @@ def with_units(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], c
 
 
 def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say) -> dict[str, float]:
-    """The KL of each promised codec, on exact KV against decoded, over the last `continue_tokens` of prompts (1, n); their median.
+    """Measure the KL of each promised codec, between exact and decoded KV, over the last `continue_tokens` of prompts (1, n).
 
-    Left out is what a codec did not keep itself; it is not there if nothing is left.
+    Returns the median over prompts for each codec. Prompts for which a codec fell back to another one are not counted. A codec
+    without any counted prompt is not in the result.
     """
     found: dict[str, list[float]] = {name: [] for name in PROMISED}
     for number, ids in enumerate(prompts, 1):
@@ -56,17 +58,17 @@ def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], con
                 codec.decode_kv(encoded.payload, decoded := torch.empty_like(kv))
                 other = continued(model, ids, decoded)
                 values.append(float((exact.exp() * (exact - other)).sum(-1).mean()))
-        say(f"the cost of a step: prompt {number} of {len(prompts)}")
+        say(f"measuring the KL of a step: prompt {number} of {len(prompts)}")
     return {name: float(np.median(values)) for name, values in found.items() if values}
 
 
 def ecuq_times(tables: EcuqTables, factor: float) -> EcuqTables:
-    """The tables with every step so many times as wide."""
+    """Returns the tables with every step multiplied by `factor`."""
     return tables._replace(width=tables.width * factor, spread=tables.spread / factor)
 
 
 def xlayer_times(tables: XlayerTables, factor: float) -> XlayerTables:
-    """The tables with every step so many times as wide."""
+    """Returns the tables with every step multiplied by `factor`."""
     matrix = tables.matrix.float()
     matrix[..., 2 * matrix.shape[2] :] *= factor
     return tables._replace(matrix=matrix.bfloat16(), spread=tables.spread / factor)

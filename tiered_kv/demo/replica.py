@@ -1,4 +1,4 @@
-"""A replica: a process with a model and a client of the cache. And the reference: the same model without the cache.
+"""The demo's replica, a process with a model and a cache client, and the reference, the same model without the cache.
 
 Axes: L layers, 2 (key, value), H KV heads, T tokens, D head dim.
 """
@@ -19,12 +19,12 @@ from tiered_kv.layout import KVLayout
 
 
 def _loaded(model: str | None, dtype: str, threads: int) -> tuple[Any, Any]:
-    torch.set_num_threads(threads)  # equal everywhere: the order of a sum depends on it
+    torch.set_num_threads(threads)  # the same in all processes, because the order of summation depends on it
     return load_model(model, getattr(torch, dtype))
 
 
 class _FirstToken:
-    """A streamer that notes when the first new token came."""
+    """A streamer that records the time of the first new token."""
 
     def __init__(self) -> None:
         self._begun_s = time.perf_counter()
@@ -32,7 +32,7 @@ class _FirstToken:
         self.seconds = 0.0
 
     def put(self, _: torch.Tensor) -> None:
-        self._calls += 1  # the first call is the prompt's
+        self._calls += 1  # the first call has the prompt
         if self._calls == 2:
             self.seconds = time.perf_counter() - self._begun_s
 
@@ -41,7 +41,7 @@ class _FirstToken:
 
 
 class Replica:
-    """Answers prompts with the cache of the cluster that its process has joined."""
+    """Answers prompts, using the cache of the cluster that this process has joined."""
 
     def __init__(self, name: str, model: str | None, dtype: str, threads: int, cluster: str) -> None:
         self._name = name
@@ -50,12 +50,15 @@ class Replica:
         self._cached = CachedModel(self._model, self._client)
 
     def describe(self) -> dict:
-        """Token bytes and block size of this model's KV."""
+        """Returns the bytes per token, and the tokens and bytes per block, of this model's KV."""
         layout = self._client.layout
         return {"block_tokens": layout.block_tokens, "block_bytes": layout.block_bytes, "token_bytes": layout.token_bytes}
 
     def answer(self, ids: Sequence[int], new_tokens: int) -> dict:
-        """Greedy answer to one prompt: its tokens, what was reused from which tier, and the seconds to the first token."""
+        """Answer one prompt greedily.
+
+        Returns the output tokens, the reused tokens by tier, and the seconds to the first token.
+        """
         output, report = self._cached.run(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)
         facts = asdict(report)
         return {
@@ -77,10 +80,10 @@ class Replica:
 
 
 class Reference:
-    """The same model, one process, no cache of ours: plain `generate`, and reuse of its own `past_key_values`.
+    """The same model in one process without the cache: plain `generate`, and reuse of its own `past_key_values`.
 
-    It keeps the KV of the blocks that it has computed, as they came out of the model, and reuses for every prompt
-    exactly what the replicas reused: what is compared is then the cache and nothing else.
+    It stores the KV of the blocks that it has computed, unchanged. For every prompt it reuses exactly as many tokens as the
+    replica did, so that the comparison measures only the cache.
     """
 
     def __init__(self, model: str | None, dtype: str, threads: int, block_tokens: int) -> None:
@@ -90,12 +93,15 @@ class Reference:
         self._blocks: dict[bytes, torch.Tensor] = {}  # token ids of the whole prefix -> its last block (L, 2, H, T, D)
 
     def plain(self, ids: Sequence[int], new_tokens: int) -> dict:
-        """Greedy answer of one plain `generate`, with the seconds to its first token."""
+        """Answer one prompt with a plain `generate`. Returns the output tokens and the seconds to the first one."""
         output, seconds = self._generate(ids, new_tokens, None)
         return {"output_ids": output.sequences[0, len(ids) :].tolist(), "ttft_s": seconds}
 
     def reusing(self, ids: Sequence[int], new_tokens: int, reused_tokens: int) -> dict:
-        """The same with the first `reused_tokens` of KV taken from what this process computed for earlier prompts."""
+        """Answer one prompt, reusing the KV of its first `reused_tokens` tokens from earlier prompts of this process.
+
+        Returns the output tokens and the seconds to the first one.
+        """
         prefix = self._prefix(ids, reused_tokens)
         cache = cache_from_kv(prefix, self._model.config)
         output, seconds = self._generate(ids, new_tokens, cache)
@@ -117,7 +123,7 @@ class Reference:
         try:
             blocks = [self._blocks[_name(ids[:end])] for end in ends]
         except KeyError as error:
-            raise TieredKVError(Kind.MODEL, f"a replica reused {tokens} tokens that no earlier prompt had computed") from error
+            raise TieredKVError(Kind.MODEL, f"a replica reused {tokens} tokens, but no earlier prompt has computed all of them") from error
         whole = torch.cat(blocks, dim=-2) if blocks else torch.empty(self._layout.kv_shape(0), dtype=self._layout.torch_dtype)
         return whole[..., :tokens, :]
 

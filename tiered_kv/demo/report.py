@@ -1,4 +1,4 @@
-"""What the demo found: the JSON record, and the tables for people."""
+"""The results of the demo: the JSON record and the printed tables."""
 
 import statistics
 from collections import Counter
@@ -20,11 +20,14 @@ REFERENCES = {
 
 
 EQUAL_SHARE_NEEDED = {"exact": 1.0, "near_exact": 0.95}
-"""Of the outputs; a quality that allows more error promises none."""
+"""The share of outputs that must equal the reference, by quality.
+
+Other qualities allow more error and need no equal output.
+"""
 
 
 def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict, config: Config) -> dict:
-    """Everything as one JSON-ready record; `requests` in the order they were asked."""
+    """Returns all results as one dict for JSON. `requests` are in the order in which they were asked."""
     warm = [request for request in requests if request["reused_tokens"] * 2 >= request["prompt_tokens"]]
     cold = [request for request in requests if request not in warm]
     prompt_tokens = sum(request["prompt_tokens"] for request in requests)
@@ -73,7 +76,10 @@ def _of_replica(name: str, requests: list[dict], about: dict) -> dict:
 
 
 def _by_tier(warm: list[dict]) -> dict[str, float]:
-    """The median ratio to reuse within one process, by the tier that most of a request's tokens came from."""
+    """Returns the median ratio of the time to first token to that of reuse within one process, by tier.
+
+    A request counts for the tier from which most of its tokens were read.
+    """
     ratios: dict[str, list[float]] = {}
     for request in warm:
         tier = max(request["reused_tokens_by_tier"], key=request["reused_tokens_by_tier"].get)
@@ -93,7 +99,7 @@ def show(result: dict, console: Console) -> None:
         console.print(
             f"time to first token: {result['cold_ttft_s']:.2f} s cold, {result['warm_ttft_s']:.2f} s warm "
             f"({result['cold_ttft_s'] / result['warm_ttft_s']:.1f} × faster); reusing the same KV within one process takes "
-            f"{result['warm_in_process_ttft_s']:.2f} s (the cache: {result['warm_vs_in_process']:.2f} × of it"
+            f"{result['warm_in_process_ttft_s']:.2f} s (with the cache it is {result['warm_vs_in_process']:.2f} × that time"
             + "".join(f"; from {tier} {ratio:.2f} ×" for tier, ratio in result["warm_vs_in_process_by_tier"].items())
             + ")",
             highlight=False,
@@ -108,23 +114,23 @@ def show(result: dict, console: Console) -> None:
         if not request["equal"]:
             console.print(f"{request['document']}: {_difference(request)}", highlight=False, markup=False, soft_wrap=True)
     if coded := coded_blocks(result["cluster"]):
-        console.print(f"coded: {coded}", highlight=False, soft_wrap=True)
+        console.print(f"blocks by codec: {coded}", highlight=False, soft_wrap=True)
     color = "green" if result["all_equal"] else "yellow" if result["passed"] else "bold red"
-    verdict = f"[{color}]{'equal' if result['all_equal'] else 'equal, the others see above,'}[/]"
+    verdict = f"[{color}]{'equal' if result['all_equal'] else 'equal (differences: see above)'}[/]"
     console.print(
-        f"outputs with the cache: {result['equal']} of {len(result['requests'])} token for token {verdict} to the reference "
+        f"outputs with the cache: {result['equal']} of {len(result['requests'])} are token for token {verdict} to the reference "
         f"({result['dtype']}: {result['reference']})",
         highlight=False,
     )
 
 
 def _difference(request: dict) -> str:
-    """Where an output left that of the reference, with both texts."""
+    """Returns a text that says at which token an output differs from the reference, with both outputs."""
     pairs = zip(request["output_ids"], request["reference_ids"], strict=False)
     at = next(
         (at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(map(len, (request["output_ids"], request["reference_ids"])))
     )
-    return f"differs from new token {at + 1} on: {request['output_text']!r}, the reference {request['reference_text']!r}"
+    return f"differs from new token {at + 1} on: got {request['output_text']!r}, the reference is {request['reference_text']!r}"
 
 
 def _requests_table(result: dict) -> Table:

@@ -1,4 +1,4 @@
-"""Running the demo: a cluster, replicas in processes of their own, the questions, the reference, the verdict."""
+"""Runs the demo: starts a cluster and replicas, asks the questions, and compares the outputs with the reference."""
 
 import os
 from contextlib import ExitStack
@@ -22,7 +22,10 @@ ANSWER_WITHIN_S = 900.0
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo is asked to do; see `tiered-kv demo --help`."""
+    """The options of the demo; see `tiered-kv demo --help`.
+
+    Raises (kind `config`) naming the option if a value is below 1.
+    """
 
     model: str | None = None
     prompts: str | None = None
@@ -40,7 +43,10 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
-    """The whole demo; what it found as JSON-ready data. All that it started is stopped again, also on an error or Ctrl-C."""
+    """Run the demo and print its tables.
+
+    Returns the results as data for JSON. Stops all it started, also on an error or Ctrl-C.
+    """
     asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
     model = options.model or str(ensure_default_model(console.print))
     prompts, tokenizer = _prompts(model, asked, options.new_tokens)
@@ -60,21 +66,24 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
 
 
 def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
-    """The token ids of the questions, and the tokenizer."""
+    """Returns the token ids of each question's prompt, and the tokenizer.
+
+    Raises (kind `config`) if one is empty or too long.
+    """
     config, tokenizer = load_words(model)
     longest = getattr(config, "max_position_embeddings", None)
     prompts = [workload.prompt_ids(tokenizer, question) for question in asked]
     for number, ids in enumerate(prompts, start=1):
         if not ids:
-            raise TieredKVError(Kind.CONFIG, f"--prompts: question {number} gives an empty prompt", setting="prompts")
+            raise TieredKVError(Kind.CONFIG, f"--prompts: the prompt of question {number} has no tokens", setting="prompts")
         if longest and len(ids) + new_tokens > longest:
-            message = f"question {number} has {len(ids)} tokens; with {new_tokens} new ones that is more than the model's {longest}"
+            message = f"question {number} has {len(ids)} tokens; with {new_tokens} new ones the model allows at most {longest}"
             raise TieredKVError(Kind.CONFIG, f"--prompts: {message}", setting="prompts")
     return prompts, tokenizer
 
 
 class _Processes:
-    """The replicas, spread over the Ray nodes, and the reference: Ray actors, each with a model of its own."""
+    """The replicas, distributed over the Ray nodes, and the reference. Each is a Ray actor with its own model."""
 
     def __init__(self, options: DemoOptions, model: str, cluster: str, console: Console) -> None:
         from tiered_kv.demo.replica import Reference, Replica
@@ -101,7 +110,7 @@ class _Processes:
 
     def _start(self, kind: type, ray_node: str, *arguments: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray_node, soft=False)
-        # Ray would give an actor of no CPUs one thread.
+        # without this setting Ray gives an actor with num_cpus=0 one thread
         environment = {"env_vars": {"OMP_NUM_THREADS": str(_threads())}}
         actor = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment).remote(*arguments)
         self._actors.append(actor)
@@ -121,9 +130,10 @@ class _Processes:
 def _ask(
     options: DemoOptions, processes: _Processes, asked: list[workload.Question], prompts: list[list[int]], console: Console
 ) -> list[dict]:
-    """Every question to the next replica in turn, so that a document's second question goes to another one than its first.
+    """Ask each question to the next replica in turn, so that another replica gets a document's second question.
 
-    The reference answers it right after, so that both meet the machine in the same mood.
+    The reference answers each question right after the replica, so that both run under the same load. Returns one record for
+    each question.
     """
     requests = []
     with _progress(console) as progress:
@@ -140,7 +150,11 @@ def _ask(
 
 
 def _compared(reference: Any, ids: list[int], options: DemoOptions, answer: dict) -> dict:
-    """The same prompt without the cache: reusing the same KV within one process, and in float32 one plain generate."""
+    """Answer the same prompt without the cache, and compare the outputs.
+
+    The reference reuses the same KV within one process, and in float32 also runs one plain generate. Returns the fields to
+    add to the record of the request.
+    """
     reusing = _get(reference.reusing.remote(ids, options.new_tokens, answer["reused_tokens"]), ANSWER_WITHIN_S)
     expected = reusing
     if options.dtype == "float32":

@@ -1,4 +1,4 @@
-"""The demo's workload: questions about long documents, as prompts whose beginning is the document."""
+"""The demo's workload: questions about long documents. Each prompt starts with the document."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Question:
 
 
 def own_questions(per_document: int) -> list[Question]:
-    """The first `per_document` questions about each document that comes with the project, document by document."""
+    """Returns the first `per_document` questions about each built-in document, document by document."""
     folder = files("tiered_kv.demo") / "documents"
     asked: dict[str, list[Question]] = {}
     for line in (folder / "questions.jsonl").read_text("utf-8").splitlines():
@@ -34,7 +34,10 @@ def own_questions(per_document: int) -> list[Question]:
 
 
 def questions_from(path: str) -> list[Question]:
-    """Questions from a file of JSON lines {"document": text, "question": text}, in its order; raises naming the bad line."""
+    """Returns the questions in a file of JSON lines {"document": text, "question": text}, in their order.
+
+    Raises (kind `config`) naming the bad line.
+    """
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +51,7 @@ def questions_from(path: str) -> list[Question]:
         title = titles.setdefault(record["document"], f"document {len(titles) + 1}")
         asked.append(Question(title, record["document"], record["question"]))
     if not asked:
-        raise TieredKVError(Kind.CONFIG, f"--prompts: {path} has no question", setting="prompts")
+        raise TieredKVError(Kind.CONFIG, f"--prompts: {path} contains no questions", setting="prompts")
     return asked
 
 
@@ -58,12 +61,12 @@ def _record(line: str, where: str) -> dict:
     except ValueError as error:
         raise TieredKVError(Kind.CONFIG, f"{where}: not JSON ({error})", setting="prompts") from error
     if not isinstance(record, dict) or not all(isinstance(record.get(field), str) for field in ("document", "question")):
-        raise TieredKVError(Kind.CONFIG, f'{where}: needs the texts "document" and "question"', setting="prompts")
+        raise TieredKVError(Kind.CONFIG, f'{where}: must be an object with the strings "document" and "question"', setting="prompts")
     return record
 
 
 def prompt_ids(tokenizer: Any, question: Question) -> list[int]:
-    """The prompt's token ids: the document first, then the question, in the model's chat form if it has one."""
+    """Returns the token ids of a prompt: the document, then the question, in the model's chat template if it has one."""
     text = f"{question.document.strip()}\n\nAnswer in one short sentence. {question.question}"
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)

@@ -1,4 +1,7 @@
-"""Taking a checkpoint: what the nodes hold at one moment each, as packs that are not there yet, and a manifest written last."""
+"""Writes checkpoints: the nodes write the blocks of their snapshots to packs, and the manifest is written last.
+
+Blocks that an existing pack contains are not written again.
+"""
 
 import logging
 import time
@@ -27,9 +30,10 @@ RENEW_S = 60.0
 
 
 class Wanted(NamedTuple):
-    """Which blocks go into a checkpoint: in which tiers (values of `Tier`; None: all but objects), of which models, hit how often.
+    """The filter for the blocks of a checkpoint.
 
-    Where that is none, and it may not be empty, no checkpoint is written.
+    tiers: values of `Tier`; None means all but objects. models: whether the blocks of a model are included. min_hits: the least
+    number of uses of a block. may_be_empty: if False and no block matches, no checkpoint is written.
     """
 
     tiers: tuple[int, ...] | None = None
@@ -41,8 +45,8 @@ class Wanted(NamedTuple):
 EVERYTHING = Wanted()
 
 
-class Going(NamedTuple):
-    """How the writing goes: blocks and bytes of frames, of how many that have to be written."""
+class WriteProgress(NamedTuple):
+    """Progress of writing: blocks and bytes of frames that are written, and how many there are to write."""
 
     blocks: int
     all_blocks: int
@@ -51,10 +55,12 @@ class Going(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A checkpoint that was written: its blocks and their bytes; what of that is new; its packs, those that are new, and all bytes written.
+    """The counts of a written checkpoint.
 
-    `left`: blocks that left the cache before they could be written. `orphans`: those that no one could have hit, for a block
-    before them is in no node; both are not in it.
+    blocks, nbytes: all its blocks, and the bytes of their frames. new_blocks, new_bytes: those that were not in a pack before.
+    packs, new_packs: all its packs, and those written now. written_bytes: bytes of the new packs. left: blocks that were evicted
+    before they could be written. orphans: blocks that could never be hits, because no node has one of their ancestors. The
+    checkpoint contains neither of the last two.
     """
 
     name: str
@@ -70,7 +76,11 @@ class Taken(NamedTuple):
 
 
 class Taking:
-    """The parts that taking a checkpoint needs, for one or several of them."""
+    """Writes one or more checkpoints of a cluster's nodes.
+
+    max_rate: bytes per second of all nodes together, None for no limit. origin: the name of the cluster, stored in the
+    manifest. progress: called with the progress after each poll. stopped: set it to stop. poll_s: seconds between two polls.
+    """
 
     def __init__(
         self,
@@ -81,7 +91,7 @@ class Taking:
         origin: str,
         max_rate: float | None = None,
         pack_bytes: int = PACK_BYTES,
-        progress: Callable[[Going], None] = lambda _: None,
+        progress: Callable[[WriteProgress], None] = lambda _: None,
         say: Callable[[str], None] = log.info,
         stopped: Event | None = None,
         poll_s: float = 0.1,
@@ -98,13 +108,13 @@ class Taking:
         self._poll_s = poll_s
 
     def take(self, wanted: Wanted = EVERYTHING, name: str | None = None, models: Sequence[Model] = (), extra: dict | None = None) -> Taken:
-        """Write a checkpoint (under a name of its own, or `name`) of what the nodes hold. `models`: what is known of models beforehand.
+        """Write a checkpoint of the nodes' blocks under `name`, or under a generated name. Returns its counts.
 
-        Raises (kind `storage`) when a node or the store fails, or `stopped` is set: there is no such checkpoint then, the packs that
-        were complete stay, and the next one goes on from there.
+        `models`: descriptions of models that the nodes may not have. Raises (kind `storage`) if a node or the store fails, or if
+        `stopped` is set. Then no checkpoint is listed, but complete packs are kept, and the next checkpoint reuses them.
         """
         with self._repository.lease("checkpoint", say=self._say) as lease:
-            known = self._repository.known()  # before the snapshots, which nodes give up after a while
+            known = self._repository.known()  # read before the snapshots are taken, because nodes drop a snapshot after a while
             lease.renew_if_half_gone()
             ticket = uuid.uuid4().hex
             try:
@@ -112,16 +122,16 @@ class Taking:
                 described = _models(snapshots, models)
                 whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
                 if not whole.blocks and not wanted.may_be_empty:
-                    raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node holds a block of those asked for")
+                    raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node has a block that matches the given filter")
                 kept = reusable(known, [(block.best.key, block.best.root) for block in whole.blocks])
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._written(assigned(new), new, lease, ticket)
             finally:
-                self._ask(self._nodes, "stop_saving", ticket)  # not another one that has begun elsewhere
+                self._ask(self._nodes, "stop_saving", ticket)  # the ticket protects a checkpoint that another process has started
             return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
 
     def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease, ticket: str) -> dict[str, Written]:
-        """Have each node write its share, and wait for all."""
+        """Make each node write its share of the new blocks, and wait for all. Returns the state of each node."""
         all_bytes = sum(block.best.stored_bytes for block in new)
         rate = self._rate and self._rate / max(len(shares), 1)
         url = self._repository.store.url
@@ -132,20 +142,20 @@ class Taking:
         state: dict[str, Written] = {}
         while not all(node in state and state[node].is_done for node in shares):
             if self._stopped.wait(self._poll_s):
-                raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; what was written stays, the next one goes on from there")
+                raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; the next one continues from what was written")
             for node in shares:
                 if node in state and state[node].is_done:
                     continue
-                told = state[node].packs if node in state else []
-                answer = answers(self._ask, [node], "written", len(told), ticket)[node]
-                state[node] = answer._replace(packs=told + answer.packs)
+                known = state[node].packs if node in state else []
+                answer = answers(self._ask, [node], "written", len(known), ticket)[node]
+                state[node] = answer._replace(packs=known + answer.packs)
                 if answer.error is not None:
                     good({node: answer.error})
             if time.monotonic() > renew_s:
                 lease.renew()
                 renew_s = time.monotonic() + RENEW_S
             done = state.values()
-            self._progress(Going(sum(each.blocks for each in done), len(new), sum(each.nbytes for each in done), all_bytes))
+            self._progress(WriteProgress(sum(each.blocks for each in done), len(new), sum(each.nbytes for each in done), all_bytes))
         return state
 
     def _published(
@@ -158,7 +168,7 @@ class Taking:
         extra: dict[str, Any],
         lease: Lease,
     ) -> Taken:
-        """Put the manifest of what lies in packs now."""
+        """Write the manifest of the blocks in reused and newly written packs. Returns the counts of the checkpoint."""
         new_packs = {info.name: info for each in written.values() for info in each.packs}
         places = there.places | {
             (entry.key, entry.root): Place(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
@@ -191,21 +201,24 @@ class Taking:
 
 
 class _There(NamedTuple):
-    """What need not be written again: where blocks lie, and the bytes of the packs that there are."""
+    """Blocks that are not written again: their places in existing packs, and the bytes of these packs."""
 
     places: dict[Keyed, Place]
     packs: dict[str, int]
 
 
 def _row(block: Block, place: Place, numbers: dict[str, int]) -> Row:
-    """A line of the manifest. `numbers`: of packs by name, to which a new one is added."""
+    """Returns the manifest row of a block. `numbers`: pack numbers by name; a new pack is added to it."""
     best, pack = block.best, numbers.setdefault(place.pack, len(numbers))
     where = place.offset, place.stored_bytes, place.raw_bytes, place.codec
     return Row(best.key, best.parent, best.root, block.depth, pack, *where, best.tier, block.hits)
 
 
 def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[Model]:
-    """What is known of the models below every root: from who asks, from workers, or no more than the root."""
+    """Returns the model of each root in the snapshots.
+
+    Its description is from the caller (`known`), else from workers. If neither has described it, only the root is known.
+    """
     models = {seen.root: Model(seen.root) for snapshot in snapshots.values() for seen in snapshot.blocks}
     for snapshot in snapshots.values():
         for root, message in snapshot.models.items():

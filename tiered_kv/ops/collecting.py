@@ -1,4 +1,7 @@
-"""Deleting what no checkpoint needs any more, beside checkpoints in progress elsewhere: rather nothing than one pack too many."""
+"""Deletes old checkpoints, and packs that no checkpoint uses.
+
+Other processes may write checkpoints meanwhile. In any doubt nothing is deleted.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +15,8 @@ if TYPE_CHECKING:
     from tiered_kv.ops.repository import Repository
 
 
-class Collected(NamedTuple):
-    """What was deleted; `skipped`: why nothing was."""
+class CollectionResult(NamedTuple):
+    """The counts of deleted objects and their bytes. `skipped`: the reason if nothing was deleted, else ""."""
 
     manifests_deleted: int = 0
     packs_deleted: int = 0
@@ -21,21 +24,24 @@ class Collected(NamedTuple):
     skipped: str = ""
 
 
-def collect(repository: "Repository", keep: int | None) -> Collected:
-    """As `Repository.collect`. The order is what makes it safe: mark, look for leases, fence, list, read all, delete."""
+def collect(repository: "Repository", keep: int | None) -> CollectionResult:
+    """Delete as `Repository.collect` describes. Returns the counts.
+
+    The order of the steps makes it safe: put the mark, look for leases, put the fence, list, read all manifests, delete.
+    """
     if keep is not None and keep < 1:
-        raise TieredKVError(Kind.CONFIG, f"keep must be a whole number of at least 1, not {keep!r}", setting="keep")
+        raise TieredKVError(Kind.CONFIG, f"keep: must be a whole number of at least 1, got {keep!r}", setting="keep")
     mark = Lease(repository.store, COLLECTING, repository.now_s)
     try:
         if reason := _others(repository, mark):
-            return Collected(skipped=reason)
+            return CollectionResult(skipped=reason)
         return _collect_marked(repository, keep, mark)
     finally:
         mark.release()
 
 
 def _others(repository: "Repository", mark: Lease) -> str:
-    """Why this is no time to delete, "" if it is; removes what has run out."""
+    """Returns the reason why nothing may be deleted now, or "" if it may. Removes expired leases and marks."""
     listed = repository.store.sizes()
     others = [each for each in marks_in(listed) if each.name != mark.name]
     now_s = repository.now_s()
@@ -44,21 +50,23 @@ def _others(repository: "Repository", mark: Lease) -> str:
     if mark.name not in listed:
         return _LAGS
     live = [each for each in others if each.is_live(now_s)]
-    return f"somebody else is at work: {live[0].name}" if live else ""
+    return f"another process is working on this store: {live[0].name}" if live else ""
 
 
-_LAGS = "the listing lags behind"
+_LAGS = "the listing of the store is not up to date"
 
 
-def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> Collected:
-    """Delete, where nobody else is at work any more: whoever comes now waits for the mark."""
-    fence = Lease(repository.store, COLLECTING, repository.now_s)  # what it stands in shows all that those who left have published
+def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> CollectionResult:
+    """Delete. The caller has made sure that no other process is working; processes that start now wait for the mark."""
+    fence = Lease(
+        repository.store, COLLECTING, repository.now_s
+    )  # a listing that shows the fence also shows every manifest published before it
     try:
         sizes = repository.store.sizes()
     finally:
         fence.release()
     if fence.name not in sizes:
-        return Collected(skipped=_LAGS)
+        return CollectionResult(skipped=_LAGS)
     kept, doomed, pointed = _chosen(repository, sizes, keep)
     named: set[str] = set()
     for name in kept:
@@ -68,16 +76,19 @@ def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> 
             if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
                 raise
             if error.kind is not Kind.CORRUPT or repository.is_manifest(name):
-                return Collected(skipped=f"what it needs is not known: {error}")
+                return CollectionResult(skipped=f"the packs of a checkpoint are unknown: {error}")
     if pointed in doomed:
         repository.point(max(name for name in kept if created_of(name) is not None))
     packs = [name for name in sizes if pack_prefix(name) == "" and name not in named]
     _delete(repository, [*doomed, *packs], mark)
-    return Collected(len(doomed), len(packs), sum(sizes[name] for name in [*doomed, *packs]))
+    return CollectionResult(len(doomed), len(packs), sum(sizes[name] for name in [*doomed, *packs]))
 
 
 def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -> tuple[list[str], list[str], str | None]:
-    """Manifests that stay, those that go, and what LATEST names; one that is not listed yet stays."""
+    """Returns the manifests to keep, those to delete, and the one that LATEST names.
+
+    A manifest that LATEST names and that is not listed yet is kept.
+    """
     names = repository.names_in(sizes)
     generated = [name for name in names if created_of(name) is not None]
     doomed = generated[: -keep or None] if keep is not None else []
@@ -94,7 +105,7 @@ def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -
 
 
 def _delete(repository: "Repository", names: Sequence[str], mark: Lease) -> None:
-    """One by one, as long as the mark holds."""
+    """Delete objects one by one, and renew the mark meanwhile. Raises (kind `storage`) if the mark has expired."""
     for name in names:
         mark.renew_if_half_gone()
         repository.store.delete([name])

@@ -1,10 +1,10 @@
-"""Who is at work on a store of checkpoints: objects whose names say all, so that no content of theirs can be damaged.
+"""Leases and delete marks on a checkpoint store. All state is in the objects' names, so damaged content cannot matter.
 
-    lease-KIND-ID-UNTIL    somebody writes or reads checkpoints: nothing may be deleted
-    gc-ID-UNTIL            somebody deletes: who comes waits until this is gone
+    lease-KIND-ID-UNTIL    a process writes or reads checkpoints: nothing may be deleted
+    gc-ID-UNTIL            a process deletes: others wait until this mark is removed or expired
 
-UNTIL is in Unix seconds. Each side puts its own object first and then looks for the other's, in a listing that shows its own: of
-two that come at once at least one sees the other. docs/checkpoint-format.md has the rules.
+UNTIL is in Unix seconds. Each side first puts its own object, and then looks for the other's in a listing that shows its own. So
+of two processes that start at the same time, at least one sees the other. docs/checkpoint-format.md has the rules.
 """
 
 import logging
@@ -21,43 +21,43 @@ log = logging.getLogger(__name__)
 
 TTL_S = 600
 SKEW_S = 60
-"""By how much the clocks of two machines may differ: others' leases are respected for so much longer."""
+"""The most by which the clocks of two machines may differ. Leases of others are respected this much longer."""
 COLLECTING = "gc"
 _NAME = re.compile(r"(?:lease-(?P<kind>[a-z]+)|gc)-(?P<id>[0-9a-f]{16})-(?P<until>\d{1,15})")
 
 
 class Mark(NamedTuple):
-    """What the name of a lease says, or that of a collector's mark (kind `gc`)."""
+    """A lease, or a collector's mark (kind `gc`), as parsed from its object's name."""
 
     name: str
     kind: str
     until_s: int
 
     def is_live(self, now_s: float) -> bool:
-        """Whether its holder may still be at work, should the clocks differ."""
+        """Returns whether its holder may still be working, allowing for a difference of the clocks."""
         return now_s < self.until_s + SKEW_S
 
 
 def mark_of(name: str) -> Mark | None:
-    """What an object's name says; None for anything that is neither lease nor mark."""
+    """Parse an object's name. Returns None if it is neither a lease nor a mark."""
     named = _NAME.fullmatch(name)
     return named and Mark(name, named["kind"] or COLLECTING, int(named["until"]))
 
 
 def marks_in(names: Iterable[str]) -> list[Mark]:
-    """The leases and marks among objects' names."""
+    """Returns the leases and marks among the names of objects."""
     return [mark for mark in map(mark_of, names) if mark]
 
 
 class Lease:
-    """One lease that this process holds (kind `gc`: a mark), from its making until `release`. Not thread-safe.
+    """A lease of this process (kind `gc`: a mark), from its creation until `release`. Not thread-safe.
 
-    Raises (kind `storage`) when the store does.
+    Every method but `release` raises (kind `storage`) if the store fails.
     """
 
     def __init__(self, store: ObjectStore, kind: str, now_s: Callable[[], float]) -> None:
         if not re.fullmatch("[a-z]+", kind):
-            raise ValueError(f"a lease of the kind {kind!r}")
+            raise ValueError(f"kind: must be lower-case letters, got {kind!r}")
         self.kind = kind
         self._store, self._now_s = store, now_s
         self._id = uuid.uuid4().hex[:16]
@@ -66,17 +66,20 @@ class Lease:
 
     @property
     def left_s(self) -> float:
-        """Seconds until it runs out; 0 or less if it has."""
+        """Seconds until the lease expires; 0 or less if it has expired."""
         return self._until_s - self._now_s()
 
     def renew(self) -> None:
-        """Hold it for `TTL_S` from now on. Raises (kind `storage`) if it had run out before that: others may have deleted meanwhile."""
+        """Extend the lease to `TTL_S` from now.
+
+        Raises (kind `storage`) if it has expired already, because others may have deleted objects since then.
+        """
         self.check()
         old, until_s = self.name, math.ceil(self._now_s()) + TTL_S
         name = f"{'' if self.kind == COLLECTING else 'lease-'}{self.kind}-{self._id}-{until_s}"
         if name == old:
             return
-        self._store.put(name, [b"1"])  # not every store takes an empty object
+        self._store.put(name, [b"1"])  # some stores refuse empty objects
         try:
             self.check()
         except TieredKVError:
@@ -87,24 +90,24 @@ class Lease:
             self._remove(old)
 
     def renew_if_half_gone(self) -> None:
-        """As `renew`, when that is due."""
+        """Renew the lease if less than half of `TTL_S` is left."""
         if self.left_s < TTL_S / 2:
             self.renew()
 
     def check(self) -> None:
-        """Raise (kind `storage`) if it has run out."""
+        """Raises (kind `storage`) if the lease has expired."""
         if self.left_s <= 0:
             message = (
-                f"the lease {self.name} on {self._store.url} ran out before it was renewed; what was found there may be deleted by now"
+                f"the lease {self.name} on {self._store.url} expired before it was renewed; objects found under it may be deleted by now"
             )
             raise TieredKVError(Kind.STORAGE, message, object=self.name)
 
     def release(self) -> None:
-        """Give it back. A failure is logged: it runs out by itself."""
+        """Remove the lease. A failure is only logged, because the lease expires by itself."""
         self._remove(self.name)
 
     def _remove(self, name: str) -> None:
         try:
             self._store.delete([name])
         except TieredKVError as error:
-            log.warning("the lease %s stays until it runs out: %s", name, error)
+            log.warning("the lease %s could not be removed and stays until it expires: %s", name, error)

@@ -1,4 +1,4 @@
-"""A checkpoint brought into the one node of a process: all of its frames are verified before the first one is loaded."""
+"""Loads a checkpoint into the node of this process. All of its frames are verified before the first one is loaded."""
 
 import logging
 from collections.abc import Collection
@@ -17,22 +17,23 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What a load brought: blocks that are in the cache now, and those for which there was no room."""
+    """The counts of a load. blocks: those in the cache now. refused: those without room, layout or parent."""
 
     blocks: int
     refused: int
 
 
 def read(store: ObjectStore, name: str) -> Manifest:
-    """The manifest `name`, all its frames verified. Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) where a pack is missing
-    or damaged.
+    """Read the manifest `name`, and verify all its frames. Returns the manifest.
+
+    Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) if a pack is missing or damaged.
     """
     manifest = Manifest.read(store, name)
     sizes = store.sizes()
     for pack, nbytes in manifest.packs:
         if sizes.get(pack) != nbytes:
-            is_there = f"has {sizes[pack]} bytes instead of {nbytes}" if pack in sizes else "is missing"
-            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack} {is_there}", object=name)
+            problem = f"must have {nbytes} bytes, got {sizes[pack]}" if pack in sizes else "is missing"
+            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack} {problem}", object=name)
         read_footer(store, pack, nbytes)
     for row in manifest.rows:
         read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
@@ -40,7 +41,10 @@ def read(store: ObjectStore, name: str) -> Manifest:
 
 
 def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> Loaded:
-    """Bring what a verified checkpoint has below these roots into the node, in host memory first; what has no room there is refused."""
+    """Load the blocks below `roots` of a verified checkpoint into the node, host memory first. Returns the counts.
+
+    Blocks without room are refused, and so are their descendants and blocks of models without a layout.
+    """
     layouts = {model.root: model.layout for model in manifest.models}
     there: set[BlockKey] = set()
     refused = 0
@@ -57,5 +61,7 @@ def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[B
             else:
                 refused += 1
     if refused:
-        log.warning("%d of %d blocks of a checkpoint found no room", refused, len(rows))
+        log.warning(
+            "%d of %d blocks of a checkpoint were not loaded: no room, no layout, or their parent was not loaded", refused, len(rows)
+        )
     return Loaded(len(there), refused)

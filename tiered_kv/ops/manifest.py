@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: its blocks, hottest first, the packs they lie in, and the models they are of. Written last, atomically.
+"""The manifest of a checkpoint: its blocks, hottest first, their packs, and their models. It is written last, and atomically.
 
     manifest = magic "TKVMANIF" | version u32 | body bytes u64 | body (msgpack) | BLAKE2b-256 of all before
 
-docs/checkpoint-format.md has the body. Version 1, whose blocks stand in the packs' footers only, is read for ever.
+docs/checkpoint-format.md describes the body. Version 1, which lists its blocks only in the packs' footers, will always be readable.
 """
 
 import logging
@@ -38,7 +38,7 @@ _GENERATED = re.compile(r"ckpt-(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f]{8}\.tkv")
 
 
 class Model(NamedTuple):
-    """Blocks below one root: their layout (None: opaque), what people call the model, and its `Namespace`'s fields where known."""
+    """The model of one root: its layout (None: opaque), its name for people, and the fields of its `Namespace` if known."""
 
     root: BlockKey
     layout: KVLayout | None = None
@@ -49,8 +49,8 @@ class Model(NamedTuple):
 class Manifest(NamedTuple):
     """One checkpoint. `packs`: name and bytes of each. `rows`: hottest first, every parent before its children.
 
-    `created_s`: Unix time, 0 where nobody has said. `origin`: whose content it is. `extra`: what the writer wants to find
-    again (plain data).
+    `created_s`: Unix time, 0 if unknown. `origin`: the name of the cluster that wrote it. `extra`: plain data that the writer
+    stores for itself.
     """
 
     packs: tuple[tuple[str, int], ...]
@@ -61,7 +61,10 @@ class Manifest(NamedTuple):
     extra: dict[str, Any]
 
     def write(self, store: ObjectStore, name: str) -> None:
-        """Put it under `name`, in place of what was there: all of it or nothing. Raises ValueError for what `read` would refuse."""
+        """Write the manifest atomically under `name`, replacing any object there.
+
+        Raises ValueError if `read` would refuse it.
+        """
         _check(self)
         columns = pack_rows(self.rows, [model.root for model in self.models], [nbytes for _, nbytes in self.packs])
         models = [[each.root, each.layout and plain_layout(each.layout), each.name, each.namespace] for each in self.models]
@@ -73,9 +76,10 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, store: ObjectStore, name: str) -> Self:
-        """Raises (kind `storage`) where there is none, (kind `corrupt`) for anything else; a pickle is never opened as one.
+        """Read and verify the manifest `name`. Returns it.
 
-        Cost: about two seconds for a million blocks.
+        Raises (kind `storage`) if there is no such object, and (kind `corrupt`) if it is not a valid manifest. A pickle is never
+        unpickled. Cost: about two seconds for a million blocks.
         """
         version, body = _opened(name, store.get(name))
         try:
@@ -93,50 +97,55 @@ class Manifest(NamedTuple):
         except TieredKVError as error:
             if error.kind is not Kind.LAYOUT:
                 raise
-            raise _corrupt(name, f"it describes what cannot be: {error}") from error
-        except (ValueError, TypeError, LookupError, AttributeError) as error:  # with a right digest: another program's, or a forgery
-            raise _corrupt(name, f"it describes what cannot be: {error}") from error
+            raise _corrupt(name, f"its content is invalid: {error}") from error
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:  # the digest is right, so another program has written it, or it is forged
+            raise _corrupt(name, f"its content is invalid: {error}") from error
 
 
 def new_name(now_s: float) -> str:
-    """A name that nobody has, for a checkpoint of this Unix time; such names are in the order of their times."""
+    """Returns a unique name for a checkpoint created at this Unix time. Such names sort by time."""
     created = _EPOCH + timedelta(microseconds=round(now_s * 1_000_000))
     return f"ckpt-{created.strftime(_STAMP)}-{uuid.uuid4().hex[:8]}.tkv"
 
 
 def created_of(name: str) -> float | None:
-    """The Unix time in a name of `new_name`; None for any other name."""
+    """Returns the Unix time in a name from `new_name`, or None for any other name."""
     generated = _GENERATED.fullmatch(name)
     try:
         created = generated and datetime.strptime(generated[1], _STAMP).replace(tzinfo=UTC)
-    except ValueError:  # such as a thirteenth month
+    except ValueError:  # for example a thirteenth month
         return None
     return created and (created - _EPOCH).total_seconds()
 
 
 def is_like_manifest(data: bytes | memoryview) -> bool:
-    """Whether an object that cannot be read as a manifest is one that was damaged, by its first bytes, or anything else."""
+    """Returns whether an unreadable object is probably a damaged manifest, judged by its first bytes."""
     return sum(a == b for a, b in zip(MAGIC, bytes(data[: len(MAGIC)]), strict=False)) >= len(MAGIC) // 2
 
 
 def plain_layout(layout: KVLayout) -> list:
-    """A layout as msgpack carries it; `KVLayout(*plain)` is the inverse."""
+    """Returns a layout as a list for msgpack. `KVLayout(*plain)` is the inverse."""
     return [layout.layers, layout.kv_heads, layout.head_dim, layout.dtype, layout.block_tokens]
 
 
 def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
-    """Version and body of a verified manifest."""
+    """Verify the bytes of a manifest. Returns its version and its body."""
     if view[: len(MAGIC)] != MAGIC:
-        is_a = "a pickle, which is not opened: it could run code" if view[:1] == _PICKLE else "no checkpoint of tiered_kv"
+        is_a = "a pickle, which is not opened: it could run code" if view[:1] == _PICKLE else "not a checkpoint of tiered_kv"
         raise _corrupt(name, f"it is {is_a}")
     if len(view) < _START.size:
-        raise _corrupt(name, "it ends in its header")
+        raise _corrupt(name, "it is cut off within its header")
     _, version = _START.unpack_from(view)
     if version not in _BODY_BYTES:
-        raise _corrupt(name, f"it has version {version}, this package reads up to version {VERSION}")
+        raise _corrupt(name, f"its version must be at most {VERSION}, got {version}; a newer tiered_kv may be able to read it")
     begin, end = _START.size + _BODY_BYTES[version].size, len(view) - _DIGEST_BYTES
     if end < begin:
-        raise _corrupt(name, "it ends in its header")
+        raise _corrupt(name, "it is cut off within its header")
     (nbytes,) = _BODY_BYTES[version].unpack_from(view, _START.size)
     if begin + nbytes != end or view[end:] != _digest(view[:end]):
         raise _corrupt(name, "it is damaged")
@@ -144,22 +153,22 @@ def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError for facts that are none; the rows are checked where they are packed and unpacked."""
+    """Raises ValueError if a field is invalid. The rows are checked by `pack_rows` and `unpack_rows`."""
     names = [name for name, _ in manifest.packs]
     if len(set(names)) != len(names) or not all(isinstance(name, str) and pack_prefix(name) == "" for name in names):
-        raise ValueError("packs that are none, or that are there twice")
+        raise ValueError("packs: every name must be that of a pack, and occur only once")
     if not all(_is_count(nbytes) for _, nbytes in manifest.packs):
-        raise ValueError("packs without a size")
+        raise ValueError("packs: every size must be a positive whole number")
     roots = [model.root for model in manifest.models]
     if len(set(roots)) != len(roots) or not all(isinstance(root, bytes) and len(root) == KEY_BYTES for root in roots):
-        raise ValueError(f"roots that are no {KEY_BYTES} bytes, or that are there twice")
+        raise ValueError(f"models: every root must be {KEY_BYTES} bytes, and occur only once")
     for model in manifest.models:
         if not isinstance(model.name, str) or not isinstance(model.namespace, dict | None):
-            raise ValueError(f"a model with the name {model.name!r} and the namespace {model.namespace!r}")
+            raise ValueError(f"models: name must be a string and namespace a mapping or None, got {model.name!r} and {model.namespace!r}")
     if not isinstance(manifest.created_s, float | int) or not 0 <= manifest.created_s < float("inf"):
-        raise ValueError(f"a time of {manifest.created_s!r}")
+        raise ValueError(f"created_s: must be a finite number of at least 0, got {manifest.created_s!r}")
     if not isinstance(manifest.origin, str) or not isinstance(manifest.extra, dict):
-        raise ValueError("an origin that is no text, or an extra that is no mapping")
+        raise ValueError(f"origin must be a string and extra a mapping, got {manifest.origin!r} and {type(manifest.extra).__name__}")
 
 
 def _is_count(value: object) -> bool:
@@ -167,7 +176,10 @@ def _is_count(value: object) -> bool:
 
 
 def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int]], roots: Sequence[BlockKey]) -> tuple[Row, ...]:
-    """The rows of a checkpoint of version 1, from the packs' footers; what has lost its parent is left out, as nothing could reach it."""
+    """Returns the rows of a checkpoint of version 1, from the packs' footers.
+
+    Blocks without their parent are left out, because they could never be hits.
+    """
     depths: dict[tuple[BlockKey, BlockKey], int] = {}
     rows: list[Row] = []
     lost = 0
@@ -180,7 +192,7 @@ def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int
             raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack}: {error}", object=pack) from error
         for key, parent, root, codec, offset, stored_bytes, raw_bytes in entries:
             if root not in roots:
-                raise ValueError("a block of a model that is not there")
+                raise ValueError(f"pack {pack}: a block has a root that is not in the manifest")
             depth = 0 if parent is None else depths.get((parent, root), -2) + 1
             if depth < 0 or (key, root) in depths:
                 lost += 1
@@ -188,7 +200,7 @@ def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int
             depths[key, root] = depth
             rows.append(Row(key, parent, root, depth, number, offset, stored_bytes, raw_bytes, codec, Tier.HOST.value, 0))
     if lost:
-        log.warning("checkpoint %s: %d of %d blocks are behind blocks that are not in it", name, lost, lost + len(rows))
+        log.warning("checkpoint %s: %d of %d blocks are left out, because it does not contain their parents", name, lost, lost + len(rows))
     return tuple(rows)
 
 

@@ -1,4 +1,4 @@
-"""Watching a cache: metrics from its figures, a window of operation times, and alerts that are said once."""
+"""Monitors a cache: metrics from its statistics, a window of operation times, and alerts that are raised once."""
 
 import logging
 import threading
@@ -13,15 +13,15 @@ from tiered_kv.errors import Kind, TieredKVError
 log = logging.getLogger(__name__)
 
 HYSTERESIS = 0.05
-"""An alert ends once its metric is inside of the threshold by this share of it."""
+"""An alert ends when its metric is within the threshold by this share of the threshold."""
 
 
 @dataclass(frozen=True)
 class CacheMetrics:
-    """The figures of one moment. Rates 0 to 1, counts since the cache began, memory in MiB, times in seconds.
+    """The metrics at one moment. Rates are 0 to 1, counts since the cache was created, memory in MiB, times in seconds.
 
-    hit_rate: of the blocks looked for, those had. recent_hit_rate: the same over the monitor's window. operations and the times
-    are of what was recorded with `record_operation`, the times within the window.
+    hit_rate: the share of requested blocks that were hits. recent_hit_rate: the same over the monitor's window. operations and
+    the times are those recorded with `record_operation`. The times are over the window.
     """
 
     hit_rate: float = 0.0
@@ -40,7 +40,11 @@ class CacheMetrics:
 
 
 class Advice(NamedTuple):
-    """What a metric is called, whether a plain number is the least or the most that is fine, and what to do beyond either."""
+    """The texts for alerts on one metric.
+
+    words: the metric's name for people. is_least: whether a threshold given as a plain number is a lower bound. too_low,
+    too_high: what to do if the metric is below or above its threshold.
+    """
 
     words: str
     is_least: bool
@@ -49,20 +53,22 @@ class Advice(NamedTuple):
 
 
 _MORE_MEMORY = "raise max_tokens, quantize (use_quantization), or add a disk tier"
-_IDLE = "less memory would do: lower max_tokens"
-_PROFILE = "look at the profile (enable_profiling)"
+_IDLE = "less memory is enough: lower max_tokens"
+_PROFILE = "see the profile (enable_profiling)"
 THRESHOLDS: dict[str, Advice] = {
     "hit_rate": Advice("hit rate", True, f"few prompts share a prefix, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
     "recent_hit_rate": Advice("recent hit rate", True, f"traffic has changed, or memory is too small: {_MORE_MEMORY}", "nothing is wrong"),
     "memory_usage_mb": Advice("memory in MiB", False, _IDLE, "lower max_tokens, or quantize (use_quantization)"),
     "memory_share": Advice("share of memory used", False, _IDLE, _MORE_MEMORY),
-    "evictions": Advice("evictions", False, "nothing is wrong", f"blocks leave before they are used again: {_MORE_MEMORY}"),
-    "num_entries": Advice("blocks", False, "nothing is kept: see whether prompts reach a whole block (block_tokens)", _MORE_MEMORY),
+    "evictions": Advice("evictions", False, "nothing is wrong", f"blocks are evicted before they are used again: {_MORE_MEMORY}"),
+    "num_entries": Advice(
+        "blocks", False, "no blocks are stored: check that prompts are at least one block long (block_tokens)", _MORE_MEMORY
+    ),
     "operation_time_s": Advice("mean operation time in s", False, "nothing is wrong", _PROFILE),
-    "operation_time_p99_s": Advice("slowest hundredth of operations in s", False, "nothing is wrong", _PROFILE),
-    "operations_per_s": Advice("operations a second", True, "the cache is hardly used, or slow: look at the profile", "traffic is high"),
+    "operation_time_p99_s": Advice("99th percentile of operation times in s", False, "nothing is wrong", _PROFILE),
+    "operations_per_s": Advice("operations per second", True, "the cache is hardly used, or slow: see the profile", "traffic is high"),
 }
-"""The metrics that thresholds may be set for."""
+"""The metrics for which thresholds may be set."""
 _RATES = ("hit_rate", "recent_hit_rate", "memory_share")
 _OF_LOOKUPS = ("hit_rate", "recent_hit_rate")
 _OF_OPERATIONS = ("operation_time_s", "operation_time_p99_s", "operations_per_s")
@@ -70,7 +76,10 @@ _OF_OPERATIONS = ("operation_time_s", "operation_time_p99_s", "operations_per_s"
 
 @dataclass(frozen=True)
 class Alert:
-    """A metric beyond a threshold: `bound` is "lower" or "upper"; `message` says value, threshold and advice."""
+    """An alert on a metric beyond its threshold.
+
+    `bound` is "lower" or "upper". `message` has value, threshold and advice.
+    """
 
     metric: str
     bound: str
@@ -81,12 +90,13 @@ class Alert:
 
 
 class CacheMonitor:
-    """Metrics and alerts of one cache. Thread-safe. `window_size`: how many operations and updates the window holds.
+    """Metrics and alerts of one cache. Thread-safe.
 
-    `alert_thresholds`: by metric a number (the least for rates of success, the most for everything else), or a pair
-    (least, most) of which either may be None. An alert is logged, and given to `on_alert`, when its threshold is crossed, once;
-    it is among `get_alerts` until the metric is inside again by 5 % of the threshold. Rates count only after a first look-up
-    or operation. Raises (kind `config`) for unknown metrics and for thresholds that are none.
+    window_size: the number of operations and updates in the window. alert_thresholds: for each metric a number, or a pair (least,
+    most) of which one may be None. A number is the least value for hit rates and operations per second, and the most for all
+    others. When a threshold is crossed, the alert is logged once and passed to `on_alert`. It stays in `get_alerts` until the
+    metric is within the threshold by 5 % of it. Rates are judged only after a first look-up or operation. Raises (kind `config`)
+    for unknown metrics and invalid thresholds.
     """
 
     def __init__(
@@ -99,33 +109,36 @@ class CacheMonitor:
     ) -> None:
         if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
             raise TieredKVError(
-                Kind.CONFIG, f"window_size must be a whole number of at least 1, not {window_size!r}", setting="window_size"
+                Kind.CONFIG, f"window_size: must be a whole number of at least 1, got {window_size!r}", setting="window_size"
             )
         alert_thresholds = {} if alert_thresholds is None else alert_thresholds
         if not isinstance(alert_thresholds, Mapping):
-            message = f"alert_thresholds must be a mapping from metrics to thresholds, not {type(alert_thresholds).__name__}"
+            message = f"alert_thresholds: must be a mapping from metrics to thresholds, got {type(alert_thresholds).__name__}"
             raise TieredKVError(Kind.CONFIG, message, setting="alert_thresholds")
         self.thresholds = {name: _bounds(name, given) for name, given in alert_thresholds.items()}
         self._clock = clock or SystemClock()
         self._on_alert = on_alert
         self._lock = threading.Lock()
-        self._times: deque[tuple[float, float]] = deque(maxlen=window_size)  # when it ended, how long it took
-        self._lookups: deque[tuple[int, int]] = deque(maxlen=window_size + 1)  # looked for and had, at each update
+        self._times: deque[tuple[float, float]] = deque(maxlen=window_size)  # end time and duration of each operation
+        self._lookups: deque[tuple[int, int]] = deque(maxlen=window_size + 1)  # requested blocks and hits so far, at each update
         self._operations = 0
         self._alerts: dict[tuple[str, str], Alert] = {}
         self._fired = 0
         self.metrics = CacheMetrics()
 
     def record_operation(self, operation_time: float) -> None:
-        """One operation took so many seconds."""
+        """Record the duration of one operation in seconds.
+
+        Raises (kind `config`) for anything but a finite number of at least 0.
+        """
         if isinstance(operation_time, bool) or not isinstance(operation_time, int | float) or not 0 <= operation_time < float("inf"):
-            raise TieredKVError(Kind.CONFIG, f"operation_time must be a number of seconds, 0 or more, not {operation_time!r}")
+            raise TieredKVError(Kind.CONFIG, f"operation_time: must be a number of seconds, 0 or more, got {operation_time!r}")
         with self._lock:
             self._operations += 1
             self._times.append((self._clock.now_s(), float(operation_time)))
 
     def update_metrics(self, stats: Mapping[str, Any]) -> CacheMetrics:
-        """The metrics from a cache's `get_stats()`; fires and ends alerts."""
+        """Compute the metrics from a cache's `get_stats()`, and raise and end alerts. Returns the metrics."""
         with self._lock:
             self.metrics = metrics = self._metrics(stats)
             fired = [alert for name, bounds in self.thresholds.items() for alert in self._judge(name, bounds, metrics)]
@@ -139,16 +152,16 @@ class CacheMonitor:
     def _metrics(self, stats: Mapping[str, Any]) -> CacheMetrics:
         lookups, hits = stats.get("lookups", 0), stats.get("hits", 0)
         if self._lookups and lookups < self._lookups[-1][0]:
-            self._lookups.clear()  # the cache began anew
+            self._lookups.clear()  # the cache was replaced by a new one
         self._lookups = self._lookups or deque([(0, 0)], maxlen=self._lookups.maxlen)
         self._lookups.append((lookups, hits))
-        asked, had = lookups - self._lookups[0][0], hits - self._lookups[0][1]
+        recent_lookups, recent_hits = lookups - self._lookups[0][0], hits - self._lookups[0][1]
         times = sorted(took for _, took in self._times)
         span_s = self._clock.now_s() - self._times[0][0] if self._times else 0.0
         capacity = stats.get("capacity_bytes", 0)
         return CacheMetrics(
             hit_rate=stats.get("hit_rate", hits / lookups if lookups else 0.0),
-            recent_hit_rate=had / asked if asked else 0.0,
+            recent_hit_rate=recent_hits / recent_lookups if recent_lookups else 0.0,
             lookups=lookups,
             hits=hits,
             misses=lookups - hits,
@@ -163,7 +176,10 @@ class CacheMonitor:
         )
 
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
-        """The alerts of one metric that begin now; ends those that are over."""
+        """Compare one metric with its thresholds.
+
+        Returns the alerts that start now. Ends alerts whose metric is within again.
+        """
         begun: list[Alert] = []
         known = (name not in _OF_LOOKUPS or metrics.lookups) and (name not in _OF_OPERATIONS or metrics.operations)
         value = getattr(metrics, name)
@@ -171,7 +187,7 @@ class CacheMonitor:
             beyond = value < threshold if bound == "lower" else value > threshold
             margin = abs(threshold) * HYSTERESIS
             if name in _RATES and bound == "lower":
-                margin = min(margin, max(1.0 - threshold, 0.0))  # a rate of 1 is inside of whatever can be asked for
+                margin = min(margin, max(1.0 - threshold, 0.0))  # a rate of 1 is within every threshold
             inside = value >= threshold + margin if bound == "lower" else value <= threshold - margin
             if beyond and (name, bound) not in self._alerts:
                 alert = Alert(name, bound, threshold, value, self._clock.now_s(), _message(name, bound, threshold, value))
@@ -182,12 +198,12 @@ class CacheMonitor:
         return begun
 
     def get_alerts(self) -> list[Alert]:
-        """The alerts that go on, the oldest first."""
+        """Returns the active alerts, oldest first."""
         with self._lock:
             return list(self._alerts.values())
 
     def get_summary(self) -> dict[str, Any]:
-        """The metrics of the last update, the alerts that go on as text, and how many have begun so far; ready for JSON."""
+        """Returns the last metrics, the active alerts as texts, and the number of alerts so far. Ready for JSON."""
         with self._lock:
             metrics = {field.name: getattr(self.metrics, field.name) for field in fields(CacheMetrics)}
             return {"metrics": metrics, "alerts": [alert.message for alert in self._alerts.values()], "alerts_fired": self._fired}
@@ -201,13 +217,16 @@ def _message(name: str, bound: str, threshold: float, value: float) -> str:
 
 
 def _bounds(name: str, given: Any) -> dict[str, float]:
-    """The thresholds of a metric, by "lower" and "upper"."""
+    """Returns the thresholds of a metric by "lower" and "upper".
+
+    Raises (kind `config`) if the metric or threshold is invalid.
+    """
     if name not in THRESHOLDS:
-        raise TieredKVError(Kind.CONFIG, f"alert_thresholds: {name!r} is none of {', '.join(THRESHOLDS)}", setting=name)
+        raise TieredKVError(Kind.CONFIG, f"alert_thresholds: the metric must be one of {', '.join(THRESHOLDS)}, got {name!r}", setting=name)
     pair = given if isinstance(given, tuple | list) else (given, None) if THRESHOLDS[name].is_least else (None, given)
     numbers = [value for value in pair if value is not None]
     are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") for value in numbers)
     if len(pair) != 2 or not numbers or not are_numbers or numbers != sorted(numbers):
-        message = f"alert_thresholds: {name} must be a number or a pair (least, most), of which one may be None, not {given!r}"
+        message = f"alert_thresholds: {name} must be a number or a pair (least, most), of which one may be None, got {given!r}"
         raise TieredKVError(Kind.CONFIG, message, setting=name)
     return {bound: float(value) for bound, value in zip(("lower", "upper"), pair, strict=True) if value is not None}

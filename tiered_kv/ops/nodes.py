@@ -1,4 +1,4 @@
-"""How checkpoints speak to nodes: of a cluster through Ray, or to the one of this process."""
+"""Calls of checkpoint steps on nodes. A cluster is called through Ray, the node of this process directly."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from tiered_kv.service.node import Node
 
 
 def asking_here(node: Node) -> Ask:
-    """How to ask the node of this process, whatever it is called."""
+    """Returns a function that calls the node of this process, whatever node names it is given."""
 
     def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
         return {name: _attempted(lambda: node.checkpoint(method, *arguments)) for name in nodes}
@@ -25,12 +25,12 @@ def _attempted(call: Callable[[], Any]) -> Any:
 
 
 def answers(ask: Ask, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-    """What all nodes answer; raises the first error, which names its node."""
+    """Call a method on all nodes. Returns their answers. Raises the first error, with the name of its node."""
     return good(ask(nodes, method, *arguments))
 
 
 def good(found: dict[str, Any]) -> dict[str, Any]:
-    """The answers, if none is an error; raises the first that is, which names its node."""
+    """Returns the answers if none is an error, else raises the first error with the name of its node."""
     for node, answer in found.items():
         if isinstance(answer, TieredKVError):
             raise TieredKVError(answer.kind, f"{node}: {answer}", **{"node": node, **answer.context}) from answer

@@ -1,6 +1,7 @@
-"""The checkpoints of one store: packs that they share, a manifest each, `LATEST`, and leases. docs/checkpoint-format.md has the rules.
+"""The checkpoints of one object store: shared packs, one manifest per checkpoint, `LATEST`, and leases.
 
-What a listing shows may lag behind or be gone already; unknown objects are left alone.
+docs/checkpoint-format.md has the rules. A listing may lack new objects, and may show deleted ones. Unknown objects are never
+changed.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.ops.collecting import Collected, collect
+from tiered_kv.ops.collecting import CollectionResult, collect
 from tiered_kv.ops.leases import COLLECTING, SKEW_S, TTL_S, Lease, mark_of, marks_in
 from tiered_kv.ops.manifest import Manifest, Model, created_of, is_like_manifest, new_name
 from tiered_kv.ops.verifying import Problem, verify
@@ -34,7 +35,7 @@ Block = tuple[BlockKey, BlockKey]  # key and root
 
 
 class Place(NamedTuple):
-    """Where the frame of a block lies."""
+    """The place of a block's frame: its pack, the bytes in it, and its codec."""
 
     pack: str
     offset: int
@@ -44,14 +45,18 @@ class Place(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Blocks, by key and root, that lie in packs which are there, and the bytes of all these packs."""
+    """The existing packs: the places of their blocks by key and root, and the size of each pack in bytes."""
 
     places: dict[Block, Place]
     packs: dict[str, int]
 
 
-class Listed(NamedTuple):
-    """One checkpoint for people. `bytes`: of its frames; `shared_bytes`: of packs that others name as well. `error`: why it is none."""
+class CheckpointSummary(NamedTuple):
+    """One checkpoint in a listing for people.
+
+    bytes: of its frames. pack_bytes: of its packs. shared_bytes: of its packs that other checkpoints use too. error: the reason
+    if the checkpoint is damaged, else None.
+    """
 
     name: str
     created_s: float
@@ -64,9 +69,9 @@ class Listed(NamedTuple):
 
 
 class Repository:
-    """The checkpoints in `store`. `now_s`: Unix time, which must be about the same for all who work on one store.
+    """The checkpoints in `store`. Thread-safe. Its methods raise (kind `storage`) if the store fails.
 
-    Raises (kind `storage`) when the store does. Thread-safe.
+    `now_s`: returns Unix time, which must be about the same for all processes that use the store.
     """
 
     def __init__(self, store: ObjectStore, now_s: Callable[[], float] = time.time, sleep: Callable[[float], object] = time.sleep) -> None:
@@ -75,22 +80,31 @@ class Repository:
         self._sleep = sleep
 
     def names(self) -> list[str]:
-        """Manifests by name, or what may be one: first those that people named, then the generated ones, oldest first."""
+        """Returns the names of all objects that may be manifests.
+
+        Names that people chose are first, then the generated ones, oldest first.
+        """
         return self.names_in(self.store.sizes())
 
     @staticmethod
     def names_in(listed: Iterable[str]) -> list[str]:
-        """As `names`, of a listing."""
+        """Returns the same as `names`, from the names of a listing."""
         return sorted(filter(may_be_manifest, listed), key=lambda name: (created_of(name) is not None, name))
 
     def latest(self) -> str:
-        """The newest checkpoint: of the generated ones that are listed and the one that LATEST names. Raises where there is none."""
+        """Returns the name of the newest checkpoint: of the listed generated ones and the one that LATEST names.
+
+        Raises (kind `storage`) if there is none.
+        """
         for name in self._newest():
             return name
         raise self._none_there()
 
     def read_latest(self, say: Callable[[str], object] = log.warning) -> tuple[str, Manifest]:
-        """The newest checkpoint whose manifest is whole, with its name; says which newer ones are damaged. Raises where there is none."""
+        """Returns the name and the manifest of the newest undamaged checkpoint. Calls `say` for each newer one that is damaged.
+
+        Raises (kind `storage`) if there is no checkpoint, and (kind `corrupt`) if all are damaged.
+        """
         damaged: list[TieredKVError] = []
         for name in self._newest():
             try:
@@ -99,21 +113,21 @@ class Repository:
                 if error.kind is not Kind.CORRUPT:
                     raise
                 damaged.append(error)
-                say(f"{error}; the one before it counts")
+                say(f"{error}; trying the next older one")
         raise damaged[0] if damaged else self._none_there()
 
     def _none_there(self) -> TieredKVError:
         return TieredKVError(Kind.STORAGE, f"there is no checkpoint in {self.store.url}", missing=True)
 
     def _newest(self) -> Iterator[str]:
-        """Checkpoints that are there, the newest first."""
+        """Yields the names of existing checkpoints, newest first."""
         listed = [name for name in self.names() if created_of(name) is not None]
         try:
             pointed = self.pointed()
         except TieredKVError as error:
             if error.kind is not Kind.CORRUPT:
                 raise
-            log.warning("%s; what is listed counts", error)
+            log.warning("%s; using the listing instead", error)
             pointed = None
         created = {name: created_of(name) for name in listed}
         if pointed is not None:
@@ -122,33 +136,39 @@ class Repository:
             if self.is_there(name):
                 yield name
             else:
-                log.warning("checkpoint %s is gone; the one before it counts", name)
+                log.warning("checkpoint %s was deleted; trying the next older one", name)
 
     def pointed(self) -> str | None:
-        """What LATEST says, None where it is missing; raises (kind `corrupt`) if it is damaged."""
+        """Returns the name in LATEST, or None if LATEST is missing. Raises (kind `corrupt`) if it is damaged."""
         try:
             content = bytes(self.store.get(LATEST))
         except TieredKVError as error:
             if error.context.get("missing"):
                 return None
             raise
-        said = _POINTER.fullmatch(content)
-        if not said or said["digest"].decode() != _name_digest(said["name"]):
+        pointer = _POINTER.fullmatch(content)
+        if not pointer or pointer["digest"].decode() != _name_digest(pointer["name"]):
             raise TieredKVError(Kind.CORRUPT, f"{LATEST} in {self.store.url} is damaged, or of a newer version", object=LATEST)
-        return said["name"].decode()
+        return pointer["name"].decode()
 
     def read(self, name: str | None = None) -> Manifest:
-        """The checkpoint of that name, None: the latest. Raises as `Manifest.read` and `latest`."""
+        """Returns the manifest of the checkpoint `name`, or of the latest if None.
+
+        Raises as `Manifest.read` and `latest`.
+        """
         return Manifest.read(self.store, self.latest() if name is None else name)
 
     def publish(self, manifest: Manifest, name: str | None = None, lease: Lease | None = None) -> str:
-        """Put a manifest whose packs are all there, and then LATEST; its name, a new one if none is given.
+        """Write a manifest whose packs all exist, and then LATEST. Returns the checkpoint's name, a generated one if None is given.
 
-        `lease`: renewed before; if it runs out meanwhile the packs are confirmed once more.
+        `lease`: renewed first. If it expires meanwhile, the packs are confirmed once more. Raises (kind `config`) for an invalid
+        name.
         """
         name = new_name(self.now_s()) if name is None else name
         if not may_be_manifest(name):
-            raise TieredKVError(Kind.CONFIG, f"{name!r} is no name for a checkpoint", setting="name")
+            raise TieredKVError(
+                Kind.CONFIG, f"name: must not be that of another kind of object, hidden or in a folder, got {name!r}", setting="name"
+            )
         if lease:
             lease.renew()
         manifest.write(self.store, name)
@@ -158,13 +178,14 @@ class Repository:
         return name
 
     def point(self, name: str) -> None:
-        """Let LATEST name this checkpoint."""
+        """Write the name of this checkpoint to LATEST."""
         self.store.put(LATEST, [b"TKVLATEST 1 %s %s\n" % (name.encode(), _name_digest(name.encode()).encode())])
 
     def known(self) -> Known:
-        """Every block in a pack that is listed in full: of all manifests, the newest last, and of packs that none of them names.
+        """Returns the blocks in all packs that are listed in full size.
 
-        What is damaged is logged and left out. Cost: reads every manifest, and the footers of what a crash has left.
+        They are from all manifests, of which the newest takes precedence, and from packs that no manifest names. Damaged objects
+        are logged and left out. Cost: reads every manifest, and the footers of packs that a crash has left.
         """
         sizes = self.store.sizes()
         packs = {name: nbytes for name, nbytes in sizes.items() if pack_prefix(name) == ""}
@@ -187,17 +208,20 @@ class Repository:
         return Known(places, packs)
 
     def confirm(self, packs: Iterable[tuple[str, int]]) -> None:
-        """Raise (kind `storage`), naming the first, unless each of these packs is there, by reading its end."""
+        """Check that each of these packs exists, by reading its footer.
+
+        Raises (kind `storage`) naming the first that does not.
+        """
         for problem in self._each(self._missing, list(packs)):
             if problem:
                 raise TieredKVError(Kind.STORAGE, problem, missing=True)
 
     @contextmanager
     def lease(self, kind: str = "checkpoint", say: Callable[[str], object] = log.info) -> Iterator[Lease]:
-        """Nothing is deleted here while this is held: by whoever writes checkpoints, or reads one that may not go meanwhile.
+        """Hold a lease until the end of the with block. Meanwhile no process deletes anything in this store.
 
-        Waits for somebody who is deleting, and says so. Renew it before it runs out (`TTL_S`). Raises (kind `storage`) where
-        that takes too long.
+        Writers of checkpoints need it, and readers whose checkpoint must not be deleted. If another process is deleting, this
+        calls `say` and waits for it. Raises (kind `storage`) if that takes too long. Renew the lease before `TTL_S` has passed.
         """
         self._await_collector(say)
         lease = Lease(self.store, kind, self.now_s)
@@ -207,12 +231,15 @@ class Repository:
         finally:
             lease.release()
 
-    def collect(self, keep: int | None) -> Collected:
-        """Delete generated checkpoints but the `keep` newest (None: none of them), and packs that no checkpoint names any more."""
+    def collect(self, keep: int | None) -> CollectionResult:
+        """Delete old checkpoints, and packs that no checkpoint uses. Returns the counts.
+
+        The `keep` newest generated checkpoints are kept, or all of them if None. Checkpoints that people named are always kept.
+        """
         return collect(self, keep)
 
-    def overview(self) -> list[Listed]:
-        """All checkpoints in the order of `names`, the damaged ones among them. Cost: reads every manifest."""
+    def overview(self) -> list[CheckpointSummary]:
+        """Returns all checkpoints in the order of `names`, including damaged ones. Cost: reads every manifest."""
         names = self.names()
         found = dict(zip(names, self._each(self._manifest_or_error, names), strict=True))
         users: dict[str, int] = {}
@@ -224,22 +251,25 @@ class Repository:
     def verify(
         self, names: Collection[str] | None = None, progress: Callable[[int, int], object] = lambda done, total: None
     ) -> list[Problem]:
-        """What is damaged of these checkpoints (None: of everything), reading every byte. `progress`: bytes done, bytes in all."""
+        """Read every byte of these checkpoints, or of the whole store if None. Returns the damaged and missing objects.
+
+        `progress`: called with the bytes done and the bytes in total.
+        """
         return verify(self, names, progress)
 
     def _each(self, function: Callable, items: Collection) -> list:
-        """`function` of each, in several threads, in order."""
+        """Call `function` on each item, in several threads. Returns the results in order."""
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(function, items))
 
     def is_there(self, name: str) -> bool:
-        """Whether the object can be read, whatever a listing says."""
+        """Returns whether the object exists, by reading it. Listings may be out of date."""
         try:
             self.store.get_range(name, 0, 1)
         except TieredKVError as error:
             if error.context.get("missing"):
                 return False
-            if error.kind is Kind.CORRUPT or self.store.sizes().get(name) == 0:  # some stores give no range of an empty object
+            if error.kind is Kind.CORRUPT or self.store.sizes().get(name) == 0:  # some stores refuse to read a range of an empty object
                 return True
             raise
         return True
@@ -252,14 +282,14 @@ class Repository:
         return created
 
     def _readable(self, name: str) -> Manifest | None:
-        """A manifest, None (logged) for what is none."""
+        """Returns a manifest, or None if it is damaged, which is logged, or does not exist."""
         manifest = self._manifest_or_error(name)
         if isinstance(manifest, TieredKVError):
             log.warning("left out: %s", manifest)
         return manifest if isinstance(manifest, Manifest) else None
 
     def _manifest_or_error(self, name: str) -> Manifest | TieredKVError | None:
-        """A manifest, or what is wrong with it; None for an object that is gone or was never one."""
+        """Returns a manifest, or the error if it is damaged, or None if the object does not exist or is not a manifest."""
         try:
             return Manifest.read(self.store, name)
         except TieredKVError as error:
@@ -270,7 +300,7 @@ class Repository:
             return error if self.is_manifest(name) else None
 
     def is_manifest(self, name: str) -> bool:
-        """Whether an object that cannot be read as a manifest is taken for one: by its name, or by how it begins."""
+        """Returns whether an unreadable object counts as a damaged manifest, judged by its name or its first bytes."""
         if name.endswith(".tkv"):
             return True
         try:
@@ -290,19 +320,23 @@ class Repository:
             return pack[0], ()
 
     def _missing(self, pack: tuple[str, int]) -> str | None:
+        """Returns a text that says what is missing of a pack, or None if it exists in full."""
         name, nbytes = pack
         try:
             trailer = unpack_trailer(self.store.get_range(name, max(nbytes - TRAILER_BYTES, 0), TRAILER_BYTES))
         except TieredKVError as error:
             if error.kind is not Kind.CORRUPT and not error.context.get("missing"):
                 raise
-            return f"the pack {name} is not there in full: {error}"
+            return f"the pack {name} is missing or incomplete: {error}"
         if trailer is None or trailer.rows_offset + footer_bytes(trailer.rows) != nbytes:
-            return f"the pack {name} is not there in full: its {nbytes} bytes do not end in its footer"
+            return f"the pack {name} is incomplete: its {nbytes} bytes do not end with its footer"
         return None
 
     def _await_collector(self, say: Callable[[str], object], lease: Lease | None = None) -> None:
-        """Return when nobody deletes, in a listing that shows the lease."""
+        """Wait for a listing that shows the lease and no live delete mark.
+
+        Raises (kind `storage`) if that takes too long.
+        """
         begun = self.now_s()
         while True:
             listed = self.store.sizes()
@@ -311,9 +345,11 @@ class Repository:
             if not marks and (lease is None or lease.name in listed):
                 return
             if now_s - begun > (TTL_S + SKEW_S + _LISTED_WITHIN_S if marks else _LISTED_WITHIN_S):
-                what = f"{marks[0]} still deletes" if marks else f"the listing does not show {lease.name}"
-                raise TieredKVError(Kind.STORAGE, f"waited in vain on {self.store.url}: {what}", object=what)
-            say(f"waiting for {marks[0]}, which deletes what no checkpoint needs" if marks else "waiting for the listing to show the lease")
+                what = f"{marks[0]} is still there" if marks else f"the listing does not show {lease.name}"
+                raise TieredKVError(Kind.STORAGE, f"gave up waiting for the store {self.store.url}: {what}", object=what)
+            say(
+                f"waiting for another process that deletes old packs ({marks[0]})" if marks else "waiting for the listing to show the lease"
+            )
             if lease:
                 lease.renew_if_half_gone()
             self._sleep(_POLL_S)
@@ -321,14 +357,19 @@ class Repository:
 
 @contextmanager
 def open_repository(url: str, *, create: bool = True) -> Iterator[Repository]:
-    """The checkpoints at a URL, as `open_store` knows them; closed at the end. `create=False`: to read only, a folder is not made."""
+    """Open the checkpoints at a URL of a form that `open_store` accepts, and close the store at the end.
+
+    `create=False`: for reading only; a missing folder is an error and is not created.
+    """
     with open_store(url, setting="url", create=create) as store:
         yield Repository(store)
 
 
 def reusable(known: Known, wanted: Iterable[Block]) -> dict[Block, Place]:
-    """Where wanted blocks may stay: in packs of which at least half is wanted. The others are to be written again, so that of all
-    packs that a checkpoint names no more than half is dead.
+    """Returns the places of wanted blocks in existing packs that a new checkpoint may reuse.
+
+    A pack is reused if at least half of its bytes are wanted. The blocks of other packs are written again. So at most half of
+    the bytes in a checkpoint's packs are unused.
     """
     found = {block: known.places[block] for block in wanted if block in known.places}
     live: dict[str, int] = {}
@@ -339,20 +380,20 @@ def reusable(known: Known, wanted: Iterable[Block]) -> dict[Block, Place]:
 
 
 def may_be_manifest(name: str) -> bool:
-    """Whether that can be the name of a checkpoint: no other object's of a repository, no hidden file's, in no folder."""
+    """Returns whether a name can be a checkpoint's: not that of another kind of object, not hidden, and not in a folder."""
     if not name or name == LATEST or "/" in name or "\n" in name or name.startswith(".") or name.endswith(".part"):
         return False
     return pack_prefix(name) is None and mark_of(name) is None
 
 
-def _listed(name: str, manifest: Manifest | TieredKVError, users: dict[str, int]) -> Listed:
+def _listed(name: str, manifest: Manifest | TieredKVError, users: dict[str, int]) -> CheckpointSummary:
     created_s = created_of(name) or 0.0
     if isinstance(manifest, TieredKVError):
-        return Listed(name, created_s, error=str(manifest))
+        return CheckpointSummary(name, created_s, error=str(manifest))
     shared = sum(nbytes for pack, nbytes in manifest.packs if users[pack] > 1)
     stored = sum(row.stored_bytes for row in manifest.rows)
     pack_bytes = sum(nbytes for _, nbytes in manifest.packs)
-    return Listed(name, manifest.created_s or created_s, len(manifest.rows), stored, pack_bytes, shared, manifest.models)
+    return CheckpointSummary(name, manifest.created_s or created_s, len(manifest.rows), stored, pack_bytes, shared, manifest.models)
 
 
 def _name_digest(name: bytes) -> str:

@@ -1,7 +1,8 @@
-"""Which blocks of the ranks of another world can be made of a checkpoint's, and of which of its blocks each consists.
+"""Plans resharding: which blocks for another number of tensor-parallel ranks can be built from a checkpoint's blocks.
 
-Ranks of one model in one world are a family: equal namespaces but for the rank, equal layouts. The key of a rank's block leads to the
-key of the whole model's (`keys.Chain`), and from there to the key of any rank of any world; no token ids are needed.
+A world is a number of ranks. The ranks of one model in one world are a family: their layouts are equal, and so are their
+namespaces except for the rank. From the key of a rank's block follows the key of the whole model's block (`keys.Chain`), and from
+that the key of any rank in any world. No token ids are needed.
 """
 
 from collections import Counter
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """A block of a rank of the new world. `sources`: the checkpoint's block for each of the `pieces`, see `service.resharding.join`."""
+    """A block to build for a rank of the new world.
+
+    `sources`: the checkpoint's block for each of `pieces` (`service.resharding.join`).
+    """
 
     key: BlockKey
     parent: BlockKey | None
@@ -32,8 +36,10 @@ class Target(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What a checkpoint is for a world: blocks to be made, parents before children and the hottest first; blocks that are of that
-    world already, in their order; the models of both; and in a sentence each what is left out, and why.
+    """The plan of a checkpoint for a world.
+
+    targets: blocks to build, parents before children and hottest first. unchanged: blocks that are of that world already, in
+    their order. models: the models of both. skipped: one sentence for each reason why blocks are left out.
     """
 
     targets: "list[Target]"
@@ -43,7 +49,7 @@ class Planned(NamedTuple):
 
 
 class _Rank(NamedTuple):
-    """A rank of the new world, and what it consists of."""
+    """A rank of the new world, its keys, and the pieces of source ranks that it consists of."""
 
     model: "Model"
     chain: Chain
@@ -58,7 +64,7 @@ class _Family:
 
 
 class _Member(NamedTuple):
-    """A rank of a family, as it is in the checkpoint."""
+    """A rank of a family in the checkpoint."""
 
     family: _Family
     rank: int
@@ -66,8 +72,8 @@ class _Member(NamedTuple):
 
 
 @dataclass
-class _Place:
-    """A family's blocks of the same tokens, by rank; its keys are those of the whole model."""
+class _BlockOfRanks:
+    """The blocks of a family for the same tokens, by rank. `key` and `parent` are keys of the whole model."""
 
     family: _Family
     key: BlockKey
@@ -76,13 +82,13 @@ class _Place:
 
 
 def plan(rows: "Iterable[Row]", models: "Iterable[Model]", world: int) -> Planned:
-    """What of `rows` (parents before children) ranks of `world` can use, and how. Cost: some 10 µs a block.
+    """Plan how the ranks of `world` can use `rows`, which have parents before children. Returns the plan.
 
-    A block is made where all ranks that it needs have theirs and the block before it was made; else the chain ends there. What
-    cannot be made is left out. Raises (kind `layout`) where that is everything.
+    A block is built if all its source ranks have their blocks, and if its parent is built or already of that world. Otherwise the
+    chain ends there, and its other blocks are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.
     """
     if type(world) is not int or world < 1:
-        raise TieredKVError(Kind.LAYOUT, f"world must be a whole number of at least 1, not {world!r}", world=world)
+        raise TieredKVError(Kind.LAYOUT, f"world: must be a whole number of at least 1, got {world!r}", world=world)
     planner = _Planner(world)
     for model in models:
         planner.know(model)
@@ -90,13 +96,13 @@ def plan(rows: "Iterable[Row]", models: "Iterable[Model]", world: int) -> Planne
         planner.add(row)
     planned = planner.planned()
     if planned.skipped and not planned.targets and not planned.unchanged:
-        message = f"nothing of the checkpoint can be restored for a world of {world}: {'; '.join(planned.skipped)}"
+        message = f"world: no block of the checkpoint can be restored for {world} ranks: {'; '.join(planned.skipped)}"
         raise TieredKVError(Kind.LAYOUT, message, world=world)
     return planned
 
 
 class _Planner:
-    """Models and rows as they come, put together to families and to places in their chains."""
+    """Collects models and rows, and groups them by family and by block of the whole model."""
 
     def __init__(self, world: int) -> None:
         self._world = world
@@ -104,12 +110,12 @@ class _Planner:
         self._members: dict[BlockKey, _Member] = {}
         self._refused: dict[BlockKey, str] = {}
         self._families: dict[tuple[Namespace, KVLayout], _Family] = {}
-        self._places: dict[tuple[_Family, BlockKey], _Place] = {}  # in the order of the rows
+        self._places: dict[tuple[_Family, BlockKey], _BlockOfRanks] = {}  # in the order of the rows
         self._unchanged: list[Row] = []
-        self._left_out: Counter[str] = Counter()  # blocks, by reason
+        self._left_out: Counter[str] = Counter()  # number of blocks by reason
 
     def know(self, model: "Model") -> None:
-        """Find out what becomes of the blocks of a model."""
+        """Add a model. Decides whether its blocks are unchanged, resharded or refused."""
         try:
             namespace = _namespace(model)
             if namespace.world == self._world:
@@ -123,7 +129,7 @@ class _Planner:
         layout = resharded(model.layout, namespace.world, self._world)
         chain = namespace.chain(model.layout)
         if chain.root != model.root:
-            raise TieredKVError(Kind.LAYOUT, "its namespace and layout are not those of its blocks")
+            raise TieredKVError(Kind.LAYOUT, "its namespace and layout do not match the root of its blocks")
         known = replace(namespace, rank=0), model.layout
         if known not in self._families:
             self._families[known] = _Family(_name(model), model.layout, self._ranks(model, namespace, layout))
@@ -139,24 +145,24 @@ class _Planner:
         return ranks
 
     def add(self, row: "Row") -> None:
-        """Put a row to those of other ranks at its place."""
+        """Add a row to the rows of other ranks for the same block of the whole model."""
         if row.root in self._kept:
             self._unchanged.append(row)
         elif row.root not in self._members:
-            self._left_out[self._refused.get(row.root, "a model that the checkpoint does not name")] += 1
+            self._left_out[self._refused.get(row.root, "blocks of a model that the checkpoint does not describe")] += 1
         else:
             family, rank, chain = self._members[row.root]
             if row.raw_bytes != family.layout.block_bytes:
-                self._left_out[f"{family.name}: not as large as its layout says"] += 1
+                self._left_out[f"{family.name}: the size of a block differs from its layout"] += 1
                 return
             key = chain.whole_key(row.key)
-            place = self._places.setdefault((family, key), _Place(family, key))
+            place = self._places.setdefault((family, key), _BlockOfRanks(family, key))
             place.rows[rank] = row
             if row.parent is not None:
                 place.parent = chain.whole_key(row.parent)
 
     def planned(self) -> Planned:
-        """What came, as a plan."""
+        """Returns the plan for all models and rows added so far."""
         made = {row.key for row in self._unchanged}
         models = {row.root: self._kept[row.root] for row in self._unchanged}
         targets: list[Target] = []
@@ -164,7 +170,7 @@ class _Planner:
         for place in self._places.values():
             for rank in place.family.ranks:
                 target = _target(place, rank)
-                if target.key in made:  # of another world's ranks, or there as it is
+                if target.key in made:  # already built from another world, or unchanged
                     continue
                 if None in target.sources or not (target.parent is None or target.parent in made):
                     lacking[target.key] = place.family.name
@@ -173,13 +179,13 @@ class _Planner:
                 models[target.root] = rank.model
                 targets.append(target)
         for name in (name for key, name in lacking.items() if key not in made):
-            self._left_out[f"{name}: a part of them, or the block before them, is not in the checkpoint"] += 1
+            self._left_out[f"{name}: a source block or the parent is not in the checkpoint"] += 1
         skipped = [f"{reason} (blocks left out: {count})" for reason, count in self._left_out.items()]
         return Planned(targets, self._unchanged, list(models.values()), skipped)
 
 
-def _target(place: _Place, rank: _Rank) -> Target:
-    """The block of a rank at a place; where a rank has none that it needs, that source is None."""
+def _target(place: _BlockOfRanks, rank: _Rank) -> Target:
+    """Returns the block of a rank to build. The source of a rank without this block is None."""
     sources = tuple(place.rows.get(piece.source) for piece in rank.pieces)
     known = place.rows.values()
     return Target(
@@ -198,7 +204,7 @@ def _namespace(model: "Model") -> Namespace:
     try:
         return Namespace(**model.namespace)
     except TypeError as error:
-        raise TieredKVError(Kind.LAYOUT, "its namespace is not known") from error
+        raise TieredKVError(Kind.LAYOUT, "its namespace is unknown") from error
 
 
 def _name(model: "Model") -> str:

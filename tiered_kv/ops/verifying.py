@@ -1,4 +1,4 @@
-"""Reading every byte of checkpoints to see what is damaged."""
+"""Verifies checkpoints by reading every byte, and reports damaged and missing objects."""
 
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,14 @@ THREADS = 8
 
 
 class Problem(NamedTuple):
-    """What is wrong with an object, or that it is missing."""
+    """A damaged or missing object, and what is wrong with it."""
 
     object: str
     message: str
 
 
 class _Frame(NamedTuple):
-    """A frame as a footer or a manifest has it."""
+    """A frame as a footer or a manifest describes it."""
 
     offset: int
     stored_bytes: int
@@ -41,7 +41,7 @@ class _Frame(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Frames of one pack that are read at once."""
+    """Frames of one pack that are read with one request."""
 
     pack: str
     frames: list[_Frame]
@@ -52,7 +52,7 @@ class _Range(NamedTuple):
 
 
 def verify(repository: "Repository", names: Collection[str] | None, progress: Callable[[int, int], object]) -> list[Problem]:
-    """As `Repository.verify`."""
+    """Verify as `Repository.verify` describes. Returns the problems, each once."""
     store = repository.store
     sizes = store.sizes()
     chosen = repository.names_in(sizes) if names is None else list(names)
@@ -64,7 +64,7 @@ def verify(repository: "Repository", names: Collection[str] | None, progress: Ca
         for pack, nbytes in manifest.packs:
             packs.setdefault(pack, sizes.get(pack, nbytes))
             if packs[pack] != nbytes:
-                problems.append(Problem(pack, f"it has {packs[pack]} bytes; checkpoint {name} says {nbytes}"))
+                problems.append(Problem(pack, f"it must have {nbytes} bytes as listed in checkpoint {name}, got {packs[pack]}"))
     with ThreadPoolExecutor(THREADS) as pool:
         footers = dict(zip(packs, pool.map(lambda pack: _footer(store, *pack), packs.items()), strict=True))
         problems += [found for found in footers.values() if isinstance(found, Problem)]
@@ -73,7 +73,7 @@ def verify(repository: "Repository", names: Collection[str] | None, progress: Ca
             problems += _rows(name, manifest, footers, frames)
         for pack, nbytes in packs.items():
             beyond = {frame for frame in frames[pack] if frame.end > nbytes}
-            problems += [Problem(pack, f"at byte {frame.offset}: it ends before that block does") for frame in beyond]
+            problems += [Problem(pack, f"at byte {frame.offset}: the pack ends within this block") for frame in beyond]
             frames[pack] -= beyond
         ranges = [each for pack, found in frames.items() for each in _ranges(pack, found)]
         done, total = 0, sum(each.nbytes for each in ranges)
@@ -85,8 +85,11 @@ def verify(repository: "Repository", names: Collection[str] | None, progress: Ca
     return list(dict.fromkeys(problems))
 
 
-def _manifests(repository: "Repository", names: Iterable[str], asked_for: bool) -> tuple[dict[str, Manifest], list[Problem]]:
-    """Those that can be read; an object that was never one is a problem if it was asked for."""
+def _manifests(repository: "Repository", names: Iterable[str], were_named: bool) -> tuple[dict[str, Manifest], list[Problem]]:
+    """Read manifests. Returns those that are valid, and the problems of the others.
+
+    An object that was never a manifest is a problem only if the caller named it.
+    """
     found: dict[str, Manifest] = {}
     problems: list[Problem] = []
     for name in names:
@@ -95,7 +98,7 @@ def _manifests(repository: "Repository", names: Iterable[str], asked_for: bool) 
         except TieredKVError as error:
             if not _is_damage(error):
                 raise
-            if asked_for or error.kind is Kind.STORAGE or repository.is_manifest(name):
+            if were_named or error.kind is Kind.STORAGE or repository.is_manifest(name):
                 problems.append(Problem(name, str(error)))
     return found, problems
 
@@ -108,7 +111,7 @@ def _pointer(repository: "Repository") -> list[Problem]:
             raise
         return [Problem("LATEST", str(error))]
     if pointed is not None and not repository.is_there(pointed):
-        return [Problem("LATEST", f"it names {pointed}, which is not there")]
+        return [Problem("LATEST", f"it names {pointed}, which does not exist")]
     return []
 
 
@@ -123,18 +126,21 @@ def _footer(store: ObjectStore, pack: str, nbytes: int) -> set[_Frame] | Problem
 
 
 def _rows(name: str, manifest: Manifest, footers: dict[str, set[_Frame] | Problem], frames: dict[str, set[_Frame]]) -> Iterable[Problem]:
-    """Rows that are not in their pack's footer; adds to `frames` what of a pack without footer a manifest knows."""
+    """Yields a problem for each row that is not in its pack's footer.
+
+    If a pack has no valid footer, its rows are added to `frames` instead, so that they are still verified.
+    """
     for row in manifest.rows:
         pack = manifest.packs[row.pack][0]
         frame = _Frame(row.offset, row.stored_bytes, row.key, row.root, row.raw_bytes, row.codec)
         if isinstance(footers[pack], Problem):
             frames[pack].add(frame)
         elif frame not in footers[pack]:
-            yield Problem(name, f"its block {row.key.hex()} is not in the pack {pack} as it says")
+            yield Problem(name, f"its block {row.key.hex()} is not in the footer of pack {pack} as described")
 
 
 def _ranges(pack: str, frames: Collection[_Frame]) -> Iterable[_Range]:
-    """Frames in ranges of up to `RANGE_BYTES`, or of one larger frame."""
+    """Yields the frames in ranges of up to `RANGE_BYTES`. A larger frame is a range of its own."""
     current: list[_Frame] = []
     for frame in sorted(frames, key=lambda frame: (frame.offset, frame.stored_bytes, frame.key)):
         if current and frame.end - current[0].offset > RANGE_BYTES:
@@ -162,7 +168,9 @@ def _read(store: ObjectStore, each: _Range) -> list[Problem]:
             problems.append(Problem(each.pack, f"{where}: {error}"))
             continue
         if (found.codec.id, found.raw_bytes) != (frame.codec, frame.raw_bytes):
-            problems.append(Problem(each.pack, f"{where}: the frame is of codec {found.codec.id}, not {frame.codec} as is said of it"))
+            expected = f"codec {frame.codec} and {frame.raw_bytes} raw bytes"
+            message = f"{where}: the frame must have {expected}, got {found.codec.id} and {found.raw_bytes}"
+            problems.append(Problem(each.pack, message))
     return problems
 
 

@@ -1,4 +1,4 @@
-"""One thread: tiny models on cores that others use as well, where threads would wait for each other."""
+"""One thread: on shared cores, several threads of a tiny model would wait for each other."""
 
 import pytest
 

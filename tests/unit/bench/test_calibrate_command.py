@@ -1,4 +1,4 @@
-"""`tiered-kv calibrate`: the file where nodes look for it, what was measured in it, and what is refused."""
+"""`tiered-kv calibrate`: the place of its file, the measured figures in it, and invalid options."""
 
 import io
 import json
@@ -27,14 +27,14 @@ CODECS = ["lossless", "int8", "ecuq:1e-4", "xlayer:1e-4", "xlayer:2e-4"]
 
 
 def made(model: Any, *_: Any, tokens: int, say: Callable[[str], None]) -> Calibration:
-    """A calibration for the shape and weights of a tiny model, without a fit."""
+    """Returns a calibration for the shape and weights of a tiny model, without fitting."""
     say("fitted")
     return replace(calibrations.calibration(), weights=weights_digests(model), tokens=tokens)
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of calibrations; models are tiny, few codecs are measured, on few bytes."""
+    """The folder of calibration files. Models are tiny, and few codecs are measured on few bytes."""
     monkeypatch.setattr(subject, "load_model", lambda name, dtype: (tiny("llama", dtype), words))
     monkeypatch.setattr(calibrate, "calibrate", made)
     monkeypatch.setattr(calibration, "CODECS", CODECS[:2])
@@ -63,7 +63,7 @@ def test_nodes_find_the_file_by_the_weights_in_each_dtype(cache: Path) -> None:
     assert "near_exact" in said.getvalue() and str(cache) in said.getvalue()
 
 
-def test_codec_eval_uses_it_and_refuses_that_of_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_codec_eval_uses_a_calibration_and_refuses_one_of_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     path = str(tmp_path / "own.tkvcal")
     assert main(["calibrate", "default", "--out", path, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"] == [path]
@@ -72,10 +72,10 @@ def test_codec_eval_uses_it_and_refuses_that_of_other_weights(tmp_path: Path, ca
     assert json.loads(capsys.readouterr().out)["results"][0]["codec"] == "xlayer:1e-3:1e-4"
     monkeypatch.setattr(subject, "load_model", lambda name, dtype: (tiny("llama", dtype, seed=1), words))
     assert main(evaluated) == 2
-    assert "is of other weights" in capsys.readouterr().out
+    assert "was fitted to other weights" in capsys.readouterr().out
 
 
-def test_the_last_block_of_the_prefix_has_the_second_step() -> None:
+def test_the_last_block_of_the_prefix_uses_the_second_step() -> None:
     model = tiny()
     table = fitted(model, [prompt_of(60, seed) for seed in range(16)], 12)
     steps = ("xlayer:1e-2", "xlayer:1e-2:1e-3", "xlayer:1e-3")
@@ -84,7 +84,7 @@ def test_the_last_block_of_the_prefix_has_the_second_step() -> None:
     assert fine.ratio < tail.ratio < coarse.ratio
 
 
-def test_what_was_written_before_is_replaced(cache: Path) -> None:
+def test_an_existing_file_is_replaced(cache: Path) -> None:
     first = calibrations.calibration()
     for each in (first, replace(first, tokens=60_000)):
         written(each, None)
@@ -115,11 +115,11 @@ def test_texts_are_whole_files_or_json_lines(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--text", "none.txt"], "--text: cannot read none.txt"),
-        (["--out", "none/a.tkvcal"], "--out: none/a.tkvcal is in no folder"),
-        (["--tokens", "9999"], "at least 10000 are needed"),
+        (["--out", "none/a.tkvcal"], "--out: the folder of none/a.tkvcal does not exist"),
+        (["--tokens", "9999"], "--tokens: must be at least 10000, got 9999"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(
+def test_invalid_options_are_refused_by_name(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()

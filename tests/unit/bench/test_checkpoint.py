@@ -1,4 +1,4 @@
-"""`bench checkpoint`, in miniature: every figure is there, and nothing is left behind."""
+"""`bench checkpoint` with little data: it reports every figure, and leaves nothing behind."""
 
 import io
 import os
@@ -17,7 +17,7 @@ TINY = checkpoint.Plan((SMALL,), 32 << 20, 24 << 20, 1, 4 << 20, 1, serving.Plan
 
 @pytest.fixture(scope="module", autouse=True)
 def runtime() -> None:
-    """What the library opens for its first request, and keeps open."""
+    """Makes a first request, because obstore keeps files open from then on."""
     if find_spec("obstore"):
         import obstore
         import obstore.store
@@ -26,7 +26,7 @@ def runtime() -> None:
 
 
 @pytest.mark.skipif(not (find_spec("moto") and find_spec("obstore")), reason="an S3 server and its client are needed")
-def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_every_figure_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(checkpoint, "QUICK", TINY)
     monkeypatch.setattr(checkpoint, "SETTLE_S", 0.0)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -39,7 +39,7 @@ def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
         ("restore", "get", SMALL),
     ]
     assert all(each["vs_plain"] > 0 and each["repetitions"] == 1 for each in report["results"])
-    assert 0 < report["second"][0]["new_share"] < report["second"][0]["share"] < 0.5, "new blocks, rows and all"
+    assert 0 < report["second"][0]["new_share"] < report["second"][0]["share"] < 0.5, "the new blocks and their manifest rows"
     hit = report["first_hit"]
     assert hit["blocks"] == hit["mounted"] >= hit["filled_blocks"] > 0
     assert 0 < hit["mounted_s"] < hit["hit_s"]
@@ -61,7 +61,7 @@ def test_without_a_server_object_storage_is_left_out(monkeypatch: pytest.MonkeyP
     assert "object storage is not measured" in lines[0]
 
 
-def test_chains_are_like_no_other_and_the_plain_sides_bytes_have_their_sizes() -> None:
+def test_chains_are_distinct_and_the_baselines_bodies_have_the_given_sizes() -> None:
     blocks = Blocks(LAYOUTS[SMALL])
     assert not set(blocks.keys(0)) & set(blocks.keys(1))
     assert blocks.raw(0, 1).numel() == SMALL

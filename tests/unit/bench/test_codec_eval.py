@@ -1,4 +1,4 @@
-"""`tiered-kv codec-eval` and `calibrate`: what is printed, the JSON, the picture, and what is refused."""
+"""`tiered-kv codec-eval`: its table, JSON and plot, and invalid options."""
 
 import io
 import json
@@ -22,13 +22,13 @@ SMALL = dict(prefix_tokens=40, continue_tokens=8, block_tokens=16)
 
 
 def words(text: str, return_tensors: str = "pt") -> dict:
-    """A tokenizer for tiny models: one token a word, the word's length."""
+    """A tokenizer for tiny models: each word becomes one token, the word's length."""
     return {"input_ids": torch.tensor([[1 + len(word) % 90 for word in text.split()]])}
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> str:
-    """A file with three prompts, of which the second is too short."""
+    """A file with three prompts. The second is too short."""
     path = tmp_path / "prompts.jsonl"
     texts = [" ".join("x" * int(each) for each in prompt_of(count, seed)[0]) for seed, count in enumerate((50, 20, 60))]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -37,20 +37,20 @@ def prompts(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _tiny_subject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Models are tiny, speeds are of few bytes, and nobody finds a calibration that is none of ours."""
+    """Models are tiny, speeds are measured on few bytes, and no other calibration file is found."""
     monkeypatch.setattr(subject, "load_model", lambda name, dtype: (tiny(name or "llama", dtype), words))
     monkeypatch.setattr(evaluation, "speeds", lambda *given, **named: speeds.speeds(*given, working_set_bytes=1 << 16, turns=1, **named))
     monkeypatch.setenv("TIERED_KV_CACHE", str(tmp_path / "cache"))
 
 
 def printed(**settings: Any) -> tuple[str, dict]:
-    """What one run says to people, and what it returns."""
+    """Run `codec-eval`. Returns the printed text, and the results."""
     said = io.StringIO()
     found = run_codec_eval(EvalOptions(**{"model": "default", **SMALL, **settings}), Console(width=200, file=said))
     return said.getvalue(), found
 
 
-def test_the_table_says_what_the_records_say(prompts: str) -> None:
+def test_the_table_shows_the_figures_of_the_records(prompts: str) -> None:
     text, found = printed(prompts=prompts, codec="lossless,int8,int4")
     assert (found["prompts"], found["skipped_prompts"]) == (2, 1)
     assert "1 texts are too short" in text
@@ -63,14 +63,14 @@ def test_the_table_says_what_the_records_say(prompts: str) -> None:
     assert f"{int4['kl']:.1e}" in text
 
 
-def test_a_limit_and_the_dtype_of_the_kv_are_heard(prompts: str) -> None:
+def test_the_limit_and_the_dtype_of_the_kv_are_used(prompts: str) -> None:
     _, found = printed(prompts=prompts, codec="raw", limit=1, dtype="float32")
     layout = subject.check_supported(tiny()).layout(16)
     assert found["prompts"] == 1
     assert found["results"][0]["bytes_per_token"] * found["results"][0]["ratio"] == pytest.approx(layout.token_bytes)
 
 
-def test_all_leaves_out_what_needs_a_calibration_and_says_so(prompts: str) -> None:
+def test_all_leaves_out_codecs_that_need_a_calibration_and_says_so(prompts: str) -> None:
     text, found = printed(prompts=prompts)
     assert [each["codec"] for each in found["results"]] == ["lossless", "int8", "int6", "int4", "fp8"]
     assert "tiered-kv calibrate default" in text
@@ -81,10 +81,10 @@ def test_json_is_one_object_on_standard_output(prompts: str, capsys: pytest.Capt
     assert main(["codec-eval", "gpt2", "--prompts", prompts, "--codec", "int8, raw", *numbers, "--json"]) == 0
     captured = capsys.readouterr()
     assert [each["codec"] for each in json.loads(captured.out)["results"]] == ["int8", "raw"]
-    assert "bytes" in captured.err, "the table is there too"
+    assert "bytes" in captured.err, "the table is printed to standard error"
 
 
-def test_the_picture_is_drawn(prompts: str, tmp_path: Path) -> None:
+def test_the_plot_is_written(prompts: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     text, _ = printed(prompts=prompts, codec="lossless,int8,int4", plot=str(tmp_path / "curve.png"))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -102,40 +102,40 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(prompts: str, mon
     ("arguments", "said"),
     [
         (["--codec", "int9"], "--codec: unknown codec 'int9'"),
-        (["--codec", "int8,int8"], "--codec: int8 is there twice"),
+        (["--codec", "int8,int8"], "--codec: each codec must be named only once, got int8 twice"),
         (["--codec", ""], "--codec: unknown codec ''"),
         (["--codec", "int8:3"], "--codec: codec 'int8' takes no parameters"),
         (["--codec", "xlayer:fast"], "--codec: codec must be xlayer, xlayer:STEP or"),
-        (["--codec", "xlayer:1e-4"], "--codec: xlayer:1e-4 needs a calibrated model; run: tiered-kv calibrate default"),
-        (["--codec", "raw,ecuq"], "--codec: ecuq needs a calibrated model"),
+        (["--codec", "xlayer:1e-4"], "--codec: xlayer:1e-4 needs a calibration file for the model; run: tiered-kv calibrate default"),
+        (["--codec", "raw,ecuq"], "--codec: ecuq needs a calibration file for the model"),
         (["--calibration", "none.tkvcal"], "--calibration: none.tkvcal"),
         (["--prompts", "none.jsonl"], "--prompts: cannot read none.jsonl"),
         (["--prefix-tokens", "32"], "--prefix-tokens: must be at least 64"),
         (["--continue-tokens", "1"], "--continue-tokens: must be at least 2"),
         (["--block-tokens", "0"], "--block-tokens: must be at least 1"),
         (["--limit", "0"], "--limit: must be at least 1"),
-        (["--prefix-tokens", "500"], "--prefix-tokens: with --continue-tokens that is 628; default reads at most 512"),
+        (["--prefix-tokens", "500"], "--prefix-tokens: the sum with --continue-tokens must be at most 512 for default, got 628"),
         (["--plot", "curve.doc"], "--plot: curve.doc has none of the endings"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_invalid_options_are_refused_by_name(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["codec-eval", "default", "--prefix-tokens", "128", *arguments]) == 2
     assert said in capsys.readouterr().out
 
 
-def test_a_model_that_cannot_be_served_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_error_for_an_unsupported_model_has_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(subject, "load_model", lambda name, dtype: (tiny("mistral", sliding_window=16), words))
     for command in (["codec-eval", "default", "--prefix-tokens", "128"], ["calibrate", "default"]):
         assert main(command) == 1
         assert "sliding window" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_codecs_are_taken_apart_at_commas() -> None:
+def test_codec_names_are_split_at_commas() -> None:
     assert codecs_of("int8, xlayer:2e-4:3e-5") == ["int8", "xlayer:2e-4:3e-5"]
     assert codecs_of("all", ("int4",)) == ["int4"]
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture) -> None:
+def test_progress_is_printed_in_lines_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
     with counting("prompt", 2, Console(file=io.StringIO())) as advance:
         for _ in range(6):
             advance(1 / 3)

@@ -13,7 +13,7 @@ from tiered_kv.cluster.cli import main
 
 
 class Letters:
-    """A tokenizer of 40 letters a token, so that a document has some hundred."""
+    """A tokenizer that makes one token of 40 letters, so that a document has a few hundred tokens."""
 
     chat_template = None
 
@@ -25,11 +25,11 @@ class Letters:
 
 
 def loaded(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A tiny model whose block is 96 KiB."""
+    """Returns a tiny model with blocks of 96 KiB, and a tokenizer."""
     return tiny("llama", dtype, num_hidden_layers=6, hidden_size=256, num_key_value_heads=4), Letters()
 
 
-def test_a_request_s_kv_is_what_one_run_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kv_of_a_request_equals_that_of_one_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "load_model", loaded)
     measured = subject.Subject.load("default")
     requests = held.requests_of(measured, 2, lambda line: None)
@@ -37,11 +37,11 @@ def test_a_request_s_kv_is_what_one_run_gives(monkeypatch: pytest.MonkeyPatch) -
     for first, request in zip(requests[:4], requests[4:], strict=True):
         alone = held.prefix_kv(measured.model, torch.tensor([request.ids]), torch.bfloat16)
         assert request.kv.shape == alone.shape
-        assert torch.equal(request.kv[..., :64, :], first.kv[..., :64, :]), "the document's is that of the first question"
+        assert torch.equal(request.kv[..., :64, :], first.kv[..., :64, :]), "the document's KV is shared with the first question"
         assert (request.kv.float() - alone.float()).norm() < 0.02 * alone.float().norm()
 
 
-def test_every_order_quality_and_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_order_quality_and_size_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "load_model", loaded)
     monkeypatch.setattr(held, "AMPLE_BYTES", 64 << 20)
     report = held.run_held_bench(quick=True, say=lambda line: None)
@@ -52,15 +52,15 @@ def test_every_order_quality_and_size_is_told(monkeypatch: pytest.MonkeyPatch) -
     said = io.StringIO()
     held.show(report, Console(width=200, file=said))
     assert f"{ratios['turn', 'exact', 1.0]:.4f}" in said.getvalue()
-    assert "beside exact with twice the memory" in said.getvalue()
+    assert "near_exact compared with exact in twice the memory" in said.getvalue()
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fetch", "--codec", "int8"], "--codec: is for bench codec, not fetch"),
-        (["held", "--folder", "here"], "--folder: is for bench disk and checkpoint, not held"),
-        (["disk", "--model", "default"], "--model: is for bench codec and held, not disk"),
+        (["fetch", "--codec", "int8"], "--codec: only allowed with bench codec, got bench fetch"),
+        (["held", "--folder", "here"], "--folder: only allowed with bench disk and checkpoint, got bench held"),
+        (["disk", "--model", "default"], "--model: only allowed with bench codec and held, got bench disk"),
     ],
 )
 def test_options_of_another_bench_are_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""The evaluation of codecs on a model: exact ones cost nothing, and worse ones more."""
+"""The quality of codecs on a model: exact codecs have no error, and fewer bits have more."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tiered_kv.bench.quality import as_records, evaluate
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_lossless_costs_nothing_and_fewer_bits_cost_more(family: str) -> None:
+def test_lossless_has_no_error_and_fewer_bits_have_more(family: str) -> None:
     model = tiny(family)
     prompts = [prompt_of(60, seed) for seed in (1, 2)]
     results = evaluate(model, prompts, ("raw", "lossless", "int8", "int4"), prefix_tokens=40, block_tokens=16)
@@ -20,7 +20,7 @@ def test_lossless_costs_nothing_and_fewer_bits_cost_more(family: str) -> None:
     assert [record["codec"] for record in as_records(results)] == ["raw", "lossless", "int8", "int4"]
 
 
-def test_what_was_done_is_told_in_parts_of_prompts() -> None:
+def test_progress_is_reported_in_parts_of_prompts() -> None:
     told: list[float] = []
     evaluate(tiny(), [prompt_of(40), prompt_of(40, 2)], ("raw", "int8"), prefix_tokens=32, block_tokens=16, advance=told.append)
     assert len(told) == 6

@@ -1,4 +1,4 @@
-"""Speeds of codecs: of every codec and size, by one thread and by two. How fast is nobody's test."""
+"""Speeds of codecs are measured for every codec and size, with one and two threads. No test asserts a speed."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KV = torch.randn(2, 2, 1, 64, 8, generator=torch.Generator().manual_seed(0)).bfl
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_speeds_are_of_every_codec_and_size(threads: int) -> None:
+def test_speeds_are_measured_for_every_codec_and_size(threads: int) -> None:
     before = torch.get_num_threads()
     found = speeds([KV], ("raw", "int4"), b"", (16, 64), threads=threads, working_set_bytes=1 << 18, turns=2)
     assert [(each["codec"], each["block_tokens"], each["threads"]) for each in found] == [
@@ -25,7 +25,7 @@ def test_speeds_are_of_every_codec_and_size(threads: int) -> None:
 
 
 def test_each_text_begins_at_position_0() -> None:
-    """Two texts one behind the other would be turned back from positions where they never were."""
+    """If two texts were concatenated, the second would be rotated back from wrong positions."""
     model = tiny()
     table = fitted(model, [prompt_of(60, seed) for seed in range(16)], 12)
     kvs = [prefix_kv(model, prompt_of(32, seed), torch.bfloat16) for seed in (101, 102)]

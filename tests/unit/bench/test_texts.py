@@ -1,4 +1,4 @@
-"""The prompts of measurements: where they come from, how they are cut, and what is refused."""
+"""The prompts of measurements: their sources, how they are cut, and which files are refused."""
 
 import json
 from itertools import islice
@@ -14,7 +14,7 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 def by_character(text: str, return_tensors: str) -> dict:
-    """A tokenizer for which ten characters are a token."""
+    """A tokenizer that makes one token of ten characters."""
     return {"input_ids": torch.arange(len(text) // 10)[None]}
 
 
@@ -24,7 +24,7 @@ def test_prompts_are_cut_to_size_and_short_texts_are_counted() -> None:
     assert [ids.tolist() for ids in found.ids] == [[list(range(8))]] * 2
 
 
-def test_a_limit_ends_the_reading() -> None:
+def test_no_text_is_read_beyond_the_limit() -> None:
     texts = iter(["short", *["long" * 30] * 3])
     assert prompts_of(by_character, texts, 8, limit=1).skipped == 1
     assert len(list(texts)) == 2
@@ -37,13 +37,13 @@ def test_a_text_of_long_tokens_is_read_to_its_end() -> None:
     assert len(prompts_of(tokenizer, ["x" * 1000], 8).ids) == 1
 
 
-def test_without_a_prompt_that_is_long_enough_it_says_so() -> None:
-    with pytest.raises(TieredKVError, match="--prompts: none of 2 texts has the 8 tokens") as caught:
+def test_texts_that_are_all_too_short_are_an_error() -> None:
+    with pytest.raises(TieredKVError, match=r"--prompts: a text must have 8 tokens .*got 2 shorter texts") as caught:
         prompts_of(by_character, ["short", "brief"], 8)
     assert caught.value.kind is Kind.CONFIG
 
 
-def test_there_are_texts_on_every_machine_and_none_is_calibrated_on() -> None:
+def test_built_in_texts_exist_and_none_is_used_for_calibration() -> None:
     measured = list(islice(own_texts(), OWN_TEXTS))
     assert "longitude" in "".join(measured[:4]).lower()
     assert "import" in measured[4]
@@ -60,15 +60,15 @@ def test_texts_are_read_from_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "has no text"),
-        ("\n\n", "has no text"),
+        ("", "contains no texts"),
+        ("\n\n", "contains no texts"),
         ('{"text": "a"}\n{"text"', "line 2: not JSON"),
-        ('{"text": "a"}\n\n{"txt": "b"}', 'line 3: needs the text "text"'),
-        ('{"text": 5}', "line 1: needs the text"),
-        ('["text"]', "line 1: needs the text"),
+        ('{"text": "a"}\n\n{"txt": "b"}', 'line 3: must be an object with a string "text"'),
+        ('{"text": 5}', 'line 1: must be an object with a string "text"'),
+        ('["text"]', 'line 1: must be an object with a string "text"'),
     ],
 )
-def test_files_that_are_no_prompts_are_refused_by_line(tmp_path: Path, content: str, said: str) -> None:
+def test_the_error_for_a_bad_prompts_file_names_the_line(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     with pytest.raises(TieredKVError, match=r"^--prompts: .*prompts.jsonl") as caught:
@@ -87,7 +87,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, content: object) 
         texts_from(str(path))
 
 
-def test_what_the_flag_is_called_is_said(tmp_path: Path) -> None:
+def test_the_error_names_the_flag(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"words": "none"}))
     with pytest.raises(TieredKVError, match="--text: "):

@@ -1,4 +1,4 @@
-"""Calibration of tiny random models: what is refused, what the tables are worth, and which model they belong to."""
+"""Calibration of tiny random models: invalid input, the quality of the tables, and the model that they belong to."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tiered_kv.keys import Namespace
 
 
 class Characters:
-    """A tokenizer: a token for each character, one at the beginning of a text."""
+    """A tokenizer that makes one token of each character, and one start token."""
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
         return {"input_ids": [1] * add_special_tokens + [ord(character) % VOCAB for character in text]}
@@ -37,13 +37,13 @@ def test_tables_of_a_model_are_for_its_shape_and_weights(fit) -> None:
     assert (made.rope == b"") is hasattr(model.base_model, "wpe")
 
 
-def test_it_is_valid_for_the_model_in_other_dtypes() -> None:
+def test_a_calibration_is_valid_for_the_model_in_other_dtypes() -> None:
     weights = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12).weights
     assert [Namespace.of(tiny("llama", dtype)).weights for dtype in (torch.bfloat16, torch.float16)] == list(weights[1:])
     assert Namespace.of(tiny("llama", seed=1)).weights not in weights
 
 
-def test_codecs_fitted_to_a_model_keep_its_kv(fit, tmp_path: Path) -> None:
+def test_codecs_fitted_to_a_model_encode_its_kv_with_small_error(fit, tmp_path: Path) -> None:
     model, made = fit
     made.save(tmp_path / "a")
     again = Calibration.load(tmp_path / "a")
@@ -55,7 +55,7 @@ def test_codecs_fitted_to_a_model_keep_its_kv(fit, tmp_path: Path) -> None:
     assert coarse.error <= made.bound("ecuq", 3e-2) and coarse_x.error <= made.bound("xlayer", 0.015)
 
 
-def test_steps_are_scaled_to_what_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_scaled_to_the_promised_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12)
     for kl, factor in ((4 * PROMISED["ecuq:1e-4"], 0.5), (0.0, 1.0), (1e9, 1 / FACTOR_MAX), (1e-12, FACTOR_MAX)):
         monkeypatch.setattr("tiered_kv.calibrate.unit.measured", lambda *given, kl=kl: {"ecuq:1e-4": kl})
@@ -79,7 +79,7 @@ def test_the_same_texts_give_the_same_tables() -> None:
     assert made[0].fingerprint == made[1].fingerprint
 
 
-def test_a_model_stays_as_it_was() -> None:
+def test_fitting_does_not_change_the_model() -> None:
     model = tiny("llama")
     model.lm_head.weight.requires_grad_(False)
     before = Namespace.of(model).weights
@@ -103,28 +103,28 @@ def test_a_wide_model_is_fitted_by_groups_of_heads() -> None:
     [(134_515_008, 30, 3, 64, 1), (8_030_261_248, 32, 8, 128, 2), (70_553_706_496, 80, 8, 128, 1), (6_738_415_616, 32, 32, 128, 32)],
     ids=["SmolLM2-135M", "Llama-3-8B", "Llama-3-70B", "Llama-2-7B"],
 )
-def test_decoding_costs_a_twentieth_of_a_prefill_at_most(parameters: int, layers: int, heads: int, dim: int, groups: int) -> None:
+def test_decoding_costs_at_most_a_twentieth_of_a_prefill(parameters: int, layers: int, heads: int, dim: int, groups: int) -> None:
     assert groups_of(parameters, layers, heads, dim) == groups
     if 2 * heads * dim > 512:
         assert 3 * (2 * heads * dim) ** 2 * layers / groups <= COST_PART * parameters
 
 
-def test_too_little_text_is_refused_with_what_is_needed() -> None:
-    with pytest.raises(TieredKVError, match=r"--text: 5\d* tokens are too few.*10000") as caught:
+def test_too_little_text_is_refused_with_the_needed_amount() -> None:
+    with pytest.raises(TieredKVError, match=r"--text: must have at least 10000 tokens.*got 5\d*") as caught:
         calibrate(tiny("llama"), Characters(), ["hello " * 900])
     assert caught.value.kind is Kind.CONFIG
-    with pytest.raises(TieredKVError, match="--tokens: at least 10000"):
+    with pytest.raises(TieredKVError, match="--tokens: must be at least 10000, got 9999"):
         calibrate(tiny("llama"), Characters(), tokens=9_999)
 
 
-def test_a_model_that_turns_its_keys_in_an_unknown_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_an_unsupported_rope_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiered_kv.calibrate.engine.rope_of_model", lambda model: None)
-    with pytest.raises(TieredKVError, match="how it turns its keys") as caught:
+    with pytest.raises(TieredKVError, match=r"its rotary embedding \(RoPE\) is not supported") as caught:
         fitted(tiny("llama"), [prompt_of(60)], 12)
     assert caught.value.kind is Kind.MODEL
 
 
-def test_prompts_take_turns_among_texts_and_begin_as_texts_do() -> None:
+def test_prompts_alternate_between_texts_and_have_start_tokens() -> None:
     texts = [character * 500 for character in "abc"]
     prompts = prompts_of(Characters(), texts, 700, 101, least=0)
     assert [ids.shape for ids in prompts] == [(1, 101)] * 7
@@ -132,7 +132,7 @@ def test_prompts_take_turns_among_texts_and_begin_as_texts_do() -> None:
     assert all(int(ids[0, 0]) == 1 for ids in prompts)
 
 
-def test_own_texts_are_many_and_not_those_of_measurements() -> None:
+def test_built_in_texts_are_many_and_exclude_those_of_measurements() -> None:
     import sysconfig
 
     texts = own_texts()

@@ -121,7 +121,7 @@ def test_a_pickle_is_refused_without_being_opened(protocol, make, tmp_path, monk
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("opened"))
     (tmp_path / "cache_state.pkl").write_bytes(pickle.dumps(Harmful(), protocol))
     cache = make()
-    with pytest.raises(TieredKVError, match="pickle, which is not opened" if protocol else "no checkpoint of tiered_kv") as caught:
+    with pytest.raises(TieredKVError, match="pickle, which is not opened" if protocol else "not a checkpoint of tiered_kv") as caught:
         CachePersistence(tmp_path).load_cache(cache, "cache_state.pkl")
     assert caught.value.kind is Kind.CORRUPT
     assert not (tmp_path / "harm").exists()

@@ -1,4 +1,4 @@
-"""Checkpoints by number for the tests: block n is always the same, behind block n - 1 unless n is a multiple of ten."""
+"""Checkpoints for the tests. Block n is always the same, and a child of block n - 1 unless n is a multiple of ten."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +19,7 @@ FRAME_BYTES = 300
 
 
 class Clock:
-    """Unix time that passes when it is told to."""
+    """Unix time that passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = NOW_S
@@ -37,7 +37,7 @@ def chained(number: int) -> Record:
 
 
 def pack(store: ObjectStore, numbers: Iterable[int]) -> PackInfo:
-    """The blocks of these numbers in one pack."""
+    """Write the blocks with these numbers to one pack."""
     writer = PackWriter(store)
     for number in numbers:
         writer.add(chained(number))
@@ -45,13 +45,13 @@ def pack(store: ObjectStore, numbers: Iterable[int]) -> PackInfo:
 
 
 def row(number: int, at: int, offset: int, hits: int = 0) -> Row:
-    """The row of a block that lies in pack number `at`."""
+    """Returns the row of a block in pack number `at`."""
     record = chained(number)
     return Row(record.key, record.parent, ROOT, number % 10, at, offset, FRAME_BYTES, record.raw_bytes, record.codec, Tier.HOST.value, hits)
 
 
 def manifest(packs: Sequence[PackInfo], created_s: float = NOW_S) -> Manifest:
-    """All blocks of these packs."""
+    """Returns a manifest of all blocks in these packs."""
     depths: dict[bytes, int] = {}
     rows = []
     for at, info in enumerate(packs):
@@ -63,7 +63,7 @@ def manifest(packs: Sequence[PackInfo], created_s: float = NOW_S) -> Manifest:
 
 
 def checkpoint(repository: Repository, numbers: Sequence[int], name: str | None = None) -> str:
-    """As a cluster does it: under a lease, what lies in packs already is not written again."""
+    """Write a checkpoint as a cluster does: under a lease, and without writing blocks again that are in a pack."""
     with repository.lease() as lease:
         return checkpoint_unsafely(repository, numbers, name, lease)
 
@@ -88,7 +88,7 @@ def checkpoint_unsafely(repository: Repository, numbers: Sequence[int], name: st
 
 
 def repository(store: ObjectStore | None = None) -> Repository:
-    """One whose time passes when it waits."""
+    """Returns a repository whose time passes only when it waits."""
     clock = Clock()
     return Repository(MemoryStore() if store is None else store, clock, clock.sleep)
 

@@ -1,4 +1,4 @@
-"""A store that many share, where each can be watched, stopped and killed at every step."""
+"""A shared store in which each process can be observed, paused and killed at every step."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,11 +13,14 @@ from tiered_kv.tiers.objectstore import MemoryStore, ObjectStore
 
 
 class Crash(BaseException):
-    """The end of a process."""
+    """Stands for the death of a process."""
 
 
 class Step(NamedTuple):
-    """One call of a store: of all calls of one `Hooked` its number, and whether it has been carried out."""
+    """One call of a store.
+
+    `number`: among all calls of one `Hooked`. `done`: whether the call was carried out already.
+    """
 
     number: int
     call: str
@@ -26,7 +29,10 @@ class Step(NamedTuple):
 
 
 class Shared(MemoryStore):
-    """What all see. `puts`: how often each pack was written; no manifest may ever name one that is not there."""
+    """The content that all processes share. Asserts that no manifest ever names a missing pack.
+
+    `puts`: how often each pack was written.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +58,7 @@ class Shared(MemoryStore):
             return super().sizes()
 
     def copy(self) -> "Shared":
-        """As it is now, with nothing counted yet."""
+        """Returns a copy of the content, without the counts."""
         other = Shared()
         other.objects, other._named = dict(self.objects), dict(self._named)
         return other
@@ -61,11 +67,11 @@ class Shared(MemoryStore):
         for name, packs in self._named.items():
             if name in self.objects:
                 for pack, nbytes in packs.items():
-                    assert len(self.objects.get(pack, b"")) == nbytes, f"{name} names {pack}, which is not there"
+                    assert len(self.objects.get(pack, b"")) == nbytes, f"{name} names {pack}, which does not exist"
 
 
 class Hooked(ObjectStore):
-    """One process's way to a shared store. `hook` is called before and after every step; what it raises comes from the step."""
+    """One process's access to a shared store. `hook` is called before and after every step, and may raise an error."""
 
     url = "memory://"
 
@@ -91,7 +97,7 @@ class Hooked(ObjectStore):
             self._step("delete", name, lambda name=name: self.shared.delete([name]))
 
     def close(self) -> None:
-        """Others use it."""
+        """Does nothing, because other processes use the content."""
 
     def _step(self, call: str, name: str, act: Callable):
         with self._lock:
@@ -104,7 +110,7 @@ class Hooked(ObjectStore):
 
 
 class Death:
-    """Kills a process before or after its step of a number: nothing that it does from then on is carried out."""
+    """A hook that kills a process before or after step `at`. None of its later steps is carried out."""
 
     def __init__(self, at: int, after: bool) -> None:
         self.at, self.after, self.dead = at, after, False

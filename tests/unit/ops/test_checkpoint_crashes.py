@@ -1,4 +1,4 @@
-"""Checkpoints and collecting that end at any step: what is listed is whole, and the next one goes on from there."""
+"""Checkpoints and collecting that are killed at any step: listed checkpoints are complete, and the next one continues."""
 
 import pytest
 
@@ -18,18 +18,18 @@ COUNT = len({path[:end] for path in TREE for end in range(1, len(path) + 1)})
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with a part of the tree each, and some on both."""
+    """Two nodes that have one part of the tree each, and some blocks both."""
     with cluster_of(2) as cluster:
         store(cluster, "n0", TREE[:6])
         store(cluster, "n1", TREE[4:])
         with pytest.MonkeyPatch.context() as patch:
-            taken(cluster, Hooked(Shared()), patch)  # starts the threads that nodes keep
+            taken(cluster, Hooked(Shared()), patch)  # starts the threads that nodes keep running
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def earlier():
-    """A store with a checkpoint of a part of that."""
+    """A store with a checkpoint of a part of these blocks."""
     shared = Shared()
     with cluster_of(1) as cluster, pytest.MonkeyPatch.context() as patch:
         store(cluster, "n0", TREE[:3])
@@ -38,7 +38,7 @@ def earlier():
 
 
 def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, clock: Clock | None = None) -> Taken:
-    """A checkpoint by a driver and nodes which reach the store in this way, or not any more."""
+    """Write a checkpoint with a driver and nodes that use `hooked` as their store, until its hook kills them."""
     patch.setattr(saving, "open_store", lambda *_, **__: hooked)
     ask = asking(cluster)
 
@@ -53,7 +53,7 @@ def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, 
 
 
 def settled(cluster: InProcessCluster) -> None:
-    """Nodes notice that nobody asks any more; a driver that comes later finds them idle."""
+    """Stop the writing of all nodes, as they do by themselves if their driver has died."""
     for node in cluster.nodes.values():
         node.checkpoint("stop_saving")
 
@@ -63,14 +63,16 @@ def assert_whole(shared: Shared) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_checkpoint_that_ends_at_any_step_is_there_or_not_and_the_next_writes_no_pack_again(cluster, earlier, monkeypatch, after) -> None:
+def test_a_checkpoint_killed_at_any_step_is_complete_or_absent_and_the_next_writes_no_pack_again(
+    cluster, earlier, monkeypatch, after
+) -> None:
     ended = []
     for step in range(1000):
         shared, clock = earlier.copy(), Clock()
         clock.now += 1000
         try:
             taken(cluster, Hooked(shared, Death(step, after)), monkeypatch, clock)
-        except (Crash, TieredKVError) as error:  # of a node, whose thread has ended
+        except (Crash, TieredKVError) as error:  # TieredKVError: from a node whose thread has died
             ended.append(error)
         else:
             break
@@ -88,7 +90,7 @@ def test_a_checkpoint_that_ends_at_any_step_is_there_or_not_and_the_next_writes_
     assert {type(error) for error in ended} >= {Crash}
 
 
-def test_one_that_ends_between_manifest_and_latest_counts(cluster, earlier, monkeypatch) -> None:
+def test_a_checkpoint_killed_between_manifest_and_latest_is_valid(cluster, earlier, monkeypatch) -> None:
     shared = earlier.copy()
     (old,) = Repository(shared).names()
 
@@ -110,7 +112,7 @@ def test_one_that_ends_between_manifest_and_latest_counts(cluster, earlier, monk
     assert (again.new_packs, again.blocks) == (0, COUNT)
 
 
-def test_a_node_whose_put_fails_ends_the_checkpoint_and_the_next_goes_on_from_there(cluster, earlier, monkeypatch) -> None:
+def test_a_failed_put_of_a_node_ends_the_checkpoint_and_the_next_continues(cluster, earlier, monkeypatch) -> None:
     for failing in range(100):
         shared = earlier.copy()
         puts = []
@@ -139,7 +141,7 @@ def test_a_node_whose_put_fails_ends_the_checkpoint_and_the_next_goes_on_from_th
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_collector_that_ends_at_any_step_deletes_nothing_that_is_needed(cluster, earlier, monkeypatch, after) -> None:
+def test_a_collector_killed_at_any_step_deletes_nothing_that_is_needed(cluster, earlier, monkeypatch, after) -> None:
     full, clock = earlier.copy(), Clock()
     clock.now += 1000
     newest = taken(cluster, Hooked(full), monkeypatch, clock).name
@@ -166,8 +168,8 @@ def test_a_collector_that_ends_at_any_step_deletes_nothing_that_is_needed(cluste
     assert_whole(shared)
 
 
-def test_what_is_there_is_read_before_nodes_set_anything_aside(cluster, earlier, monkeypatch) -> None:
-    """They give up a snapshot that nobody writes for a minute, and a place with many checkpoints takes its time."""
+def test_the_store_is_read_before_nodes_take_snapshots(cluster, earlier, monkeypatch) -> None:
+    """Nodes drop a snapshot that is not written for a minute, and reading a store with many checkpoints takes long."""
     setting_aside = []
 
     def hook(step: Step) -> None:
@@ -178,7 +180,7 @@ def test_what_is_there_is_read_before_nodes_set_anything_aside(cluster, earlier,
     assert setting_aside == [False, False]
 
 
-def test_a_second_checkpoint_with_a_twentieth_of_new_blocks_writes_little(monkeypatch) -> None:
+def test_a_second_checkpoint_with_few_new_blocks_writes_little(monkeypatch) -> None:
     paths = [(turn, 1) for turn in range(100)]
     shared = Shared()
     with cluster_of(1, host="32MiB") as cluster:

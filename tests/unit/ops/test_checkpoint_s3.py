@@ -1,4 +1,7 @@
-"""Checkpoints on a real S3 server, and behind a proxy that spoils requests: they succeed after retries or fail in words, never torn."""
+"""Checkpoints on a real S3 server, behind a proxy that spoils requests.
+
+They succeed after retries, or fail with a clear error, and are never incomplete.
+"""
 
 from collections.abc import Callable
 from threading import Event
@@ -38,12 +41,15 @@ def server(credentials):
 
 @pytest.fixture(autouse=True)
 def no_leaked_files():
-    """Connections of a closed store end a moment later: what is left is counted by the fixture of all tests, which waits."""
+    """Replaces the check by an empty one, because connections of a closed store end a moment later.
+
+    The fixture of all tests waits.
+    """
 
 
 @pytest.fixture
 def proxy(server, monkeypatch):
-    """Between the store and its server; what takes longer than two seconds fails."""
+    """A proxy between the store and its server. Requests that take longer than two seconds fail."""
     running = Proxy(server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
 
@@ -80,7 +86,7 @@ def taken(cluster, repository: Repository) -> Taken:
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
-def test_what_two_nodes_held_is_a_hit_on_any_number_of_nodes(cluster, repository, nodes: int) -> None:
+def test_blocks_of_two_nodes_are_hits_on_any_number_of_nodes(cluster, repository, nodes: int) -> None:
     first = taken(cluster, repository)
     assert (first.blocks, first.left) == (COUNT, 0)
     assert repository.verify() == []
@@ -101,7 +107,7 @@ def test_blocks_are_hits_before_they_are_filled(cluster, repository) -> None:
 
 
 def times(count: int, fault: Fault, wanted: Callable[[Request], bool]) -> Callable[[Request], Fault | None]:
-    """The fault for the first so many requests that are wanted."""
+    """Returns a function that gives the fault for the first `count` wanted requests."""
     left = [count]
 
     def spoil(request: Request) -> Fault | None:
@@ -126,7 +132,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_what_passes_is_tried_again(cluster, proxy, repository, fault: Fault) -> None:
+def test_temporary_faults_are_retried(cluster, proxy, repository, fault: Fault) -> None:
     seen = []
 
     def spoil(request: Request) -> Fault | None:
@@ -156,7 +162,7 @@ LASTING = {
 
 @pytest.mark.parametrize("at", ["pack", "manifest", "listing"])
 @pytest.mark.parametrize(("fault", "said"), LASTING.values(), ids=LASTING)
-def test_what_lasts_fails_in_words_and_the_next_one_goes_on_from_there(cluster, proxy, repository, fault, said, at) -> None:
+def test_permanent_faults_fail_with_a_clear_error_and_the_next_checkpoint_continues(cluster, proxy, repository, fault, said, at) -> None:
     done = []
 
     def spoil(request: Request) -> Fault | None:
@@ -189,7 +195,7 @@ def test_what_lasts_fails_in_words_and_the_next_one_goes_on_from_there(cluster, 
     assert not [name for name in repository.store.sizes() if mark_of(name)], "leases are given back"
 
 
-def test_credentials_that_expire_midway_end_the_checkpoint_at_whatever_request(cluster, proxy, repository) -> None:
+def test_credentials_that_expire_at_any_request_end_the_checkpoint(cluster, proxy, repository) -> None:
     failed = 0
     while True:
         end = len(proxy.seen) + 3 * failed
@@ -210,7 +216,7 @@ def test_credentials_that_expire_midway_end_the_checkpoint_at_whatever_request(c
     assert sorted(name for name in proxy.written if name.endswith(".pack")) == sorted(pack for pack, _ in repository.read().packs)
 
 
-def test_a_bucket_that_is_not_there_is_said_at_once(cluster, proxy) -> None:
+def test_a_missing_bucket_is_reported_at_once(cluster, proxy) -> None:
     with stores.open_store("s3://nowhere/prefix", setting="url", write_deadline_s=2) as missing, pytest.raises(TieredKVError) as caught:
         taken(cluster, Repository(missing))
     assert str(caught.value).startswith("checkpoint: s3://nowhere/prefix ")
@@ -219,7 +225,7 @@ def test_a_bucket_that_is_not_there_is_said_at_once(cluster, proxy) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault(cut=1), Fault(cut=20_000), Fault(500, "InternalError")], ids=["a byte", "many bytes", "500"])
-def test_reads_that_fail_cost_time_or_blocks_but_give_nothing_wrong(cluster, proxy, repository, fault) -> None:
+def test_failed_reads_cost_time_or_blocks_but_give_no_wrong_data(cluster, proxy, repository, fault) -> None:
     taken(cluster, repository)
     manifest = repository.read()
     proxy.spoil = times(1, fault, lambda request: request.method == "GET" and request.name.endswith(".pack"))
@@ -229,7 +235,7 @@ def test_reads_that_fail_cost_time_or_blocks_but_give_nothing_wrong(cluster, pro
         assert_all_hit(other, "n0")
 
 
-def test_filling_that_gets_no_answers_ends_in_words_and_what_is_mounted_stays(cluster, proxy, repository) -> None:
+def test_filling_without_answers_ends_with_an_error_and_mounted_blocks_stay(cluster, proxy, repository) -> None:
     taken(cluster, repository)
     manifest = repository.read()
     proxy.spoil = times(1000, Fault(hangs=True), lambda request: request.method == "GET" and request.name.endswith(".pack"))
@@ -240,7 +246,7 @@ def test_filling_that_gets_no_answers_ends_in_words_and_what_is_mounted_stays(cl
         assert_all_hit(other, "n0")
 
 
-def test_flipped_bytes_on_the_way_cost_their_blocks_alone(cluster, proxy, repository) -> None:
+def test_bytes_flipped_in_transit_cost_only_their_blocks(cluster, proxy, repository) -> None:
     taken(cluster, repository)
     manifest = repository.read()
     proxy.spoil = times(1, Fault(flip=True), lambda request: request.method == "GET" and request.name.endswith(".pack"))
@@ -251,9 +257,9 @@ def test_flipped_bytes_on_the_way_cost_their_blocks_alone(cluster, proxy, reposi
             assert_all_hit(other, "n0")
 
 
-def test_a_listing_that_lags_is_waited_for(cluster, proxy, repository, monkeypatch) -> None:
+def test_an_outdated_listing_is_waited_for(cluster, proxy, repository, monkeypatch) -> None:
     class Lagging:
-        """Shows what was there one listing ago."""
+        """A store whose listings show the state of the previous listing."""
 
         def __init__(self, store) -> None:
             self._store, self.url, self.setting, self.last = store, store.url, store.setting, store.sizes()
@@ -277,7 +283,7 @@ def test_a_listing_that_lags_is_waited_for(cluster, proxy, repository, monkeypat
     assert repository.verify() == []
 
 
-def test_nodes_write_and_read_with_the_credentials_of_who_asks(cluster, proxy, repository, monkeypatch) -> None:
+def test_nodes_write_and_read_with_the_credentials_of_the_caller(cluster, proxy, repository, monkeypatch) -> None:
     cluster.nodes["n0"].checkpoint("snapshot")
     key = cluster.nodes["n0"].engine.machine.blocks
     proxy.keys.clear()

@@ -1,4 +1,4 @@
-"""Two clusters that write checkpoints to one place at the same time, one of them deleting what it needs no more."""
+"""Two clusters write checkpoints to one store at the same time, and one of them deletes old ones."""
 
 from threading import Event, Thread
 
@@ -9,7 +9,7 @@ from tests.unit.ops.hooked import Hooked, Shared, Step
 from tests.unit.ops.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store
 from tiered_kv.errors import TieredKVError
 from tiered_kv.ops.checkpoint import Taken, Taking
-from tiered_kv.ops.collecting import Collected
+from tiered_kv.ops.collecting import CollectionResult
 from tiered_kv.ops.repository import Repository
 from tiered_kv.service import filling, saving
 
@@ -20,7 +20,7 @@ COUNTS = {name: len({path[:end] for path in paths for end in range(1, len(path) 
 
 @pytest.fixture(scope="module")
 def clusters():
-    """Each with blocks of its own, and some that both have."""
+    """Two clusters with their own blocks, and some blocks that both have."""
     with cluster_of(1) as one, cluster_of(2) as other, pytest.MonkeyPatch.context() as patch:
         store(one, "n0", OWN["one"])
         for number, path in enumerate(OWN["other"]):
@@ -31,12 +31,12 @@ def clusters():
         both = {"one": Cluster(one, ways), "other": Cluster(other, ways)}
         for each in both.values():
             each.at(Shared(), Clock())
-            each.take()  # starts the threads that nodes keep
+            each.take()  # starts the threads that nodes keep running
         yield both
 
 
 class Cluster:
-    """A cluster and its way to a shared store."""
+    """A cluster and its access to a shared store."""
 
     def __init__(self, cluster, ways: dict[str, Hooked]) -> None:
         self.cluster = cluster
@@ -56,21 +56,24 @@ class Cluster:
 
 
 class Beside:
-    """What a thread does while another one stands still: `begin` returns when it has ended or waits, `end` when it has ended."""
+    """Work in a second thread, while the first one is paused.
+
+    `begin` returns when the work has ended or waits. `end` lets it continue, and returns when it has ended.
+    """
 
     def __init__(self, work) -> None:
         self._work = work
-        self._stands = Event()
+        self._paused = Event()
         self._may_go_on = Event()
         self.failure: BaseException | None = None
         self._thread = Thread(target=self._run)
 
     def begin(self) -> None:
         self._thread.start()
-        assert self._stands.wait(60)
+        assert self._paused.wait(60)
 
     def sleep(self, _: float) -> None:
-        self._stands.set()
+        self._paused.set()
         assert self._may_go_on.wait(60)
 
     def end(self) -> None:
@@ -87,11 +90,11 @@ class Beside:
         except BaseException as error:  # noqa: BLE001 (raised by `end`)
             self.failure = error
         finally:
-            self._stands.set()
+            self._paused.set()
 
 
 def at_step(number: int, act):
-    """A hook that does something once, between two steps."""
+    """Returns a hook that calls `act` once, at step `number`."""
     done = []
 
     def hook(step: Step) -> None:
@@ -104,7 +107,7 @@ def at_step(number: int, act):
 
 
 def assert_whole(shared: Shared, **taken: Taken) -> None:
-    """All is well, and what each has taken is there with all that it held."""
+    """Assert that the store verifies, and that each checkpoint has all blocks of its cluster."""
     repository = Repository(shared)
     assert repository.verify() == []
     for name, each in taken.items():
@@ -127,7 +130,7 @@ def test_a_whole_checkpoint_of_another_between_any_two_steps(clusters) -> None:
         if not hook.done:
             break
         assert_whole(shared, one=first, other=second[0])
-        assert second[1] == Collected(skipped=second[1].skipped)
+        assert second[1] == CollectionResult(skipped=second[1].skipped)
     assert number > 15
 
 
@@ -157,7 +160,7 @@ def test_a_whole_checkpoint_between_any_two_steps_of_a_collector(clusters) -> No
     assert waited > 3
 
 
-def test_of_two_that_want_the_same_cluster_at_least_one_gets_it_and_the_other_is_told(clusters) -> None:
+def test_of_two_checkpoints_of_one_cluster_at_least_one_succeeds_and_the_other_is_told_to_wait(clusters) -> None:
     same = clusters["other"]
     outcomes = set()
     for number in range(1000):
@@ -188,7 +191,7 @@ def test_of_two_that_want_the_same_cluster_at_least_one_gets_it_and_the_other_is
     assert not any(node.engine.on_gone for node in same.cluster.nodes.values())
 
 
-def test_a_snapshot_is_its_takers_until_he_asks_no_more(clusters, monkeypatch) -> None:
+def test_a_snapshot_belongs_to_its_ticket_until_the_caller_stops_polling(clusters, monkeypatch) -> None:
     same = clusters["other"].at(Shared(), Clock())
     ask = asking(same.cluster)
 
@@ -213,11 +216,11 @@ def test_a_snapshot_is_its_takers_until_he_asks_no_more(clusters, monkeypatch) -
     ask(["n0"], "stop_saving", "second")
 
 
-def test_two_that_go_on_and_on_while_one_of_them_deletes(clusters) -> None:
+def test_repeated_checkpoints_of_two_clusters_while_one_deletes(clusters) -> None:
     shared, clock = Shared(), Clock()
     one, other = clusters["one"].at(shared, clock), clusters["other"].at(shared, clock)
     taken: dict[str, list[Taken]] = {"one": [], "other": []}
-    collected: list[Collected] = []
+    collected: list[CollectionResult] = []
 
     def work(name: str, each: Cluster) -> None:
         for _ in range(12):

@@ -1,4 +1,4 @@
-"""Leases and collecting: whatever two do at once, no pack that a checkpoint names is deleted."""
+"""Leases and collecting: no pack that a checkpoint uses is deleted, whatever two processes do at once."""
 
 import random
 import threading
@@ -9,7 +9,7 @@ import pytest
 from tests.unit.ops.checkpoints import NOW_S, Clock, checkpoint, checkpoint_unsafely, flipped, manifest, pack
 from tests.unit.ops.checkpoints import repository as opened
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.ops.collecting import Collected
+from tiered_kv.ops.collecting import CollectionResult
 from tiered_kv.ops.leases import SKEW_S, TTL_S, Lease, mark_of
 from tiered_kv.ops.repository import Repository
 from tiered_kv.tiers.folderstore import FolderStore
@@ -20,7 +20,7 @@ LEASE = f"lease-checkpoint-{'0' * 16}-"
 
 
 class Watched(MemoryStore):
-    """Calls back before each operation: `before(operation, names)`."""
+    """A store that calls `before(operation, names)` before each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def refusal(call, *arguments) -> TieredKVError:
 
 
 class TestLease:
-    def test_its_name_says_all_and_it_is_gone_at_the_end(self):
+    def test_its_name_has_all_its_state_and_it_is_removed_at_the_end(self):
         repository = opened()
         with repository.lease("restore") as lease:
             (name,) = marks(repository.store)
@@ -63,13 +63,13 @@ class TestLease:
             assert lease.left_s == TTL_S
         assert marks(repository.store) == []
 
-    def test_it_is_gone_after_an_error(self):
+    def test_it_is_removed_after_an_error(self):
         repository = opened()
         with pytest.raises(KeyError), repository.lease():
             raise KeyError
         assert repository.store.sizes() == {}
 
-    def test_renewing_puts_the_new_one_before_the_old_one_goes(self):
+    def test_renewing_puts_the_new_object_before_removing_the_old_one(self):
         repository = opened(Watched())
         with repository.lease() as lease:
             old = lease.name
@@ -84,16 +84,16 @@ class TestLease:
             assert marks(repository.store) == [lease.name]
             assert lease.left_s == TTL_S
 
-    def test_one_that_ran_out_is_not_renewed(self):
+    def test_an_expired_lease_is_not_renewed(self):
         repository = opened()
         with repository.lease() as lease:
             repository.now_s.sleep(TTL_S)
             error = refusal(lease.renew)
             assert error.kind is Kind.STORAGE
-            assert "ran out before it was renewed" in str(error)
+            assert "expired before it was renewed" in str(error)
             assert marks(repository.store) == [lease.name]
 
-    def test_one_that_runs_out_while_it_is_renewed_is_not(self):
+    def test_a_lease_that_expires_while_it_is_renewed_is_not_renewed(self):
         repository = opened(Watched())
         with repository.lease() as lease:
             name = lease.name
@@ -102,7 +102,7 @@ class TestLease:
             assert refusal(lease.renew).kind is Kind.STORAGE
             assert marks(repository.store) == [name]
 
-    def test_one_that_cannot_be_removed_runs_out(self, caplog):
+    def test_a_lease_that_cannot_be_removed_expires(self, caplog):
         repository = opened(Watched())
 
         def fails(operation, names):
@@ -111,28 +111,28 @@ class TestLease:
 
         with repository.lease() as lease:
             repository.store.before = fails
-        assert f"the lease {lease.name} stays until it runs out" in caplog.text
+        assert f"the lease {lease.name} could not be removed and stays until it expires" in caplog.text
         repository.store.before = lambda operation, names: None
-        assert "somebody else is at work" in repository.collect(1).skipped
+        assert "another process is working on this store" in repository.collect(1).skipped
         repository.now_s.sleep(TTL_S + SKEW_S)
-        assert repository.collect(1) == Collected()
+        assert repository.collect(1) == CollectionResult()
         assert repository.store.sizes() == {}
 
-    def test_one_store_for_all(self, tmp_path):
+    def test_repositories_of_one_folder_see_each_others_leases(self, tmp_path):
         repository = opened(FolderStore(tmp_path))
         with repository.lease() as lease:
             assert list(FolderStore(tmp_path).sizes()) == [lease.name]
         assert FolderStore(tmp_path).sizes() == {}
 
-    def test_names_of_others_are_no_leases(self):
+    def test_other_names_are_not_leases(self):
         for name in ("lease-x", "gc-5", "lease-checkpoint-0-5", f"{LEASE}x", f"LEASE{LEASE[5:]}5", f"{GC}5.tkv"):
             assert mark_of(name) is None
-        with pytest.raises(ValueError, match="kind"):
+        with pytest.raises(ValueError, match="kind: must be lower-case letters"):
             Lease(MemoryStore(), "a-b", Clock())
 
 
 class TestWaiting:
-    def test_who_comes_while_somebody_deletes_waits_and_says_so(self):
+    def test_a_writer_waits_for_a_collector_and_says_so(self):
         clock, said = Clock(), []
         repository = Repository(MemoryStore(), clock, lambda seconds: repository.store.delete([mark]))
         mark = f"{GC}{int(NOW_S) + 100}"
@@ -142,7 +142,7 @@ class TestWaiting:
         assert len(said) == 1
         assert mark in said[0]
 
-    def test_a_mark_that_ran_out_is_not_waited_for(self):
+    def test_an_expired_mark_is_not_waited_for(self):
         repository = opened()
         repository.store.put(f"{GC}{int(NOW_S) - SKEW_S}", [b"1"])
         with repository.lease():
@@ -151,15 +151,15 @@ class TestWaiting:
         with repository.lease():
             assert repository.now_s() == NOW_S + 1, "the clocks may differ"
 
-    def test_waiting_has_an_end(self):
+    def test_waiting_is_limited(self):
         repository = opened()
         repository.store.put(f"{GC}{int(NOW_S) + 10**6}", [b"1"])
         error = refusal(repository.lease().__enter__)
         assert error.kind is Kind.STORAGE
-        assert "still deletes" in str(error)
+        assert "is still there" in str(error)
         assert len(marks(repository.store)) == 1
 
-    def test_one_who_begins_to_delete_meanwhile_is_seen(self):
+    def test_a_collector_that_starts_meanwhile_is_seen(self):
         repository, mark = opened(Watched()), f"{GC}{int(NOW_S) + 5}"
 
         def begin(operation, names):
@@ -179,13 +179,13 @@ class TestWaiting:
         error = refusal(repository.lease().__enter__)
         assert error.kind is Kind.STORAGE
         assert "the listing does not show" in str(error)
-        assert repository.collect(1).skipped == "the listing lags behind"
+        assert repository.collect(1).skipped == "the listing of the store is not up to date"
         assert repository.store.objects == {}
 
 
 class TestCollect:
     def filled(self, store=None) -> tuple[Repository, list[str]]:
-        """Four checkpoints, each with a pack of its own, one with a name that somebody chose; and a pack of a crash."""
+        """Four checkpoints with one own pack each, one of them with a chosen name, and a pack that a crash has left."""
         repository, names = opened(store), []
         for number in range(4):
             names.append(checkpoint(repository, [10 * number], "mine.pkl" if number == 0 else None))
@@ -193,26 +193,26 @@ class TestCollect:
         pack(repository.store, [50, 51])
         return repository, names
 
-    def test_the_newest_stay_and_what_people_named(self):
+    def test_the_newest_and_those_with_chosen_names_are_kept(self):
         repository, names = self.filled()
         gone = pack(MemoryStore(), [10]), pack(MemoryStore(), [50, 51])
         freed = repository.store.sizes()[names[1]] + sum(info.nbytes for info in gone)
-        assert repository.collect(keep=2) == Collected(1, 2, freed)
+        assert repository.collect(keep=2) == CollectionResult(1, 2, freed)
         assert repository.names() == ["mine.pkl", *names[2:]]
         assert not {info.name for info in gone} & set(repository.store.sizes())
         assert repository.verify() == []
-        assert repository.collect(keep=2) == Collected()
-        assert repository.collect(keep=None) == Collected()
+        assert repository.collect(keep=2) == CollectionResult()
+        assert repository.collect(keep=None) == CollectionResult()
 
-    def test_none_is_deleted_without_a_number(self):
+    def test_without_a_number_no_checkpoint_is_deleted(self):
         repository, names = self.filled()
         assert repository.collect(None)[:2] == (0, 1)
         assert repository.names() == names
-        assert repository.collect(100) == Collected()
+        assert repository.collect(100) == CollectionResult()
         for keep in (0, -1):
             assert refusal(repository.collect, keep).kind is Kind.CONFIG
 
-    def test_a_pack_that_is_shared_stays(self):
+    def test_a_shared_pack_is_kept(self):
         repository = opened()
         checkpoint(repository, [0, 1])
         repository.now_s.sleep(1)
@@ -221,7 +221,7 @@ class TestCollect:
         assert repository.verify() == []
 
     @pytest.mark.parametrize("mark", [LEASE, LEASE.replace("checkpoint", "restore"), LEASE.replace("checkpoint", "later"), GC])
-    def test_nothing_is_deleted_while_another_is_at_work(self, mark):
+    def test_nothing_is_deleted_while_another_process_is_working(self, mark):
         repository, _ = self.filled()
         mark += str(int(repository.now_s()) - SKEW_S + 1)
         expired = f"{LEASE}5", f"{GC}5"
@@ -245,7 +245,7 @@ class TestCollect:
             assert names[which] in repository.collect(1).skipped
             assert objects == before
 
-    def test_nothing_is_deleted_when_a_listed_manifest_is_gone(self):
+    def test_nothing_is_deleted_when_a_listed_manifest_does_not_exist(self):
         repository, names = self.filled(Watched())
 
         def vanish(operation, wanted):
@@ -257,12 +257,12 @@ class TestCollect:
         assert names[3] in repository.collect(1).skipped
         assert set(repository.store.sizes()) == before - {names[3]}
 
-    def test_a_damaged_one_that_goes_need_not_be_read(self):
+    def test_a_damaged_checkpoint_can_be_deleted(self):
         repository, names = self.filled()
         repository.store.objects[names[1]] = b"TKVMANIF and no more"
         assert repository.collect(2)[:2] == (1, 2)
 
-    def test_an_unreachable_store_is_an_error_and_the_mark_is_gone(self):
+    def test_an_unreachable_store_is_an_error_and_the_mark_is_removed(self):
         repository, _ = self.filled(Watched())
 
         def fails(operation, wanted):
@@ -274,7 +274,7 @@ class TestCollect:
         assert refusal(repository.collect, 1).kind is Kind.STORAGE
         assert set(repository.store.objects) == before
 
-    def test_latest_never_names_one_that_is_deleted(self):
+    def test_latest_never_names_a_deleted_checkpoint(self):
         repository, names = self.filled(Watched())
         repository.point(names[1])
         seen = []
@@ -290,7 +290,7 @@ class TestCollect:
         assert all(seen)
         assert repository.pointed() == names[3]
 
-    def test_what_latest_names_stays_though_it_is_not_listed_yet(self):
+    def test_the_checkpoint_in_latest_is_kept_if_it_is_not_listed_yet(self):
         class Lagging(MemoryStore):
             hidden = ""
 
@@ -304,7 +304,7 @@ class TestCollect:
         assert repository.names() == ["mine.pkl", *names[2:]]
         assert repository.verify() == []
 
-    def test_a_mark_that_ran_out_ends_the_deleting(self):
+    def test_an_expired_mark_stops_the_deleting(self):
         repository, names = self.filled(Watched())
 
         def slow(operation, wanted):
@@ -319,7 +319,7 @@ class TestCollect:
 
 
 class Turns:
-    """Lets two actors take turns, one operation on the store each time, in an order drawn from a seed."""
+    """Lets two actors alternate after each operation on the store, in an order drawn from a seed."""
 
     def __init__(self, seed: int, actors: list[str]) -> None:
         self._random = random.Random(seed)
@@ -347,7 +347,7 @@ class Turns:
 
 
 class InTurns(MemoryStore):
-    """One actor's view of objects that others use as well; listings may take two turns, as those of many pages do."""
+    """One actor's view of shared objects. A listing may take two turns, like one of several pages."""
 
     def __init__(self, objects: dict, turns: Turns, actor: str) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ class InTurns(MemoryStore):
 
 
 def run_both(seed: int, write) -> Repository:
-    """A checkpoint and a collector at once, where a crash has left a pack that the checkpoint would use again."""
+    """Run a checkpoint and a collector at once. A crash has left a pack that the checkpoint would reuse."""
     clock, objects = Clock(), {}
     start = Repository(MemoryStore(), clock, clock.sleep)
     start.store.objects = objects
@@ -400,7 +400,7 @@ def run_both(seed: int, write) -> Repository:
 
 
 @pytest.mark.parametrize("first_seed", range(0, 200, 50))
-def test_no_pack_that_a_checkpoint_names_is_ever_deleted(first_seed):
+def test_no_pack_of_a_checkpoint_is_ever_deleted(first_seed):
     for seed in range(first_seed, first_seed + 50):
         repository = run_both(seed, checkpoint)
         assert repository.failed == []
@@ -409,13 +409,13 @@ def test_no_pack_that_a_checkpoint_names_is_ever_deleted(first_seed):
         assert marks(repository.store) == []
 
 
-def test_the_test_finds_a_checkpoint_without_a_lease():
-    """The canary: without the lease some order of steps deletes what is then named, or is about to be."""
+def test_the_test_would_find_a_missing_lease():
+    """The canary: without the lease, some order of steps deletes a pack that a checkpoint uses or is about to use."""
     assert any(repository.failed or repository.verify() for repository in (run_both(seed, checkpoint_unsafely) for seed in range(100)))
 
 
 class Paged(MemoryStore):
-    """Lists in two pages, between which `between` is called once."""
+    """A store that lists in two pages, and calls `between` once between them."""
 
     between = None
 
@@ -427,25 +427,25 @@ class Paged(MemoryStore):
         return {name: size for name, size in first.items() if name < "f"} | {n: s for n, s in super().sizes().items() if n >= "f"}
 
 
-def test_one_who_ends_between_two_pages_of_a_listing_loses_nothing():
-    """Its manifest is not on the first page yet, its lease not on the second any more."""
+def test_a_writer_that_finishes_between_two_pages_of_a_listing_loses_nothing():
+    """The first page lacks its manifest, and the second its lease, which is removed by then."""
     repository, ending = opened(Paged()), ExitStack()
     lease = ending.enter_context(repository.lease())
     infos = pack(repository.store, [0, 1]), pack(repository.store, [10])
 
     def end():
-        for info in infos:  # the second one's name is in LATEST, the first one's in no other place
+        for info in infos:  # the second name is in LATEST, the first is nowhere else
             repository.publish(manifest([info]), lease=lease)
         ending.close()
 
     repository.store.between = end
-    assert repository.collect(None) == Collected()
+    assert repository.collect(None) == CollectionResult()
     assert repository.verify() == []
     assert len(repository.names()) == 2
 
 
-def test_one_who_ends_while_listings_lag_loses_nothing():
-    """The first listing is up to date and shows no lease, the second is from before the manifest was put."""
+def test_a_writer_that_finishes_while_listings_lag_loses_nothing():
+    """The first listing is up to date and shows no lease. The second was made before the manifest was written."""
 
     class Stale(MemoryStore):
         listings = ()
@@ -465,21 +465,21 @@ def test_one_who_ends_while_listings_lag_loses_nothing():
         return MemoryStore.sizes(repository.store)
 
     repository.store.listings = [end, lambda: old]
-    assert repository.collect(None).skipped == "the listing lags behind"
+    assert repository.collect(None).skipped == "the listing of the store is not up to date"
     assert repository.verify() == []
 
 
-def test_who_slept_through_the_lease_publishes_nothing():
+def test_a_writer_whose_lease_has_expired_publishes_nothing():
     repository = opened()
     pack(repository.store, [0, 1])
-    with pytest.raises(TieredKVError, match="ran out before it was renewed"), repository.lease() as lease:
+    with pytest.raises(TieredKVError, match="expired before it was renewed"), repository.lease() as lease:
         repository.now_s.sleep(TTL_S + SKEW_S)
         assert repository.collect(None).packs_deleted == 1
         checkpoint_unsafely(repository, [0, 1], lease=lease)
     assert repository.names() == []
 
 
-def test_a_lease_that_runs_out_while_the_manifest_is_put_has_the_packs_confirmed_again():
+def test_packs_are_confirmed_again_if_the_lease_expires_while_the_manifest_is_written():
     repository = opened(Watched())
     deleted = []
 

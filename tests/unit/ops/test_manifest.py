@@ -1,4 +1,4 @@
-"""Manifests: what is put in comes out, what cannot be is refused, damage anywhere is found, old bytes are read for ever."""
+"""Manifests: they are read as written, invalid ones are refused, any damage is found, and old versions stay readable."""
 
 import pickle
 import struct
@@ -30,7 +30,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def small(store) -> Manifest:
-    """Blocks 0 to 2 and 10 in two packs, which are there."""
+    """Blocks 0 to 2 and 10 in two existing packs."""
     return manifest([pack(store, [0, 1, 2]), pack(store, [10])])
 
 
@@ -62,19 +62,19 @@ def manifests(draw) -> Manifest:
 
 @given(manifests())
 @settings(max_examples=100, deadline=None)
-def test_what_is_put_in_comes_out(one):
+def test_a_manifest_is_read_as_written(one):
     store = MemoryStore()
     one.write(store, NAME)
     assert Manifest.read(store, NAME) == one
 
 
-def test_a_folder_keeps_it_as_well(small, tmp_path):
+def test_a_manifest_in_a_folder_is_read_as_written(small, tmp_path):
     small.write(FolderStore(tmp_path), NAME)
     assert Manifest.read(FolderStore(tmp_path), NAME) == small
     assert Manifest.read(FolderStore(tmp_path), NAME).rows[0].tier == small.rows[0].tier
 
 
-def test_uses_are_counted_up_to_what_a_column_holds(store, small):
+def test_hits_are_limited_to_the_range_of_their_column(store, small):
     small._replace(rows=tuple(each._replace(hits=1 << 40) for each in small.rows)).write(store, NAME)
     assert {each.hits for each in Manifest.read(store, NAME).rows} == {HITS_MAX}
 
@@ -117,7 +117,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_what_cannot_be_is_not_written(change, store, small):
+def test_invalid_manifests_are_not_written(change, store, small):
     before = dict(store.objects)
     with pytest.raises(ValueError):  # noqa: PT011
         change(small).write(store, NAME)
@@ -125,7 +125,7 @@ def test_what_cannot_be_is_not_written(change, store, small):
 
 
 def forged(store, small, change, version=2) -> None:
-    """A manifest with a right digest whose body was changed."""
+    """Write a manifest whose body was changed and whose digest is right."""
     small.write(store, NAME)
     facts = msgpack.unpackb(store.objects[NAME][20:-32])
     changed = change(facts)
@@ -163,25 +163,25 @@ FORGED = {
 
 
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
-def test_what_cannot_be_is_not_read_though_its_digest_is_right(change, store, small):
+def test_invalid_manifests_with_a_right_digest_are_not_read(change, store, small):
     forged(store, small, change)
     error = refusal(store)
     assert error.kind is Kind.CORRUPT
     assert NAME in str(error)
-    assert "cannot be" in str(error)
+    assert "its content is invalid: " in str(error)
 
 
-def test_fields_of_later_writers_are_ignored(store, small):
+def test_unknown_fields_are_ignored(store, small):
     forged(store, small, lambda facts: facts.update(more=1) or facts["columns"].update(more=b""))
     assert Manifest.read(store, NAME) == small
 
 
-def test_what_is_no_manifest_is_refused_by_name(store, small):
+def test_other_objects_are_refused_by_name(store, small):
     for content, words in [
         (pickle.dumps({"a": 1}), "a pickle, which is not opened"),
-        (b"", "no checkpoint of tiered_kv"),
-        (b"TKVMANIF", "ends in its header"),
-        (b"TKVMANIF" + bytes([2, 0, 0, 0]) + bytes(20), "ends in its header"),
+        (b"", "not a checkpoint of tiered_kv"),
+        (b"TKVMANIF", "is cut off within its header"),
+        (b"TKVMANIF" + bytes([2, 0, 0, 0]) + bytes(20), "is cut off within its header"),
     ]:
         store.put(NAME, [content])
         error = refusal(store)
@@ -189,7 +189,7 @@ def test_what_is_no_manifest_is_refused_by_name(store, small):
         assert words in str(error)
         assert error.context["object"] == NAME
     forged(store, small, lambda facts: None, version=3)
-    assert "version 3, this package reads up to version 2" in str(refusal(store))
+    assert "its version must be at most 2, got 3" in str(refusal(store))
     assert refusal(store, "gone").kind is Kind.STORAGE
 
 
@@ -207,7 +207,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(store, small):
 
 
 @given(st.floats(0, 2e11), st.floats(0, 2e11))
-def test_names_are_in_the_order_of_their_times(one_s, other_s):
+def test_generated_names_sort_by_time(one_s, other_s):
     one, other = new_name(one_s), new_name(other_s)
     assert abs(created_of(one) - one_s) < 1e-4
     if created_of(one) != created_of(other):
@@ -215,7 +215,7 @@ def test_names_are_in_the_order_of_their_times(one_s, other_s):
     assert new_name(one_s) != one
 
 
-def test_other_names_have_no_time():
+def test_chosen_names_have_no_time():
     assert new_name(NOW_S).startswith("ckpt-20260101T000000.000000Z-")
     for name in ("LATEST", "cache_state.pkl", "ckpt-20261328T000000.000000Z-00000001.tkv", new_name(NOW_S) + "x"):
         assert created_of(name) is None
@@ -239,12 +239,12 @@ class TestExamples:
     def test_version_1_is_read_with_rows_from_its_packs(self, examples):
         assert Manifest.read(examples, generate.VERSION_1) == generate.expected_of_version_1()
 
-    def test_all_of_it_is_undamaged(self, examples):
+    def test_both_versions_verify_without_problems(self, examples):
         assert Repository(examples).verify() == []
         assert [each.blocks for each in Repository(examples).overview()] == [5, 5]
 
-    def test_they_are_written_as_they_always_were(self, examples):
-        """A change of the format needs a new version and new files."""
+    def test_the_bytes_of_the_format_do_not_change(self, examples):
+        """A change of the format needs a new version number and new files."""
         written = MemoryStore()
         generate.write_all(written)
         assert written.objects == examples.objects
@@ -262,15 +262,15 @@ def test_version_1_is_refused_without_its_packs(store):
     assert refusal(store, generate.VERSION_1).kind is Kind.CORRUPT
 
 
-def test_version_1_leaves_out_what_nothing_could_reach(store, caplog):
-    """A block that left the cache while its children were being written."""
+def test_version_1_leaves_out_blocks_without_their_parent(store, caplog):
+    """The parent was evicted while its children were being written."""
     packs = [pack(store, [0, 2, 10])]
     name = packs[0].name
     body = msgpack.packb({"packs": [[name, packs[0].nbytes]], "models": [[ROOT, [2, 1, 8, "bfloat16", 20], ""]], "extra": {}})
     whole = b"TKVMANIF" + struct.pack("<II", 1, len(body)) + body
     store.put(NAME, [whole, blake2b(whole, digest_size=32).digest()])
     assert [each.key for each in Manifest.read(store, NAME).rows] == [key_of(0), key_of(10)]
-    assert "1 of 3 blocks are behind blocks that are not in it" in caplog.text
+    assert "1 of 3 blocks are left out, because it does not contain their parents" in caplog.text
 
 
 def test_a_block_knows_its_parent():

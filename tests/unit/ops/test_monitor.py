@@ -1,4 +1,4 @@
-"""Metrics, alerts that are said once, and their export."""
+"""Metrics, alerts that are raised once, and their export."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def stats(lookups: int, hits: int, **more: float) -> dict:
     return {"lookups": lookups, "hits": hits, "hit_rate": hits / lookups if lookups else 0.0, **more}
 
 
-def test_metrics_are_of_the_window() -> None:
+def test_metrics_are_computed_over_the_window() -> None:
     clock = ManualClock()
     monitor = CacheMonitor(window_size=3, clock=clock)
     for seconds in (9.0, 0.1, 0.2, 0.3):
@@ -36,7 +36,7 @@ def test_metrics_are_of_the_window() -> None:
     assert monitor.update_metrics(stats(4, 4)).recent_hit_rate == 1.0, "a cache that was cleared begins anew"
 
 
-def test_an_alert_is_said_once_and_ends_with_hysteresis() -> None:
+def test_an_alert_is_raised_once_and_ends_with_hysteresis() -> None:
     said = []
     monitor = CacheMonitor(alert_thresholds={"hit_rate": 0.5, "memory_usage_mb": 100}, on_alert=said.append)
     monitor.update_metrics(stats(0, 0))
@@ -56,7 +56,7 @@ def test_an_alert_is_said_once_and_ends_with_hysteresis() -> None:
     assert "above 100" in said[-1].message
 
 
-def test_both_bounds_of_one_metric() -> None:
+def test_a_metric_can_have_two_bounds() -> None:
     monitor = CacheMonitor(alert_thresholds={"memory_share": (0.1, 0.9), "recent_hit_rate": (None, 0.8)})
     for used, bounds in [(50, []), (95, ["upper"]), (88, ["upper"]), (50, []), (5, ["lower"]), (50, [])]:
         monitor.update_metrics(stats(10, 2, memory_usage_bytes=used, capacity_bytes=100))
@@ -64,7 +64,7 @@ def test_both_bounds_of_one_metric() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.97, 1.0])
-def test_an_alert_of_a_rate_ends_at_the_best_there_is(threshold: float) -> None:
+def test_an_alert_of_a_rate_ends_at_a_rate_of_one(threshold: float) -> None:
     monitor = CacheMonitor(alert_thresholds={"hit_rate": threshold})
     for hits, going_on in [(90, 1), (99, 1), (100, 0)]:
         monitor.update_metrics(stats(100, hits))
@@ -84,7 +84,7 @@ def test_an_alert_of_a_rate_ends_at_the_best_there_is(threshold: float) -> None:
         {"evictions": True},
     ],
 )
-def test_thresholds_that_are_none_are_refused(wrong: object) -> None:
+def test_invalid_thresholds_are_refused(wrong: object) -> None:
     with pytest.raises(TieredKVError, match="alert_thresholds") as caught:
         CacheMonitor(alert_thresholds=wrong)
     assert caught.value.kind is Kind.CONFIG
@@ -92,12 +92,12 @@ def test_thresholds_that_are_none_are_refused(wrong: object) -> None:
         assert "recent_hit_rate, memory_usage_mb" in str(caught.value)
 
 
-def test_windows_and_times_that_are_none_are_refused() -> None:
+def test_invalid_windows_and_times_are_refused() -> None:
     for window in (0, 1.5, True):
-        with pytest.raises(TieredKVError, match="window_size"):
+        with pytest.raises(TieredKVError, match="window_size: must be a whole number of at least 1"):
             CacheMonitor(window_size=window)
     for seconds in (-1, float("nan"), float("inf"), "1", None):
-        with pytest.raises(TieredKVError, match="operation_time"):
+        with pytest.raises(TieredKVError, match="operation_time: must be a number of seconds"):
             CacheMonitor().record_operation(seconds)
 
 
@@ -116,7 +116,7 @@ def test_export_to_a_dictionary(watched) -> None:
     assert exported == watched.get_summary()
 
 
-def test_export_to_prometheus_is_what_prometheus_reads(watched) -> None:
+def test_export_to_prometheus_is_in_its_text_format(watched) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     families = {
         family.name: family for family in parser.text_string_to_metric_families(MetricsExporter.export_to_prometheus_format(watched))
@@ -141,7 +141,7 @@ def test_tensorboard(watched, tmp_path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("cache/hit_rate")] == [(1, 0.5), (2, 0.5)]
 
 
-def test_a_run_of_ones_own(watched) -> None:
+def test_wandb_with_the_callers_run(watched) -> None:
     class Run:
         logged = []
 
@@ -164,7 +164,7 @@ with WandbWriter(mode="offline", dir=sys.argv[1], project="tiered-kv-test") as w
 
 
 def test_wandb_offline(tmp_path) -> None:
-    """In a process of its own: wandb keeps threads and files until the interpreter ends."""
+    """Runs in its own process, because wandb keeps threads and files until the interpreter ends."""
     pytest.importorskip("wandb")
     subprocess.run([sys.executable, "-c", WANDB, str(tmp_path)], cwd=ROOT, capture_output=True, check=True)
     assert list(tmp_path.rglob("*.wandb"))

@@ -1,4 +1,4 @@
-"""A repository: what is the latest, what is known already, what may be used again, whatever listings and LATEST say."""
+"""A repository: the latest checkpoint, known blocks, and reusable packs, also with wrong listings and a wrong LATEST."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from tiered_kv.tiers.objectstore import MemoryStore
 
 
 class Lagging(MemoryStore):
-    """What is in `hidden` is not listed yet; what is in `ghosts` still is."""
+    """A store whose listings lack the objects in `hidden`, and still show the deleted ones in `ghosts`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def blocks(*numbers) -> list:
 
 
 class TestLatest:
-    def test_an_empty_place_has_none(self, repository):
+    def test_an_empty_store_has_no_checkpoint(self, repository):
         error = refusal(repository.latest)
         assert error.kind is Kind.STORAGE
         assert "there is no checkpoint in" in str(error)
@@ -61,7 +61,7 @@ class TestLatest:
         assert repository.overview() == []
         assert repository.verify() == []
 
-    def test_the_newest_of_all_counts(self, repository):
+    def test_the_newest_of_all_is_the_latest(self, repository):
         first = checkpoint(repository, [0, 1])
         second = checkpoint(later(repository), [0, 1, 2])
         assert repository.names() == [first, second]
@@ -70,7 +70,7 @@ class TestLatest:
         assert len(repository.read(first).rows) == 2
         assert created_of(second) == NOW_S + 1
 
-    def test_one_that_people_named_counts_when_latest_names_it(self, repository):
+    def test_a_checkpoint_with_a_chosen_name_is_the_latest_if_latest_names_it(self, repository):
         first = checkpoint(repository, [0])
         checkpoint(later(repository), [0, 1], "mine.pkl")
         assert repository.names() == ["mine.pkl", first]
@@ -80,19 +80,19 @@ class TestLatest:
         repository.point("mine.pkl")
         assert repository.latest() == third
 
-    def test_without_latest_the_listing_counts(self, repository):
+    def test_without_latest_the_listing_is_used(self, repository):
         checkpoint(repository, [0])
         second = checkpoint(later(repository), [1 - 1, 1])
         repository.store.delete([LATEST])
         assert repository.latest() == second
 
-    def test_latest_that_lags_behind_does_not_count(self, repository):
+    def test_an_outdated_latest_is_ignored(self, repository):
         first = checkpoint(repository, [0])
         second = checkpoint(later(repository), [0, 1])
         repository.point(first)
         assert repository.latest() == second
 
-    def test_every_flip_in_latest_is_found_and_the_listing_counts(self, caplog):
+    def test_every_flip_in_latest_is_found_and_the_listing_is_used(self, caplog):
         repository = opened()
         name = checkpoint(repository, [0])
         whole = repository.store.objects[LATEST]
@@ -107,15 +107,15 @@ class TestLatest:
             repository.store.objects[LATEST] = content
             assert repository.latest() == name
 
-    def test_one_that_is_gone_gives_way_to_the_one_before(self, repository, caplog):
+    def test_a_deleted_checkpoint_is_skipped_for_the_next_older_one(self, repository, caplog):
         first = checkpoint(repository, [0])
         second = checkpoint(later(repository), [0, 1])
         repository.store.delete([second])
         assert repository.latest() == first
-        assert f"checkpoint {second} is gone" in caplog.text
+        assert f"checkpoint {second} was deleted" in caplog.text
         assert [each.object for each in repository.verify()] == [LATEST]
 
-    def test_listings_may_lag_and_show_what_is_gone(self):
+    def test_listings_may_lack_new_objects_and_show_deleted_ones(self):
         repository = opened(Lagging())
         first = checkpoint(repository, [0])
         second = checkpoint(later(repository), [0, 1])
@@ -127,7 +127,7 @@ class TestLatest:
         assert repository.latest() == second
         assert [each.name for each in repository.overview()] == [first, second]
 
-    def test_a_name_must_not_be_anothers(self, repository):
+    def test_a_name_of_another_kind_of_object_is_refused(self, repository):
         for name in (
             "",
             LATEST,
@@ -142,7 +142,7 @@ class TestLatest:
             assert refusal(repository.publish, manifest([]), name).kind is Kind.CONFIG
         assert repository.store.sizes() == {}
 
-    def test_unknown_objects_are_left_alone(self, repository):
+    def test_unknown_objects_are_not_changed(self, repository):
         name = checkpoint(repository, [0])
         for other in ("README", ".hidden", "0000000007-" + "0" * 64 + ".pack"):
             repository.store.put(other, [b"something else"])
@@ -155,7 +155,7 @@ class TestLatest:
 
 
 class TestKnown:
-    def test_blocks_of_all_checkpoints_and_of_what_a_crash_left(self, repository):
+    def test_blocks_of_all_checkpoints_and_of_a_crash_are_known(self, repository):
         checkpoint(repository, [0, 1])
         lost = pack(repository.store, [10, 11])
         known = repository.known()
@@ -163,7 +163,7 @@ class TestKnown:
         assert known.places[blocks(11)[0]] == Place(lost.name, FRAME_BYTES, FRAME_BYTES, lost.entries[1].raw_bytes, lost.entries[1].codec)
         assert known.packs == {name: size for name, size in repository.store.sizes().items() if name.endswith(".pack")}
 
-    def test_only_packs_that_are_listed_in_full(self):
+    def test_only_packs_listed_in_full_size_are_known(self):
         repository = opened(Lagging())
         checkpoint(repository, [0, 1])
         (name,) = repository.known().packs
@@ -175,7 +175,7 @@ class TestKnown:
         repository.store.ghosts = {"f" * 64 + ".pack": 1000}
         assert repository.known().places == {}
 
-    def test_what_is_damaged_is_logged_and_left_out(self, caplog):
+    def test_damaged_objects_are_logged_and_left_out(self, caplog):
         repository = opened()
         name = checkpoint(repository, [0, 1])
         objects = repository.store.objects
@@ -187,13 +187,13 @@ class TestKnown:
         assert repository.known().places == {}
         assert f"left out: pack {lost}" in caplog.text
 
-    def test_of_two_places_the_newest_counts(self, repository):
+    def test_of_two_places_the_newest_is_used(self, repository):
         checkpoint(repository, list(range(9)))
         checkpoint(later(repository), [0])
         places = repository.known().places
         assert places[blocks(0)[0]].pack != places[blocks(1)[0]].pack
 
-    def test_a_second_checkpoint_writes_what_is_new(self, repository):
+    def test_a_second_checkpoint_writes_only_new_blocks(self, repository):
         checkpoint(repository, list(range(5)))
         before = set(repository.store.sizes())
         checkpoint(later(repository), [*range(5), 10])
@@ -204,7 +204,7 @@ class TestKnown:
 
 class TestReusable:
     def known(self, *wanted_of, bytes_each=1000) -> Known:
-        """Packs of so many blocks each."""
+        """Returns packs with the given numbers of blocks."""
         places, packs = {}, {}
         for pack_number, count in enumerate(wanted_of):
             packs[f"p{pack_number}"] = count * bytes_each + footer_bytes(count)
@@ -213,32 +213,32 @@ class TestReusable:
         return Known(places, packs)
 
     @pytest.mark.parametrize("bytes_each", [145, 1000, 1 << 20])
-    def test_a_pack_of_which_half_is_wanted_stays(self, bytes_each):
+    def test_a_pack_is_reused_if_half_of_it_is_wanted(self, bytes_each):
         known = self.known(10, 10, bytes_each=bytes_each)
         wanted = [(b"0", b"%d" % number) for number in range(5)] + [(b"1", b"%d" % number) for number in range(4)]
         kept = reusable(known, wanted)
         assert set(kept) == set(wanted[:5])
         assert all(kept[block] == known.places[block] for block in kept)
 
-    def test_a_pack_of_one_small_frame_stays(self):
+    def test_a_pack_of_one_small_frame_is_reused(self):
         known = self.known(1, bytes_each=145)
         assert reusable(known, known.places) == known.places
 
-    def test_what_is_not_known_is_not_there(self):
+    def test_unknown_blocks_have_no_place(self):
         assert reusable(self.known(2), [(b"7", b"7")]) == {}
         assert reusable(Known({}, {}), []) == {}
 
-    def test_a_block_that_is_asked_for_twice_counts_once(self):
+    def test_a_block_that_is_wanted_twice_is_counted_once(self):
         assert reusable(self.known(10), [(b"0", b"0")] * 9) == {}
 
 
 class TestConfirm:
-    def test_packs_that_are_there_are_confirmed(self, repository):
+    def test_existing_packs_are_confirmed(self, repository):
         checkpoint(repository, [0, 1])
         assert repository.confirm(repository.known().packs.items()) is None
         assert repository.confirm([]) is None
 
-    def test_the_first_that_is_not_is_named(self):
+    def test_the_first_missing_pack_is_named(self):
         repository = opened(Lagging())
         infos = [pack(repository.store, [number]) for number in range(3)]
         packs = [(info.name, info.nbytes) for info in infos]
@@ -255,7 +255,7 @@ class TestConfirm:
 
 
 class TestOverview:
-    def test_sizes_and_what_is_shared(self, repository):
+    def test_sizes_and_shared_bytes(self, repository):
         first = checkpoint(repository, [0, 1])
         second = checkpoint(later(repository), [0, 1, 2])
         one, other = repository.overview()
@@ -265,7 +265,7 @@ class TestOverview:
         assert (other.shared_bytes, other.created_s, other.error) == (two_blocks, NOW_S + 1, None)
         assert other.models == repository.read().models
 
-    def test_the_damaged_say_so(self):
+    def test_damaged_checkpoints_are_listed_with_the_error(self):
         repository = opened()
         name = checkpoint(repository, [0, 1])
         whole = repository.store.objects[name]
@@ -273,13 +273,13 @@ class TestOverview:
         repository.store.objects[name] = flipped(whole, 99)
         mine, other = repository.overview()
         assert (mine.name, mine.created_s, mine.blocks) == ("mine", 0.0, 0)
-        assert "no checkpoint of tiered_kv" in mine.error
+        assert "not a checkpoint of tiered_kv" in mine.error
         assert (other.name, other.created_s) == (name, NOW_S)
         assert "damaged" in other.error
 
 
-def test_a_manifest_that_cannot_be_is_not_published(repository):
+def test_an_invalid_manifest_is_not_published(repository):
     info = pack(repository.store, [0])
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(ValueError, match="pack: must be below the number of packs, 0"):
         repository.publish(Manifest((), manifest([info]).models, manifest([info]).rows, NOW_S, "", {}))
     assert list(repository.store.sizes()) == [info.name]

@@ -1,4 +1,4 @@
-"""The plan for another world: every block that can be made, none that cannot, and a sentence for what is left out."""
+"""The plan for another world: every block that can be built is planned, no other one, with a reason for each left out."""
 
 from dataclasses import asdict, replace
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def model_of(rank: int, world: int, namespace: Namespace = NAMESPACE) -> Model:
 
 
 def rows_of(rank: int, world: int, ids=IDS, namespace: Namespace = NAMESPACE, hits: int = 0) -> list[Row]:
-    """The blocks that a rank has of one prompt."""
+    """Returns the rows of a rank for one prompt."""
     ours, layout = rank_of(rank, world, namespace)
     keys = ours.chain(layout).keys(as_token_ids(ids))
     parents = [None, *keys]
@@ -83,7 +83,7 @@ def test_every_block_of_every_rank_of_another_world_is_planned(world, target):
         assert sum(piece.count for piece in each.pieces) == HEADS // target
 
 
-def test_blocks_come_in_the_order_of_the_rows_each_behind_its_parent():
+def test_planned_blocks_are_in_the_order_of_the_rows_and_after_their_parents():
     hot, cold = range(100, 108), range(8)
     rows = [
         row for ids, hits in ((hot, 9), (cold, 1)) for at in range(4) for rank in (1, 0) for row in [rows_of(rank, 2, ids, hits=hits)[at]]
@@ -93,19 +93,19 @@ def test_blocks_come_in_the_order_of_the_rows_each_behind_its_parent():
     assert [each.hits for each in planned.targets] == [9] * 4 + [1] * 4
 
 
-def test_a_block_has_the_hits_of_the_rank_that_was_asked_most():
+def test_a_block_has_the_hits_of_the_most_used_rank():
     planned = plan(rows_of(0, 2, hits=3) + rows_of(1, 2, hits=5), world_of(2)[1], 1)
     assert {each.hits for each in planned.targets} == {5}
 
 
-def test_where_a_rank_lacks_a_block_the_chain_ends():
+def test_a_chain_ends_where_a_rank_lacks_a_block():
     rows = rows_of(0, 2) + [row for row in rows_of(1, 2) if row.depth != 1]
     planned = plan(rows, world_of(2)[1], 1)
     assert [each.key for each in planned.targets] == keys_of(0, 1)[:1]
-    assert planned.skipped == ["tiny: a part of them, or the block before them, is not in the checkpoint (blocks left out: 3)"]
+    assert planned.skipped == ["tiny: a source block or the parent is not in the checkpoint (blocks left out: 3)"]
 
 
-def test_ranks_that_do_not_need_the_one_that_is_missing_are_made():
+def test_ranks_that_do_not_need_the_missing_one_are_planned():
     rows = [row for rank in (0, 1, 3) for row in rows_of(rank, 4)]
     planned = plan(rows, world_of(4)[1], 2)
     assert [each.key for each in planned.targets] == keys_of(0, 2)
@@ -114,7 +114,7 @@ def test_ranks_that_do_not_need_the_one_that_is_missing_are_made():
 
 
 def test_a_rank_that_no_model_names_is_missing():
-    with refusal("a part of them"):
+    with refusal("a source block or the parent is not in the checkpoint"):
         plan(rows_of(0, 2), [model_of(0, 2)], 1)
 
 
@@ -127,7 +127,7 @@ def test_blocks_of_several_worlds_are_planned_once_and_complete_each_other():
     assert planned.skipped == []
 
 
-def test_blocks_of_the_world_asked_for_stay_and_are_not_made_again():
+def test_blocks_of_the_requested_world_are_unchanged_and_not_built_again():
     there = rows_of(0, 1)[:2]
     planned = plan(there + world_of(2)[0], [model_of(0, 1), *world_of(2)[1]], 1)
     assert planned.unchanged == there
@@ -138,22 +138,22 @@ def test_blocks_of_the_world_asked_for_stay_and_are_not_made_again():
 def test_other_models_are_not_mixed():
     other = replace(NAMESPACE, tenant="b")
     rows, models = rows_of(0, 2) + rows_of(1, 2, namespace=other), [model_of(0, 2), model_of(1, 2, other)]
-    with refusal("a part of them"):
+    with refusal("a source block or the parent is not in the checkpoint"):
         plan(rows, models, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(namespace=None), "its namespace is not known"),
-        (dict(namespace={"weight": "w"}), "its namespace is not known"),
+        (dict(namespace=None), "its namespace is unknown"),
+        (dict(namespace={"weight": "w"}), "its namespace is unknown"),
         (dict(namespace={"weights": ""}), "must be a text"),
         (dict(layout=None), "own layout cannot be split"),
-        (dict(namespace=asdict(replace(NAMESPACE, tenant="b", world=2))), "not those of its blocks"),
-        (dict(layout=replace(WHOLE, head_dim=8)), "not those of its blocks"),
+        (dict(namespace=asdict(replace(NAMESPACE, tenant="b", world=2))), "do not match the root of its blocks"),
+        (dict(layout=replace(WHOLE, head_dim=8)), "do not match the root of its blocks"),
     ],
 )
-def test_models_that_cannot_be_cut_are_left_out_with_the_reason(changes, reason):
+def test_models_that_cannot_be_split_are_left_out_with_the_reason(changes, reason):
     models = [model._replace(**changes) for model in world_of(2)[1]]
     with refusal(reason):
         plan(world_of(2)[0], models, 1)
@@ -167,11 +167,11 @@ def test_a_world_that_cannot_share_the_heads_is_refused():
     with refusal(r"tiny: 12 KV heads cannot be shared evenly by 5 ranks \(blocks left out: 8\)"):
         plan(*world_of(2), 5)
     for world in (0, -1, 2.0, True, None):
-        with refusal("whole number"):
+        with refusal("world: must be a whole number of at least 1"):
             plan(*world_of(2), world)
 
 
-def test_an_opaque_model_of_the_world_asked_for_stays():
+def test_an_opaque_model_of_the_requested_world_is_unchanged():
     models = [model._replace(layout=None) for model in world_of(2)[1]]
     planned = plan(world_of(2)[0], models, 2)
     assert (planned.unchanged, planned.skipped) == (world_of(2)[0], [])
@@ -179,9 +179,9 @@ def test_an_opaque_model_of_the_world_asked_for_stays():
 
 def test_rows_without_a_model_and_of_another_size_are_left_out():
     rows = world_of(2)[0]
-    with refusal("does not name"):
+    with refusal("of a model that the checkpoint does not describe"):
         plan(rows, [], 1)
-    with refusal("not as large"):
+    with refusal("the size of a block differs from its layout"):
         plan([row._replace(raw_bytes=row.raw_bytes + 1) for row in rows], world_of(2)[1], 1)
 
 

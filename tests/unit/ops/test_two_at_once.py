@@ -1,4 +1,4 @@
-"""Two who write checkpoints of one cluster at once: the second is told to wait, and does not end what the first does."""
+"""Two checkpoints of one cluster at once: the second is refused, and does not disturb the first."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from tiered_kv.ops.checkpoint import Wanted
 from tiered_kv.ops.repository import open_repository
 
 
-def test_who_comes_second_is_told_to_wait_and_leaves_the_first_alone(tmp_path) -> None:
-    """Once before anything is written and once in the middle of it; both repositories are the same folder."""
+def test_a_second_checkpoint_is_refused_and_does_not_disturb_the_first(tmp_path) -> None:
+    """Once before anything is written, and once during the writing. Both repositories are the same folder."""
     refused = []
 
     with cluster_of(2) as cluster, open_repository(str(tmp_path)) as repository:
@@ -32,7 +32,7 @@ def test_who_comes_second_is_told_to_wait_and_leaves_the_first_alone(tmp_path) -
         assert repository.verify() == []
 
 
-def test_a_node_that_has_written_its_share_is_still_the_firsts(tmp_path) -> None:
+def test_a_node_that_has_written_its_share_still_belongs_to_the_first(tmp_path) -> None:
     with cluster_of(1) as cluster:
         store(cluster, "n0", TREE[:2])
         ask, node = asking(cluster), cluster.nodes["n0"]
@@ -48,7 +48,7 @@ def test_a_node_that_has_written_its_share_is_still_the_firsts(tmp_path) -> None
         assert node.checkpoint("snapshot", None, 0, "second").blocks
 
 
-def test_nothing_to_write_is_no_checkpoint_where_that_is_asked_for(tmp_path) -> None:
+def test_without_matching_blocks_no_checkpoint_is_written_unless_it_may_be_empty(tmp_path) -> None:
     with cluster_of(1) as cluster, open_repository(str(tmp_path)) as repository:
         with pytest.raises(TieredKVError, match="there is nothing to write"):
             take(cluster, repository, Wanted(may_be_empty=False))

@@ -1,4 +1,4 @@
-"""Verifying: any flipped byte in any object is found and named, and nothing else is."""
+"""Verifying: any flipped byte in any object is found, and only the damaged object is named."""
 
 import random
 from itertools import pairwise
@@ -16,7 +16,7 @@ from tiered_kv.tiers.objectstore import MemoryStore
 
 
 def filled(store=None) -> Repository:
-    """Three checkpoints that share packs, and a pack that none of them names."""
+    """Three checkpoints that share packs, and a pack that none of them uses."""
     repository = opened(store)
     checkpoint(repository, [0, 1])
     repository.now_s.sleep(1)
@@ -32,7 +32,7 @@ def objects_named(problems) -> set[str]:
 
 @pytest.mark.parametrize("part", range(5))
 def test_any_flip_in_any_object_is_found_and_named(part):
-    """2,500 flips, as many in each object as it has bytes of all."""
+    """2,500 flips, distributed over the objects by their sizes."""
     repository, chosen = filled(), random.Random(part)
     objects = repository.store.objects
     assert repository.verify() == []
@@ -47,7 +47,7 @@ def test_any_flip_in_any_object_is_found_and_named(part):
     assert repository.verify() == []
 
 
-def test_in_a_folder_as_well(tmp_path):
+def test_flips_in_a_folder_are_found(tmp_path):
     repository = filled(FolderStore(tmp_path))
     assert repository.verify() == []
     for path in tmp_path.iterdir():
@@ -60,7 +60,7 @@ def test_in_a_folder_as_well(tmp_path):
     assert repository.verify() == []
 
 
-def test_a_damaged_frame_is_told_by_its_place_and_the_others_are_read():
+def test_a_damaged_frame_is_reported_with_its_offset_and_the_others_are_read():
     repository = filled()
     info = pack(MemoryStore(), [10, 11, 12])
     objects = repository.store.objects
@@ -71,7 +71,7 @@ def test_a_damaged_frame_is_told_by_its_place_and_the_others_are_read():
 
 
 class Strict(MemoryStore):
-    """As servers do it: a range of nothing, or behind the end, is an error of its own."""
+    """A store in which an empty range, or one after the end, is an error, as with real servers."""
 
     def get_range(self, name, offset, nbytes):
         if not nbytes or offset >= len(self.get(name)):
@@ -86,7 +86,7 @@ def test_every_cut_is_found():
         for nbytes in {0, 1, *range(0, len(whole), 41), len(whole) - 1}:
             objects[name] = whole[:nbytes]
             if name == "mine.pkl" and nbytes < 4:
-                assert repository.verify() == [], "nothing says any more that it was a checkpoint"
+                assert repository.verify() == [], "too few bytes are left to recognize a checkpoint"
                 continue
             assert objects_named(repository.verify()) == {name}
             repository.known()
@@ -96,7 +96,7 @@ def test_every_cut_is_found():
     assert repository.verify() == []
 
 
-def test_what_is_missing_is_told():
+def test_missing_objects_are_reported():
     repository = filled()
     info = pack(MemoryStore(), [10, 11, 12])
     whole = repository.store.objects.pop(info.name)
@@ -108,7 +108,7 @@ def test_what_is_missing_is_told():
     assert objects_named(repository.verify()) == {LATEST}
 
 
-def test_frames_of_a_pack_without_its_footer_are_read_by_the_manifest():
+def test_frames_of_a_pack_without_footer_are_found_with_the_manifest():
     repository = filled()
     info = pack(MemoryStore(), [10, 11, 12])
     objects = repository.store.objects
@@ -118,7 +118,7 @@ def test_frames_of_a_pack_without_its_footer_are_read_by_the_manifest():
     assert len(problems) == 2
 
 
-def test_a_manifest_that_says_other_than_the_pack_is_told():
+def test_a_manifest_that_differs_from_its_pack_is_reported():
     repository = opened()
     name = checkpoint(repository, [0, 1])
     found = repository.read()
@@ -127,7 +127,7 @@ def test_a_manifest_that_says_other_than_the_pack_is_told():
     assert key_of(0).hex() in repository.verify()[0].message
 
 
-def test_only_what_was_asked_for_is_read():
+def test_only_the_named_checkpoints_are_read():
     repository = filled()
     first, second = repository.names()[1:]
     own = pack(MemoryStore(), [2]).name
@@ -139,15 +139,15 @@ def test_only_what_was_asked_for_is_read():
     assert objects_named(repository.verify(["gone.tkv"])) == {"gone.tkv"}
 
 
-def test_large_packs_are_read_in_ranges_and_progress_is_told(monkeypatch):
+def test_large_packs_are_read_in_ranges_with_progress(monkeypatch):
     monkeypatch.setattr(verifying, "RANGE_BYTES", 2 * FRAME_BYTES)
-    repository, told = filled(), []
-    assert repository.verify(progress=lambda done, total: told.append((done, total))) == []
+    repository, reported = filled(), []
+    assert repository.verify(progress=lambda done, total: reported.append((done, total))) == []
     frames = len(repository.known().places)
     assert frames == 7
-    assert told[0] == (0, frames * FRAME_BYTES)
-    assert told[-1] == (frames * FRAME_BYTES,) * 2
-    assert max(b - a for (a, _), (b, _) in pairwise(told)) == 2 * FRAME_BYTES
+    assert reported[0] == (0, frames * FRAME_BYTES)
+    assert reported[-1] == (frames * FRAME_BYTES,) * 2
+    assert max(b - a for (a, _), (b, _) in pairwise(reported)) == 2 * FRAME_BYTES
     monkeypatch.setattr(verifying, "RANGE_BYTES", 10)
     assert repository.verify() == []
 

@@ -237,11 +237,11 @@ def test_a_node_that_dies_is_gone_on_without_and_recorded_when_it_is_back(make_c
         clock.advance(PENDING_S + 1)
         recording.poll()
     assert [line["timestamp"] for line in lines] == [1000, 7000]
-    assert [line.split(":")[0] for line in said] == ["going on without n1"]
+    assert [line.split(":")[0] for line in said] == ["recording continues without n1"]
     assert recording.recording == ["n0"]
     cluster.start_node("n1")
     recording.poll()
-    assert said[1:] == ["n1 is back and records again"]
+    assert said[1:] == ["n1 answers again and records again"]
     clock.advance(1.0)
     requester(cluster, "n1", checked)((3,))
     recording.finish()
