@@ -32,10 +32,11 @@ fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 
 hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its files; MINUTES=20, SEED=7
 	$(BIN)/python -m tests.hostile.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-check: $(STAMP)  ## lint and format
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff
+check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
 	$(BIN)/tiered-kv simulate $(TRACES)

@@ -1,34 +1,21 @@
 """Processes and their sessions. A process is identified by (pid, start time), so that a reused pid is never signalled.
 
-Everything is read from /proc. A process started here leads its own session, and its children stay in that session.
+psutil reads /proc. A process started here leads its own session, and its children stay in that session.
 """
 
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 _POLL_S = 0.02
 _ORPHANS_WAIT_S = 2.0
-
-
-class _Stat(NamedTuple):
-    state: str
-    session: int
-    start_time: int
-
-
-def _stat(pid: int) -> _Stat | None:
-    """Reads the state of a pid from /proc. Returns None if there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()  # the command name is in parentheses and may contain spaces and parentheses
-    return _Stat(state=fields[0], session=int(fields[3]), start_time=int(fields[19]))
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
@@ -43,19 +30,23 @@ class Process(NamedTuple):
     @classmethod
     def of(cls, pid: int) -> "Process":
         """Returns the process that has this pid now. Raises `ProcessLookupError` if there is none."""
-        stat = _stat(pid)
-        if stat is None:
+        start_time = _start_time(pid)
+        if start_time is None:
             raise ProcessLookupError(f"there is no process with pid {pid}")
-        return cls(pid, stat.start_time)
+        return cls(pid, start_time)
 
     def alive(self) -> bool:
         """Returns whether the process is running.
 
-        A process that has ended but was not reaped (a zombie) is not running.
+        A process that has ended but was not reaped (a zombie) is not running; a child of this process is reaped here.
         """
-        _reap(self.pid)
-        stat = _stat(self.pid)
-        return stat is not None and stat.start_time == self.start_time and stat.state not in "ZX"
+        with suppress(psutil.NoSuchProcess):
+            if _start_time(self.pid) == self.start_time:
+                if psutil.Process(self.pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    return True
+                with suppress(ChildProcessError):  # another process's child
+                    os.waitpid(self.pid, os.WNOHANG)
+        return False
 
     def signal(self, number: int) -> None:
         """Send a signal if the process is still running."""
@@ -64,10 +55,15 @@ class Process(NamedTuple):
                 os.kill(self.pid, number)
 
 
-def _reap(pid: int) -> None:
-    """Reap a child of this process if it has ended. Does nothing for other processes."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _start_time(pid: int) -> int | None:
+    """Returns when a process started, in clock ticks since boot; None if there is no such process.
+
+    psutil's own start time is a time of day, which changes when the system's clock is set; state files outlive that.
+    """
+    boot_s = psutil.boot_time()  # before the start time: psutil below 7.1 adds the boot time that was read last
+    with suppress(psutil.NoSuchProcess):
+        return round((psutil.Process(pid).create_time() - boot_s) * _TICKS_PER_S)
+    return None
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
@@ -87,37 +83,31 @@ def session_members(leader: Process, directory: Path) -> list[Process]:
     """Returns the running processes of a leader's session, including the leader.
 
     Once the leader has ended, its number may be the id of an unrelated session. Then only processes that have a file
-    below `directory` open (Ray's own log files) are returned. Cost: one pass over /proc.
+    below `directory` open (Ray's own log files) are returned. Cost: one system call for each process of the machine.
     """
-    now = _stat(leader.pid)
-    if now is not None and now.start_time != leader.start_time:
+    start_time = _start_time(leader.pid)
+    if start_time not in (None, leader.start_time):
         return []  # the kernel reuses a session's number only after the session is empty
-    found = [process for process, stat in _all_processes() if stat.session == leader.pid]
-    if now is not None:
+    found = _session(leader.pid)
+    if start_time is not None:
         return found
     return [process for process in found if _has_open_file_below(process.pid, directory)]
 
 
-def _all_processes() -> Iterator[tuple[Process, _Stat]]:
-    for name in os.listdir("/proc"):
-        stat = _stat(int(name)) if name.isdigit() else None
-        if stat is not None and stat.state not in "ZX":
-            yield Process(int(name), stat.start_time), stat
+def _session(number: int) -> list[Process]:
+    found = []
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):  # it ended after it was listed
+            if os.getsid(pid) == number and (process := Process.of(pid)).alive():
+                found.append(process)
+    return found
 
 
 def _has_open_file_below(pid: int, directory: Path) -> bool:
-    prefix = str(directory) + "/"
+    """Reads /proc: psutil's `open_files` leaves out files that were deleted, and a cleaner of /tmp may have deleted Ray's logs."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to another user
-        return any(path.startswith(prefix) for path in _open_files(pid))
+        return any(os.path.realpath(f"/proc/{pid}/fd/{fd}").startswith(f"{directory}/") for fd in os.listdir(f"/proc/{pid}/fd"))
     return False
-
-
-def _open_files(pid: int) -> list[str]:
-    paths = []
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):  # closed after it was listed
-            paths.append(os.readlink(f"/proc/{pid}/fd/{number}"))
-    return paths
 
 
 def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) -> list[int]:
@@ -133,11 +123,13 @@ def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) ->
     left = _wait_gone(leaders, known, directory, wait_s)
     killed: set[int] = set()
     deadline_s = time.monotonic() + wait_s
-    while left and time.monotonic() < deadline_s:
+    while left:
         for process in left:
             process.signal(signal.SIGKILL)
         killed.update(process.pid for process in left)
         left = _wait_gone(leaders, known, directory, 0.5)
+        if time.monotonic() >= deadline_s:
+            break
     return sorted(killed)
 
 

@@ -98,15 +98,15 @@ LIBRARIES = {
     "": {"numpy", "xxhash", "torch", "matplotlib"},
     "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard", "triton"},  # triton: see test_kernels_are_optional
     "policy": {"numpy"},
-    "memory": {"numpy", "torch", "msgpack"},
+    "memory": {"numpy", "torch", "msgpack", "psutil"},
     "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore", "botocore"},  # botocore: for the profiles of AWS, where it is installed
     "store": set(),
     "service": {"numpy", "torch", "msgpack"},
     "integrations": {"numpy", "torch", "transformers"},
-    "ops": {"numpy", "msgpack", "torch", "tensorboard", "wandb"},
+    "ops": {"numpy", "msgpack", "psutil", "torch", "tensorboard", "wandb"},
     "library": {"numpy", "torch", "transformers"},
     "actors": {"numpy", "ray"},
-    "cluster": {"ray", "rich"},
+    "cluster": {"psutil", "ray", "rich"},
     "calibrate": {"numpy", "torch", "transformers"},
     "demo": {"numpy", "torch", "ray", "rich", "transformers"},
     "bench": {"numpy", "torch", "ray", "rich", "obstore"},
@@ -115,6 +115,7 @@ LIBRARIES = {
 ONLY_LATER = {
     "": {"torch", "matplotlib"},
     "cluster": {"torch", "ray"},
+    "memory": {"psutil"},
     "tiers": {"obstore", "botocore"},
     "bench": {"obstore"},
     "ops": {"torch", "tensorboard", "wandb"},

@@ -64,3 +64,8 @@ def test_the_demos_documents_are_inside(wheel):
 def test_the_command_is_inside(wheel):
     (entries,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     assert "tiered-kv = tiered_kv.cluster.cli:main" in wheel.read(entries).decode()
+
+
+def test_the_license_is_inside(wheel):
+    (place,) = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
+    assert wheel.read(place) == (ROOT / "LICENSE").read_bytes()

@@ -15,61 +15,93 @@ from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from tiered_kv.clock import Clock
-    from tiered_kv.compression import Compressor
+    from tiered_kv.compression import CompressedTensor, Compressor
     from tiered_kv.library.cache import AdaptiveKVCache, BaseKVCache
     from tiered_kv.library.config import CacheMode, CacheStrategy, KVCacheConfig
     from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
     from tiered_kv.library.paged import PagedKVCache
-    from tiered_kv.library.persistence import CachePersistence
     from tiered_kv.memory_manager import MemoryManager
-    from tiered_kv.ops.monitor import CacheMonitor
-    from tiered_kv.quantization import Quantizer
+    from tiered_kv.monitoring import Alert, CacheMetrics, CacheMonitor, MetricsExporter, TensorBoardWriter, WandbWriter
+    from tiered_kv.persistence import CachePersistence, load_cache_checkpoint, save_cache_checkpoint
+    from tiered_kv.quantization import QuantizedTensor, Quantizer
     from tiered_kv.service.client import Client
-    from tiered_kv.strategies import create_eviction_strategy
+    from tiered_kv.strategies import (
+        AdaptiveEvictionStrategy,
+        BaseEvictionStrategy,
+        LFUEvictionStrategy,
+        LRUEvictionStrategy,
+        create_eviction_strategy,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveEvictionStrategy",
     "AdaptiveKVCache",
+    "Alert",
+    "BaseEvictionStrategy",
     "BaseKVCache",
+    "CacheMetrics",
     "CacheMode",
     "CacheMonitor",
     "CachePersistence",
     "CacheStrategy",
     "Client",
+    "CompressedTensor",
     "Compressor",
     "Config",
     "Hint",
     "KVCacheConfig",
     "KVLayout",
     "Kind",
+    "LFUEvictionStrategy",
+    "LRUEvictionStrategy",
     "MemoryManager",
+    "MetricsExporter",
     "ModelCacheWrapper",
     "Namespace",
     "PagedKVCache",
+    "QuantizedTensor",
     "Quantizer",
+    "TensorBoardWriter",
     "TieredKVError",
     "TransformersKVCache",
+    "WandbWriter",
     "attach",
     "create_eviction_strategy",
+    "load_cache_checkpoint",
     "open",
+    "save_cache_checkpoint",
 ]
 
 _LATER = {
+    "AdaptiveEvictionStrategy": "tiered_kv.strategies",
     "AdaptiveKVCache": "tiered_kv.library.cache",
+    "Alert": "tiered_kv.monitoring",
+    "BaseEvictionStrategy": "tiered_kv.strategies",
     "BaseKVCache": "tiered_kv.library.cache",
+    "CacheMetrics": "tiered_kv.monitoring",
     "CacheMode": "tiered_kv.library.config",
-    "CacheMonitor": "tiered_kv.ops.monitor",
-    "CachePersistence": "tiered_kv.library.persistence",
+    "CacheMonitor": "tiered_kv.monitoring",
+    "CachePersistence": "tiered_kv.persistence",
     "CacheStrategy": "tiered_kv.library.config",
     "Client": "tiered_kv.service.client",
+    "CompressedTensor": "tiered_kv.compression",
     "Compressor": "tiered_kv.compression",
     "KVCacheConfig": "tiered_kv.library.config",
+    "LFUEvictionStrategy": "tiered_kv.strategies",
+    "LRUEvictionStrategy": "tiered_kv.strategies",
     "MemoryManager": "tiered_kv.memory_manager",
+    "MetricsExporter": "tiered_kv.monitoring",
     "ModelCacheWrapper": "tiered_kv.library.model",
     "PagedKVCache": "tiered_kv.library.paged",
+    "QuantizedTensor": "tiered_kv.quantization",
     "Quantizer": "tiered_kv.quantization",
+    "TensorBoardWriter": "tiered_kv.monitoring",
     "TransformersKVCache": "tiered_kv.library.model",
+    "WandbWriter": "tiered_kv.monitoring",
     "create_eviction_strategy": "tiered_kv.strategies",
+    "load_cache_checkpoint": "tiered_kv.persistence",
+    "save_cache_checkpoint": "tiered_kv.persistence",
 }
 
 
@@ -77,6 +109,11 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'tiered_kv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names and Python's own; modules of the package that are imported stay attributes of it."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def attach(

@@ -5,8 +5,7 @@ import time
 
 import torch
 
-from tiered_kv import BaseKVCache, CacheMonitor, KVCacheConfig
-from tiered_kv.monitoring import MetricsExporter
+from tiered_kv import BaseKVCache, CacheMonitor, KVCacheConfig, MetricsExporter
 
 monitor = CacheMonitor(window_size=1000, alert_thresholds={"hit_rate": 0.3, "memory_share": (0.05, 0.9)})
 with BaseKVCache(KVCacheConfig(max_tokens=512)) as cache:

@@ -2,8 +2,7 @@
 
 import torch
 
-from tiered_kv import BaseKVCache, CachePersistence, KVCacheConfig
-from tiered_kv.persistence import load_cache_checkpoint, save_cache_checkpoint
+from tiered_kv import BaseKVCache, CachePersistence, KVCacheConfig, load_cache_checkpoint, save_cache_checkpoint
 
 config, prompt = KVCacheConfig(max_tokens=1024), range(100)
 with BaseKVCache(config) as cache, BaseKVCache(config) as new_cache, BaseKVCache(config) as latest:

@@ -5,9 +5,7 @@ import time
 import torch
 from tiny import prompt, tiny_model
 
-from tiered_kv import CacheMonitor, KVCacheConfig, TransformersKVCache
-from tiered_kv.errors import TieredKVError
-from tiered_kv.persistence import load_cache_checkpoint, save_cache_checkpoint
+from tiered_kv import CacheMonitor, KVCacheConfig, TieredKVError, TransformersKVCache, load_cache_checkpoint, save_cache_checkpoint
 
 EVERY = 8
 FOLDER = "./production_checkpoints"

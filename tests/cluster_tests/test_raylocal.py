@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tiered_kv.cluster import raylocal
@@ -64,6 +65,15 @@ def test_a_process_is_identified_by_its_start_time() -> None:
         Process.of(2**22 + 1)
 
 
+def test_a_start_time_is_the_kernels_own_and_stays_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()
+    assert Process.of(os.getpid()).start_time == int(fields[19])  # state files of earlier versions hold this number
+    boot_s, create_s = psutil.boot_time() + 3600, psutil.Process().create_time() + 3600
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot_s)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: create_s)
+    assert Process.of(os.getpid()).start_time == int(fields[19])
+
+
 def test_a_reused_pid_is_never_signalled(tmp_path: Path, spawned: list[Process]) -> None:
     running = shell("echo ready > $READY; exec sleep 1000", tmp_path, spawned)
     earlier = running._replace(start_time=running.start_time - 1)
@@ -82,10 +92,11 @@ def test_a_session_that_ends_by_itself_is_not_killed(tmp_path: Path, spawned: li
     assert session_members(leader, tmp_path) == []
 
 
-def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process]) -> None:
+@pytest.mark.parametrize("wait_s", [0.1, 0.0])
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path, spawned: list[Process], wait_s: float) -> None:
     leader = shell("trap '' TERM; sleep 1000 & echo ready > $READY; wait", tmp_path, spawned)
     members = session_members(leader, tmp_path)
-    assert stop_sessions([leader], tmp_path, 0.1) == sorted(process.pid for process in members)
+    assert stop_sessions([leader], tmp_path, wait_s) == sorted(process.pid for process in members)
     assert not any(process.alive() for process in members)
 
 
@@ -96,6 +107,8 @@ def test_children_of_a_dead_leader_are_found_by_their_open_files_only(tmp_path: 
     assert not leader.alive()
     assert session_members(leader, tmp_path / "elsewhere") == []
     (orphan,) = session_members(leader, tmp_path)  # its output goes to a log below tmp_path
+    (tmp_path / "log-0").unlink()
+    assert session_members(leader, tmp_path) == [orphan], "also when the log has been deleted"
     assert stop_sessions([leader], tmp_path, 10.0) == []
     assert not orphan.alive()
 

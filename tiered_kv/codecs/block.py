@@ -122,18 +122,25 @@ class BlockCodec(Codec):
         return self._layout.block_bytes
 
     @property
+    def _dims(self) -> tuple[int, int, int, int]:
+        """The block's (L, H, T, D); raises (kind `corrupt`) for a codec without a shape."""
+        if self.shape is None:
+            raise self._corrupt("without a shape nothing can be read")
+        return self.shape
+
+    @property
     def _layout(self) -> KVLayout:
-        layers, heads, tokens, dim = self.shape
+        layers, heads, tokens, dim = self._dims
         return KVLayout(layers, heads, dim, self.dtype, tokens)
 
     @property
     def _exact(self) -> int:
         """How many tokens of the block stay exact, because they are among the first of the sequence."""
-        return min(max(self.sinks - self.start, 0), self.shape[2])
+        return min(max(self.sinks - self.start, 0), self._dims[2])
 
     @property
     def _exact_bytes(self) -> int:
-        return self.raw_bytes // self.shape[2] * self._exact
+        return self.raw_bytes // self._dims[2] * self._exact
 
     def _exact_of(self, kv: torch.Tensor) -> np.ndarray:
         """Returns the bytes of the exact tokens."""
@@ -146,7 +153,7 @@ class BlockCodec(Codec):
             kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)
 
     def _typed(self, flat: torch.Tensor) -> torch.Tensor:
-        layers, heads, tokens, dim = self.shape
+        layers, heads, tokens, dim = self._dims
         return flat.view(getattr(torch, self.dtype)).view(layers, 2, heads, tokens, dim)
 
     def _is_aligned(self, flat: torch.Tensor) -> bool:

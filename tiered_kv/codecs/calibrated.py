@@ -109,14 +109,18 @@ class CalibratedCodec(BlockCodec):
 
     def _calibration(self) -> Calibration:
         calibration = calibration_of(self.fingerprint.hex())
-        if (calibration.layers, calibration.kv_heads, calibration.head_dim) != (self.shape[0], self.shape[1], self.shape[3]):
+        if (calibration.layers, calibration.kv_heads, calibration.head_dim) != (self._dims[0], self._dims[1], self._dims[3]):
             raise self._corrupt(
                 f"blocks of shape {self.shape} do not fit a calibration of {calibration.layers} layers of {calibration.kv_heads} KV heads"
             )
         return calibration
 
+    @property
+    def _step(self) -> float:
+        return self.step_default if self.step is None else self.step
+
     def _bound(self) -> float:
-        return self._calibration().bound(self.name, self.step) if self.max_error is None else self.max_error
+        return self._calibration().bound(self.name, self._step) if self.max_error is None else self.max_error
 
     def most_error(self) -> float:
         if not self.fingerprint:
@@ -127,13 +131,12 @@ class CalibratedCodec(BlockCodec):
 
     def _simple(self) -> GroupedCodec:
         """Returns the codec without tables whose quality is about as good at this step, or better."""
-        cls = Int4Codec if self.step >= 1.5e-4 else Int6Codec if self.step >= 2.5e-5 else Int8Codec
+        cls = Int4Codec if self._step >= 1.5e-4 else Int6Codec if self._step >= 2.5e-5 else Int8Codec
         return self._as(cls)
 
     def _as(self, cls: type[GroupedCodec]) -> GroupedCodec:
         calibration = self._calibration()
-        turned = {"rope": calibration.rope, "rope_halves": calibration.rope_halves}
-        return cls(self.shape, self.dtype, self.start, self.sinks, **turned)
+        return cls(self.shape, self.dtype, self.start, self.sinks, rope=calibration.rope, rope_halves=calibration.rope_halves)
 
     def _fall_back(self, raw: torch.Tensor, carried_error: float, why: str) -> Encoded:
         if why == "opaque":
@@ -154,13 +157,13 @@ class CalibratedCodec(BlockCodec):
 
     def _payload(self, kv: torch.Tensor) -> np.ndarray:
         exact = self._exact_of(kv)
-        if self._exact == self.shape[2]:
+        if self._exact == self._dims[2]:
             return exact
         return np.concatenate([exact, np.frombuffer(pack(self._quantized(kv)), np.uint8)])
 
     def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
         data = self._opened(payload, kv)
-        tokens = self.shape[2] - self._exact
+        tokens = self._dims[2] - self._exact
         if tokens:
             self._restored(data, tokens, kv)
 

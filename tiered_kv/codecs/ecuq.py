@@ -53,7 +53,8 @@ class EcuqCodec(CalibratedCodec):
         tables = _prepared(self._fingerprint(), self.step)
         x = self._channels(kv).cpu()
         codes = as_codes((x - tables.mean.transpose(-1, -2)) / tables.width.transpose(-1, -2)).to(torch.int16)
-        return codes.view(-1, x.shape[-1]).numpy()[tables.order]
+        rows: np.ndarray = codes.view(-1, x.shape[-1]).numpy()[tables.order]
+        return rows
 
     def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
         tables = _prepared(self._fingerprint(), self.step)

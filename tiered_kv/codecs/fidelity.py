@@ -32,4 +32,5 @@ def _of_layers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=(2, 3, 4))
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=(2, 3, 4))
+    return norm

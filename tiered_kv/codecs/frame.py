@@ -95,7 +95,8 @@ class Frame:
 
 @lru_cache(maxsize=256)
 def _spec_bytes(codec: Codec, error: float = 0.0) -> bytes:
-    return msgpack.packb(codec.spec() | ({"error": error} if error else {}))
+    packed: bytes = msgpack.packb(codec.spec() | ({"error": error} if error else {}))
+    return packed
 
 
 def _header_bytes(codec: Codec, error: float) -> int:
@@ -226,16 +227,16 @@ def _codec(header: bytes, fixed: _Fixed) -> tuple[Codec, float]:
         raise _corrupt("the header of a frame must end in zeros after its spec")
     try:
         spec = msgpack.unpackb(header[_FIXED.size : end])
-        error = spec.pop("error", 0.0) if isinstance(spec, dict) else 0.0
+        carried = spec.pop("error", 0.0) if isinstance(spec, dict) else 0.0
         codec = codec_from_spec(spec)
     except (ValueError, TypeError, TieredKVError) as error:
         raise _corrupt(f"invalid codec spec in a frame: {error}") from error
-    if not isinstance(error, float) or not 0 <= error < math.inf:
-        raise _corrupt(f"the error of a block must be a finite float of at least 0, got {error!r}")
+    if not isinstance(carried, float) or not 0 <= carried < math.inf:
+        raise _corrupt(f"the error of a block must be a finite float of at least 0, got {carried!r}")
     if fixed.payload_bytes > codec.max_payload_bytes(fixed.raw_bytes):
         limit = codec.max_payload_bytes(fixed.raw_bytes)
         raise _corrupt(f"payload of at most {limit} bytes expected for a block of {fixed.raw_bytes}, got {fixed.payload_bytes}")
-    return codec, error
+    return codec, carried
 
 
 def _corrupt(message: str, **context: Any) -> TieredKVError:

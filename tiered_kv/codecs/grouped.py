@@ -51,11 +51,11 @@ class GroupedCodec(PartsCodec):
         return unpack(packed, codes, self.bits)
 
     def _packed_bytes(self, tokens: int, per_channel: bool) -> int:
-        layers, heads, _, dim = self.shape
+        layers, heads, _, dim = self._dims
         return packed_bytes(layers * heads * tokens * dim, self.bits)
 
     def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
-        layers, heads, _, dim = self.shape
+        layers, heads, _, dim = self._dims
         return 2 * self.scales_of_group * layers * heads * (dim if per_channel else tokens), self._packed_bytes(tokens, per_channel)
 
     def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:

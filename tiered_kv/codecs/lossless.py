@@ -153,9 +153,9 @@ def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
     """Returns the plane as a zstd frame if that is shorter, else unchanged. Tests a sample of a long plane before trying all of it."""
     middle = len(plane) // 2
     sample = plane[middle : middle + SAMPLE_BYTES]
-    if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(sample)) > len(sample) * (1 - MIN_GAIN):
+    if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(memoryview(sample))) > len(sample) * (1 - MIN_GAIN):
         return plane
-    small = _compressor().compress(plane)
+    small = _compressor().compress(memoryview(plane))
     return small if len(small) < len(plane) else plane
 
 
@@ -163,10 +163,12 @@ def _compressor() -> zstandard.ZstdCompressor:
     """Returns this thread's compressor. One cannot be shared by threads, and creating one costs as much as compressing a small block."""
     if not hasattr(_of_thread, "compressor"):
         _of_thread.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-    return _of_thread.compressor
+    compressor: zstandard.ZstdCompressor = _of_thread.compressor
+    return compressor
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
     if not hasattr(_of_thread, "decompressor"):
         _of_thread.decompressor = zstandard.ZstdDecompressor()
-    return _of_thread.decompressor
+    decompressor: zstandard.ZstdDecompressor = _of_thread.decompressor
+    return decompressor

@@ -34,12 +34,12 @@ class LowRankCodec(ReducedCodec):
 
     def rank(self, tokens: int) -> int:
         """Returns how many components are stored for a block with `tokens` tokens that do not stay exact."""
-        _, heads, _, dim = self.shape
+        _, heads, _, dim = self._dims
         component_bytes = tokens + heads * dim + SCALES_BYTES
         return min(max(int(self._budget_bytes(tokens * heads * dim) / component_bytes), 1), tokens, heads * dim)
 
     def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
-        layers, heads, _, dim = self.shape
+        layers, heads, _, dim = self._dims
         components = layers * self.rank(tokens)
         return SCALES_BYTES * components, components * (tokens + heads * dim)
 
@@ -77,7 +77,8 @@ def _basis(wide: torch.Tensor, rank: int) -> torch.Tensor:
     greatest = wide.abs().amax((1, 2), keepdim=True)
     unit = wide / torch.where(greatest == 0, 1, greatest)
     try:
-        return torch.linalg.eigh(unit @ unit.mT).eigenvectors[..., -rank:]
+        vectors: torch.Tensor = torch.linalg.eigh(unit @ unit.mT).eigenvectors
+        return vectors[..., -rank:]
     except torch.linalg.LinAlgError:  # the matrices have numbers that are not finite
         return wide.new_full((*wide.shape[:2], rank), torch.nan)
 

@@ -124,7 +124,7 @@ def _streams(packed: memoryview) -> list[memoryview]:
 def _compressed(stream: np.ndarray) -> bytes:
     if not len(stream):
         return b""
-    small = _tools.compressor.compress(stream)
+    small = _tools.compressor.compress(memoryview(stream))
     return small if len(small) < len(stream) else stream.tobytes()
 
 

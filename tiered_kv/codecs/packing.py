@@ -23,7 +23,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     group = GROUP_CODES[bits]
     codes = np.pad(codes, (0, -len(codes) % group)).reshape(group, -1)
     if bits == 4:
-        return codes[0] | codes[1] << 4
+        halves: np.ndarray = codes[0] | codes[1] << 4
+        return halves
     return np.concatenate([codes[i] | (codes[3] >> 2 * i & 3) << 6 for i in range(3)])
 
 

@@ -74,7 +74,7 @@ def encode_pair(
     """
     check_pair(key, value)
     batch, heads, tokens, dim = key.shape
-    chosen = codec_for(codec, KVLayout(batch, heads, dim, key.dtype, tokens), sinks=0, **parameters)
+    chosen = codec_for(codec, KVLayout(batch, heads, dim, str(key.dtype), tokens), sinks=0, **parameters)
     with torch.autocast(key.device.type, enabled=False):  # stacking fails inside an autocast region of another dtype
         block = torch.stack([key.detach(), value.detach()], 1)
     encoded = chosen.encode(block.view(-1).view(torch.uint8), carried_error)

@@ -71,7 +71,7 @@ class PartsCodec(BlockCodec):
         return cls(shape, layout.dtype, rope=rope, rope_halves=rope_halves, **parameters)
 
     def _bound(self) -> float:
-        return self.max_error
+        return self.max_error_default if self.max_error is None else self.max_error
 
     @abstractmethod
     def _sizes(self, tokens: int, per_channel: bool) -> tuple[int, int]:
@@ -113,13 +113,14 @@ class PartsCodec(BlockCodec):
 
     def _parts(self) -> list[Part]:
         """Returns K and V in the order of the payload, or an empty list if all tokens are exact."""
-        tokens = self.shape[2] - self._exact
-        end, parts = self._exact_bytes, []
+        tokens = self._dims[2] - self._exact
+        end = self._exact_bytes
+        parts: list[Part] = []
         for which in (0, 1) if tokens else ():
             per_channel = which == 0 and self.rope is not None and tokens >= CHANNEL_TOKENS_MIN
             scales_end, codes_end = (end + size for size in np.cumsum(self._sizes(tokens, per_channel)).tolist())
             is_spread = not per_channel and self.bits < 8
-            rope = self.rope if per_channel else b""
+            rope = self.rope if per_channel and self.rope is not None else b""
             parts.append(Part(which, per_channel, rope, is_spread, slice(end, scales_end), slice(scales_end, codes_end)))
             end = codes_end
         return parts

@@ -58,12 +58,12 @@ class SparseCodec(ReducedCodec, GroupedCodec):
         return unpacked
 
     def _packed_bytes(self, tokens: int, per_channel: bool) -> int:
-        layers, heads, _, dim = self.shape
+        layers, heads, _, dim = self._dims
         return -(-layers * heads * tokens * dim // 8) + layers * heads * self._staying(tokens, per_channel)
 
     def _staying(self, tokens: int, per_channel: bool) -> int:
         """Returns how many numbers of each head are stored."""
-        dim = self.shape[3]
+        dim = self._dims[3]
         numbers, groups = tokens * dim, dim if per_channel else tokens
         room = self._budget_bytes(numbers) - numbers / 8 - 2 * self.scales_of_group * groups
         return min(max(int(room), 1), numbers)

@@ -107,7 +107,8 @@ class XlayerCodec(CalibratedCodec):
                 codes[group, layer] = found
                 space[group, layer + PREVIOUS_LAYERS] = found
                 self._advance(tables, space, group, layer, _end(found))
-        return codes.view(-1, tokens).numpy()[tables.codes]
+        rows: np.ndarray = codes.view(-1, tokens).numpy()[tables.codes]
+        return rows
 
     def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
         tables = self._tables()
@@ -121,7 +122,7 @@ class XlayerCodec(CalibratedCodec):
         for group in range(groups):
             for layer in range(layers):
                 self._advance(tables, space, group, layer, ends[group][layer])
-        heads = self.shape[1] // groups
+        heads = self._dims[1] // groups
         x = space[:, PREVIOUS_LAYERS:].view(groups, layers, 2, heads, kv.shape[4], tokens).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
         self._finish(x, tables.mean, None, kv)
 

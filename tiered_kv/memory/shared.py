@@ -415,9 +415,9 @@ def available_bytes(shm_path: Path) -> int:
     facts = os.statvfs(shm_path)
     room_bytes = facts.f_bavail * facts.f_frsize
     if os.stat(shm_path).st_dev == os.stat("/dev/shm").st_dev:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        memory_kib = {line[0]: int(line[1]) for line in lines}
-        room_bytes = min(room_bytes, (memory_kib["MemAvailable:"] + memory_kib["SwapFree:"]) * 1024)
+        import psutil  # here: workers, which only attach, need not load it
+
+        room_bytes = min(room_bytes, psutil.virtual_memory().available + psutil.swap_memory().free)
     return room_bytes
 
 

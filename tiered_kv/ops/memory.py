@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
-_STATM = Path("/proc/self/statm")
-_PAGE_BYTES = 4096
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")  # psutil knows the machine, not the container
 
 
 class MemoryFigures(NamedTuple):
@@ -26,14 +25,14 @@ class MemoryFigures(NamedTuple):
 
 
 def host_memory() -> MemoryFigures:
-    """Returns the figures of the host, from the kernel. Cost: about 50 µs."""
-    facts = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    total, available = (int(facts[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    """Returns the figures of the host, from the kernel. Cost: about 100 µs."""
+    machine = psutil.virtual_memory()
+    total, available = machine.total, machine.available
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     if limit is not None and used is not None and limit < total:
         cached = _inactive_file_bytes()
         total, available = limit, min(max(limit - used + cached, 0), available)
-    return MemoryFigures(total, available, int(_STATM.read_text().split()[1]) * _PAGE_BYTES)
+    return MemoryFigures(total, available, psutil.Process().memory_info().rss)
 
 
 def device_memory(device: object) -> MemoryFigures | None:

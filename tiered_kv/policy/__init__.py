@@ -49,5 +49,6 @@ def create_policy(
     tokens of a block. `seed` fixes the samples.
     """
     if name == "adaptive":
+        assert isinstance(history, BlockHistory), "the policy adaptive needs the history of create_history"
         return AdaptivePolicy(history, cost_per_block=cost_weight * block_tokens / COST_TOKENS, seed=seed)
     return _CLASSICS[name](history, capacity_bytes)

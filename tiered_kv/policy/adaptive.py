@@ -49,7 +49,7 @@ class AdaptivePolicy(EvictionPolicy):
         return len(self._keys)
 
     def __contains__(self, key: object) -> bool:
-        return self._slot(key) in self._keys  # type: ignore[arg-type]
+        return self._slot(key) in self._keys
 
     def leading(self, keys: Sequence[Key]) -> int:
         if not keys or not len(self._bytes):

@@ -172,7 +172,8 @@ class BlockHistory(History):
     @property
     def nbytes(self) -> int:
         """Memory in use, in bytes."""
-        return self._keys.nbytes + sum(getattr(self, field).nbytes for field in _FIELDS)
+        arrays: list[np.ndarray] = [getattr(self, field) for field in _FIELDS]
+        return self._keys.nbytes + sum(array.nbytes for array in arrays)
 
     @property
     def blocks(self) -> int:
@@ -299,7 +300,7 @@ class BlockHistory(History):
 
     def _grow(self, capacity: int) -> None:
         for field, dtype in _FIELDS.items():
-            fresh = np.zeros(capacity, dtype)
+            fresh: np.ndarray = np.zeros(capacity, dtype)
             if self.capacity:
                 fresh[: self.capacity] = getattr(self, field)
             setattr(self, field, fresh)

@@ -1,6 +1,7 @@
 """A map from many block keys to slot numbers. It takes a few bytes a key and looks up a whole chain at a time."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -17,7 +18,9 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
     """Returns a 64-bit tag for each key: all words of a store's key folded, an integer itself, or the hash of any other key."""
     first = keys[0]
     if isinstance(first, bytes) and len(first) == KEY_BYTES:
-        return (np.frombuffer(b"".join(keys), np.uint64).reshape(-1, len(_FOLD)) * _FOLD).sum(1, dtype=np.uint64)  # type: ignore[arg-type]
+        words = np.frombuffer(b"".join(cast("Sequence[bytes]", keys)), np.uint64)
+        tags: np.ndarray = (words.reshape(-1, len(_FOLD)) * _FOLD).sum(1, dtype=np.uint64)
+        return tags
     if isinstance(first, int):
         return np.array(keys, np.int64).view(np.uint64)
     return np.array([hash(key) for key in keys], np.int64).view(np.uint64)
@@ -36,7 +39,7 @@ class KeyTable:
     def find(self, tags: np.ndarray, tag_of: np.ndarray) -> np.ndarray:
         """Returns the int32 slot of each tag, or -1 for an unknown tag. About 10 µs for a chain of a hundred blocks."""
         at = self._home(tags)
-        slots = self._slots[at]
+        slots: np.ndarray = self._slots[at]
         open_ = np.flatnonzero((tag_of[slots] != tags) & (slots >= 0))
         while len(open_):
             at[open_] = at[open_] + 1 & self._mask

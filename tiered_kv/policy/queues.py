@@ -1,6 +1,6 @@
 """Parts of policies with several queues: a queue that counts its bytes, and ghosts (remembered keys) of evicted blocks."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, KeysView, Mapping, Sequence
 
 from tiered_kv.policy.base import Key
@@ -28,7 +28,7 @@ class Queue:
 
 def check_queues(queues: Sequence[Queue], nbytes: Mapping[Key, int], chosen: Container[Key]) -> None:
     """Asserts that each block is in exactly one queue, and that the queues count their bytes correctly."""
-    assert sorted(key for queue in queues for key in queue.rank) == sorted(nbytes)
+    assert Counter(key for queue in queues for key in queue.rank) == Counter(iter(nbytes))
     for queue in queues:
         assert queue.nbytes == sum(nbytes[key] for key in queue.rank if key not in chosen)
 

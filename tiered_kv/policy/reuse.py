@@ -40,7 +40,8 @@ _ENDS_S = _EDGES_S + _WIDTHS_S
 
 def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
     """Returns the classes of blocks of one chain as int64. `uses` has each block's count of uses; the other buckets are shared."""
-    return ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
+    found: np.ndarray = ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
+    return found
 
 
 def gap_bucket(gap_s: float) -> int:
@@ -109,7 +110,7 @@ class ReuseModel:
             return float(kind != ENDED)
         octaves = np.arange(OCTAVES + 1)
         now, then = np.interp(np.log2(np.maximum([age_s, age_s + within_s], FIRST_S) / FIRST_S) + 1, octaves, self._unused[kind])
-        return 1 - then / now
+        return float(1 - then / now)
 
     def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
         """Returns this node's counts as bytes: the number of rows u32 | rows u16 | ended f32 | open f32."""

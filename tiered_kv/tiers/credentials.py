@@ -1,6 +1,10 @@
 """Credentials for object storage over the network: from environment variables and AWS profiles, as options of a connection.
 
 What the library finds by itself, such as the identity of a machine or of a pod, is left to it. Values are in no message.
+
+obstore's providers (`obstore.auth`) do what they can: the one for boto3 reads and renews the keys of a profile. Ours stay where
+they do not reach: a provider lives in one process, and options are sent to others; a profile that holds plain keys is read without
+boto3; those for Google and Azure need a further library each, for identities that obstore finds without one.
 """
 
 import json
@@ -9,6 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 from configparser import ConfigParser, Error
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -18,6 +23,8 @@ from tiered_kv.errors import Kind, TieredKVError
 METADATA = "169.254.169.254"
 """Where machines of all three clouds tell who they are."""
 _METADATA_WITHIN_S = 1.5
+_VALID_FOR = timedelta(minutes=10)
+"""How long keys of boto3 are used: it renews them when they have less than this left. obstore would use them for 30 minutes."""
 _KINDS = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "azure": "AZURE_", "abfs": "AZURE_", "abfss": "AZURE_"}
 _GOOGLE_FILES = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -97,10 +104,7 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
         keys = profile.keys()
         named = zip(_KEYS, (keys.get("access_key_id"), keys.get("secret_access_key"), keys.get("token")), strict=True)
         found |= {name: value for name, value in named if value}
-        if profile.region and not found.keys() & {"AWS_REGION", "AWS_DEFAULT_REGION"}:
-            found["AWS_REGION"] = profile.region
-        if profile.endpoint and "AWS_ENDPOINT_URL" not in found:
-            found["AWS_ENDPOINT_URL"] = profile.endpoint
+        found |= {name.upper(): value for name, value in profile.options(found).items()}
     return Credentials(found)
 
 
@@ -118,10 +122,8 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
         provider = _given(environ)  # as options they would be mixed with a session token of this process's
     elif kind == "AWS_" and not says_who and (profile := Profile.of(os.environ)):
         provider, says_who = profile.provider(), True
-        if environ is None and profile.region and not (given.get("AWS_REGION") or given.get("AWS_DEFAULT_REGION")):
-            config["aws_region"] = profile.region
-        if environ is None and profile.endpoint and not _endpoint(given):
-            config["aws_endpoint_url"] = profile.endpoint
+        if environ is None:
+            config |= profile.options(given)
     elif kind == "GOOGLE_" and not says_who:
         says_who = (Path.home() / ".config/gcloud/application_default_credentials.json").is_file()
     unsigned = _is_yes(known.get(f"{kind}SKIP_SIGNATURE", ""))
@@ -161,30 +163,26 @@ class Profile(NamedTuple):
         says_who = settings.keys() & {"aws_access_key_id", "role_arn", "sso_session", "sso_start_url", "credential_process"}
         return cls(name or "default", settings, environ) if says_who else None
 
-    @property
-    def region(self) -> str | None:
-        """Where its buckets are, if it says so."""
-        return self.settings.get("region")
-
-    @property
-    def endpoint(self) -> str | None:
-        """Another server than AWS, if it names one."""
-        return self.settings.get("endpoint_url")
+    def options(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Returns its region and its server, each only if the profile names one and these variables do not."""
+        region = "" if environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") else self.settings.get("region")
+        server = "" if _endpoint(environ) else self.settings.get("endpoint_url")
+        return {name: value for name, value in (("aws_region", region), ("aws_endpoint_url", server)) if value}
 
     def provider(self) -> Provider:
-        """What gives its keys whenever they are needed: through boto3, which renews them, or those that stand in the files."""
-        if self.environ is os.environ:
+        """Returns what gives its keys whenever they are needed: obstore's provider, which renews them, or the keys in the files."""
+        if self.environ is os.environ:  # boto3 reads no other
             with suppress(ImportError):
                 from botocore.exceptions import BotoCoreError
+                from botocore.session import Session
                 from obstore.auth.boto3 import Boto3CredentialProvider
 
                 try:
-                    provider = Boto3CredentialProvider()
+                    return Boto3CredentialProvider(Session(), ttl=_VALID_FOR)  # boto3's own session would set the region, too
                 except (BotoCoreError, ValueError) as error:
                     raise self._unusable(f"{type(error).__name__} in boto3") from error
-                return lambda: provider()  # without its own idea of a region
         if "aws_access_key_id" not in self.settings or "aws_secret_access_key" not in self.settings:
-            raise self._unusable("it has no keys; for roles, SSO and processes install boto3")
+            raise self._unusable("it has no keys; for roles, SSO and processes install boto3: pip install 'tiered-kv[aws]'")
         keys = {"access_key_id": self.settings["aws_access_key_id"], "secret_access_key": self.settings["aws_secret_access_key"]}
         return lambda: {**keys, "token": self.settings.get("aws_session_token"), "expires_at": None}
 

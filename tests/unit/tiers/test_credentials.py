@@ -1,8 +1,10 @@
 """Whose credentials a store uses, and that nobody reads them in a message."""
 
+import json
 import os
 import pickle
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 
@@ -135,6 +137,20 @@ def test_a_file_that_is_damaged_and_a_profile_without_keys_say_nobody(tmp_path) 
     files_of_aws(tmp_path, "aws_access_key_id without a section", "[default]\nregion = eu-north-1\n")
     assert access(URL).is_machines
     assert credentials(URL) == {}
+
+
+def test_keys_of_a_process_are_renewed_before_they_end(proxy, tmp_path, monkeypatch) -> None:
+    """boto3 renews keys when they have less than ten minutes left: what it gives is used for no longer."""
+    pytest.importorskip("boto3")
+    ends = datetime.now(UTC) + timedelta(minutes=16)
+    keys = {"Version": 1, "AccessKeyId": "of-a-process", "SecretAccessKey": SECRET, "SessionToken": "token", "Expiration": ends.isoformat()}
+    (tmp_path / "keys").write_text(json.dumps(keys))
+    files_of_aws(tmp_path, "", f"[default]\ncredential_process = cat {tmp_path}/keys\nregion = eu-north-1\n")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    assert whom(proxy) == "of-a-process"
+    assert credentials(URL)["AWS_SESSION_TOKEN"] == "token"
+    assert access(URL).provider()["expires_at"] < ends - timedelta(minutes=5)
 
 
 def test_a_role_in_a_profile_needs_boto3(tmp_path, monkeypatch) -> None:
