@@ -1,6 +1,6 @@
-"""Actors: thin Ray shells round service, and the link that reaches other nodes through Ray.
+"""Actors: thin Ray shells round node and coordinator, and the link that reaches other nodes through Ray.
 
-May import: service, config, errors, ray. Never knows: tiers, codecs, policy, store.
+May import: node, coordinator, protocol, config, errors, ray. Never knows: tiers, codecs, policy, store.
 The folder is imported as `tiered_kv.actors` only, through the link in `tiered_kv/`.
 """
 

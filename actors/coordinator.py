@@ -4,9 +4,9 @@ import ray
 
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
+from tiered_kv.coordinator.coordinator import Answer, Coordinator, Report
 from tiered_kv.keys import BlockKey
-from tiered_kv.service.coordinator import Answer, Coordinator, Report
-from tiered_kv.service.probes import Probe, Variants
+from tiered_kv.protocol.probes import Probe, Variants
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)

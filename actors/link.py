@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
+from tiered_kv.coordinator.coordinator import Answer, Report
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.service.coordinator import Answer, Report
-from tiered_kv.service.link import HUNG_AFTER_S, FramePieces
-from tiered_kv.service.probes import Probe, Variants
+from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces
+from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.threads import DaemonThreads
 
 CONTROL_WAIT_S = 2.0

@@ -10,10 +10,10 @@ from tiered_kv.actors.link import RayLink
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.service.local import SessionServer
-from tiered_kv.service.node import Node
-from tiered_kv.service.record import NodeRecord, write_record
-from tiered_kv.service.recording import Recorded
+from tiered_kv.node.node import Node
+from tiered_kv.node.trace_recording import Recorded
+from tiered_kv.protocol.node_record import NodeRecord, write_record
+from tiered_kv.protocol.unix_socket import SessionServer
 
 log = logging.getLogger(__name__)
 

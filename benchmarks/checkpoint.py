@@ -5,7 +5,7 @@ Takes its options, such as --folder.
 
 import sys
 
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", "checkpoint", *sys.argv[1:]]))

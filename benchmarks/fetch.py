@@ -2,7 +2,7 @@
 
 import sys
 
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", "fetch", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ Takes its options, such as --json.
 
 import sys
 
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", "held", *sys.argv[1:]]))

@@ -19,11 +19,12 @@ from unittest import mock
 
 import torch
 
-from tiered_kv import BaseKVCache, KVCacheConfig, TransformersKVCache, demo
-from tiered_kv.bench.fetch import machine
-from tiered_kv.demo.model import load_model
+from tiered_kv import BaseKVCache, KVCacheConfig, TransformersKVCache
+from tiered_kv.client.client import Client
 from tiered_kv.layout import KVLayout
-from tiered_kv.service.client import Client
+from tiered_kv.tools import demo
+from tiered_kv.tools.bench.fetch import machine
+from tiered_kv.tools.demo.model import load_model
 
 PREFIX_TOKENS, QUESTION_TOKENS, BLOCK_TOKENS = 704, 12, 16
 NEW_TOKENS = (1, 16)

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 import transformers
 
-from tiered_kv.bench.fetch import machine
-from tiered_kv.demo.model import load_model
 from tiered_kv.identity import Sums, facts_of, tensors_digest
 from tiered_kv.integrations.modelstate import ModelState
 from tiered_kv.integrations.probing import probe_of
 from tiered_kv.integrations.support import examine
 from tiered_kv.integrations.watch import Watch
 from tiered_kv.keys import Namespace
-from tiered_kv.service.probes import Probe
+from tiered_kv.protocol.probes import Probe
+from tiered_kv.tools.bench.fetch import machine
+from tiered_kv.tools.demo.model import load_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = dict(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=33, num_attention_heads=2, num_key_value_heads=1)

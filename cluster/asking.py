@@ -5,7 +5,7 @@ from typing import Any
 
 from tiered_kv.actors.names import NAMESPACE, node_name
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.link import Ask
+from tiered_kv.protocol.peer_transport import Ask
 
 ANSWER_WITHIN_S = 10.0
 RECEIVE_WITHIN_S = 30.0  # for copying an answer that is ready, which may be large

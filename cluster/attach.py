@@ -15,7 +15,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 
 if TYPE_CHECKING:
-    from tiered_kv.service.client import Client
+    from tiered_kv.client.client import Client
 
 HEARTBEATS_TO_WAIT = 3
 ATTACH_WITHIN_S = 8.0
@@ -68,7 +68,7 @@ def attach(
     the cluster `name` again by itself, also after the cluster was stopped and started anew. Raises (kind `cluster`) where there is
     no node, or the one there is does not answer within ATTACH_WITHIN_S.
     """
-    from tiered_kv.service.attachment import client_of
+    from tiered_kv.client.connect import client_of
 
     nodes = LocalNodes(name, address)
     begun_s = time.monotonic()
@@ -98,7 +98,7 @@ def reach(name: str, address: str | None = None) -> None:
 
 
 def _attach_through_ray(nodes: LocalNodes, namespace: Namespace, layout_of_block_tokens, rope: dict[str, Any]) -> "Client":
-    from tiered_kv.service.attachment import client_of
+    from tiered_kv.client.connect import client_of
 
     name = nodes.name
     join(name, nodes.address)

@@ -11,7 +11,7 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
-    from tiered_kv.service.record import NodeRecord
+    from tiered_kv.protocol.node_record import NodeRecord
 
 LIVE_S = 2.0
 """A node whose last beat is younger lives; beats come every 0.1 s."""
@@ -34,7 +34,7 @@ class LocalNodes:
 
     def records(self) -> "list[NodeRecord]":
         """All that match, also of nodes that have ended without removing theirs."""
-        from tiered_kv.service.record import records_below
+        from tiered_kv.protocol.node_record import records_below
 
         known = self._known()
         here = _own_ray()
@@ -53,7 +53,7 @@ class LocalNodes:
         That is the one used before, while it is expected back; else the one on this process's Ray node, if it is part of a Ray; else
         the first by name. Raises (kind `cluster`) for a node of another version.
         """
-        from tiered_kv.service.session import PROTOCOL
+        from tiered_kv.protocol.session import PROTOCOL
 
         now_ns, records = time.monotonic_ns(), self.records()
         ages = {record.directory: record.age_s(now_ns) for record in records}

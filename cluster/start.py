@@ -37,7 +37,7 @@ def up(
     fails, all that was started is stopped again. Raises `TieredKVError` that names the setting at fault; kind `cluster` if
     `name` is running.
     """
-    from tiered_kv.service.quality import check_settings
+    from tiered_kv.node.codec_plan import check_settings
 
     check_settings(config)
     if config.calibration is not None:  # nodes have a working directory of their own

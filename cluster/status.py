@@ -6,7 +6,7 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
-from tiered_kv.cluster.progress import age, count
+from tiered_kv.cluster.commands.progress import age, count
 from tiered_kv.config import format_size
 
 

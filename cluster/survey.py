@@ -153,7 +153,7 @@ def _trouble(node: str, told: Any, listed: dict | None, lost: dict[str, float], 
 
 
 def _told_by_socket(directory: str) -> dict:
-    from tiered_kv.service.local import SocketSession
+    from tiered_kv.protocol.unix_socket import SocketSession
 
     with closing(SocketSession(f"{directory}/sock", ANSWER_WITHIN_S / 2)) as session:
         return session.stats()

@@ -11,8 +11,8 @@ import torch
 
 import tiered_kv
 from tiered_kv.cluster.attach import join
-from tiered_kv.demo.model import load_model
 from tiered_kv.integrations.transformers import CachedModel
+from tiered_kv.tools.demo.model import load_model
 
 DOCUMENT = "The lighthouse keeper wrote down the weather every evening, the wind first and then the height of the sea. " * 12
 QUESTIONS = ["What did the keeper write down first?", "When did the keeper write?"]

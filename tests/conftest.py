@@ -213,7 +213,7 @@ def node_factory(checked: Callable) -> Callable:
 
     def make(*, link: Any = None, node_id: str = "n0", cluster_id: str | None = None, clock: Any = None, **settings: Any) -> Any:
         from tiered_kv.config import Config
-        from tiered_kv.service.node import Node
+        from tiered_kv.node.node import Node
 
         config = Config.of({"host": "64MiB", **settings})
         node = Node(config, cluster_id or uuid.uuid4().hex[:8], node_id, link, clock=clock)
@@ -234,7 +234,7 @@ def client_factory(checked: Callable) -> Callable:
     """`client_factory(node, layout, namespace)` is a client of a node by direct calls; closed before its node."""
 
     def make(node: Any, layout: Any, namespace: Any) -> Any:
-        from tiered_kv.service.attachment import client_of
+        from tiered_kv.client.connect import client_of
 
         return checked(client_of(node.info(), layout, namespace, connect=node.open_session))
 

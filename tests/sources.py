@@ -24,7 +24,10 @@ class Import:
 
 @dataclass(frozen=True)
 class Module:
-    """One source file of the package under its import name. `folder`: its first name below `tiered_kv`, "" for the root."""
+    """One source file of the package under its import name.
+
+    `folder`: its first name below `tiered_kv`, of a tool its first two (`tools.bench`), "" for the root.
+    """
 
     name: str
     path: Path
@@ -32,7 +35,8 @@ class Module:
     @property
     def folder(self) -> str:
         parts = self.name.split(".")[1:]
-        return parts[0] if len(parts) > 1 or (self.path.name == "__init__.py" and parts) else ""
+        folders = parts if self.path.name == "__init__.py" else parts[:-1]
+        return ".".join(folders[: 2 if folders[:1] == ["tools"] else 1])
 
     @cached_property
     def tree(self) -> ast.Module:

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -17,80 +18,51 @@ IMPORTS = {module.name: module.imports(NAMES) for module in MODULES}
 FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
-# The root's modules, lowest first: each may import only what stands in a line before its own.
+# The root's modules, lowest first: each may import only what stands in a line before its own. `embedded` is a shell over client and node.
 ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture", "threads", "identity"], ["keys"], ["blocks"], ["config"]]
+SHELLS = {"embedded": ["client", "node", "coordinator", "protocol", "config", "layout", "keys", "errors", "clock"]}
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
     "quantization": ["codecs", "errors"],
     "compression": ["codecs", "quantization", "errors"],
     "strategies": ["policy", "errors"],
-    "memory_manager": ["library", "ops", "errors"],
-    "monitoring": ["ops"],
-    "persistence": ["library", "ops"],
+    "memory_manager": ["library", "errors"],
+    "monitoring": ["library"],
+    "persistence": ["library", "checkpoint"],
 }
 DOOR_LINES_MAX = 120
 
-EVERYTHING = [
-    *("errors", "clock", "forking", "layout", "identity", "keys", "blocks", "config"),
-    *("codecs", "memory", "policy", "store", "tiers", "service"),
-]
-# What a folder may import of the project, beside itself: a folder or module with all below it. Marked + is what the
-# table of section 8 leaves out: names and values that everyone speaks in, and that know nothing themselves.
+WORDS = ["errors", "clock", "forking", "threads", "layout", "identity", "keys", "blocks", "config"]
+"""The vocabulary: values that everyone speaks in, and that know nothing themselves."""
+ENGINE = ["codecs", "memory", "policy", "store", "tiers", "protocol", "client", "node", "coordinator", "embedded"]
+# What a folder may import of the project, beside itself: a folder or module with all below it.
 MAY_IMPORT = {
     "codecs": ["layout", "keys", "errors"],
     "policy": ["keys", "errors", "blocks"],
-    "sim": ["policy", "store", "keys", "blocks", "errors", "picture"],
     "memory": ["layout", "keys", "blocks", "errors", "forking"],
-    "tiers": ["memory", "codecs", "blocks", "errors", "forking", "keys", "threads"],  # + keys
-    "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors", "threads"],  # + errors
-    "service": [
-        "store",
-        "tiers",
-        "codecs",
-        "policy",
-        "memory",
-        "config",
-        "layout",
-        "keys",
-        "blocks",
-        "errors",
-        "clock",
-        "forking",
-        "threads",
-    ],  # + the vocabulary
-    "ops": ["service", "tiers", "codecs", "memory", "config", "layout", "keys", "blocks", "errors", "clock"],
-    "library": [
-        "service",
-        "integrations",
-        "ops",
-        "codecs",
-        "tiers.folderstore",
-        "config",
-        "layout",
-        "identity",
-        "keys",
-        "blocks",
-        "errors",
-        "clock",
+    "tiers": ["memory", "codecs", "blocks", "errors", "forking", "keys", "threads"],
+    "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors", "threads"],
+    "protocol": ["memory", "tiers.host", *WORDS],
+    "client": ["protocol", "tiers.host", "tiers.disk.segments", "memory", "codecs", *WORDS],
+    "coordinator": ["protocol", "policy", *WORDS],
+    "node": ["protocol", "store", "tiers", "codecs", "policy", "memory", *WORDS],
+    "checkpoint": ["node", "protocol", "tiers", "codecs", "memory", *WORDS],
+    "integrations": ["client", "protocol", "codecs.rotation", *WORDS],
+    "library": ["embedded", "client", "node", "protocol", "checkpoint", "integrations", "codecs", "tiers.objects", *WORDS],
+    "actors": ["node", "coordinator", "protocol", *WORDS],
+    "cluster": ["actors", "client", "node", "protocol", "checkpoint", "embedded", *WORDS],
+    "tools.simulate": ["policy", "store", "keys", "blocks", "errors", "picture"],
+    "tools.calibrate": ["integrations", "codecs", "layout", "identity", "keys", "errors"],
+    "tools.demo": [*WORDS, *ENGINE, "integrations", "actors", "cluster"],
+    "tools.bench": [
+        *(*WORDS, *ENGINE, "checkpoint", "picture", "integrations", "actors", "cluster"),
+        *("tools.calibrate", "tools.demo.model", "tools.demo.workload"),
     ],
-    "integrations": ["service", "codecs.rotation", "layout", "identity", "keys", "blocks", "errors", "clock"],  # + blocks, errors, clock
-    "actors": ["service", "config", "errors", "keys", "clock", "threads"],  # + keys, clock, threads
-    "cluster": [
-        "actors",
-        "service",
-        "ops",
-        "blocks",
-        "config",
-        "errors",
-        "keys",
-        "threads",
-    ],  # + blocks, errors, keys, threads; the rooms below: only its commands, only later
-    "calibrate": ["integrations", "codecs", "layout", "identity", "keys", "errors"],
-    "demo": [*EVERYTHING, "integrations", "actors", "cluster"],
-    "bench": [*EVERYTHING, "ops", "picture", "calibrate", "integrations", "actors", "cluster", "demo.model", "demo.workload"],
+    "tools": [],
 }
-ROOMS = {"demo", "bench", "sim", "calibrate"}
-MAY_OPEN_ROOMS = {"tiered_kv.cluster.bench", "tiered_kv.cluster.cli", "tiered_kv.cluster.codecs", "tiered_kv.cluster.simulate"}
+ROOMS = {"tools.demo", "tools.bench", "tools.simulate", "tools.calibrate"}
+MAY_OPEN_ROOMS = {f"tiered_kv.cluster.commands.{name}" for name in ("bench", "cli", "codecs", "simulate")}
+MODULES_IN_A_FOLDER_MAX = 20
 
 # What a folder may import of others' libraries, beside the standard library without these modules.
 NOT_FOR_THE_PURE = {"time", "random", "threading", "asyncio", "socket", "os"}
@@ -101,33 +73,37 @@ LIBRARIES = {
     "memory": {"numpy", "torch", "msgpack", "psutil"},
     "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore", "botocore"},  # botocore: for the profiles of AWS, where it is installed
     "store": set(),
-    "service": {"numpy", "torch", "msgpack"},
+    "protocol": {"numpy", "msgpack"},
+    "client": {"numpy", "torch"},
+    "coordinator": set(),
+    "node": {"numpy", "torch", "msgpack"},
+    "checkpoint": {"numpy", "msgpack", "torch"},
     "integrations": {"numpy", "torch", "transformers"},
-    "ops": {"numpy", "msgpack", "psutil", "torch", "tensorboard", "wandb"},
-    "library": {"numpy", "torch", "transformers"},
+    "library": {"numpy", "psutil", "torch", "transformers", "tensorboard", "wandb"},
     "actors": {"numpy", "ray"},
     "cluster": {"psutil", "ray", "rich"},
-    "calibrate": {"numpy", "torch", "transformers"},
-    "demo": {"numpy", "torch", "ray", "rich", "transformers"},
-    "bench": {"numpy", "torch", "ray", "rich", "obstore"},
-    "sim": {"numpy", "rich", "zstandard"},
+    "tools": set(),
+    "tools.calibrate": {"numpy", "torch", "transformers"},
+    "tools.demo": {"numpy", "torch", "ray", "rich", "transformers"},
+    "tools.bench": {"numpy", "torch", "ray", "rich", "obstore"},
+    "tools.simulate": {"numpy", "rich", "zstandard"},
 }
 ONLY_LATER = {
     "": {"torch", "matplotlib"},
     "cluster": {"torch", "ray"},
     "memory": {"psutil"},
     "tiers": {"obstore", "botocore"},
-    "bench": {"obstore"},
-    "ops": {"torch", "tensorboard", "wandb"},
-    "library": {"transformers"},
+    "checkpoint": {"torch"},
+    "tools.bench": {"obstore"},
+    "library": {"transformers", "tensorboard", "wandb"},
 }  # these may be imported inside of functions at most
 
 # Where anything that fails is caught: the edge of a thread, of a request, of other people's code.
 BOUNDARIES = {
-    "tiered_kv/service/local.py SessionServer._answer",
-    "tiered_kv/service/node.py Node._run_beats",
-    "tiered_kv/service/reporter.py Reporter._report_guarded",
-    "tiered_kv/service/seals.py Seals._run",
+    "tiered_kv/protocol/unix_socket.py SessionServer._answer",
+    "tiered_kv/node/node.py Node._run_beats",
+    "tiered_kv/node/reporter.py Reporter._report_guarded",
+    "tiered_kv/node/seals.py Seals._run",
     "tiered_kv/store/engine.py Engine._guarded",
     "tiered_kv/threads.py _Job.run",
     "tiered_kv/codecs/kernels.py works_on",
@@ -136,7 +112,7 @@ BOUNDARIES = {
     "tiered_kv/integrations/transformers.py CachedModel._store",
     "tiered_kv/integrations/transformers.py CachedModel.keep",
     "tiered_kv/integrations/transformers.py CachedModel.ready",
-    "tiered_kv/demo/model.py _attempt",
+    "tiered_kv/tools/demo/model.py _attempt",
 }
 
 FILE_LINES_MAX = 500
@@ -170,7 +146,8 @@ def test_every_folder_has_its_rules():
 def test_root_modules_import_downwards_only():
     level = {f"tiered_kv.{name}": number for number, names in enumerate(ROOT_LEVELS) for name in names}
     doors = {f"tiered_kv.{name}" for name in DOORS}
-    roots = [module for module in MODULES if not module.folder and module.name not in {"tiered_kv", *doors}]
+    above = {"tiered_kv", *doors, *(f"tiered_kv.{name}" for name in SHELLS)}
+    roots = [module for module in MODULES if not module.folder and module.name not in above]
     assert {module.name for module in roots} == set(level), "a root module without a level"
     wrong = [
         said(module, each.line, f"imports {each.module}")
@@ -179,6 +156,32 @@ def test_root_modules_import_downwards_only():
         if level.get(each.module, 99) >= level[module.name]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_imports_what_it_puts_together(shell):
+    module = BY_NAME[f"tiered_kv.{shell}"]
+    wrong = [each.module for each in own_imports(module) if not any(below(each.module, name) for name in SHELLS[shell])]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(("folder", "never"), [("client", "node"), ("node", "client"), ("coordinator", "node"), ("node", "coordinator")])
+def test_a_process_never_imports_another_one(folder, never):
+    """Not even for typing: what they say to each other is in `protocol`."""
+    wrong = [
+        said(module, each.line, f"imports {each.module}")
+        for module in MODULES
+        if module.folder == folder
+        for each in own_imports(module)
+        if below(each.module, never)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_folders_have_few_modules():
+    counts = Counter(module.path.parent for module in MODULES if module.path.name != "__init__.py")
+    full = [f"{folder.relative_to(ROOT)}: {count} modules" for folder, count in counts.items() if count > MODULES_IN_A_FOLDER_MAX]
+    assert not full, "\n".join(full)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -215,7 +218,7 @@ def test_a_folder_imports_what_its_rule_allows(folder):
         for each in own_imports(module)
         if each.module != "tiered_kv"
         and not any(below(each.module, name) for name in allowed)
-        and not (module.name in MAY_OPEN_ROOMS and each.later and each.module.split(".")[1] in ROOMS)
+        and not (module.name in MAY_OPEN_ROOMS and each.later and any(below(each.module, room) for room in ROOMS))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -435,7 +438,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd="/")
 
 
-@pytest.mark.parametrize("modules", ["tiered_kv", "tiered_kv.config", "tiered_kv.cluster.cli", "cluster"])
+@pytest.mark.parametrize("modules", ["tiered_kv", "tiered_kv.config", "tiered_kv.cluster.commands.cli", "cluster"])
 def test_importing_brings_neither_torch_nor_ray(modules):
     if modules == "cluster":
         modules = ", ".join(name for name in sorted(NAMES) if below(name, "cluster"))

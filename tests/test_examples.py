@@ -29,7 +29,7 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
     ray_settings = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     environment = {key: value for key, value in os.environ.items() if key not in ray_settings}
     environment["TIERED_KV_STATE"] = str(tmp_path_factory.mktemp("state"))
-    cli = ("-m", "tiered_kv.cluster.cli")
+    cli = ("-m", "tiered_kv.cluster.commands.cli")
     run(*cli, "up", "--host", "128MiB", environment=environment)
     try:
         yield environment

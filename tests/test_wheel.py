@@ -58,12 +58,12 @@ def test_the_demos_documents_are_inside(wheel):
     documents = [path for path in (ROOT / "tiered_kv" / "demo" / "documents").iterdir() if path.is_file()]
     assert documents
     for path in documents:
-        assert wheel.read(f"tiered_kv/demo/documents/{path.name}") == path.read_bytes()
+        assert wheel.read(f"tiered_kv/tools/demo/documents/{path.name}") == path.read_bytes()
 
 
 def test_the_command_is_inside(wheel):
     (entries,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
-    assert "tiered-kv = tiered_kv.cluster.cli:main" in wheel.read(entries).decode()
+    assert "tiered-kv = tiered_kv.cluster.commands.cli:main" in wheel.read(entries).decode()
 
 
 def test_the_license_is_inside(wheel):

@@ -14,6 +14,7 @@ from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
+    from tiered_kv.client.client import Client
     from tiered_kv.clock import Clock
     from tiered_kv.compression import CompressedTensor, Compressor
     from tiered_kv.library.cache import AdaptiveKVCache, BaseKVCache
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from tiered_kv.monitoring import Alert, CacheMetrics, CacheMonitor, MetricsExporter, TensorBoardWriter, WandbWriter
     from tiered_kv.persistence import CachePersistence, load_cache_checkpoint, save_cache_checkpoint
     from tiered_kv.quantization import QuantizedTensor, Quantizer
-    from tiered_kv.service.client import Client
     from tiered_kv.strategies import (
         AdaptiveEvictionStrategy,
         BaseEvictionStrategy,
@@ -84,7 +84,7 @@ _LATER = {
     "CacheMonitor": "tiered_kv.monitoring",
     "CachePersistence": "tiered_kv.persistence",
     "CacheStrategy": "tiered_kv.library.config",
-    "Client": "tiered_kv.service.client",
+    "Client": "tiered_kv.client.client",
     "CompressedTensor": "tiered_kv.compression",
     "Compressor": "tiered_kv.compression",
     "KVCacheConfig": "tiered_kv.library.config",
@@ -179,6 +179,6 @@ def open(
     stays there, and the next one who opens it hits it. `clock`: where the cache takes its time from, for tests and replays.
     `rope`, `rope_halves`: as for `attach`.
     """
-    from tiered_kv.service.inprocess import open_client
+    from tiered_kv.embedded import open_client
 
     return open_client(Config.of(config), layout, namespace, clock, rope=rope, rope_halves=rope_halves)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.library.config import KVCacheConfig
-from tiered_kv.ops.memory import MemoryFigures, device_memory, host_memory
+from tiered_kv.library.memory import MemoryFigures, device_memory, host_memory
 
 FULL_SHARE = 0.95
 """Of the memory of host or device: above it something should go, whatever the cache's own size."""

@@ -201,3 +201,18 @@ def _leave_at_exit(crews: Iterable[_Crew]) -> None:
 
 
 atexit.register(_leave_at_exit, _crews)
+
+
+def work_alone() -> None:
+    """Have torch use this thread alone for what it computes here: blocks are coded side by side, and threads that wait for each
+    other in pieces of a millisecond cost several times what they give.
+
+    torch keeps the number of threads for each thread, and one more number for threads to come, which is put back.
+    """
+    import torch
+
+    others = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=[others])
+    restoring.start()
+    restoring.join()

@@ -17,12 +17,12 @@ import ray
 import torch
 
 import tiered_kv
+from tiered_kv.checkpoint.manifest import Manifest
+from tiered_kv.checkpoint.repository import open_repository
+from tiered_kv.client.connect import client_of
 from tiered_kv.cluster import raylocal, start, state
 from tiered_kv.cluster.attach import join
-from tiered_kv.ops.manifest import Manifest
-from tiered_kv.ops.repository import open_repository
-from tiered_kv.service.attachment import client_of
-from tiered_kv.tiers.packs import read_footer
+from tiered_kv.tiers.objects.packs import read_footer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -41,7 +41,7 @@ QUESTION = "The mill at the river has three stones. The first one grinds wheat, 
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "tiered_kv.cluster.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "tiered_kv.cluster.commands.cli", *map(str, arguments)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -119,7 +119,7 @@ def up(name: str, *how: object) -> Iterator[subprocess.CompletedProcess]:
 @pytest.fixture(scope="module")
 def model():
     """The demo's model in float32 on one thread, and its tokenizer."""
-    from tiered_kv.demo.model import load_model
+    from tiered_kv.tools.demo.model import load_model
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

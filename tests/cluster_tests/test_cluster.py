@@ -16,13 +16,13 @@ import torch
 
 import tiered_kv
 from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
+from tiered_kv.client.connect import client_of
 from tiered_kv.cluster import raylocal, start, state
 from tiered_kv.cluster.attach import join, node_here
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.attachment import client_of
-from tiered_kv.sim.replay import replay
-from tiered_kv.sim.trace import read_trace
+from tiered_kv.tools.simulate.replay import replay
+from tiered_kv.tools.simulate.trace import read_trace
 
 pytestmark = pytest.mark.ray
 
@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tiered_kv.cluster.cli", *arguments]
+    command = [sys.executable, "-m", "tiered_kv.cluster.commands.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
@@ -186,7 +186,7 @@ def test_a_recorded_trace_has_the_requests_of_all_nodes(cluster: str, tmp_path: 
     trace = tmp_path / "trace-b16.jsonl.zst"
     ids, kv = prompt(10)
     first, second = clients(cluster, space("recorded"))
-    command = [sys.executable, "-m", "tiered_kv.cluster.cli", "record", "--name", cluster, "--out", str(trace), "--json"]
+    command = [sys.executable, "-m", "tiered_kv.cluster.commands.cli", "record", "--name", cluster, "--out", str(trace), "--json"]
     ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with ran, first, second:
         until(lambda: all(node_stats(cluster, node)["recording"] for node in ("node-0", "node-1")), "both nodes record")

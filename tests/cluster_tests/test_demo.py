@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tiered_kv.demo.workload import own_questions, questions_from
 from tiered_kv.errors import TieredKVError
+from tiered_kv.tools.demo.workload import own_questions, questions_from
 
 DOCUMENTS = [
     "The mill at the river has three stones. The first one grinds wheat, the second rye, and the third, which is the oldest, oats. " * 6,
@@ -29,7 +29,7 @@ def test_outputs_are_equal_and_the_second_replica_reuses_every_whole_block(
     command = ["demo", "--dtype", dtype, "--nodes", str(nodes), "--prompts", str(prompts), "--json", str(found), "--new-tokens", "6"]
     command += ["--host", "128MiB", "--block-tokens", "16"]
     ran = subprocess.run(
-        [sys.executable, "-m", "tiered_kv.cluster.cli", *command], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "tiered_kv.cluster.commands.cli", *command], capture_output=True, text=True, timeout=600, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     result = json.loads(found.read_text())

@@ -40,7 +40,7 @@ with tiered_kv.attach(namespace=tiered_kv.Namespace(weights="lives"), layout=lay
 
 
 def run(*arguments: str) -> None:
-    command = [sys.executable, "-m", "tiered_kv.cluster.cli", *arguments]
+    command = [sys.executable, "-m", "tiered_kv.cluster.commands.cli", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

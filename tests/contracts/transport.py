@@ -12,10 +12,10 @@ from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout
-from tiered_kv.service.facts import ModelFacts
-from tiered_kv.service.node import Node
-from tiered_kv.service.probes import Probe
-from tiered_kv.service.session import Session
+from tiered_kv.node.node import Node
+from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.probes import Probe
+from tiered_kv.protocol.session import Session
 
 NBYTES = 64 << 10
 PATIENCE_S = 30.0

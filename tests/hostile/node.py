@@ -9,9 +9,9 @@ from typing import Any
 
 from tests.hostile.nursery import Child, Nursery, wait_until
 from tiered_kv.config import Config
-from tiered_kv.service.local import SessionServer
-from tiered_kv.service.node import Node
-from tiered_kv.service.record import NodeRecord, write_record
+from tiered_kv.node.node import Node
+from tiered_kv.protocol.node_record import NodeRecord, write_record
+from tiered_kv.protocol.unix_socket import SessionServer
 
 
 def run_node(config: dict[str, Any], cluster_id: str, node_id: str, ready: str) -> None:

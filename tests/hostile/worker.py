@@ -11,7 +11,7 @@ import tiered_kv
 from tests.hostile.board import Board
 from tests.hostile.content import BLOCKS, LAYOUT, is_right, keys_of, kv_of, namespace, tokens_of
 from tests.hostile.nursery import end_with_parent
-from tiered_kv.service.client import Client
+from tiered_kv.client.client import Client
 
 STORE_SHARE = 0.3
 DEADLINE_MS = 200

@@ -13,9 +13,9 @@ import time
 import torch
 
 from tests.stress.content import BLOCKS, DOCUMENTS, LAYOUT, NAMESPACE, mark_of, places_L2HND, tokens_of
+from tiered_kv.client.client import Client
+from tiered_kv.client.connect import client_of
 from tiered_kv.memory.view import NodeView
-from tiered_kv.service.attachment import client_of
-from tiered_kv.service.client import Client
 from tiered_kv.tiers.host import ExtentHeaders
 
 

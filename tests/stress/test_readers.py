@@ -18,9 +18,9 @@ import torch
 
 from tests.sources import ROOT
 from tests.stress.content import DOCUMENTS, LAYOUT, NAMESPACE, mark_of, places_L2HND, tokens_of
-from tiered_kv.service.client import Client
-from tiered_kv.service.local import SessionServer
-from tiered_kv.service.node import Node
+from tiered_kv.client.client import Client
+from tiered_kv.node.node import Node
+from tiered_kv.protocol.unix_socket import SessionServer
 
 SECONDS = float(os.environ.get("TIERED_KV_STRESS_S", "20"))
 READERS = 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiered_kv import BaseKVCache, CachePersistence, KVCacheConfig, KVLayout
-from tiered_kv.cluster import cli, restoring
+from tiered_kv.cluster.commands import cli, restoring
 from tiered_kv.config import Config
 from tiered_kv.errors import TieredKVError
 

@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import transformers
 
-from tiered_kv.demo import model as demo
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tools.demo import model as demo
 
 
 @pytest.fixture(autouse=True)
@@ -145,5 +145,5 @@ def test_an_id_is_searched_locally_first(monkeypatch):
 
 
 def test_importing_it_imports_neither_torch_nor_transformers():
-    probe = "import sys, tiered_kv.demo.model; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    probe = "import sys, tiered_kv.tools.demo.model; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0

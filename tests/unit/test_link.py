@@ -9,8 +9,8 @@ import pytest
 
 from tiered_kv.actors import link
 from tiered_kv.actors.link import LOCATES_AT_ONCE, RayLink
+from tiered_kv.coordinator.coordinator import Report
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.coordinator import Report
 
 PATIENCE_S = 30.0
 IN_TIME_S = 2.0

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import tiered_kv
-from tests.unit.service.processes import NodeProcess, until
-from tests.unit.service.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of
+from tests.unit.serving.processes import NodeProcess, until
+from tests.unit.serving.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tiered_kv.cluster import attach
 from tiered_kv.cluster.localnodes import LocalNodes
 from tiered_kv.cluster.state import ClusterState, remove
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.service.record import FILE_NAME, NodeRecord, read_record, write_record
+from tiered_kv.protocol.node_record import FILE_NAME, NodeRecord, read_record, write_record
 
 PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)

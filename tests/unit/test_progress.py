@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from tiered_kv.cluster.progress import SAY_EVERY_S, age, bar, count, words
+from tiered_kv.cluster.commands.progress import SAY_EVERY_S, age, bar, count, words
 
 MIB = 1 << 20
 

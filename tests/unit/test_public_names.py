@@ -43,12 +43,14 @@ def test_the_package_offers_the_classes_and_functions_of_its_doors(module):
 
 def test_dir_lists_the_public_names_and_nothing_else():
     code = """
-import sys, tiered_kv, tiered_kv.blocks, tiered_kv.sim
-from tiered_kv import MetricsExporter, load_cache_checkpoint, save_cache_checkpoint
+import sys, tiered_kv, tiered_kv.blocks, tiered_kv.tools.simulate
+from tiered_kv import MetricsExporter
+from tiered_kv import load_cache_checkpoint
+from tiered_kv import save_cache_checkpoint
 listed = dir(tiered_kv)
 assert [name for name in listed if not name.startswith("__")] == sorted(tiered_kv.__all__), listed
 assert {"__all__", "__doc__", "__version__", "__path__"} <= set(listed)
-assert tiered_kv.blocks is sys.modules["tiered_kv.blocks"] and tiered_kv.sim and tiered_kv.library
+assert tiered_kv.blocks is sys.modules["tiered_kv.blocks"] and tiered_kv.tools.simulate and tiered_kv.library
 try:
     tiered_kv.no_such_name
 except AttributeError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tiered_kv import Config
-from tiered_kv.cluster import cli
+from tiered_kv.cluster.commands import cli
 from tiered_kv.config import POLICIES
 from tiered_kv.errors import TieredKVError
 from tiered_kv.policy import POLICY_NAMES

@@ -7,10 +7,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from tests.unit.service.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
+from tests.unit.serving.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.cluster.status import saved, show, summarize
-from tiered_kv.tiers.mounted import MountedBlock
+from tiered_kv.tiers.objects.mounted import MountedBlock
 
 PATH = (1, 2, 0, 1)
 

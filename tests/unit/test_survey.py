@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.service.test_failures import served
-from tiered_kv.cluster import attach, cli, start, state, survey
+from tests.unit.serving.test_failures import served
+from tiered_kv.cluster import attach, start, state, survey
+from tiered_kv.cluster.commands import cli
 from tiered_kv.cluster.state import ClusterState
 from tiered_kv.errors import Kind, TieredKVError
 

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiered_kv.codecs.base import Codec, Encoded
-from tiered_kv.codecs.calibration import Calibration
-from tiered_kv.codecs.ecuq import EcuqCodec
+from tiered_kv.codecs.calibrated.ecuq import EcuqCodec
+from tiered_kv.codecs.calibrated.tables import Calibration
+from tiered_kv.codecs.calibrated.xlayer import XlayerCodec
 from tiered_kv.codecs.fp8 import Fp8Codec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
 from tiered_kv.codecs.lossless import LosslessCodec
 from tiered_kv.codecs.lowrank import LowRankCodec
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.codecs.sparse import SparseCodec
-from tiered_kv.codecs.xlayer import XlayerCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 

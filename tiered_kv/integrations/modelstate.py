@@ -15,7 +15,7 @@ from tiered_kv.integrations.probing import probe_of
 from tiered_kv.integrations.support import CacheShape, check_supported, examine
 from tiered_kv.integrations.watch import Watch
 from tiered_kv.keys import Namespace, content_of, private_variant
-from tiered_kv.service.probes import Probe
+from tiered_kv.protocol.probes import Probe
 
 log = logging.getLogger(__name__)
 

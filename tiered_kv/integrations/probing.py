@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from tiered_kv.service.probes import Probe
+from tiered_kv.protocol.probes import Probe
 
 VECTOR_FLOATS = 1024
 SKETCH_FLOATS_MAX = 32

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from tiered_kv.blocks import Fetched, Hint, Match, Stored
+from tiered_kv.client.client import Client, TokenIds
+from tiered_kv.client.profile import Profile
 from tiered_kv.clock import Clock
 from tiered_kv.codecs.pairs import check_pair
 from tiered_kv.errors import Kind, TieredKVError
@@ -20,8 +22,6 @@ from tiered_kv.keys import MAX_TOKEN_ID, Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.config import CacheStrategy, KVCacheConfig
 from tiered_kv.library.opening import Engine
-from tiered_kv.service.client import Client, TokenIds
-from tiered_kv.service.profile import Profile
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _EVICTED = ("dropped", "not_admitted", "dropped_under_pressure")

@@ -17,7 +17,7 @@ from tiered_kv.integrations.transformers import CachedModel, GenerateReport
 from tiered_kv.keys import Namespace
 from tiered_kv.library.cache import BaseKVCache
 from tiered_kv.library.config import CacheMode, KVCacheConfig
-from tiered_kv.service.probes import Probe, ProbeBook
+from tiered_kv.protocol.probes import Probe, ProbeBook
 
 
 @dataclass(frozen=True)

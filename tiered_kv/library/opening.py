@@ -4,16 +4,16 @@ import os
 import threading
 from typing import Any
 
+from tiered_kv.client.client import Client
+from tiered_kv.client.profile import Profile
 from tiered_kv.clock import Clock
+from tiered_kv.embedded import Embedded
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.config import KVCacheConfig
-from tiered_kv.service.client import Client
-from tiered_kv.service.inprocess import Embedded
-from tiered_kv.service.node import Node
-from tiered_kv.service.profile import Profile
-from tiered_kv.service.sizing import extent_bytes, host_bytes_for
+from tiered_kv.node.node import Node
+from tiered_kv.node.sizing import extent_bytes, host_bytes_for
 
 
 class Engine:

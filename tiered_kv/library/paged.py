@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tiered_kv.client.client import TokenIds
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, as_token_ids
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache
-from tiered_kv.service.client import TokenIds
-from tiered_kv.service.slab import Slab
+from tiered_kv.node.pages import Slab
 
 
 class Page(NamedTuple):

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from tiered_kv.checkpoint.call_nodes import asking_here
+from tiered_kv.checkpoint.load_local import Loaded, load, read
+from tiered_kv.checkpoint.manifest import Manifest, Model, plain_layout
+from tiered_kv.checkpoint.repository import Repository, may_be_manifest
+from tiered_kv.checkpoint.take import Taken, Taking, Wanted
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache, Placed
 from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
-from tiered_kv.ops.checkpoint import Taken, Taking, Wanted
-from tiered_kv.ops.loading import Loaded, load, read
-from tiered_kv.ops.manifest import Manifest, Model, plain_layout
-from tiered_kv.ops.nodes import asking_here
-from tiered_kv.ops.repository import Repository, may_be_manifest
-from tiered_kv.tiers.folderstore import FolderStore
+from tiered_kv.tiers.objects.folder_store import FolderStore
 
 log = logging.getLogger(__name__)
 

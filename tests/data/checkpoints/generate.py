@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgpack
 
-from tests.unit.ops.checkpoints import MODELS, NOW_S, manifest, pack, row
+from tests.unit.checkpoint.checkpoints import MODELS, NOW_S, manifest, pack, row
 from tests.unit.tiers.records import ROOT
-from tiered_kv.ops.manifest import Manifest, Model, plain_layout
-from tiered_kv.ops.repository import Repository
-from tiered_kv.tiers.objectstore import MemoryStore, ObjectStore
+from tiered_kv.checkpoint.manifest import Manifest, Model, plain_layout
+from tiered_kv.checkpoint.repository import Repository
+from tiered_kv.tiers.objects.store import MemoryStore, ObjectStore
 
 HERE = Path(__file__).parent
 VERSION_1 = "cache_state.pkl"

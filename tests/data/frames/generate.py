@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tiered_kv.codecs import CODECS, Calibration, codec_for
-from tiered_kv.codecs.calibration import EcuqTables, XlayerTables
+from tiered_kv.codecs.calibrated.tables import EcuqTables, XlayerTables
 from tiered_kv.codecs.frame import frame_encoded, open_pieces
 from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.layout import KVLayout

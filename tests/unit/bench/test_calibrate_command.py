@@ -13,15 +13,15 @@ from rich.console import Console
 from tests.unit.bench.test_codec_eval import words
 from tests.unit.codecs import calibrations
 from tests.unit.integrations.tiny_models import prompt_of, tiny
-from tiered_kv import calibrate
-from tiered_kv.bench import calibration, evaluation, quality, speeds, subject
-from tiered_kv.bench.calibration import CalibrateOptions, run_calibrate, texts_of, written
-from tiered_kv.calibrate.engine import fitted, weights_digests
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
 from tiered_kv.codecs import Calibration
-from tiered_kv.codecs.calibration import calibration_file
+from tiered_kv.codecs.calibrated.tables import calibration_file
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import Namespace
+from tiered_kv.tools import calibrate
+from tiered_kv.tools.bench import calibration, evaluation, quality, speeds, subject
+from tiered_kv.tools.bench.calibration import CalibrateOptions, run_calibrate, texts_of, written
+from tiered_kv.tools.calibrate.engine import fitted, weights_digests
 
 CODECS = ["lossless", "int8", "ecuq:1e-4", "xlayer:1e-4", "xlayer:2e-4"]
 

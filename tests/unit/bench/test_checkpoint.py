@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import pytest
 from rich.console import Console
 
-from tiered_kv.bench import checkpoint, remote, serving
-from tiered_kv.bench.fetch import LAYOUTS
-from tiered_kv.bench.filled import Blocks
+from tiered_kv.tools.bench import checkpoint, remote, serving
+from tiered_kv.tools.bench.fetch import LAYOUTS
+from tiered_kv.tools.bench.filled import Blocks
 
 SMALL = 64 << 10
 TINY = checkpoint.Plan((SMALL,), 32 << 20, 24 << 20, 1, 4 << 20, 1, serving.Plan(32 << 20, 4 << 20, 1 << 20, 1, 0.05), 32 << 20)

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from tests.unit.integrations.tiny_models import prompt_of, tiny
-from tiered_kv.bench import evaluation, speeds, subject
-from tiered_kv.bench.evaluation import EvalOptions, run_codec_eval
-from tiered_kv.bench.report import counting, duration
-from tiered_kv.bench.subject import codecs_of
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
 from tiered_kv.errors import TieredKVError
+from tiered_kv.tools.bench import evaluation, speeds, subject
+from tiered_kv.tools.bench.evaluation import EvalOptions, run_codec_eval
+from tiered_kv.tools.bench.report import counting, duration
+from tiered_kv.tools.bench.subject import codecs_of
 
 SMALL = dict(prefix_tokens=40, continue_tokens=8, block_tokens=16)
 

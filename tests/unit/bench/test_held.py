@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from tests.unit.integrations.tiny_models import tiny
-from tiered_kv.bench import held, subject
-from tiered_kv.cluster.cli import main
+from tiered_kv.cluster.commands.cli import main
+from tiered_kv.tools.bench import held, subject
 
 
 class Letters:

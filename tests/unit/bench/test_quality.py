@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.integrations.tiny_models import prompt_of, tiny
-from tiered_kv.bench.quality import as_records, evaluate
+from tiered_kv.tools.bench.quality import as_records, evaluate
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])

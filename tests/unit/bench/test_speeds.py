@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.unit.integrations.tiny_models import prompt_of, tiny
-from tiered_kv.bench.speeds import prefill_us_per_token, speeds
-from tiered_kv.calibrate.engine import fitted
 from tiered_kv.integrations.prefix import prefix_kv
+from tiered_kv.tools.bench.speeds import prefill_us_per_token, speeds
+from tiered_kv.tools.calibrate.engine import fitted
 
 KV = torch.randn(2, 2, 1, 64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiered_kv.bench.evaluation import OWN_TEXTS
-from tiered_kv.bench.texts import own_texts, prompts_of, texts_from
-from tiered_kv.calibrate import corpus
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tools.bench.evaluation import OWN_TEXTS
+from tiered_kv.tools.bench.texts import own_texts, prompts_of, texts_from
+from tiered_kv.tools.calibrate import corpus
 
 
 def by_character(text: str, return_tensors: str) -> dict:

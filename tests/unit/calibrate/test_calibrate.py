@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.unit.integrations.tiny_models import VOCAB, prompt_of, tiny
-from tiered_kv.bench.quality import evaluate
-from tiered_kv.calibrate import calibrate
-from tiered_kv.calibrate.corpus import KEPT_FOR_MEASUREMENTS, own_texts, prompts_of
-from tiered_kv.calibrate.engine import COST_PART, fitted, groups_of
-from tiered_kv.calibrate.unit import FACTOR_MAX, PROMISED, ecuq_times, with_units, xlayer_times
 from tiered_kv.codecs import Calibration
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
+from tiered_kv.tools.bench.quality import evaluate
+from tiered_kv.tools.calibrate import calibrate
+from tiered_kv.tools.calibrate.corpus import KEPT_FOR_MEASUREMENTS, own_texts, prompts_of
+from tiered_kv.tools.calibrate.engine import COST_PART, fitted, groups_of
+from tiered_kv.tools.calibrate.unit import FACTOR_MAX, PROMISED, ecuq_times, with_units, xlayer_times
 
 
 class Characters:
@@ -58,7 +58,7 @@ def test_codecs_fitted_to_a_model_encode_its_kv_with_small_error(fit, tmp_path: 
 def test_steps_are_scaled_to_the_promised_kl(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fitted(tiny("llama"), [prompt_of(60, seed) for seed in range(3)], 12)
     for kl, factor in ((4 * PROMISED["ecuq:1e-4"], 0.5), (0.0, 1.0), (1e9, 1 / FACTOR_MAX), (1e-12, FACTOR_MAX)):
-        monkeypatch.setattr("tiered_kv.calibrate.unit.measured", lambda *given, kl=kl: {"ecuq:1e-4": kl})
+        monkeypatch.setattr("tiered_kv.tools.calibrate.unit.measured", lambda *given, kl=kl: {"ecuq:1e-4": kl})
         scaled = with_units(made, None, [prompt_of(60)], 12, lambda line: None)
         torch.testing.assert_close(scaled.ecuq.width, factor * made.ecuq.width)
         assert torch.equal(scaled.xlayer.matrix, made.xlayer.matrix)
@@ -118,7 +118,7 @@ def test_too_little_text_is_refused_with_the_needed_amount() -> None:
 
 
 def test_a_model_with_an_unsupported_rope_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiered_kv.calibrate.engine.rope_of_model", lambda model: None)
+    monkeypatch.setattr("tiered_kv.tools.calibrate.engine.rope_of_model", lambda model: None)
     with pytest.raises(TieredKVError, match=r"its rotary embedding \(RoPE\) is not supported") as caught:
         fitted(tiny("llama"), [prompt_of(60)], 12)
     assert caught.value.kind is Kind.MODEL

@@ -9,7 +9,7 @@ from tests.contracts.codec import CodecContract
 from tests.unit.codecs.calibrations import calibration, kv_of, layout_of
 from tests.unit.codecs.kv import as_bytes
 from tiered_kv.codecs import Int4Codec, Int8Codec, LosslessCodec, codec_by_name, codec_for, parse_codec
-from tiered_kv.codecs.calibrated import CalibratedCodec
+from tiered_kv.codecs.calibrated.base import CalibratedCodec
 from tiered_kv.codecs.fidelity import relative_error
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout

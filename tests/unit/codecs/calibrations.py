@@ -2,7 +2,7 @@
 
 import torch
 
-from tiered_kv.codecs.calibration import Calibration, EcuqTables, XlayerTables
+from tiered_kv.codecs.calibrated.tables import Calibration, EcuqTables, XlayerTables
 from tiered_kv.codecs.rotation import rope_of_theta, turning
 from tiered_kv.layout import KVLayout
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from tiered_kv.codecs.calibration import Calibration, EcuqTables, XlayerTables
+from tiered_kv.codecs.calibrated.tables import Calibration, EcuqTables, XlayerTables
 from tiered_kv.layout import KVLayout
 
 

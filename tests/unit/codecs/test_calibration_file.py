@@ -9,7 +9,7 @@ import torch
 from tests.unit.codecs.calibrations import calibration, kv_of, layout_of
 from tests.unit.codecs.kv import as_bytes
 from tiered_kv.codecs import codec_for
-from tiered_kv.codecs.calibration import BOUND_MARGIN, Calibration, calibration_of, register
+from tiered_kv.codecs.calibrated.tables import BOUND_MARGIN, Calibration, calibration_of, register
 from tiered_kv.codecs.frame import encode_frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -107,7 +107,7 @@ def test_a_block_whose_calibration_is_not_registered_is_corrupt(name: str, monke
     made, key = calibration(), bytes(32)
     kv = kv_of(made, layout_of(), start=64)
     whole = b"".join(encode_frame(key, key, codec_for(name, layout_of(), calibration=made).at(64), as_bytes(kv)))
-    monkeypatch.setattr("tiered_kv.codecs.calibration._registered", {})
+    monkeypatch.setattr("tiered_kv.codecs.calibrated.tables._registered", {})
     frame = open_frame(whole, key)
     with pytest.raises(TieredKVError, match=made.fingerprint) as caught:
         frame.decode(torch.zeros(frame.raw_bytes, dtype=torch.uint8))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered_kv.codecs import CODECS, Calibration
-from tiered_kv.codecs.calibration import register
+from tiered_kv.codecs.calibrated.tables import register
 from tiered_kv.codecs.frame import ALIGN_BYTES, VERSION, checksum, encode_frame, encode_header, frame_bytes, open_frame, open_pieces
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.errors import Kind, TieredKVError

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from tiered_kv.codecs.calibrated import alphabet
-from tiered_kv.codecs.modepack import LIMITS, pack, unpack
+from tiered_kv.codecs.calibrated.base import alphabet
+from tiered_kv.codecs.calibrated.row_packing import LIMITS, pack, unpack
 
 WHOLE = alphabet(torch.float32)
 

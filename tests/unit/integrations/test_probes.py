@@ -8,11 +8,11 @@ from model_changes import CHANGES, STATIC, layer
 from tiny_models import prompt_of, tiny
 
 from tiered_kv import Config
+from tiered_kv.embedded import InProcessCluster
 from tiered_kv.integrations.modelstate import ModelState
 from tiered_kv.integrations.probing import probe_of
 from tiered_kv.integrations.support import examine
 from tiered_kv.integrations.transformers import CachedModel
-from tiered_kv.service.inprocess import InProcessCluster
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ import transformers
 
 from tiered_kv.blocks import Fetched, Stored
 from tiered_kv.keys import Namespace, as_token_ids
-from tiered_kv.service.probes import ProbeBook
+from tiered_kv.protocol.probes import ProbeBook
 
 VOCAB = 97
 SIZES = dict(

@@ -5,9 +5,9 @@ import pytest
 import tiered_kv
 from tiered_kv import CacheStrategy, KVCacheConfig
 from tiered_kv.errors import TieredKVError
+from tiered_kv.library import memory
+from tiered_kv.library.memory import MemoryFigures
 from tiered_kv.memory_manager import MemoryManager
-from tiered_kv.ops import memory
-from tiered_kv.ops.memory import MemoryFigures
 from tiered_kv.strategies import (
     AdaptiveEvictionStrategy,
     BaseEvictionStrategy,

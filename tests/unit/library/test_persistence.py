@@ -8,10 +8,10 @@ import torch
 from tiny_models import prompt_of, tiny
 
 from tiered_kv import BaseKVCache, CachePersistence, KVCacheConfig, KVLayout, Namespace, TransformersKVCache
+from tiered_kv.checkpoint.manifest import Manifest
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.ops.manifest import Manifest
 from tiered_kv.persistence import load_cache_checkpoint, save_cache_checkpoint
-from tiered_kv.tiers.folderstore import FolderStore
+from tiered_kv.tiers.objects.folder_store import FolderStore
 
 BLOCK = 8
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiered_kv import demo
-from tiered_kv.demo.model import load_model
 from tiered_kv.library.config import KVCacheConfig
+from tiered_kv.tools import demo
+from tiered_kv.tools.demo.model import load_model
 
 PREFIX, CONTINUED, BLOCK = 640, 60, 64
 QUANTIZED, COMPRESSED = dict(use_quantization=True), dict(use_compression=True)

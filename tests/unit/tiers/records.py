@@ -9,7 +9,7 @@ import torch
 from tiered_kv.blocks import Location
 from tiered_kv.codecs.frame import encode_frame, frame_bytes
 from tiered_kv.codecs.raw import RawCodec
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.log import Record
 
 ROOT = bytes([7]) * 32

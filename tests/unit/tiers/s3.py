@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tiered_kv.tiers.stores import open_store
+from tiered_kv.tiers.objects.open_store import open_store
 
 
 class Server(NamedTuple):

@@ -12,9 +12,9 @@ import pytest
 
 from tests.unit.tiers.s3 import BadServer, Fault, Proxy, Server
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers import remotestore
-from tiered_kv.tiers.credentials import _KINDS, _OPTIONS, access, credentials
-from tiered_kv.tiers.stores import open_store
+from tiered_kv.tiers.objects import remote_store as remotestore
+from tiered_kv.tiers.objects.credentials import _KINDS, _OPTIONS, access, credentials
+from tiered_kv.tiers.objects.open_store import open_store
 
 pytest.importorskip("obstore")
 

@@ -11,11 +11,11 @@ from tests.contracts.tier import LogTierContract
 from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put, record_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES, footer_bytes
+from tiered_kv.tiers.disk.segments import Files, segments_in
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.faulty import Faulty, Plan, fails, short
-from tiered_kv.tiers.footer import ENTRY_BYTES, footer_bytes
 from tiered_kv.tiers.log import Record, Refused
-from tiered_kv.tiers.segments import Files, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 

@@ -12,11 +12,11 @@ import pytest
 from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put, record_of
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES, footer_bytes
+from tiered_kv.tiers.disk.segments import Files, SegmentReader, segment_path, segments_in
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails, raises, refuses, short, waits
-from tiered_kv.tiers.footer import ENTRY_BYTES, footer_bytes
 from tiered_kv.tiers.log import Refused
-from tiered_kv.tiers.segments import Files, SegmentReader, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -310,7 +310,7 @@ READ_ELSEWHERE = """
 import sys
 from tests.unit.tiers.records import assert_holds
 from tiered_kv.blocks import Location, Tier
-from tiered_kv.tiers.segments import SegmentReader
+from tiered_kv.tiers.disk.segments import SegmentReader
 tier, *rest = map(int, sys.argv[2:])
 assert_holds(SegmentReader(sys.argv[1]), 1, Location(Tier(tier), *rest))
 print("the same bytes")

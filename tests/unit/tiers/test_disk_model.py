@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.unit.tiers.records import KIB, OVERHEAD_BYTES, assert_holds, key_of, record_of
 from tiered_kv.blocks import Location
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.segments import segments_in
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.faulty import Faulty, Plan, fails, short
 from tiered_kv.tiers.log import Refused
-from tiered_kv.tiers.segments import segments_in
 
 CAPACITY, SEGMENT = 160 * KIB, 16 * KIB
 FRAME_SIZES = st.integers(OVERHEAD_BYTES + 1, 4 * KIB) | st.integers(4 * KIB, CAPACITY + 4 * KIB)

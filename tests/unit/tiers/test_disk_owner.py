@@ -11,10 +11,10 @@ import pytest
 from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put
 from tiered_kv.blocks import Location
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.folder import claim_folder, unused_below
+from tiered_kv.tiers.disk.segments import Files, segment_path, segments_in
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails
-from tiered_kv.tiers.folder import claim_folder, unused_below
-from tiered_kv.tiers.segments import Files, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -53,7 +53,7 @@ def test_a_live_owners_folder_is_refused(folder: Path, owner: str) -> None:
 
 HOLD = """
 import sys
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1], 1 << 20, 1 << 16, owner="the other process")
 print("held", flush=True)
 sys.stdin.read()

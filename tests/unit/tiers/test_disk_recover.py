@@ -12,13 +12,13 @@ import pytest
 from tests.unit.tiers.records import KIB, QUARTER, ROOT, assert_holds, flip, key_of, put, record_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers import footer
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk import footer
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, store_tag
+from tiered_kv.tiers.disk.recover import frames_in
+from tiered_kv.tiers.disk.segments import Files, segment_path, segments_in
+from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.faulty import Faulty, Plan, fails
-from tiered_kv.tiers.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, store_tag
 from tiered_kv.tiers.log import Recovered
-from tiered_kv.tiers.recover import frames_in
-from tiered_kv.tiers.segments import Files, segment_path, segments_in
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 PIECE = ENTRY_BYTES + QUARTER
@@ -110,7 +110,7 @@ def test_a_crash_loses_nothing_and_is_scanned_once(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from tests.unit.tiers.records import put
-from tiered_kv.tiers.disk import DiskTier
+from tiered_kv.tiers.disk.tier import DiskTier
 tier = DiskTier(sys.argv[1], 256 << 10, 16 << 10, owner="killed")
 print(len(put(tier, range(11), 3584)), flush=True)
 sys.stdin.read()

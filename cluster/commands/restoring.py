@@ -1,0 +1,220 @@
+"""Restores a checkpoint into a cluster: a running cluster, or one that starts with the checkpoint."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from threading import Event
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tiered_kv.cluster.commands.progress import bar, count, say
+from tiered_kv.config import Config, format_size
+from tiered_kv.errors import Kind, TieredKVError
+
+if TYPE_CHECKING:
+    from tiered_kv.checkpoint.manifest import Manifest, Model
+    from tiered_kv.checkpoint.repository import Repository
+    from tiered_kv.checkpoint.reshard_plan import Planned
+    from tiered_kv.node.checkpoints.loader import Filled
+    from tiered_kv.protocol.peer_transport import Ask
+
+ANSWER_WITHIN_S = 120.0
+INDEX_BYTES_A_BLOCK = 64 << 10
+"""The index has one slot per this many bytes of lower tiers."""
+MOUNTED_SPARE = 1.3  # index slots per node, relative to an even share of the checkpoint
+
+
+def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Repository]":
+    """Opens the checkpoints at a URL, as a context manager.
+
+    A missing folder is created, or is an error with `must_exist`.
+    """
+    from tiered_kv.checkpoint.repository import open_repository
+
+    return open_repository(url, create=not must_exist)
+
+
+def asking(cluster: str) -> "Ask":
+    """Returns a function that calls a step of writing or restoring a checkpoint on several nodes at once."""
+    from tiered_kv.cluster.asking import asking
+
+    ask = asking(cluster, ANSWER_WITHIN_S)
+    return lambda nodes, step, *arguments: ask(nodes, "checkpoint", step, *arguments)
+
+
+def must_be_there(repository: "Repository", name: str) -> None:
+    """Raises (kind `storage`) unless a checkpoint of this name exists. The error lists the existing ones."""
+    if "/" in name or not repository.is_there(name):
+        known = ", ".join(repository.names()) or "none"
+        raise TieredKVError(Kind.STORAGE, f"--checkpoint: there is no {name!r} at {repository.store.url}; there are: {known}", missing=True)
+
+
+def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
+    """Read the checkpoint `name`, or the latest if None, and print its description.
+
+    Returns its name and its manifest.
+    """
+    if name is None:
+        chosen, manifest = repository.read_latest(
+            lambda line: console.print(f"[bold yellow]warning[/]: {line}", highlight=False, soft_wrap=True)
+        )
+    else:
+        must_be_there(repository, name)
+        chosen, manifest = name, repository.read(name)
+    made = datetime.fromtimestamp(manifest.created_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    nbytes = format_size(sum(row.stored_bytes for row in manifest.rows))
+    whose = f", from cluster {manifest.origin}" if manifest.origin else ""
+    say(console, f"checkpoint {chosen} of {made}{whose}: {count(len(manifest.rows), 'block')}, {nbytes}")
+    return chosen, manifest
+
+
+@contextmanager
+def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Console) -> Iterator[int]:
+    """Restore the checkpoint at `url` into the cluster that the caller starts inside this context.
+
+    Yields `mounted_bytes` for `start.up`, or 0 if `url` is None. The manifest is read first, so that a wrong URL starts
+    no cluster. If the nodes cannot restore the checkpoint, a warning is printed and the cluster stays up without it.
+    """
+    if url is None:
+        yield 0
+        return
+    with opened(url, must_exist=True) as repository:
+        name, manifest = read(repository, None, console)
+        must_have_use(manifest, name, config)
+        yield mounted_bytes(manifest, nodes)
+        try:
+            restoring = Restoring(cluster, repository, name, manifest, console)
+            restoring.mount([], None)
+            restoring.begin_to_fill()
+        except TieredKVError as error:
+            console.print(f"[bold yellow]warning[/]: the cluster starts without the checkpoint: {error}", highlight=False, soft_wrap=True)
+
+
+def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
+    """Raises (kind `model`) if no block of a checkpoint could be a hit under these settings."""
+    from tiered_kv.checkpoint.restore import chosen
+
+    picked = chosen(manifest, block_tokens=config.block_tokens)
+    if not picked.rows:
+        why = "; ".join(picked.skipped) or "it has no blocks"
+        sizes = {model.layout.block_tokens for model in manifest.models if model.layout}
+        flag = f"; --block-tokens {sizes.pop()} would fit" if len(sizes) == 1 and config.block_tokens not in sizes else ""
+        raise TieredKVError(Kind.MODEL, f"checkpoint {name}: none of its blocks can be restored: {why}{flag}", setting="block_tokens")
+
+
+def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
+    """Returns a number of bytes for `start.up`, which sizes each node's index as if its lower tiers were larger by that.
+
+    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes of lower tiers. With these additional slots, the node's share of the
+    checkpoint fits into it.
+    """
+    return int(MOUNTED_SPARE * len(manifest.rows) * INDEX_BYTES_A_BLOCK / nodes)
+
+
+class Restoring:
+    """Restores one checkpoint into a cluster whose Ray this process has joined."""
+
+    def __init__(self, cluster: str, repository: "Repository", name: str, manifest: "Manifest", console: Console) -> None:
+        from tiered_kv.cluster.start import describe
+
+        about = describe(cluster)
+        self._repository, self._name, self._manifest, self._console = repository, name, manifest, console
+        self._nodes = [node["node"] for node in about["nodes"]]
+        self._config: Config = about["config"]
+        self._ask = asking(cluster)
+        self._skipped: list[str] = []
+        self._planned: Planned | None = None
+        self._mounted = self._no_room = self._too_lossy = 0
+
+    def mount(self, namespaces: list[str], world: int | None) -> None:
+        """Make the blocks hits, and print which are left out.
+
+        `namespaces`: restore only these, or all if empty. `world`: the number of tensor-parallel ranks to restore for,
+        or None for the blocks as they are. Raises `TieredKVError` (kind `model`) if no block can be restored.
+        """
+        from tiered_kv.checkpoint.reshard_plan import plan
+        from tiered_kv.checkpoint.restore import chosen, matches, mount
+
+        def wanted(model: "Model") -> bool:
+            return not namespaces or matches(model, namespaces)
+
+        picked = chosen(self._manifest, block_tokens=self._config.block_tokens, wanted=wanted)
+        rows, self._skipped = picked.rows, picked.skipped
+        if world is not None and rows:
+            self._planned = plan(rows, self._manifest.models, world)
+            rows, self._skipped = self._planned.unchanged, self._skipped + self._planned.skipped
+        for line in self._skipped:
+            say(self._console, line)
+        if not picked.rows:
+            raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: none of its blocks can be restored into this cluster")
+        if not rows:
+            return
+        begun_s = time.monotonic()
+        mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, rows)
+        self._mounted, self._no_room, self._too_lossy = sum(mounted.by_node.values()), mounted.no_room, mounted.too_lossy
+        spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
+        say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
+        if mounted.no_room:
+            text = f"the coldest {count(mounted.no_room, 'block')} are left out: the nodes' indexes have no free slots"
+            say(self._console, text)
+        if mounted.too_lossy:
+            text = f"{count(mounted.too_lossy, 'block')} are not shown: they carry more error than this cluster's quality allows"
+            say(self._console, text)
+
+    def begin_to_fill(self) -> None:
+        """Make the nodes copy blocks to host memory and disk in the background. Returns at once."""
+        from tiered_kv.checkpoint.call_nodes import answers
+
+        answers(self._ask, self._nodes, "fill", None)
+        say(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
+
+    def fill(self, max_rate: float | None, stopped: Event) -> "Filled":
+        """Make the nodes copy blocks to host memory and disk, and convert blocks of another number of ranks.
+
+        Waits until they are done or `stopped` is set. `max_rate`: bytes per second, None for no limit. Returns the counts.
+        """
+        from tiered_kv.checkpoint.restore import fill, make
+        from tiered_kv.node.checkpoints.loader import Filled
+
+        filled = Filled(0, 0, 0, 0, 0, [], is_done=True)
+        all_bytes = sum(row.stored_bytes for row in self._manifest.rows)
+        with bar(self._console, "reading") as advance:
+
+            def progress(going: "Filled") -> None:
+                advance(going.nbytes, all_bytes, count(going.host + going.disk, "block"))
+
+            if self._mounted:
+                mounted = fill(self._ask, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
+                self._report("restored", mounted, "were in the cache already, or are read from the checkpoint's packs on demand")
+                filled = _sum(filled, mounted)
+            if self._planned and self._planned.targets:
+                url = self._repository.store.url
+                made = make(
+                    *(self._ask, self._nodes, url, self._manifest, self._planned), max_rate=max_rate, progress=progress, stopped=stopped
+                )
+                self._report("converted from other ranks' blocks", made, "were in the cache already, or there was no room for them")
+                filled = _sum(filled, made)
+        return filled
+
+    def _report(self, doing: str, filled: "Filled", rest: str) -> None:
+        left = filled.mounted - filled.host - filled.disk - filled.damaged
+        others = f"; the other {left:,} {rest}" if left else ""
+        say(self._console, f"{doing}: {count(filled.host, 'block')} to host memory, {filled.disk:,} to disk{others}")
+        for line in filled.problems:
+            self._console.print(f"[yellow]damaged[/]: {line}", highlight=False, soft_wrap=True)
+        if filled.damaged:
+            say(self._console, f"{count(filled.damaged, 'block')} damaged and left out; all others are restored")
+
+    def figures(self, filled: "Filled") -> dict:
+        """Returns the counts as a dict for `--json`."""
+        record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
+        record["too_lossy"] = max(self._too_lossy, filled.too_lossy)
+        del record["error"], record["is_done"]
+        return record
+
+
+def _sum(one: "Filled", other: "Filled") -> "Filled":
+    counts = (getattr(one, name) + getattr(other, name) for name in ("mounted", "host", "disk", "nbytes", "damaged", "problems"))
+    return type(one)(*counts, is_done=True, too_lossy=one.too_lossy + other.too_lossy)

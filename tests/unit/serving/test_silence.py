@@ -1,0 +1,124 @@
+"""A coordinator or a peer that does not answer: it costs one fetch its deadline, and is left alone until it is heard of again."""
+
+# ruff: noqa: F401, F811 - fixtures are imported by name
+
+import pytest
+
+from tests.unit.serving.prompts import LAYOUT, NAMESPACE, assert_is_prefix
+from tests.unit.serving.test_cluster import (
+    KV,
+    PATH,
+    TOKENS,
+    Watch,
+    clients,
+    clock,
+    cluster,
+    make_cluster,
+    watched,
+)
+from tiered_kv.coordinator.coordinator import Answer, Report
+from tiered_kv.embedded import InProcessLink
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.node.puller import AVOID_S
+
+
+class Silent(Watch):
+    """A link over which the coordinator, or a peer, does not answer within the time that is given to it."""
+
+    def __init__(self, link: InProcessLink) -> None:
+        super().__init__(link)
+        self.waits_s: list[float] = []
+        self.is_coordinator_silent = True
+
+    def locate(self, keys: list[bytes], wait_s: float) -> list[list[str]]:
+        self.waits_s.append(wait_s)
+        if self.is_coordinator_silent:
+            raise TieredKVError(Kind.TRANSPORT, f"no answer within {wait_s} s")
+        return self._link.locate(keys, wait_s)
+
+    def report(self, report: Report) -> Answer:
+        if self.is_coordinator_silent:
+            raise TieredKVError(Kind.TRANSPORT, "no answer to a report")
+        return self._link.report(report)
+
+
+@pytest.fixture
+def silent(cluster, clients, monkeypatch) -> Silent:
+    """The link of "n1" to a coordinator that hangs; "n0" has stored the blocks of TOKENS."""
+    clients[0].store(TOKENS, KV)
+    cluster.report_all()
+    node = cluster.nodes["n1"]
+    node._reporter._link = Silent(node._reporter._link)
+    monkeypatch.setattr(node._reporter, "wake", lambda: None)  # reports are made by the test
+    return node._reporter._link
+
+
+def test_a_coordinator_that_hangs_is_asked_once_and_within_the_deadline(cluster, clients, silent) -> None:
+    there, node = clients[1], cluster.nodes["n1"]
+    assert there.fetch(TOKENS, deadline_ms=50).tokens == 0
+    assert silent.waits_s == [pytest.approx(0.05, abs=0.01)]
+    calls = there.node_calls
+    for ask in (there.fetch, there.match, there.explain, there.fetch):
+        ask(TOKENS)
+    assert len(silent.waits_s) == 1
+    assert there.node_calls == calls, "workers are told that there are no peers, and do not even ask their node"
+    node.report()
+    assert there.fetch(TOKENS).tokens == 0
+    with pytest.raises(TieredKVError, match="has not been heard of since"):
+        node.locate([b"k" * 32])
+    assert len(silent.waits_s) == 1
+    silent.is_coordinator_silent = False
+    node.report()
+    assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8, "the first report that is answered ends it"
+
+
+def test_a_question_that_was_too_slow_has_the_node_report_at_once(cluster, clients, silent, monkeypatch) -> None:
+    node, woken = cluster.nodes["n1"], []
+    monkeypatch.setattr(node._reporter, "wake", lambda: woken.append(True))
+    clients[1].fetch(TOKENS, deadline_ms=1)
+    assert woken
+    assert node.stats()["coordinator"] is False
+
+
+@pytest.mark.parametrize(("hung", "avoided_s"), [(False, AVOID_S), (True, 6.0)])
+def test_a_peer_that_hangs_costs_one_fetch_and_is_left_alone_until_the_directory_knows(
+    make_cluster, checked, clock, hung: bool, avoided_s: float
+) -> None:
+    """Also where the wait for it has used up the whole deadline."""
+    cluster = make_cluster(heartbeat_s=1.0, node_timeout_s=5.0)
+    here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
+    here.store(TOKENS, KV)
+    cluster.report_all()
+    cluster.report_all()
+    watch = watched(cluster, "n1")
+
+    def hang(number: int) -> None:
+        if number == 0:
+            clock.advance(9.0)
+            cluster.report_all()
+            raise TieredKVError(Kind.TRANSPORT, "no answer", hung=hung)
+
+    watch.before_request = hang
+    assert there.fetch(TOKENS).tokens == 0
+    watch.requests.append(("n0", 0))  # the one that hung is not counted by itself
+    assert there.fetch(TOKENS).tokens == 0
+    assert len(watch.requests) == 1, "it is avoided"
+    clock.advance(avoided_s - 0.1)
+    cluster.report_all()
+    assert there.fetch(TOKENS).tokens == 0
+    clock.advance(0.2)
+    assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
+
+
+def test_a_node_that_falls_silent_is_remembered_until_it_speaks_again_or_says_goodbye(make_cluster, clock) -> None:
+    cluster = make_cluster(node_timeout_s=5.0)
+    cluster.report_all()
+    assert cluster.coordinator.lost() == {}
+    clock.advance(12.0)
+    cluster.nodes["n0"].report()
+    assert cluster.coordinator.lost() == {"n1": 12.0}
+    cluster.report_all()
+    assert cluster.coordinator.lost() == {}
+    clock.advance(12.0)
+    cluster.coordinator.forget("n1")
+    assert list(cluster.coordinator.lost()) == ["n0"]

@@ -1,0 +1,5 @@
+"""Checkpoint: taking and restoring checkpoints of a cluster: repository, manifest, leases, garbage collection, verification.
+
+May import: node (to load within one process), protocol, tiers, codecs, memory, config, layout, keys, blocks, errors, clock; msgpack.
+Never knows: ray, actors, cluster, policy, integrations. It drives nodes by calls that it is given.
+"""

@@ -1,0 +1,67 @@
+"""Loads a checkpoint into the node of this process. All of its frames are verified before the first one is loaded."""
+
+import logging
+from collections.abc import Collection
+from contextlib import closing
+from typing import NamedTuple
+
+from tiered_kv.checkpoint.manifest import Manifest
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.node.node import Node
+from tiered_kv.node.peer_admission import Admission
+from tiered_kv.tiers.objects.packs import read_footer, read_frame
+from tiered_kv.tiers.objects.store import ObjectStore
+
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """The counts of a load. blocks: those in the cache now. refused: those without room, layout or parent."""
+
+    blocks: int
+    refused: int
+
+
+def read(store: ObjectStore, name: str) -> Manifest:
+    """Read the manifest `name`, and verify all its frames. Returns the manifest.
+
+    Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) if a pack is missing or damaged.
+    """
+    manifest = Manifest.read(store, name)
+    sizes = store.sizes()
+    for pack, nbytes in manifest.packs:
+        if sizes.get(pack) != nbytes:
+            problem = f"must have {nbytes} bytes, got {sizes[pack]}" if pack in sizes else "is missing"
+            raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack} {problem}", object=name)
+        read_footer(store, pack, nbytes)
+    for row in manifest.rows:
+        read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
+    return manifest
+
+
+def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> Loaded:
+    """Load the blocks below `roots` of a verified checkpoint into the node, host memory first. Returns the counts.
+
+    Blocks without room are refused, and so are their descendants and blocks of models without a layout.
+    """
+    layouts = {model.root: model.layout for model in manifest.models}
+    there: set[BlockKey] = set()
+    refused = 0
+    rows = [row for row in manifest.rows if row.root in roots]
+    with closing(node.open_session()) as session:
+        for row in rows:
+            if layouts[row.root] is None or (row.parent is not None and row.parent not in there):
+                refused += 1
+                continue
+            frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
+            admit = Admission(node, session, row.root, layouts[row.root].block_bytes, [row.key], row.parent, row.depth)
+            if admit([row.key], [frame.pieces]):
+                there.add(row.key)
+            else:
+                refused += 1
+    if refused:
+        log.warning(
+            "%d of %d blocks of a checkpoint were not loaded: no room, no layout, or their parent was not loaded", refused, len(rows)
+        )
+    return Loaded(len(there), refused)

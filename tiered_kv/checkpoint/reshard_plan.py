@@ -1,0 +1,211 @@
+"""Plans resharding: which blocks for another number of tensor-parallel ranks can be built from a checkpoint's blocks.
+
+A world is a number of ranks. The ranks of one model in one world are a family: their layouts are equal, and so are their
+namespaces except for the rank. From the key of a rank's block follows the key of the whole model's block (`keys.Chain`), and from
+that the key of any rank in any world. No token ids are needed.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey, Chain, Namespace
+from tiered_kv.layout import KVLayout
+from tiered_kv.node.checkpoints.reshard_layout import Piece, pieces, resharded
+
+if TYPE_CHECKING:
+    from tiered_kv.checkpoint.manifest import Model, Row
+
+
+class Target(NamedTuple):
+    """A block to build for a rank of the new world.
+
+    `sources`: the checkpoint's block for each of `pieces` (`node.checkpoints.reshard_layout.join`).
+    """
+
+    key: BlockKey
+    parent: BlockKey | None
+    root: BlockKey
+    depth: int | None
+    hits: int
+    raw_bytes: int
+    sources: "tuple[Row, ...]"
+    pieces: tuple[Piece, ...]
+
+
+class Planned(NamedTuple):
+    """The plan of a checkpoint for a world.
+
+    targets: blocks to build, parents before children and hottest first. unchanged: blocks that are of that world already, in
+    their order. models: the models of both. skipped: one sentence for each reason why blocks are left out.
+    """
+
+    targets: "list[Target]"
+    unchanged: "list[Row]"
+    models: "list[Model]"
+    skipped: list[str]
+
+
+class _Rank(NamedTuple):
+    """A rank of the new world, its keys, and the pieces of source ranks that it consists of."""
+
+    model: "Model"
+    chain: Chain
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(eq=False)
+class _Family:
+    name: str
+    layout: KVLayout
+    ranks: list[_Rank]
+
+
+class _Member(NamedTuple):
+    """A rank of a family in the checkpoint."""
+
+    family: _Family
+    rank: int
+    chain: Chain
+
+
+@dataclass
+class _BlockOfRanks:
+    """The blocks of a family for the same tokens, by rank. `key` and `parent` are keys of the whole model."""
+
+    family: _Family
+    key: BlockKey
+    parent: BlockKey | None = None
+    rows: "dict[int, Row]" = field(default_factory=dict)
+
+
+def plan(rows: "Iterable[Row]", models: "Iterable[Model]", world: int) -> Planned:
+    """Plan how the ranks of `world` can use `rows`, which have parents before children. Returns the plan.
+
+    A block is built if all its source ranks have their blocks, and if its parent is built or already of that world. Otherwise the
+    chain ends there, and its other blocks are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.
+    """
+    if type(world) is not int or world < 1:
+        raise TieredKVError(Kind.LAYOUT, f"world: must be a whole number of at least 1, got {world!r}", world=world)
+    planner = _Planner(world)
+    for model in models:
+        planner.know(model)
+    for row in rows:
+        planner.add(row)
+    planned = planner.planned()
+    if planned.skipped and not planned.targets and not planned.unchanged:
+        message = f"world: no block of the checkpoint can be restored for {world} ranks: {'; '.join(planned.skipped)}"
+        raise TieredKVError(Kind.LAYOUT, message, world=world)
+    return planned
+
+
+class _Planner:
+    """Collects models and rows, and groups them by family and by block of the whole model."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._kept: dict[BlockKey, Model] = {}
+        self._members: dict[BlockKey, _Member] = {}
+        self._refused: dict[BlockKey, str] = {}
+        self._families: dict[tuple[Namespace, KVLayout], _Family] = {}
+        self._places: dict[tuple[_Family, BlockKey], _BlockOfRanks] = {}  # in the order of the rows
+        self._unchanged: list[Row] = []
+        self._left_out: Counter[str] = Counter()  # number of blocks by reason
+
+    def know(self, model: "Model") -> None:
+        """Add a model. Decides whether its blocks are unchanged, resharded or refused."""
+        try:
+            namespace = _namespace(model)
+            if namespace.world == self._world:
+                self._kept[model.root] = model
+            else:
+                self._members[model.root] = self._member(model, namespace)
+        except TieredKVError as error:
+            self._refused[model.root] = f"{_name(model)}: {error}"
+
+    def _member(self, model: "Model", namespace: Namespace) -> _Member:
+        layout = resharded(model.layout, namespace.world, self._world)
+        chain = namespace.chain(model.layout)
+        if chain.root != model.root:
+            raise TieredKVError(Kind.LAYOUT, "its namespace and layout do not match the root of its blocks")
+        known = replace(namespace, rank=0), model.layout
+        if known not in self._families:
+            self._families[known] = _Family(_name(model), model.layout, self._ranks(model, namespace, layout))
+        return _Member(self._families[known], namespace.rank, chain)
+
+    def _ranks(self, model: "Model", namespace: Namespace, layout: KVLayout) -> list[_Rank]:
+        ranks, heads = [], layout.kv_heads * self._world
+        for rank in range(self._world):
+            ours = replace(namespace, rank=rank, world=self._world)
+            chain = ours.chain(layout)
+            named = model._replace(root=chain.root, layout=layout, namespace=asdict(ours))
+            ranks.append(_Rank(named, chain, tuple(pieces(namespace.world, self._world, heads, rank))))
+        return ranks
+
+    def add(self, row: "Row") -> None:
+        """Add a row to the rows of other ranks for the same block of the whole model."""
+        if row.root in self._kept:
+            self._unchanged.append(row)
+        elif row.root not in self._members:
+            self._left_out[self._refused.get(row.root, "blocks of a model that the checkpoint does not describe")] += 1
+        else:
+            family, rank, chain = self._members[row.root]
+            if row.raw_bytes != family.layout.block_bytes:
+                self._left_out[f"{family.name}: the size of a block differs from its layout"] += 1
+                return
+            key = chain.whole_key(row.key)
+            place = self._places.setdefault((family, key), _BlockOfRanks(family, key))
+            place.rows[rank] = row
+            if row.parent is not None:
+                place.parent = chain.whole_key(row.parent)
+
+    def planned(self) -> Planned:
+        """Returns the plan for all models and rows added so far."""
+        made = {row.key for row in self._unchanged}
+        models = {row.root: self._kept[row.root] for row in self._unchanged}
+        targets: list[Target] = []
+        lacking: dict[BlockKey, str] = {}
+        for place in self._places.values():
+            for rank in place.family.ranks:
+                target = _target(place, rank)
+                if target.key in made:  # already built from another world, or unchanged
+                    continue
+                if None in target.sources or not (target.parent is None or target.parent in made):
+                    lacking[target.key] = place.family.name
+                    continue
+                made.add(target.key)
+                models[target.root] = rank.model
+                targets.append(target)
+        for name in (name for key, name in lacking.items() if key not in made):
+            self._left_out[f"{name}: a source block or the parent is not in the checkpoint"] += 1
+        skipped = [f"{reason} (blocks left out: {count})" for reason, count in self._left_out.items()]
+        return Planned(targets, self._unchanged, list(models.values()), skipped)
+
+
+def _target(place: _BlockOfRanks, rank: _Rank) -> Target:
+    """Returns the block of a rank to build. The source of a rank without this block is None."""
+    sources = tuple(place.rows.get(piece.source) for piece in rank.pieces)
+    known = place.rows.values()
+    return Target(
+        key=rank.chain.rank_key(place.key),
+        parent=None if place.parent is None else rank.chain.rank_key(place.parent),
+        root=rank.chain.root,
+        depth=next((row.depth for row in known if row.depth is not None), None),
+        hits=max(row.hits for row in known),
+        raw_bytes=rank.model.layout.block_bytes,
+        sources=sources,
+        pieces=rank.pieces,
+    )
+
+
+def _namespace(model: "Model") -> Namespace:
+    try:
+        return Namespace(**model.namespace)
+    except TypeError as error:
+        raise TieredKVError(Kind.LAYOUT, "its namespace is unknown") from error
+
+
+def _name(model: "Model") -> str:
+    return model.name or f"model {model.root.hex()[:12]}"

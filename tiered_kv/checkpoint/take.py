@@ -1,0 +1,237 @@
+"""Writes checkpoints: the nodes write the blocks of their snapshots to packs, and the manifest is written last.
+
+Blocks that an existing pack contains are not written again.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event
+from typing import Any, NamedTuple
+
+from tiered_kv.checkpoint.call_nodes import answers, good
+from tiered_kv.checkpoint.leases import Lease
+from tiered_kv.checkpoint.manifest import Manifest, Model
+from tiered_kv.checkpoint.manifest_rows import Row
+from tiered_kv.checkpoint.merge import Block, Merged, assigned, closed, merged
+from tiered_kv.checkpoint.repository import Block as Keyed
+from tiered_kv.checkpoint.repository import Place, Repository, reusable
+from tiered_kv.codecs import is_lossy
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.node.checkpoints.writer import PACK_BYTES, Snapshot, Written
+from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.peer_transport import Ask
+from tiered_kv.tiers.objects.credentials import credentials
+
+log = logging.getLogger(__name__)
+
+RENEW_S = 60.0
+
+
+class Wanted(NamedTuple):
+    """The filter for the blocks of a checkpoint.
+
+    tiers: values of `Tier`; None means all but objects. models: whether the blocks of a model are included. min_hits: the least
+    number of uses of a block. may_be_empty: if False and no block matches, no checkpoint is written.
+    """
+
+    tiers: tuple[int, ...] | None = None
+    models: Callable[[Model], bool] = lambda _: True
+    min_hits: int = 0
+    may_be_empty: bool = True
+
+
+EVERYTHING = Wanted()
+
+
+class WriteProgress(NamedTuple):
+    """Progress of writing: blocks and bytes of frames that are written, and how many there are to write."""
+
+    blocks: int
+    all_blocks: int
+    nbytes: int
+    all_bytes: int
+
+
+class Taken(NamedTuple):
+    """The counts of a written checkpoint.
+
+    blocks, nbytes: all its blocks, and the bytes of their frames. new_blocks, new_bytes: those that were not in a pack before.
+    packs, new_packs: all its packs, and those written now. written_bytes: bytes of the new packs. left: blocks that were evicted
+    before they could be written. orphans: blocks that could never be hits, because no node has one of their ancestors. The
+    checkpoint contains neither of the last two.
+    """
+
+    name: str
+    blocks: int
+    nbytes: int
+    new_blocks: int
+    new_bytes: int
+    packs: int
+    new_packs: int
+    written_bytes: int
+    left: int
+    orphans: int
+
+
+class Taking:
+    """Writes one or more checkpoints of a cluster's nodes.
+
+    max_rate: bytes per second of all nodes together, None for no limit. origin: the name of the cluster, stored in the
+    manifest. progress: called with the progress after each poll. stopped: set it to stop. poll_s: seconds between two polls.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        nodes: Sequence[str],
+        repository: Repository,
+        *,
+        origin: str,
+        max_rate: float | None = None,
+        pack_bytes: int = PACK_BYTES,
+        progress: Callable[[WriteProgress], None] = lambda _: None,
+        say: Callable[[str], None] = log.info,
+        stopped: Event | None = None,
+        poll_s: float = 0.1,
+    ) -> None:
+        self._ask = ask
+        self._nodes = list(nodes)
+        self._repository = repository
+        self._origin = origin
+        self._rate = max_rate
+        self._pack_bytes = pack_bytes
+        self._progress = progress
+        self._say = say
+        self._stopped = stopped or Event()
+        self._poll_s = poll_s
+
+    def take(self, wanted: Wanted = EVERYTHING, name: str | None = None, models: Sequence[Model] = (), extra: dict | None = None) -> Taken:
+        """Write a checkpoint of the nodes' blocks under `name`, or under a generated name. Returns its counts.
+
+        `models`: descriptions of models that the nodes may not have. Raises (kind `storage`) if a node or the store fails, or if
+        `stopped` is set. Then no checkpoint is listed, but complete packs are kept, and the next checkpoint reuses them.
+        """
+        with self._repository.lease("checkpoint", say=self._say) as lease:
+            known = self._repository.known()  # read before the snapshots are taken, because nodes drop a snapshot after a while
+            lease.renew_if_half_gone()
+            ticket = uuid.uuid4().hex
+            try:
+                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits, ticket)
+                described = _models(snapshots, models)
+                whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
+                if not whole.blocks and not wanted.may_be_empty:
+                    raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node has a block that matches the given filter")
+                kept = reusable(known, [keyed for block in whole.blocks if _is_as_good(known.places.get(keyed := _keyed(block)), block)])
+                new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
+                written = self._written(assigned(new), new, lease, ticket)
+            finally:
+                self._ask(self._nodes, "stop_saving", ticket)  # the ticket protects a checkpoint that another process has started
+            return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
+
+    def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease, ticket: str) -> dict[str, Written]:
+        """Make each node write its share of the new blocks, and wait for all. Returns the state of each node."""
+        all_bytes = sum(block.best.stored_bytes for block in new)
+        rate = self._rate and self._rate / max(len(shares), 1)
+        url = self._repository.store.url
+        mine = credentials(url)
+        for node, keys in shares.items():
+            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes, mine, ticket)
+        renew_s = time.monotonic() + RENEW_S
+        state: dict[str, Written] = {}
+        while not all(node in state and state[node].is_done for node in shares):
+            if self._stopped.wait(self._poll_s):
+                raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; the next one continues from what was written")
+            for node in shares:
+                if node in state and state[node].is_done:
+                    continue
+                known = state[node].packs if node in state else []
+                answer = answers(self._ask, [node], "written", len(known), ticket)[node]
+                state[node] = answer._replace(packs=known + answer.packs)
+                if answer.error is not None:
+                    good({node: answer.error})
+            if time.monotonic() > renew_s:
+                lease.renew()
+                renew_s = time.monotonic() + RENEW_S
+            done = state.values()
+            self._progress(WriteProgress(sum(each.blocks for each in done), len(new), sum(each.nbytes for each in done), all_bytes))
+        return state
+
+    def _published(
+        self,
+        whole: Merged,
+        there: "_There",
+        written: dict[str, Written],
+        models: Sequence[Model],
+        name: str | None,
+        extra: dict[str, Any],
+        lease: Lease,
+    ) -> Taken:
+        """Write the manifest of the blocks in reused and newly written packs. Returns the counts of the checkpoint."""
+        new_packs = {info.name: info for each in written.values() for info in each.packs}
+        places = there.places | {
+            (entry.key, entry.root): Place(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
+            for info in new_packs.values()
+            for entry in info.entries
+        }
+        blocks = closed(whole.blocks, {block.best.key for block in whole.blocks if (block.best.key, block.best.root) not in places})
+        numbers: dict[str, int] = {}
+        rows = tuple(_row(block, places[block.best.key, block.best.root], numbers) for block in blocks)
+        sizes = there.packs | {info.name: info.nbytes for info in new_packs.values()}
+        packs = tuple((pack, sizes[pack]) for pack in numbers)
+        roots = {row.root for row in rows}
+        described = tuple(model for model in models if model.root in roots)
+        self._repository.confirm(packs)
+        manifest = Manifest(packs, described, rows, self._repository.now_s(), self._origin, extra)
+        given = self._repository.publish(manifest, name, lease)
+        new = [row for row in rows if (row.key, row.root) not in there.places]
+        return Taken(
+            name=given,
+            blocks=len(rows),
+            nbytes=sum(row.stored_bytes for row in rows),
+            new_blocks=len(new),
+            new_bytes=sum(row.stored_bytes for row in new),
+            packs=len(packs),
+            new_packs=len(new_packs),
+            written_bytes=sum(info.nbytes for info in new_packs.values()),
+            left=len(whole.blocks) - len(blocks),
+            orphans=whole.orphans,
+        )
+
+
+def _keyed(block: Block) -> Keyed:
+    return block.best.key, block.best.root
+
+
+def _is_as_good(place: Place | None, block: Block) -> bool:
+    """Whether what lies in a pack may stand for the block: a cluster of less quality may have written it."""
+    return place is None or place.codec == block.best.codec or not is_lossy(place.codec)
+
+
+class _There(NamedTuple):
+    """Blocks that are not written again: their places in existing packs, and the bytes of these packs."""
+
+    places: dict[Keyed, Place]
+    packs: dict[str, int]
+
+
+def _row(block: Block, place: Place, numbers: dict[str, int]) -> Row:
+    """Returns the manifest row of a block. `numbers`: pack numbers by name; a new pack is added to it."""
+    best, pack = block.best, numbers.setdefault(place.pack, len(numbers))
+    where = place.offset, place.stored_bytes, place.raw_bytes, place.codec
+    return Row(best.key, best.parent, best.root, block.depth, pack, *where, best.tier, block.hits)
+
+
+def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[Model]:
+    """Returns the model of each root in the snapshots.
+
+    Its description is from the caller (`known`), else from workers. If neither has described it, only the root is known.
+    """
+    models = {seen.root: Model(seen.root) for snapshot in snapshots.values() for seen in snapshot.blocks}
+    for snapshot in snapshots.values():
+        for root, message in snapshot.models.items():
+            facts = ModelFacts.of_message(message)
+            models[root] = Model(root, facts.layout, "", facts.namespace)
+    return list((models | {model.root: model for model in known}).values())

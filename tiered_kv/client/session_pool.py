@@ -1,0 +1,143 @@
+"""A client's sessions with one life of a node's files: one a thread that needs one now, kept for the next.
+
+None is tried for a while after the node refused to connect, nor, after it was silent, before it has said that it lives.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tiered_kv import forking
+from tiered_kv.clock import Clock
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.memory.view import NodeView
+from tiered_kv.protocol.session import Life, Session
+
+RETRY_AFTER_S = 0.5
+
+
+class SessionPool:
+    """Lends sessions. One that was lent for something that failed is closed, and with it ends all that it had reserved.
+
+    `connect(wait_s)` opens a session, which must be of the node whose files `view` maps; `greet` says to it what it has to know
+    before anything else. After a failed connect no other is tried for RETRY_AFTER_S; after a call that the node did not answer
+    in time, none before the node's heartbeat, which `view` shows, has moved. A child process has sessions of its own.
+    """
+
+    def __init__(
+        self, connect: Callable[[float], Session], view: NodeView, clock: Clock, greet: Callable[[Session], None] = lambda _: None
+    ) -> None:
+        self._connect = connect
+        self._view = view
+        self._clock = clock
+        self._greet = greet
+        self._idle: list[Session] = []
+        self._lock = threading.Lock()
+        self._retry_at_s = float("-inf")
+        self._silent_since_ns: int | None = None  # the heartbeat after which a call was not answered in time
+        self._closed = False
+        self.is_cut_off = False
+        """Whether the last try to connect failed: the node is gone, or has other files by now."""
+        self.calls = 0
+        """Sessions lent so far: every call that left this process went through one."""
+        forking.register(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: the sessions are the parent's."""
+        self._lock = threading.Lock()
+        self._idle = []
+
+    @contextmanager
+    def session(self, wait_s: float) -> Iterator[Session]:
+        """A session for the calls of one thread, which end within `wait_s`; raises (kind `transport`) while the node does not answer."""
+        session = self._take(wait_s)
+        try:
+            yield session
+        except BaseException as error:
+            session.close()
+            if isinstance(error, TieredKVError) and error.kind is Kind.TRANSPORT:
+                self._note(error)
+                self._close_idle()  # they are of the same node
+            raise
+        self._give_back(session)
+
+    def check(self, wait_s: float) -> None:
+        """Connect once, so that what is wrong is said now; raises as connecting does. Keeps no session and counts no call."""
+        self._opened(wait_s).close()
+
+    def revive(self) -> None:
+        """The node answers again: try it at the next call."""
+        self.is_cut_off = False
+        self._retry_at_s = float("-inf")
+        self._silent_since_ns = None
+
+    def _take(self, wait_s: float) -> Session:
+        with self._lock:
+            if self._closed:
+                raise TieredKVError(Kind.CLOSED, "the client is closed")
+            if self._silent_since_ns is not None:
+                if self._view.heartbeat_ns == self._silent_since_ns:
+                    raise TieredKVError(Kind.TRANSPORT, "the node has not said that it lives since it left a call without an answer")
+                self._silent_since_ns = None
+            session, ended = self._kept()
+            if session is None and self._clock.now_s() < self._retry_at_s:
+                raise TieredKVError(Kind.TRANSPORT, "the node did not answer a moment ago")
+            self.calls += 1
+        for each in ended:
+            each.close()
+        if session is None:
+            return self._opened(wait_s)
+        session.allow(wait_s)
+        return session
+
+    def _kept(self) -> tuple[Session | None, list[Session]]:
+        """An idle session of the node's present life, and those that ended with an earlier one."""
+        present, ended = Life(self._view.identity, self._view.generation), []
+        while self._idle:
+            session = self._idle.pop()
+            if session.life == present:
+                return session, ended
+            ended.append(session)
+        return None, ended
+
+    def _opened(self, wait_s: float) -> Session:
+        try:
+            session = self._connect(wait_s)
+            try:
+                if session.life.identity != self._view.identity:
+                    raise TieredKVError(Kind.TRANSPORT, f"the node at {self._view.directory} has other files than those mapped here")
+                self._greet(session)
+            except BaseException:
+                session.close()
+                raise
+        except TieredKVError as error:
+            self._note(error)
+            if not error.context.get("timed_out"):
+                self._retry_at_s = self._clock.now_s() + RETRY_AFTER_S
+                self.is_cut_off = error.kind is Kind.TRANSPORT
+            raise
+        self.is_cut_off = False
+        return session
+
+    def _note(self, error: TieredKVError) -> None:
+        if error.context.get("timed_out"):
+            self._silent_since_ns = self._view.heartbeat_ns
+
+    def _give_back(self, session: Session) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(session)
+                return
+        session.close()
+
+    def close(self) -> None:
+        """Close the idle sessions now, those lent out when they come back."""
+        with self._lock:
+            self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for session in idle:
+            session.close()

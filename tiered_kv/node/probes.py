@@ -1,0 +1,65 @@
+"""The probes that a node knows: kept in files that outlive it, and matched by the coordinator while that answers."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import msgpack
+
+from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import KEY_BYTES, BlockKey
+from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "probes"
+
+
+class NodeProbes:
+    """A node's probes: kept in files that outlive it, and matched by the cluster's coordinator as long as that answers."""
+
+    def __init__(self, folders: Iterable[Path], ask: Callable[[BlockKey, Variants, Probe], Variants] | None) -> None:
+        self.book = ProbeBook()
+        self._files = [folder / FILE_NAME for folder in folders]
+        self._ask = ask
+        self._saving = threading.Lock()
+        for file in self._files:
+            for root, variants in _loaded(file):
+                self.book.adopt(root, variants)
+
+    def match(self, root: BlockKey, probe: Probe) -> str:
+        """The variant of `root` that a model with this probe belongs to: the cluster's word, and the node's own where it has none."""
+        before = self.book.variants(root)
+        if self._ask is not None:
+            try:
+                self.book.replace(root, self._ask(root, before, probe))
+            except TieredKVError as error:
+                log.info("the coordinator was not asked about a probe: %s", error)
+        variant = self.book.match(root, probe)
+        if self.book.variants(root) != before:
+            self._save()
+        return variant
+
+    def _save(self) -> None:
+        """Write the files anew; a file that cannot be written costs what it would have told after a restart."""
+        with self._saving:
+            packed = msgpack.packb(self.book.everything())
+            for file in self._files:
+                part = file.with_name(f"{FILE_NAME}.part")
+                try:
+                    part.write_bytes(packed)
+                    part.replace(file)
+                except OSError as error:
+                    log.warning("probes are not kept in %s: %s", file, error)
+
+
+def _loaded(file: Path) -> list[tuple[BlockKey, Variants]]:
+    """What a file of probes says; nothing where it is damaged or not there."""
+    found: list[tuple[BlockKey, Variants]] = []
+    with suppress(OSError, ValueError, TypeError, TieredKVError, msgpack.UnpackException):
+        for root, variants in msgpack.unpackb(file.read_bytes()):
+            if type(root) is bytes and len(root) == KEY_BYTES:
+                found.append((root, [(str(name), Probe.of_message(probe)) for name, probe in variants]))
+    return found

@@ -1,0 +1,126 @@
+"""Probes: what the models of equal namespaces compute of a few fixed tokens, and which of them agree.
+
+The first worker of a namespace leaves its probe with the node and the cluster. A later one whose probe agrees with it, up to rounding,
+has the same variant of the namespace, ""; one whose probe does not agree has another, which it shares with those that agree with it.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
+
+log = logging.getLogger(__name__)
+
+VECTOR_BYTES_MAX = 16 << 10
+ROOTS_MAX = 1024
+VARIANTS_MAX = 8
+FILE_NAME = "probes"
+
+
+class Probe(NamedTuple):
+    """A model's KV of a few tokens, a row for the keys and one for the values of each layer.
+
+    `vector`: little-endian float32, rows of `row_floats`: a norm, and a sketch of what has this norm. A row may be away from that of
+    another probe of the same model by `tolerance` × (1 + its layer), relative to the norm, and by no more than `tolerance_max`:
+    rounding grows with the depth.
+    """
+
+    vector: bytes
+    row_floats: int
+    tolerance: float
+    tolerance_max: float
+
+    @classmethod
+    def of_message(cls, message: Any) -> Self:
+        """Raises (kind `transport`) for what is not a probe."""
+        try:
+            vector, row_floats, tolerance, tolerance_max = message
+            is_one = type(vector) is bytes and type(row_floats) is int and type(tolerance) is float and type(tolerance_max) is float
+            is_one = is_one and 0 < len(vector) <= VECTOR_BYTES_MAX and row_floats > 1 and len(vector) % (8 * row_floats) == 0
+        except (TypeError, ValueError) as error:
+            raise TieredKVError(Kind.TRANSPORT, f"expected a probe of four parts, got {type(message).__name__}") from error
+        if not is_one:
+            raise TieredKVError(Kind.TRANSPORT, f"expected a probe of at most {VECTOR_BYTES_MAX} bytes in pairs of rows, got another")
+        return cls(vector, row_floats, tolerance, tolerance_max)
+
+    def distance(self, other: "Probe") -> float:
+        """How far two probes are apart: the largest share that any row takes of its tolerance; at most 1 for equal models."""
+        if self.row_floats != other.row_floats or len(self.vector) != len(other.vector):
+            return float("inf")
+        ours, theirs = self._rows(), other._rows()
+        norms = np.maximum(np.maximum(ours[:, 0], theirs[:, 0]), np.finfo("f4").tiny)
+        apart = np.maximum(np.linalg.norm(ours[:, 1:] - theirs[:, 1:], axis=1), np.abs(ours[:, 0] - theirs[:, 0])) / norms
+        allowed = np.minimum(self.tolerance * (1 + np.arange(len(ours)) // 2), self.tolerance_max)
+        largest = float(np.max(apart / allowed))
+        return largest if largest == largest else float("inf")
+
+    def _rows(self) -> np.ndarray:
+        return np.frombuffer(self.vector, "<f4").astype(float).reshape(-1, self.row_floats)
+
+
+Variants = list[tuple[str, Probe]]
+"""The variants of one root, by name, with the probe of the first worker of each."""
+
+
+class ProbeBook:
+    """The variants of the ROOTS_MAX roots that were asked for last. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._variants: dict[BlockKey, Variants] = {}
+        self._lock = threading.Lock()
+
+    def match(self, root: BlockKey, probe: Probe) -> str:
+        """The variant of `root` that a model with this probe belongs to: the nearest within the tolerance, else a new one.
+
+        The first of a root is "". With VARIANTS_MAX variants a further one is not kept, and each of its workers has its own.
+        """
+        with self._lock:
+            known = self._touched(root)
+            near = sorted((probe.distance(other), name) for name, other in known)
+            if near and near[0][0] <= 1:
+                return near[0][1]
+            if len(known) >= VARIANTS_MAX:
+                return f"beyond {os.urandom(16).hex()}"
+            name = blake2b(probe.vector, digest_size=16).hexdigest() if known else ""
+            known.append((name, probe))
+            return name
+
+    def adopt(self, root: BlockKey, variants: Iterable[tuple[str, Probe]]) -> None:
+        """Note variants that somebody else knows; what is known here already stays."""
+        with self._lock:
+            known = self._touched(root)
+            for name, probe in variants:
+                ours = dict(known).get(name)
+                if ours is None and len(known) < VARIANTS_MAX:
+                    known.append((name, probe))
+                elif ours is not None and not name and ours.distance(probe) > 1:
+                    log.warning("two first probes of %s differ: models met while the coordinator was away", root.hex()[:12])
+
+    def replace(self, root: BlockKey, variants: Variants) -> None:
+        """Note what the cluster knows of a root, in place of what was known here."""
+        with self._lock:
+            self._touched(root)[:] = variants[:VARIANTS_MAX]
+
+    def variants(self, root: BlockKey) -> Variants:
+        """What is known of a root."""
+        with self._lock:
+            return list(self._variants.get(root, []))
+
+    def everything(self) -> list[tuple[BlockKey, Variants]]:
+        """What is known of all roots, the least recently asked for first."""
+        with self._lock:
+            return [(root, list(known)) for root, known in self._variants.items()]
+
+    def _touched(self, root: BlockKey) -> Variants:
+        known = self._variants.pop(root, [])
+        self._variants[root] = known
+        if len(self._variants) > ROOTS_MAX:
+            del self._variants[next(iter(self._variants))]
+        return known

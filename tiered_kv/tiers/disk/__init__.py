@@ -1,0 +1,5 @@
+"""The disk tier: append-only segments of frames with footers, their recovery, and who owns a folder.
+
+May import: tiers' base and log, memory, codecs, blocks, keys, errors, forking, threads.
+Never knows: policy, store, which block deserves its place.
+"""

@@ -1,0 +1,70 @@
+"""The books of a disk tier: what a segment holds, and what it takes from the cap."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tiered_kv import blocks
+from tiered_kv.blocks import Location
+from tiered_kv.keys import BlockKey
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES, Entry, footer_bytes, pack_row
+from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter
+
+
+class Live(NamedTuple):
+    """A block that is wanted."""
+
+    key: BlockKey
+    stored_bytes: int
+
+
+@dataclass(eq=False)
+class Segment:
+    """A segment file of `nbytes`, and its live blocks by offset, in the order written.
+
+    While it is being written it has a `writer`, and for each of its frames by offset the row that the footer will have.
+    """
+
+    id: int
+    nbytes: int = 0
+    writer: SegmentWriter | None = None
+    live: dict[int, Live] = field(default_factory=dict)
+    rows: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that it takes from the cap, those of the footer to come included."""
+        return pages(self.nbytes) if self.writer is None else room(self.nbytes, len(self.rows))
+
+    def place(self, entry: Entry) -> Location:
+        """A frame was written: its block is live. Gives its location."""
+        self.live[entry.offset] = Live(entry.key, entry.stored_bytes)
+        self.rows[entry.offset] = pack_row(entry)
+        return location_of(self.id, entry)
+
+    def check(self) -> None:
+        """Assert that blocks lie apart, each behind its entry, and that a segment that is done holds any."""
+        if self.writer is None:
+            assert self.live, f"segment {self.id} is of no use"
+            assert not self.rows, f"segment {self.id} is sealed and keeps its rows"
+        else:
+            assert self.rows.keys() >= self.live.keys(), f"segment {self.id} has blocks without a row"
+        end = 0
+        for offset, live in sorted(self.live.items()):
+            assert offset >= end + ENTRY_BYTES, f"blocks overlap at byte {offset} of segment {self.id}"
+            end = offset + live.stored_bytes
+        assert end <= self.nbytes, f"a block ends behind segment {self.id}"
+
+
+def pages(nbytes: int) -> int:
+    """Bytes that a file of `nbytes` takes from the cap."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def room(end: int, rows: int) -> int:
+    """Bytes that a segment with so many frames, the last of which ends at `end`, takes from the cap."""
+    return pages(end + footer_bytes(rows))
+
+
+def location_of(segment: int, entry: Entry) -> Location:
+    """Where the frame of an entry lies."""
+    return Location(blocks.Tier.DISK, entry.codec, segment, entry.offset, entry.stored_bytes, entry.raw_bytes)

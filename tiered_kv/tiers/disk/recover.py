@@ -1,0 +1,94 @@
+"""Which frames a segment of a former owner holds: what its footer lists, or what a scan of it finds."""
+
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from tiered_kv.codecs.frame import Frame, open_frame
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.tiers.disk import footer
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry
+from tiered_kv.tiers.disk.segments import Files, read_at, segment_path
+
+log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """The frames of a segment in the order written, the byte behind the last one, and whether a footer ought to follow it."""
+
+    entries: list[Entry]
+    data_end: int
+    needs_footer: bool
+
+
+def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> Found:
+    """The frames of a segment. Cost: two reads with a footer; without one every byte is read and verified.
+
+    Raises OSError where the file cannot be read, `TieredKVError` (kind `storage`, naming `disk_path`) for a segment of
+    another version or secret. A frame that a footer lists is verified when it is read.
+    """
+    fd = files.open(segment_path(folder, segment), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        nbytes = os.fstat(fd).st_size
+        return _by_footer(fd, folder, segment, nbytes, tag, files) or _by_scan(fd, segment, nbytes, tag, files)
+    finally:
+        os.close(fd)
+
+
+def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, files: Files) -> Found | None:
+    """What the footer lists; None if there is none that can be trusted."""
+    end = read_at(fd, max(0, nbytes - TRAILER_BYTES), TRAILER_BYTES, files)
+    trailer = footer.unpack_trailer(end)
+    if trailer is None or trailer.rows_offset + trailer.rows * ROW_BYTES + TRAILER_BYTES != nbytes:
+        return None
+    rows = read_at(fd, trailer.rows_offset, trailer.rows * ROW_BYTES, files)
+    if not footer.is_footer(end, rows):
+        return None
+    if (trailer.version, trailer.tag) != (footer.VERSION, tag):
+        raise foreign(folder, "another version" if trailer.version != footer.VERSION else "another secret")
+    return Found(footer.unpack_rows(rows), trailer.rows_offset, False) if trailer.segment == segment else None
+
+
+def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Found:
+    """What lies there frame by frame, as far as entries follow each other; damaged frames are left out.
+
+    A disk that cannot be read any further ends the scan; a later one may find more, so there is no footer yet.
+    """
+    entries: list[Entry] = []
+    at = end = 0
+    try:
+        while (entry := footer.unpack_entry(read_at(fd, at, ENTRY_BYTES, files), tag, segment, at + ENTRY_BYTES)) and entry.end <= nbytes:
+            at = entry.end
+            frame = _whole(read_at(fd, entry.offset, entry.stored_bytes, files), entry)
+            if frame is not None:
+                entries.append(entry._replace(error=frame.error))
+                end = at
+    except OSError as error:
+        log.warning("disk segment %d cannot be read behind byte %d: %s", segment, at, error.strerror)
+        return Found(entries, end, False)
+    return Found(entries, end, True)
+
+
+def _whole(view: memoryview, entry: Entry) -> Frame | None:
+    """The frame that an entry announces; None if another one lies there, or a damaged one."""
+    try:
+        frame = open_frame(view, entry.key)
+    except TieredKVError:
+        return None
+    return frame if (frame.codec.id, frame.raw_bytes) == (entry.codec, entry.raw_bytes) else None
+
+
+def newest(entries_by_segment: dict[int, list[Entry]]) -> dict[int, list[Entry]]:
+    """Of a block that lies in several places (its segment was being rewritten) only the last one, which is kept the longest."""
+    last = {entry.key: (segment, entry.offset) for segment, entries in sorted(entries_by_segment.items()) for entry in entries}
+    return {
+        segment: [entry for entry in entries if last[entry.key] == (segment, entry.offset)]
+        for segment, entries in entries_by_segment.items()
+    }
+
+
+def foreign(folder: Path, what: str) -> TieredKVError:
+    """The error for segments that are not this store's: nothing of them is touched."""
+    message = f"disk_path: {folder} holds segments of {what}; remove them or name another folder"
+    return TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(folder))

@@ -1,0 +1,113 @@
+"""A segment file while it is written: runs of bytes at its end, and at last its footer.
+
+Written through the page cache, 2 MiB at a time, and after each the kernel is told to begin with the writing back: the disk
+works while the next piece is made, and little is left for the one sync when the segment is sealed (docs/design/007).
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tiered_kv.tiers.disk.footer import pack_trailer
+from tiered_kv.tiers.disk.segments import Files, segment_path
+from tiered_kv.tiers.log import Refused
+
+log = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+_PIECE_BYTES = 2 << 20
+_WRITE_BACK_BYTES = 1 << 20  # less at a time would only make the disk's work small
+_BUFFERS_PER_CALL = os.sysconf("SC_IOV_MAX")
+
+
+class SegmentWriter:
+    """The file of one segment, open for writing: a new one, or one of a former owner that is to have its footer.
+
+    Not thread-safe. The constructor raises OSError; what follows gives reasons as values.
+    """
+
+    def __init__(self, folder: Path, segment: int, files: Files, *, is_new: bool = True) -> None:
+        self._segment = segment
+        self._files = files
+        self._written_back = 0
+        self._fd = files.open(segment_path(folder, segment), os.O_WRONLY | os.O_CLOEXEC | is_new * (os.O_CREAT | os.O_EXCL), 0o600)
+
+    def write(self, views: Sequence[memoryview], offset: int) -> tuple[int, Refused | None]:
+        """Bytes written at `offset`, and why not all of them were."""
+        written, left = 0, list(views)
+        while left:
+            try:
+                count = self._files.pwritev(self._fd, _first(left, _PIECE_BYTES), offset + written)
+            except OSError as error:
+                return written, reason_of(error)
+            if not count:
+                return written, Refused.IO_ERROR
+            written += count
+            left = _behind(left, count)
+            self._write_back(offset + written)
+        return written, None
+
+    def cut(self, end: int) -> int:
+        """Cut the file to `end` bytes; gives the bytes it has then, which are more if it cannot be cut."""
+        try:
+            self._files.truncate(self._fd, end)
+        except OSError:
+            return os.fstat(self._fd).st_size
+        return end
+
+    def finish(self, rows: bytes, tag: bytes, end: int) -> int:
+        """Write the footer behind byte `end`, have everything on the disk, and give the bytes of the whole file.
+
+        Where that fails it is logged and the segment has no footer, or one that a crash of the machine may take away:
+        a restart then scans it.
+        """
+        trailer = pack_trailer(rows, tag, self._segment, end)
+        written, refused = self.write([memoryview(rows), memoryview(trailer)], end)
+        if refused:
+            log.warning("disk segment %d is closed without a footer: %s", self._segment, refused)
+            return self.cut(end)
+        try:
+            self._files.fdatasync(self._fd)
+        except OSError as error:
+            log.warning("disk segment %d may be lost if this machine fails: %s", self._segment, error.strerror)
+        return end + written
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _write_back(self, end: int) -> None:
+        """Have the kernel begin to write what lies before `end`; whole pages, so that none is written twice."""
+        start, stop = self._written_back, end // PAGE_BYTES * PAGE_BYTES
+        if stop - start >= _WRITE_BACK_BYTES:
+            with suppress(OSError):  # it is a hint
+                self._files.fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+            self._written_back = stop
+
+
+def reason_of(error: OSError) -> Refused:
+    """Why a system call did not write."""
+    return Refused.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Refused.IO_ERROR
+
+
+def _first(views: list[memoryview], nbytes: int) -> list[memoryview]:
+    """The first `nbytes` bytes of views, or as many as one call takes."""
+    first = []
+    for view in views[:_BUFFERS_PER_CALL]:
+        first.append(view[:nbytes])
+        nbytes -= len(first[-1])
+        if not nbytes:
+            break
+    return first
+
+
+def _behind(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of views of which the first `count` bytes are written."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []

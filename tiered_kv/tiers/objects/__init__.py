@@ -1,0 +1,5 @@
+"""The objects tier and the packs of checkpoints: immutable packs in a folder or in object storage, and the stores themselves.
+
+May import: tiers' base and log, codecs, blocks, keys, errors, threads; obstore inside functions.
+Never knows: policy, store, which block deserves its place.
+"""
