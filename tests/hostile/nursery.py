@@ -35,15 +35,18 @@ class Child:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._has_ended = False  # from then on its pid may be another process's
 
     def signal(self, number: int) -> None:
         """Sends a signal to it and to what it has forked; those that have ended are left alone."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        if not self._has_ended:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
 
     def is_alive(self) -> bool:
         """Whether any of its threads still runs or is stopped; the nursery never leaves a zombie."""
-        return os.path.exists(f"/proc/{self.pid}")
+        self._has_ended = self._has_ended or not os.path.exists(f"/proc/{self.pid}")
+        return not self._has_ended
 
     def kill(self, within_s: float = 10.0) -> None:
         """Ends it at once, and waits until it has ended."""

@@ -74,10 +74,11 @@ class Run:
         folder.mkdir()
         self._node = NodeProcess(nursery, scratch, uuid.uuid4().hex[:8], disk_path=str(folder), **SETTINGS)
         self._node.start()
-        self._nursery = nursery
         cluster, path = self._node.ids["cluster_id"], str(scratch / "board")
-        for workers in ([0, 1, 2], [3]):
-            nursery.start("worker", board=path, workers=workers, cluster=cluster, documents=DOCUMENTS, seed=self._draw.randrange(1 << 30))
+        self._workers = [
+            nursery.start("worker", board=path, workers=numbers, cluster=cluster, documents=DOCUMENTS, seed=self._draw.randrange(1 << 30))
+            for numbers in ([0, 1, 2], [3])
+        ]
 
     def go(self, seconds: float) -> None:
         """Kills and restarts until the time is over."""
@@ -91,9 +92,8 @@ class Run:
             else:
                 self._kill_and_restart()
         self._board["stop"] = 1
-        for child in self._nursery.children:
-            if child is not self._node.child:
-                child.wait(30)
+        for worker in self._workers:
+            worker.wait(30)
 
     def _kill_and_restart(self) -> None:
         if self._draw.random() < HANGS:
@@ -135,9 +135,8 @@ class Run:
 
     def _pause(self, number: int) -> None:
         """Stops or continues all workers, so that what the index shows can be compared."""
-        for child in self._nursery.children:
-            if child is not self._node.child:
-                child.signal(number)
+        for worker in self._workers:
+            worker.signal(number)
 
     def result(self) -> dict[str, Any]:
         """What happened, ready for JSON."""
