@@ -24,7 +24,7 @@ from tiered_kv.node.probes import NodeProbes
 from tiered_kv.node.puller import Puller
 from tiered_kv.node.reporter import Reporter
 from tiered_kv.node.seals import Seals
-from tiered_kv.node.storage import Place
+from tiered_kv.node.storage import NodeStorage
 from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
@@ -66,15 +66,15 @@ class Node:
         self._labels = labels or {}
         self.node_id = node_id
         self._clock = clock or SystemClock()
-        self.place = Place(config, cluster_id, node_id, mounted_bytes)
+        self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
         history = history_of(config)
         observed = ObservedHistory(history)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
-        self.engine.handle(self.place.restore())
-        self.seals = Seals(self.engine, self.place)
-        self.directory = self.place.directory
+        self.engine.handle(self.storage.restore())
+        self.seals = Seals(self.engine, self.storage)
+        self.directory = self.storage.directory
         self.probes = NodeProbes(self._lasting_folders(), (lambda *asked: self._reporter.probe(*asked)) if link else None)
         self.saving, self.filling = Saving(self), Filling(self)
         self._checkpoint_steps = self.saving.steps() | self.filling.steps()
@@ -104,12 +104,12 @@ class Node:
 
     def info(self) -> dict:
         """What a worker needs to attach: where index, arena, socket and segments are, and the cluster's settings."""
-        disk = self.place.disk
+        disk = self.storage.disk
         return {
             "node": self.node_id,
             "directory": str(self.directory),
             "disk_folder": str(disk.folder) if disk else None,
-            "has_device": self.place.device is not None,
+            "has_device": self.storage.device is not None,
             "block_tokens": self.config.block_tokens,
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
@@ -140,19 +140,19 @@ class Node:
         """Take back what the session had reserved, at once or when nobody writes there any more."""
         with self.engine.lock:
             if self._sessions.pop(session, ...) is None and not self._stopped:
-                self.place.quarantine.abandon(session.reserved)
+                self.storage.quarantine.abandon(session.reserved)
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
     def introduce(self, root: BlockKey, facts: ModelFacts) -> dict:
         """A worker's model, as `Coder.introduce`; blocks of it that were here before can be coded from now on."""
-        coder = self.place.coder
+        coder = self.storage.coder
         is_new = not coder.knows(root, facts)
         told = coder.introduce(root, facts)
         if is_new:
             with self.running():
                 self.engine.machine.shrinking.hope()
-                self._too_lossy |= dict.fromkeys(self.place.allowance.decide(root))
+                self._too_lossy |= dict.fromkeys(self.storage.allowance.decide(root))
             self._give_up_too_lossy()
         return told
 
@@ -167,7 +167,7 @@ class Node:
                 del self._too_lossy[key]
                 given_up += block is not None
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
-        self.place.allowance.refuse("introduced", given_up)
+        self.storage.allowance.refuse("introduced", given_up)
 
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks, root first, visible; False for one that was there already.
@@ -181,7 +181,7 @@ class Node:
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:
-                self.place.sign(location, Lineage(key, parent, root, depth), error, digest)
+                self.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
             self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
             self.seals.committed([each.key for each in taken if each.digest is None])
             self.seals.mend_slots(each.key for each, is_new in zip(taken, added, strict=True) if not is_new)
@@ -205,14 +205,14 @@ class Node:
 
     def _index_room_for(self, blocks: list[Packed]) -> int:
         """How many of the blocks, from the first on, the index can show, after room was made for them."""
-        if len(blocks) <= self.place.index_room:
+        if len(blocks) <= self.storage.index_room:
             return len(blocks)
         known = self.engine.machine.blocks
-        missing = sum(each.key not in known for each in blocks) - self.place.index_room
+        missing = sum(each.key not in known for each in blocks) - self.storage.index_room
         if missing <= 0:
             return len(blocks)
         self.engine.handle([ev.Crowded(missing, blocks[0].parent, self._clock.now_s())])
-        room = self.place.index_room
+        room = self.storage.index_room
         for count, each in enumerate(blocks):
             room -= each.key not in known
             if room < 0:
@@ -223,7 +223,7 @@ class Node:
         """Give reserved extents back, which nobody writes to."""
         with self.running():
             for offset in offsets:
-                self.place.host.free(offset)
+                self.storage.host.free(offset)
             self.engine.freed.notify_all()
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
@@ -258,7 +258,7 @@ class Node:
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
         with self.pinned(keys) as here:
-            yield list(self.place.frames(here))
+            yield list(self.storage.frames(here))
 
     @contextmanager
     def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[BlockKey, BlockKey | None, Location]]]:
@@ -342,13 +342,13 @@ class Node:
         machine = self.engine.machine
         with self.running():
             self.engine.drain_touches()
-            tiers = self.place.usage()
+            tiers = self.storage.usage()
             for tier in tiers:
                 tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
-            if self.place.disk:
-                tiers[Tier.DISK.label]["write_amplification"] = self.place.disk.write_amplification
-            asked, hit = self.place.index.tallies()
-            saved_tokens, saved_s = self.place.index.savings()
+            if self.storage.disk:
+                tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
+            asked, hit = self.storage.index.tallies()
+            saved_tokens, saved_s = self.storage.index.savings()
             return {
                 "node": self.node_id,
                 "tiers": tiers,
@@ -361,8 +361,8 @@ class Node:
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
-                "codecs": self.place.coder.stats(),
-                "too_lossy": self.place.allowance.stats(),
+                "codecs": self.storage.coder.stats(),
+                "too_lossy": self.storage.allowance.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
                 "filling": self.filling.stats(),
@@ -375,7 +375,7 @@ class Node:
         """What has to be done now and then: use the touches, take back what dead workers held, say that we live."""
         self.engine.drain_touches()
         with self.engine.lock:
-            self.place.beat()
+            self.storage.beat()
             self._thin_out()
             self._recording.beat(self._clock.now_s())
             if not self._reporter:
@@ -386,7 +386,7 @@ class Node:
 
     def _thin_out(self) -> None:
         """Keep slots of the index free of what a checkpoint alone holds."""
-        missing = int(self.place.index.capacity_blocks * (1 - INDEX_SHARE)) - self.place.index_room
+        missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
         if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
             self.engine.handle([ev.Unmounted(missing)])
 
@@ -398,11 +398,11 @@ class Node:
 
     def is_in_place(self) -> bool:
         """Whether workers find this node: its directory and socket still have their names."""
-        return self.place.is_in_place()
+        return self.storage.is_in_place()
 
     def abdicate(self) -> None:
         """Tell workers that map this node's files that they are no longer those of a node; for one that is not in place."""
-        self.place.index.close_state()
+        self.storage.index.close_state()
 
     def check(self) -> None:
         """Assert that machine, index, tiers and reservations agree. Settle the engine before: promotions under way are not known here."""
@@ -410,7 +410,7 @@ class Node:
             if self._stopped:
                 raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
             self.engine.check()
-            self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
+            self.storage.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
     def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
         """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart.
@@ -426,7 +426,7 @@ class Node:
             log.warning("the node %s is closed, but its disk or object store has not answered for %.0f s", self.node_id, within_s)
             self._stopped = True
             if remove:
-                self.place.withdraw()
+                self.storage.withdraw()
 
     def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
         """Close one part after the other, each when what uses it has ended."""
@@ -439,16 +439,16 @@ class Node:
         self.engine.close()
         with self.engine.lock:
             self._stopped = True
-        self.place.close(remove)
+        self.storage.close(remove)
         afterwards()
 
     def _make_engine(self, history: History, observed: ObservedHistory) -> Engine:
-        config, place = self.config, self.place
-        memory = [tier for tier in place.capacities if tier in IN_MEMORY]
-        policies = {tier: policy_of(config, history, place.capacities[tier]) for tier in memory}
-        machine = StoreMachine(place.capacities, policies, observed, shrinks=place.coder.shrinks)
+        config, storage = self.config, self.storage
+        memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
+        policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.coder.shrinks)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
-        return Engine(machine, place.index, place, self._clock, config.io_threads, queue_bytes=queue_bytes)
+        return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
     def _make_reporter(self, link: Link) -> Reporter:
         return Reporter(
@@ -458,7 +458,7 @@ class Node:
             take_changes=self._take_changes,
             inventory=self._inventory,
             describe=lambda: (self.info(), self.stats()),
-            set_peers=self.place.index.set_peers,
+            set_peers=self.storage.index.set_peers,
             learning=self._learning,
             probes=self.probes.book.everything,
             clock=self._clock,
@@ -470,8 +470,8 @@ class Node:
 
     def _lasting_folders(self) -> list[Path]:
         """Where a file outlives this node as long as its blocks do."""
-        disk = self.place.disk
-        return [self.directory, *([Path(disk.folder)] if disk and self.place.keeps_disk else [])]
+        disk = self.storage.disk
+        return [self.directory, *([Path(disk.folder)] if disk and self.storage.keeps_disk else [])]
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:

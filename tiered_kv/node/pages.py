@@ -41,7 +41,7 @@ class Slab:
 
     def page(self, offset: int) -> torch.Tensor:
         """The page at `offset` as (L, 2, H, T, D); shares the slab's memory, and must not be kept."""
-        payload = self._node.place.host.payload(offset, self._layout.block_bytes)
+        payload = self._node.storage.host.payload(offset, self._layout.block_bytes)
         return payload.view(self._layout.torch_dtype).view(self._layout.block_shape)
 
     def publish(self, key: BlockKey, parent: BlockKey | None, depth: int, offset: int) -> bool:

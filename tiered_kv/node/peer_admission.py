@@ -36,7 +36,7 @@ class Admission:
         tail: BlockKey | None,
         depth: int,
     ) -> None:
-        self._place = node.place
+        self._storage = node.storage
         self._session = session
         self._root = root
         self._nbytes = nbytes
@@ -45,12 +45,12 @@ class Admission:
 
     def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
         """How many of the leading frames are in place; a damaged one, or one too lossy, ends it."""
-        opened = (self._place.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
+        opened = (self._storage.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
         good: list[Frame] = list(takewhile(lambda frame: frame is not None and frame.raw_bytes == self._nbytes, opened))
         taken = 0
         while taken < len(good):
-            form = self._place.form_of(good[taken], self._root)
-            same = list(takewhile(lambda frame, form=form: self._place.form_of(frame, self._root) == form, good[taken:]))
+            form = self._storage.form_of(good[taken], self._root)
+            same = list(takewhile(lambda frame, form=form: self._storage.form_of(frame, self._root) == form, good[taken:]))
             wanted, tail, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
             offsets = self._session.reserve_within(form.nbytes, wanted, tail, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
@@ -67,7 +67,7 @@ class Admission:
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                digest = self._place.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._storage.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
             except TieredKVError as error:
                 log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
                 break

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.writer import stand_back
-from tiered_kv.node.storage import Place
+from tiered_kv.node.storage import NodeStorage
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Engine
 
@@ -43,9 +43,9 @@ class _Block(NamedTuple):
 class Seals:
     """Seals, scrubs and gives up blocks of one node's host memory; keeps the index's slots what the machine says. Thread-safe."""
 
-    def __init__(self, engine: Engine, place: Place) -> None:
+    def __init__(self, engine: Engine, storage: NodeStorage) -> None:
         self._engine = engine
-        self._place = place
+        self._storage = storage
         self._backlog: deque[BlockKey] = deque(engine.machine.blocks, maxlen=BACKLOG_MAX)
         self._suspects: dict[BlockKey, None] = {}  # found to be damaged, and read by somebody
         self._unscrubbed: deque[BlockKey] = deque()  # of the present pass
@@ -53,7 +53,7 @@ class Seals:
         self._counts: Counter[str] = Counter()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tkv-seal", daemon=True)
-        place.on_suspect = self._suspect
+        storage.on_suspect = self._suspect
 
     def start(self) -> None:
         """Begin to seal and to scrub."""
@@ -79,12 +79,12 @@ class Seals:
         with self._engine.lock:
             self.mend_slots([key])
             block = self._block(key)
-            if block is not None and not (self._place.host.judge(*block)[0] and self._place.decoded(*block) is not None):
+            if block is not None and not (self._storage.host.judge(*block)[0] and self._storage.decoded(*block) is not None):
                 self._give_up(block)
 
     def mend_slots(self, keys: Iterable[BlockKey]) -> None:
         """Make the index say of these blocks what the machine knows; the engine's lock is held."""
-        index, blocks = self._place.index, self._engine.machine.blocks
+        index, blocks = self._storage.index, self._engine.machine.blocks
         wrong = [key for key in keys if index.get(key) != (blocks[key].best if key in blocks else None)]
         if wrong or (len(index) != len(blocks) and len(index) < index.capacity_blocks):
             mended = index.reconcile({key: block.best for key, block in blocks.items()})
@@ -106,7 +106,7 @@ class Seals:
             try:
                 self._settle_suspects()
                 while self._backlog and not self._closing.is_set():
-                    self._look(self._taken(self._backlog, lambda block: not self._place.host.headers.is_sealed(block.location.offset)))
+                    self._look(self._taken(self._backlog, lambda block: not self._storage.host.headers.is_sealed(block.location.offset)))
                 rest_s = self._scrub_paced()
             except Exception:
                 log.exception("blocks in host memory could not be checked")
@@ -149,7 +149,7 @@ class Seals:
 
     def _look(self, batch: list[_Block]) -> int:
         """Hash blocks without a lock, then seal those without a seal and give damaged ones up; returns how many were sound."""
-        host = self._place.host
+        host = self._storage.host
         verdicts = [host.judge(*block) for block in batch]
         sound = 0
         with self._engine.lock:
@@ -169,7 +169,7 @@ class Seals:
         """Find out whether a block that could not be copied elsewhere is damaged."""
         with self._engine.lock:
             block = self._block(key)
-            if block is not None and not self._place.host.judge(*block)[0]:
+            if block is not None and not self._storage.host.judge(*block)[0]:
                 self._give_up(block)
 
     def _settle_suspects(self) -> None:

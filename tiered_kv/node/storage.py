@@ -46,7 +46,7 @@ AGING_SEGMENTS = 2
 """With room for fewer segments than this left, the oldest one is copied down."""
 
 
-class Place:
+class NodeStorage:
     """Files, index and tiers of one node. Not thread-safe but for `append`, `coded`, `fill`, `keep`, `frames` and `put`.
 
     Files that a node of the same ids left behind are taken over; `restore` says what is in them. `mounted_bytes`: how much of a
@@ -99,7 +99,7 @@ class Place:
     @property
     def capacities(self) -> dict[Tier, int]:
         """The caps of the tiers that there are."""
-        return {tier: place.capacity_bytes for tier, place in (self._memory | self.logs).items()}
+        return {tier: store.capacity_bytes for tier, store in (self._memory | self.logs).items()}
 
     def restore(self) -> list[ev.Recovered]:
         """Returns what the files of a former node hold, the least recently used first, for the machine. To be called once."""

@@ -25,7 +25,7 @@ class NodeSession:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
-        self.life = Life(node.place.index.identity, node.place.index.generation)
+        self.life = Life(node.storage.index.identity, node.storage.index.generation)
 
     def allow(self, wait_s: float) -> None:
         pass
@@ -38,7 +38,7 @@ class NodeSession:
                 f"the worker speaks version {protocol!r} of the session protocol, this node version {PROTOCOL};"
                 " run one version of tiered_kv on this machine",
             )
-        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.place.index.arena_bytes}
+        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.storage.index.arena_bytes}
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
         return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))

@@ -147,7 +147,7 @@ def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, 
     """As a node leaves it that was killed: the last segment has no footer."""
     disk = f"{PLENTY}:{tmp_path}"
     node = filled(disk=disk, cluster_id="lossy", **lossy)
-    node.place.disk._seal = lambda segment: segment.writer.close()
+    node.storage.disk._seal = lambda segment: segment.writer.close()
     node.close()
     assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000))
 
@@ -172,7 +172,7 @@ def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_fact
     worn = [
         key
         for key, block in node.engine.machine.blocks.items()
-        if Tier.HOST in block.copies and node.place.host.lineage(block.copies[Tier.HOST].offset).error
+        if Tier.HOST in block.copies and node.storage.host.lineage(block.copies[Tier.HOST].offset).error
     ]
     assert worn
     node.close(remove=False)
@@ -241,13 +241,13 @@ def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_doe
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive", store_wait_ms=20_000)
     there = node.stats()["blocks"]
     assert there > 20
-    planned = node.place.coder._planned
+    planned = node.storage.coder._planned
 
     def as_near_exact(facts):
-        node.place.coder._config = node.config.with_(quality="near_exact")
+        node.storage.coder._config = node.config.with_(quality="near_exact")
         return planned(facts)
 
-    node.place.coder._planned = as_near_exact
+    node.storage.coder._planned = as_near_exact
     with worker(node) as client:
         assert node.stats()["blocks"] < there - 20
         assert node.stats()["too_lossy"]["introduced"] == there - node.stats()["blocks"]

@@ -103,7 +103,7 @@ def test_a_damaged_folder_with_a_cycle_is_read_without_end_to_nothing(node_facto
     cycle = {1: 2, 2: 3, 3: 1, 4: 4, 5: 1}
     records = [record_of(number, 3000)._replace(parent=record_of(above, 3000).key) for number, above in cycle.items()]
     node = node_factory(host="1MiB", disk=f"8MiB:{tmp_path}", cluster_id="first")
-    folder = node.place.disk.folder
+    folder = node.storage.disk.folder
     node.close()
     with closing(DiskTier(folder, 8 << 20, 1 << 20, owner="first")) as tier:
         assert all(answer.location for answer in tier.append(records))
@@ -152,10 +152,10 @@ def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(
     with closing(node.open_session()) as session:
         offsets = session.reserve(NBYTES, keys_of(3), None)
         session.commit(ROOT, NBYTES, [(A, None, offsets[0], 0), (B, A, offsets[1], 1), (C, B, offsets[2], 2)])
-    place = node.place
+    storage = node.storage
     for key, parent, depth in ((A, C, 3), (C, B, (1 << 32) - 2)):
         offset = node.engine.machine.blocks[key].copies[Tier.HOST].offset
-        place.host.sign(offset, place.host.lineage(offset)._replace(parent=parent, depth=depth))
+        storage.host.sign(offset, storage.host.lineage(offset)._replace(parent=parent, depth=depth))
     node.close(remove=False)
     node = node_factory(host="1MiB", cluster_id=cluster_id, store_wait_ms=0)
     assert len(node.engine.machine.blocks) == 3

@@ -297,7 +297,7 @@ def test_a_full_index_gives_up_what_the_checkpoint_alone_has_before_anything_els
     names, blocks = mounted_blocks(snapshot, state)
     there = cluster()
     node = there.nodes["n0"]
-    monkeypatch.setattr(type(node.place.index), "capacity_blocks", property(lambda _: 20))
+    monkeypatch.setattr(type(node.storage.index), "capacity_blocks", property(lambda _: 20))
     assert node.checkpoint("mount", str(tmp_path), names, blocks) == 17
     client = client_of(there)
     store(client, (50, 51, 52, 53, 54, 55))

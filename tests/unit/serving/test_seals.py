@@ -43,7 +43,7 @@ def keys(path=PATH) -> list[bytes]:
 def flip(node, path=PATH, block: int = 1, byte: int = 777) -> None:
     """Flip a bit of a block's payload in host memory; `byte` below 0 is one of its header."""
     location = node.engine.machine.blocks[keys(path)[block]].copies[Tier.HOST]
-    node.place.host._bytes[location.offset + byte] ^= 16
+    node.storage.host._bytes[location.offset + byte] ^= 16
 
 
 def wait_for(node, count: int, figure: str = "sealed") -> None:
@@ -62,8 +62,8 @@ def test_every_block_is_sealed_soon_after_it_was_stored(node_factory, client_fac
     node, client = cached(node_factory, client_factory)
     store(client, PATH)
     wait_for(node, 3)
-    headers = node.place.host.headers
-    locations = [node.place.index.get(key) for key in keys()]
+    headers = node.storage.host.headers
+    locations = [node.storage.index.get(key) for key in keys()]
     assert all(headers.matches(each.offset, headers.digest(each.offset, each.stored_bytes)) for each in locations)
     assert node.stats()["seals"] == {
         "sealed": 3,
@@ -105,8 +105,8 @@ def test_a_bit_of_a_header_makes_no_wrong_block(node_factory, client_factory) ->
     for bit in range(HEADER_BYTES * 8):
         store(client, PATH)
         node.seals.scrub()
-        location = node.place.index.get(keys()[1])
-        node.place.host._bytes[location.offset - HEADER_BYTES + bit // 8] ^= 1 << bit % 8
+        location = node.storage.index.get(keys()[1])
+        node.storage.host._bytes[location.offset - HEADER_BYTES + bit // 8] ^= 1 << bit % 8
         had(client)
         before = node.stats()["seals"]["flipped"]
         node.seals.scrub()
@@ -147,9 +147,9 @@ def test_a_flipped_bit_of_a_coded_block_is_found_by_its_frame(node_factory, clie
     for turn in range(30):
         store(client, (turn, 1, 2))
         settle(node)
-    coded = [key for key, location in node.place.index.items() if location.codec]
-    location = node.place.index.get(coded[0])
-    node.place.host._bytes[location.offset + 777] ^= 16
+    coded = [key for key, location in node.storage.index.items() if location.codec]
+    location = node.storage.index.get(coded[0])
+    node.storage.host._bytes[location.offset + 777] ^= 16
     node.seals.scrub()
     assert node.stats()["seals"]["flipped"] == 1 and coded[0] not in node.engine.machine.blocks
 
@@ -215,7 +215,7 @@ def test_what_comes_up_from_a_checkpoint_is_sealed_at_once(cluster, tmp_path) ->
     fresh.checkpoint("fill")
     filled(fresh)
     locations = [fresh.engine.machine.blocks[key].copies[Tier.HOST] for key in keys()]
-    assert all(fresh.place.host.headers.is_sealed(location.offset) for location in locations)
+    assert all(fresh.storage.host.headers.is_sealed(location.offset) for location in locations)
 
 
 def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client_factory) -> None:
@@ -226,7 +226,7 @@ def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client
     with node.pinned(keys()) as here:
         node.seals.scrub()
         assert len(here) == 3 and keys()[1] in node.engine.machine.blocks
-        assert len(list(node.place.frames(here))) == 1
+        assert len(list(node.storage.frames(here))) == 1
     wait_until(node, lambda: keys()[1] not in node.engine.machine.blocks)
     assert had(client) == 1 and node.stats()["seals"]["flipped"] == 1
 

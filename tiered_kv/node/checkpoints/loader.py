@@ -106,7 +106,7 @@ class Filling:
 
     def __init__(self, node: "Node") -> None:
         self._node = node
-        self._place = node.place
+        self._place = node.storage
         self._thread = DaemonThreads(1, "tkv-fill", stand_back)  # starts none before it is used
         self._copying = DaemonThreads(node.config.io_threads, "tkv-fill", stand_back)
         """What takes longest: memory that nobody has touched yet is made by the system a page at a time."""

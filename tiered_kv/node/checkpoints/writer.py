@@ -131,13 +131,13 @@ class Saving:
             with self._node.running():
                 self._node.engine.drain_touches()
                 blocks = dict(self._node.engine.machine.blocks)
-                used = self._node.place.index.used()
+                used = self._node.storage.index.used()
                 self._expect({key: block.root for key, block in blocks.items() if block.root is not None})
                 self._job = _Job(ticket)  # so that what is set aside is let go again when nobody goes on
             order = dict.fromkeys([*(key for key in used if key in blocks), *reversed(blocks)])
             seen = [each for key in order if (each := self._seen(key, blocks[key], wanted, min_hits)) is not None]
             present = {each.root for each in seen}
-            models = self._node.filling.models | {root: facts.as_message() for root, facts in self._node.place.coder.facts().items()}
+            models = self._node.filling.models | {root: facts.as_message() for root, facts in self._node.storage.coder.facts().items()}
             return Snapshot(seen, {root: message for root, message in models.items() if root in present})
 
     def _seen(self, key: BlockKey, block: Block, wanted: Container[Tier], min_hits: int) -> Seen | None:
@@ -254,8 +254,8 @@ class Saving:
         most_bytes = self._node.config.host * SET_ASIDE_SHARE
         if root is None or location.tier is not Tier.HOST or self._aside_bytes + location.stored_bytes > most_bytes:
             return
-        for frame in _copied(list(self._node.place.frames([(key, root, location)]))):
-            parent = self._node.place.host.lineage(location.offset).parent
+        for frame in _copied(list(self._node.storage.frames([(key, root, location)]))):
+            parent = self._node.storage.host.lineage(location.offset).parent
             record = Record(key, [frame], location.codec, location.raw_bytes, parent, root)
             self._aside[key] = record
             self._aside_bytes += record_bytes(record)
@@ -304,7 +304,7 @@ class Saving:
             while rest:
                 records = []
                 with self._node.pinned(rest) as here:
-                    blocks, copied = self._node.engine.machine.blocks, _copied(list(self._node.place.frames(here)))
+                    blocks, copied = self._node.engine.machine.blocks, _copied(list(self._node.storage.frames(here)))
                     for (key, root, at), frame in zip(here, copied, strict=False):
                         records.append(Record(key, [frame], at.codec, at.raw_bytes, blocks[key].parent, root))
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]

@@ -112,7 +112,7 @@ class BenchNode:
 
     def touch(self) -> None:
         """Touch all host memory, so that the system has allocated it, as after earlier use."""
-        host = self.node.place.host
+        host = self.node.storage.host
         host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
 
     def take(self, url: str, stopped: Event | None = None) -> Taken:
