@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.compression import Coder, Held
+from tiered_kv.node.compression import BlockData, Coder
 from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Allowance:
                 self._undecided.setdefault(root, {})[key] = error
         return True
 
-    def check(self, held: Held, lineage: Lineage) -> None:
+    def check(self, held: BlockData, lineage: Lineage) -> None:
         """Raise (kind `corrupt`) for a block that was read and may not be shown."""
         codec = held.frame.codec.id if held.frame is not None else 0
         if not self.admits(lineage.key, lineage.root, codec, held.error):

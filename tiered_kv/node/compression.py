@@ -39,7 +39,7 @@ def _nothing_to_verify() -> None:
     """Bytes that are this process's own."""
 
 
-class Held(NamedTuple):
+class BlockData(NamedTuple):
     """A block as it is kept somewhere, raw or as its frame, and the error that it carries.
 
     `verify` raises (kind `corrupt`) if the bytes are not those that were stored. Whoever gives them a new checksum, or copies
@@ -52,7 +52,7 @@ class Held(NamedTuple):
     verify: Callable[[], object] = _nothing_to_verify
 
     @classmethod
-    def of(cls, frame: Frame) -> "Held":
+    def of(cls, frame: Frame) -> "BlockData":
         """What a frame holds."""
         return cls(None, frame, frame.error)
 
@@ -180,7 +180,7 @@ class Coder:
         model = self._models.get(root) if root else None
         return self.shrinks and (model is None or not isinstance(model.codecs[Tier.HOST], RawCodec))
 
-    def coded(self, copy: ev.Copy, held: Held) -> CodedBlock:
+    def coded(self, copy: ev.Copy, held: BlockData) -> CodedBlock:
         """A block as the tier that it is copied to should keep it. Raises (kind `corrupt`) for a frame that does not decode, and for
         bytes that are not those that were stored."""
         codec = self._codec(copy)
@@ -231,7 +231,7 @@ def _filled(facts: ModelFacts, known: _Model | None) -> ModelFacts:
     return facts if facts.namespace is not None or known is None else replace(facts, namespace=known.facts.namespace)
 
 
-def raw_frame(key: BlockKey, root: BlockKey | None, held: Held) -> FramePieces:
+def raw_frame(key: BlockKey, root: BlockKey | None, held: BlockData) -> FramePieces:
     """A block as a frame for another node: as it is coded, else raw, without a copy. Raises (kind `corrupt`) for damaged bytes."""
     if held.frame is not None:
         return held.frame.pieces

@@ -9,7 +9,7 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.compression import Held
+from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.peer_transport import FramePieces
@@ -67,7 +67,7 @@ class Admission:
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                digest = self._storage.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._storage.put(BlockData.of(frame), location, Lineage(key, parent, self._root, depth))
             except TieredKVError as error:
                 log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
                 break

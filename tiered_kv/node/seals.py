@@ -3,7 +3,7 @@
 One thread of the lowest priority does both. It hashes without the interpreter's lock and without the engine's: a block's bytes
 never change while its location is the machine's, so a result counts only if that location is still the same object afterwards.
 What does not match is given up, and is a miss from then on. Whoever reads a block to copy it elsewhere compares the seal by
-itself (`Held.verify`). docs/design/022 has the figures.
+itself (`BlockData.verify`). docs/design/022 has the figures.
 """
 
 import logging

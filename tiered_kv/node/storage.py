@@ -23,7 +23,7 @@ from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.node.allowance import Allowance
-from tiered_kv.node.compression import CodedBlock, Coder, Held, put, raw_frame
+from tiered_kv.node.compression import BlockData, CodedBlock, Coder, put, raw_frame
 from tiered_kv.node.quarantine import ExtentQuarantine
 from tiered_kv.node.recovery import CROWDED_PART, Recovery
 from tiered_kv.node.tier_factory import device_tier, disk_tier, objects_tier, own_name
@@ -177,7 +177,7 @@ class NodeStorage:
             return Filled.LATER if away else Filled.GONE
         return Filled.DONE
 
-    def put(self, held: Held, location: Location, lineage: Lineage) -> int:
+    def put(self, held: BlockData, location: Location, lineage: Lineage) -> int:
         """Write a block, raw or as its frame, into a reserved extent of host memory, then sign and seal it.
 
         Returns its digest. Raises (kind `corrupt`), also for a block that may not be shown.
@@ -227,26 +227,26 @@ class NodeStorage:
             log.warning("%s: %d of %d blocks were not written: %s", tier.label, count, len(copies), reason)
         return locations
 
-    def _held(self, key: BlockKey, location: Location) -> Held:
+    def _held(self, key: BlockKey, location: Location) -> BlockData:
         """The block where it lies, its bytes or frame being views of host memory where they are there; raises if it cannot be read."""
         if location.tier is Tier.DEVICE:
             raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
             with self._device_turn:
                 self.device.pool.copy_out(location.offset, location.raw_bytes, raw).wait()
-            return Held(raw, error=self._device_errors.get(location.offset, 0.0))
+            return BlockData(raw, error=self._device_errors.get(location.offset, 0.0))
         if location.tier is not Tier.HOST:
             place = self.mounted if location.tier is Tier.CHECKPOINT else self.logs[location.tier]
-            return Held.of(place.read(location, key))
+            return BlockData.of(place.read(location, key))
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
-            return Held.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
-        return Held(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
+            return BlockData.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
+        return BlockData(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
 
-    def decoded(self, key: BlockKey, location: Location) -> Held | None:
+    def decoded(self, key: BlockKey, location: Location) -> BlockData | None:
         """The raw bytes of a block, and the error that they carry; None if it is damaged, or its codec is not known here."""
         return self._attempted(key, location, lambda held: held._replace(raw=held.decoded()))
 
-    def _attempted(self, key: BlockKey, location: Location, use: Callable[[Held], T]) -> T | None:
+    def _attempted(self, key: BlockKey, location: Location, use: Callable[[BlockData], T]) -> T | None:
         try:
             return use(self._held(key, location))
         except TieredKVError as error:
@@ -297,7 +297,7 @@ class NodeStorage:
                 ticket.wait()
         return [self._copied_whole(copy, block) for copy, block in zip(copies, blocks, strict=True)]
 
-    def _copied_whole(self, copy: ev.Copy, block: Held | None) -> Filled:
+    def _copied_whole(self, copy: ev.Copy, block: BlockData | None) -> Filled:
         """How the copy of a block went that `decoded` gave: its bytes are verified now that they were read."""
         try:
             if block is None:

@@ -23,7 +23,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.reshard import Made, Maker
 from tiered_kv.node.checkpoints.writer import Pace, ended, stand_back
-from tiered_kv.node.compression import Held
+from tiered_kv.node.compression import BlockData
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
@@ -351,7 +351,7 @@ class Filling:
         """Write a block to its extent; what is wrong with it if it cannot be decoded."""
         block, frame, location = placed
         try:
-            self._place.put(Held.of(frame), location, Lineage(block.key, block.parent, block.root, block.depth))
+            self._place.put(BlockData.of(frame), location, Lineage(block.key, block.parent, block.root, block.depth))
         except TieredKVError as error:
             return TieredKVError(error.kind, str(error))  # the error itself holds on to the arena
         return None
