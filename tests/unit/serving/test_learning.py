@@ -106,7 +106,7 @@ def test_garbage_of_a_node_is_logged_and_hurts_nobody(cluster, clock, caplog, mo
     for _ in range(2):
         clock.advance(TEACH_EVERY_S)
         cluster.report_all()
-    assert "statistics of node n0 are not used" in caplog.text
+    assert "statistics of node n0 are ignored" in caplog.text
     assert others_of(cluster, "n1") == known, "what it said before still counts"
     assert cluster.nodes["n0"].stats()["coordinator"] is True
 
