@@ -117,7 +117,7 @@ class NodeStats(TypedDict):
     prefill_seconds_saved: float
     sessions: int
     reserved_bytes: int
-    leaving_bytes: int
+    leaving_bytes: dict[str, int]
     counts: dict[str, int]
     codecs: CodecStats
     too_lossy: dict[str, int]

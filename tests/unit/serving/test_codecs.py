@@ -237,7 +237,7 @@ def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> No
     blocks = node.engine.machine.blocks
     keys = [bytes.fromhex(each.key) for each in client.explain(tokens_of(long, LAYOUT))]
     assert [blocks[key].depth for key in keys] == list(range(12))
-    frames = [node.storage._held(key, blocks[key].copies[Tier.HOST]).frame for key in keys]
+    frames = [node.storage._read(key, blocks[key].copies[Tier.HOST]).frame for key in keys]
     assert [frame.codec.start for frame in frames] == [at * T for at in range(12)]
     assert fetch(client, long, BOUND["int4"]) == {"host": 12}
 
