@@ -15,8 +15,9 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, Filling
-from tiered_kv.node.checkpoints.writer import Saving
+from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
+from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.packed import Packed, runs_of_packed
 from tiered_kv.node.peer_admission import Admission
@@ -76,8 +77,8 @@ class Node:
         self.seals = Seals(self.engine, self.place)
         self.directory = self.place.directory
         self.probes = NodeProbes(self._lasting_folders(), (lambda *asked: self._reporter.probe(*asked)) if link else None)
-        self.saving, self.filling = Saving(self), Filling(self)
-        self._checkpoint_steps = self.saving.steps() | self.filling.steps()
+        self.checkpoint_loader = CheckpointLoader(self)
+        self.checkpoint_writer = CheckpointWriter(self, lambda: self.checkpoint_loader.models)
         self._sessions: dict[NodeSession, None] = {}
         self._too_lossy: dict[BlockKey, None] = {}  # to be given up; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
@@ -310,9 +311,9 @@ class Node:
         if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
-    def checkpoint(self, step: str, *arguments: object) -> object:
-        """One step of writing or restoring a checkpoint, by name: a method of `Saving` or `Filling`."""
-        return self._checkpoint_steps[step](*arguments)
+    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+        """Carry out one step of writing or restoring a checkpoint. Returns its answer; raises as the step in `checkpoints.steps`."""
+        return request.run(self)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Begin or end to record requests; for how many seconds they are being recorded by now.
@@ -365,8 +366,8 @@ class Node:
                 "too_lossy": self.place.allowance.stats(),
                 "policy": {"name": self.config.policy} | self._learning.stats(),
                 "recording": self._recording.is_on,
-                "filling": self.filling.stats(),
-                "saved": self.saving.last,
+                "filling": self.checkpoint_loader.stats(),
+                "saved": self.checkpoint_writer.last,
                 "seals": self.seals.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
@@ -382,7 +383,7 @@ class Node:
                 self.engine.journal.clear()
         if self._too_lossy:
             self._give_up_too_lossy()
-        self.saving.beat()
+        self.checkpoint_writer.beat()
 
     def _thin_out(self) -> None:
         """Keep slots of the index free of what a checkpoint alone holds."""
@@ -432,8 +433,8 @@ class Node:
         """Close one part after the other, each when what uses it has ended."""
         self._beats.join()
         self.seals.close()
-        self.saving.close()
-        self.filling.close()
+        self.checkpoint_writer.close()
+        self.checkpoint_loader.close()
         if self._reporter:
             self._reporter.close()
         self.engine.close()
