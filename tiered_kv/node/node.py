@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
@@ -16,8 +16,9 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, Filling
-from tiered_kv.node.checkpoints.writer import Saving
+from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
+from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.packed import Packed, runs_of_packed
 from tiered_kv.node.peer_admission import Admission
@@ -79,8 +80,8 @@ class Node:
         self.seals = Seals(self.engine, self.storage)
         self.directory = self.storage.directory
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
-        self.saving, self.filling = Saving(self), Filling(self)
-        self._checkpoint_steps = self.saving.steps() | self.filling.steps()
+        self.checkpoint_loader = CheckpointLoader(self)
+        self.checkpoint_writer = CheckpointWriter(self, lambda: self.checkpoint_loader.models)
         self._sessions: dict[NodeSession, None] = {}
         self._too_lossy: dict[BlockKey, None] = {}  # blocks to drop; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
@@ -313,9 +314,9 @@ class Node:
         if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
-    def checkpoint(self, step: str, *arguments: object) -> object:
-        """One step of writing or restoring a checkpoint, by name: a method of `Saving` or `Filling`."""
-        return self._checkpoint_steps[step](*arguments)
+    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+        """Carry out one step of writing or restoring a checkpoint. Returns its answer; raises as the step in `checkpoints.steps`."""
+        return request.run(self)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Start or stop recording requests. Returns for how many seconds they have been recorded.
@@ -367,8 +368,8 @@ class Node:
                 "too_lossy": self.storage.allowance.stats(),
                 "policy": {"name": self.config.policy, **self._learning.stats()},
                 "recording": self._recording.is_on,
-                "filling": self.filling.stats(),
-                "saved": self.saving.last,
+                "filling": self.checkpoint_loader.stats(),
+                "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
@@ -384,7 +385,7 @@ class Node:
                 self.engine.journal.clear()
         if self._too_lossy:
             self._drop_too_lossy()
-        self.saving.beat()
+        self.checkpoint_writer.beat()
 
     def _thin_out(self) -> None:
         """Unmount blocks that only a checkpoint has, if they use more than their share of index slots."""
@@ -434,8 +435,8 @@ class Node:
         """Close all parts, each after its users."""
         self._beats.join()
         self.seals.close()
-        self.saving.close()
-        self.filling.close()
+        self.checkpoint_writer.close()
+        self.checkpoint_loader.close()
         if self._reporter:
             self._reporter.close()
         self.engine.close()

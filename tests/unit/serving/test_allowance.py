@@ -17,6 +17,14 @@ from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.allowance import Allowance
+from tiered_kv.node.checkpoints.steps import (
+    LoadProgressRequest,
+    LoadRequest,
+    MountRequest,
+    SnapshotRequest,
+    WriteRequest,
+    WriteStatusRequest,
+)
 from tiered_kv.node.codec_plan import most_error
 from tiered_kv.node.compression import Coder
 from tiered_kv.tiers.objects.mounted import MountedBlock
@@ -187,8 +195,8 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", **lossy), tmp_path / "checkpoint")
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
     node = node_factory(host="4MiB", store_wait_ms=20_000)
-    shown = node.checkpoint("mount", url, names, blocks)
-    node.checkpoint("fill")
+    shown = node.checkpoint(MountRequest(url, names, blocks))
+    node.checkpoint(LoadRequest())
     told = finished(node)
     assert shown + told.too_lossy >= len(blocks)
     assert told.damaged == 0
@@ -199,8 +207,8 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
 def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_factory, tmp_path) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", quality="near_exact"), tmp_path / "checkpoint")
     node = node_factory(host="4MiB", quality="balanced")
-    assert node.checkpoint("mount", url, names, blocks) == len(blocks)
-    node.checkpoint("fill")
+    assert node.checkpoint(MountRequest(url, names, blocks)) == len(blocks)
+    node.checkpoint(LoadRequest())
     assert finished(node).too_lossy == 0
     with worker(node) as client:
         assert hits(client)[0] == 2 * len(PATHS)
@@ -330,10 +338,10 @@ def test_an_error_that_nobody_said_is_looked_for_where_it_matters() -> None:
 
 def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
     """All that a node holds as packs in a folder; what is in them, parents first."""
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     folder.mkdir()
-    node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, 300_000)
-    while not (state := node.checkpoint("written")).is_done:
+    node.checkpoint(WriteRequest(str(folder), [seen.key for seen in snapshot.blocks], None, 300_000))
+    while not (state := node.checkpoint(WriteStatusRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     places: dict[BlockKey, Location] = {}
     for number, pack in enumerate(state.packs):
@@ -348,7 +356,7 @@ def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
 
 
 def finished(node):
-    while not (told := node.checkpoint("filled")).is_done:
+    while not (told := node.checkpoint(LoadProgressRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     assert told.error is None
     return told

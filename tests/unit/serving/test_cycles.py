@@ -12,6 +12,7 @@ from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, key_of, keys_of
 from tests.unit.tiers.records import record_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.node.checkpoints.steps import LoadRequest, MountRequest
 from tiered_kv.protocol.unix_socket import SocketSession
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.objects.folder_store import FolderStore
@@ -137,9 +138,9 @@ def test_a_checkpoint_with_a_cycle_is_mounted_and_filled_without_links(node_fact
         for entry, (above, depth) in zip(info.entries, places.values(), strict=True)
     ]
     node = node_factory(host="1MiB")
-    assert node.checkpoint("mount", str(tmp_path), [info.name], blocks) == len(blocks)
-    node.checkpoint("fill")
-    node.filling._job.done.result(PATIENCE_S)
+    assert node.checkpoint(MountRequest(str(tmp_path), [info.name], blocks)) == len(blocks)
+    node.checkpoint(LoadRequest())
+    node.checkpoint_loader._job.done.result(PATIENCE_S)
     with closing(node.open_session()) as session:
         within(lambda: [session.hint(*told(each.key)) for each in blocks])
         session.reserve(NBYTES, keys_of(100, 100), None)

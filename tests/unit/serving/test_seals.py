@@ -13,6 +13,7 @@ from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.node import seals
+from tiered_kv.node.checkpoints.steps import LoadRequest, MountRequest, SnapshotRequest, WriteRequest, WriteStatusRequest
 from tiered_kv.tiers.host import HEADER_BYTES
 
 LARGE = KVLayout(2, 2, 16, "float32", 64)
@@ -193,13 +194,13 @@ def test_a_block_that_leaves_during_a_checkpoint_is_not_set_aside_when_flipped(c
     node, client = here.nodes["n0"], here.client("n0", LARGE, NAMESPACE)
     store(client, PATH)
     node.seals.scrub()
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     flip(node)
     for turn in range(10, 40):
         store(client, (turn, 1, 2))
     (tmp_path / "packs").mkdir()
-    node.checkpoint("save", str(tmp_path / "packs"), [seen.key for seen in snapshot.blocks])
-    while not (state := node.checkpoint("written")).is_done:
+    node.checkpoint(WriteRequest(str(tmp_path / "packs"), [seen.key for seen in snapshot.blocks]))
+    while not (state := node.checkpoint(WriteStatusRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     assert keys()[1] not in {entry.key for pack in state.packs for entry in pack.entries}
 
@@ -211,8 +212,8 @@ def test_what_comes_up_from_a_checkpoint_is_sealed_at_once(cluster, tmp_path) ->
     fresh = here.start_node("n1")
     fresh.seals.close()  # whose thread would seal them as well
     names, blocks = mounted_blocks(snapshot, state)
-    fresh.checkpoint("mount", str(tmp_path / "packs"), names, blocks)
-    fresh.checkpoint("fill")
+    fresh.checkpoint(MountRequest(str(tmp_path / "packs"), names, blocks))
+    fresh.checkpoint(LoadRequest())
     filled(fresh)
     locations = [fresh.engine.machine.blocks[key].copies[Tier.HOST] for key in keys()]
     assert all(fresh.storage.host.headers.is_sealed(location.offset) for location in locations)
