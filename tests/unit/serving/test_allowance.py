@@ -109,7 +109,7 @@ def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(fille
     filled(disk=disk, cluster_id="lossy", **lossy).close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000)
     assert node.stats()["too_lossy"]["disk"] > 20
-    assert sum("blocks are not shown (disk)" in each.message for each in caplog.records) == 1
+    assert sum("blocks are not shown (source: disk)" in each.message for each in caplog.records) == 1
     assert_exact_again(node)
 
 
@@ -271,7 +271,7 @@ def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, nod
     keys = list(node.engine.machine.blocks)
     with node.engine.lock, node.pinned(keys[:1]):
         node._too_lossy |= dict.fromkeys(keys[:2])
-        node._give_up_too_lossy()
+        node._drop_too_lossy()
         assert keys[0] in node.engine.machine.blocks
         assert keys[1] not in node.engine.machine.blocks
     node.beat()
