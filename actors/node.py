@@ -10,6 +10,7 @@ from tiered_kv.actors.link import RayLink
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
 from tiered_kv.node.trace_recording import Recorded
 from tiered_kv.protocol.node_record import NodeRecord, write_record
@@ -57,9 +58,9 @@ class NodeActor:
     def stats(self) -> dict:
         return self._node.stats()
 
-    def checkpoint(self, step: str, *arguments: object) -> object:
-        """One step of writing or restoring a checkpoint, as `Node.checkpoint`."""
-        return self._node.checkpoint(step, *arguments)
+    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+        """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""
+        return self._node.checkpoint(request)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
         """Begin or end to record requests, as `Node.record`."""

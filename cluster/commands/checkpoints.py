@@ -18,7 +18,7 @@ from rich.table import Table
 from tiered_kv.blocks import Tier
 from tiered_kv.cluster.commands.command import add_command
 from tiered_kv.cluster.commands.progress import age, bar, count, say
-from tiered_kv.cluster.commands.restoring import Restoring, asking, mounted_bytes, must_be_there, must_have_use, opened, read
+from tiered_kv.cluster.commands.restoring import Restoring, calls_to_nodes, mounted_bytes, must_be_there, must_have_use, opened, read
 from tiered_kv.config import Config, format_size, parse_size
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tiered_kv.checkpoint.garbage_collection import CollectionResult
     from tiered_kv.checkpoint.manifest import Model
     from tiered_kv.checkpoint.repository import CheckpointSummary, Repository
-    from tiered_kv.checkpoint.take import Taken
+    from tiered_kv.checkpoint.take import CheckpointResult
 
 BUSY_POLL_S = 2.0
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -121,28 +121,31 @@ def _write_checkpoint(
     options: argparse.Namespace, console: Console, repository: "Repository", given: _CheckpointOptions, stopped: Event
 ) -> None:
     from tiered_kv.checkpoint.restore import matches
-    from tiered_kv.checkpoint.take import Taking, Wanted
+    from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob
     from tiered_kv.cluster import start
+    from tiered_kv.node.checkpoints.steps import NoteRequest, WrittenCheckpoint
 
     about = start.describe(options.name)
-    nodes, ask = [node["node"] for node in about["nodes"]], asking(options.name)
-    wanted = Wanted(given.tiers, lambda model: not options.namespace or matches(model, options.namespace), options.min_hits, False)
+    nodes, call = [node["node"] for node in about["nodes"]], calls_to_nodes(options.name)
+    wanted = CheckpointFilter(
+        given.tiers, lambda model: not options.namespace or matches(model, options.namespace), options.min_hits, False
+    )
     reported = ""
     while True:
         begun_s = time.monotonic()
         with bar(console, "writing") as advance:
-            taking = Taking(
-                ask,
+            job = CheckpointJob(
+                call,
                 nodes,
                 repository,
                 origin=options.name,
                 max_rate=given.rate,
                 progress=lambda going: advance(going.nbytes, going.all_bytes, f"{going.blocks:,} of {going.all_blocks:,} blocks"),
-                say=lambda line: say(console, line),
+                log=lambda line: say(console, line),
                 stopped=stopped,
             )
             try:
-                taken = taking.take(wanted)
+                taken = job.take(wanted)
                 break
             except TieredKVError as error:
                 if not error.context.get("busy"):
@@ -153,7 +156,7 @@ def _write_checkpoint(
         if stopped.wait(BUSY_POLL_S):
             raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped before it started")
     seconds = time.monotonic() - begun_s
-    ask(nodes, "note_saved", {"name": taken.name, "url": repository.store.url, "at_s": time.time(), "blocks": taken.blocks})
+    call(nodes, NoteRequest(WrittenCheckpoint(name=taken.name, url=repository.store.url, at_s=time.time(), blocks=taken.blocks)))
     _report_checkpoint(console, taken, seconds)
     collected = repository.collect(options.keep) if options.keep else None
     if collected is not None:
@@ -165,7 +168,7 @@ def _write_checkpoint(
         print(json.dumps({**taken._asdict(), "seconds": round(seconds, 3), "collected": collected and collected._asdict()}), flush=True)
 
 
-def _report_checkpoint(console: Console, taken: "Taken", seconds: float) -> None:
+def _report_checkpoint(console: Console, taken: "CheckpointResult", seconds: float) -> None:
     whole = f"{count(taken.blocks, 'block')}, {format_size(taken.nbytes)}, in {count(taken.packs, 'pack')}"
     rate = f", {format_size(taken.written_bytes / seconds)}/s" if seconds and taken.written_bytes else ""
     was_there = taken.blocks - taken.new_blocks
@@ -242,10 +245,10 @@ def _restore(options: argparse.Namespace, console: Console, config_of: Callable)
             start.up(config, name=options.name, nodes=options.nodes, say=console.print, mounted_bytes=spare)
         restoring = Restoring(options.name, repository, name, manifest, console)
         restoring.mount(options.namespace, options.world)
-        filled = restoring.fill(rate, stopped)
+        loaded = restoring.load(rate, stopped)
         if options.json:
-            print(json.dumps(restoring.figures(filled)))
-    return 1 if filled.damaged else 0
+            print(json.dumps(restoring.figures(loaded)))
+    return 1 if loaded.damaged else 0
 
 
 def add_restore_option(command: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
 """Restores a checkpoint into a cluster: a running cluster, or one that starts with the checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -14,11 +14,11 @@ from tiered_kv.config import Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
+    from tiered_kv.checkpoint.call_nodes import CallNodes
     from tiered_kv.checkpoint.manifest import Manifest, Model
     from tiered_kv.checkpoint.repository import Repository
-    from tiered_kv.checkpoint.reshard_plan import Planned
-    from tiered_kv.node.checkpoints.loader import Filled
-    from tiered_kv.protocol.peer_transport import Ask
+    from tiered_kv.checkpoint.reshard_plan import ReshardPlan
+    from tiered_kv.node.checkpoints.steps import CheckpointRequest, LoadProgress, StepAnswer
 
 ANSWER_WITHIN_S = 120.0
 INDEX_BYTES_A_BLOCK = 64 << 10
@@ -36,12 +36,16 @@ def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Reposi
     return open_repository(url, create=not must_exist)
 
 
-def asking(cluster: str) -> "Ask":
-    """Returns a function that calls a step of writing or restoring a checkpoint on several nodes at once."""
+def calls_to_nodes(cluster: str) -> "CallNodes":
+    """Returns a function that sends a step of writing or restoring a checkpoint to several nodes at once."""
     from tiered_kv.cluster.asking import asking
 
     ask = asking(cluster, ANSWER_WITHIN_S)
-    return lambda nodes, step, *arguments: ask(nodes, "checkpoint", step, *arguments)
+
+    def call(nodes: Iterable[str], request: "CheckpointRequest[StepAnswer]") -> "dict[str, StepAnswer | TieredKVError]":
+        return ask(nodes, "checkpoint", request)  # `NodeActor.checkpoint`
+
+    return call
 
 
 def must_be_there(repository: "Repository", name: str) -> None:
@@ -87,16 +91,16 @@ def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Con
         try:
             restoring = Restoring(cluster, repository, name, manifest, console)
             restoring.mount([], None)
-            restoring.begin_to_fill()
+            restoring.begin_to_load()
         except TieredKVError as error:
             console.print(f"[bold yellow]warning[/]: the cluster starts without the checkpoint: {error}", highlight=False, soft_wrap=True)
 
 
 def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
     """Raises (kind `model`) if no block of a checkpoint could be a hit under these settings."""
-    from tiered_kv.checkpoint.restore import chosen
+    from tiered_kv.checkpoint.restore import select
 
-    picked = chosen(manifest, block_tokens=config.block_tokens)
+    picked = select(manifest, block_tokens=config.block_tokens)
     if not picked.rows:
         why = "; ".join(picked.skipped) or "it has no blocks"
         sizes = {model.layout.block_tokens for model in manifest.models if model.layout}
@@ -123,9 +127,9 @@ class Restoring:
         self._repository, self._name, self._manifest, self._console = repository, name, manifest, console
         self._nodes = [node["node"] for node in about["nodes"]]
         self._config: Config = about["config"]
-        self._ask = asking(cluster)
+        self._call = calls_to_nodes(cluster)
         self._skipped: list[str] = []
-        self._planned: Planned | None = None
+        self._plan: ReshardPlan | None = None
         self._mounted = self._no_room = self._too_lossy = 0
 
     def mount(self, namespaces: list[str], world: int | None) -> None:
@@ -135,16 +139,16 @@ class Restoring:
         or None for the blocks as they are. Raises `TieredKVError` (kind `model`) if no block can be restored.
         """
         from tiered_kv.checkpoint.reshard_plan import plan
-        from tiered_kv.checkpoint.restore import chosen, matches, mount
+        from tiered_kv.checkpoint.restore import matches, mount, select
 
         def wanted(model: "Model") -> bool:
             return not namespaces or matches(model, namespaces)
 
-        picked = chosen(self._manifest, block_tokens=self._config.block_tokens, wanted=wanted)
+        picked = select(self._manifest, block_tokens=self._config.block_tokens, wanted=wanted)
         rows, self._skipped = picked.rows, picked.skipped
         if world is not None and rows:
-            self._planned = plan(rows, self._manifest.models, world)
-            rows, self._skipped = self._planned.unchanged, self._skipped + self._planned.skipped
+            self._plan = plan(rows, self._manifest.models, world)
+            rows, self._skipped = self._plan.unchanged, self._skipped + self._plan.skipped
         for line in self._skipped:
             say(self._console, line)
         if not picked.rows:
@@ -152,7 +156,7 @@ class Restoring:
         if not rows:
             return
         begun_s = time.monotonic()
-        mounted = mount(self._ask, self._nodes, self._repository.store.url, self._manifest, rows)
+        mounted = mount(self._call, self._nodes, self._repository.store.url, self._manifest, rows)
         self._mounted, self._no_room, self._too_lossy = sum(mounted.by_node.values()), mounted.no_room, mounted.too_lossy
         spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
         say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
@@ -163,58 +167,54 @@ class Restoring:
             text = f"{count(mounted.too_lossy, 'block')} are not shown: they carry more error than this cluster's quality allows"
             say(self._console, text)
 
-    def begin_to_fill(self) -> None:
+    def begin_to_load(self) -> None:
         """Make the nodes copy blocks to host memory and disk in the background. Returns at once."""
-        from tiered_kv.checkpoint.call_nodes import answers
+        from tiered_kv.checkpoint.call_nodes import call_all
+        from tiered_kv.node.checkpoints.steps import LoadRequest
 
-        answers(self._ask, self._nodes, "fill", None)
+        call_all(self._call, self._nodes, LoadRequest())
         say(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
 
-    def fill(self, max_rate: float | None, stopped: Event) -> "Filled":
+    def load(self, max_rate: float | None, stopped: Event) -> "LoadProgress":
         """Make the nodes copy blocks to host memory and disk, and convert blocks of another number of ranks.
 
         Waits until they are done or `stopped` is set. `max_rate`: bytes per second, None for no limit. Returns the counts.
         """
-        from tiered_kv.checkpoint.restore import fill, make
-        from tiered_kv.node.checkpoints.loader import Filled
+        from tiered_kv.checkpoint.restore import load, reshard, total_of
+        from tiered_kv.node.checkpoints.steps import LoadProgress
 
-        filled = Filled(0, 0, 0, 0, 0, [], is_done=True)
+        loaded = LoadProgress(0, 0, 0, 0, 0, [], is_done=True)
         all_bytes = sum(row.stored_bytes for row in self._manifest.rows)
         with bar(self._console, "reading") as advance:
 
-            def progress(going: "Filled") -> None:
+            def progress(going: "LoadProgress") -> None:
                 advance(going.nbytes, all_bytes, count(going.host + going.disk, "block"))
 
             if self._mounted:
-                mounted = fill(self._ask, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
+                mounted = load(self._call, self._nodes, max_rate=max_rate, progress=progress, stopped=stopped)
                 self._report("restored", mounted, "were in the cache already, or are read from the checkpoint's packs on demand")
-                filled = _sum(filled, mounted)
-            if self._planned and self._planned.targets:
+                loaded = total_of([loaded, mounted])
+            if self._plan and self._plan.targets:
                 url = self._repository.store.url
-                made = make(
-                    *(self._ask, self._nodes, url, self._manifest, self._planned), max_rate=max_rate, progress=progress, stopped=stopped
+                built = reshard(
+                    *(self._call, self._nodes, url, self._manifest, self._plan), max_rate=max_rate, progress=progress, stopped=stopped
                 )
-                self._report("converted from other ranks' blocks", made, "were in the cache already, or there was no room for them")
-                filled = _sum(filled, made)
-        return filled
+                self._report("converted from other ranks' blocks", built, "were in the cache already, or there was no room for them")
+                loaded = total_of([loaded, built])
+        return loaded
 
-    def _report(self, doing: str, filled: "Filled", rest: str) -> None:
-        left = filled.mounted - filled.host - filled.disk - filled.damaged
+    def _report(self, doing: str, loaded: "LoadProgress", rest: str) -> None:
+        left = loaded.mounted - loaded.host - loaded.disk - loaded.damaged
         others = f"; the other {left:,} {rest}" if left else ""
-        say(self._console, f"{doing}: {count(filled.host, 'block')} to host memory, {filled.disk:,} to disk{others}")
-        for line in filled.problems:
+        say(self._console, f"{doing}: {count(loaded.host, 'block')} to host memory, {loaded.disk:,} to disk{others}")
+        for line in loaded.problems:
             self._console.print(f"[yellow]damaged[/]: {line}", highlight=False, soft_wrap=True)
-        if filled.damaged:
-            say(self._console, f"{count(filled.damaged, 'block')} damaged and left out; all others are restored")
+        if loaded.damaged:
+            say(self._console, f"{count(loaded.damaged, 'block')} damaged and left out; all others are restored")
 
-    def figures(self, filled: "Filled") -> dict:
+    def figures(self, loaded: "LoadProgress") -> dict[str, Any]:
         """Returns the counts as a dict for `--json`."""
-        record = filled._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
-        record["too_lossy"] = max(self._too_lossy, filled.too_lossy)
+        record = loaded._asdict() | {"name": self._name, "skipped": self._skipped, "no_room": self._no_room}
+        record["too_lossy"] = max(self._too_lossy, loaded.too_lossy)
         del record["error"], record["is_done"]
         return record
-
-
-def _sum(one: "Filled", other: "Filled") -> "Filled":
-    counts = (getattr(one, name) + getattr(other, name) for name in ("mounted", "host", "disk", "nbytes", "damaged", "problems"))
-    return type(one)(*counts, is_done=True, too_lossy=one.too_lossy + other.too_lossy)

@@ -403,7 +403,7 @@ def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path,
     before = sorted(path.name for path in place.iterdir())
     for given, status, words in (
         (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'main' is"),
-        (["restore", "--name", main, "--namespace", "nope", place], 1, "it is none of those asked for"),
+        (["restore", "--name", main, "--namespace", "nope", place], 1, "this namespace was not requested"),
         (["restore", "--name", main, "--world", 5, place], 2, "no block of the checkpoint can be restored for 5 ranks"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),

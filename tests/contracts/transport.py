@@ -75,9 +75,9 @@ class TransportContract:
 
     def test_nothing_is_visible_before_its_commit(self, node, session) -> None:
         offsets = session.reserve(NBYTES, keys_of(2), None)
-        assert not dict(node.place.index.items())
+        assert not dict(node.storage.index.items())
         assert session.commit(ROOT, NBYTES, self.chain(offsets)) == [True, True]
-        shown = dict(node.place.index.items())
+        shown = dict(node.storage.index.items())
         assert {key: location.offset for key, location in shown.items()} == {key_of(0): offsets[0], key_of(1): offsets[1]}
         assert all(location.tier is Tier.HOST for location in shown.values())
 
@@ -167,12 +167,12 @@ class TransportContract:
         facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
         known = asdict(Namespace(weights="some weights", rank=1, world=2))
         session.introduce(ROOT, facts.as_message())
-        assert node.place.coder.facts() == {ROOT: facts}
+        assert node.storage.coder.facts() == {ROOT: facts}
         session.introduce(ROOT, facts.as_message() | {"namespace": known})
         session.introduce(ROOT, {name: value for name, value in facts.as_message().items() if name != "namespace"})
-        assert node.place.coder.knows(ROOT, facts)
+        assert node.storage.coder.knows(ROOT, facts)
         session.introduce(ROOT, replace(facts, rope=None).as_message())
-        assert node.place.coder.facts() == {ROOT: replace(facts, rope=None, namespace=known)}
+        assert node.storage.coder.facts() == {ROOT: replace(facts, rope=None, namespace=known)}
         for bad in (7, "w", [], {}, {"weights": ""}, known | {"rank": 2}, known | {"more": 1}, known | {"rank": True}, {"weights": "w"}):
             with pytest.raises(TieredKVError, check=lambda error: error.kind is Kind.TRANSPORT):
                 session.introduce(ROOT, facts.as_message() | {"namespace": bad})

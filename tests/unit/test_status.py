@@ -10,6 +10,15 @@ from rich.console import Console
 from tests.unit.serving.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.cluster.status import saved, show, summarize
+from tiered_kv.node.checkpoints.steps import (
+    LoadProgressRequest,
+    LoadRequest,
+    MountRequest,
+    NoteRequest,
+    SnapshotRequest,
+    WriteRequest,
+    WriteStatusRequest,
+)
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
 PATH = (1, 2, 0, 1)
@@ -63,14 +72,14 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
     first, second = (node_factory(node_id=name) for name in ("n0", "n1"))
     assert "checkpoint" not in shown(summarize(about(first, second)))
     client_factory(first, LAYOUT, NAMESPACE).store(tokens_of(PATH), kv_of(PATH))
-    keys = [seen.key for seen in first.checkpoint("snapshot").blocks]
-    first.checkpoint("save", str(tmp_path), keys)
-    while not first.checkpoint("written").is_done:
+    keys = [seen.key for seen in first.checkpoint(SnapshotRequest()).blocks]
+    first.checkpoint(WriteRequest(str(tmp_path), keys))
+    while not first.checkpoint(WriteStatusRequest()).is_done:
         pass
-    [info] = first.checkpoint("written").packs
+    [info] = first.checkpoint(WriteStatusRequest()).packs
     place = {"name": "ckpt-1", "url": f"file://{tmp_path}", "blocks": 4}
-    first.checkpoint("note_saved", place | {"at_s": time.time() - 7200})
-    second.checkpoint("note_saved", place | {"at_s": time.time() - 86400, "name": "ckpt-0"})
+    first.checkpoint(NoteRequest(place | {"at_s": time.time() - 7200}))
+    second.checkpoint(NoteRequest(place | {"at_s": time.time() - 86400, "name": "ckpt-0"}))
     depths = {entry.key: depth for depth, entry in enumerate(info.entries)}
     blocks = [
         MountedBlock(
@@ -80,13 +89,13 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
         )
         for entry in info.entries
     ]
-    second.checkpoint("mount", str(tmp_path), [info.name], blocks)
-    second.checkpoint("fill", 1.0)
+    second.checkpoint(MountRequest(str(tmp_path), [info.name], blocks))
+    second.checkpoint(LoadRequest(1.0))
     text = shown(summarize(about(first, second)))
     assert "n1: from a checkpoint: " in text
     assert " of 4 blocks brought to memory or disk" in text
     assert f"last checkpoint: 2.0 h ago, 4 blocks, ckpt-1 at file://{tmp_path}\n" in text
-    while not second.checkpoint("filled").is_done:
+    while not second.checkpoint(LoadProgressRequest()).is_done:
         pass
     summary = summarize(about(first, second))
     assert summary == json.loads(json.dumps(summary))

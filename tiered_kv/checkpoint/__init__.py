@@ -1,5 +1,5 @@
-"""Checkpoint: taking and restoring checkpoints of a cluster: repository, manifest, leases, garbage collection, verification.
+"""Writes and restores checkpoints of a cluster: repository, manifest, leases, garbage collection, verification.
 
 May import: node (to load within one process), protocol, tiers, codecs, memory, config, layout, keys, blocks, errors, clock; msgpack.
-Never knows: ray, actors, cluster, policy, integrations. It drives nodes by calls that it is given.
+Never knows: ray, actors, cluster, policy, integrations. It calls nodes through a function that it is given.
 """

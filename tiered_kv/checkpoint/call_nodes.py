@@ -1,39 +1,53 @@
-"""Calls of checkpoint steps on nodes. A cluster is called through Ray, the node of this process directly."""
+"""Sends the steps of a checkpoint to nodes. A cluster is called through Ray, the node of this process directly."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
-from tiered_kv.protocol.peer_transport import Ask
 
 
-def asking_here(node: Node) -> Ask:
+class CallNodes(Protocol):
+    """Sends a request to several nodes at once."""
+
+    def __call__(self, nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer | TieredKVError]:
+        """Returns each node's answer, or the error that it raised."""
+
+
+def calls_to(node: Node) -> CallNodes:
     """Returns a function that calls the node of this process, whatever node names it is given."""
 
-    def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        return {name: _attempted(lambda: node.checkpoint(method, *arguments)) for name in nodes}
+    def call(nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer | TieredKVError]:
+        return {name: _attempted(lambda: node.checkpoint(request)) for name in nodes}
 
-    return ask
+    return call
 
 
-def _attempted(call: Callable[[], Any]) -> Any:
+def _attempted(call: Callable[[], StepAnswer]) -> StepAnswer | TieredKVError:
     try:
         return call()
     except TieredKVError as error:
         return error
 
 
-def answers(ask: Ask, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-    """Call a method on all nodes. Returns their answers. Raises the first error, with the name of its node."""
-    return good(ask(nodes, method, *arguments))
+def call_all(call: CallNodes, nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer]:
+    """Send a request to all nodes. Returns their answers. Raises the first error, with the name of its node."""
+    return raise_on_error(call(nodes, request))
 
 
-def good(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the answers if none is an error, else raises the first error with the name of its node."""
-    for node, answer in found.items():
+def raise_on_error(answers: Mapping[str, StepAnswer | TieredKVError]) -> dict[str, StepAnswer]:
+    """Returns the answers by node. If one is an error, raises it with the name of its node; the first if there are several."""
+    good: dict[str, StepAnswer] = {}
+    for node, answer in answers.items():
         if isinstance(answer, TieredKVError):
-            raise TieredKVError(answer.kind, f"{node}: {answer}", **{"node": node, **answer.context}) from answer
-    if not found:
+            raise error_of(node, answer) from answer
+        good[node] = answer
+    if not answers:
         raise TieredKVError(Kind.CLUSTER, "the cluster has no nodes")
-    return found
+    return good
+
+
+def error_of(node: str, error: TieredKVError) -> TieredKVError:
+    """Returns the error with the name of its node."""
+    return TieredKVError(error.kind, f"{node}: {error}", **{"node": node, **error.context})

@@ -6,7 +6,7 @@ Other processes may write checkpoints meanwhile. In any doubt nothing is deleted
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tiered_kv.checkpoint.leases import COLLECTING, Lease, marks_in
+from tiered_kv.checkpoint.leases import COLLECTING, Lease, markers_in
 from tiered_kv.checkpoint.manifest import Manifest, created_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.objects.packs import pack_prefix
@@ -43,7 +43,7 @@ def collect(repository: "Repository", keep: int | None) -> CollectionResult:
 def _others(repository: "Repository", mark: Lease) -> str:
     """Returns the reason why nothing may be deleted now, or "" if it may. Removes expired leases and marks."""
     listed = repository.store.sizes()
-    others = [each for each in marks_in(listed) if each.name != mark.name]
+    others = [each for each in markers_in(listed) if each.name != mark.name]
     now_s = repository.now_s()
     if expired := [each.name for each in others if not each.is_live(now_s)]:
         repository.store.delete(expired)

@@ -26,8 +26,8 @@ COLLECTING = "gc"
 _NAME = re.compile(r"(?:lease-(?P<kind>[a-z]+)|gc)-(?P<id>[0-9a-f]{16})-(?P<until>\d{1,15})")
 
 
-class Mark(NamedTuple):
-    """A lease, or a collector's mark (kind `gc`), as parsed from its object's name."""
+class GcMarker(NamedTuple):
+    """A marker that garbage collection looks for: a lease, or a collector's own mark (kind `gc`). Parsed from its object's name."""
 
     name: str
     kind: str
@@ -38,15 +38,15 @@ class Mark(NamedTuple):
         return now_s < self.until_s + SKEW_S
 
 
-def mark_of(name: str) -> Mark | None:
+def marker_of(name: str) -> GcMarker | None:
     """Parse an object's name. Returns None if it is neither a lease nor a mark."""
     named = _NAME.fullmatch(name)
-    return named and Mark(name, named["kind"] or COLLECTING, int(named["until"]))
+    return named and GcMarker(name, named["kind"] or COLLECTING, int(named["until"]))
 
 
-def marks_in(names: Iterable[str]) -> list[Mark]:
+def markers_in(names: Iterable[str]) -> list[GcMarker]:
     """Returns the leases and marks among the names of objects."""
-    return [mark for mark in map(mark_of, names) if mark]
+    return [mark for mark in map(marker_of, names) if mark]
 
 
 class Lease:

@@ -16,7 +16,7 @@ from tiered_kv.tiers.objects.store import ObjectStore
 log = logging.getLogger(__name__)
 
 
-class Loaded(NamedTuple):
+class LoadResult(NamedTuple):
     """The counts of a load. blocks: those in the cache now. refused: those without room, layout or parent."""
 
     blocks: int
@@ -40,28 +40,29 @@ def read(store: ObjectStore, name: str) -> Manifest:
     return manifest
 
 
-def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> Loaded:
+def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> LoadResult:
     """Load the blocks below `roots` of a verified checkpoint into the node, host memory first. Returns the counts.
 
     Blocks without room are refused, and so are their descendants and blocks of models without a layout.
     """
     layouts = {model.root: model.layout for model in manifest.models}
-    there: set[BlockKey] = set()
+    loaded: set[BlockKey] = set()
     refused = 0
     rows = [row for row in manifest.rows if row.root in roots]
     with closing(node.open_session()) as session:
         for row in rows:
-            if layouts[row.root] is None or (row.parent is not None and row.parent not in there):
+            layout = layouts[row.root]
+            if layout is None or (row.parent is not None and row.parent not in loaded):
                 refused += 1
                 continue
             frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
-            admit = Admission(node, session, row.root, layouts[row.root].block_bytes, [row.key], row.parent, row.depth)
+            admit = Admission(node, session, row.root, layout.block_bytes, [row.key], row.parent, row.depth)
             if admit([row.key], [frame.pieces]):
-                there.add(row.key)
+                loaded.add(row.key)
             else:
                 refused += 1
     if refused:
         log.warning(
             "%d of %d blocks of a checkpoint were not loaded: no room, no layout, or their parent was not loaded", refused, len(rows)
         )
-    return Loaded(len(there), refused)
+    return LoadResult(len(loaded), refused)

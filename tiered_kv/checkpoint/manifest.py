@@ -116,11 +116,13 @@ def new_name(now_s: float) -> str:
 def created_of(name: str) -> float | None:
     """Returns the Unix time in a name from `new_name`, or None for any other name."""
     generated = _GENERATED.fullmatch(name)
+    if generated is None:
+        return None
     try:
-        created = generated and datetime.strptime(generated[1], _STAMP).replace(tzinfo=UTC)
+        created = datetime.strptime(generated[1], _STAMP).replace(tzinfo=UTC)
     except ValueError:  # for example a thirteenth month
         return None
-    return created and (created - _EPOCH).total_seconds()
+    return (created - _EPOCH).total_seconds()
 
 
 def is_like_manifest(data: bytes | memoryview) -> bool:
@@ -128,7 +130,7 @@ def is_like_manifest(data: bytes | memoryview) -> bool:
     return sum(a == b for a, b in zip(MAGIC, bytes(data[: len(MAGIC)]), strict=False)) >= len(MAGIC) // 2
 
 
-def plain_layout(layout: KVLayout) -> list:
+def plain_layout(layout: KVLayout) -> list[int | str]:
     """Returns a layout as a list for msgpack. `KVLayout(*plain)` is the inverse."""
     return [layout.layers, layout.kv_heads, layout.head_dim, layout.dtype, layout.block_tokens]
 
@@ -191,7 +193,7 @@ def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int
                 raise
             raise TieredKVError(Kind.CORRUPT, f"checkpoint {name}: its pack {pack}: {error}", object=pack) from error
         for key, parent, root, codec, offset, stored_bytes, raw_bytes, _ in entries:
-            if root not in roots:
+            if root is None or root not in roots:
                 raise ValueError(f"pack {pack}: a block has a root that is not in the manifest")
             depth = 0 if parent is None else depths.get((parent, root), -2) + 1
             if depth < 0 or (key, root) in depths:

@@ -1,77 +1,87 @@
-"""What several nodes hold at their moments, as one list of whole chains, the hottest first."""
+"""Merges the snapshots of several nodes into one list of blocks with complete chains, hottest first."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.writer import Seen, Snapshot
+from tiered_kv.node.checkpoints.steps import Snapshot, SnapshotEntry
 
 
 @dataclass(slots=True)
-class Block:
-    """A block that some nodes hold. `best`: the copy that is nearest to what was stored. `heat`: of it and all that stand behind it."""
+class MergedBlock:
+    """A block that some nodes hold.
 
-    best: Seen
+    best: the preferred copy (`_preference`). holders: the nodes, that of the best copy first. hits: the uses on all nodes. heat: the
+    highest (uses, recency) among this block and its descendants. depth: the number of ancestors, -1 if not computed yet.
+    """
+
+    best: SnapshotEntry
     holders: list[str]
     hits: int
     heat: tuple[int, float]
-    depth: int = -1  # -1: not known yet
+    depth: int = -1
 
 
 @dataclass
-class Merged:
-    """Blocks, the hottest first and every parent before its children; `orphans` are those that were left out, for no one could hit them."""
+class MergedSnapshots:
+    """Blocks, hottest first and every parent before its children.
 
-    blocks: list[Block] = field(default_factory=list)
+    orphans: the number of blocks left out, because no node has one of their ancestors and so they could never be hits.
+    """
+
+    blocks: list[MergedBlock] = field(default_factory=list)
     orphans: int = 0
 
 
-def merged(snapshots: Mapping[str, Snapshot], roots: Container[BlockKey]) -> Merged:
-    """The blocks of all nodes below these roots whose chains are complete in the cluster.
+def merge(snapshots: Mapping[str, Snapshot], roots: Container[BlockKey]) -> MergedSnapshots:
+    """Returns the blocks of all nodes below these roots whose chains are complete in the cluster.
 
-    Hotter is what was used more often in the cluster, or more lately if that is the same; a block is as hot as the hottest
-    that stands behind it. Cost: some 5 µs a block.
+    A block is hotter if it was used more often in the cluster, or as often but more recently. A block counts as at least as hot
+    as its descendants. Cost: about 5 µs per block.
     """
-    found: dict[BlockKey, Block] = {}
+    found: dict[BlockKey, MergedBlock] = {}
     for node, snapshot in snapshots.items():
         count = len(snapshot.blocks)
-        for number, seen in enumerate(snapshot.blocks):
-            if seen.root in roots:
-                _add(found, node, seen, 1 - number / count)
+        for number, entry in enumerate(snapshot.blocks):
+            if entry.root in roots:
+                _add(found, node, entry, 1 - number / count)
     whole = [block for key, block in found.items() if _depth(found, key) >= 0]
     for block in sorted(whole, key=lambda block: -block.depth):
         if block.best.parent is not None:
-            above = found[block.best.parent]
-            above.heat = max(above.heat, block.heat)
+            parent = found[block.best.parent]
+            parent.heat = max(parent.heat, block.heat)
     whole.sort(key=lambda block: (-block.heat[0], -block.heat[1], block.depth))
-    return Merged(whole, len(found) - len(whole))
+    return MergedSnapshots(whole, len(found) - len(whole))
 
 
-def _add(found: dict[BlockKey, Block], node: str, seen: Seen, lately: float) -> None:
-    block = found.get(seen.key)
+def _add(found: dict[BlockKey, MergedBlock], node: str, entry: SnapshotEntry, recency: float) -> None:
+    block = found.get(entry.key)
     if block is None:
-        found[seen.key] = Block(seen, [node], seen.hits, (seen.hits, lately))
+        found[entry.key] = MergedBlock(entry, [node], entry.hits, (entry.hits, recency))
         return
-    block.hits += seen.hits
-    block.heat = (block.hits, max(block.heat[1], lately))
-    if _preference(seen) < _preference(block.best):
-        block.best = seen
+    block.hits += entry.hits
+    block.heat = (block.hits, max(block.heat[1], recency))
+    if _preference(entry) < _preference(block.best):
+        block.best = entry
         block.holders.insert(0, node)
     else:
         block.holders.append(node)
 
 
-def _preference(seen: Seen) -> tuple[bool, bool, int]:
-    """Smaller is better: its place in the chain is known, it lies there as it was stored, it lies in a faster tier."""
-    return seen.parent is None and bool(seen.depth), seen.codec != 0, seen.tier
+def _preference(entry: SnapshotEntry) -> tuple[bool, bool, int]:
+    """Returns a sort key for copies, smaller is better: its parent is known, it is not encoded, it is in a faster tier."""
+    return entry.parent is None and bool(entry.depth), entry.codec != 0, entry.tier
 
 
 _NO_CHAIN = -2
 
 
-def _depth(found: Mapping[BlockKey, Block], key: BlockKey) -> int:
-    """How many blocks stand before one, if all of them are there and below its root; less than 0 if not. Remembered in the blocks."""
-    chain: list[Block] = []
+def _depth(found: Mapping[BlockKey, MergedBlock], key: BlockKey) -> int:
+    """Returns the number of a block's ancestors, or a negative number if one is missing or has another root.
+
+    The result is stored in the blocks of the chain.
+    """
+    chain: list[MergedBlock] = []
     depth = _NO_CHAIN
     at: BlockKey | None = key
     while at is not None and at in found and len(chain) <= len(found):
@@ -82,8 +92,8 @@ def _depth(found: Mapping[BlockKey, Block], key: BlockKey) -> int:
         chain.append(block)
         at = block.best.parent
         if at is None and not block.best.depth:
-            depth = -1  # the first of a chain: nothing stands before it
-        elif at in found and found[at].best.root != block.best.root:
+            depth = -1  # the first block of a chain has no ancestors
+        elif at is not None and at in found and found[at].best.root != block.best.root:
             break
     for block in reversed(chain):
         depth = depth + 1 if depth != _NO_CHAIN else _NO_CHAIN
@@ -91,8 +101,11 @@ def _depth(found: Mapping[BlockKey, Block], key: BlockKey) -> int:
     return depth
 
 
-def assigned(blocks: Sequence[Block]) -> dict[str, list[BlockKey]]:
-    """Which node writes which of the blocks, in their order: each some node that holds it, all about as many bytes, chains together."""
+def assign_writers(blocks: Sequence[MergedBlock]) -> dict[str, list[BlockKey]]:
+    """Assign each block to a node that holds it. Returns the keys for each node, in order.
+
+    Each node gets about the same number of bytes. Blocks of a chain go to one node where possible.
+    """
     shares: dict[str, list[BlockKey]] = {node: [] for block in blocks for node in block.holders}
     load = dict.fromkeys(shares, 0)
     fair_bytes = sum(block.best.stored_bytes for block in blocks) / max(len(load), 1)
@@ -105,8 +118,8 @@ def assigned(blocks: Sequence[Block]) -> dict[str, list[BlockKey]]:
     return {node: keys for node, keys in shares.items() if keys}
 
 
-def closed(blocks: Iterable[Block], missing: set[BlockKey]) -> list[Block]:
-    """The blocks without those that are missing, and without all that stand behind one of these."""
+def without_descendants(blocks: Iterable[MergedBlock], missing: set[BlockKey]) -> list[MergedBlock]:
+    """Returns the blocks without the missing ones and their descendants."""
     gone = set(missing)
     kept = []
     for block in blocks:

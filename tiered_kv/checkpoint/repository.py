@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tiered_kv.checkpoint.garbage_collection import CollectionResult, collect
-from tiered_kv.checkpoint.leases import COLLECTING, SKEW_S, TTL_S, Lease, mark_of, marks_in
+from tiered_kv.checkpoint.leases import COLLECTING, SKEW_S, TTL_S, Lease, marker_of, markers_in
 from tiered_kv.checkpoint.manifest import Manifest, Model, created_of, is_like_manifest, new_name
 from tiered_kv.checkpoint.verify import Problem, verify
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.tiers.disk.footer import ROW_BYTES, TRAILER_BYTES, footer_bytes, unpack_trailer
+from tiered_kv.tiers.disk.footer import ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, unpack_trailer
 from tiered_kv.tiers.objects.open_store import open_store
 from tiered_kv.tiers.objects.packs import pack_prefix, read_footer
 from tiered_kv.tiers.objects.store import ObjectStore
@@ -31,11 +31,14 @@ THREADS = 8
 _POINTER = re.compile(rb"TKVLATEST 1 (?P<name>[^\n]+) (?P<digest>[0-9a-f]{64})\n")
 _POLL_S = 1.0
 _LISTED_WITHIN_S = 60.0
-Block = tuple[BlockKey, BlockKey]  # key and root
+BlockId = tuple[BlockKey, BlockKey]
+"""Key and root."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Place(NamedTuple):
-    """The place of a block's frame: its pack, the bytes in it, and its codec."""
+class PackEntry(NamedTuple):
+    """A block's frame in a pack: the pack's name, the bytes in it, and the codec."""
 
     pack: str
     offset: int
@@ -44,10 +47,10 @@ class Place(NamedTuple):
     codec: int
 
 
-class Known(NamedTuple):
-    """The existing packs: the places of their blocks by key and root, and the size of each pack in bytes."""
+class KnownPacks(NamedTuple):
+    """The existing packs: the entries of their blocks by key and root, and the size of each pack in bytes."""
 
-    places: dict[Block, Place]
+    entries: dict[BlockId, PackEntry]
     packs: dict[str, int]
 
 
@@ -100,8 +103,8 @@ class Repository:
             return name
         raise self._none_there()
 
-    def read_latest(self, say: Callable[[str], object] = log.warning) -> tuple[str, Manifest]:
-        """Returns the name and the manifest of the newest undamaged checkpoint. Calls `say` for each newer one that is damaged.
+    def read_latest(self, log: Callable[[str], object] = log.warning) -> tuple[str, Manifest]:
+        """Returns the name and the manifest of the newest undamaged checkpoint. Calls `log` for each newer one that is damaged.
 
         Raises (kind `storage`) if there is no checkpoint, and (kind `corrupt`) if all are damaged.
         """
@@ -113,7 +116,7 @@ class Repository:
                 if error.kind is not Kind.CORRUPT:
                     raise
                 damaged.append(error)
-                say(f"{error}; trying the next older one")
+                log(f"{error}; trying the next older one")
         raise damaged[0] if damaged else self._none_there()
 
     def _none_there(self) -> TieredKVError:
@@ -181,7 +184,7 @@ class Repository:
         """Write the name of this checkpoint to LATEST."""
         self.store.put(LATEST, [b"TKVLATEST 1 %s %s\n" % (name.encode(), _name_digest(name.encode()).encode())])
 
-    def known(self) -> Known:
+    def known(self) -> KnownPacks:
         """Returns the blocks in all packs that are listed in full size.
 
         They are from all manifests, of which the newest takes precedence, and from packs that no manifest names. Damaged objects
@@ -191,21 +194,21 @@ class Repository:
         packs = {name: nbytes for name, nbytes in sizes.items() if pack_prefix(name) == ""}
         manifests = [each for each in self._each(self._readable, self.names_in(sizes)) if each]
         named = {pack for manifest in manifests for pack, _ in manifest.packs}
-        places: dict[Block, Place] = {}
-        for name, entries in self._each(self._entries, [(name, nbytes) for name, nbytes in packs.items() if name not in named]):
-            places |= {
-                (each.key, each.root): Place(name, each.offset, each.stored_bytes, each.raw_bytes, each.codec)
-                for each in entries
+        entries: dict[BlockId, PackEntry] = {}
+        for name, listed in self._each(self._entries, [(name, nbytes) for name, nbytes in packs.items() if name not in named]):
+            entries |= {
+                (each.key, each.root): PackEntry(name, each.offset, each.stored_bytes, each.raw_bytes, each.codec)
+                for each in listed
                 if each.root is not None
             }
         for manifest in sorted(manifests, key=lambda each: each.created_s):
             whole = [packs.get(name) == nbytes for name, nbytes in manifest.packs]
-            places |= {
-                (row.key, row.root): Place(manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.raw_bytes, row.codec)
+            entries |= {
+                (row.key, row.root): PackEntry(manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.raw_bytes, row.codec)
                 for row in manifest.rows
                 if whole[row.pack]
             }
-        return Known(places, packs)
+        return KnownPacks(entries, packs)
 
     def confirm(self, packs: Iterable[tuple[str, int]]) -> None:
         """Check that each of these packs exists, by reading its footer.
@@ -217,16 +220,16 @@ class Repository:
                 raise TieredKVError(Kind.STORAGE, problem, missing=True)
 
     @contextmanager
-    def lease(self, kind: str = "checkpoint", say: Callable[[str], object] = log.info) -> Iterator[Lease]:
+    def lease(self, kind: str = "checkpoint", log: Callable[[str], object] = log.info) -> Iterator[Lease]:
         """Hold a lease until the end of the with block. Meanwhile no process deletes anything in this store.
 
         Writers of checkpoints need it, and readers whose checkpoint must not be deleted. If another process is deleting, this
-        calls `say` and waits for it. Raises (kind `storage`) if that takes too long. Renew the lease before `TTL_S` has passed.
+        calls `log` and waits for it. Raises (kind `storage`) if that takes too long. Renew the lease before `TTL_S` has passed.
         """
-        self._await_collector(say)
+        self._await_collector(log)
         lease = Lease(self.store, kind, self.now_s)
         try:
-            self._await_collector(say, lease)
+            self._await_collector(log, lease)
             yield lease
         finally:
             lease.release()
@@ -257,7 +260,7 @@ class Repository:
         """
         return verify(self, names, progress)
 
-    def _each(self, function: Callable, items: Collection) -> list:
+    def _each(self, function: Callable[[Item], Result], items: Collection[Item]) -> list[Result]:
         """Call `function` on each item, in several threads. Returns the results in order."""
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(function, items))
@@ -310,7 +313,7 @@ class Repository:
                 return False
             raise
 
-    def _entries(self, pack: tuple[str, int]) -> tuple[str, tuple]:
+    def _entries(self, pack: tuple[str, int]) -> tuple[str, tuple[Entry, ...]]:
         try:
             return pack[0], read_footer(self.store, *pack).entries
         except TieredKVError as error:
@@ -332,7 +335,7 @@ class Repository:
             return f"the pack {name} is incomplete: its {nbytes} bytes do not end with its footer"
         return None
 
-    def _await_collector(self, say: Callable[[str], object], lease: Lease | None = None) -> None:
+    def _await_collector(self, log: Callable[[str], object], lease: Lease | None = None) -> None:
         """Wait for a listing that shows the lease and no live delete mark.
 
         Raises (kind `storage`) if that takes too long.
@@ -341,13 +344,14 @@ class Repository:
         while True:
             listed = self.store.sizes()
             now_s = self.now_s()
-            marks = [mark.name for mark in marks_in(listed) if mark.kind == COLLECTING and mark.is_live(now_s)]
-            if not marks and (lease is None or lease.name in listed):
+            marks = [mark.name for mark in markers_in(listed) if mark.kind == COLLECTING and mark.is_live(now_s)]
+            unlisted = "" if lease is None or lease.name in listed else lease.name
+            if not marks and not unlisted:
                 return
             if now_s - begun > (TTL_S + SKEW_S + _LISTED_WITHIN_S if marks else _LISTED_WITHIN_S):
-                what = f"{marks[0]} is still there" if marks else f"the listing does not show {lease.name}"
+                what = f"{marks[0]} is still there" if marks else f"the listing does not show {unlisted}"
                 raise TieredKVError(Kind.STORAGE, f"gave up waiting for the store {self.store.url}: {what}", object=what)
-            say(
+            log(
                 f"waiting for another process that deletes old packs ({marks[0]})" if marks else "waiting for the listing to show the lease"
             )
             if lease:
@@ -365,25 +369,25 @@ def open_repository(url: str, *, create: bool = True) -> Iterator[Repository]:
         yield Repository(store)
 
 
-def reusable(known: Known, wanted: Iterable[Block]) -> dict[Block, Place]:
-    """Returns the places of wanted blocks in existing packs that a new checkpoint may reuse.
+def reusable(known: KnownPacks, wanted: Iterable[BlockId]) -> dict[BlockId, PackEntry]:
+    """Returns the entries of wanted blocks in existing packs that a new checkpoint may reuse.
 
     A pack is reused if at least half of its bytes are wanted. The blocks of other packs are written again. So at most half of
     the bytes in a checkpoint's packs are unused.
     """
-    found = {block: known.places[block] for block in wanted if block in known.places}
+    found = {block: known.entries[block] for block in wanted if block in known.entries}
     live: dict[str, int] = {}
-    for place in found.values():
-        live[place.pack] = live.get(place.pack, 0) + place.stored_bytes + ROW_BYTES
+    for entry in found.values():
+        live[entry.pack] = live.get(entry.pack, 0) + entry.stored_bytes + ROW_BYTES
     kept = {pack for pack, nbytes in live.items() if 2 * nbytes >= known.packs[pack] - TRAILER_BYTES}
-    return {block: place for block, place in found.items() if place.pack in kept}
+    return {block: entry for block, entry in found.items() if entry.pack in kept}
 
 
 def may_be_manifest(name: str) -> bool:
     """Returns whether a name can be a checkpoint's: not that of another kind of object, not hidden, and not in a folder."""
     if not name or name == LATEST or "/" in name or "\n" in name or name.startswith(".") or name.endswith(".part"):
         return False
-    return pack_prefix(name) is None and mark_of(name) is None
+    return pack_prefix(name) is None and marker_of(name) is None
 
 
 def _listed(name: str, manifest: Manifest | TieredKVError, users: dict[str, int]) -> CheckpointSummary:

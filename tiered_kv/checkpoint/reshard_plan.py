@@ -8,15 +8,14 @@ that the key of any rank in any world. No token ids are needed.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from tiered_kv.checkpoint.manifest import Model
+from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Chain, Namespace
 from tiered_kv.layout import KVLayout
-from tiered_kv.node.checkpoints.reshard_layout import Piece, pieces, resharded
-
-if TYPE_CHECKING:
-    from tiered_kv.checkpoint.manifest import Model, Row
+from tiered_kv.node.checkpoints.reshard_layout import Piece, opened_layout, pieces, resharded
 
 
 class Target(NamedTuple):
@@ -31,27 +30,28 @@ class Target(NamedTuple):
     depth: int | None
     hits: int
     raw_bytes: int
-    sources: "tuple[Row, ...]"
+    sources: tuple[Row, ...]
     pieces: tuple[Piece, ...]
 
 
-class Planned(NamedTuple):
+class ReshardPlan(NamedTuple):
     """The plan of a checkpoint for a world.
 
     targets: blocks to build, parents before children and hottest first. unchanged: blocks that are of that world already, in
     their order. models: the models of both. skipped: one sentence for each reason why blocks are left out.
     """
 
-    targets: "list[Target]"
-    unchanged: "list[Row]"
-    models: "list[Model]"
+    targets: list[Target]
+    unchanged: list[Row]
+    models: list[Model]
     skipped: list[str]
 
 
 class _Rank(NamedTuple):
-    """A rank of the new world, its keys, and the pieces of source ranks that it consists of."""
+    """A rank of the new world, its layout and keys, and the pieces of source ranks that it consists of."""
 
-    model: "Model"
+    model: Model
+    layout: KVLayout
     chain: Chain
     pieces: tuple[Piece, ...]
 
@@ -78,10 +78,10 @@ class _BlockOfRanks:
     family: _Family
     key: BlockKey
     parent: BlockKey | None = None
-    rows: "dict[int, Row]" = field(default_factory=dict)
+    rows: dict[int, Row] = field(default_factory=dict)
 
 
-def plan(rows: "Iterable[Row]", models: "Iterable[Model]", world: int) -> Planned:
+def plan(rows: Iterable[Row], models: Iterable[Model], world: int) -> ReshardPlan:
     """Plan how the ranks of `world` can use `rows`, which have parents before children. Returns the plan.
 
     A block is built if all its source ranks have their blocks, and if its parent is built or already of that world. Otherwise the
@@ -114,7 +114,7 @@ class _Planner:
         self._unchanged: list[Row] = []
         self._left_out: Counter[str] = Counter()  # number of blocks by reason
 
-    def know(self, model: "Model") -> None:
+    def know(self, model: Model) -> None:
         """Add a model. Decides whether its blocks are unchanged, resharded or refused."""
         try:
             namespace = _namespace(model)
@@ -125,26 +125,28 @@ class _Planner:
         except TieredKVError as error:
             self._refused[model.root] = f"{_name(model)}: {error}"
 
-    def _member(self, model: "Model", namespace: Namespace) -> _Member:
-        layout = resharded(model.layout, namespace.world, self._world)
-        chain = namespace.chain(model.layout)
+    def _member(self, model: Model, namespace: Namespace) -> _Member:
+        layout = opened_layout(model.layout)
+        target_layout = resharded(layout, namespace.world, self._world)
+        chain = namespace.chain(layout)
         if chain.root != model.root:
             raise TieredKVError(Kind.LAYOUT, "its namespace and layout do not match the root of its blocks")
-        known = replace(namespace, rank=0), model.layout
+        known = replace(namespace, rank=0), layout
         if known not in self._families:
-            self._families[known] = _Family(_name(model), model.layout, self._ranks(model, namespace, layout))
+            self._families[known] = _Family(_name(model), layout, self._ranks(model, namespace, target_layout))
         return _Member(self._families[known], namespace.rank, chain)
 
-    def _ranks(self, model: "Model", namespace: Namespace, layout: KVLayout) -> list[_Rank]:
-        ranks, heads = [], layout.kv_heads * self._world
+    def _ranks(self, model: Model, namespace: Namespace, layout: KVLayout) -> list[_Rank]:
+        ranks: list[_Rank] = []
+        heads = layout.kv_heads * self._world
         for rank in range(self._world):
             ours = replace(namespace, rank=rank, world=self._world)
             chain = ours.chain(layout)
             named = model._replace(root=chain.root, layout=layout, namespace=asdict(ours))
-            ranks.append(_Rank(named, chain, tuple(pieces(namespace.world, self._world, heads, rank))))
+            ranks.append(_Rank(named, layout, chain, tuple(pieces(namespace.world, self._world, heads, rank))))
         return ranks
 
-    def add(self, row: "Row") -> None:
+    def add(self, row: Row) -> None:
         """Add a row to the rows of other ranks for the same block of the whole model."""
         if row.root in self._kept:
             self._unchanged.append(row)
@@ -161,32 +163,35 @@ class _Planner:
             if row.parent is not None:
                 place.parent = chain.whole_key(row.parent)
 
-    def planned(self) -> Planned:
+    def planned(self) -> ReshardPlan:
         """Returns the plan for all models and rows added so far."""
-        made = {row.key for row in self._unchanged}
+        available = {row.key for row in self._unchanged}
         models = {row.root: self._kept[row.root] for row in self._unchanged}
         targets: list[Target] = []
         lacking: dict[BlockKey, str] = {}
         for place in self._places.values():
             for rank in place.family.ranks:
+                key = rank.chain.rank_key(place.key)
+                if key in available:  # already built from another world, or unchanged
+                    continue
                 target = _target(place, rank)
-                if target.key in made:  # already built from another world, or unchanged
+                if target is None or not (target.parent is None or target.parent in available):
+                    lacking[key] = place.family.name
                     continue
-                if None in target.sources or not (target.parent is None or target.parent in made):
-                    lacking[target.key] = place.family.name
-                    continue
-                made.add(target.key)
+                available.add(key)
                 models[target.root] = rank.model
                 targets.append(target)
-        for name in (name for key, name in lacking.items() if key not in made):
+        for name in (name for key, name in lacking.items() if key not in available):
             self._left_out[f"{name}: a source block or the parent is not in the checkpoint"] += 1
         skipped = [f"{reason} (blocks left out: {count})" for reason, count in self._left_out.items()]
-        return Planned(targets, self._unchanged, list(models.values()), skipped)
+        return ReshardPlan(targets, self._unchanged, list(models.values()), skipped)
 
 
-def _target(place: _BlockOfRanks, rank: _Rank) -> Target:
-    """Returns the block of a rank to build. The source of a rank without this block is None."""
-    sources = tuple(place.rows.get(piece.source) for piece in rank.pieces)
+def _target(place: _BlockOfRanks, rank: _Rank) -> Target | None:
+    """Returns the block of a rank to build, or None if a source rank does not have this block."""
+    if any(piece.source not in place.rows for piece in rank.pieces):
+        return None
+    sources = tuple(place.rows[piece.source] for piece in rank.pieces)
     known = place.rows.values()
     return Target(
         key=rank.chain.rank_key(place.key),
@@ -194,18 +199,18 @@ def _target(place: _BlockOfRanks, rank: _Rank) -> Target:
         root=rank.chain.root,
         depth=next((row.depth for row in known if row.depth is not None), None),
         hits=max(row.hits for row in known),
-        raw_bytes=rank.model.layout.block_bytes,
+        raw_bytes=rank.layout.block_bytes,
         sources=sources,
         pieces=rank.pieces,
     )
 
 
-def _namespace(model: "Model") -> Namespace:
+def _namespace(model: Model) -> Namespace:
     try:
-        return Namespace(**model.namespace)
+        return Namespace(**(model.namespace or {}))
     except TypeError as error:
         raise TieredKVError(Kind.LAYOUT, "its namespace is unknown") from error
 
 
-def _name(model: "Model") -> str:
+def _name(model: Model) -> str:
     return model.name or f"model {model.root.hex()[:12]}"

@@ -1,4 +1,4 @@
-"""Restoring a checkpoint: every node is given its share of the blocks, shows them at once, and brings the hottest of them nearer."""
+"""Restores checkpoints: each node mounts a share of the blocks, which are hits at once, and then loads the hottest of them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,32 +7,44 @@ from threading import Event
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tiered_kv.blocks import Location, Tier
-from tiered_kv.checkpoint.call_nodes import answers
-from tiered_kv.checkpoint.manifest import Manifest, Model, Row
-from tiered_kv.checkpoint.reshard_plan import Planned
+from tiered_kv.checkpoint.call_nodes import CallNodes, call_all
+from tiered_kv.checkpoint.manifest import Manifest, Model
+from tiered_kv.checkpoint.manifest_rows import Row
+from tiered_kv.checkpoint.reshard_plan import ReshardPlan, Target
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.loader import Filled, Shelf
-from tiered_kv.node.checkpoints.reshard import Made
+from tiered_kv.node.checkpoints.reshard import ReshardedBlock
+from tiered_kv.node.checkpoints.steps import (
+    LoadCapacity,
+    LoadCapacityRequest,
+    LoadProgress,
+    LoadProgressRequest,
+    LoadRequest,
+    MountRequest,
+    ReshardRequest,
+    StopLoadingRequest,
+)
 from tiered_kv.protocol.model_info import ModelFacts
-from tiered_kv.protocol.peer_transport import Ask
 from tiered_kv.tiers.objects.credentials import credentials
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
 UNEVEN = 1.1
-"""A chain stays on one node until that has so many times its share."""
+"""A chain stays on one node until the node has this multiple of its share."""
+POLL_S = 0.1
 
 
-class Chosen(NamedTuple):
-    """The blocks of a checkpoint that are to be restored, in its order, and what is said of those that are not."""
+class Selection(NamedTuple):
+    """The blocks of a checkpoint to restore, in its order. skipped: one sentence for each model that is left out."""
 
     rows: list[Row]
     skipped: list[str]
 
 
-class Mounted(NamedTuple):
-    """Blocks of a checkpoint that are hits from now on, by node; and how many of those chosen are not: they found no room in an index, or
-    carry more error than the cluster's settings allow.
+class MountResult(NamedTuple):
+    """The counts of a mount.
+
+    by_node: blocks that are hits from now on. no_room: blocks left out because the indexes are full. too_lossy: blocks left out
+    because their error is larger than the cluster's settings allow.
     """
 
     by_node: dict[str, int]
@@ -40,23 +52,25 @@ class Mounted(NamedTuple):
     too_lossy: int = 0
 
 
-def chosen(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Chosen:
-    """The blocks of the models that are `wanted`, and that a cluster with blocks of so many tokens can have any use for."""
-    skipped, roots, counts = [], set(), Counter(row.root for row in manifest.rows)
+def select(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Selection:
+    """Select the blocks of the models for which `wanted` is true, and whose blocks have `block_tokens` tokens (None: any)."""
+    skipped: list[str] = []
+    roots: set[BlockKey] = set()
+    counts = Counter(row.root for row in manifest.rows)
     for model in manifest.models:
         count = counts[model.root]
         if not wanted(model):
-            skipped.append(f"{title(model)}: {count:,} blocks are not restored, it is none of those asked for")
+            skipped.append(f"{title(model)}: {count:,} blocks are not restored, because this namespace was not requested")
         elif block_tokens is not None and model.layout is not None and model.layout.block_tokens != block_tokens:
-            has = f"its blocks have {model.layout.block_tokens} tokens, those of this cluster {block_tokens}"
-            skipped.append(f"{title(model)}: {count:,} blocks are not restored, nobody could hit them: {has}")
+            why = f"its blocks have {model.layout.block_tokens} tokens, but this cluster's have {block_tokens}"
+            skipped.append(f"{title(model)}: {count:,} blocks are not restored, because they could never be hits: {why}")
         else:
             roots.add(model.root)
-    return Chosen([row for row in manifest.rows if row.root in roots], skipped)
+    return Selection([row for row in manifest.rows if row.root in roots], skipped)
 
 
 def title(model: Model) -> str:
-    """What a model is called for people."""
+    """Returns the name of a model for people."""
     facts = model.namespace or {}
     weights = str(facts.get("weights", ""))
     parts = [model.name or (weights[:12] if len(weights) == 64 else weights)]
@@ -68,77 +82,105 @@ def title(model: Model) -> str:
 
 
 def matches(model: Model, wanted: Iterable[str]) -> bool:
-    """Whether one of these texts names a model: the beginning of its weights' name or of its root, or its tenant."""
+    """Returns whether one of these texts is a model's tenant, or the start of its weights' name, of its name or of its root."""
     facts = model.namespace or {}
     names = [model.root.hex(), str(facts.get("weights", "")), model.name]
     return any(text and (text == facts.get("tenant") or any(name.startswith(text) for name in names)) for text in wanted)
 
 
-class Placed(Protocol):
-    """What is given to some node: a row, or a block that is to be made."""
+class ChainBlock(Protocol):
+    """A block that is assigned to a node: a row, or a block to build."""
 
-    key: BlockKey
-    parent: BlockKey | None
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+
+    @property
+    def parent(self) -> BlockKey | None:
+        """The key of its parent, None for the first block of a chain."""
 
 
-P = TypeVar("P", bound=Placed)
+B = TypeVar("B", bound=ChainBlock)
 
 
-def shares(rows: Sequence[P], shelves: Mapping[str, Shelf], size: Callable[[P], int] = attrgetter("stored_bytes")) -> dict[str, list[P]]:
-    """Which node gets which rows, in their order: by the room in host memory and on disk, a chain as far as may be on one node."""
-    weights = {node: shelf.host_bytes + shelf.disk_bytes for node, shelf in shelves.items()}
+def assign_nodes(
+    blocks: Sequence[B], capacities: Mapping[str, LoadCapacity], size: Callable[[B], int] = attrgetter("stored_bytes")
+) -> dict[str, list[B]]:
+    """Assign blocks to nodes in proportion to the room in their host memory and on disk. Returns the blocks of each node, in order.
+
+    The blocks of a chain go to one node where possible.
+    """
+    weights = {node: capacity.host_bytes + capacity.disk_bytes for node, capacity in capacities.items()}
     if not any(weights.values()):
-        weights = dict.fromkeys(shelves, 1)
-    total_weight, total_bytes = sum(weights.values()), sum(map(size, rows))
+        weights = dict.fromkeys(capacities, 1)
+    total_weight, total_bytes = sum(weights.values()), sum(map(size, blocks))
     most = {node: UNEVEN * total_bytes * weight / total_weight for node, weight in weights.items()}
-    load = dict.fromkeys(shelves, 0)
-    given: dict[str, list[P]] = {node: [] for node in shelves}
-    where: dict[BlockKey, str] = {}
-    for row in rows:
-        node = where.get(row.parent) if row.parent is not None else None
-        if node is None or load[node] + size(row) > most[node]:
-            node = min((each for each in shelves if weights[each]), key=lambda each: load[each] / weights[each])
-        where[row.key] = node
-        load[node] += size(row)
-        given[node].append(row)
-    return given
+    load = dict.fromkeys(capacities, 0)
+    shares: dict[str, list[B]] = {node: [] for node in capacities}
+    node_of: dict[BlockKey, str] = {}
+    for block in blocks:
+        node = node_of.get(block.parent) if block.parent is not None else None
+        if node is None or load[node] + size(block) > most[node]:
+            node = min((each for each in capacities if weights[each]), key=lambda each: load[each] / weights[each])
+        node_of[block.key] = node
+        load[node] += size(block)
+        shares[node].append(block)
+    return shares
 
 
-def mount(ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> Mounted:
-    """Have nodes show these rows of a manifest's packs. Raises the first error of a node."""
-    given = shares(rows, answers(ask, nodes, "shelf"))
-    by_node, facts = {}, _facts(manifest.models)
-    for node, mine in given.items():
+def mount(call: CallNodes, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> MountResult:
+    """Make these rows of a manifest hits on the nodes. Returns the counts. Raises the first error of a node."""
+    shares = assign_nodes(rows, call_all(call, nodes, LoadCapacityRequest()))
+    by_node: dict[str, int] = {}
+    models = _descriptions(manifest.models)
+    for node, mine in shares.items():
         names, numbers = _packs_of(manifest, mine)
         blocks = [_mounted(row, numbers[row.pack]) for row in mine]
-        by_node[node] = answers(ask, [node], "mount", url, names, blocks, facts, credentials(url))[node]
-    too_lossy = filled(ask, list(given)).too_lossy
-    return Mounted(by_node, len(rows) - sum(by_node.values()) - too_lossy, too_lossy)
+        by_node[node] = call_all(call, [node], MountRequest(url, names, blocks, models, credentials(url)))[node]
+    too_lossy = load_progress(call, list(shares)).too_lossy
+    return MountResult(by_node, len(rows) - sum(by_node.values()) - too_lossy, too_lossy)
 
 
-def make(
-    ask: Ask, nodes: Sequence[str], url: str, manifest: Manifest, planned: Planned, *, max_rate: float | None = None, **waiting: Any
-) -> Filled:
-    """Have nodes make the blocks that are `planned` for ranks of another world, and wait for it as `fill` does."""
-    layouts = {model.root: model.layout for model in manifest.models}
-    given = shares(planned.targets, answers(ask, nodes, "shelf"), attrgetter("raw_bytes"))
-    for node, targets in given.items():
+def reshard(
+    call: CallNodes,
+    nodes: Sequence[str],
+    url: str,
+    manifest: Manifest,
+    plan: ReshardPlan,
+    *,
+    max_rate: float | None = None,
+    progress: Callable[[LoadProgress], None] = lambda _: None,
+    stopped: Event | None = None,
+    poll_s: float = POLL_S,
+) -> LoadProgress:
+    """Make nodes build the blocks of a plan, and wait until they are done. Returns the counts. Raises as `wait_until_loaded`.
+
+    `max_rate`: bytes per second of all nodes together, None for no limit.
+    """
+    shares = assign_nodes(plan.targets, call_all(call, nodes, LoadCapacityRequest()), attrgetter("raw_bytes"))
+    for node, targets in shares.items():
         names, numbers = _packs_of(manifest, [row for target in targets for row in target.sources])
-        blocks = [
-            Made(
-                *(target.key, target.parent, target.root, target.depth or 0, target.hits + 1, target.raw_bytes),
-                tuple(_mounted(row, numbers[row.pack]) for row in target.sources),
-                target.pieces,
-                layouts[target.sources[0].root],
-            )
-            for target in targets
-        ]
-        answers(ask, [node], "make", url, names, blocks, max_rate and max_rate / len(nodes), _facts(planned.models), credentials(url))
-    return wait(ask, nodes, **waiting)
+        blocks = _resharded(manifest, targets, numbers)
+        rate = max_rate and max_rate / len(nodes)
+        call_all(call, [node], ReshardRequest(url, names, blocks, rate, _descriptions(plan.models), credentials(url)))
+    return wait_until_loaded(call, nodes, progress=progress, stopped=stopped, poll_s=poll_s)
 
 
-def _facts(models: Iterable[Model]) -> dict[BlockKey, dict]:
-    """What nodes shall know of models until workers attach: enough for the next checkpoint."""
+def _resharded(manifest: Manifest, targets: Iterable[Target], numbers: Mapping[int, int]) -> list[ReshardedBlock]:
+    layouts = {model.root: model.layout for model in manifest.models if model.layout is not None}
+    return [
+        ReshardedBlock(
+            *(target.key, target.parent, target.root, target.depth or 0, target.hits + 1, target.raw_bytes),
+            tuple(_mounted(row, numbers[row.pack]) for row in target.sources),
+            target.pieces,
+            layouts[target.sources[0].root],
+        )
+        for target in targets
+    ]
+
+
+def _descriptions(models: Iterable[Model]) -> dict[BlockKey, dict[str, Any]]:
+    """Returns the models' descriptions for nodes that have no worker yet. The next checkpoint needs them."""
     return {
         model.root: ModelFacts(model.layout, (model.namespace or {}).get("weights", model.name), namespace=model.namespace).as_message()
         for model in models
@@ -147,7 +189,7 @@ def _facts(models: Iterable[Model]) -> dict[BlockKey, dict]:
 
 
 def _packs_of(manifest: Manifest, rows: Sequence[Row]) -> tuple[list[str], dict[int, int]]:
-    """The packs that rows are in: their names, and where each pack of the manifest stands among them."""
+    """Returns the names of the packs that contain the rows, and the index of each among them, by its number in the manifest."""
     numbers = {pack: number for number, pack in enumerate(dict.fromkeys(row.pack for row in rows))}
     return [manifest.packs[pack][0] for pack in numbers], numbers
 
@@ -157,41 +199,65 @@ def _mounted(row: Row, segment: int) -> MountedBlock:
     return MountedBlock(row.key, row.parent, row.root, row.depth, location, row.hits + 1)
 
 
-def fill(ask: Ask, nodes: Sequence[str], *, max_rate: float | None = None, **waiting: Any) -> Filled:
-    """Have nodes bring what they show nearer, and `wait` for it. Raises the first error of a node."""
-    answers(ask, nodes, "fill", max_rate and max_rate / len(nodes))
-    return wait(ask, nodes, **waiting)
-
-
-def wait(
-    ask: Ask,
+def load(
+    call: CallNodes,
     nodes: Sequence[str],
     *,
-    progress: Callable[[Filled], None] = lambda _: None,
+    max_rate: float | None = None,
+    progress: Callable[[LoadProgress], None] = lambda _: None,
     stopped: Event | None = None,
-    poll_s: float = 0.1,
-) -> Filled:
-    """Wait until nodes have brought nearer what they were asked to; sums over the nodes. Raises the first error of a node.
+    poll_s: float = POLL_S,
+) -> LoadProgress:
+    """Make nodes load their mounted blocks, and wait until they are done. Returns the counts. Raises as `wait_until_loaded`.
 
-    Where `stopped` is set filling ends early (kind `storage`); what is mounted stays so.
+    `max_rate`: bytes per second of all nodes together, None for no limit.
+    """
+    call_all(call, nodes, LoadRequest(max_rate and max_rate / len(nodes)))
+    return wait_until_loaded(call, nodes, progress=progress, stopped=stopped, poll_s=poll_s)
+
+
+def wait_until_loaded(
+    call: CallNodes,
+    nodes: Sequence[str],
+    *,
+    progress: Callable[[LoadProgress], None] = lambda _: None,
+    stopped: Event | None = None,
+    poll_s: float = POLL_S,
+) -> LoadProgress:
+    """Wait until nodes have loaded their blocks. Returns the counts of all nodes together.
+
+    progress: called with the counts after each poll. stopped: set it to stop; mounted blocks are still hits. Raises the first
+    error of a node, and (kind `storage`) if `stopped` was set.
     """
     stopped = stopped or Event()
     while True:
-        total = filled(ask, nodes)
+        total = load_progress(call, nodes)
         progress(total)
         if total.error is not None:
             raise total.error
         if total.is_done:
             return total
         if stopped.wait(poll_s):
-            ask(nodes, "stop_filling")
-            raise TieredKVError(Kind.STORAGE, "filling was stopped; the checkpoint stays mounted, its blocks are read when they are wanted")
+            call(nodes, StopLoadingRequest())
+            raise TieredKVError(Kind.STORAGE, "loading was stopped; the checkpoint is still mounted, and its blocks are read on demand")
 
 
-def filled(ask: Ask, nodes: Sequence[str]) -> Filled:
-    """How filling goes on all nodes."""
-    each = list(answers(ask, nodes, "filled").values())
-    problems = [problem for one in each for problem in one.problems]
-    sums = (sum(getattr(one, name) for one in each) for name in ("mounted", "host", "disk", "nbytes", "damaged"))
-    error = next((one.error for one in each if one.error), None)
-    return Filled(*sums, problems, all(one.is_done for one in each), error, sum(one.too_lossy for one in each))
+def load_progress(call: CallNodes, nodes: Sequence[str]) -> LoadProgress:
+    """Returns the state of loading of all nodes together."""
+    return total_of(call_all(call, nodes, LoadProgressRequest()).values())
+
+
+def total_of(several: Iterable[LoadProgress]) -> LoadProgress:
+    """Returns the sums of counts, all problems, and the first error. It is done if all are."""
+    each = list(several)
+    return LoadProgress(
+        mounted=sum(one.mounted for one in each),
+        host=sum(one.host for one in each),
+        disk=sum(one.disk for one in each),
+        nbytes=sum(one.nbytes for one in each),
+        damaged=sum(one.damaged for one in each),
+        problems=[problem for one in each for problem in one.problems],
+        is_done=all(one.is_done for one in each),
+        error=next((one.error for one in each if one.error), None),
+        too_lossy=sum(one.too_lossy for one in each),
+    )

@@ -10,19 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, NamedTuple
 
-from tiered_kv.checkpoint.call_nodes import answers, good
+from tiered_kv.checkpoint.call_nodes import CallNodes, call_all, error_of
 from tiered_kv.checkpoint.leases import Lease
 from tiered_kv.checkpoint.manifest import Manifest, Model
 from tiered_kv.checkpoint.manifest_rows import Row
-from tiered_kv.checkpoint.merge import Block, Merged, assigned, closed, merged
-from tiered_kv.checkpoint.repository import Block as Keyed
-from tiered_kv.checkpoint.repository import Place, Repository, reusable
+from tiered_kv.checkpoint.merge import MergedBlock, MergedSnapshots, assign_writers, merge, without_descendants
+from tiered_kv.checkpoint.repository import BlockId, PackEntry, Repository, reusable
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.writer import PACK_BYTES, Snapshot, Written
+from tiered_kv.node.checkpoints.steps import (
+    PACK_BYTES,
+    Snapshot,
+    SnapshotRequest,
+    StopWritingRequest,
+    WriteRequest,
+    WriteStatus,
+    WriteStatusRequest,
+)
 from tiered_kv.protocol.model_info import ModelFacts
-from tiered_kv.protocol.peer_transport import Ask
 from tiered_kv.tiers.objects.credentials import credentials
 
 log = logging.getLogger(__name__)
@@ -30,7 +36,7 @@ log = logging.getLogger(__name__)
 RENEW_S = 60.0
 
 
-class Wanted(NamedTuple):
+class CheckpointFilter(NamedTuple):
     """The filter for the blocks of a checkpoint.
 
     tiers: values of `Tier`; None means all but objects. models: whether the blocks of a model are included. min_hits: the least
@@ -43,7 +49,7 @@ class Wanted(NamedTuple):
     may_be_empty: bool = True
 
 
-EVERYTHING = Wanted()
+EVERYTHING = CheckpointFilter()
 
 
 class WriteProgress(NamedTuple):
@@ -55,7 +61,7 @@ class WriteProgress(NamedTuple):
     all_bytes: int
 
 
-class Taken(NamedTuple):
+class CheckpointResult(NamedTuple):
     """The counts of a written checkpoint.
 
     blocks, nbytes: all its blocks, and the bytes of their frames. new_blocks, new_bytes: those that were not in a pack before.
@@ -76,7 +82,7 @@ class Taken(NamedTuple):
     orphans: int
 
 
-class Taking:
+class CheckpointJob:
     """Writes one or more checkpoints of a cluster's nodes.
 
     max_rate: bytes per second of all nodes together, None for no limit. origin: the name of the cluster, stored in the
@@ -85,7 +91,7 @@ class Taking:
 
     def __init__(
         self,
-        ask: Ask,
+        call: CallNodes,
         nodes: Sequence[str],
         repository: Repository,
         *,
@@ -93,54 +99,64 @@ class Taking:
         max_rate: float | None = None,
         pack_bytes: int = PACK_BYTES,
         progress: Callable[[WriteProgress], None] = lambda _: None,
-        say: Callable[[str], None] = log.info,
+        log: Callable[[str], None] = log.info,
         stopped: Event | None = None,
         poll_s: float = 0.1,
     ) -> None:
-        self._ask = ask
+        self._call = call
         self._nodes = list(nodes)
         self._repository = repository
         self._origin = origin
         self._rate = max_rate
         self._pack_bytes = pack_bytes
         self._progress = progress
-        self._say = say
+        self._log = log
         self._stopped = stopped or Event()
         self._poll_s = poll_s
 
-    def take(self, wanted: Wanted = EVERYTHING, name: str | None = None, models: Sequence[Model] = (), extra: dict | None = None) -> Taken:
+    def take(
+        self,
+        wanted: CheckpointFilter = EVERYTHING,
+        name: str | None = None,
+        models: Sequence[Model] = (),
+        extra: dict[str, Any] | None = None,
+    ) -> CheckpointResult:
         """Write a checkpoint of the nodes' blocks under `name`, or under a generated name. Returns its counts.
 
         `models`: descriptions of models that the nodes may not have. Raises (kind `storage`) if a node or the store fails, or if
         `stopped` is set. Then no checkpoint is listed, but complete packs are kept, and the next checkpoint reuses them.
         """
-        with self._repository.lease("checkpoint", say=self._say) as lease:
+        with self._repository.lease("checkpoint", log=self._log) as lease:
             known = self._repository.known()  # read before the snapshots are taken, because nodes drop a snapshot after a while
             lease.renew_if_half_gone()
             ticket = uuid.uuid4().hex
             try:
-                snapshots = answers(self._ask, self._nodes, "snapshot", wanted.tiers, wanted.min_hits, ticket)
+                snapshots = call_all(self._call, self._nodes, SnapshotRequest(wanted.tiers, wanted.min_hits, ticket))
                 described = _models(snapshots, models)
-                whole = merged(snapshots, {model.root for model in described if wanted.models(model)})
+                whole = merge(snapshots, {model.root for model in described if wanted.models(model)})
                 if not whole.blocks and not wanted.may_be_empty:
                     raise TieredKVError(Kind.STORAGE, "there is nothing to write: no node has a block that matches the given filter")
-                kept = reusable(known, [keyed for block in whole.blocks if _is_as_good(known.places.get(keyed := _keyed(block)), block)])
+                kept = reusable(
+                    known, [block_id for block in whole.blocks if _is_as_good(known.entries.get(block_id := _id_of(block)), block)]
+                )
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
-                written = self._written(assigned(new), new, lease, ticket)
+                written = self._write_packs(assign_writers(new), new, lease, ticket)
             finally:
-                self._ask(self._nodes, "stop_saving", ticket)  # the ticket protects a checkpoint that another process has started
-            return self._published(whole, _There(kept, known.packs), written, described, name, extra or {}, lease)
+                self._call(self._nodes, StopWritingRequest(ticket))  # the ticket protects a checkpoint that another process has started
+            return self._publish(whole, ExistingPacks(kept, known.packs), written, described, name, extra or {}, lease)
 
-    def _written(self, shares: dict[str, list[BlockKey]], new: Sequence[Block], lease: Lease, ticket: str) -> dict[str, Written]:
+    def _write_packs(
+        self, shares: dict[str, list[BlockKey]], new: Sequence[MergedBlock], lease: Lease, ticket: str
+    ) -> dict[str, WriteStatus]:
         """Make each node write its share of the new blocks, and wait for all. Returns the state of each node."""
         all_bytes = sum(block.best.stored_bytes for block in new)
         rate = self._rate and self._rate / max(len(shares), 1)
         url = self._repository.store.url
         mine = credentials(url)
         for node, keys in shares.items():
-            answers(self._ask, [node], "save", url, keys, rate, self._pack_bytes, mine, ticket)
+            call_all(self._call, [node], WriteRequest(url, keys, rate, self._pack_bytes, mine, ticket))
         renew_s = time.monotonic() + RENEW_S
-        state: dict[str, Written] = {}
+        state: dict[str, WriteStatus] = {}
         while not all(node in state and state[node].is_done for node in shares):
             if self._stopped.wait(self._poll_s):
                 raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped; the next one continues from what was written")
@@ -148,10 +164,10 @@ class Taking:
                 if node in state and state[node].is_done:
                     continue
                 known = state[node].packs if node in state else []
-                answer = answers(self._ask, [node], "written", len(known), ticket)[node]
+                answer = call_all(self._call, [node], WriteStatusRequest(len(known), ticket))[node]
                 state[node] = answer._replace(packs=known + answer.packs)
                 if answer.error is not None:
-                    good({node: answer.error})
+                    raise error_of(node, answer.error) from answer.error
             if time.monotonic() > renew_s:
                 lease.renew()
                 renew_s = time.monotonic() + RENEW_S
@@ -159,35 +175,37 @@ class Taking:
             self._progress(WriteProgress(sum(each.blocks for each in done), len(new), sum(each.nbytes for each in done), all_bytes))
         return state
 
-    def _published(
+    def _publish(
         self,
-        whole: Merged,
-        there: "_There",
-        written: dict[str, Written],
+        whole: MergedSnapshots,
+        existing: "ExistingPacks",
+        written: dict[str, WriteStatus],
         models: Sequence[Model],
         name: str | None,
         extra: dict[str, Any],
         lease: Lease,
-    ) -> Taken:
+    ) -> CheckpointResult:
         """Write the manifest of the blocks in reused and newly written packs. Returns the counts of the checkpoint."""
         new_packs = {info.name: info for each in written.values() for info in each.packs}
-        places = there.places | {
-            (entry.key, entry.root): Place(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
+        entries = existing.entries | {
+            (entry.key, entry.root): PackEntry(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
             for info in new_packs.values()
             for entry in info.entries
         }
-        blocks = closed(whole.blocks, {block.best.key for block in whole.blocks if (block.best.key, block.best.root) not in places})
+        blocks = without_descendants(
+            whole.blocks, {block.best.key for block in whole.blocks if (block.best.key, block.best.root) not in entries}
+        )
         numbers: dict[str, int] = {}
-        rows = tuple(_row(block, places[block.best.key, block.best.root], numbers) for block in blocks)
-        sizes = there.packs | {info.name: info.nbytes for info in new_packs.values()}
+        rows = tuple(_row(block, entries[block.best.key, block.best.root], numbers) for block in blocks)
+        sizes = existing.packs | {info.name: info.nbytes for info in new_packs.values()}
         packs = tuple((pack, sizes[pack]) for pack in numbers)
         roots = {row.root for row in rows}
         described = tuple(model for model in models if model.root in roots)
         self._repository.confirm(packs)
         manifest = Manifest(packs, described, rows, self._repository.now_s(), self._origin, extra)
         given = self._repository.publish(manifest, name, lease)
-        new = [row for row in rows if (row.key, row.root) not in there.places]
-        return Taken(
+        new = [row for row in rows if (row.key, row.root) not in existing.entries]
+        return CheckpointResult(
             name=given,
             blocks=len(rows),
             nbytes=sum(row.stored_bytes for row in rows),
@@ -201,26 +219,26 @@ class Taking:
         )
 
 
-def _keyed(block: Block) -> Keyed:
+def _id_of(block: MergedBlock) -> BlockId:
     return block.best.key, block.best.root
 
 
-def _is_as_good(place: Place | None, block: Block) -> bool:
-    """Whether what lies in a pack may stand for the block: a cluster of less quality may have written it."""
-    return place is None or place.codec == block.best.codec or not is_lossy(place.codec)
+def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
+    """Returns whether an existing frame may replace the block: one written by a cluster of lower quality may not."""
+    return entry is None or entry.codec == block.best.codec or not is_lossy(entry.codec)
 
 
-class _There(NamedTuple):
-    """Blocks that are not written again: their places in existing packs, and the bytes of these packs."""
+class ExistingPacks(NamedTuple):
+    """Blocks that are not written again: their entries in existing packs, and the size of each pack in bytes."""
 
-    places: dict[Keyed, Place]
+    entries: dict[BlockId, PackEntry]
     packs: dict[str, int]
 
 
-def _row(block: Block, place: Place, numbers: dict[str, int]) -> Row:
+def _row(block: MergedBlock, entry: PackEntry, numbers: dict[str, int]) -> Row:
     """Returns the manifest row of a block. `numbers`: pack numbers by name; a new pack is added to it."""
-    best, pack = block.best, numbers.setdefault(place.pack, len(numbers))
-    where = place.offset, place.stored_bytes, place.raw_bytes, place.codec
+    best, pack = block.best, numbers.setdefault(entry.pack, len(numbers))
+    where = entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec
     return Row(best.key, best.parent, best.root, block.depth, pack, *where, best.tier, block.hits)
 
 
@@ -229,7 +247,7 @@ def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[M
 
     Its description is from the caller (`known`), else from workers. If neither has described it, only the root is known.
     """
-    models = {seen.root: Model(seen.root) for snapshot in snapshots.values() for seen in snapshot.blocks}
+    models = {entry.root: Model(entry.root) for snapshot in snapshots.values() for entry in snapshot.blocks}
     for snapshot in snapshots.values():
         for root, message in snapshot.models.items():
             facts = ModelFacts.of_message(message)

@@ -1,5 +1,5 @@
-"""Coordinator: which nodes live, which node has which block, and what the nodes' policies have counted together.
+"""Coordinator: the live nodes, the directory of their blocks, and the sum of their policies' statistics.
 
 May import: protocol, policy (to add statistics up), keys, clock, errors.
-Never knows: nodes' internals, clients, ray. It loses nothing that nodes cannot tell it again.
+Must never know: nodes' internals, clients, ray. All its state can be rebuilt from the nodes' reports.
 """

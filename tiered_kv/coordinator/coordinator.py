@@ -1,16 +1,17 @@
-"""The coordinator as plain Python: membership, directory, figures, and what the nodes' policies have counted.
+"""The coordinator as plain Python: membership, directory of blocks, figures, and the statistics of the nodes' policies.
 
-Loses nothing that nodes cannot tell it again.
+After a restart it rebuilds all of them from the nodes' reports.
 """
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tiered_kv.clock import Clock
 from tiered_kv.coordinator.directory import Directory
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy.reuse import merge_statistics
+from tiered_kv.protocol.messages import LiveNode, NodeInfo, NodeStats
 from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -22,43 +23,48 @@ LOST_MAX = 1024
 
 @dataclass
 class Member:
-    """A node as the coordinator knows it."""
+    """A live node. `number`: of its last report; `seen_s`: when that arrived; `statistics`: the last that it sent, if any."""
 
-    info: dict
+    info: NodeInfo
+    stats: NodeStats
     number: int
     seen_s: float
-    stats: dict = field(default_factory=dict)
     statistics: bytes | None = None
 
 
 class Coordinator:
-    """Knows the nodes and who holds what. A node silent for `node_timeout_s` is taken for gone until it speaks again.
+    """Tracks the live nodes and the blocks that each holds. Thread-safe.
 
-    Thread-safe. All state is rebuilt from the nodes' reports after a restart.
+    A node that sends no report for `node_timeout_s` is treated as lost until its next report. After a restart, all state is rebuilt
+    from the nodes' reports.
     """
 
     def __init__(self, clock: Clock, node_timeout_s: float) -> None:
         self._clock = clock
         self._timeout_s = node_timeout_s
         self._members: dict[str, Member] = {}
-        self._lost: dict[str, float] = {}  # nodes taken for gone, and when they were last heard of
+        self._lost: dict[str, float] = {}  # by lost node: the time of its last report
         self._directory = Directory()
         self._lock = threading.Lock()
         self._probes = ProbeBook()
 
     def report(self, report: Report) -> Answer:
-        """Take a node's heartbeat. Number 0 is a whole inventory and begins anew; after a gap one is asked for."""
+        """Process a node's report. Returns the answer to it.
+
+        Report 0 lists all blocks of the node and replaces what was known of it. After a gap in the numbers, the answer requests a
+        report 0.
+        """
         for root, variants in report.probes or ():
             self._probes.adopt(root, variants)
-        is_teaching = report.statistics is not None and _are_statistics(report)
-        answer = self._take(report, is_teaching)
-        if not is_teaching or answer.resync:
+        statistics = _valid_statistics(report)
+        answer = self._take(report, statistics)
+        if statistics is None or answer.resync:
             return answer
         with self._lock:
             others = [member.statistics for node, member in self._members.items() if node != report.node and member.statistics]
         return answer._replace(others=merge_statistics(others)) if others else answer
 
-    def _take(self, report: Report, is_teaching: bool) -> Answer:
+    def _take(self, report: Report, statistics: bytes | None) -> Answer:
         with self._lock:
             self._drop_silent()
             member = self._members.get(report.node)
@@ -67,30 +73,33 @@ class Coordinator:
                 self._directory.add_node(report.node)
                 known = member.statistics if member else None
                 self._lost.pop(report.node, None)
-                member = self._members[report.node] = Member(report.info, 0, now_s, statistics=known)
+                member = self._members[report.node] = Member(report.info, report.stats, 0, now_s, statistics=known)
             elif member is None or report.number != member.number + 1:
                 return Answer(self._peers(report.node), resync=True)
             member.number, member.seen_s = report.number, now_s
             member.info, member.stats = report.info, report.stats
-            if is_teaching:
-                member.statistics = report.statistics
+            if statistics is not None:
+                member.statistics = statistics
             self._directory.update(report.node, report.added, report.removed)
             return Answer(self._peers(report.node), resync=False)
 
     def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
-        """For the leading `keys` that some other live node holds: which nodes do."""
+        """Returns the live nodes that hold each key, for the leading `keys` that nodes other than `asking` hold."""
         with self._lock:
             self._drop_silent()
             return self._directory.locate(keys, asking)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        """The variants of a root, of which one is within the tolerance of `probe`; `known`: those that the asking node knows."""
+        """Add the variants of a root that the calling node knows (`known`), and match `probe` with them.
+
+        Returns all variants of the root. The tolerance of one of them includes `probe`.
+        """
         self._probes.adopt(root, known)
         self._probes.match(root, probe)
         return self._probes.variants(root)
 
-    def nodes(self) -> list[dict]:
-        """One record a live node: its info, figures, and the age of its last report in seconds."""
+    def nodes(self) -> list[LiveNode]:
+        """Returns a record of each live node: its info, figures, and the age of its last report in seconds."""
         with self._lock:
             self._drop_silent()
             now_s = self._clock.now_s()
@@ -106,21 +115,21 @@ class Coordinator:
             ]
 
     def lost(self) -> dict[str, float]:
-        """By node that was taken for gone and did not say goodbye: seconds since it was last heard of."""
+        """Returns the seconds since the last report of each lost node. A node that left with `forget` is not lost."""
         with self._lock:
             self._drop_silent()
             now_s = self._clock.now_s()
             return {node: now_s - seen_s for node, seen_s in sorted(self._lost.items())}
 
     def forget(self, node: str) -> None:
-        """`node` says goodbye."""
+        """Remove a node that leaves on purpose."""
         with self._lock:
             self._members.pop(node, None)
             self._lost.pop(node, None)
             self._directory.drop_node(node)
 
     def check(self) -> None:
-        """Assert that directory and membership agree."""
+        """Assert that the directory is consistent."""
         with self._lock:
             self._directory.check()
 
@@ -136,13 +145,15 @@ class Coordinator:
             del self._lost[next(iter(self._lost))]
 
 
-def _are_statistics(report: Report) -> bool:
-    """Whether what the node calls its statistics can be added to others'."""
+def _valid_statistics(report: Report) -> bytes | None:
+    """Returns the statistics in a report; None if it has none, or if they cannot be merged with other nodes' statistics."""
+    if report.statistics is None:
+        return None
     try:
         if len(report.statistics) > STATISTICS_BYTES_MAX:
-            raise ValueError(f"{len(report.statistics)} bytes are too many")
+            raise ValueError(f"they must be at most {STATISTICS_BYTES_MAX} bytes, got {len(report.statistics)}")
         merge_statistics([report.statistics])
     except (ValueError, TypeError) as error:
-        log.warning("the statistics of node %s are not used: %s", report.node, error)
-        return False
-    return True
+        log.warning("the statistics of node %s are ignored: %s", report.node, error)
+        return None
+    return report.statistics

@@ -1,4 +1,4 @@
-"""Which node holds which block: the coordinator's directory. Eventually consistent; a wrong answer costs a miss."""
+"""The coordinator's directory: the nodes that hold each block. Eventually consistent; a wrong entry costs a miss."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from tiered_kv.keys import BlockKey
 
 
 class Directory:
-    """Maps block keys to the nodes that hold them. About 200 bytes a key and node; not thread-safe."""
+    """Maps block keys to the nodes that hold them. Takes about 200 bytes for each pair of key and node. Not thread-safe."""
 
     def __init__(self) -> None:
         self._holders: dict[BlockKey, tuple[str, ...]] = {}
@@ -16,17 +16,17 @@ class Directory:
         return len(self._holders)
 
     def add_node(self, node: str) -> None:
-        """Begin anew with `node`, holding nothing."""
+        """Add `node` with no blocks. Drops all earlier entries of the node."""
         self.drop_node(node)
         self._keys[node] = set()
 
     def drop_node(self, node: str) -> None:
-        """`node` is gone: none of its keys can be had from it."""
+        """Remove `node` and all its entries."""
         self.update(node, (), list(self._keys.get(node, ())))
         self._keys.pop(node, None)
 
     def update(self, node: str, added: Iterable[BlockKey], removed: Iterable[BlockKey]) -> None:
-        """`node` holds `added` now, and `removed` no longer."""
+        """Record that `node` now holds the blocks `added`, and no longer holds `removed`."""
         for key in removed:
             if key in self._keys[node]:
                 self._keys[node].remove(key)
@@ -41,7 +41,7 @@ class Directory:
                 self._holders[key] = (*self._holders.get(key, ()), node)
 
     def locate(self, keys: Iterable[BlockKey], asking: str) -> list[list[str]]:
-        """For the leading `keys` that some node but the asking one holds: which nodes do."""
+        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asking` hold."""
         found: list[list[str]] = []
         for key in keys:
             holders = [node for node in self._holders.get(key, ()) if node != asking]
@@ -51,11 +51,11 @@ class Directory:
         return found
 
     def count(self, node: str) -> int:
-        """Blocks that `node` holds."""
+        """Returns the number of blocks that `node` holds."""
         return len(self._keys.get(node, ()))
 
     def check(self) -> None:
-        """Assert that both directions say the same."""
+        """Assert that both mappings contain the same pairs of key and node."""
         both = {(key, node) for key, nodes in self._holders.items() for node in nodes}
         assert both == {(key, node) for node, keys in self._keys.items() for key in keys}
         assert all(self._holders.values())

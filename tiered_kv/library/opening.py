@@ -40,7 +40,7 @@ class Engine:
 
     def _withhold(self, wanted_bytes: int) -> None:
         """Keep what memory has beyond the tokens that were asked for out of use, so that `max_tokens` is a cap."""
-        spare_bytes = self.node.place.host.capacity_bytes - wanted_bytes
+        spare_bytes = self.node.storage.host.capacity_bytes - wanted_bytes
         if spare_bytes >= extent_bytes(1):
             self._ballast.reserve(spare_bytes - extent_bytes(0), [os.urandom(KEY_BYTES)], None)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from tiered_kv.checkpoint.call_nodes import asking_here
-from tiered_kv.checkpoint.load_local import Loaded, load, read
+from tiered_kv.checkpoint.call_nodes import calls_to
+from tiered_kv.checkpoint.load_local import LoadResult, load, read
 from tiered_kv.checkpoint.manifest import Manifest, Model, plain_layout
 from tiered_kv.checkpoint.repository import Repository, may_be_manifest
-from tiered_kv.checkpoint.take import Taken, Taking, Wanted
+from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob, CheckpointResult
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache, Placed
@@ -43,7 +43,7 @@ class CachePersistence:
         self.folder = Path(folder)
         self._store = _store(self.folder)
 
-    def save_cache(self, cache: AnyCache, name: str) -> Taken:
+    def save_cache(self, cache: AnyCache, name: str) -> CheckpointResult:
         """Write what the cache holds; one of that name is replaced at the end, at once. Cost: a copy of it, synced to disk."""
         _check_name(name)
         core = _core(cache)
@@ -51,12 +51,12 @@ class CachePersistence:
         if not models:
             raise TieredKVError(Kind.CONFIG, "there is nothing to save: nothing was stored in this cache yet")
         node, roots = core.engine(models[0].layout).node, {model.root for model in models}
-        taking = Taking(asking_here(node), [node.node_id], Repository(self._store), origin=_ORIGIN, poll_s=_POLL_S)
-        return taking.take(
-            Wanted(models=lambda model: model.root in roots), name, models, {_POSITIONS: positions, _CACHE: sorted(core.origins)}
+        job = CheckpointJob(calls_to(node), [node.node_id], Repository(self._store), origin=_ORIGIN, poll_s=_POLL_S)
+        return job.take(
+            CheckpointFilter(models=lambda model: model.root in roots), name, models, {_POSITIONS: positions, _CACHE: sorted(core.origins)}
         )
 
-    def load_cache(self, cache: AnyCache, name: str) -> Loaded:
+    def load_cache(self, cache: AnyCache, name: str) -> LoadResult:
         """Bring what was saved into a cache of the same model; all frames are verified before, and what is damaged is refused as a whole.
 
         Raises (kind `storage`) where there is no such checkpoint, (kind `corrupt`) for one that is damaged or something else, such as

@@ -1,7 +1,7 @@
-"""Which blocks a node may show: those that carry no more error than the plan of their model allows.
+"""The check that a node shows only blocks whose lossy error is within the plan of their model.
 
-Whatever was not stored here by a worker passes this one check: what a former node left in memory, on disk and in objects, what a
-checkpoint has, what a peer sends. A block that does not pass is a miss, and can be stored again (docs/design/023).
+Every block that no worker stored here passes this one check: blocks that a former node left in memory, on disk or in objects, blocks of
+a checkpoint, and blocks from a peer. A block that fails is a miss and can be stored again (docs/design/023).
 """
 
 import logging
@@ -12,34 +12,34 @@ from collections.abc import Callable
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.compression import Coder, Held
+from tiered_kv.node.compression import BlockData, Coder
 from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = 1 + 2.0**-22  # of errors that were kept as f32
+_ROUNDING = 1 + 2.0**-22  # tolerance for errors that were stored as f32
 
 
 class Allowance:
-    """The check, by the plans that a `Coder` has; and a count of the blocks that did not pass it, by where they were. Thread-safe.
+    """Checks blocks by the plans of a `Coder`, and counts the blocks that fail, by source. Thread-safe.
 
-    Before a worker introduces a model, its blocks may carry what the settings allow at most. Those that may turn out to carry too much
+    Until a worker introduces a model, its blocks may have the largest error that the settings allow. Blocks that its plan may not allow
     are remembered until then.
     """
 
     def __init__(self, coder: Coder) -> None:
         self._coder = coder
         self._lock = threading.Lock()
-        self._undecided: dict[BlockKey, dict[BlockKey, float]] = {}  # by root: blocks that were let pass before there was a plan
+        self._undecided: dict[BlockKey, dict[BlockKey, float]] = {}  # by root: errors of blocks admitted before there was a plan
         self._refused: Counter[str] = Counter()
 
     def admits(
         self, key: BlockKey, root: BlockKey | None, codec: int, error: float | None, look: Callable[[], float | None] = lambda: None
     ) -> bool:
-        """Whether a block may be shown that lies in the codec of that id, and carries `error`.
+        """Returns whether a block may be shown. `codec`: the id of its codec. `error`: its lossy error.
 
-        An error of None or, of a lossy codec, 0 is one that is not known: `look` may find it. What stays unknown passes, unless
-        nothing lossy may; it is looked at when it is read.
+        The error is unknown if it is None, or 0 with a lossy codec. Then `look` is called and may find it. A block whose error stays
+        unknown passes, unless no lossy block may; `check` sees its error when it is read.
         """
         most = self._coder.most_error(root)
         if most == 0:
@@ -55,38 +55,38 @@ class Allowance:
                 self._undecided.setdefault(root, {})[key] = error
         return True
 
-    def check(self, held: Held, lineage: Lineage) -> None:
-        """Raise (kind `corrupt`) for a block that was read and may not be shown."""
-        codec = held.frame.codec.id if held.frame is not None else 0
-        if not self.admits(lineage.key, lineage.root, codec, held.error):
+    def check(self, block: BlockData, lineage: Lineage) -> None:
+        """Raise (kind `corrupt`) if this block, which has just been read, may not be shown."""
+        codec = block.frame.codec.id if block.frame is not None else 0
+        if not self.admits(lineage.key, lineage.root, codec, block.error):
             self.refuse("read", 1)
-            raise TieredKVError(Kind.CORRUPT, self._reason(held.error, lineage.root), too_lossy=True)
+            raise TieredKVError(Kind.CORRUPT, self._reason(block.error, lineage.root), too_lossy=True)
 
     def refuse(self, where: str, blocks: int) -> None:
-        """Count blocks that may not be shown; the first time for each place the log says so."""
+        """Count blocks that may not be shown. `where`: their source. The first time for each source is logged."""
         if blocks:
             with self._lock:
                 is_first = not self._refused[where]
                 self._refused[where] += blocks
             if is_first:
                 log.warning(
-                    "%d blocks are not shown (%s): they carry more error than quality, codec or error_budget allow now; "
-                    "storing them again replaces them. Further ones are only counted, as too_lossy",
+                    "%d blocks are not shown (source: %s): their error is larger than quality, codec or error_budget allow now; "
+                    "storing them again replaces them. Further blocks are only counted, as too_lossy",
                     blocks,
                     where,
                 )
 
     def decide(self, root: BlockKey) -> list[BlockKey]:
-        """The model has a plan now. Returns the blocks that were let pass and carry more error than it allows."""
+        """Apply the new plan of a model. Returns the blocks that were admitted before and whose error is larger than it allows."""
         with self._lock:
             known = self._undecided.pop(root, {})
         most = self._coder.most_error(root) * _ROUNDING
         return [key for key, error in known.items() if error > most]
 
     def stats(self) -> dict[str, int]:
-        """By place: blocks that were not shown since the node began."""
+        """Returns by source the number of blocks that were not shown since the node started."""
         with self._lock:
             return dict(self._refused)
 
     def _reason(self, error: float, root: BlockKey | None) -> str:
-        return f"the block is too lossy: it carries an error of {error:.2g}, at most {self._coder.most_error(root):.2g} is allowed here"
+        return f"the block is too lossy: its error is {error:.2g}, this node allows at most {self._coder.most_error(root):.2g}"

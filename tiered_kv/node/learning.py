@@ -1,6 +1,7 @@
-"""What the policies of several nodes learn from each other: a node's counts go to the coordinator, the sum of the others' comes back.
+"""Exchange of learned statistics between the eviction policies of several nodes.
 
-A node goes on with the last sum when the coordinator is away. Policies that learn nothing tell nothing.
+A node sends its counts to the coordinator and gets the sum of the other nodes' counts. While the coordinator does not answer, the node
+uses the last sum. Policies that do not learn exchange nothing.
 """
 
 import logging
@@ -10,12 +11,13 @@ from tiered_kv.clock import Clock
 from tiered_kv.config import Config
 from tiered_kv.policy import EvictionPolicy, History, create_history, create_policy
 from tiered_kv.policy.blockhistory import BlockHistory
+from tiered_kv.protocol.messages import LearningStats
 
 log = logging.getLogger(__name__)
 
 
 class Learning:
-    """The part of one node; thread-safe by `lock`, the engine's, which also guards the history."""
+    """One node's side of the exchange. Thread-safe: `lock` is the engine's, which also guards the history."""
 
     def __init__(self, history: History, lock: threading.RLock, clock: Clock) -> None:
         self._history = history if isinstance(history, BlockHistory) else None
@@ -24,14 +26,14 @@ class Learning:
         self._adopted_s: float | None = None
 
     def statistics(self) -> bytes | None:
-        """What this node has counted, some tens of KB; None where nothing is learned. About 3 ms under the lock."""
+        """Returns this node's counts, some tens of KB, or None if the policy does not learn. Holds the lock for about 3 ms."""
         if self._history is None:
             return None
         with self._lock:
             return self._history.statistics()
 
     def adopt(self, others: bytes) -> None:
-        """Learn from the others' counts from the next table on. What is none is logged and left."""
+        """Use the other nodes' counts from the next reuse table on. Invalid counts are logged and ignored."""
         if self._history is None:
             return
         try:
@@ -39,10 +41,13 @@ class Learning:
                 self._history.adopt(others)
                 self._adopted_s = self._clock.now_s()
         except (ValueError, TypeError) as error:
-            log.warning("what the coordinator says that others have learned is not used: %s", error)
+            log.warning("invalid statistics of other nodes from the coordinator are ignored: %s", error)
 
-    def stats(self) -> dict:
-        """How many blocks the policy remembers, and how old what it has of others is, in seconds; None: it learns nothing, has nothing."""
+    def stats(self) -> LearningStats:
+        """Returns how many blocks the policy remembers, and the age of the other nodes' counts in seconds.
+
+        `known_blocks` is None if the policy does not learn, the age if no counts of other nodes were adopted.
+        """
         if self._history is None:
             return {"known_blocks": None, "adopted_age_s": None}
         age_s = None if self._adopted_s is None else self._clock.now_s() - self._adopted_s
@@ -50,12 +55,12 @@ class Learning:
 
 
 def history_of(config: Config) -> History:
-    """The history that these settings ask for: only adaptive learns from one, for the others the machine's counts will do."""
+    """Returns a history for these settings. Only the policy `adaptive` needs one that remembers uses."""
     return create_history() if config.policy == "adaptive" else History()
 
 
 def policy_of(config: Config, history: History, capacity_bytes: int) -> EvictionPolicy:
-    """The policy that these settings ask for, for one tier in memory."""
+    """Returns the eviction policy that these settings name, for one tier in memory."""
     return create_policy(
         config.policy, history, capacity_bytes, cost_weight=config.cost_weight, block_tokens=config.block_tokens, seed=config.seed
     )

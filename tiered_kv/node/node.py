@@ -1,6 +1,6 @@
-"""The node: owns the tiers of one machine, serves its workers' sessions and its peers. Plain Python, thread-safe.
+"""The node: owns the tiers of one machine, and serves its workers' sessions and its peers. Plain Python, thread-safe.
 
-Its files in shared memory outlive it: a node made again under the same ids finds its blocks (design 2.1).
+Its files in shared memory outlive it: a new node with the same ids finds its blocks (design 2.1).
 """
 
 import logging
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
@@ -15,8 +16,9 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, Filling
-from tiered_kv.node.checkpoints.writer import Saving
+from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
+from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.packed import Packed, runs_of_packed
 from tiered_kv.node.peer_admission import Admission
@@ -24,13 +26,15 @@ from tiered_kv.node.probes import NodeProbes
 from tiered_kv.node.puller import Puller
 from tiered_kv.node.reporter import Reporter
 from tiered_kv.node.seals import Seals
-from tiered_kv.node.storage import Place
+from tiered_kv.node.storage import NodeStorage
 from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
+from tiered_kv.protocol.messages import Introduction, NodeInfo, NodeStats
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.peer_transport import FramePieces, Link
+from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
@@ -41,13 +45,13 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
 CLOSE_WITHIN_S = 5.0
-"""How long closing waits for copies under way and for the disk, before it leaves them to a thread that nobody waits for."""
+"""How long `close` waits for running copies and for the disk, before it leaves them to a background thread."""
 
 
 class Node:
-    """One machine's part of the cache; `directory` is where its workers find index and arena.
+    """One machine's part of the cache. `directory`: the folder in which its workers find index and arena.
 
-    Raises `TieredKVError` that names the setting when shared memory or disk cannot be had. `at_beat` is called after each beat.
+    Raises a `TieredKVError` that names the setting if shared memory or disk cannot be allocated. `at_beat` is called after each beat.
     """
 
     def __init__(
@@ -66,24 +70,24 @@ class Node:
         self._labels = labels or {}
         self.node_id = node_id
         self._clock = clock or SystemClock()
-        self.place = Place(config, cluster_id, node_id, mounted_bytes)
+        self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
         history = history_of(config)
         observed = ObservedHistory(history)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
-        self.engine.handle(self.place.restore())
-        self.seals = Seals(self.engine, self.place)
-        self.directory = self.place.directory
-        self.probes = NodeProbes(self._lasting_folders(), (lambda *asked: self._reporter.probe(*asked)) if link else None)
-        self.saving, self.filling = Saving(self), Filling(self)
-        self._checkpoint_steps = self.saving.steps() | self.filling.steps()
+        self.engine.handle(self.storage.restore())
+        self.seals = Seals(self.engine, self.storage)
+        self.directory = self.storage.directory
+        self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
+        self.checkpoint_loader = CheckpointLoader(self)
+        self.checkpoint_writer = CheckpointWriter(self, lambda: self.checkpoint_loader.models)
         self._sessions: dict[NodeSession, None] = {}
-        self._too_lossy: dict[BlockKey, None] = {}  # to be given up; guarded by the engine's lock
+        self._too_lossy: dict[BlockKey, None] = {}  # blocks to drop; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
         self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
         self._stopped = False  # guarded by the engine's lock
-        self._gone = "is closed"
+        self._refusal = "is closed"
         self._closing = threading.Event()
         self._at_beat = at_beat
         forking.register(self)
@@ -95,30 +99,30 @@ class Node:
             self._reporter.start()
 
     def after_fork(self) -> None:
-        """A child process has no node: everything that is asked of this one there is refused, as of one that is closed."""
+        """Make this node unusable in a forked child process. All calls fail there, as on a closed node."""
         self.engine.lock = threading.RLock()
         self.engine.freed = threading.Condition(self.engine.lock)
         self._closing = threading.Event()
         self._closing.set()
-        self._stopped, self._gone = True, "belongs to the process that this one was forked from"
+        self._stopped, self._refusal = True, "belongs to the process that this one was forked from"
 
-    def info(self) -> dict:
-        """What a worker needs to attach: where index, arena, socket and segments are, and the cluster's settings."""
-        disk = self.place.disk
-        return {
+    def info(self) -> NodeInfo:
+        """Returns the data that a worker needs to attach: the folders of index, arena, socket and segments, and the settings."""
+        disk = self.storage.disk
+        info = {
             "node": self.node_id,
             "directory": str(self.directory),
             "disk_folder": str(disk.folder) if disk else None,
-            "has_device": self.place.device is not None,
+            "has_device": self.storage.device is not None,
             "block_tokens": self.config.block_tokens,
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
             "verify_host": self.config.verify_host,
-            **self._labels,
         }
+        return cast("NodeInfo", info | self._labels)
 
     def open_session(self) -> NodeSession:
-        """A session for one worker; close it when the worker leaves."""
+        """Open a session for one worker. Close it when the worker leaves."""
         with self.running():
             session = NodeSession(self)
             self._sessions[session] = None
@@ -126,62 +130,62 @@ class Node:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The engine's lock, held while the node is there; raises (kind `transport`) once it is closed."""
+        """Hold the engine's lock while the node is open. Raises (kind `transport`) if the node is closed."""
         with self.engine.lock:
             if self._stopped:
-                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} {self._gone}", node=self.node_id)
+                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} {self._refusal}", node=self.node_id)
             yield
 
     def is_open(self, session: NodeSession) -> bool:
-        """Whether the session has not been closed."""
+        """Returns whether the session is open."""
         return session in self._sessions
 
     def session_closed(self, session: NodeSession) -> None:
-        """Take back what the session had reserved, at once or when nobody writes there any more."""
+        """Free the extents that a closed session had reserved, at once or when no worker writes to them any more."""
         with self.engine.lock:
             if self._sessions.pop(session, ...) is None and not self._stopped:
-                self.place.quarantine.abandon(session.reserved)
+                self.storage.quarantine.abandon(session.reserved)
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
-    def introduce(self, root: BlockKey, facts: ModelFacts) -> dict:
-        """A worker's model, as `Coder.introduce`; blocks of it that were here before can be coded from now on."""
-        coder = self.place.coder
+    def introduce(self, root: BlockKey, facts: ModelFacts) -> Introduction:
+        """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
+        coder = self.storage.coder
         is_new = not coder.knows(root, facts)
-        told = coder.introduce(root, facts)
+        introduction = coder.introduce(root, facts)
         if is_new:
             with self.running():
                 self.engine.machine.shrinking.hope()
-                self._too_lossy |= dict.fromkeys(self.place.allowance.decide(root))
-            self._give_up_too_lossy()
-        return told
+                self._too_lossy |= dict.fromkeys(self.storage.allowance.decide(root))
+            self._drop_too_lossy()
+        return introduction
 
-    def _give_up_too_lossy(self) -> None:
-        """Give up the blocks that a new plan does not allow; those that are being copied or read at the next beat."""
-        machine, given_up = self.engine.machine, 0
+    def _drop_too_lossy(self) -> None:
+        """Drop the blocks that a new plan does not allow. Blocks that are being copied or read are tried again at the next beat."""
+        machine, dropped = self.engine.machine, 0
         with self.engine.lock:
             for key in list(self._too_lossy):
                 block = machine.blocks.get(key)
                 if block is not None and (block.copying_to is not None or machine.pinned(key)):
                     continue
                 del self._too_lossy[key]
-                given_up += block is not None
+                dropped += block is not None
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
-        self.place.allowance.refuse("introduced", given_up)
+        self.storage.allowance.refuse("introduced", dropped)
 
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
-        """Make packed blocks, root first, visible; False for one that was there already.
+        """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
-        Fewer answers than blocks: the index has no room for the others, whose extents are free again. Raises (kind `transport`), with
-        all extents free again, unless each block is deeper by one than its parent.
+        If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
+        `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
         """
         with self.running():
-            self._check_places(packed)
+            self._check_depths(packed)
             self.engine.drain_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:
-                self.place.sign(location, Lineage(key, parent, root, depth), error, digest)
+                self.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
             self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
             self.seals.committed([each.key for each in taken if each.digest is None])
             self.seals.mend_slots(each.key for each, is_new in zip(taken, added, strict=True) if not is_new)
@@ -190,29 +194,29 @@ class Node:
             self._reporter.wake()
         return added
 
-    def _check_places(self, packed: list[Packed]) -> None:
-        """Refuse blocks that cannot be where a worker says: links among them might be a cycle."""
+    def _check_depths(self, packed: list[Packed]) -> None:
+        """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
         wrong = self.engine.machine.chains.misplaced((each.key, each.parent, each.depth) for each in packed)
         if wrong is not None:
             self.free_extents(each.location.offset for each in packed)
-            raise TieredKVError(Kind.TRANSPORT, f"nothing of a commit is shown: {wrong}")
+            raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
 
     def hint(self, tail: BlockKey, hint: Hint) -> None:
-        """What a worker knows of the future of the chain that ends with `tail`."""
+        """Apply what a worker knows of the future use of the chain whose deepest block is `tail`."""
         with self.running():
             self.engine.drain_touches()
             self.engine.handle([ev.Hinted(tail, hint, self._clock.now_s())])
 
     def _index_room_for(self, blocks: list[Packed]) -> int:
-        """How many of the blocks, from the first on, the index can show, after room was made for them."""
-        if len(blocks) <= self.place.index_room:
+        """Make room in the index. Returns how many of the leading blocks it has room for."""
+        if len(blocks) <= self.storage.index_room:
             return len(blocks)
         known = self.engine.machine.blocks
-        missing = sum(each.key not in known for each in blocks) - self.place.index_room
+        missing = sum(each.key not in known for each in blocks) - self.storage.index_room
         if missing <= 0:
             return len(blocks)
         self.engine.handle([ev.Crowded(missing, blocks[0].parent, self._clock.now_s())])
-        room = self.place.index_room
+        room = self.storage.index_room
         for count, each in enumerate(blocks):
             room -= each.key not in known
             if room < 0:
@@ -220,51 +224,51 @@ class Node:
         return len(blocks)
 
     def free_extents(self, offsets: Iterable[int]) -> None:
-        """Give reserved extents back, which nobody writes to."""
+        """Free reserved extents. No worker may be writing to them."""
         with self.running():
             for offset in offsets:
-                self.place.host.free(offset)
+                self.storage.host.free(offset)
             self.engine.freed.notify_all()
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes; how many are here at the end.
+        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
 
-        The first stands behind `tail`, with `depth` blocks before it.
+        `tail`: the parent of the first block, or None. `depth`: the number of its ancestors.
         """
         if not self._puller or not keys:
             return 0
         with closing(self.open_session()) as session:
             admit = Admission(self, session, root, nbytes, keys, tail, depth)
-            return self._puller.pull(keys, nbytes, wait_s, admit, self._is_visible)
+            return self._puller.pull(keys, nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
 
     def doubt(self, keys: list[BlockKey]) -> None:
-        """A worker could not read these blocks where the index shows them: wrong slots are written anew, damaged blocks are given up."""
+        """Check blocks that a worker could not read: rewrite wrong index slots, and drop damaged blocks."""
         for key in keys:
             with self.running():
                 self.seals.examine(key)
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
-        """Have blocks that are here, but where a worker cannot read them, in host memory; waits at most `wait_s`."""
+        """Load blocks into host memory from tiers that workers cannot read themselves. Waits at most `wait_s`."""
         with self.running():
             self.engine.drain_touches()
         self.engine.bring(keys, wait_s)
 
     def locate(self, keys: list[BlockKey], wait_s: float | None = None) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do. Waits at most `wait_s`, None for a fetch's deadline."""
+        """As `Link.locate`; [] without a coordinator. `wait_s` None stands for the deadline of a fetch."""
         wait_s = self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s
         return self._reporter.locate(keys, wait_s) if self._reporter else []
 
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
-        """The leading `keys` that are here, as frames; their bytes stay as they are inside the with block."""
+        """Yields the leading blocks of `keys` that this node has, as frames. Their bytes do not change inside the with block."""
         with self.pinned(keys) as here:
-            yield list(self.place.frames(here))
+            yield list(self.storage.frames(here))
 
     @contextmanager
     def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[BlockKey, BlockKey | None, Location]]]:
-        """The leading `keys` that are here, with their roots, and where their bytes stay as they are inside the with block.
+        """Yields the leading `keys` that this node has, with root and location. Their bytes do not change inside the with block.
 
-        Other copies may come meanwhile: what is read is where this says, and in the codec that it says.
+        Copies elsewhere may be added meanwhile. Read each block at this location, in the codec that it names.
         """
         machine = self.engine.machine
         with self.running():
@@ -281,8 +285,8 @@ class Node:
             self.engine.handle([ev.Unpinned(key) for key, _, _ in here])
 
     def hold(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Keep the leading `keys` that lie in host memory as they were stored there, until `let_go`; their payloads' offsets."""
-        offsets = []
+        """Pin the leading `keys` that are raw in host memory, until `let_go`. Returns the offsets of their payloads."""
+        offsets: list[int] = []
         with self.running():
             for key in keys:
                 block = self.engine.machine.blocks.get(key)
@@ -297,58 +301,57 @@ class Node:
         self.engine.handle([ev.Unpinned(key) for key in keys])
 
     def forget(self, root: BlockKey) -> None:
-        """Give up all blocks below `root`, in every tier; nobody may be holding one."""
+        """Drop all blocks below `root`, in every tier. None of them may be held."""
         self.engine.settle()
         with self.running():
             blocks = self.engine.machine.blocks
             ours = [key for key, block in blocks.items() if block.root == root]
-            for key in reversed(ours):  # children came later
+            for key in reversed(ours):  # children were added after their parents
                 self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
 
     def report(self) -> None:
-        """Tell the coordinator now what would be told in a moment."""
+        """Report to the coordinator now instead of at the next heartbeat."""
         if self._reporter and not self._closing.is_set():
             self._reporter.report_once()
 
-    def checkpoint(self, step: str, *arguments: object) -> object:
-        """One step of writing or restoring a checkpoint, by name: a method of `Saving` or `Filling`."""
-        return self._checkpoint_steps[step](*arguments)
+    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+        """Carry out one step of writing or restoring a checkpoint. Returns its answer; raises as the step in `checkpoints.steps`."""
+        return request.run(self)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
-        """Begin or end to record requests; for how many seconds they are being recorded by now.
+        """Start or stop recording requests. Returns for how many seconds they have been recorded.
 
-        Block keys leave the node as numbers that only `salt`, at most 64 bytes, could explain; the same salt goes on.
-
-        Raises (kind `cluster`) while somebody records with another salt. Ends by itself when nobody has read for a minute.
+        Block keys leave the node as numbers hashed with `salt`, at most 64 bytes. A start with the same salt continues a recording.
+        Raises (kind `cluster`) while one with another salt is running. Ends by itself if it is not read for a minute.
         """
         with self.running():
-            self.engine.drain_touches()  # what was used before it began is not part of it
+            self.engine.drain_touches()  # earlier uses are not part of the recording
             if on:
                 return self._recording.start(salt, self._clock.now_s())
             self._recording.stop()
             return 0.0
 
     def recorded(self, everything: bool = False) -> Recorded:
-        """Requests since the last call that are over (or all), in the simulator's format; times in ms since `record`.
+        """Returns the requests finished since the last call (with `everything`, all), in the simulator's format.
 
-        Raises (kind `closed`) while nothing is recorded.
+        Their times are ms since `record`. Raises (kind `closed`) if no recording is running.
         """
         with self.running():
             self.engine.drain_touches()
             return self._recording.take(self._clock.now_s(), everything)
 
-    def stats(self) -> dict:
-        """The node's figures, up to the last use of any worker, ready for JSON. Sizes in bytes."""
+    def stats(self) -> NodeStats:
+        """Returns the node's figures, up to the last use by any worker, ready for JSON. Sizes are bytes."""
         machine = self.engine.machine
         with self.running():
             self.engine.drain_touches()
-            tiers = self.place.usage()
-            for tier in tiers:
-                tiers[tier]["blocks"] = machine.blocks_by_tier[Tier[tier.upper()]]
-            if self.place.disk:
-                tiers[Tier.DISK.label]["write_amplification"] = self.place.disk.write_amplification
-            asked, hit = self.place.index.tallies()
-            saved_tokens, saved_s = self.place.index.savings()
+            tiers = self.storage.usage()
+            for label, figures in tiers.items():
+                figures["blocks"] = machine.blocks_by_tier[Tier[label.upper()]]
+            if self.storage.disk:
+                tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
+            asked, hit = self.storage.index.tallies()
+            saved_tokens, saved_s = self.storage.index.savings()
             return {
                 "node": self.node_id,
                 "tiers": tiers,
@@ -361,63 +364,63 @@ class Node:
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
-                "codecs": self.place.coder.stats(),
-                "too_lossy": self.place.allowance.stats(),
-                "policy": {"name": self.config.policy} | self._learning.stats(),
+                "codecs": self.storage.coder.stats(),
+                "too_lossy": self.storage.allowance.stats(),
+                "policy": {"name": self.config.policy, **self._learning.stats()},
                 "recording": self._recording.is_on,
-                "filling": self.filling.stats(),
-                "saved": self.saving.last,
+                "filling": self.checkpoint_loader.stats(),
+                "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
     def beat(self) -> None:
-        """What has to be done now and then: use the touches, take back what dead workers held, say that we live."""
+        """Do the periodic work: apply touches, free extents of dead workers, write the heartbeat."""
         self.engine.drain_touches()
         with self.engine.lock:
-            self.place.beat()
+            self.storage.beat()
             self._thin_out()
             self._recording.beat(self._clock.now_s())
             if not self._reporter:
                 self.engine.journal.clear()
         if self._too_lossy:
-            self._give_up_too_lossy()
-        self.saving.beat()
+            self._drop_too_lossy()
+        self.checkpoint_writer.beat()
 
     def _thin_out(self) -> None:
-        """Keep slots of the index free of what a checkpoint alone holds."""
-        missing = int(self.place.index.capacity_blocks * (1 - INDEX_SHARE)) - self.place.index_room
+        """Unmount blocks that only a checkpoint has, if they use more than their share of index slots."""
+        missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
         if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
             self.engine.handle([ev.Unmounted(missing)])
 
     def catch_up(self) -> None:
-        """Let the policy hear of what was committed, while no worker waits for an answer."""
+        """Pass committed blocks on to the policy, while no worker waits for an answer."""
         if self.engine.machine.behind:
             with self.engine.lock:
                 self.engine.machine.catch_up()
 
     def is_in_place(self) -> bool:
-        """Whether workers find this node: its directory and socket still have their names."""
-        return self.place.is_in_place()
+        """Returns whether workers can find this node: its directory and socket still have their names."""
+        return self.storage.is_in_place()
 
     def abdicate(self) -> None:
-        """Tell workers that map this node's files that they are no longer those of a node; for one that is not in place."""
-        self.place.index.close_state()
+        """Mark this node's files as closed for workers that map them. For a node that is no longer in place."""
+        self.storage.index.close_state()
 
     def check(self) -> None:
-        """Assert that machine, index, tiers and reservations agree. Settle the engine before: promotions under way are not known here."""
+        """Assert that machine, index, tiers and reservations agree. Settle the engine first: running promotions would look like leaks."""
         with self.engine.lock:
             if self._stopped:
                 raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
             self.engine.check()
-            self.place.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
+            self.storage.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
 
     def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
-        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all stays for a restart.
+        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all files stay for a restart.
 
-        Where a disk or an object store hangs this returns after `within_s` all the same, and a thread of its own goes on when they
-        answer, at last with `afterwards`. Until then given up: copies under way, footers of open segments (their frames are
-        found without), and the removal of disk files.
+        If a disk or an object store hangs, this returns after `within_s`, and a background thread finishes when they answer. It calls
+        `afterwards` at the end. Until then some work is left undone: running copies, footers of open segments (their frames are found
+        without them), and the removal of disk files.
         """
         if self._closing.is_set():
             return
@@ -426,29 +429,29 @@ class Node:
             log.warning("the node %s is closed, but its disk or object store has not answered for %.0f s", self.node_id, within_s)
             self._stopped = True
             if remove:
-                self.place.withdraw()
+                self.storage.withdraw()
 
     def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
-        """Close one part after the other, each when what uses it has ended."""
+        """Close all parts, each after its users."""
         self._beats.join()
         self.seals.close()
-        self.saving.close()
-        self.filling.close()
+        self.checkpoint_writer.close()
+        self.checkpoint_loader.close()
         if self._reporter:
             self._reporter.close()
         self.engine.close()
         with self.engine.lock:
             self._stopped = True
-        self.place.close(remove)
+        self.storage.close(remove)
         afterwards()
 
     def _make_engine(self, history: History, observed: ObservedHistory) -> Engine:
-        config, place = self.config, self.place
-        memory = [tier for tier in place.capacities if tier in IN_MEMORY]
-        policies = {tier: policy_of(config, history, place.capacities[tier]) for tier in memory}
-        machine = StoreMachine(place.capacities, policies, observed, shrinks=place.coder.shrinks)
+        config, storage = self.config, self.storage
+        memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
+        policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.coder.shrinks)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
-        return Engine(machine, place.index, place, self._clock, config.io_threads, queue_bytes=queue_bytes)
+        return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
     def _make_reporter(self, link: Link) -> Reporter:
         return Reporter(
@@ -458,7 +461,7 @@ class Node:
             take_changes=self._take_changes,
             inventory=self._inventory,
             describe=lambda: (self.info(), self.stats()),
-            set_peers=self.place.index.set_peers,
+            set_peers=self.storage.index.set_peers,
             learning=self._learning,
             probes=self.probes.book.everything,
             clock=self._clock,
@@ -469,9 +472,13 @@ class Node:
         return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
 
     def _lasting_folders(self) -> list[Path]:
-        """Where a file outlives this node as long as its blocks do."""
-        disk = self.place.disk
-        return [self.directory, *([Path(disk.folder)] if disk and self.place.keeps_disk else [])]
+        """Returns the folders whose files outlive this node, as its blocks do."""
+        disk = self.storage.disk
+        return [self.directory, *([Path(disk.folder)] if disk and self.storage.keeps_disk else [])]
+
+    def _ask_probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
+        assert self._reporter is not None
+        return self._reporter.probe(root, known, probe)
 
     def _take_changes(self) -> dict[BlockKey, bool]:
         with self.engine.lock:
@@ -483,11 +490,8 @@ class Node:
         with self.engine.lock:
             return list(self.engine.machine.blocks)
 
-    def _is_visible(self, key: BlockKey) -> bool:
-        return key in self.engine.machine.blocks
-
     def _run_beats(self) -> None:
-        """Boundary of the thread: a beat that fails is logged, the next one is tried."""
+        """Run the thread. An error in a beat is logged, and the next beat runs."""
         while not self._closing.wait(BEAT_S):
             try:
                 self.beat()

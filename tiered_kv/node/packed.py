@@ -1,4 +1,4 @@
-"""A block that lies complete in a reserved extent of host memory, before it is visible."""
+"""Blocks that are complete in a reserved extent of host memory but not visible yet."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from tiered_kv.store import events as ev
 
 
 class Packed(NamedTuple):
-    """`depth`: how many blocks stand before it in its chain. `error`: what raw bytes carry of it.
+    """A packed block. `depth`: the number of its ancestors. `error`: the lossy error of its raw bytes.
 
-    `digest`: of its bytes (`ExtentHeaders.digest`); None if they were not hashed yet.
+    `digest`: the digest of its bytes (`ExtentHeaders.digest`); None if they have not been hashed yet.
     """
 
     key: BlockKey
@@ -23,13 +23,14 @@ class Packed(NamedTuple):
 
 
 def runs_of_packed(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
-    """Returns blocks, root first, as runs in which each block is the parent of the next."""
+    """Returns the blocks (parents first) as runs in which each block is the parent of the next."""
     runs: list[ev.Committed] = []
     keys: list[BlockKey] = []
+    locations: list[Location] = []
     for key, parent, location, depth, *_ in packed:
         if not keys or keys[-1] != parent:
-            keys = []
-            runs.append(ev.Committed(root, parent, keys, [], now_s, depth))
+            keys, locations = [], []
+            runs.append(ev.Committed(root, parent, keys, locations, now_s, depth))
         keys.append(key)
-        runs[-1].locations.append(location)
+        locations.append(location)
     return runs

@@ -1,7 +1,7 @@
-"""Pages of one layout in the host memory of a node of this process: reserved, filled token by token, and then blocks like others.
+"""Pages of one layout in the host memory of a node in this process.
 
-A page is the extent of a block. Until it is full it belongs to the slab's session; then it is committed under its key, and held
-where it is (`Node.hold`) for as long as somebody's block table names it.
+A page is the extent of one block. It is reserved, filled token by token, and belongs to the slab's session until it is full. Then it
+is committed under its key and becomes a block like any other. `Node.hold` keeps it at its offset as long as a block table names it.
 """
 
 import os
@@ -15,7 +15,7 @@ from tiered_kv.node.node import Node
 
 
 class Slab:
-    """The pages of one layout below one root. Not thread-safe."""
+    """An allocator of pages for one layout and one root. Not thread-safe."""
 
     def __init__(self, node: Node, layout: KVLayout, root: BlockKey) -> None:
         self._node = node
@@ -24,7 +24,10 @@ class Slab:
         self._session = node.open_session()
 
     def take(self, keys: Sequence[BlockKey | None]) -> list[int] | None:
-        """A page for each of these blocks (None: one that is not full yet), by their offsets; None if not all can be had."""
+        """Reserve a page for each key. A key of None is for a page that is not full yet.
+
+        Returns the offsets of the pages, or None if there is no room for all of them.
+        """
         wanted = [key or os.urandom(KEY_BYTES) for key in keys]
         taken: list[int] = []
         while len(taken) < len(wanted):
@@ -36,37 +39,37 @@ class Slab:
         return taken
 
     def drop(self, offsets: Sequence[int]) -> None:
-        """Give pages back that are not full."""
+        """Free pages that are not full."""
         self._session.release(list(offsets))
 
     def page(self, offset: int) -> torch.Tensor:
-        """The page at `offset` as (L, 2, H, T, D); shares the slab's memory, and must not be kept."""
-        payload = self._node.place.host.payload(offset, self._layout.block_bytes)
+        """Returns the page at `offset` as (L, 2, H, T, D). The tensor shares the node's memory; do not keep it."""
+        payload = self._node.storage.host.payload(offset, self._layout.block_bytes)
         return payload.view(self._layout.torch_dtype).view(self._layout.block_shape)
 
     def publish(self, key: BlockKey, parent: BlockKey | None, depth: int, offset: int) -> bool:
-        """Make a full page the block of `key`, and hold it; one that is there already is held instead, and the page is free.
+        """Commit a full page as the block `key`, and hold it. If the block exists already, hold that one and free the page.
 
-        False where the index has no room; the page is free then.
+        Returns False, with the page freed, if the index has no room.
         """
         with self._node.running():
             added = self._session.commit(self._root, self._layout.block_bytes, [(key, parent, offset, depth)])
             return bool(added) and bool(self._node.hold([key]))
 
     def hold(self, keys: Sequence[BlockKey]) -> int:
-        """Hold the leading blocks that are in memory; how many."""
+        """Hold the leading blocks that are in host memory. Returns how many."""
         return len(self._node.hold(keys))
 
     def let_go(self, keys: Sequence[BlockKey]) -> None:
-        """End one `hold` of each block, the deepest first: they may leave now."""
+        """End one `hold` of each block, the deepest first. They may be evicted afterwards."""
         self._node.let_go(list(reversed(keys)))
 
     def offsets(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Where held blocks lie."""
+        """Returns the offsets of the leading blocks that are in host memory."""
         offsets = self._node.hold(keys)
         self._node.let_go(keys[: len(offsets)])
         return offsets
 
     def close(self) -> None:
-        """Give back all pages that are not full."""
+        """Close the session. All pages that are not full are freed."""
         self._session.close()

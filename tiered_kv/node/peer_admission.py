@@ -1,4 +1,4 @@
-"""Taking the frames that a peer sent into the host tier: verified, copied, committed through a session of its own."""
+"""Stores frames from a peer in the host tier: verifies, copies and commits them through a session of their own."""
 
 import logging
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.compression import Held
+from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.peer_transport import FramePieces
+from tiered_kv.store.engine import Form
 from tiered_kv.tiers.host import Lineage
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ ADMIT_WAIT_S = 0.05
 
 
 class Admission:
-    """Blocks of `nbytes` below `root`: the first of `keys` stands behind `tail`, with `depth` blocks before it."""
+    """Stores the blocks `keys` of one pull, each of `nbytes` raw bytes, below `root`.
+
+    `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class Admission:
         tail: BlockKey | None,
         depth: int,
     ) -> None:
-        self._place = node.place
+        self._storage = node.storage
         self._session = session
         self._root = root
         self._nbytes = nbytes
@@ -44,13 +48,17 @@ class Admission:
         self._depths = {key: depth + number for number, key in enumerate(keys)}
 
     def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
-        """How many of the leading frames are in place; a damaged one, or one too lossy, ends it."""
-        opened = (self._place.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
-        good: list[Frame] = list(takewhile(lambda frame: frame is not None and frame.raw_bytes == self._nbytes, opened))
+        """Store the leading frames. Returns how many were stored; it stops at a damaged frame and at one that is too lossy."""
+        opened = (self._storage.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
+        good: list[Frame] = []
+        for frame in opened:
+            if frame is None or frame.raw_bytes != self._nbytes:
+                break
+            good.append(frame)
         taken = 0
         while taken < len(good):
-            form = self._place.form_of(good[taken], self._root)
-            same = list(takewhile(lambda frame, form=form: self._place.form_of(frame, self._root) == form, good[taken:]))
+            form = self._storage.form_of(good[taken], self._root)
+            same = self._leading_of(form, good[taken:])
             wanted, tail, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
             offsets = self._session.reserve_within(form.nbytes, wanted, tail, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
@@ -61,15 +69,18 @@ class Admission:
                 break
         return taken
 
+    def _leading_of(self, form: Form, frames: Sequence[Frame]) -> list[Frame]:
+        return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
+
     def _packed(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
-        """Fill the extents, as long as the frames give their blocks."""
+        """Write the frames into extents. Returns the packed blocks up to the first frame that cannot be decoded or may not be shown."""
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                digest = self._place.put(Held.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._storage.put(BlockData.of(frame), location, Lineage(key, parent, self._root, depth))
             except TieredKVError as error:
-                log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
+                log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break
             packed.append(Packed(key, parent, location, depth, frame.error, digest))
         return packed

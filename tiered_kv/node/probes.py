@@ -1,4 +1,4 @@
-"""The probes that a node knows: kept in files that outlive it, and matched by the coordinator while that answers."""
+"""A node's store of probes: saved in files that outlive it, and matched by the coordinator while it answers."""
 
 import logging
 import threading
@@ -18,7 +18,10 @@ FILE_NAME = "probes"
 
 
 class NodeProbes:
-    """A node's probes: kept in files that outlive it, and matched by the cluster's coordinator as long as that answers."""
+    """A node's probes, saved in one file in each of `folders`. Thread-safe.
+
+    `ask` matches a probe at the coordinator, as `Link.probe` does; None for a node without a coordinator.
+    """
 
     def __init__(self, folders: Iterable[Path], ask: Callable[[BlockKey, Variants, Probe], Variants] | None) -> None:
         self.book = ProbeBook()
@@ -30,20 +33,23 @@ class NodeProbes:
                 self.book.adopt(root, variants)
 
     def match(self, root: BlockKey, probe: Probe) -> str:
-        """The variant of `root` that a model with this probe belongs to: the cluster's word, and the node's own where it has none."""
+        """Returns the variant of `root` that a model with this probe belongs to.
+
+        The coordinator's answer decides; while it does not answer, the node matches the probe itself.
+        """
         before = self.book.variants(root)
         if self._ask is not None:
             try:
                 self.book.replace(root, self._ask(root, before, probe))
             except TieredKVError as error:
-                log.info("the coordinator was not asked about a probe: %s", error)
+                log.info("the coordinator gave no answer about a probe, so this node matches it by itself: %s", error)
         variant = self.book.match(root, probe)
         if self.book.variants(root) != before:
             self._save()
         return variant
 
     def _save(self) -> None:
-        """Write the files anew; a file that cannot be written costs what it would have told after a restart."""
+        """Rewrite the files. If one cannot be written, a restarted node does not know its probes."""
         with self._saving:
             packed = msgpack.packb(self.book.everything())
             for file in self._files:
@@ -52,11 +58,11 @@ class NodeProbes:
                     part.write_bytes(packed)
                     part.replace(file)
                 except OSError as error:
-                    log.warning("probes are not kept in %s: %s", file, error)
+                    log.warning("cannot write probes to %s: %s", file, error)
 
 
 def _loaded(file: Path) -> list[tuple[BlockKey, Variants]]:
-    """What a file of probes says; nothing where it is damaged or not there."""
+    """Returns the probes in a file; fewer or none if it is damaged or missing."""
     found: list[tuple[BlockKey, Variants]] = []
     with suppress(OSError, ValueError, TypeError, TieredKVError, msgpack.UnpackException):
         for root, variants in msgpack.unpackb(file.read_bytes()):

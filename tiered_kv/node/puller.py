@@ -1,4 +1,4 @@
-"""Pulling blocks from other nodes into the local host tier, in chunks, the next one under way while one is unpacked."""
+"""Pulls blocks from other nodes into the local host tier, in chunks. The next chunk is transferred while one is unpacked."""
 
 import logging
 import threading
@@ -14,19 +14,22 @@ from tiered_kv.protocol.peer_transport import FramePieces, Link, Transfer
 
 log = logging.getLogger(__name__)
 
+Admit = Callable[[list[BlockKey], list[FramePieces]], int]
+"""Stores the frames of these keys. Returns how many it could store."""
+
 CHUNKS_UNDER_WAY = 3
 AVOID_S = 1.0
 
 
 class Chunk(NamedTuple):
-    """Consecutive blocks that are asked of one node in one go."""
+    """Consecutive blocks that are requested from one node together."""
 
     node: str
     keys: list[BlockKey]
 
 
 class _PeerFailed(Exception):
-    """`node` did not give what it was asked for, and others may be asked. `hung`: it did not answer at all."""
+    """A request to `node` failed; other nodes may have the blocks. `hung`: the node did not answer at all."""
 
     def __init__(self, node: str, hung: bool) -> None:
         super().__init__(node)
@@ -35,10 +38,10 @@ class _PeerFailed(Exception):
 
 
 class Puller:
-    """Fetches what the directory names. A second pull of blocks already under way waits for the first.
+    """Fetches blocks from the nodes that the directory names. A second pull of blocks in transfer waits for the first.
 
-    A node that failed is not asked for AVOID_S. One that hangs is not asked for `forgotten_s`: by then the directory, which `locate`
-    asks (as `Link.locate`), no longer names it unless it has been heard of again.
+    `locate` asks the directory, as `Link.locate`. A node whose request failed gets no further request for `AVOID_S`. A node that hangs
+    gets none for `forgotten_s`: by then the directory no longer names it, unless it has reported again.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class Puller:
         keys: list[BlockKey],
         nbytes: int,
         wait_s: float,
-        admit: Callable[[list[BlockKey], list[FramePieces]], int],
+        admit: Admit,
         present: Callable[[BlockKey], bool],
     ) -> int:
-        """Bring the leading `keys` here, `admit`ting chunk by chunk; how many of them are here at the end.
+        """Fetch the leading blocks of `keys`, each of `nbytes`, within `wait_s`. Returns how many of them this node has afterwards.
 
-        `admit` takes keys and their frames and says how many it could take. Any failure ends the pull early.
+        `admit` stores the frames of one chunk and returns how many it could store. `present` tells whether this node has a block.
+        Any failure ends the pull early.
         """
         deadline_s = self._clock.now_s() + wait_s
         with self._done:
@@ -76,7 +80,7 @@ class Puller:
             while self._has_failed_peer(missing, nbytes, deadline_s, admit) and self._clock.now_s() < deadline_s:
                 missing = [key for key in missing if not present(key)]
         except TieredKVError as error:
-            log.info("pull ended early: %s", error)
+            log.info("a pull ended early: %s", error)
         finally:
             with self._done:
                 self._under_way.difference_update(mine)
@@ -86,18 +90,18 @@ class Puller:
             count += 1
         return count
 
-    def _has_failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> bool:
-        """Fetch the keys. Returns whether a node failed, which is avoided from now on, so that others may be asked."""
+    def _has_failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Admit) -> bool:
+        """Fetch the keys. Returns whether a node failed. That node is avoided from now on, and a retry can use others."""
         try:
             self._fetch(keys, nbytes, deadline_s, admit)
         except _PeerFailed as error:
-            log.info("pull: %s", error.__cause__)
+            log.info("a peer failed during a pull: %s", error.__cause__)
             with self._done:
                 self._avoided_until_s[error.node] = self._clock.now_s() + (self._forgotten_s if error.hung else AVOID_S)
             return True
         return False
 
-    def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Callable) -> None:
+    def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Admit) -> None:
         if not keys:
             return
         under_way: deque[tuple[Chunk, Transfer]] = deque()
@@ -121,7 +125,7 @@ class Puller:
                 return
 
     def _reachable(self, holders: list[list[str]]) -> list[list[str]]:
-        """The holders without those to be avoided, up to the first block that no other one holds."""
+        """Returns the holders of each block without avoided nodes, up to the first block that has no other holder."""
         now_s = self._clock.now_s()
         with self._done:
             self._avoided_until_s = {node: until_s for node, until_s in self._avoided_until_s.items() if until_s > now_s}
@@ -130,9 +134,9 @@ class Puller:
 
     @staticmethod
     def _chunks(keys: list[BlockKey], holders: list[list[str]], most: int) -> Iterator[Chunk]:
-        """Runs of blocks that one node holds, each as long as possible, at most `most` blocks a chunk.
+        """Yields runs of blocks that one node holds, each as long as possible but at most `most` blocks.
 
-        The first chunks are short, so that unpacking begins while the rest is under way.
+        The first chunks are short, so that unpacking starts while the rest is in transfer.
         """
         start, length = 0, max(1, most // 4)
         while start < len(holders):

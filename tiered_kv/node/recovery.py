@@ -1,4 +1,4 @@
-"""What a node finds in its files when it starts: the blocks that a former node of the same ids has left, in every tier."""
+"""Recovery of the blocks, in every tier, that a former node with the same ids left in its files."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -17,14 +17,15 @@ from tiered_kv.tiers.log import LogTier
 log = logging.getLogger(__name__)
 
 CROWDED_PART = 10
-"""With less than one in so many slots of the index free, the lowest tier gives up a segment."""
+"""If fewer than one in `CROWDED_PART` index slots are free, the lowest tier drops a segment."""
 
 
 class Recovery:
-    """Used once: made before the device pool, so that no worker takes blocks of the former pool for blocks of the new one.
+    """Recovers a node's blocks once, at its start.
 
-    `inherited`: whether the files in shared memory were there already. Making it puts the index in order, hides the blocks on the
-    device, and reads the footers of the lower tiers; raises for a store that a first start cannot reach: it may be misspelt.
+    The constructor repairs the index, hides the blocks on the device, and reads the footers of the lower tiers. It must run before the
+    device pool is created, so that no worker takes blocks of the former pool for blocks of the new one. `inherited`: whether the files
+    in shared memory existed already. If they did not, the constructor raises for a store that it cannot reach: its URL may be misspelt.
     """
 
     def __init__(self, index: IndexWriter, host: HostTier, logs: Mapping[Tier, LogTier], allowance: Allowance, *, inherited: bool) -> None:
@@ -33,14 +34,14 @@ class Recovery:
         self._logs = logs
         self._allowance = allowance
         self._inherited = inherited
-        self._last_use: dict[BlockKey, int] = {}  # the tick of each block's last use
-        self._on_device: dict[BlockKey, int] = {}  # the bytes of blocks that the index showed on the former device pool
+        self._last_use: dict[BlockKey, int] = {}  # tick of each block's last use
+        self._on_device: dict[BlockKey, int] = {}  # raw bytes of the blocks that the index showed in the former device pool
         if inherited:
             self._take_over()
         self._below = self._recovered_below()
 
     def restore(self, free: Callable[[Location], None]) -> list[ev.Recovered]:
-        """Returns the blocks that are where the index says and may be shown, the least recently used first; `free`s the others."""
+        """Returns the blocks that match their index entry and may be shown, the least recently used first. Calls `free` for the others."""
         kept = {(each.key, each.location.tier): each.location for each in self._below}
         lost = [key for key, location in self._index.items() if not self._is_there(key, location, kept)]
         for key in lost:
@@ -48,7 +49,7 @@ class Recovery:
         in_host = [(key, location) for key, location in self._index.items() if location.tier is Tier.HOST]
         if self._inherited:
             in_host += self._hidden_by_device()
-            log.info("took over %d blocks; %d were not where the index said", len(self._index), len(lost))
+            log.info("recovered %d blocks; %d index entries pointed at no block and were removed", len(self._index), len(lost))
         in_host.sort(key=lambda item: self._last_use.get(item[0], 0))
         host = []
         for key, location in in_host:
@@ -62,7 +63,7 @@ class Recovery:
         return self._that_fit({key for key, _ in [*self._index.items(), *in_host]}, free) + host
 
     def _take_over(self) -> None:
-        """Put the former node's index in order, and hide the blocks that it shows on the device."""
+        """Repair the former node's index, and hide the blocks that it shows on the device."""
         self._index.rebuild(self._host.describes)
         self._last_use = {key: tick for key, _, tick in self._index.harvest()}
         self._on_device = {key: location.raw_bytes for key, location in self._index.items() if location.tier is Tier.DEVICE}
@@ -70,20 +71,25 @@ class Recovery:
             self._index.remove(key)
 
     def _recovered_below(self) -> list[ev.Recovered]:
-        """Returns the blocks of the lower tiers that may be shown, the lowest tier first; the others stay until their segment goes."""
+        """Returns the blocks of the lower tiers that may be shown, the lowest tier first.
+
+        The others stay until their segment is dropped.
+        """
         found: list[ev.Recovered] = []
         for tier in sorted(self._logs, reverse=True):
             try:
-                there = self._logs[tier].recovered()
+                recovered = self._logs[tier].recovered()
             except TieredKVError as error:
                 if not self._inherited:
                     raise
-                log.warning("what lies in %s is not used: %s", tier.label, error)
+                log.warning("blocks in %s are not recovered: %s", tier.label, error)
                 continue
-            look, admits = self._logs[tier].carried, self._allowance.admits
-            shown = [each for each in there if admits(each.key, each.root, each.location.codec, each.error, partial(look, each.location))]
+            look, admits = self._logs[tier].carried, self._allowance.admits  # `look` reads a header
+            shown = [
+                each for each in recovered if admits(each.key, each.root, each.location.codec, each.error, partial(look, each.location))
+            ]
             found += [ev.Recovered(each.key, each.parent, each.root, each.location) for each in shown]
-            self._allowance.refuse(tier.label, len(there) - len(shown))
+            self._allowance.refuse(tier.label, len(recovered) - len(shown))
         return found
 
     def _hidden_by_device(self) -> list[tuple[BlockKey, Location]]:
@@ -100,7 +106,10 @@ class Recovery:
         return found
 
     def _that_fit(self, known: set[BlockKey], free: Callable[[Location], None]) -> list[ev.Recovered]:
-        """Returns the lower blocks that the index knows, and of the others the newest that it has room for; `free`s the rest."""
+        """Returns the blocks of lower tiers that have an index entry, and the newest others that the index has room for.
+
+        Calls `free` for the rest.
+        """
         room = self._index.capacity_blocks - self._index.capacity_blocks // CROWDED_PART - len(known)
         newest = list(dict.fromkeys(each.key for each in reversed(self._below) if each.key not in known))
         keep = known.union(newest[: max(room, 0)])
@@ -110,13 +119,13 @@ class Recovery:
         return [each for each in self._below if each.key in keep]
 
     def _is_there(self, key: BlockKey, location: Location, kept: Mapping[tuple[BlockKey, Tier], Location]) -> bool:
-        """Whether the block is where its index entry says."""
+        """Returns whether the block is stored where its index entry says. Claims its extent if that is in host memory."""
         if location.tier is Tier.HOST:
             return self._claim(key, location)
         return kept.get((key, location.tier)) == location
 
     def _claim(self, key: BlockKey, location: Location) -> bool:
-        """Take the extent of an index entry; returns whether its header confirms that it holds this key. Else it is freed again."""
+        """Claim the extent if its header confirms that it holds this key; else free it. Returns whether it was claimed."""
         try:
             self._host.claim(location.offset, location.stored_bytes)
         except TieredKVError:
@@ -127,5 +136,5 @@ class Recovery:
         return ours
 
     def _error_of_frame(self, location: Location) -> float | None:
-        """Returns the error that a frame in host memory says its block carries; the frame is not verified."""
+        """Returns the lossy error that a frame in host memory names for its block. The frame is not verified."""
         return carried_error(self._host.payload(location.offset, location.stored_bytes))

@@ -1,9 +1,9 @@
-"""Seals: checksums of the blocks in host memory, made soon after a block was stored and compared again and again.
+"""Seals: checksums of the blocks in host memory, made soon after a block is stored and compared periodically (scrubbing).
 
-One thread of the lowest priority does both. It hashes without the interpreter's lock and without the engine's: a block's bytes
-never change while its location is the machine's, so a result counts only if that location is still the same object afterwards.
-What does not match is given up, and is a miss from then on. Whoever reads a block to copy it elsewhere compares the seal by
-itself (`Held.verify`). docs/design/022 has the figures.
+One thread of the lowest priority does both. It hashes without the interpreter's lock and without the engine's. A block's bytes never
+change while the machine lists its location, so a result counts only if that location is still the same object afterwards.
+A block that does not match its seal is dropped, and is a miss from then on. Code that reads a block to copy it elsewhere compares the
+seal itself (`BlockData.verify`). docs/design/022 has the figures.
 """
 
 import logging
@@ -16,7 +16,8 @@ from typing import NamedTuple
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.writer import stand_back
-from tiered_kv.node.storage import Place
+from tiered_kv.node.storage import NodeStorage
+from tiered_kv.protocol.messages import SealStats
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Engine
 
@@ -24,95 +25,108 @@ log = logging.getLogger(__name__)
 
 SCRUB_BYTES_PER_S = 64 << 20
 PASS_EVERY_S = 10.0
-"""No pass over all blocks begins sooner than this after the one before: a small memory need not be read all the time."""
+"""The shortest time from the start of one pass over all blocks to the next: a small memory need not be read all the time."""
 LOOK_EVERY_S = 0.1
-BACKLOG_MAX = 1 << 16  # blocks; what is beyond is sealed by the pass over all blocks
+BACKLOG_MAX = 1 << 16  # blocks; further ones are sealed by the pass over all blocks
 BATCH_BYTES, BATCH_BLOCKS = 4 << 20, 64
 WAIT_FOR_QUIET_S = 1.0
-"""A pass waits so long at most for copies between tiers that are under way, before each batch."""
+"""The longest time that a pass waits, before each batch, for copies between tiers to end."""
 _NICE = 19
 
 
 class _Block(NamedTuple):
-    """A block in host memory, as the machine knows it at one moment."""
+    """A block in host memory: a snapshot of what the machine knows."""
 
     key: BlockKey
     location: Location
 
 
 class Seals:
-    """Seals, scrubs and gives up blocks of one node's host memory; keeps the index's slots what the machine says. Thread-safe."""
+    """Seals and scrubs the blocks in one node's host memory, drops damaged ones, and repairs index slots. Thread-safe."""
 
-    def __init__(self, engine: Engine, place: Place) -> None:
+    def __init__(self, engine: Engine, storage: NodeStorage) -> None:
         self._engine = engine
-        self._place = place
+        self._storage = storage
         self._backlog: deque[BlockKey] = deque(engine.machine.blocks, maxlen=BACKLOG_MAX)
-        self._suspects: dict[BlockKey, None] = {}  # found to be damaged, and read by somebody
-        self._unscrubbed: deque[BlockKey] = deque()  # of the present pass
+        self._suspects: dict[BlockKey, None] = {}  # damaged, but pinned by a reader
+        self._unscrubbed: deque[BlockKey] = deque()  # blocks that the current pass has not reached
         self._next_pass_s = self._quiet_until_s = 0.0
         self._counts: Counter[str] = Counter()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tkv-seal", daemon=True)
-        place.on_suspect = self._suspect
+        storage.on_suspect = self._suspect
 
     def start(self) -> None:
-        """Begin to seal and to scrub."""
+        """Start sealing and scrubbing."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; what is not sealed stays so. May be called twice."""
+        """Stop the thread. Unsealed blocks stay unsealed. May be called twice."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def committed(self, keys: Iterable[BlockKey]) -> None:
-        """Have blocks sealed that were stored without a seal; within about `LOOK_EVERY_S`, so that no store pays for it."""
+        """Queue blocks that were stored without a seal. The thread seals them within about `LOOK_EVERY_S`; no store waits for it."""
         self._backlog.extend(keys)
 
-    def stats(self) -> dict:
-        """Blocks since the node began: sealed, scrubbed, flipped (given up for damage), slots mended; and how many wait for a seal."""
-        names = ("sealed", "scrubbed", "flipped", "slots_mended")
-        return {name: self._counts[name] for name in names} | {"unsealed": len(self._backlog)}
+    def stats(self) -> SealStats:
+        """Returns the blocks since the node started: sealed, scrubbed, flipped (dropped as damaged); the index slots mended.
+
+        `unsealed`: how many blocks wait for a seal.
+        """
+        return {
+            "sealed": self._counts["sealed"],
+            "scrubbed": self._counts["scrubbed"],
+            "flipped": self._counts["flipped"],
+            "slots_mended": self._counts["slots_mended"],
+            "unsealed": len(self._backlog),
+        }
 
     def examine(self, key: BlockKey) -> None:
-        """Find out at once what a worker met at a block: mend the index's slot, or give the block up if its bytes are damaged."""
+        """Check a block that a worker could not read: repair its index slot, and drop the block if its bytes are damaged."""
         with self._engine.lock:
             self.mend_slots([key])
             block = self._block(key)
-            if block is not None and not (self._place.host.judge(*block)[0] and self._place.decoded(*block) is not None):
-                self._give_up(block)
+            if block is not None and not (self._storage.host.judge(*block)[0] and self._storage.decoded(*block) is not None):
+                self._drop(block)
 
     def mend_slots(self, keys: Iterable[BlockKey]) -> None:
-        """Make the index say of these blocks what the machine knows; the engine's lock is held."""
-        index, blocks = self._place.index, self._engine.machine.blocks
+        """Repair index slots that differ from the machine. Checks `keys`, and all blocks if one of them is wrong.
+
+        Call with the engine's lock.
+        """
+        index, blocks = self._storage.index, self._engine.machine.blocks
         wrong = [key for key in keys if index.get(key) != (blocks[key].best if key in blocks else None)]
         if wrong or (len(index) != len(blocks) and len(index) < index.capacity_blocks):
             mended = index.reconcile({key: block.best for key, block in blocks.items()})
             self._counts["slots_mended"] += mended
-            log.warning("%d slots of the index were damaged and are written anew", mended)
+            log.warning("%d slots of the index were damaged and have been rewritten", mended)
 
     def scrub(self) -> None:
-        """Compare all blocks with their seals now, as fast as it goes; seals those without."""
+        """Compare all blocks with their seals now, without pacing. Blocks without a seal get one."""
         with self._engine.lock:
             keys = deque(self._engine.machine.blocks)
         while keys:
             self._scrub_some(keys)
 
     def _run(self) -> None:
-        """Boundary of the thread: a look that fails is logged, the next one is tried."""
+        """Run the thread. An error is logged, and the next round tries again."""
         stand_back(_NICE)
         rest_s = 0.0
         while not self._closing.wait(rest_s or LOOK_EVERY_S):
             try:
-                self._settle_suspects()
+                self._drop_suspects()
                 while self._backlog and not self._closing.is_set():
-                    self._look(self._taken(self._backlog, lambda block: not self._place.host.headers.is_sealed(block.location.offset)))
+                    self._look(
+                        self._take_batch(self._backlog, lambda block: not self._storage.host.headers.is_sealed(block.location.offset))
+                    )
                 rest_s = self._scrub_paced()
             except Exception:
-                log.exception("blocks in host memory could not be checked")
+                log.exception("checking the blocks in host memory failed")
 
     def _scrub_paced(self) -> float:
-        """Scrub a batch of the present pass, if it is time; returns for how many seconds to rest."""
+        """Scrub a batch of the current pass if it is due. Returns how many seconds to wait before the next call."""
         now_s = time.monotonic()
         if not self._unscrubbed:
             if now_s < self._next_pass_s:
@@ -131,13 +145,17 @@ class Seals:
     def _scrub_some(self, keys: deque[BlockKey]) -> int:
         with self._engine.lock:
             self.mend_slots([keys[at] for at in range(min(len(keys), BATCH_BLOCKS))])
-        batch = self._taken(keys, lambda _: True)
+        batch = self._take_batch(keys, lambda _: True)
         self._counts["scrubbed"] += self._look(batch)
         return sum(block.location.stored_bytes for block in batch)
 
-    def _taken(self, keys: deque[BlockKey], is_wanted: Callable[["_Block"], bool]) -> list[_Block]:
-        """The first blocks of a list, which are taken off it, as far as they are in host memory and wanted."""
-        batch, nbytes, left = [], 0, BATCH_BLOCKS
+    def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[_Block], bool]) -> list[_Block]:
+        """Remove keys from the front of a queue. Returns those blocks that are in host memory and for which `is_wanted` is true.
+
+        A batch ends at `BATCH_BYTES` or `BATCH_BLOCKS`.
+        """
+        batch: list[_Block] = []
+        nbytes, left = 0, BATCH_BLOCKS
         with self._engine.lock:
             while keys and nbytes < BATCH_BYTES and left:
                 left -= 1
@@ -148,59 +166,59 @@ class Seals:
         return batch
 
     def _look(self, batch: list[_Block]) -> int:
-        """Hash blocks without a lock, then seal those without a seal and give damaged ones up; returns how many were sound."""
-        host = self._place.host
+        """Hash blocks without a lock, then seal those without a seal and drop damaged ones. Returns how many were undamaged."""
+        host = self._storage.host
         verdicts = [host.judge(*block) for block in batch]
         sound = 0
         with self._engine.lock:
             for block, (is_sound, digest) in zip(batch, verdicts, strict=True):
                 present = self._block(block.key)
                 if present is None or present.location is not block.location:
-                    continue  # it left, and its bytes may be another's by now
+                    continue  # it was moved or evicted, and its extent may belong to another block now
                 sound += is_sound
                 if not is_sound:
-                    self._give_up(block)
+                    self._drop(block)
                 elif digest is not None:
                     host.headers.seal(block.location.offset, digest)
                     self._counts["sealed"] += 1
         return sound
 
     def _suspect(self, key: BlockKey) -> None:
-        """Find out whether a block that could not be copied elsewhere is damaged."""
+        """Check a block that could not be copied elsewhere. If it is damaged, drop it."""
         with self._engine.lock:
             block = self._block(key)
-            if block is not None and not self._place.host.judge(*block)[0]:
-                self._give_up(block)
+            if block is not None and not self._storage.host.judge(*block)[0]:
+                self._drop(block)
 
-    def _settle_suspects(self) -> None:
-        """Give up damaged blocks that somebody read when they were found."""
+    def _drop_suspects(self) -> None:
+        """Drop damaged blocks that were pinned by a reader when they were found, and no longer are."""
         for key in list(self._suspects):
             with self._engine.lock:
                 if self._block(key) is None:
                     del self._suspects[key]
-                elif not self._is_read(key):
+                elif not self._is_in_use(key):
                     self._suspect(key)
                     self._suspects.pop(key, None)
 
     def _block(self, key: BlockKey) -> _Block | None:
-        """The block, if it is in host memory; the engine's lock is held."""
+        """Returns the block if it is in host memory, else None. Call with the engine's lock."""
         block = self._engine.machine.blocks.get(key)
         location = block.copies.get(Tier.HOST) if block else None
         return None if location is None else _Block(key, location)
 
-    def _is_read(self, key: BlockKey) -> bool:
-        """Whether somebody reads the block's bytes, so that they must stay."""
+    def _is_in_use(self, key: BlockKey) -> bool:
+        """Returns whether the block is being read or copied, so that its bytes must not be freed."""
         machine = self._engine.machine
         return machine.blocks[key].copying_to is not None or machine.pinned(key)
 
-    def _give_up(self, block: _Block) -> None:
-        """Drop a damaged copy, or remember to while somebody reads it; the engine's lock is held."""
+    def _drop(self, block: _Block) -> None:
+        """Drop a damaged copy. While it is being read, only note it as a suspect. Call with the engine's lock."""
         if self._block(block.key) != block:
             return
         if block.key not in self._suspects:
             self._counts["flipped"] += 1
-            log.warning("block %s is damaged in host memory and is given up there", block.key.hex())
-        if self._is_read(block.key):
+            log.warning("block %s is damaged in host memory and is dropped from it", block.key.hex())
+        if self._is_in_use(block.key):
             self._suspects[block.key] = None
         else:
             self._engine.handle([ev.Lost(block.key, block.location)])

@@ -1,4 +1,4 @@
-"""How much host memory a number of blocks needs: the plan of `memory.words`, the other way round."""
+"""Sizes of host memory for a given number of block bytes: the inverse of `memory.words.plan`."""
 
 from tiered_kv.config import MIN_HOST_BYTES
 from tiered_kv.memory import words
@@ -9,12 +9,15 @@ _STEP_BYTES = 64 << 10
 
 
 def extent_bytes(payload_bytes: int) -> int:
-    """Bytes that a payload takes in the arena: with its header, rounded up."""
+    """Returns the bytes that a payload occupies in the arena, with its header and rounded up."""
     return -(-(HEADER_BYTES + payload_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 def host_bytes_for(arena_bytes: int) -> int:
-    """The least setting `host`, to 64 KiB, of which the index leaves at least `arena_bytes` to blocks."""
+    """Returns the smallest value of the setting `host` that gives blocks at least `arena_bytes` beside the index.
+
+    The value is a multiple of 64 KiB.
+    """
     host_bytes = max(-(-arena_bytes // _STEP_BYTES) * _STEP_BYTES, MIN_HOST_BYTES)
     while words.plan(host_bytes)[1] < arena_bytes:
         host_bytes += max((arena_bytes - words.plan(host_bytes)[1]) // _STEP_BYTES, 1) * _STEP_BYTES

@@ -1,6 +1,6 @@
-"""The place of a node's blocks: its shared memory, its device pool, its disk folder and its packs, and the way of bytes between them.
+"""A node's storage: shared memory, device pool, disk folder and packs, and the transfer of blocks between them.
 
-This is the engine's `Mover`: it knows index, tiers and frames, and decides nothing.
+This is the engine's `Mover`: it handles index, tiers and frames, and makes no decisions.
 """
 
 import logging
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -23,34 +23,37 @@ from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.node.allowance import Allowance
-from tiered_kv.node.compression import CodedBlock, Coder, Held, put, raw_frame
+from tiered_kv.node.compression import BlockData, CodedBlock, Coder, put, raw_frame
 from tiered_kv.node.quarantine import ExtentQuarantine
 from tiered_kv.node.recovery import CROWDED_PART, Recovery
 from tiered_kv.node.tier_factory import device_tier, disk_tier, objects_tier, own_name
+from tiered_kv.protocol.messages import TierStats
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import COPY_BATCH_BYTES, Filled, Form, Room
+from tiered_kv.store.engine import COPY_BATCH_BYTES, Coded, Filled, Form, Room
+from tiered_kv.store.movement import Block
 from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
 from tiered_kv.threads import DaemonThreads, work_alone
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.host import FRAME_DIGEST, HostTier, Lineage
-from tiered_kv.tiers.log import LogTier, Record
+from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.mounted import MountedPacks
+from tiered_kv.tiers.objects.tier import ObjectsTier
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-REQUESTS_AT_ONCE = 8  # to object storage, where one takes some 50 ms whatever its size
+REQUESTS_AT_ONCE = 8  # to object storage, where a request takes some 50 ms whatever its size
 AGING_SEGMENTS = 2
-"""With room for fewer segments than this left, the oldest one is copied down."""
+"""When a tier has room left for fewer segments than this, its oldest one is copied to a lower tier."""
 
 
-class Place:
-    """Files, index and tiers of one node. Not thread-safe but for `append`, `coded`, `fill`, `keep`, `frames` and `put`.
+class NodeStorage:
+    """Files, index and tiers of one node. Only `append`, `coded`, `fill`, `keep`, `frames` and `put` are thread-safe.
 
-    Files that a node of the same ids left behind are taken over; `restore` says what is in them. `mounted_bytes`: how much of a
-    checkpoint the index should have room for.
+    It takes over files that a node with the same ids left behind; `restore` returns their blocks. `mounted_bytes`: the bytes of
+    checkpoint blocks that the index should have room for.
     """
 
     def __init__(self, config: Config, cluster_id: str, node_id: str, mounted_bytes: int = 0) -> None:
@@ -62,7 +65,7 @@ class Place:
         self.directory = self._files.directory
         self.keeps_disk = config.disk_path is not None
         self._objects_folder = config.objects_folder and f"{config.objects_folder}/{own_name(cluster_id, node_id)}"
-        self.logs: dict[Tier, LogTier] = {}
+        self.logs: dict[Tier, DiskTier | ObjectsTier] = {}
         self.mounted = MountedPacks()
         self.device: DeviceTier | None = None
         with ExitStack() as undo:
@@ -82,27 +85,35 @@ class Place:
             if config.device:
                 self.device = device_tier(config, self.directory, self.index.generation)
             undo.pop_all()
+        assert self._files.arena_fd is not None
         self._is_pinned = self.device is not None and self.device.pool.device.type == "cuda" and register_host(self._arena)
-        self._memory = {Tier.HOST: self.host} | ({Tier.DEVICE: self.device} if self.device else {})
+        self._memory: dict[Tier, HostTier | DeviceTier] = {Tier.HOST: self.host}
+        if self.device:
+            self._memory[Tier.DEVICE] = self.device
         self.quarantine = ExtentQuarantine(self.host, self._files.arena_fd)
-        self._device_turn = threading.Lock()  # the pool is for one thread at a time
-        self._device_errors: dict[int, float] = {}  # by offset, of blocks that were lossy before they came there
-        self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts no thread before it is used
+        self._device_turn = threading.Lock()  # only one thread at a time may use the pool
+        self._device_errors: dict[int, float] = {}  # by offset: errors of blocks that were lossy before they were copied to the device
+        self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts its threads at the first use
         self.on_suspect: Callable[[BlockKey], object] = lambda key: None
-        """Called for a block in host memory whose bytes were found to be damaged."""
+        """Called with the key of a block in host memory that proved to be damaged when it was read."""
         self.beat()
 
     @property
     def disk(self) -> DiskTier | None:
-        return self.logs.get(Tier.DISK)  # type: ignore[return-value]
+        """The disk tier, if the node has one."""
+        return cast("DiskTier | None", self.logs.get(Tier.DISK))
 
     @property
     def capacities(self) -> dict[Tier, int]:
-        """The caps of the tiers that there are."""
-        return {tier: place.capacity_bytes for tier, place in (self._memory | self.logs).items()}
+        """The cap of each tier."""
+        return {tier: store.capacity_bytes for tier, store in self._tiers().items()}
+
+    def _tiers(self) -> dict[Tier, HostTier | DeviceTier | DiskTier | ObjectsTier]:
+        """Returns all tiers of the node. Mounted checkpoints are not among them."""
+        return {**self._memory, **self.logs}
 
     def restore(self) -> list[ev.Recovered]:
-        """Returns what the files of a former node hold, the least recently used first, for the machine. To be called once."""
+        """Returns the blocks in a former node's files, the least recently used first, for the machine. Call it once."""
         recovery, self._recovery = self._recovery, None
         assert recovery is not None
         found = recovery.restore(self.free)
@@ -114,11 +125,11 @@ class Place:
 
     @property
     def index_room(self) -> int:
-        """How many more blocks the index can show."""
+        """The number of blocks that the index still has room for."""
         return self.index.capacity_blocks - len(self.index)
 
     def batch_bytes(self, tier: Tier) -> int:
-        """A batch for objects is a pack; a small tier must not lose most of its blocks for one batch."""
+        """As `Mover.batch_bytes`: a pack for objects, and at most a segment for disk, so that a batch evicts few blocks of a small tier."""
         if tier is Tier.OBJECTS:
             return self.logs[tier].segment_bytes
         return min(COPY_BATCH_BYTES, self.logs[tier].segment_bytes) if tier in self.logs else COPY_BATCH_BYTES
@@ -153,70 +164,72 @@ class Place:
         return self._form_in_host(Form(source.codec, source.stored_bytes), source.raw_bytes, copy.root)
 
     def form_of(self, frame: Frame, root: BlockKey) -> Form:
-        """What the block of a frame that a peer sent will be in host memory."""
+        """Returns the form in host memory of a block whose frame a peer sent."""
         return self._form_in_host(Form(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
 
     def _form_in_host(self, present: Form, raw_bytes: int, root: BlockKey | None) -> Form:
-        """A block that is coded stays so where host memory keeps frames of its model, else it lies there raw."""
+        """Returns the form in host memory of a block: encoded as it is if host memory keeps frames of its model, else raw."""
         return present if present.codec and self.coder.keeps_frames(root) else Form(0, raw_bytes)
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
         if locations[0].tier is Tier.DEVICE:
             return self._to_device(copies, locations)
         read = self._requests.map if copies[0].source.tier in AWAY else map
-        return list(read(self._fill, copies, locations))
+        return list(read(self._load, copies, locations))
 
-    def _fill(self, copy: ev.Copy, location: Location) -> Filled:
+    def _load(self, copy: ev.Copy, location: Location) -> Filled:
         try:
-            held = self._held(copy.key, copy.source)
-            self.put(held, location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
+            block = self._read(copy.key, copy.source)
+            self.put(block, location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
         except TieredKVError as error:
             away = copy.source.tier in AWAY and error.kind is not Kind.CORRUPT and not error.context.get("missing")
-            why = str(error)  # the error itself holds on to the arena
+            why = str(error)  # the error object itself would keep the arena mapped
             log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, why)
             return Filled.LATER if away else Filled.GONE
         return Filled.DONE
 
-    def put(self, held: Held, location: Location, lineage: Lineage) -> int:
-        """Write a block, raw or as its frame, into a reserved extent of host memory, then sign and seal it.
+    def put(self, block: BlockData, location: Location, lineage: Lineage) -> int:
+        """Write a block, raw or as its frame, into a reserved extent of host memory. Then write its header and its seal.
 
-        Returns its digest. Raises (kind `corrupt`), also for a block that may not be shown.
+        Returns its digest. Raises (kind `corrupt`) if it does not decode or may not be shown.
         """
-        self.allowance.check(held, lineage)
+        self.allowance.check(block, lineage)
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
-            put(held.frame.pieces, payload)
-        elif held.frame is not None:
-            held.frame.decode(payload)
+            assert block.frame is not None
+            put(block.frame.pieces, payload)
+        elif block.frame is not None:
+            block.frame.decode(payload)
         else:
-            payload.copy_(held.raw)
+            payload.copy_(block.decoded())
         digest = FRAME_DIGEST if location.codec else self.host.headers.digest(location.offset, location.stored_bytes)
-        self.sign(location, lineage, held.error, digest)
+        self.sign(location, lineage, block.error, digest)
         return digest
 
     def sign(self, location: Location, lineage: Lineage, error: float = 0.0, digest: int | None = None) -> None:
-        """Say whose bytes lie in an extent of host memory, and how; with their digest the extent is sealed."""
+        """Write the header of an extent in host memory: its block's lineage, codec and sizes. With a digest it is sealed as well."""
         key, parent, root, depth, *_ = lineage
         _, codec, _, offset, nbytes, raw_bytes = location
         self.host.sign(offset, Lineage(key, parent, root, depth, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
 
     def coded(self, copy: ev.Copy) -> CodedBlock | None:
-        return self._attempted(copy.key, copy.source, lambda held: self.coder.coded(copy, held))
+        return self._try_read(copy.key, copy.source, lambda block: self.coder.coded(copy, block))
 
     def settle_in(self) -> None:
         work_alone()
 
-    def keep(self, copy: ev.Copy, coded: CodedBlock, offset: int) -> Location:
+    def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
+        assert isinstance(coded, CodedBlock)
         location = Location(Tier.HOST, coded.codec, 0, offset, coded.nbytes, coded.raw_bytes)
         put(coded.pieces, self.host.payload(offset, coded.nbytes))
         self.sign(location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
         return location
 
-    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[CodedBlock | None]) -> list[Location | None]:
-        pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if block is not None]
+    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[Coded | None]) -> list[Location | None]:
+        pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if isinstance(block, CodedBlock)]
         records = [Record(copy.key, block.pieces, block.codec, block.raw_bytes, copy.parent, copy.root) for copy, block in pairs]
         answers = iter(self.logs[tier].append(records))
-        locations = []
+        locations: list[Location | None] = []
         refused: Counter[str] = Counter()
         for block in coded:
             answer = next(answers) if block is not None else None
@@ -227,28 +240,30 @@ class Place:
             log.warning("%s: %d of %d blocks were not written: %s", tier.label, count, len(copies), reason)
         return locations
 
-    def _held(self, key: BlockKey, location: Location) -> Held:
-        """The block where it lies, its bytes or frame being views of host memory where they are there; raises if it cannot be read."""
+    def _read(self, key: BlockKey, location: Location) -> BlockData:
+        """Returns the block at `location`. If that is in host memory, its bytes or frame are views. Raises if it cannot be read."""
         if location.tier is Tier.DEVICE:
+            assert self.device is not None
             raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
             with self._device_turn:
                 self.device.pool.copy_out(location.offset, location.raw_bytes, raw).wait()
-            return Held(raw, error=self._device_errors.get(location.offset, 0.0))
+            return BlockData(raw, error=self._device_errors.get(location.offset, 0.0))
         if location.tier is not Tier.HOST:
-            place = self.mounted if location.tier is Tier.CHECKPOINT else self.logs[location.tier]
-            return Held.of(place.read(location, key))
+            store = self.mounted if location.tier is Tier.CHECKPOINT else self.logs[location.tier]
+            return BlockData.of(store.read(location, key))
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
-            return Held.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
-        return Held(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
+            return BlockData.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
+        return BlockData(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
 
-    def decoded(self, key: BlockKey, location: Location) -> Held | None:
-        """The raw bytes of a block, and the error that they carry; None if it is damaged, or its codec is not known here."""
-        return self._attempted(key, location, lambda held: held._replace(raw=held.decoded()))
+    def decoded(self, key: BlockKey, location: Location) -> BlockData | None:
+        """Returns a block with its raw bytes and their error; None if it is damaged, or its codec is not known here."""
+        return self._try_read(key, location, lambda block: block._replace(raw=block.decoded()))
 
-    def _attempted(self, key: BlockKey, location: Location, use: Callable[[Held], T]) -> T | None:
+    def _try_read(self, key: BlockKey, location: Location, use: Callable[[BlockData], T]) -> T | None:
+        """Read a block and call `use` with it. Returns its result, or None, with a line in the log, if that fails."""
         try:
-            return use(self._held(key, location))
+            return use(self._read(key, location))
         except TieredKVError as error:
             log.warning("block %s in %s cannot be read: %s", key.hex(), location.tier.label, str(error))
             if location.tier is Tier.HOST and error.kind is Kind.CORRUPT:
@@ -256,19 +271,19 @@ class Place:
             return None
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
-        place = self.logs[tier]
-        is_lowest = tier is max(self.logs)  # elsewhere a block that goes may be below as well, and keep its slot
+        log_tier = self.logs[tier]
+        is_lowest = tier is max(self.logs)  # in other tiers, a dropped block may also be in a lower tier and keep its slot
         crowded = is_lowest and self.index_room < self.index.capacity_blocks // CROWDED_PART
-        segment = place.oldest_sealed() if crowded else None
+        segment = log_tier.oldest_sealed() if crowded else None
         if segment is None:
-            fitting = [nbytes for nbytes in sizes if nbytes <= place.max_frame_bytes]
-            segment = place.needs_reclaim(sum(fitting), len(fitting))
+            fitting = [nbytes for nbytes in sizes if nbytes <= log_tier.max_frame_bytes]
+            segment = log_tier.needs_reclaim(sum(fitting), len(fitting))
         return segment
 
     def segment_to_age(self, tier: Tier) -> int | None:
-        place = self.logs[tier]
-        ahead_bytes = min(AGING_SEGMENTS * place.segment_bytes, place.capacity_bytes // 4)
-        return place.oldest_sealed() if place.capacity_bytes - place.used_bytes < ahead_bytes else None
+        log_tier = self.logs[tier]
+        ahead_bytes = min(AGING_SEGMENTS * log_tier.segment_bytes, log_tier.capacity_bytes // 4)
+        return log_tier.oldest_sealed() if log_tier.capacity_bytes - log_tier.used_bytes < ahead_bytes else None
 
     def keys_in(self, tier: Tier, segment: int) -> list[BlockKey]:
         return self.logs[tier].keys_in(segment)
@@ -285,26 +300,27 @@ class Place:
         self.logs[tier].reclaim(segment)
 
     def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # kept until the copies have happened
+        assert self.device is not None
+        blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # keeps their bytes alive until the copies have ended
         with self._device_turn:
             tickets = []
             for block, location in zip(blocks, locations, strict=True):
                 if block is not None:
-                    tickets.append(self.device.pool.copy_in(location.offset, block.raw))
+                    tickets.append(self.device.pool.copy_in(location.offset, block.decoded()))
                     if block.error:
                         self._device_errors[location.offset] = block.error
             for ticket in tickets:
                 ticket.wait()
-        return [self._copied_whole(copy, block) for copy, block in zip(copies, blocks, strict=True)]
+        return [self._verified(copy, block) for copy, block in zip(copies, blocks, strict=True)]
 
-    def _copied_whole(self, copy: ev.Copy, block: Held | None) -> Filled:
-        """How the copy of a block went that `decoded` gave: its bytes are verified now that they were read."""
+    def _verified(self, copy: ev.Copy, block: BlockData | None) -> Filled:
+        """Returns how the copy of a block from `decoded` went. Its bytes are verified here, after they were copied."""
         try:
             if block is None:
                 return Filled.GONE
             block.verify()
         except TieredKVError as error:
-            log.warning("block %s in %s cannot be copied: %s", copy.key.hex(), copy.source.tier.label, str(error))
+            log.warning("block %s in %s cannot be copied to the device: %s", copy.key.hex(), copy.source.tier.label, str(error))
             self.on_suspect(copy.key)
             return Filled.GONE
         return Filled.DONE
@@ -312,59 +328,65 @@ class Place:
     # Peers
 
     def frames(self, blocks: Iterable[tuple[BlockKey, BlockKey | None, Location]]) -> Iterator[FramePieces]:
-        """Blocks (key, root, location) as frames, up to the first that cannot be read. Of host memory these are views: pin them."""
+        """Yields blocks (key, root, location) as frames, up to the first that cannot be read.
+
+        Frames of blocks in host memory are views, so the caller must pin the blocks.
+        """
         for key, root, location in blocks:
-            pieces = self._attempted(key, location, lambda held, key=key, root=root: raw_frame(key, root, held))
+            pieces = self._frame(key, root, location)
             if pieces is None:
                 return
             yield pieces
 
+    def _frame(self, key: BlockKey, root: BlockKey | None, location: Location) -> FramePieces | None:
+        return self._try_read(key, location, lambda block: raw_frame(key, root, block))
+
     def opened(self, key: BlockKey, pieces: FramePieces, root: BlockKey) -> Frame | None:
-        """The frame that a peer sent, if it is undamaged, that of `key`, and may be shown as a block below `root`."""
+        """Returns the frame in `pieces` from a peer; None if it is damaged, not of `key`, or may not be shown as a block below `root`."""
         try:
             frame = open_pieces(pieces, key)
             if self.allowance.admits(key, root, frame.codec.id, frame.error):
                 return frame
             self.allowance.refuse(PEER, 1)
             return None
-        except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, also what is no frame at all
-            log.warning("a frame for block %s was refused: %s", key.hex(), str(error))
+        except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, even bytes that are no frame
+            log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
             return None
 
     # Figures
 
-    def usage(self) -> dict[str, dict]:
-        """Bytes used and allowed, by tier, the fastest first."""
-        places = self._memory | self.logs | ({Tier.CHECKPOINT: self.mounted} if self.mounted.used_bytes else {})
-        return {
-            tier.label: {"used_bytes": places[tier].used_bytes, "capacity_bytes": places[tier].capacity_bytes} for tier in sorted(places)
-        }
+    def usage(self) -> dict[str, TierStats]:
+        """Returns bytes used and allowed by tier, the fastest first."""
+        sizes = {tier: (store.used_bytes, store.capacity_bytes) for tier, store in self._tiers().items()}
+        if self.mounted.used_bytes:
+            sizes[Tier.CHECKPOINT] = self.mounted.used_bytes, self.mounted.capacity_bytes
+        return {tier.label: {"used_bytes": used, "capacity_bytes": capacity} for tier, (used, capacity) in sorted(sizes.items())}
 
     def beat(self) -> None:
-        """Say that the node lives, and look after what dead workers held."""
+        """Write the node's heartbeat, and free extents of dead workers."""
         self.index.beat(time.monotonic_ns())
         self.quarantine.release()
 
     def is_in_place(self) -> bool:
-        """Whether the directory and the socket in it still have their names."""
+        """Returns whether the node's directory and the socket in it still have their names."""
         return self._files.is_in_place() and self._files.sock_path.exists()
 
-    def check(self, blocks: Mapping[BlockKey, object], reservations: Iterable[Mapping[int, int]]) -> None:
-        """Assert that index, tiers and reservations are those of these machine blocks, and that no tier is above its cap."""
+    def check(self, blocks: Mapping[BlockKey, Block], reservations: Iterable[Mapping[int, int]]) -> None:
+        """Assert that index, tiers and reservations agree with the machine's `blocks`, and that no tier is above its cap."""
         self.index.check()
-        for place in (self._memory | self.logs).values():
-            place.check()
-            assert place.used_bytes <= place.capacity_bytes
+        for store in self._tiers().values():
+            store.check()
+            assert store.used_bytes <= store.capacity_bytes
         assert dict(self.index.items()) == {key: block.best for key, block in blocks.items()}
         used = [location.offset for block in blocks.values() for tier, location in block.copies.items() if tier is Tier.HOST]
         used += [offset for reserved in reservations for offset in reserved]
         starts = [self.host.extent_range(offset, 0)[0] for offset in used] + self.quarantine.starts()
-        assert sorted(starts) == self.host.extents.offsets(), "extents leaked, or are used twice"
+        assert sorted(starts) == self.host.extents.offsets(), "extents of host memory are leaked or used twice"
 
     def close(self, remove: bool) -> None:
-        """Let go of everything; with `remove`, readers see a closed node and all files are deleted but for a disk folder that was named.
+        """Close everything. With `remove`, readers see a closed node, and all files are deleted except a configured disk folder.
 
-        Shared memory comes first: what hangs is a disk or an object store.
+        Shared memory is closed first, because only a disk or an object store can hang.
         """
         self._requests.shutdown()
         if remove:
@@ -377,19 +399,16 @@ class Place:
         self._files.remove() if remove else self._files.close()
         self._close_tiers(remove)
         if remove and self._objects_folder:
-            with suppress(OSError):  # it may be gone, or hold what could not be deleted
+            with suppress(OSError):  # it may not exist, or have files that could not be deleted
                 os.rmdir(self._objects_folder)
 
     def withdraw(self) -> None:
-        """Show readers a closed node and delete the files in shared memory, while threads that hang may still look into them."""
+        """Show readers a closed node and delete the files in shared memory. Hanging threads may still read their mapping."""
         self._files.withdraw()
 
     def _close_tiers(self, remove: bool) -> None:
         self.mounted.close()
         if self.device:
             self.device.pool.close(remove)
-        for tier, place in self.logs.items():
-            if tier is Tier.DISK:
-                place.close(remove=remove and not self.keeps_disk)
-            else:
-                place.close(remove)
+        for tier, log_tier in self.logs.items():
+            log_tier.close(remove and not (tier is Tier.DISK and self.keeps_disk))

@@ -1,4 +1,4 @@
-"""The tiers of a node beside host memory, made from its settings: device pool, disk folder, packs on object storage."""
+"""Creates a node's tiers other than host memory from its settings: device pool, disk folder, packs on object storage."""
 
 import fcntl
 import logging
@@ -22,46 +22,55 @@ log = logging.getLogger(__name__)
 
 
 def own_name(cluster_id: str, node_id: str) -> str:
-    """What a node calls its folders beside those of others; `down` looks for it."""
+    """Returns the name of a node's folder beside those of other nodes. The command `down` searches for it."""
     return f"tkv-{cluster_id}-{node_id}"
 
 
 def device_tier(config: Config, directory: Path, generation: int) -> DeviceTier:
-    """The device pool of a node's present life; workers find it by the node's directory. Raises naming `device`."""
+    """Create the device pool for this life of the node. Workers find it through `directory`.
+
+    Raises an error that names the setting `device`.
+    """
     name = config.device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     return DeviceTier(DevicePool.create(name, config.device, directory, generation))
 
 
 def disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:
-    """The node's disk segments: below a folder that was named they outlive the cluster, else they end with it."""
+    """Open the node's disk segments. In a folder that the settings name they outlive the cluster; otherwise they are removed with it.
+
+    Raises (kind `storage`) if the folder cannot be used.
+    """
     root = Path(config.disk_root)
     owner = own_name(cluster_id, node_id)
     try:
         root.mkdir(mode=0o700, parents=config.disk_path is None, exist_ok=True)
         if config.disk_path is not None:
             tier = claim_folder(root, owner, lambda folder: DiskTier(folder, config.disk, config.disk_segment, owner=owner))
-            _tell_of_unused(root)
+            _warn_of_unused(root)
             return tier
         _remove_stale(root, owner)
     except OSError as error:
-        message = f"disk_path: cannot use {root} for disk segments: {error.strerror}"
+        message = f"disk_path: cannot use the folder {root} for disk segments: {error.strerror}"
         raise TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(root)) from error
     return DiskTier(root / owner, config.disk, config.disk_segment, owner=owner)
 
 
 def objects_tier(config: Config, cluster_id: str, node_id: str) -> ObjectsTier:
-    """The node's packs, below the URL that was named; they end with the cluster. Raises naming `objects`."""
+    """Open the node's packs below the configured URL. They are removed with the cluster.
+
+    Raises an error that names the setting `objects`.
+    """
     assert config.objects is not None
     return ObjectsTier(open_store(config.objects, own_name(cluster_id, node_id)), config.objects_cap)
 
 
-def _tell_of_unused(root: Path) -> None:
-    """Folders of more nodes, or of older versions, keep their bytes, which no cap counts: somebody should know."""
+def _warn_of_unused(root: Path) -> None:
+    """Log which folders below `root` have bytes that no cap counts: those of former nodes or older versions."""
     with suppress(OSError):
         unused = {name: nbytes for name, nbytes in unused_below(root).items() if nbytes}
         if unused:
             log.warning(
-                "disk_path: %s below %s are in folders that no node uses now and no cap counts (%s); remove what nobody wants",
+                "disk_path: %s below %s are in folders that no node uses and no cap counts (%s); remove the folders that you do not need",
                 format_size(sum(unused.values())),
                 root,
                 ", ".join(unused),
@@ -69,18 +78,18 @@ def _tell_of_unused(root: Path) -> None:
 
 
 def _remove_stale(root: Path, own: str) -> None:
-    """Remove the folders of other nodes that are dead: nobody will look for what is in them."""
+    """Remove the folders of other nodes that are dead. No node will ever read them again."""
     for folder in root.glob("tkv-*"):
         if folder.name == own:
             continue
         try:
             fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # not ours to judge
+            continue  # no folder of a node, or one of another user
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
-            pass  # its node lives
+            pass  # its node is alive
         finally:
             os.close(fd)

@@ -1,23 +1,23 @@
 """Records a node's requests as a trace, in the format that `tiered-kv simulate` reads (Mooncake's).
 
-A request is put together from what the node hears anyway: a use of leading blocks, the blocks stored behind them, and
-how long the answer was if the worker said so. Costs nothing while nobody records.
+The recorder assembles a request from events that the node gets anyway: a use of leading blocks, a store of their descendants, and the
+length of the answer if the worker reported it. While no recording runs, it costs nothing.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TypedDict, cast
 
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import History, Key
 
 PENDING_S = 5.0
-"""How long a request may go on: from its fetch to the store of what it computed."""
+"""The longest time of a request: from its fetch to the store of the blocks that it computed."""
 
 REQUESTS_MAX = 100_000
-"""Requests kept for whoever reads them; after that the oldest are lost, and counted."""
+"""How many requests are kept until they are read. Beyond that the oldest are dropped and counted in `lost`."""
 
 
 @dataclass
@@ -27,35 +27,45 @@ class _Request:
     answer_tokens: int = 0
 
 
-class Recorder:
-    """Requests of one node, in order. Not thread-safe. Keys leave it as numbers of 53 bits that only `salt` could explain.
+class TraceLine(TypedDict):
+    """One request of a trace. `timestamp`: ms since the recording started. Lengths are tokens; `hash_ids` has a number for each block."""
 
-    Lengths are those of whole blocks; what follows the last whole block is not known here.
+    timestamp: int
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+
+
+class Recorder:
+    """Records the requests of one node, in order. Not thread-safe.
+
+    Keys leave it as 53-bit numbers, hashed with `salt`; nobody can invert them without it. Input lengths count whole blocks only; the
+    tokens after the last whole block are not known here.
     """
 
     def __init__(self, salt: bytes, block_tokens: int, chain_to: Callable[[BlockKey], list[BlockKey]], *, start_s: float = 0.0) -> None:
-        """`chain_to`: the block and all before it, the chain's first block first; empty where not all of them are known.
+        """`chain_to` returns a block and its ancestors, the chain's first block first; empty if one of them is not known.
 
-        `start_s`: from when on times count.
+        `start_s`: the time that the trace's timestamps count from.
         """
         self._start_s = start_s
         self._salt = salt
         self._chain_to = chain_to
         self._block_tokens = block_tokens
-        self._open: OrderedDict[BlockKey, _Request] = OrderedDict()  # by the deepest block, the oldest first
+        self._open: OrderedDict[BlockKey, _Request] = OrderedDict()  # by the deepest block, the oldest request first
         self._done: list[_Request] = []
         self.lost = 0
-        """Requests that are missing: nobody took them in time, or a part of their chain was not known."""
+        """Number of requests missing from the trace: not read in time, or part of their chain was not known."""
 
     def seen(self, keys: Sequence[BlockKey], parent: BlockKey | None, now_s: float) -> None:
-        """A run of a chain was used, or stored, behind `parent`."""
+        """Record that a run of a chain was used or stored. `parent`: the parent of its first block."""
         self._close_before(now_s - PENDING_S)
         request = self._open.pop(parent, None) if parent is not None else None
         again = self._open.pop(keys[-1], None)
         if again:
             self._finish(again)
         chain = self._chain_to(keys[-1])
-        if not chain:  # ids of half a chain would say that its first block may stand behind nothing
+        if not chain:  # with half a chain, the trace would show its first block as one without a parent
             self.lost += 1
             if request:
                 self._finish(request)
@@ -65,18 +75,18 @@ class Recorder:
         self._open[keys[-1]] = request
 
     def answered(self, tail: BlockKey, tokens: int) -> None:
-        """The request whose deepest block is `tail` was answered with so many tokens."""
+        """Record that the request whose deepest block is `tail` got an answer of `tokens` tokens."""
         if tail in self._open:
             self._open[tail].answer_tokens = tokens
 
-    def take(self, now_s: float, everything: bool = False) -> list[dict]:
-        """Records of the requests that are over (or of all), as lines of a trace: plain numbers, ready for JSON. Each is given once."""
+    def take(self, now_s: float, everything: bool = False) -> list[TraceLine]:
+        """Returns finished requests (with `everything`, all requests) as lines of a trace, ready for JSON. Each is returned once."""
         self._close_before(float("inf") if everything else now_s - PENDING_S)
         done, self._done = self._done, []
         return [self._line(request) for request in sorted(done, key=lambda request: request.time_s)]
 
     def check(self) -> None:
-        """Assert that open requests are filed under their last block."""
+        """Assert that each open request is filed under its last block."""
         assert all(request.keys[-1] == tail for tail, request in self._open.items())
 
     def _close_before(self, time_s: float) -> None:
@@ -89,7 +99,7 @@ class Recorder:
             self.lost += len(self._done) - REQUESTS_MAX
             del self._done[: len(self._done) - REQUESTS_MAX]
 
-    def _line(self, request: _Request) -> dict:
+    def _line(self, request: _Request) -> TraceLine:
         return {
             "timestamp": max(round((request.time_s - self._start_s) * 1000), 0),
             "input_length": len(request.keys) * self._block_tokens,
@@ -101,30 +111,40 @@ class Recorder:
         return int.from_bytes(blake2b(key, digest_size=8, key=self._salt).digest()) >> 11
 
 
-class ObservedHistory:
-    """A node's history, of whose uses and answers a recorder hears too while there is one; all else goes straight to it."""
+class ObservedHistory(History):
+    """Wraps a node's history, and passes uses and answer lengths on to `recorder` as well while there is one.
+
+    A node's keys are always block keys.
+    """
 
     def __init__(self, history: History) -> None:
         self._history = history
         self.recorder: Recorder | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._history, name)
-
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
         """As `History.seen`."""
         self._history.seen(keys, parent, now_s)
         if self.recorder:
-            self.recorder.seen(keys, parent, now_s)
+            self.recorder.seen(cast("Sequence[BlockKey]", keys), cast("BlockKey | None", parent), now_s)
 
-    def hint(self, tail: Key, now_s: float, *, answer_tokens: int | None = None, **foretold: Any) -> None:
+    def uses(self, key: Key) -> int:
+        """As `History.uses`."""
+        return self._history.uses(key)
+
+    def chance(self, key: Key, ahead: float) -> float:
+        """As `History.chance`."""
+        return self._history.chance(key, ahead)
+
+    def hint(
+        self, tail: Key, now_s: float, *, answer_tokens: int | None = None, reuse_within_s: float | None = None, ended: bool = False
+    ) -> None:
         """As `History.hint`."""
-        self._history.hint(tail, now_s, answer_tokens=answer_tokens, **foretold)
+        self._history.hint(tail, now_s, answer_tokens=answer_tokens, reuse_within_s=reuse_within_s, ended=ended)
         if self.recorder and answer_tokens is not None:
-            self.recorder.answered(tail, answer_tokens)
+            self.recorder.answered(cast("BlockKey", tail), answer_tokens)
 
     def check(self) -> None:
-        """As `History.check`, and of the recorder."""
+        """As `History.check`; checks the recorder too."""
         self._history.check()
         if self.recorder:
             self.recorder.check()

@@ -1,26 +1,26 @@
-"""One node's part of a recording: begun, read and ended by whoever records, who may go away without a word."""
+"""One node's part of a recording of requests. Its reader may disappear without ending it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.trace_recorder import ObservedHistory, Recorder
+from tiered_kv.node.trace_recorder import ObservedHistory, Recorder, TraceLine
 from tiered_kv.store.movement import Block
 
 UNREAD_S = 60.0
-"""A recording of which nobody has read for so long ends by itself."""
+"""A recording that has not been read for so long ends by itself."""
 
 
 class Recorded(NamedTuple):
-    """Requests since the last time, as lines of a trace, and how many are missing since the recording began."""
+    """Requests since the last reading, as lines of a trace. `lost`: how many are missing since the recording started."""
 
-    requests: list[dict]
+    requests: list[TraceLine]
     lost: int
 
 
 class Recording:
-    """Starts and stops the recorder behind a node's history. Not thread-safe: the engine's lock guards it."""
+    """Starts and stops the recorder of a node's history. Not thread-safe: the engine's lock guards it."""
 
     def __init__(self, history: ObservedHistory, blocks: Mapping[BlockKey, Block], block_tokens: int) -> None:
         self._history = history
@@ -35,12 +35,12 @@ class Recording:
         return self._history.recorder is not None
 
     def start(self, salt: bytes, now_s: float) -> float:
-        """Record from now on, or go on if it is under way with the same salt; for how many seconds it has been.
+        """Start to record, or continue a recording with the same salt. Returns for how many seconds it has been running.
 
-        Raises (kind `cluster`) if somebody else records.
+        Raises (kind `cluster`) if a recording with another salt is running.
         """
         if self.is_on and salt != self._salt:
-            message = f"somebody records this cluster already; what nobody reads any more ends by itself after {UNREAD_S:.0f} s"
+            message = f"record: another recording of this cluster is running; if it is not read, it ends by itself after {UNREAD_S:.0f} s"
             raise TieredKVError(Kind.CLUSTER, message)
         if not self.is_on:
             self._history.recorder = Recorder(salt, self._block_tokens, self._chain_to, start_s=now_s)
@@ -49,24 +49,24 @@ class Recording:
         return now_s - self._begun_s
 
     def stop(self) -> None:
-        """Record no more; what was not read is gone."""
+        """Stop recording. Requests that were not read are dropped."""
         self._history.recorder = None
 
     def take(self, now_s: float, everything: bool) -> Recorded:
-        """Requests that are over (or all), each given once. Raises (kind `closed`) while nothing is recorded."""
+        """Returns finished requests (with `everything`, all requests), each once. Raises (kind `closed`) if no recording is running."""
         recorder = self._history.recorder
         if recorder is None:
-            raise TieredKVError(Kind.CLOSED, "this node does not record, or was started anew since it was told to")
+            raise TieredKVError(Kind.CLOSED, "this node is not recording; start the recording again if the node was restarted since")
         self._read_s = now_s
         return Recorded(recorder.take(now_s, everything), recorder.lost)
 
     def beat(self, now_s: float) -> None:
-        """Stop if nobody reads any more."""
+        """Stop if the recording has not been read for `UNREAD_S`."""
         if self.is_on and now_s - self._read_s > UNREAD_S:
             self.stop()
 
     def _chain_to(self, key: BlockKey) -> list[BlockKey]:
-        """The block and all before it, root first; none where one of them is not known."""
+        """Returns the block and its ancestors, the chain's first block first; [] if one of them is not known."""
         chain: dict[BlockKey, None] = {}
         while key in self._blocks and key not in chain:
             chain[key] = None

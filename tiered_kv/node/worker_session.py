@@ -1,4 +1,4 @@
-"""One worker's session as the node serves it: checks what the worker says, and keeps what it has reserved."""
+"""The node's side of one worker's session: checks the worker's arguments, and keeps track of its reservations."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
+from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.probes import Probe
 from tiered_kv.protocol.session import PROTOCOL, Life
@@ -16,29 +17,32 @@ from tiered_kv.protocol.session import PROTOCOL, Life
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
-LOCK_WAIT_S = 0.05  # nobody holds the engine's lock across I/O; what is decided under it may take some milliseconds
+LOCK_WAIT_S = 0.05  # no thread holds the engine's lock during I/O; decisions under it may take some milliseconds
 
 
 class NodeSession:
-    """One worker's session, in the node's process. `reserved` maps payload offsets to their bytes; the engine's lock guards it."""
+    """One worker's session, in the node's process. `reserved` maps payload offsets to bytes; the engine's lock guards it."""
 
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
-        self.life = Life(node.place.index.identity, node.place.index.generation)
+        self.life = Life(node.storage.index.identity, node.storage.index.generation)
 
     def allow(self, wait_s: float) -> None:
         pass
 
     def hello(self, protocol: int) -> dict[str, int]:
-        """The first request over a socket: what a worker has to know of the node before it says anything else."""
+        """Answer the first request over a socket. Returns the protocol version, the node's life, and the size of its arena.
+
+        Raises (kind `transport`) if the worker uses another version of the protocol.
+        """
         if protocol != PROTOCOL:
             raise TieredKVError(
                 Kind.TRANSPORT,
                 f"the worker speaks version {protocol!r} of the session protocol, this node version {PROTOCOL};"
                 " run one version of tiered_kv on this machine",
             )
-        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.place.index.arena_bytes}
+        return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.storage.index.arena_bytes}
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
         return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
@@ -46,25 +50,27 @@ class NodeSession:
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
     ) -> list[int]:
-        """As `reserve`, with a wait of its own; also for blocks that are coded. Takes no longer than `wait_s` and some milliseconds."""
+        """As `reserve`, but with a wait of its own, and also for encoded blocks. Returns within `wait_s` and some milliseconds."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
         if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
-            raise TieredKVError(Kind.LAYOUT, f"cannot reserve blocks of {nbytes!r} bytes, or what they are for are no keys")
+            raise TieredKVError(
+                Kind.LAYOUT, f"reserve: nbytes must be a positive integer and keys a list of {KEY_BYTES}-byte keys, got nbytes={nbytes!r}"
+            )
         with self._running_within(wait_s) as left_s:
             if left_s is None:
                 return []
-            offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # lets go of the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # releases the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
-                raise TieredKVError(Kind.TRANSPORT, "the session was closed during a reservation")
+                raise TieredKVError(Kind.TRANSPORT, "reserve: the session was closed while the reservation was made")
             self.reserved.update(dict.fromkeys(offsets, nbytes))
         return offsets
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
+    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
         _check_chain(root, [])
         return self._node.introduce(root, ModelFacts.of_message(facts))
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
         _check_chain(root, [(key, parent) for key, parent, *_ in blocks])
         packed = [
             Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), 0.0, _digest(*digest) if digest else None)
@@ -73,7 +79,7 @@ class NodeSession:
         return self.commit_packed(root, packed)
 
     def commit_packed(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
-        """As `commit`, of blocks of any size, raw or coded."""
+        """As `commit`, for blocks of any size, raw or encoded."""
         with self._node.running():
             self._take({each.location.offset: each.location.stored_bytes for each in packed}, len(packed))
             return self._node.commit(root, packed)
@@ -108,7 +114,7 @@ class NodeSession:
         _check_chain(root, [])
         return self._node.probes.match(root, Probe.of_message(probe))
 
-    def stats(self) -> dict:
+    def stats(self) -> NodeStats:
         return self._node.stats()
 
     def close(self) -> None:
@@ -116,7 +122,10 @@ class NodeSession:
 
     @contextmanager
     def _running_within(self, wait_s: float) -> Iterator[float | None]:
-        """As `Node.running`, but waits for the lock at most `wait_s` and LOCK_WAIT_S. Gives the rest of `wait_s`, None without the lock."""
+        """As `Node.running`, but waits for the lock no longer than `wait_s` plus LOCK_WAIT_S.
+
+        Yields the time left of `wait_s`, or None if it did not get the lock.
+        """
         begun_s = time.monotonic()
         lock = self._node.engine.lock
         if not lock.acquire(timeout=wait_s + LOCK_WAIT_S):
@@ -129,39 +138,46 @@ class NodeSession:
             lock.release()
 
     def _take(self, sizes: Mapping[int, int | None], count: int) -> None:
-        """These extents leave the session, by their offsets; only what it reserved itself can, and as blocks of these sizes."""
+        """Remove extents from the session. `sizes`: bytes by offset; None accepts any size. `count`: how many the worker named.
+
+        Raises (kind `transport`) unless the session has reserved each of them, with that size.
+        """
         ours = all(offset in self.reserved and nbytes in (None, self.reserved[offset]) for offset, nbytes in sizes.items())
         if not ours or len(sizes) != count:
-            raise TieredKVError(Kind.TRANSPORT, "a worker named extents that it had not reserved")
+            raise TieredKVError(
+                Kind.TRANSPORT, f"offsets must be distinct extents reserved by the worker's session, with their sizes, got {[*sizes]!r}"
+            )
         for offset in sizes:
             del self.reserved[offset]
 
 
 def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None]]) -> None:
-    """Raise (kind `transport`) for what cannot be keys: a worker of another version, or out of its mind."""
+    """Raise (kind `transport`) if a worker sent invalid keys: `root` and `blocks` (key, parent) must be keys of KEY_BYTES bytes."""
     for key, parent in [(root, None), *blocks]:
         is_block = type(key) is bytes and len(key) == KEY_BYTES
-        is_behind = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
-        if not is_block or not is_behind or key == parent:
-            raise TieredKVError(Kind.TRANSPORT, f"{key!r} behind {parent!r} is no block of a chain")
+        has_parent = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
+        if not is_block or not has_parent or key == parent:
+            raise TieredKVError(
+                Kind.TRANSPORT, f"key and parent must be different keys of {KEY_BYTES} bytes, got key={key!r}, parent={parent!r}"
+            )
 
 
 def _whole(depth: object) -> int:
-    """A block's place in its chain, if that is what it is; raises (kind `transport`)."""
+    """Returns `depth` if it is a valid depth of a block, a whole number of 32 bits; else raises (kind `transport`)."""
     if type(depth) is not int or not 0 <= depth < 1 << 32:
-        raise TieredKVError(Kind.TRANSPORT, f"{depth!r} is no place in a chain")
+        raise TieredKVError(Kind.TRANSPORT, f"depth must be a whole number from 0 to 2**32 - 1, got {depth!r}")
     return depth
 
 
 def _seconds(wait_s: object) -> float:
-    """How long a worker may wait, if that is what it is; raises (kind `transport`)."""
+    """Returns `wait_s` if it is a finite number of seconds, 0 or more; else raises (kind `transport`)."""
     if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s < float("inf"):
-        raise TieredKVError(Kind.TRANSPORT, f"a wait must be a finite number of seconds, 0 or more, got {wait_s!r}")
+        raise TieredKVError(Kind.TRANSPORT, f"wait_s must be a finite number of seconds, 0 or more, got {wait_s!r}")
     return wait_s
 
 
 def _digest(digest: object = None) -> int | None:
-    """The digest of a block's bytes, if a worker gives one; raises (kind `transport`) for what is none."""
+    """Returns `digest` if it is None or a whole number of 64 bits; else raises (kind `transport`)."""
     if digest is not None and (type(digest) is not int or not 0 <= digest < 1 << 64):
         raise TieredKVError(Kind.TRANSPORT, f"commit: a digest must be a whole number of 64 bits, got {digest!r}")
     return digest

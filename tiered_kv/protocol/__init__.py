@@ -1,5 +1,5 @@
-"""Protocol: what worker, node and coordinator say to each other: calls, records, and their form on a socket.
+"""Protocol: the calls and records between worker, node and coordinator, and their encoding on a socket.
 
-May import: tiers.host (the shape of an extent), memory, policy-free vocabulary: keys, layout, blocks, errors, clock, forking.
-Never knows: how any of the three does what it is asked for.
+May import: tiers.host (the layout of an extent), memory, keys, layout, blocks, errors, clock, forking.
+Must never know: how worker, node or coordinator carry out a call.
 """

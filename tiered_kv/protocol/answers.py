@@ -1,10 +1,10 @@
-"""What a worker believes of a node's answers: those of the types and within the bounds of what was asked.
+"""Checks of a node's answers: a worker uses only answers of the expected types, within the bounds of its request.
 
-A node of another version, or memory that was damaged, must not make a worker pack over a block that is somebody else's.
+A node of another version, or damaged memory, must not make a worker pack over another worker's block.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from tiered_kv.errors import Kind
 from tiered_kv.memory.extents import ALIGNMENT
@@ -14,25 +14,28 @@ from tiered_kv.tiers.host import HEADER_BYTES
 U64_MAX = (1 << 64) - 1
 
 
-def is_answer(message: Any, number: int) -> bool:
+def is_answer(message: object, number: int) -> TypeGuard[list[Any]]:
     """Whether a message is the value that answers request `number`."""
     return type(message) is list and len(message) == 3 and _is_numbered(message, number) and message[1] is True
 
 
-def is_error(message: Any, number: int) -> bool:
+def is_error(message: object, number: int) -> TypeGuard[list[Any]]:
     """Whether a message is the error that answers request `number`: its kind and a text."""
     if type(message) is not list or len(message) != 4 or not _is_numbered(message, number) or message[1] is not False:
         return False
     return type(message[2]) is str and message[2] in _KINDS and type(message[3]) is str
 
 
-def _is_numbered(message: list, number: int) -> bool:
+def _is_numbered(message: list[Any], number: int) -> bool:
     return type(message[0]) is int and message[0] == number
 
 
-def are_offsets(answer: Any, asked: int, nbytes: int, arena_bytes: int) -> bool:
-    """Whether these can be the payloads' offsets of at most `asked` extents of `nbytes` each: in the arena, apart from each other."""
-    if type(answer) is not list or len(answer) > asked or any(type(offset) is not int for offset in answer):
+def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -> bool:
+    """Whether the answer lists valid payload offsets of at most `requested` extents of `nbytes` each.
+
+    The extents must be aligned, within the arena, and must not overlap.
+    """
+    if type(answer) is not list or len(answer) > requested or any(type(offset) is not int for offset in answer):
         return False
     ordered = sorted(answer)
     ends = [offset + nbytes for offset in ordered]
@@ -41,54 +44,54 @@ def are_offsets(answer: Any, asked: int, nbytes: int, arena_bytes: int) -> bool:
     return apart and aligned and (not ordered or (ordered[0] >= 0 and ends[-1] <= arena_bytes))
 
 
-def are_truths(answer: Any, most: int) -> bool:
-    """Whether this is a list of at most so many booleans."""
-    return type(answer) is list and len(answer) <= most and all(type(each) is bool for each in answer)
+def are_booleans(answer: object, count_max: int) -> bool:
+    """Whether the answer is a list of at most `count_max` booleans."""
+    return type(answer) is list and len(answer) <= count_max and all(type(each) is bool for each in answer)
 
 
-def are_names(answer: Any, most: int) -> bool:
-    """Whether this is a list of at most so many lists of names."""
-    if type(answer) is not list or len(answer) > most:
+def are_names(answer: object, count_max: int) -> bool:
+    """Whether the answer is a list of at most `count_max` lists of names."""
+    if type(answer) is not list or len(answer) > count_max:
         return False
     return all(type(names) is list and all(type(name) is str for name in names) for names in answer)
 
 
-def is_whole(answer: Any, most: int) -> bool:
-    """Whether this is a number from 0 to `most`."""
-    return type(answer) is int and 0 <= answer <= most
+def is_whole(answer: object, largest: int) -> bool:
+    """Whether the answer is a whole number from 0 to `largest`."""
+    return type(answer) is int and 0 <= answer <= largest
 
 
-def _is_hello(answer: Any) -> bool:
+def _is_hello(answer: object) -> bool:
     if type(answer) is not dict or answer.get("protocol") != PROTOCOL:
         return False
     numbers = [answer.get(name) for name in ("identity", "generation", "arena_bytes")]
     return all(is_whole(number, U64_MAX) for number in numbers) and bool(numbers[0])
 
 
-def _is_introduction(answer: Any) -> bool:
+def _is_introduction(answer: object) -> bool:
     if type(answer) is not dict or type(answer.get("plan")) is not dict:
         return False
     return "calibration" in answer and type(answer["calibration"]) in (str, type(None))
 
 
-def _is_text(answer: Any) -> bool:
+def _is_text(answer: object) -> bool:
     return type(answer) is str
 
 
-def _is_nothing(answer: Any) -> bool:
+def _is_none(answer: object) -> bool:
     return answer is None
 
 
 _KINDS = frozenset(kind.value for kind in Kind)
 
-CHECKS: dict[str, Callable[[Any], bool]] = {
+CHECKS: dict[str, Callable[[object], bool]] = {
     "hello": _is_hello,
     "introduce": _is_introduction,
     "probe": _is_text,
-    "release": _is_nothing,
-    "doubt": _is_nothing,
-    "bring": _is_nothing,
-    "hint": _is_nothing,
+    "release": _is_none,
+    "doubt": _is_none,
+    "bring": _is_none,
+    "hint": _is_none,
     "stats": lambda answer: type(answer) is dict,
 }
-"""By request what its answer must be, where that does not depend on what was asked."""
+"""The check of each request's answer, for requests whose valid answers do not depend on the arguments."""

@@ -1,4 +1,4 @@
-"""What a worker says of its model when it attaches, so that its node can code the model's blocks."""
+"""A worker's description of its model, sent when it attaches, so that its node can encode the model's blocks."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -14,11 +14,12 @@ FACTS_BYTES_MAX = 64 << 10
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`weights` as in `Namespace`: what tells a calibration of this model from others.
+    """A model as its node must know it.
 
-    `rope`: the inverse frequencies of the model's rotation of K (see `codecs.rotation`), b"" if it has none, None if unknown: K is
-    then coded as it is, which costs quality, not correctness. `rope_halves`: how channels are paired. `namespace`: the fields of
-    the worker's namespace, as plain data; None from a worker of an older version. Two facts about one root differ in it only so.
+    `weights`: as in `Namespace`; identifies the model's calibration. `rope`: the inverse frequencies of the model's rotation of K
+    (see `codecs.rotation`), b"" for a model without rotation, None if unknown. With None, K is encoded without undoing the
+    rotation, which costs quality, not correctness. `rope_halves`: how channels are paired. `namespace`: the fields of the worker's
+    namespace as plain data, None from a worker of an older version. Descriptions of one root may differ only in whether they have it.
     """
 
     layout: KVLayout
@@ -28,25 +29,31 @@ class ModelFacts:
     namespace: dict[str, Any] | None = field(default=None, hash=False)
 
     def known_namespace(self) -> Namespace | None:
-        """The namespace that the worker has named."""
+        """Returns the namespace that the worker sent; None if it sent none."""
         return None if self.namespace is None else Namespace(**self.namespace)
 
     def as_message(self) -> dict[str, Any]:
-        """As msgpack carries it; `of_message` is the inverse."""
+        """Returns plain data for msgpack. `of_message` is the inverse."""
         return asdict(self)
 
     @classmethod
     def of_message(cls, message: Any) -> Self:
-        """Raises (kind `transport`) for what is none, as from a worker of another version, and for more than FACTS_BYTES_MAX."""
+        """Returns the description in a message. Raises (kind `transport`) if it is invalid or larger than FACTS_BYTES_MAX.
+
+        A worker of another version may send such a message.
+        """
         try:
             if len(msgpack.packb(message)) > FACTS_BYTES_MAX:
-                raise TieredKVError(Kind.TRANSPORT, f"more than {FACTS_BYTES_MAX} bytes")
+                raise TieredKVError(Kind.TRANSPORT, f"it must be at most {FACTS_BYTES_MAX} bytes")
             facts = cls(**{**message, "layout": KVLayout(**message["layout"])})
-            is_one = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
+            is_valid = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
             known = facts.known_namespace()
-            is_one &= known is None or asdict(known) == facts.namespace
+            is_valid &= known is None or asdict(known) == facts.namespace
         except (TypeError, KeyError, ValueError, TieredKVError) as error:
-            raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {error}") from error
-        if not is_one:
-            raise TieredKVError(Kind.TRANSPORT, f"a worker said of its model what cannot be: {message!r}")
+            raise TieredKVError(Kind.TRANSPORT, f"invalid model description from a worker: {error}") from error
+        if not is_valid:
+            raise TieredKVError(
+                Kind.TRANSPORT,
+                f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {message!r}",
+            )
         return facts

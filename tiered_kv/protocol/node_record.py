@@ -1,6 +1,7 @@
-"""The record that a node leaves beside its socket: all that a worker on the same machine needs to attach, without asking Ray.
+"""The record that a node writes beside its socket. With it, a worker on the same machine attaches without a call to Ray.
 
-`node.json` (0600) in the node's directory in shared memory. Whether the node lives stands in the header of its index.
+The file is `node.json` (mode 0600) in the node's directory in shared memory. The header of the node's index shows whether the node is
+alive.
 """
 
 import json
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.shared import peek
+from tiered_kv.protocol.messages import NodeInfo
 from tiered_kv.protocol.session import PROTOCOL
 
 FORMAT = 1
@@ -30,12 +33,12 @@ _INFO = {
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """One node of a cluster. `info`: as `Node.info`. `ray_address`, `ray_node_id`: where it runs, None without Ray."""
+    """One node of a cluster. `ray_address`, `ray_node_id`: where Ray runs it, None without Ray."""
 
     cluster: str
     cluster_id: str
     node_id: str
-    info: dict
+    info: NodeInfo
     ray_address: str | None = None
     ray_node_id: str | None = None
     pid: int = field(default_factory=os.getpid)
@@ -44,11 +47,11 @@ class NodeRecord:
 
     @property
     def directory(self) -> str:
-        """Where the node's files are."""
+        """The folder of the node's files."""
         return self.info["directory"]
 
     def age_s(self, now_ns: int) -> float:
-        """Seconds since the node last said that it lives, at `now_ns` on the monotonic clock; infinite for one that has ended."""
+        """Returns the seconds since the node's last heartbeat, at `now_ns` on the monotonic clock; infinity for a node that has ended."""
         header = peek(self.directory)
         return header.age_s(now_ns) if header else float("inf")
 
@@ -67,7 +70,7 @@ _TYPES = {
 
 
 def write_record(record: NodeRecord) -> None:
-    """Leave the record in the node's directory, whole or not at all. Raises (kind `memory`) where that cannot be written."""
+    """Write the record into the node's directory, atomically. Raises (kind `memory`) if the directory cannot be written to."""
     path = Path(record.directory) / FILE_NAME
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
@@ -80,27 +83,27 @@ def write_record(record: NodeRecord) -> None:
 
 
 def read_record(directory: str | Path) -> NodeRecord | None:
-    """The record in a node's directory; None if there is none that this user's node has written, whole and in this format."""
+    """Returns the record in a node's directory; None if it is missing, incomplete, of another format or of another user."""
     path = Path(directory) / FILE_NAME
     try:
-        facts = os.lstat(directory)
-        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        status = os.lstat(directory)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             return None
         with path.open("rb") as file:
-            told = json.loads(file.read(BYTES_MAX))
+            found: Any = json.loads(file.read(BYTES_MAX))
     except (OSError, ValueError):
         return None
-    if not isinstance(told, dict) or told.pop("format", None) != FORMAT or set(told) != set(_TYPES):
+    if not isinstance(found, dict) or found.pop("format", None) != FORMAT or set(found) != set(_TYPES):
         return None
-    info = told["info"]
-    are_right = all(isinstance(told[name], kind) for name, kind in _TYPES.items())
-    if not are_right or not all(isinstance(info.get(name, ...), kind) for name, kind in _INFO.items()):
+    info = found["info"]
+    are_valid = all(isinstance(found[name], kind) for name, kind in _TYPES.items())
+    if not are_valid or not all(isinstance(info.get(name, ...), kind) for name, kind in _INFO.items()):
         return None
-    return NodeRecord(**told | {"info": info | {"directory": str(directory)}})
+    return NodeRecord(**found | {"info": cast(NodeInfo, info | {"directory": str(directory)})})
 
 
 def records_below(shm_path: str | Path) -> Iterator[NodeRecord]:
-    """The records of all nodes of this user whose files are below `shm_path`, also of those that have ended."""
+    """Yields the records of all nodes of this user whose files are below `shm_path`, including nodes that have ended."""
     for path in sorted(Path(shm_path).glob(f"tkv-*/{FILE_NAME}")):
         record = read_record(path.parent)
         if record is not None:

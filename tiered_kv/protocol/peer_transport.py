@@ -1,6 +1,6 @@
-"""How a node reaches the rest of the cluster: the link. Ray implements it in `actors`, tests and one process in `inprocess`.
+"""The link: a node's calls to the coordinator and to its peers. `actors` implements it with Ray, `embedded` within one process.
 
-Every method may raise `TieredKVError` (kind `transport`); the node takes that for a miss.
+Every method may raise `TieredKVError` (kind `transport`); the node treats that as a miss.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,46 +11,46 @@ from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
 HUNG_AFTER_S = 0.05
-"""A node that has not answered at all for so long may hang."""
+"""A node that has sent no answer for this long may hang."""
 
 Buffer = Any
 """Anything with the buffer protocol: bytes, memoryview, numpy array."""
 
 FramePieces = Sequence[Buffer]
-"""A frame as the buffers it consists of, one after the other."""
+"""The buffers that make up a frame, in order."""
 
 
 class Transfer(Protocol):
-    """Blocks under way from a peer."""
+    """A transfer of blocks from a peer, under way."""
 
     def prefetch(self) -> None:
-        """Have what is ready at the peer come here meanwhile; returns at once."""
+        """Start to fetch what the peer has ready. Returns at once."""
 
     def frames(self, wait_s: float) -> list[FramePieces]:
-        """The frames of the leading keys that were asked for; fewer where the peer had fewer. Waits at most `wait_s`.
+        """Returns the frames of the leading requested keys; fewer if the peer had fewer. Waits at most `wait_s`.
 
-        Raises with `hung=True` where the peer has not answered at all, for HUNG_AFTER_S or longer.
+        Raises with `hung=True` if the peer has sent no answer for HUNG_AFTER_S or longer.
         """
 
 
 class Link(Protocol):
-    """The cluster as one node sees it. No method blocks for longer than it says, whatever hangs elsewhere."""
+    """One node's access to its cluster. No method blocks for longer than its docstring says, even if other processes hang."""
 
     def report(self, report: Report) -> Answer:
-        """Tell the coordinator; waits a few seconds at most for its answer."""
+        """Send a report to the coordinator. Returns its answer; waits a few seconds at most."""
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
-        """Ask the coordinator which nodes hold the leading keys; waits at most `wait_s` for its answer."""
+        """Ask the coordinator which nodes hold the leading keys. Returns their names for each key; waits at most `wait_s`."""
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        """Ask the coordinator for the variants of a root, of which one agrees with `probe`; `known`: those known here."""
+        """Ask the coordinator for the variants of a root, one of which agrees with `probe`. `known`: the variants this node knows."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
-        """Begin to fetch blocks from another node; returns at once."""
+        """Start to fetch blocks from another node. Returns at once."""
 
 
 class Ask(Protocol):
-    """Calls a method of several nodes at once."""
+    """A function that calls one method of several nodes at once."""
 
     def __call__(self, nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
-        """By node: the answer, or the `TieredKVError` that came in its place."""
+        """Returns by node the answer, or the `TieredKVError` that the call raised."""

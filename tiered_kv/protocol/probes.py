@@ -1,7 +1,8 @@
-"""Probes: what the models of equal namespaces compute of a few fixed tokens, and which of them agree.
+"""Probes: a model's KV of a few fixed tokens, compared to tell models with equal namespaces apart.
 
-The first worker of a namespace leaves its probe with the node and the cluster. A later one whose probe agrees with it, up to rounding,
-has the same variant of the namespace, ""; one whose probe does not agree has another, which it shares with those that agree with it.
+The first worker of a namespace leaves its probe with the node and the cluster; its variant of the namespace is "". A later worker
+whose probe agrees with it, up to rounding, gets the same variant. A worker whose probe does not agree gets another variant, which
+it shares with all workers whose probes agree with its own.
 """
 
 import logging
@@ -25,10 +26,10 @@ FILE_NAME = "probes"
 
 
 class Probe(NamedTuple):
-    """A model's KV of a few tokens, a row for the keys and one for the values of each layer.
+    """A model's KV of a few tokens: for each layer one row for the keys and one for the values.
 
-    `vector`: little-endian float32, rows of `row_floats`: a norm, and a sketch of what has this norm. A row may be away from that of
-    another probe of the same model by `tolerance` × (1 + its layer), relative to the norm, and by no more than `tolerance_max`:
+    `vector`: little-endian float32, rows of `row_floats`. A row is a norm, followed by a sketch of the vector with that norm. Rows of
+    two probes of the same model may differ by `tolerance` × (1 + layer) relative to the norm, and by at most `tolerance_max`:
     rounding grows with the depth.
     """
 
@@ -39,19 +40,22 @@ class Probe(NamedTuple):
 
     @classmethod
     def of_message(cls, message: Any) -> Self:
-        """Raises (kind `transport`) for what is not a probe."""
+        """Returns the probe in a message. Raises (kind `transport`) if the message is not a probe."""
         try:
             vector, row_floats, tolerance, tolerance_max = message
-            is_one = type(vector) is bytes and type(row_floats) is int and type(tolerance) is float and type(tolerance_max) is float
-            is_one = is_one and 0 < len(vector) <= VECTOR_BYTES_MAX and row_floats > 1 and len(vector) % (8 * row_floats) == 0
+            is_valid = type(vector) is bytes and type(row_floats) is int and type(tolerance) is float and type(tolerance_max) is float
+            is_valid = is_valid and 0 < len(vector) <= VECTOR_BYTES_MAX and row_floats > 1 and len(vector) % (8 * row_floats) == 0
         except (TypeError, ValueError) as error:
-            raise TieredKVError(Kind.TRANSPORT, f"expected a probe of four parts, got {type(message).__name__}") from error
-        if not is_one:
-            raise TieredKVError(Kind.TRANSPORT, f"expected a probe of at most {VECTOR_BYTES_MAX} bytes in pairs of rows, got another")
+            raise TieredKVError(Kind.TRANSPORT, f"expected a probe of four fields, got {type(message).__name__}") from error
+        if not is_valid:
+            raise TieredKVError(
+                Kind.TRANSPORT,
+                f"expected a probe: pairs of rows of at most {VECTOR_BYTES_MAX} bytes in all and two tolerances, got {str(message)[:100]}",
+            )
         return cls(vector, row_floats, tolerance, tolerance_max)
 
     def distance(self, other: "Probe") -> float:
-        """How far two probes are apart: the largest share that any row takes of its tolerance; at most 1 for equal models."""
+        """Returns the largest difference of two rows, as a share of the rows' tolerance. It is at most 1 for equal models."""
         if self.row_floats != other.row_floats or len(self.vector) != len(other.vector):
             return float("inf")
         ours, theirs = self._rows(), other._rows()
@@ -66,20 +70,20 @@ class Probe(NamedTuple):
 
 
 Variants = list[tuple[str, Probe]]
-"""The variants of one root, by name, with the probe of the first worker of each."""
+"""The variants of one root: each with its name and the probe of its first worker."""
 
 
 class ProbeBook:
-    """The variants of the ROOTS_MAX roots that were asked for last. Thread-safe."""
+    """The variants of the ROOTS_MAX most recently requested roots. Thread-safe."""
 
     def __init__(self) -> None:
         self._variants: dict[BlockKey, Variants] = {}
         self._lock = threading.Lock()
 
     def match(self, root: BlockKey, probe: Probe) -> str:
-        """The variant of `root` that a model with this probe belongs to: the nearest within the tolerance, else a new one.
+        """Returns the variant of `root` that a model with this probe belongs to: the nearest within the tolerance, else a new one.
 
-        The first of a root is "". With VARIANTS_MAX variants a further one is not kept, and each of its workers has its own.
+        The first variant of a root is "". A root keeps at most VARIANTS_MAX variants; beyond them every worker gets one of its own.
         """
         with self._lock:
             known = self._touched(root)
@@ -93,7 +97,7 @@ class ProbeBook:
             return name
 
     def adopt(self, root: BlockKey, variants: Iterable[tuple[str, Probe]]) -> None:
-        """Note variants that somebody else knows; what is known here already stays."""
+        """Add variants that another process knows. Variants known here already stay unchanged."""
         with self._lock:
             known = self._touched(root)
             for name, probe in variants:
@@ -101,20 +105,23 @@ class ProbeBook:
                 if ours is None and len(known) < VARIANTS_MAX:
                     known.append((name, probe))
                 elif ours is not None and not name and ours.distance(probe) > 1:
-                    log.warning("two first probes of %s differ: models met while the coordinator was away", root.hex()[:12])
+                    log.warning(
+                        "two nodes hold different first probes of %s: they met different models while the coordinator was unreachable",
+                        root.hex()[:12],
+                    )
 
     def replace(self, root: BlockKey, variants: Variants) -> None:
-        """Note what the cluster knows of a root, in place of what was known here."""
+        """Replace the known variants of a root with those that the cluster knows."""
         with self._lock:
             self._touched(root)[:] = variants[:VARIANTS_MAX]
 
     def variants(self, root: BlockKey) -> Variants:
-        """What is known of a root."""
+        """Returns the known variants of a root."""
         with self._lock:
             return list(self._variants.get(root, []))
 
     def everything(self) -> list[tuple[BlockKey, Variants]]:
-        """What is known of all roots, the least recently asked for first."""
+        """Returns the known variants of all roots, the least recently requested root first."""
         with self._lock:
             return [(root, list(known)) for root, known in self._variants.items()]
 

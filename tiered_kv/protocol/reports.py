@@ -1,32 +1,33 @@
-"""What a node reports to the coordinator with each heartbeat, and what it hears back."""
+"""A node's report to the coordinator, sent with each heartbeat, and the coordinator's answer."""
 
 from typing import NamedTuple
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.probes import Variants
 
 
 class Report(NamedTuple):
-    """What a node tells with a heartbeat. `number` counts the node's reports; a gap means that one was lost.
+    """A node's report. `number` counts the node's reports; a gap means that one was lost. Number 0 lists all blocks of the node.
 
-    `statistics`: what its policy has counted, now and then; None in between, and of a policy that learns nothing. `probes`: those
-    that it knows, with number 0.
+    `added`, `removed`: changes since the report before. `statistics`: the counts of the node's eviction policy, sent now and then;
+    None otherwise, and always for a policy that does not learn. `probes`: the probes that the node knows, sent with number 0 only.
     """
 
     node: str
     number: int
     added: list[BlockKey]
     removed: list[BlockKey]
-    info: dict
-    stats: dict
+    info: NodeInfo
+    stats: NodeStats
     statistics: bytes | None = None
     probes: list[tuple[BlockKey, Variants]] | None = None
 
 
 class Answer(NamedTuple):
-    """What the node hears: how many other nodes live, and whether it must send its whole inventory.
+    """The coordinator's answer. `peers`: the number of other live nodes. `resync`: the node must report all its blocks, with number 0.
 
-    `others`: to a node that told its statistics the sum of the others'; None where no other has told any yet.
+    `others`: the sum of the other nodes' statistics, for a node that has just sent its own; None if no other node has sent any.
     """
 
     peers: int

@@ -1,4 +1,4 @@
-"""What a worker asks of its node: the session. In one process it is called directly, else through `local`.
+"""The session: a worker's calls to its node. Within one process they are direct calls, else they go through `unix_socket`.
 
 Reservations belong to their session and end with it, at the latest when its worker dies.
 """
@@ -7,76 +7,81 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
 
 PROTOCOL = 2
-"""Version of what is said over a session's socket; a node and its workers must have the same."""
+"""Version of the messages on a session's socket. A node and its workers must use the same version."""
 
 
 class Life(NamedTuple):
-    """Whose session this is: the identity of the node's files, and which of their writers the node is."""
+    """One life of a node: the `identity` of its files, and the `generation` of their writer, which grows with each restart."""
 
     identity: int
     generation: int
 
 
 class Session(Protocol):
-    """The few calls that cannot be answered from shared memory. Every one returns a value; none raises for a full tier."""
+    """The few calls that shared memory cannot answer. A full tier is a return value, never an exception."""
 
     @property
     def life(self) -> Life:
-        """What the node said of itself when the session began. A worker that maps files of another identity must not use it."""
+        """The node's life when the session started. A worker that maps files of another identity must not use the session."""
 
     def allow(self, wait_s: float) -> None:
-        """Have the calls from now on end within `wait_s`, all together. Direct calls bound only what they wait for."""
+        """Bound all later calls together: they end within `wait_s`. Within one process, only waiting inside a call is bounded."""
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
-        """Payload offsets in the arena for the first of the new blocks `keys`; fewer is back-pressure, none is a refusal.
+        """Reserve extents for the new blocks `keys`. Returns their payload offsets in the arena, for the leading blocks.
 
-        `tail` is the parent of the first of these blocks: its chain should not make room for them. `wait_s` bounds the wait for
-        room (None: the node's setting `store_wait_ms`).
+        Fewer offsets than keys are back-pressure, none is a refusal. `tail`: the parent of the first block, or None. Blocks of its
+        chain should not be evicted for the new blocks. `wait_s` bounds the wait for room (None: the node's setting
+        `store_wait_ms`).
         """
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
-        """Say of which model the blocks below `root` are (`ModelFacts`): they are coded for it from now on.
+    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
+        """Describe the model of the blocks below `root` (`ModelFacts.as_message`). From now on they are encoded for it.
 
-        Gives the plan by tier, and the path of the calibration that is needed to read them, None for none. Raises (kind `config`)
-        where the node's settings ask for what the model does not have.
+        Returns the plan by tier, and the path of the calibration that decoding the blocks needs (None: no calibration). Raises
+        (kind `config`) if the node's settings require a calibration that the model lacks.
         """
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
-        """Make packed blocks (key, parent, offset, depth[, digest]), root first, visible; False for one that was there already.
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
+        """Make packed blocks visible: (key, parent, offset, depth[, digest]), parents first.
 
-        The depth of a block says how many stand before it in its chain. A digest (`ExtentHeaders.digest`) seals it at once.
-
-        Fewer answers than blocks: there is no room for the others, whose extents are given back.
+        `nbytes`: the bytes of each block. The depth of a block is the number of its ancestors. A digest
+        (`ExtentHeaders.digest`) seals the block at once. Returns for each block whether it is new: False if it was stored already.
+        If the list is shorter than `blocks`, there was no room for the rest; their extents are freed.
         """
 
     def release(self, offsets: list[int]) -> None:
-        """Give reserved extents back unused."""
+        """Free reserved extents that will not be used."""
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes; how many are here afterwards.
+        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
 
-        `tail`: the parent of the first, before which there are `depth` blocks.
+        `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
         """
 
     def doubt(self, keys: list[BlockKey]) -> None:
-        """Say that blocks in host memory cannot be read."""
+        """Report blocks in host memory that the worker could not read."""
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
-        """Have blocks that are on this node, but where the worker cannot read them, in host memory."""
+        """Load blocks into host memory that this node has in tiers which the worker cannot read itself."""
 
     def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        """The parts of a `Hint` for the chain whose deepest block is `tail`."""
+        """Pass on the fields of a `Hint` about the chain whose deepest block is `tail`."""
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
-        """For the leading keys that some other node holds: the nodes that do. `wait_s` bounds the wait for the coordinator."""
+        """Returns the nodes that hold each key, for the leading keys that other nodes hold.
+
+        `wait_s` bounds the wait for the coordinator.
+        """
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
-        """Leave the `Probe` of a model whose namespace has this root; the variant of the namespace that it belongs to, "" the first."""
+        """Register the `Probe` of a model whose namespace has this root. Returns the variant that the model belongs to; the first is ""."""
 
-    def stats(self) -> dict:
-        """The node's figures."""
+    def stats(self) -> NodeStats:
+        """Returns the node's figures."""
 
     def close(self) -> None:
-        """End the session; what it had reserved is given back."""
+        """End the session. Its reserved extents are freed."""

@@ -1,9 +1,9 @@
-"""Sessions over a unix socket: how a worker reaches the node actor of its machine, without Ray.
+"""Sessions over a unix socket: a worker calls the node of its machine without Ray.
 
-A message is a 4-byte length and msgpack: [number, method, arguments] there, [number, true, value] or [number, false, kind,
-text] back. The first request is `hello`. A worker checks each answer (`answers`), and closes the session when one is not
-what was asked for. A round trip costs some 30 µs, a Ray call 700 µs (docs/design/002). The kernel closes the socket of a
-worker that dies, which ends its session.
+A message is a 4-byte length, then msgpack. A request is [number, method, arguments]; its answer is [number, true, value] or
+[number, false, kind, text]. The first request is `hello`. A worker checks each answer (`answers`) and closes the session if one is
+invalid. A round trip takes about 30 µs, a Ray call 700 µs (docs/design/002). When a worker dies, the kernel closes its socket,
+which ends its session.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol import answers
+from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.session import PROTOCOL, Life, Session
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,10 @@ ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
 
 GRACE_S = 0.03
-"""So much later than its deadline a call ends if the node does not answer: its way there and back on a machine that is busy."""
+"""A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
 COMMIT_GRACE_S = 0.25
-"""The same for a commit whose deadline passed while the worker packed: the work is done, and a node that lives will take it."""
-LATE_S = 0.01
+"""The same for a commit whose deadline passed while the worker packed. The work is done, and a live node will accept it."""
+LATE_S = 0.01  # a socket timeout that is too long by less than this stays as it is
 
 
 def _send(connection: socket.socket, message: object) -> None:
@@ -45,14 +46,14 @@ def _send(connection: socket.socket, message: object) -> None:
     connection.sendall(_LENGTH.pack(len(body)) + body)
 
 
-def _receive(connection: socket.socket, until_s: float | None = None) -> object | None:
-    """The next message, or None at the end of the stream. `until_s`: when to give up, on the monotonic clock."""
+def _receive(connection: socket.socket, until_s: float | None = None) -> Any:
+    """Returns the next message; None at the end of the stream. `until_s`: the deadline on the monotonic clock."""
     head = _exactly(connection, _LENGTH.size, until_s)
     if head is None:
         return None
     (length,) = _LENGTH.unpack(head)
     if length > MESSAGE_BYTES_MAX:
-        raise TieredKVError(Kind.TRANSPORT, f"a message of {length} bytes is larger than {MESSAGE_BYTES_MAX}")
+        raise TieredKVError(Kind.TRANSPORT, f"a message must be at most {MESSAGE_BYTES_MAX} bytes, got {length}")
     body = _exactly(connection, length, until_s)
     return None if body is None else msgpack.unpackb(body)
 
@@ -69,18 +70,19 @@ def _exactly(connection: socket.socket, length: int, until_s: float | None) -> b
 
 
 def _part(connection: socket.socket, length: int, until_s: float | None) -> bytes:
-    """What is there of a message; waits no longer than `until_s`, also where every part of it comes late."""
+    """Returns the next received bytes of a message. Raises `TimeoutError` at `until_s`, even if bytes keep arriving slowly."""
     if until_s is not None:
         left_s = until_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("timed out")
-        if left_s < connection.gettimeout() - LATE_S:
+        timeout_s = connection.gettimeout()
+        if timeout_s is None or left_s < timeout_s - LATE_S:
             connection.settimeout(left_s)
     return connection.recv(length)
 
 
 class SessionServer:
-    """Serves sessions on the socket at `path`, one thread a worker, until `close`; calls `afterwards` behind each answer."""
+    """Serves sessions on the socket at `path`, one thread a worker, until `close`. Calls `afterwards` after sending each answer."""
 
     def __init__(self, path: str, open_session: Callable[[], Session], afterwards: Callable[[], None] = lambda: None) -> None:
         self._open_session = open_session
@@ -97,7 +99,7 @@ class SessionServer:
         except OSError as error:
             self._listener.close()
             raise TieredKVError(
-                Kind.MEMORY, f"shm_path: cannot make a socket at {path} ({error}); a shorter path may help", path=path
+                Kind.MEMORY, f"shm_path: cannot create a socket at {path} ({error}); a shorter path may help", path=path
             ) from error
         os.chmod(path, 0o600)
         self._listener.listen(128)
@@ -106,7 +108,7 @@ class SessionServer:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Let go of the parent's connections, so that each ends when the parent ends it."""
+        """Close the child's copies of the parent's connections, so that each ends when the parent closes it."""
         self._closing = True
         for connection in [self._listener, *self._connections]:
             connection.close()
@@ -118,7 +120,7 @@ class SessionServer:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 if not self._closing:
-                    log.warning("a worker could not be let in: %s", error)  # no descriptors left, for a while
+                    log.warning("cannot accept a worker's connection: %s", error)  # the process is out of descriptors, for a while
                     time.sleep(ACCEPT_AGAIN_S)
                 continue
             with self._lock:
@@ -145,24 +147,24 @@ class SessionServer:
             connection.close()
 
     @staticmethod
-    def _answer(session: Session, message: object) -> list:
-        """Boundary: whatever one request meets, the session goes on and the worker hears of it."""
-        number = None
+    def _answer(session: Session, message: Any) -> list[Any]:
+        """Boundary: a request that fails is answered with its error, and the session goes on."""
+        number: Any = None
         try:
             number, method, arguments = message
             if method not in METHODS:
-                raise TieredKVError(Kind.TRANSPORT, f"unknown request {method!r}")
+                raise TieredKVError(Kind.TRANSPORT, f"method must be one of {', '.join(sorted(METHODS))}, got {method!r}")
             return [number, True, getattr(session, method)(*arguments)]
         except TieredKVError as error:
             return [number, False, error.kind.value, str(error)]
         except Exception as error:
-            log.exception("a request of a worker failed")
+            log.exception("a worker's request failed")
             return [number, False, Kind.TRANSPORT.value, f"the node failed: {type(error).__name__}: {error}"]
 
     def close(self) -> None:
         """Stop listening, end all sessions, and wait for their threads."""
         self._closing = True
-        with suppress(OSError):  # not connected, says the kernel; the accept below it ends all the same
+        with suppress(OSError):  # raises "not connected", but ends the pending accept all the same
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._acceptor.join()
@@ -175,11 +177,11 @@ class SessionServer:
 
 
 class SocketSession:
-    """A worker's end of a session: the same calls as `Session`. Not for two threads at once.
+    """A worker's end of a session: the calls of `Session`. One thread at a time may use it.
 
-    `wait_s` bounds connecting with the first exchange, and each later call until `allow` says otherwise. Where a call meets an
-    error of kind `transport` the session is closed; its context has `timed_out`, whether the node was silent. A child process
-    must not use it: there it is closed.
+    `wait_s` bounds connecting and the first exchange together, and each later call until `allow` sets another bound. An error of
+    kind `transport` closes the session; the error's context has `timed_out`: whether the node sent no answer in time. In a child
+    process the session is closed.
     """
 
     def __init__(self, path: str, wait_s: float) -> None:
@@ -194,21 +196,21 @@ class SocketSession:
             self._connection.connect(path)
         except OSError as error:
             self._connection.close()
-            silent = isinstance(error, TimeoutError | BlockingIOError)  # the latter: others wait to be let in as well
-            raise TieredKVError(Kind.TRANSPORT, f"the node at {path} does not answer ({error})", path=path, timed_out=silent) from error
+            silent = isinstance(error, TimeoutError | BlockingIOError)  # the latter: the queue of waiting connections is full
+            raise TieredKVError(Kind.TRANSPORT, f"the node at {path} does not answer: {error}", path=path, timed_out=silent) from error
         try:
-            told = self._call("hello", PROTOCOL)
+            hello = self._call("hello", PROTOCOL)
         except TieredKVError:
             self.close()
             raise
-        self.life, self._arena_bytes = Life(told["identity"], told["generation"]), told["arena_bytes"]
+        self.life, self._arena_bytes = Life(hello["identity"], hello["generation"]), hello["arena_bytes"]
         self._until_s: float | None = None
 
     def allow(self, wait_s: float) -> None:
         self._until_s = time.monotonic() + wait_s
 
     def after_fork(self) -> None:
-        """Close the child's copy of the socket, without a word to the node: the session is the parent's."""
+        """Close the child's copy of the socket and send nothing: the session belongs to the parent."""
         self._connection.close()
 
     def _call(
@@ -217,11 +219,12 @@ class SocketSession:
         *arguments: object,
         wait_s: float = 0.0,
         late_s: float = GRACE_S,
-        check: Callable[[Any], bool] | None = None,
+        check: Callable[[object], bool] | None = None,
     ) -> Any:
-        """The answer, if `check` (default: the one in `answers`) finds it to be one.
+        """Send a request. Returns the answer, if `check` (default: the check in `answers`) accepts it.
 
-        Ends with what `allow` gave, at most `late_s` after it where that is over, else within the session's own `wait_s` and this one's.
+        After `allow`, the call ends at the time that it set, or after `late_s` if that time has passed. Without `allow`, it ends
+        within the session's `wait_s` plus this call's.
         """
         now_s = time.monotonic()
         until_s = now_s + self._wait_s + wait_s if self._until_s is None else max(self._until_s + GRACE_S, now_s + late_s)
@@ -231,15 +234,15 @@ class SocketSession:
             _send(self._connection, [number, method, arguments])
             answer = _receive(self._connection, until_s)
         except (OSError, ValueError, TieredKVError) as error:
-            raise self._broken(f"the node did not answer {method!r} ({error})", method, isinstance(error, TimeoutError)) from error
+            raise self._broken(f"no answer from the node to {method!r}: {error}", method, isinstance(error, TimeoutError)) from error
         if answer is None:
-            raise self._broken(f"the node went away during {method!r}", method)
+            raise self._broken(f"the node closed the connection during {method!r}", method)
         if answers.is_error(answer, number):
             kind = Kind(answer[2])
             raise TieredKVError(Kind.TRANSPORT if kind is Kind.CLOSED else kind, answer[3], method=method)
-        is_right = check or answers.CHECKS[method]
-        if not answers.is_answer(answer, number) or not is_right(answer[2]):
-            raise self._broken(f"the node's answer to {method!r} is not one: {str(answer)[:100]}", method)
+        is_valid = check or answers.CHECKS[method]
+        if not answers.is_answer(answer, number) or not is_valid(answer[2]):
+            raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
         return answer[2]
 
     def _broken(self, message: str, method: str, timed_out: bool = False) -> TieredKVError:
@@ -247,28 +250,34 @@ class SocketSession:
         return TieredKVError(Kind.TRANSPORT, message, method=method, timed_out=timed_out)
 
     def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
-        return self._call(
+        offsets: list[int] = self._call(
             "reserve",
             nbytes,
             keys,
             tail,
             wait_s,
             wait_s=wait_s or 0.0,
-            check=lambda offsets: answers.are_offsets(offsets, len(keys), nbytes, self._arena_bytes),
+            check=lambda answer: answers.are_offsets(answer, len(keys), nbytes, self._arena_bytes),
         )
+        return offsets
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> dict[str, Any]:
-        return self._call("introduce", root, facts)
+    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
+        answer: Introduction = self._call("introduce", root, facts)
+        return answer
 
-    def commit(self, root: BlockKey, nbytes: int, blocks: list[tuple]) -> list[bool]:
-        return self._call("commit", root, nbytes, blocks, late_s=COMMIT_GRACE_S, check=lambda added: answers.are_truths(added, len(blocks)))
+    def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
+        added: list[bool] = self._call(
+            "commit", root, nbytes, blocks, late_s=COMMIT_GRACE_S, check=lambda answer: answers.are_booleans(answer, len(blocks))
+        )
+        return added
 
     def release(self, offsets: list[int]) -> None:
         self._call("release", offsets)
 
     def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
         arguments = (root, nbytes, tail, keys, depth, wait_s)
-        return self._call("pull", *arguments, wait_s=wait_s, check=lambda count: answers.is_whole(count, len(keys)))
+        count: int = self._call("pull", *arguments, wait_s=wait_s, check=lambda answer: answers.is_whole(answer, len(keys)))
+        return count
 
     def doubt(self, keys: list[BlockKey]) -> None:
         self._call("doubt", keys)
@@ -280,13 +289,18 @@ class SocketSession:
         self._call("hint", tail, answer_tokens, pinned_s, reuse_within_s, ended)
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
-        return self._call("locate", keys, wait_s, wait_s=wait_s, check=lambda nodes: answers.are_names(nodes, len(keys)))
+        nodes: list[list[str]] = self._call(
+            "locate", keys, wait_s, wait_s=wait_s, check=lambda answer: answers.are_names(answer, len(keys))
+        )
+        return nodes
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
-        return self._call("probe", root, probe)
+        variant: str = self._call("probe", root, probe)
+        return variant
 
-    def stats(self) -> dict:
-        return self._call("stats")
+    def stats(self) -> NodeStats:
+        answer: NodeStats = self._call("stats")
+        return answer
 
     def close(self) -> None:
         self._connection.close()

@@ -7,10 +7,11 @@ from tests.unit.checkpoint.hooked import Crash, Death, Hooked, Shared, Step, rep
 from tests.unit.checkpoint.test_restore import TREE, asking, cluster_of, store
 from tiered_kv.checkpoint.leases import SKEW_S, TTL_S
 from tiered_kv.checkpoint.repository import Repository
-from tiered_kv.checkpoint.take import Taken, Taking
+from tiered_kv.checkpoint.take import CheckpointJob, CheckpointResult
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints import writer as saving
+from tiered_kv.node.checkpoints.steps import StopWritingRequest
 
 PACK_BYTES = 300_000  # four blocks
 COUNT = len({path[:end] for path in TREE for end in range(1, len(path) + 1)})
@@ -37,7 +38,7 @@ def earlier():
     return shared
 
 
-def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, clock: Clock | None = None) -> Taken:
+def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, clock: Clock | None = None) -> CheckpointResult:
     """Write a checkpoint with a driver and nodes that use `hooked` as their store, until its hook kills them."""
     patch.setattr(saving, "open_store", lambda *_, **__: hooked)
     ask = asking(cluster)
@@ -49,13 +50,13 @@ def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, 
 
     nodes = list(cluster.nodes)
     repository = repository_of(hooked, clock or Clock())
-    return Taking(ask_while_alive, nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
+    return CheckpointJob(ask_while_alive, nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
 
 
 def settled(cluster: InProcessCluster) -> None:
     """Stop the writing of all nodes, as they do by themselves if their driver has died."""
     for node in cluster.nodes.values():
-        node.checkpoint("stop_saving")
+        node.checkpoint(StopWritingRequest())
 
 
 def assert_whole(shared: Shared) -> None:

@@ -11,13 +11,14 @@ import pytest
 from tests.unit.checkpoint.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store, take
 from tests.unit.tiers.s3 import Fault, Proxy, Request, environment, served
 from tiered_kv.blocks import Location, Tier
-from tiered_kv.checkpoint.leases import mark_of
+from tiered_kv.checkpoint.leases import marker_of
 from tiered_kv.checkpoint.repository import Repository
 from tiered_kv.checkpoint.restore import mount
-from tiered_kv.checkpoint.take import Taken
+from tiered_kv.checkpoint.take import CheckpointResult
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints import loader as filling
 from tiered_kv.node.checkpoints import writer as saving
+from tiered_kv.node.checkpoints.steps import MountRequest, SnapshotRequest, StopWritingRequest, WriteRequest, WriteStatusRequest
 from tiered_kv.tiers.objects import open_store as stores
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
@@ -82,7 +83,7 @@ def cluster():
         yield cluster
 
 
-def taken(cluster, repository: Repository) -> Taken:
+def taken(cluster, repository: Repository) -> CheckpointResult:
     return take(cluster, repository, pack_bytes=PACK_BYTES)
 
 
@@ -193,7 +194,7 @@ def test_permanent_faults_fail_with_a_clear_error_and_the_next_checkpoint_contin
     assert not there & set(again), "a pack that is there is not written again"
     assert len(again) == len(set(again)) == after.new_packs
     assert repository.verify() == []
-    assert not [name for name in repository.store.sizes() if mark_of(name)], "leases are given back"
+    assert not [name for name in repository.store.sizes() if marker_of(name)], "leases are given back"
 
 
 def test_credentials_that_expire_at_any_request_end_the_checkpoint(cluster, proxy, repository) -> None:
@@ -285,15 +286,15 @@ def test_an_outdated_listing_is_waited_for(cluster, proxy, repository, monkeypat
 
 
 def test_nodes_write_and_read_with_the_credentials_of_the_caller(cluster, proxy, repository, monkeypatch) -> None:
-    cluster.nodes["n0"].checkpoint("snapshot")
+    cluster.nodes["n0"].checkpoint(SnapshotRequest())
     key = cluster.nodes["n0"].engine.machine.blocks
     proxy.keys.clear()
     mine = {"AWS_ACCESS_KEY_ID": "asking", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": proxy.url, "AWS_ALLOW_HTTP": "true"}
-    cluster.nodes["n0"].checkpoint("save", repository.store.url, list(key)[:3], None, PACK_BYTES, mine)
+    cluster.nodes["n0"].checkpoint(WriteRequest(repository.store.url, list(key)[:3], None, PACK_BYTES, mine))
     done = Event()
-    while not cluster.nodes["n0"].checkpoint("written").is_done:
+    while not cluster.nodes["n0"].checkpoint(WriteStatusRequest()).is_done:
         done.wait(0.01)
-    cluster.nodes["n0"].checkpoint("stop_saving")
+    cluster.nodes["n0"].checkpoint(StopWritingRequest())
     assert proxy.keys == {"asking"}
     taken(cluster, repository)
     proxy.keys.clear()
@@ -307,7 +308,7 @@ def test_nodes_write_and_read_with_the_credentials_of_the_caller(cluster, proxy,
             )
             for row in manifest.rows
         ]
-        other.nodes["n0"].checkpoint("mount", repository.store.url, names, blocks, {}, mine)
+        other.nodes["n0"].checkpoint(MountRequest(repository.store.url, names, blocks, {}, mine))
         proxy.keys.clear()
         assert_all_hit(other, "n0")
         assert proxy.keys == {"asking"}

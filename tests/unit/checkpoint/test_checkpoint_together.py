@@ -9,10 +9,11 @@ from tests.unit.checkpoint.hooked import Hooked, Shared, Step
 from tests.unit.checkpoint.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store
 from tiered_kv.checkpoint.garbage_collection import CollectionResult
 from tiered_kv.checkpoint.repository import Repository
-from tiered_kv.checkpoint.take import Taken, Taking
+from tiered_kv.checkpoint.take import CheckpointJob, CheckpointResult
 from tiered_kv.errors import TieredKVError
 from tiered_kv.node.checkpoints import loader as filling
 from tiered_kv.node.checkpoints import writer as saving
+from tiered_kv.node.checkpoints.steps import SnapshotRequest, StopWritingRequest, WriteRequest, WriteStatusRequest
 
 PACK_BYTES = 300_000  # four blocks
 OWN = {"one": TREE[:8], "other": [*TREE[3:], *((turn, 7) for turn in range(20, 24))]}
@@ -50,10 +51,10 @@ class Cluster:
         self.repository = Repository(self.hooked, clock, sleep or clock.sleep)
         return self
 
-    def take(self) -> Taken:
+    def take(self) -> CheckpointResult:
         nodes = list(self.cluster.nodes)
-        taking = Taking(asking(self.cluster), nodes, self.repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001)
-        return taking.take()
+        job = CheckpointJob(asking(self.cluster), nodes, self.repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001)
+        return job.take()
 
 
 class Beside:
@@ -107,7 +108,7 @@ def at_step(number: int, act):
     return hook
 
 
-def assert_whole(shared: Shared, **taken: Taken) -> None:
+def assert_whole(shared: Shared, **taken: CheckpointResult) -> None:
     """Assert that the store verifies, and that each checkpoint has all blocks of its cluster."""
     repository = Repository(shared)
     assert repository.verify() == []
@@ -167,11 +168,11 @@ def test_of_two_checkpoints_of_one_cluster_at_least_one_succeeds_and_the_other_i
     for number in range(1000):
         shared, clock, ended = Shared(), Clock(), []
 
-        def attempt(hooked: Hooked, shared=shared, clock=clock) -> Taken | str:
+        def attempt(hooked: Hooked, shared=shared, clock=clock) -> CheckpointResult | str:
             repository = Repository(hooked, clock, clock.sleep)
             nodes = list(same.cluster.nodes)
             try:
-                return Taking(asking(same.cluster), nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
+                return CheckpointJob(asking(same.cluster), nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
             except TieredKVError as error:
                 return str(error)
 
@@ -183,11 +184,11 @@ def test_of_two_checkpoints_of_one_cluster_at_least_one_succeeds_and_the_other_i
         ended.append(attempt(same.hooked))
         if not hook.done:
             break
-        good = [each for each in ended if isinstance(each, Taken)]
+        good = [each for each in ended if isinstance(each, CheckpointResult)]
         assert good, ended
         assert all("another checkpoint" in each for each in ended if isinstance(each, str)), ended
         assert_whole(shared, other=good[0])
-        outcomes.add(tuple(isinstance(each, Taken) for each in ended))
+        outcomes.add(tuple(isinstance(each, CheckpointResult) for each in ended))
     assert outcomes >= {(True, True), (False, True)}
     assert not any(node.engine.on_gone for node in same.cluster.nodes.values())
 
@@ -197,30 +198,30 @@ def test_a_snapshot_belongs_to_its_ticket_until_the_caller_stops_polling(cluster
     ask = asking(same.cluster)
 
     def snapshot(ticket: str):
-        return ask(["n0"], "snapshot", None, 0, ticket)["n0"]
+        return ask(["n0"], SnapshotRequest(None, 0, ticket))["n0"]
 
     def save(ticket: str):
-        return ask(["n0"], "save", same.hooked.url, [], None, PACK_BYTES, None, ticket)["n0"]
+        return ask(["n0"], WriteRequest(same.hooked.url, [], None, PACK_BYTES, None, ticket))["n0"]
 
     assert snapshot("first").blocks
     assert "another checkpoint" in str(snapshot("second"))
-    ask(["n0"], "stop_saving", "second")
+    ask(["n0"], StopWritingRequest("second"))
     monkeypatch.setattr(saving, "UNASKED_S", -1.0)
     assert snapshot("second").blocks
     assert "another checkpoint was begun" in str(save("first"))
-    ask(["n0"], "stop_saving", "first")
+    ask(["n0"], StopWritingRequest("first"))
     monkeypatch.undo()
     monkeypatch.setattr(saving, "open_store", lambda *_, **__: same.hooked)
     assert save("second") is None
-    assert "another checkpoint was begun" in str(ask(["n0"], "written", 0, "first")["n0"])
-    assert ask(["n0"], "written", 0, "second")["n0"].error is None
-    ask(["n0"], "stop_saving", "second")
+    assert "another checkpoint was begun" in str(ask(["n0"], WriteStatusRequest(0, "first"))["n0"])
+    assert ask(["n0"], WriteStatusRequest(0, "second"))["n0"].error is None
+    ask(["n0"], StopWritingRequest("second"))
 
 
 def test_repeated_checkpoints_of_two_clusters_while_one_deletes(clusters) -> None:
     shared, clock = Shared(), Clock()
     one, other = clusters["one"].at(shared, clock), clusters["other"].at(shared, clock)
-    taken: dict[str, list[Taken]] = {"one": [], "other": []}
+    taken: dict[str, list[CheckpointResult]] = {"one": [], "other": []}
     collected: list[CollectionResult] = []
 
     def work(name: str, each: Cluster) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.checkpoint.checkpoints import NOW_S, Clock, checkpoint, checkpoint_unsafely, flipped, manifest, pack
 from tests.unit.checkpoint.checkpoints import repository as opened
 from tiered_kv.checkpoint.garbage_collection import CollectionResult
-from tiered_kv.checkpoint.leases import SKEW_S, TTL_S, Lease, mark_of
+from tiered_kv.checkpoint.leases import SKEW_S, TTL_S, Lease, marker_of
 from tiered_kv.checkpoint.repository import Repository
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.objects.folder_store import FolderStore
@@ -44,7 +44,7 @@ class Watched(MemoryStore):
 
 
 def marks(store) -> list[str]:
-    return [name for name in store.sizes() if mark_of(name)]
+    return [name for name in store.sizes() if marker_of(name)]
 
 
 def refusal(call, *arguments) -> TieredKVError:
@@ -59,7 +59,7 @@ class TestLease:
         with repository.lease("restore") as lease:
             (name,) = marks(repository.store)
             assert name == lease.name
-            assert mark_of(name) == (name, "restore", int(NOW_S) + TTL_S)
+            assert marker_of(name) == (name, "restore", int(NOW_S) + TTL_S)
             assert lease.left_s == TTL_S
         assert marks(repository.store) == []
 
@@ -126,7 +126,7 @@ class TestLease:
 
     def test_other_names_are_not_leases(self):
         for name in ("lease-x", "gc-5", "lease-checkpoint-0-5", f"{LEASE}x", f"LEASE{LEASE[5:]}5", f"{GC}5.tkv"):
-            assert mark_of(name) is None
+            assert marker_of(name) is None
         with pytest.raises(ValueError, match="kind: must be lower-case letters"):
             Lease(MemoryStore(), "a-b", Clock())
 
@@ -137,7 +137,7 @@ class TestWaiting:
         repository = Repository(MemoryStore(), clock, lambda seconds: repository.store.delete([mark]))
         mark = f"{GC}{int(NOW_S) + 100}"
         repository.store.put(mark, [b"1"])
-        with repository.lease(say=said.append) as lease:
+        with repository.lease(log=said.append) as lease:
             assert list(repository.store.sizes()) == [lease.name]
         assert len(said) == 1
         assert mark in said[0]

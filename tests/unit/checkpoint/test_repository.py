@@ -6,7 +6,7 @@ from tests.unit.checkpoint.checkpoints import FRAME_BYTES, NOW_S, checkpoint, fl
 from tests.unit.checkpoint.checkpoints import repository as opened
 from tests.unit.tiers.records import ROOT, key_of
 from tiered_kv.checkpoint.manifest import Manifest, created_of
-from tiered_kv.checkpoint.repository import LATEST, Known, Place, Repository, reusable
+from tiered_kv.checkpoint.repository import LATEST, KnownPacks, PackEntry, Repository, reusable
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.footer import footer_bytes
 from tiered_kv.tiers.objects.folder_store import FolderStore
@@ -159,8 +159,10 @@ class TestKnown:
         checkpoint(repository, [0, 1])
         lost = pack(repository.store, [10, 11])
         known = repository.known()
-        assert set(known.places) == set(blocks(0, 1, 10, 11))
-        assert known.places[blocks(11)[0]] == Place(lost.name, FRAME_BYTES, FRAME_BYTES, lost.entries[1].raw_bytes, lost.entries[1].codec)
+        assert set(known.entries) == set(blocks(0, 1, 10, 11))
+        assert known.entries[blocks(11)[0]] == PackEntry(
+            lost.name, FRAME_BYTES, FRAME_BYTES, lost.entries[1].raw_bytes, lost.entries[1].codec
+        )
         assert known.packs == {name: size for name, size in repository.store.sizes().items() if name.endswith(".pack")}
 
     def test_only_packs_listed_in_full_size_are_known(self):
@@ -171,9 +173,9 @@ class TestKnown:
             repository.store.delete([name])
             if content:
                 repository.store.objects[name] = content
-            assert repository.known().places == {}
+            assert repository.known().entries == {}
         repository.store.ghosts = {"f" * 64 + ".pack": 1000}
-        assert repository.known().places == {}
+        assert repository.known().entries == {}
 
     def test_damaged_objects_are_logged_and_left_out(self, caplog):
         repository = opened()
@@ -181,16 +183,16 @@ class TestKnown:
         objects = repository.store.objects
         (lost,) = repository.known().packs
         objects[name] = flipped(objects[name], 50)
-        assert set(repository.known().places) == set(blocks(0, 1)), "from the footer of a pack that no manifest names now"
+        assert set(repository.known().entries) == set(blocks(0, 1)), "from the footer of a pack that no manifest names now"
         assert f"left out: checkpoint {name}: it is damaged" in caplog.text
         objects[lost] = flipped(objects[lost], len(objects[lost]) - 1)
-        assert repository.known().places == {}
+        assert repository.known().entries == {}
         assert f"left out: pack {lost}" in caplog.text
 
     def test_of_two_places_the_newest_is_used(self, repository):
         checkpoint(repository, list(range(9)))
         checkpoint(later(repository), [0])
-        places = repository.known().places
+        places = repository.known().entries
         assert places[blocks(0)[0]].pack != places[blocks(1)[0]].pack
 
     def test_a_second_checkpoint_writes_only_new_blocks(self, repository):
@@ -203,14 +205,14 @@ class TestKnown:
 
 
 class TestReusable:
-    def known(self, *wanted_of, bytes_each=1000) -> Known:
+    def known(self, *wanted_of, bytes_each=1000) -> KnownPacks:
         """Returns packs with the given numbers of blocks."""
         places, packs = {}, {}
         for pack_number, count in enumerate(wanted_of):
             packs[f"p{pack_number}"] = count * bytes_each + footer_bytes(count)
             for number in range(count):
-                places[(b"%d" % pack_number, b"%d" % number)] = Place(f"p{pack_number}", number * bytes_each, bytes_each, bytes_each, 0)
-        return Known(places, packs)
+                places[(b"%d" % pack_number, b"%d" % number)] = PackEntry(f"p{pack_number}", number * bytes_each, bytes_each, bytes_each, 0)
+        return KnownPacks(places, packs)
 
     @pytest.mark.parametrize("bytes_each", [145, 1000, 1 << 20])
     def test_a_pack_is_reused_if_half_of_it_is_wanted(self, bytes_each):
@@ -218,15 +220,15 @@ class TestReusable:
         wanted = [(b"0", b"%d" % number) for number in range(5)] + [(b"1", b"%d" % number) for number in range(4)]
         kept = reusable(known, wanted)
         assert set(kept) == set(wanted[:5])
-        assert all(kept[block] == known.places[block] for block in kept)
+        assert all(kept[block] == known.entries[block] for block in kept)
 
     def test_a_pack_of_one_small_frame_is_reused(self):
         known = self.known(1, bytes_each=145)
-        assert reusable(known, known.places) == known.places
+        assert reusable(known, known.entries) == known.entries
 
     def test_unknown_blocks_have_no_place(self):
         assert reusable(self.known(2), [(b"7", b"7")]) == {}
-        assert reusable(Known({}, {}), []) == {}
+        assert reusable(KnownPacks({}, {}), []) == {}
 
     def test_a_block_that_is_wanted_twice_is_counted_once(self):
         assert reusable(self.known(10), [(b"0", b"0")] * 9) == {}

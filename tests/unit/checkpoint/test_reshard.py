@@ -80,7 +80,7 @@ def test_every_block_of_every_rank_of_another_world_is_planned(world, target):
         wanted = by_key[each.key]
         assert (each.parent, each.root, each.depth, each.raw_bytes) == (wanted.parent, wanted.root, wanted.depth, wanted.raw_bytes)
         assert [source.key for source in each.sources] == [keys_of(piece.source, world)[each.depth] for piece in each.pieces]
-        assert sum(piece.count for piece in each.pieces) == HEADS // target
+        assert sum(piece.heads for piece in each.pieces) == HEADS // target
 
 
 def test_planned_blocks_are_in_the_order_of_the_rows_and_after_their_parents():
@@ -148,7 +148,7 @@ def test_other_models_are_not_mixed():
         (dict(namespace=None), "its namespace is unknown"),
         (dict(namespace={"weight": "w"}), "its namespace is unknown"),
         (dict(namespace={"weights": ""}), "must be a text"),
-        (dict(layout=None), "own layout cannot be split"),
+        (dict(layout=None), "opaque layout cannot be split"),
         (dict(namespace=asdict(replace(NAMESPACE, tenant="b", world=2))), "do not match the root of its blocks"),
         (dict(layout=replace(WHOLE, head_dim=8)), "do not match the root of its blocks"),
     ],
@@ -164,7 +164,7 @@ def test_models_that_cannot_be_split_are_left_out_with_the_reason(changes, reaso
 
 
 def test_a_world_that_cannot_share_the_heads_is_refused():
-    with refusal(r"tiny: 12 KV heads cannot be shared evenly by 5 ranks \(blocks left out: 8\)"):
+    with refusal(r"tiny: 12 KV heads cannot be divided evenly among 5 ranks \(blocks left out: 8\)"):
         plan(*world_of(2), 5)
     for world in (0, -1, 2.0, True, None):
         with refusal("world: must be a whole number of at least 1"):

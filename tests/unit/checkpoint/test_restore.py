@@ -13,13 +13,13 @@ from tiered_kv import Config, KVLayout
 from tiered_kv.checkpoint.manifest import Manifest
 from tiered_kv.checkpoint.repository import Repository, open_repository
 from tiered_kv.checkpoint.reshard_plan import plan
-from tiered_kv.checkpoint.restore import chosen, fill, make, matches, mount, shares, title
-from tiered_kv.checkpoint.take import Taken, Taking, Wanted
+from tiered_kv.checkpoint.restore import assign_nodes, load, matches, mount, reshard, select, title
+from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob, CheckpointResult
 from tiered_kv.codecs import is_lossy
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
-from tiered_kv.node.checkpoints.loader import Shelf
+from tiered_kv.node.checkpoints.steps import CheckpointRequest, LoadCapacity, SnapshotRequest
 
 WHOLE = KVLayout(2, 4, 16, "float32", 64)
 """Blocks of 64 KiB."""
@@ -35,11 +35,11 @@ def cluster_of(nodes: int, **settings):
 
 
 def asking(cluster: InProcessCluster):
-    def ask(nodes: Iterable[str], method: str, *arguments: Any) -> dict[str, Any]:
+    def ask(nodes: Iterable[str], request: CheckpointRequest[Any]) -> dict[str, Any]:
         found = {}
         for node in nodes:
             try:
-                found[node] = cluster.nodes[node].checkpoint(method, *arguments)
+                found[node] = cluster.nodes[node].checkpoint(request)
             except TieredKVError as error:
                 found[node] = error
         return found
@@ -62,16 +62,16 @@ def store(cluster: InProcessCluster, node: str, paths, layout: KVLayout = WHOLE,
             assert client.store(tokens_of(path, layout), kv(path, layout)).refused == 0
 
 
-def take(cluster: InProcessCluster, repository: Repository, wanted: Wanted | None = None, **more) -> Taken:
-    taking = Taking(asking(cluster), list(cluster.nodes), repository, origin="test", poll_s=0.002, **more)
-    return taking.take(wanted or Wanted())
+def take(cluster: InProcessCluster, repository: Repository, wanted: CheckpointFilter | None = None, **more) -> CheckpointResult:
+    job = CheckpointJob(asking(cluster), list(cluster.nodes), repository, origin="test", poll_s=0.002, **more)
+    return job.take(wanted or CheckpointFilter())
 
 
 def restored(cluster: InProcessCluster, repository: Repository, manifest: Manifest, rows=None):
     nodes = list(cluster.nodes)
     mounted = mount(asking(cluster), nodes, repository.store.url, manifest, manifest.rows if rows is None else rows)
     assert mounted.no_room == 0
-    filled = fill(asking(cluster), nodes, poll_s=0.002)
+    filled = load(asking(cluster), nodes, poll_s=0.002)
     cluster.report_all()
     return filled
 
@@ -90,7 +90,7 @@ def repository(tmp_path):
         yield opened
 
 
-def two_nodes(repository: Repository) -> Taken:
+def two_nodes(repository: Repository) -> CheckpointResult:
     """A checkpoint of two nodes with a part of the tree each, and some on both."""
     with cluster_of(2) as cluster:
         store(cluster, "n0", TREE[:6])
@@ -161,11 +161,11 @@ def test_only_what_was_hit_and_only_what_lies_in_a_tier(repository, tmp_path) ->
         store(cluster, "n0", TREE)
         with client_of(cluster, "n0") as client:
             client.fetch(tokens_of(TREE[3], WHOLE))
-        hit = take(cluster, repository, Wanted(min_hits=1))
+        hit = take(cluster, repository, CheckpointFilter(min_hits=1))
         assert hit.blocks == 3
-        assert take(cluster, repository, Wanted(tiers=(3,))).blocks == 0
-        assert take(cluster, repository, Wanted(models=lambda model: matches(model, ["other"]))).blocks == 0
-        assert take(cluster, repository, Wanted(models=lambda model: matches(model, [NAMESPACE.weights[:8]]))).blocks == COUNT
+        assert take(cluster, repository, CheckpointFilter(tiers=(3,))).blocks == 0
+        assert take(cluster, repository, CheckpointFilter(models=lambda model: matches(model, ["other"]))).blocks == 0
+        assert take(cluster, repository, CheckpointFilter(models=lambda model: matches(model, [NAMESPACE.weights[:8]]))).blocks == COUNT
 
 
 def test_the_hottest_are_listed_first_and_kept_where_memory_is_small(repository) -> None:
@@ -201,11 +201,11 @@ def test_a_restart_of_the_node_keeps_what_came_nearer_and_misses_the_rest(reposi
 def test_a_namespace_with_other_blocks_is_skipped_and_said(repository) -> None:
     two_nodes(repository)
     manifest = repository.read()
-    picked = chosen(manifest, block_tokens=32)
+    picked = select(manifest, block_tokens=32)
     assert picked.rows == []
-    assert "64 tokens, those of this cluster 32" in picked.skipped[0]
-    assert chosen(manifest, block_tokens=64).skipped == []
-    assert "none of those asked for" in chosen(manifest, wanted=lambda model: matches(model, ["x"])).skipped[0]
+    assert "64 tokens, but this cluster's have 32" in picked.skipped[0]
+    assert select(manifest, block_tokens=64).skipped == []
+    assert "because this namespace was not requested" in select(manifest, wanted=lambda model: matches(model, ["x"])).skipped[0]
     assert NAMESPACE.weights in title(manifest.models[0])
 
 
@@ -235,17 +235,17 @@ def test_a_stopped_checkpoint_leaves_no_manifest_and_the_next_one_writes_the_res
 def test_shares_keep_chains_together_and_follow_the_room() -> None:
     with cluster_of(1) as cluster:
         store(cluster, "n0", TREE)
-        snapshot = cluster.nodes["n0"].checkpoint("snapshot")
+        snapshot = cluster.nodes["n0"].checkpoint(SnapshotRequest())
     rows = sorted(snapshot.blocks, key=lambda seen: seen.depth)
-    shelves = {"small": Shelf(1 << 20, 0, 100), "large": Shelf(2 << 20, 1 << 20, 100), "full": Shelf(0, 0, 100)}
-    given = shares(rows, shelves)
+    shelves = {"small": LoadCapacity(1 << 20, 0, 100), "large": LoadCapacity(2 << 20, 1 << 20, 100), "full": LoadCapacity(0, 0, 100)}
+    given = assign_nodes(rows, shelves)
     assert given["full"] == []
     assert 5 <= len(given["small"]) <= 11
     assert sum(map(len, given.values())) == len(rows)
     of = {row.key: node for node, mine in given.items() for row in mine}
     apart = sum(of[row.key] != of[row.parent] for row in rows if row.parent)
     assert apart <= 2
-    nowhere = shares(rows, {node: Shelf(0, 0, 100) for node in "ab"})
+    nowhere = assign_nodes(rows, {node: LoadCapacity(0, 0, 100) for node in "ab"})
     assert abs(len(nowhere["a"]) - len(nowhere["b"])) <= 4
 
 
@@ -272,7 +272,7 @@ def test_blocks_of_the_ranks_of_a_world_are_restored_for_another(repository, wor
     assert (planned.unchanged, planned.skipped) == ([], [])
     with cluster_of(2) as cluster:
         nodes = list(cluster.nodes)
-        made = make(asking(cluster), nodes, repository.store.url, manifest, planned, poll_s=0.002)
+        made = reshard(asking(cluster), nodes, repository.store.url, manifest, planned, poll_s=0.002)
         assert made.host == made.mounted == COUNT * other
         cluster.report_all()
         for rank, (namespace, layout) in enumerate(ranks(other)):
@@ -293,7 +293,7 @@ def test_a_damaged_source_costs_the_blocks_made_of_it_only(repository) -> None:
     path.write_bytes(content)
     with cluster_of(1) as cluster:
         planned = plan(manifest.rows, manifest.models, 2)
-        made = make(asking(cluster), ["n0"], repository.store.url, manifest, planned, poll_s=0.002)
+        made = reshard(asking(cluster), ["n0"], repository.store.url, manifest, planned, poll_s=0.002)
         assert (made.host, made.damaged) == (2 * COUNT - 2, 2)
         assert made.problems
         cluster.nodes["n0"].check()
@@ -334,7 +334,7 @@ def test_a_checkpoint_of_less_quality_is_not_shown_and_its_frames_are_not_used_a
         with cluster_of(2) as exact:
             mounted = mount(asking(exact), list(exact.nodes), repository.store.url, manifest, manifest.rows)
             assert (mounted.no_room, mounted.too_lossy) == (0, len(worn))
-            fill(asking(exact), list(exact.nodes), poll_s=0.002)
+            load(asking(exact), list(exact.nodes), poll_s=0.002)
             for node in exact.nodes:
                 store(exact, node, TREE)
             assert take(exact, repository).new_blocks == len(worn)

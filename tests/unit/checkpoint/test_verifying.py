@@ -143,7 +143,7 @@ def test_large_packs_are_read_in_ranges_with_progress(monkeypatch):
     monkeypatch.setattr(verifying, "RANGE_BYTES", 2 * FRAME_BYTES)
     repository, reported = filled(), []
     assert repository.verify(progress=lambda done, total: reported.append((done, total))) == []
-    frames = len(repository.known().places)
+    frames = len(repository.known().entries)
     assert frames == 7
     assert reported[0] == (0, frames * FRAME_BYTES)
     assert reported[-1] == (frames * FRAME_BYTES,) * 2

@@ -17,6 +17,14 @@ from tiered_kv.codecs.rotation import rope_of_theta
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.allowance import Allowance
+from tiered_kv.node.checkpoints.steps import (
+    LoadProgressRequest,
+    LoadRequest,
+    MountRequest,
+    SnapshotRequest,
+    WriteRequest,
+    WriteStatusRequest,
+)
 from tiered_kv.node.codec_plan import most_error
 from tiered_kv.node.compression import Coder
 from tiered_kv.tiers.objects.mounted import MountedBlock
@@ -101,7 +109,7 @@ def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(fille
     filled(disk=disk, cluster_id="lossy", **lossy).close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000)
     assert node.stats()["too_lossy"]["disk"] > 20
-    assert sum("blocks are not shown (disk)" in each.message for each in caplog.records) == 1
+    assert sum("blocks are not shown (source: disk)" in each.message for each in caplog.records) == 1
     assert_exact_again(node)
 
 
@@ -147,7 +155,7 @@ def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, 
     """As a node leaves it that was killed: the last segment has no footer."""
     disk = f"{PLENTY}:{tmp_path}"
     node = filled(disk=disk, cluster_id="lossy", **lossy)
-    node.place.disk._seal = lambda segment: segment.writer.close()
+    node.storage.disk._seal = lambda segment: segment.writer.close()
     node.close()
     assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000))
 
@@ -172,7 +180,7 @@ def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_fact
     worn = [
         key
         for key, block in node.engine.machine.blocks.items()
-        if Tier.HOST in block.copies and node.place.host.lineage(block.copies[Tier.HOST].offset).error
+        if Tier.HOST in block.copies and node.storage.host.lineage(block.copies[Tier.HOST].offset).error
     ]
     assert worn
     node.close(remove=False)
@@ -187,8 +195,8 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", **lossy), tmp_path / "checkpoint")
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
     node = node_factory(host="4MiB", store_wait_ms=20_000)
-    shown = node.checkpoint("mount", url, names, blocks)
-    node.checkpoint("fill")
+    shown = node.checkpoint(MountRequest(url, names, blocks))
+    node.checkpoint(LoadRequest())
     told = finished(node)
     assert shown + told.too_lossy >= len(blocks)
     assert told.damaged == 0
@@ -199,8 +207,8 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
 def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_factory, tmp_path) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", quality="near_exact"), tmp_path / "checkpoint")
     node = node_factory(host="4MiB", quality="balanced")
-    assert node.checkpoint("mount", url, names, blocks) == len(blocks)
-    node.checkpoint("fill")
+    assert node.checkpoint(MountRequest(url, names, blocks)) == len(blocks)
+    node.checkpoint(LoadRequest())
     assert finished(node).too_lossy == 0
     with worker(node) as client:
         assert hits(client)[0] == 2 * len(PATHS)
@@ -241,13 +249,13 @@ def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_doe
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive", store_wait_ms=20_000)
     there = node.stats()["blocks"]
     assert there > 20
-    planned = node.place.coder._planned
+    planned = node.storage.coder._planned
 
     def as_near_exact(facts):
-        node.place.coder._config = node.config.with_(quality="near_exact")
+        node.storage.coder._config = node.config.with_(quality="near_exact")
         return planned(facts)
 
-    node.place.coder._planned = as_near_exact
+    node.storage.coder._planned = as_near_exact
     with worker(node) as client:
         assert node.stats()["blocks"] < there - 20
         assert node.stats()["too_lossy"]["introduced"] == there - node.stats()["blocks"]
@@ -263,7 +271,7 @@ def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, nod
     keys = list(node.engine.machine.blocks)
     with node.engine.lock, node.pinned(keys[:1]):
         node._too_lossy |= dict.fromkeys(keys[:2])
-        node._give_up_too_lossy()
+        node._drop_too_lossy()
         assert keys[0] in node.engine.machine.blocks
         assert keys[1] not in node.engine.machine.blocks
     node.beat()
@@ -330,10 +338,10 @@ def test_an_error_that_nobody_said_is_looked_for_where_it_matters() -> None:
 
 def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
     """All that a node holds as packs in a folder; what is in them, parents first."""
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     folder.mkdir()
-    node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, 300_000)
-    while not (state := node.checkpoint("written")).is_done:
+    node.checkpoint(WriteRequest(str(folder), [seen.key for seen in snapshot.blocks], None, 300_000))
+    while not (state := node.checkpoint(WriteStatusRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     places: dict[BlockKey, Location] = {}
     for number, pack in enumerate(state.packs):
@@ -348,7 +356,7 @@ def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
 
 
 def finished(node):
-    while not (told := node.checkpoint("filled")).is_done:
+    while not (told := node.checkpoint(LoadProgressRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     assert told.error is None
     return told

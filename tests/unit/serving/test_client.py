@@ -271,13 +271,13 @@ def test_ranks_of_a_model_keep_their_heads_apart_and_each_gets_its_own(node, fil
 def test_a_node_knows_the_namespace_of_every_model_by_its_root(node, client, client_factory) -> None:
     part, second = replace(LAYOUT, kv_heads=1), replace(NAMESPACE, rank=1, world=2, tenant="t", epoch=3)
     client_factory(node, part, second)
-    facts = node.place.coder.facts()
+    facts = node.storage.coder.facts()
     assert {root: known.known_namespace() for root, known in facts.items()} == {
         NAMESPACE.root(LAYOUT): NAMESPACE,
         second.root(part): second,
     }
     facts.clear()
-    assert len(node.place.coder.facts()) == 2
+    assert len(node.storage.coder.facts()) == 2
 
 
 def test_two_clients_of_a_node_share(node, filled, client_factory) -> None:

@@ -122,13 +122,13 @@ def test_an_embedded_cache_closes_while_its_disk_hangs(hanging: Hanging, monkeyp
     """In the middle of a write, or when the last segment is sealed. Once the disk answers, what is left is closed and removed."""
     monkeypatch.setattr(Node.close, "__kwdefaults__", Node.close.__kwdefaults__ | {"within_s": 0.2})
     embedded = Embedded(Config.of({"host": "1MiB", "disk": "4MiB", "store_wait_ms": 0}))
-    embedded.node.place.disk._files = hanging.files(*calls)
+    embedded.node.storage.disk._files = hanging.files(*calls)
     client = embedded.client(LARGE, NAMESPACE, on_close=embedded.close)
     fill(client)
     directory, scratch = embedded.node.directory, Path(embedded._scratch)
-    with embedded.node.place.disk._state:
-        if (segment := embedded.node.place.disk._open) is not None:
-            segment.writer._files = embedded.node.place.disk._files
+    with embedded.node.storage.disk._state:
+        if (segment := embedded.node.storage.disk._open) is not None:
+            segment.writer._files = embedded.node.storage.disk._files
     assert seconds(client.close) < IN_TIME_S
     assert hanging.entered.is_set()
     assert not directory.exists(), "readers and later nodes see that it is gone"
@@ -172,7 +172,7 @@ def test_a_script_with_an_embedded_cache_exits_while_its_disk_hangs_for_ever() -
 
 def test_a_node_that_is_given_up_says_so_and_serves_nobody(node_factory, hanging: Hanging, tmp_path, caplog) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"), store_wait_ms=0)
-    node.place.disk._files = hanging.files("pwritev")
+    node.storage.disk._files = hanging.files("pwritev")
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         fill(client)
         assert hanging.entered.wait(PATIENCE_S)
@@ -184,4 +184,4 @@ def test_a_node_that_is_given_up_says_so_and_serves_nobody(node_factory, hanging
         closer = next((thread for thread in threading.enumerate() if thread.name.startswith("tkv-close")), None)
         if closer is not None:
             closer.join(PATIENCE_S)
-    assert Tier.DISK in node.place.logs
+    assert Tier.DISK in node.storage.logs

@@ -139,9 +139,9 @@ def test_lossy_bytes_that_are_raw_again_still_carry_their_error(attached, tmp_pa
     assert codecs_of(client, path) == [("host", "raw")] * 3
     key = next(key for key in node.engine.machine.blocks if key.hex() == client.explain(tokens_of(path, LAYOUT))[1].key)
     location = node.engine.machine.blocks[key].copies[Tier.HOST]
-    assert 0 < node.place.host.lineage(location.offset).error <= BOUND["int4"]
+    assert 0 < node.storage.host.lineage(location.offset).error <= BOUND["int4"]
     copy = ev.Copy(key, client.namespace.root(client.layout), None, location, Tier.OBJECTS, depth=1)
-    assert node.place.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
+    assert node.storage.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
 
 
 def test_a_peer_sends_and_takes_coded_blocks_as_they_are(checked) -> None:
@@ -191,7 +191,7 @@ def test_a_coded_block_that_is_damaged_is_a_miss_and_is_given_up(attached) -> No
     path = next(path for path in paths if codecs_of(client, path) == [("host", "int8")] * 3)
     key = bytes.fromhex(client.explain(tokens_of(path, LAYOUT))[1].key)
     location = node.engine.machine.blocks[key].copies[Tier.HOST]
-    node.place.host.payload(location.offset, location.stored_bytes)[900] ^= 1
+    node.storage.host.payload(location.offset, location.stored_bytes)[900] ^= 1
     assert fetch(client, path, BOUND["int8"]) == {"host": 1}, "the block before the damaged one"
     settle(node)
     assert key not in node.engine.machine.blocks
@@ -237,7 +237,7 @@ def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> No
     blocks = node.engine.machine.blocks
     keys = [bytes.fromhex(each.key) for each in client.explain(tokens_of(long, LAYOUT))]
     assert [blocks[key].depth for key in keys] == list(range(12))
-    frames = [node.place._held(key, blocks[key].copies[Tier.HOST]).frame for key in keys]
+    frames = [node.storage._read(key, blocks[key].copies[Tier.HOST]).frame for key in keys]
     assert [frame.codec.start for frame in frames] == [at * T for at in range(12)]
     assert fetch(client, long, BOUND["int4"]) == {"host": 12}
 

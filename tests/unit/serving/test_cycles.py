@@ -12,6 +12,7 @@ from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, key_of, keys_of
 from tests.unit.tiers.records import record_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.node.checkpoints.steps import LoadRequest, MountRequest
 from tiered_kv.protocol.unix_socket import SocketSession
 from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.objects.folder_store import FolderStore
@@ -103,7 +104,7 @@ def test_a_damaged_folder_with_a_cycle_is_read_without_end_to_nothing(node_facto
     cycle = {1: 2, 2: 3, 3: 1, 4: 4, 5: 1}
     records = [record_of(number, 3000)._replace(parent=record_of(above, 3000).key) for number, above in cycle.items()]
     node = node_factory(host="1MiB", disk=f"8MiB:{tmp_path}", cluster_id="first")
-    folder = node.place.disk.folder
+    folder = node.storage.disk.folder
     node.close()
     with closing(DiskTier(folder, 8 << 20, 1 << 20, owner="first")) as tier:
         assert all(answer.location for answer in tier.append(records))
@@ -137,9 +138,9 @@ def test_a_checkpoint_with_a_cycle_is_mounted_and_filled_without_links(node_fact
         for entry, (above, depth) in zip(info.entries, places.values(), strict=True)
     ]
     node = node_factory(host="1MiB")
-    assert node.checkpoint("mount", str(tmp_path), [info.name], blocks) == len(blocks)
-    node.checkpoint("fill")
-    node.filling._job.done.result(PATIENCE_S)
+    assert node.checkpoint(MountRequest(str(tmp_path), [info.name], blocks)) == len(blocks)
+    node.checkpoint(LoadRequest())
+    node.checkpoint_loader._job.done.result(PATIENCE_S)
     with closing(node.open_session()) as session:
         within(lambda: [session.hint(*told(each.key)) for each in blocks])
         session.reserve(NBYTES, keys_of(100, 100), None)
@@ -152,10 +153,10 @@ def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(
     with closing(node.open_session()) as session:
         offsets = session.reserve(NBYTES, keys_of(3), None)
         session.commit(ROOT, NBYTES, [(A, None, offsets[0], 0), (B, A, offsets[1], 1), (C, B, offsets[2], 2)])
-    place = node.place
+    storage = node.storage
     for key, parent, depth in ((A, C, 3), (C, B, (1 << 32) - 2)):
         offset = node.engine.machine.blocks[key].copies[Tier.HOST].offset
-        place.host.sign(offset, place.host.lineage(offset)._replace(parent=parent, depth=depth))
+        storage.host.sign(offset, storage.host.lineage(offset)._replace(parent=parent, depth=depth))
     node.close(remove=False)
     node = node_factory(host="1MiB", cluster_id=cluster_id, store_wait_ms=0)
     assert len(node.engine.machine.blocks) == 3

@@ -30,11 +30,11 @@ def keys_of(path) -> list[bytes]:
 
 
 def slots_of(node) -> dict[bytes, int]:
-    return {key: slot for slot, key in node.place.index._slot_keys()}
+    return {key: slot for slot, key in node.storage.index._slot_keys()}
 
 
 def words_of(node) -> memoryview:
-    return node.place.index._words
+    return node.storage.index._words
 
 
 def used(client, path) -> int:
@@ -70,7 +70,7 @@ def test_random_words_of_slots_make_no_wrong_block_and_no_exception(node_factory
     node, client = stored(node_factory, client_factory, **tiers)
     dice = random.Random(12)
     for _ in range(150):
-        slot = dice.choice([*slots_of(node).values(), dice.randrange(node.place.index._slots)])
+        slot = dice.choice([*slots_of(node).values(), dice.randrange(node.storage.index._slots)])
         for word in dice.sample(range(w.SLOT_WORDS), dice.choice([1, 1, 2, 8])):
             words_of(node)[slot * w.SLOT_WORDS + word] = dice.getrandbits(64) >> dice.choice([0, 0, 32, 48])
         if "device" in tiers:  # the pool has no headers: a slot that names another whole block there is believed
@@ -84,16 +84,16 @@ def test_random_words_of_slots_make_no_wrong_block_and_no_exception(node_factory
 
 def _drop_device_slots_that_name_another_block(node) -> None:
     blocks = node.engine.machine.blocks
-    for key, location in list(node.place.index.items()):
+    for key, location in list(node.storage.index.items()):
         if location.tier == Tier.DEVICE and key in blocks and blocks[key].copies.get(Tier.DEVICE) != location:
-            node.place.index.remove(key)
+            node.storage.index.remove(key)
 
 
 def test_a_slot_that_names_another_block_is_a_miss_and_is_mended(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     keys = keys_of(PATHS[0])
     for wrong in (keys[2], keys_of(PATHS[1])[3]):
-        node.place.index.put(keys[1], node.place.index.get(wrong))
+        node.storage.index.put(keys[1], node.storage.index.get(wrong))
         assert used(client, PATHS[0]) == 1
         assert used(client, PATHS[0]) == 4, "the node was told, and has written the slot anew"
     assert node.stats()["seals"]["slots_mended"] == 2
@@ -123,7 +123,7 @@ def test_the_scrubber_mends_slots_by_itself(node_factory, client_factory, monkey
 
 def test_damaged_ticks_and_counts_end_nothing(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
-    views = node.place.index._views
+    views = node.storage.index._views
     for value in ((1 << 64) - 1, 1 << 63, 0):
         for slot in slots_of(node).values():
             views.ticks[slot], views.counts[slot] = value, value & (1 << 32) - 1
@@ -148,7 +148,7 @@ def test_a_restart_with_damaged_slots_keeps_the_other_blocks(lives, seed: int) -
     here.server.close()
     node.close(remove=False)
     here.start()
-    assert len(here.node.place.index) >= len(BLOCKS) - 3
+    assert len(here.node.storage.index) >= len(BLOCKS) - 3
     here.node.check()
     with here.client() as client:
         for path in PATHS:
@@ -161,7 +161,7 @@ def test_a_location_out_of_the_arena_is_no_hit(node_factory, client_factory) -> 
     node, client = stored(node_factory, client_factory)
     key = keys_of(PATHS[0])[0]
     nbytes = LAYOUT.block_bytes
-    for offset in (0, 64, node.place.host.capacity_bytes - nbytes + 64, 1 << 40, (1 << 64) - 512):
-        node.place.index.put(key, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes))
+    for offset in (0, 64, node.storage.host.capacity_bytes - nbytes + 64, 1 << 40, (1 << 64) - 512):
+        node.storage.index.put(key, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes))
         assert used(client, PATHS[0]) == 0
         assert used(client, PATHS[0]) == 4

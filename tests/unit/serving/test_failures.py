@@ -70,7 +70,7 @@ def test_what_a_killed_worker_had_reserved_is_taken_back(node_factory) -> None:
         node.beat()  # its locks may have ended after its socket
         node.check()
         assert node.stats()["tiers"]["host"]["used_bytes"] == 0
-        assert not dict(node.place.index.items()), "nothing of it was ever visible"
+        assert not dict(node.storage.index.items()), "nothing of it was ever visible"
 
 
 def test_extents_that_somebody_still_writes_to_are_not_given_away(node_factory) -> None:
@@ -224,9 +224,9 @@ def test_a_restart_during_a_store_refuses_it_and_corrupts_nothing(lives) -> None
 
         client._pool._close_idle()
         client._pool._connect = DiesAfterReserve
-        before = life.node.place.index.generation
+        before = life.node.storage.index.generation
         assert client.store(TOKENS, KV) == Stored(0, 0, 4)
-        assert life.node.place.index.generation == before + 1
+        assert life.node.storage.index.generation == before + 1
         assert client.match(TOKENS).tokens == 0
         life.node.check()
         assert life.node.stats()["tiers"]["host"]["used_bytes"] == 0
@@ -256,7 +256,7 @@ def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int =
     """A node with a host tier of 30 blocks, and a client that has stored chains of one block, `turns` of them."""
     node = node_factory(host="1MiB", disk_path=str(tmp_path / "disk"), **{"disk": "4MiB", **settings})
     if faults:
-        node.place.disk._files = Faulty(Files(), faults)
+        node.storage.disk._files = Faulty(Files(), faults)
     client = client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session)
     for turn in range(turns):
         client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))
@@ -271,7 +271,7 @@ def hits(client, turns: range) -> int:
 
 def flip(node: Node, key: bytes, at: int) -> None:
     location = node.engine.machine.blocks[key].copies[Tier.DISK]
-    path = segment_path(node.place.disk.folder, location.segment)
+    path = segment_path(node.storage.disk.folder, location.segment)
     with path.open("r+b") as file:
         file.seek(location.offset + at)
         byte = file.read(1)[0]
@@ -365,7 +365,7 @@ def test_no_lock_is_held_while_the_disk_removes_a_segment(node_factory, tmp_path
         return call(*arguments)
 
     node, client = filled_disk(node_factory, tmp_path, disk="1MiB", turns=0)
-    node.place.disk._files = Faulty(Files(), Plan(truncate={EVERY: removes}))
+    node.storage.disk._files = Faulty(Files(), Plan(truncate={EVERY: removes}))
     with client:
         for turn in range(120):
             client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))
@@ -377,7 +377,7 @@ def test_no_lock_is_held_while_the_disk_removes_a_segment(node_factory, tmp_path
 def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client:
-        disk = node.place.disk
+        disk = node.storage.disk
         lost = [segment for segment in disk._segments]
         for segment in lost:
             os.truncate(segment_path(disk.folder, segment), 0)
@@ -402,7 +402,7 @@ def test_a_disk_that_hangs_holds_no_fetch_beyond_its_deadline(node_factory, tmp_
 
 def test_a_disk_tier_that_refuses_whole_batches_is_survived(node_factory, tmp_path) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"))
-    node.place.logs[Tier.DISK] = Faulty(node.place.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
+    node.storage.logs[Tier.DISK] = Faulty(node.storage.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         for turn in range(40):
             client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))

@@ -8,7 +8,7 @@ from tiered_kv import Config
 from tiered_kv.clock import ManualClock
 from tiered_kv.coordinator.coordinator import STATISTICS_BYTES_MAX, Coordinator
 from tiered_kv.embedded import InProcessCluster
-from tiered_kv.node.reporter import TEACH_EVERY_S
+from tiered_kv.node.reporter import STATISTICS_EVERY_S
 from tiered_kv.policy import create_history
 from tiered_kv.policy.reuse import merge_statistics
 
@@ -68,7 +68,7 @@ def test_statistics_come_now_and_then_only(cluster, clock, monkeypatch) -> None:
     monkeypatch.setattr(cluster.coordinator, "report", lambda each: told.append(each.statistics is not None) or report(each))
     for _ in range(3):
         cluster.nodes["n0"].report()
-    clock.advance(TEACH_EVERY_S)
+    clock.advance(STATISTICS_EVERY_S)
     cluster.nodes["n0"].report()
     assert told == [True, False, False, True]
     assert cluster.coordinator._members["n0"].statistics == history(cluster, "n0").statistics()
@@ -91,7 +91,7 @@ def test_without_the_coordinator_a_node_goes_on_with_the_last_and_a_new_one_hear
     assert others_of(cluster, "n1") == known, "a coordinator that knows nothing yet takes nothing away"
     cluster.report_all()
     cluster.report_all()
-    clock.advance(TEACH_EVERY_S)
+    clock.advance(STATISTICS_EVERY_S)
     cluster.report_all()
     assert age_s(cluster, "n1") == 0.0
     assert others_of(cluster, "n1") == known
@@ -104,9 +104,9 @@ def test_garbage_of_a_node_is_logged_and_hurts_nobody(cluster, clock, caplog, mo
     known = others_of(cluster, "n1")
     monkeypatch.setattr(history(cluster, "n0"), "statistics", lambda: garbage)
     for _ in range(2):
-        clock.advance(TEACH_EVERY_S)
+        clock.advance(STATISTICS_EVERY_S)
         cluster.report_all()
-    assert "statistics of node n0 are not used" in caplog.text
+    assert "statistics of node n0 are ignored" in caplog.text
     assert others_of(cluster, "n1") == known, "what it said before still counts"
     assert cluster.nodes["n0"].stats()["coordinator"] is True
 
@@ -118,7 +118,7 @@ def test_garbage_of_the_coordinator_is_logged_and_left(cluster, clock, caplog) -
     for garbage in (b"\x01", None, 5):
         cluster.nodes["n1"]._learning.adopt(garbage)
     assert others_of(cluster, "n1") == known
-    assert len([record for record in caplog.records if "is not used" in record.message]) == 3
+    assert len([record for record in caplog.records if "are ignored" in record.message]) == 3
 
 
 def test_what_a_node_told_goes_with_it(cluster, clock) -> None:
@@ -128,13 +128,13 @@ def test_what_a_node_told_goes_with_it(cluster, clock) -> None:
     cluster.report_all()
     assert others_of(cluster, "n2")
     cluster.coordinator.forget("n0")
-    clock.advance(TEACH_EVERY_S)
+    clock.advance(STATISTICS_EVERY_S)
     cluster.nodes["n1"].report()
     cluster.nodes["n2"].report()
     assert not others_of(cluster, "n2"), "n1 has told that it knows nothing"
     cluster.nodes["n0"].report()
     cluster.nodes["n0"].report()
-    clock.advance(TEACH_EVERY_S)
+    clock.advance(STATISTICS_EVERY_S)
     cluster.report_all()
     assert others_of(cluster, "n2"), "it is back"
 

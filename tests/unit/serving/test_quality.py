@@ -135,7 +135,7 @@ def test_a_calibrated_model_is_found_by_its_weights_and_coded(folder, node_facto
     coded = [path for path in paths if [each.codec for each in client.explain(tokens_of(path, LAYOUT))] == ["xlayer"] * 3]
     assert coded
     keys = [bytes.fromhex(each.key) for each in client.explain(tokens_of(coded[0], LAYOUT))]
-    frames = [node.place._held(key, node.engine.machine.blocks[key].copies[HOST]).frame for key in keys]
+    frames = [node.storage._read(key, node.engine.machine.blocks[key].copies[HOST]).frame for key in keys]
     assert [frame.codec.step for frame in frames] == [1e-3, 1e-3, 5e-4], "the last block of the chain is finer"
     assert [frame.codec.start for frame in frames] == [0, T, 2 * T]
     fetched = client.fetch(tokens_of(coded[0], LAYOUT))

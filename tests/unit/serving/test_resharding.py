@@ -68,7 +68,7 @@ def test_pieces_cover_every_head_once_and_no_rank_is_asked_twice(world, target):
         assert [head for _, _, count, at in made_of for head in range(at, at + count)] == list(range(HEADS // target))
         first = rank * (HEADS // target)
         assert all(piece.source * (HEADS // world) + piece.first == first + piece.target for piece in made_of)
-        assert all(piece.first + piece.count <= HEADS // world for piece in made_of)
+        assert all(piece.first + piece.heads <= HEADS // world for piece in made_of)
         assert len({piece.source for piece in made_of}) == len(made_of)
 
 
@@ -93,18 +93,18 @@ def test_a_world_that_cannot_share_the_heads_is_refused(world):
         lambda: pieces(world, 2, HEADS, 0),
         lambda: resharded(KVLayout(1, 6, 4, "float16"), 2, world),
     ):
-        with refusal("evenly by|whole number"):
+        with refusal("evenly among|whole number"):
             asked()
 
 
 def test_a_rank_that_is_not_of_the_world_is_refused():
     for rank in (-1, 2):
-        with refusal("no rank"):
+        with refusal("rank: must be from 0 to"):
             pieces(1, 2, HEADS, rank)
 
 
 def test_an_engines_own_layout_is_refused():
-    with refusal("own layout cannot be split"):
+    with refusal("opaque layout cannot be split"):
         resharded(None, 2, 4)
 
 

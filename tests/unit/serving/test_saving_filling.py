@@ -1,5 +1,6 @@
 """A node's part in checkpoints: packs of what it held at one moment, and blocks of packs as its coldest tier."""
 
+import pickle
 import threading
 import time
 
@@ -11,7 +12,17 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints.loader import runs_of
-from tiered_kv.node.checkpoints.writer import Written
+from tiered_kv.node.checkpoints.steps import (
+    LoadProgressRequest,
+    LoadRequest,
+    MountRequest,
+    ReshardRequest,
+    SnapshotRequest,
+    StopWritingRequest,
+    WriteRequest,
+    WriteStatus,
+    WriteStatusRequest,
+)
 from tiered_kv.tiers.objects.folder_store import FolderStore
 from tiered_kv.tiers.objects.mounted import MountedBlock
 from tiered_kv.tiers.objects.packs import read_footer
@@ -67,9 +78,9 @@ def blocks_had(client, path) -> dict[str, int]:
     return {tier: tokens // LARGE.block_tokens for tier, tokens in fetched.tokens_by_tier.items()}
 
 
-def written(node) -> Written:
+def written(node) -> WriteStatus:
     for _ in range(3000):
-        state = node.checkpoint("written")
+        state = node.checkpoint(WriteStatusRequest())
         if state.is_done:
             return state
         time.sleep(0.01)  # polls for an end, orders nothing
@@ -78,7 +89,7 @@ def written(node) -> Written:
 
 def filled(node):
     for _ in range(3000):
-        state = node.checkpoint("filled")
+        state = node.checkpoint(LoadProgressRequest())
         if state.is_done:
             return state
         time.sleep(0.01)  # polls for an end, orders nothing
@@ -87,9 +98,9 @@ def filled(node):
 
 def saved(node, folder, pack_bytes: int = 300_000, **wish):
     """All that a node holds, in packs; what is in them."""
-    snapshot = node.checkpoint("snapshot", *wish.values())
+    snapshot = node.checkpoint(SnapshotRequest(*wish.values()))
     folder.mkdir(exist_ok=True)
-    node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, pack_bytes)
+    node.checkpoint(WriteRequest(str(folder), [seen.key for seen in snapshot.blocks], None, pack_bytes))
     state = written(node)
     assert state.error is None
     return snapshot, state
@@ -110,14 +121,14 @@ def test_what_a_node_holds_is_told_the_last_used_first(cluster) -> None:
     client = client_of(here)
     store(client, *PATHS[:3])
     blocks_had(client, PATHS[0])
-    snapshot = here.nodes["n0"].checkpoint("snapshot")
+    snapshot = here.nodes["n0"].checkpoint(SnapshotRequest())
     assert [seen.depth for seen in snapshot.blocks[:3]] == [0, 1, 2]
     assert [seen.hits for seen in snapshot.blocks] == [1] * 3 + [0] * 6
     assert {seen.root for seen in snapshot.blocks} == {ROOT} == set(snapshot.models)
     assert snapshot.models[ROOT]["namespace"]["weights"] == NAMESPACE.weights
-    only_hit = here.nodes["n0"].checkpoint("snapshot", None, 1).blocks
+    only_hit = here.nodes["n0"].checkpoint(SnapshotRequest(None, 1)).blocks
     assert [seen.key for seen in only_hit] == [seen.key for seen in snapshot.blocks[:3]]
-    assert here.nodes["n0"].checkpoint("snapshot", (int(Tier.DISK),)).blocks == []
+    assert here.nodes["n0"].checkpoint(SnapshotRequest((int(Tier.DISK),))).blocks == []
 
 
 def test_packs_hold_what_was_told_and_are_hits_when_mounted_elsewhere(cluster, tmp_path) -> None:
@@ -134,7 +145,7 @@ def test_packs_hold_what_was_told_and_are_hits_when_mounted_elsewhere(cluster, t
         assert max(packs.sizes().values()) <= 300_000
     there = cluster(host="4MiB")
     names, blocks = mounted_blocks(snapshot, state)
-    assert there.nodes["n0"].checkpoint("mount", str(tmp_path / "packs"), names, blocks) == len(blocks)
+    assert there.nodes["n0"].checkpoint(MountRequest(str(tmp_path / "packs"), names, blocks)) == len(blocks)
     other = client_of(there)
     assert blocks_had(other, (3, 1, 2)) == {"checkpoint": 3}
     there.nodes["n0"].engine.settle()
@@ -154,8 +165,8 @@ def test_filling_takes_the_first_told_to_memory_then_to_disk_and_gives_nothing_u
     own = (77, 1)
     store(client_of(there), own)
     names, blocks = mounted_blocks(snapshot, state)
-    assert node.checkpoint("mount", str(tmp_path / "packs"), names, blocks) == 90
-    node.checkpoint("fill")
+    assert node.checkpoint(MountRequest(str(tmp_path / "packs"), names, blocks)) == 90
+    node.checkpoint(LoadRequest())
     state = filled(node)
     assert state.error is None
     assert state.problems == []
@@ -177,17 +188,17 @@ def test_what_leaves_between_its_moment_and_its_pack_is_written_all_the_same(clu
     here = cluster()
     client, node = client_of(here), here.nodes["n0"]
     store(client, *PATHS[:2])
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     with node.running():
         pass
     node.forget(ROOT)
     assert node.stats()["blocks"] == 0
-    node.checkpoint("save", str(tmp_path), [seen.key for seen in snapshot.blocks])
+    node.checkpoint(WriteRequest(str(tmp_path), [seen.key for seen in snapshot.blocks]))
     state = written(node)
     room = int(node.config.host / 8) // LARGE.block_bytes
     assert state.blocks == room - 1 or state.blocks == room
     assert state.blocks + len(state.left) == 6
-    node.checkpoint("stop_saving")
+    node.checkpoint(StopWritingRequest())
     assert node.engine.on_gone is None
 
 
@@ -196,40 +207,40 @@ def test_one_checkpoint_is_written_at_a_time_and_one_that_nobody_asks_for_ends(c
     node = here.nodes["n0"]
     store(client_of(here), *PATHS)
     with pytest.raises(TieredKVError, match="there is no snapshot"):
-        node.checkpoint("save", str(tmp_path), [])
+        node.checkpoint(WriteRequest(str(tmp_path), []))
     with pytest.raises(TieredKVError, match="nothing is being written"):
-        node.checkpoint("written")
-    keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
-    node.checkpoint("save", str(tmp_path), keys, 100_000.0, 70_000)  # two blocks a pack and a second
+        node.checkpoint(WriteStatusRequest())
+    keys = [seen.key for seen in node.checkpoint(SnapshotRequest()).blocks]
+    node.checkpoint(WriteRequest(str(tmp_path), keys, 100_000.0, 70_000))  # two blocks a pack and a second
     with pytest.raises(TieredKVError, match="another checkpoint"):
-        node.checkpoint("snapshot")
+        node.checkpoint(SnapshotRequest())
     monkeypatch.setattr("tiered_kv.node.checkpoints.writer.UNASKED_S", 0.0)
     for _ in range(1000):
-        if node.saving._job is None:
+        if node.checkpoint_writer._job is None:
             break
         time.sleep(0.01)  # polls for the beat that notices, orders nothing
-    assert node.saving._job is None
+    assert node.checkpoint_writer._job is None
     assert len(FolderStore(tmp_path).sizes()) < 9
-    assert node.checkpoint("snapshot").blocks
+    assert node.checkpoint(SnapshotRequest()).blocks
 
 
 def test_a_store_that_fails_ends_the_writing_with_its_error(cluster, tmp_path) -> None:
     here = cluster()
     node = here.nodes["n0"]
     store(client_of(here), *PATHS)
-    keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
+    keys = [seen.key for seen in node.checkpoint(SnapshotRequest()).blocks]
     (tmp_path / "packs").mkdir()
-    node.checkpoint("save", str(tmp_path / "packs"), keys[:1])
+    node.checkpoint(WriteRequest(str(tmp_path / "packs"), keys[:1]))
     assert written(node).error is None
-    node.checkpoint("snapshot")
+    node.checkpoint(SnapshotRequest())
     (tmp_path / "packs").rename(tmp_path / "other")
     (tmp_path / "packs").write_text("no folder")
     with pytest.raises(TieredKVError) as refused:
-        node.checkpoint("save", str(tmp_path / "packs"), keys)
+        node.checkpoint(WriteRequest(str(tmp_path / "packs"), keys))
     assert refused.value.kind is Kind.STORAGE
     (tmp_path / "packs").unlink()
     with pytest.raises(TieredKVError, match="no such folder on this machine") as refused:
-        node.checkpoint("save", str(tmp_path / "packs"), keys)
+        node.checkpoint(WriteRequest(str(tmp_path / "packs"), keys))
     assert refused.value.context["setting"] == "url"
     assert not (tmp_path / "packs").exists(), "what is not shared by the nodes is not made up"
 
@@ -242,12 +253,12 @@ def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluste
     def full(*_):
         raise MemoryError("no room for a copy")
 
-    keys = [seen.key for seen in node.checkpoint("snapshot").blocks]
+    keys = [seen.key for seen in node.checkpoint(SnapshotRequest()).blocks]
     with monkeypatch.context() as patch:
         patch.setattr("tiered_kv.node.checkpoints.writer._copied", full)
-        node.checkpoint("save", str(tmp_path), keys)
+        node.checkpoint(WriteRequest(str(tmp_path), keys))
         assert "MemoryError" in str(written(node).error)
-    node.checkpoint("stop_saving")
+    node.checkpoint(StopWritingRequest())
     assert node.engine.on_gone is None
     assert saved(node, tmp_path)[1].blocks == len(keys)
 
@@ -264,8 +275,8 @@ def test_a_damaged_frame_is_left_out_and_named_and_all_else_restored(cluster, tm
     path.write_bytes(content)
     there = cluster()
     node = there.nodes["n0"]
-    node.checkpoint("mount", str(tmp_path), names, blocks)
-    node.checkpoint("fill")
+    node.checkpoint(MountRequest(str(tmp_path), names, blocks))
+    node.checkpoint(LoadRequest())
     state = filled(node)
     assert (state.host, state.damaged) == (len(blocks) - 1, 1)
     assert bad.key.hex() in state.problems[0]
@@ -282,8 +293,8 @@ def test_a_pack_that_is_gone_costs_its_blocks(cluster, tmp_path) -> None:
     (tmp_path / names[0]).unlink()
     there = cluster()
     node = there.nodes["n0"]
-    node.checkpoint("mount", str(tmp_path), names, blocks)
-    node.checkpoint("fill")
+    node.checkpoint(MountRequest(str(tmp_path), names, blocks))
+    node.checkpoint(LoadRequest())
     state = filled(node)
     assert (state.host, state.damaged) == (len(blocks) - len(gone), len(gone))
     assert not gone & node.engine.machine.blocks.keys()
@@ -297,8 +308,8 @@ def test_a_full_index_gives_up_what_the_checkpoint_alone_has_before_anything_els
     names, blocks = mounted_blocks(snapshot, state)
     there = cluster()
     node = there.nodes["n0"]
-    monkeypatch.setattr(type(node.place.index), "capacity_blocks", property(lambda _: 20))
-    assert node.checkpoint("mount", str(tmp_path), names, blocks) == 17
+    monkeypatch.setattr(type(node.storage.index), "capacity_blocks", property(lambda _: 20))
+    assert node.checkpoint(MountRequest(str(tmp_path), names, blocks)) == 17
     client = client_of(there)
     store(client, (50, 51, 52, 53, 54, 55))
     assert blocks_had(client, (50, 51, 52, 53, 54, 55)) == {"host": 6}
@@ -328,7 +339,7 @@ def test_workers_store_and_fetch_while_a_checkpoint_is_written_and_read(cluster,
     node, client = here.nodes["n0"], client_of(here)
     paths = [(turn, 1, 2) for turn in range(25)]
     store(client, *paths)
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     stop = threading.Event()
     wrong: list[BaseException] = []
 
@@ -347,11 +358,11 @@ def test_workers_store_and_fetch_while_a_checkpoint_is_written_and_read(cluster,
     try:
         for number in range(5):
             (tmp_path / str(number)).mkdir()
-            node.checkpoint("save", str(tmp_path / str(number)), [seen.key for seen in snapshot.blocks], None, 200_000)
+            node.checkpoint(WriteRequest(str(tmp_path / str(number)), [seen.key for seen in snapshot.blocks], None, 200_000))
             state = written(node)
             assert state.error is None
             assert state.blocks + len(state.left) == len(snapshot.blocks)
-            snapshot = node.checkpoint("snapshot")
+            snapshot = node.checkpoint(SnapshotRequest())
     finally:
         stop.set()
         worker.join()
@@ -376,8 +387,23 @@ def test_what_is_too_much_at_once_for_a_slow_link_is_read_block_by_block(cluster
     monkeypatch.setattr(FolderStore, "get_range", slow)
     there = cluster(host="8MiB")
     node = there.nodes["n0"]
-    node.checkpoint("mount", str(tmp_path), names, blocks)
-    node.checkpoint("fill")
+    node.checkpoint(MountRequest(str(tmp_path), names, blocks))
+    node.checkpoint(LoadRequest())
     state = filled(node)
     assert (state.host, state.damaged, state.error) == (len(blocks), 0, None)
     assert max(asked) > 40_000
+
+
+def test_requests_can_be_pickled_and_do_not_print_credentials() -> None:
+    block = MountedBlock(bytes(32), None, ROOT, 0, Location(Tier.CHECKPOINT, 0, 0, 0, 100, 100))
+    secret = {"AWS_SECRET_ACCESS_KEY": "very secret"}
+    requests = [
+        SnapshotRequest((2, 3), 1, "ticket"),
+        WriteRequest("s3://bucket", [bytes(32)], 1e6, credentials=secret),
+        MountRequest("s3://bucket", ["pack"], [block], {ROOT: {"weights": "w"}}, secret),
+        ReshardRequest("s3://bucket", ["pack"], [], credentials=secret),
+        LoadProgressRequest(),
+    ]
+    for request in requests:
+        assert pickle.loads(pickle.dumps(request)) == request
+        assert "very secret" not in repr(request)

@@ -14,7 +14,7 @@ def test_a_block_that_is_promoted_while_it_is_read_is_said_to_be_what_was_read(t
         node = cluster.nodes["n0"]
         store(cluster, "n0", TREE)
         node.engine.settle()
-        frames, promoted = node.place.frames, []
+        frames, promoted = node.storage.frames, []
 
         def moving(here):
             pieces, far = list(frames(here)), {key for key, _, at in here if at.tier is Tier.DISK}
@@ -26,7 +26,7 @@ def test_a_block_that_is_promoted_while_it_is_read_is_said_to_be_what_was_read(t
             promoted.extend(key for key in far if Tier.HOST in node.engine.machine.blocks[key].copies)
             return iter(pieces)
 
-        monkeypatch.setattr(node.place, "frames", moving)
+        monkeypatch.setattr(node.storage, "frames", moving)
         taken = take(cluster, repository)
         monkeypatch.undo()
         assert promoted, "some block was in host memory before its frame was written"

@@ -13,6 +13,7 @@ from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.node import seals
+from tiered_kv.node.checkpoints.steps import LoadRequest, MountRequest, SnapshotRequest, WriteRequest, WriteStatusRequest
 from tiered_kv.tiers.host import HEADER_BYTES
 
 LARGE = KVLayout(2, 2, 16, "float32", 64)
@@ -43,7 +44,7 @@ def keys(path=PATH) -> list[bytes]:
 def flip(node, path=PATH, block: int = 1, byte: int = 777) -> None:
     """Flip a bit of a block's payload in host memory; `byte` below 0 is one of its header."""
     location = node.engine.machine.blocks[keys(path)[block]].copies[Tier.HOST]
-    node.place.host._bytes[location.offset + byte] ^= 16
+    node.storage.host._bytes[location.offset + byte] ^= 16
 
 
 def wait_for(node, count: int, figure: str = "sealed") -> None:
@@ -62,8 +63,8 @@ def test_every_block_is_sealed_soon_after_it_was_stored(node_factory, client_fac
     node, client = cached(node_factory, client_factory)
     store(client, PATH)
     wait_for(node, 3)
-    headers = node.place.host.headers
-    locations = [node.place.index.get(key) for key in keys()]
+    headers = node.storage.host.headers
+    locations = [node.storage.index.get(key) for key in keys()]
     assert all(headers.matches(each.offset, headers.digest(each.offset, each.stored_bytes)) for each in locations)
     assert node.stats()["seals"] == {
         "sealed": 3,
@@ -105,8 +106,8 @@ def test_a_bit_of_a_header_makes_no_wrong_block(node_factory, client_factory) ->
     for bit in range(HEADER_BYTES * 8):
         store(client, PATH)
         node.seals.scrub()
-        location = node.place.index.get(keys()[1])
-        node.place.host._bytes[location.offset - HEADER_BYTES + bit // 8] ^= 1 << bit % 8
+        location = node.storage.index.get(keys()[1])
+        node.storage.host._bytes[location.offset - HEADER_BYTES + bit // 8] ^= 1 << bit % 8
         had(client)
         before = node.stats()["seals"]["flipped"]
         node.seals.scrub()
@@ -147,9 +148,9 @@ def test_a_flipped_bit_of_a_coded_block_is_found_by_its_frame(node_factory, clie
     for turn in range(30):
         store(client, (turn, 1, 2))
         settle(node)
-    coded = [key for key, location in node.place.index.items() if location.codec]
-    location = node.place.index.get(coded[0])
-    node.place.host._bytes[location.offset + 777] ^= 16
+    coded = [key for key, location in node.storage.index.items() if location.codec]
+    location = node.storage.index.get(coded[0])
+    node.storage.host._bytes[location.offset + 777] ^= 16
     node.seals.scrub()
     assert node.stats()["seals"]["flipped"] == 1 and coded[0] not in node.engine.machine.blocks
 
@@ -193,13 +194,13 @@ def test_a_block_that_leaves_during_a_checkpoint_is_not_set_aside_when_flipped(c
     node, client = here.nodes["n0"], here.client("n0", LARGE, NAMESPACE)
     store(client, PATH)
     node.seals.scrub()
-    snapshot = node.checkpoint("snapshot")
+    snapshot = node.checkpoint(SnapshotRequest())
     flip(node)
     for turn in range(10, 40):
         store(client, (turn, 1, 2))
     (tmp_path / "packs").mkdir()
-    node.checkpoint("save", str(tmp_path / "packs"), [seen.key for seen in snapshot.blocks])
-    while not (state := node.checkpoint("written")).is_done:
+    node.checkpoint(WriteRequest(str(tmp_path / "packs"), [seen.key for seen in snapshot.blocks]))
+    while not (state := node.checkpoint(WriteStatusRequest())).is_done:
         time.sleep(0.01)  # polls for an end, orders nothing
     assert keys()[1] not in {entry.key for pack in state.packs for entry in pack.entries}
 
@@ -211,11 +212,11 @@ def test_what_comes_up_from_a_checkpoint_is_sealed_at_once(cluster, tmp_path) ->
     fresh = here.start_node("n1")
     fresh.seals.close()  # whose thread would seal them as well
     names, blocks = mounted_blocks(snapshot, state)
-    fresh.checkpoint("mount", str(tmp_path / "packs"), names, blocks)
-    fresh.checkpoint("fill")
+    fresh.checkpoint(MountRequest(str(tmp_path / "packs"), names, blocks))
+    fresh.checkpoint(LoadRequest())
     filled(fresh)
     locations = [fresh.engine.machine.blocks[key].copies[Tier.HOST] for key in keys()]
-    assert all(fresh.place.host.headers.is_sealed(location.offset) for location in locations)
+    assert all(fresh.storage.host.headers.is_sealed(location.offset) for location in locations)
 
 
 def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client_factory) -> None:
@@ -226,7 +227,7 @@ def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client
     with node.pinned(keys()) as here:
         node.seals.scrub()
         assert len(here) == 3 and keys()[1] in node.engine.machine.blocks
-        assert len(list(node.place.frames(here))) == 1
+        assert len(list(node.storage.frames(here))) == 1
     wait_until(node, lambda: keys()[1] not in node.engine.machine.blocks)
     assert had(client) == 1 and node.stats()["seals"]["flipped"] == 1
 

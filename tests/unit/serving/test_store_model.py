@@ -90,7 +90,7 @@ class StoreModel(RuleBasedStateMachine):
         if on_disk:
             location = on_disk[pick % len(on_disk)]
             at = location.offset + byte % location.stored_bytes
-            fd = os.open(segment_path(self.node.place.disk.folder, location.segment), os.O_RDWR)
+            fd = os.open(segment_path(self.node.storage.disk.folder, location.segment), os.O_RDWR)
             os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 0x10]), at)
             os.close(fd)
 

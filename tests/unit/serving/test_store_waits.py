@@ -44,7 +44,7 @@ def slow(gate: threading.Event, call_s: float) -> Faulty:
 
 def node_with_slow_disk(node_factory: Callable, gate: threading.Event, tmp_path, **settings: object) -> Node:
     node = node_factory(**{"host": "8MiB", "disk": "64MiB", "disk_path": str(tmp_path / "disk"), "store_wait_ms": WAIT_MS, **settings})
-    node.place.disk._files = slow(gate, 3.0)
+    node.storage.disk._files = slow(gate, 3.0)
     return node
 
 

@@ -16,7 +16,7 @@ from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView
-from tiered_kv.node.storage import Place
+from tiered_kv.node.storage import NodeStorage
 from tiered_kv.store import events as ev
 
 LARGE = KVLayout(2, 2, 16, "float32", 64)
@@ -104,7 +104,7 @@ def test_a_block_that_leaves_the_device_while_it_is_copied_is_read_again(node_fa
 
     def interrupted(self, runs, kv):
         node.engine.handle([ev.Needed(Tier.DEVICE, 1 << 20)])
-        node.place.device.pool.tensor.fill_(77)
+        node.storage.device.pool.tensor.fill_(77)
         return unpack(self, runs, kv)
 
     monkeypatch.setattr(DeviceReader, "unpack", interrupted)
@@ -146,14 +146,14 @@ def test_an_object_store_that_fails_is_a_miss_and_nothing_is_given_up(node_facto
     node, client = cached(node_factory, client_factory, objects="memory://")
     store(client, *[(turn, 1, 2) for turn in range(12)])
     settle(node)
-    read = type(node.place.logs[Tier.OBJECTS]).read
+    read = type(node.storage.logs[Tier.OBJECTS]).read
 
     def away(*_):
         raise TieredKVError(Kind.STORAGE, "it does not answer")
 
-    monkeypatch.setattr(type(node.place.logs[Tier.OBJECTS]), "read", away)
+    monkeypatch.setattr(type(node.storage.logs[Tier.OBJECTS]), "read", away)
     assert fetch(client, (0, 1, 2)) == {}
-    monkeypatch.setattr(type(node.place.logs[Tier.OBJECTS]), "read", read)
+    monkeypatch.setattr(type(node.storage.logs[Tier.OBJECTS]), "read", read)
     assert fetch(client, (0, 1, 2)) == {"objects": 3}
 
 
@@ -161,11 +161,11 @@ def test_a_pack_that_is_gone_is_given_up(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory, objects="memory://")
     store(client, *[(turn, 1, 2) for turn in range(12)])
     settle(node)
-    node.place.logs[Tier.OBJECTS]._store.objects.clear()
+    node.storage.logs[Tier.OBJECTS]._store.objects.clear()
     assert fetch(client, (0, 1, 2)) == {}
     node.engine.settle()
     assert client.match(tokens_of((0, 1, 2), LARGE)).tokens == 0
-    node.place.logs[Tier.OBJECTS].close(remove=True)  # its books have packs that are not there
+    node.storage.logs[Tier.OBJECTS].close(remove=True)  # its books have packs that are not there
 
 
 def test_peers_get_blocks_from_every_tier(checked, tmp_path) -> None:
@@ -205,7 +205,7 @@ def test_what_was_on_disk_hits_again_after_the_process_ended(tmp_path) -> None:
 def test_two_nodes_below_one_folder_have_each_its_own(checked, tmp_path) -> None:
     config = Config.of({"host": "1MiB", "disk": f"1MiB:{tmp_path}", "heartbeat_s": 1000.0})
     cluster = checked(InProcessCluster(config, 2, ManualClock()))
-    assert len({node.place.disk.folder for node in cluster.nodes.values()}) == 2
+    assert len({node.storage.disk.folder for node in cluster.nodes.values()}) == 2
 
 
 @pytest.mark.parametrize("device", [0, "1MiB:cpu"])
@@ -242,14 +242,14 @@ def test_while_a_node_is_made_again_its_new_device_pool_is_not_taken_for_the_old
     fetch(client, (1, 2))
     settle(cluster.nodes["n0"])
     cluster.nodes["n0"].close(remove=False)
-    restore = Place.restore
+    restore = NodeStorage.restore
 
-    def interrupted(place: Place) -> list:
-        assert place.device is not None
+    def interrupted(storage: NodeStorage) -> list:
+        assert storage.device is not None
         assert fetch(client, (1, 2)) == {}, "a miss rather than what the new pool holds there"
-        return restore(place)
+        return restore(storage)
 
-    monkeypatch.setattr(Place, "restore", interrupted)
+    monkeypatch.setattr(NodeStorage, "restore", interrupted)
     cluster.start_node("n0")
     client.stats()
     assert fetch(client, (1, 2)) == {"host": 2}
@@ -260,7 +260,7 @@ def test_what_was_read_from_a_pool_of_a_former_life_is_not_believed(node_factory
     store(client, (1, 2))
     fetch(client, (1, 2))
     settle(node)
-    pool = node.place.device.pool
+    pool = node.storage.device.pool
     copies = DevicePool.copies
 
     def restarts(self, *others):
@@ -331,7 +331,7 @@ def test_the_disk_is_written_little_more_than_once(node_factory, client_factory,
     counts = node.stats()["counts"]
     assert counts["lost"] > 0, "segments had to go"
     assert counts["reinserted"] > 0, "and something of them was wanted"
-    assert node.place.disk.write_amplification <= 1.3
+    assert node.storage.disk.write_amplification <= 1.3
 
 
 def test_objects_leave_nothing_behind(tmp_path) -> None:

@@ -1,5 +1,5 @@
-"""A node's part of checkpoints: writing its blocks into packs, loading packs that were mounted, and resharding tensor-parallel ranks.
+"""A node's part of checkpoints: writes its blocks to packs, loads blocks of mounted packs, and reshards tensor-parallel ranks.
 
-May import: node's other modules, tiers, codecs, layout, keys, errors. Driven step by step by `tiered_kv.checkpoint`.
-Never knows: manifests, which nodes there are, or why a checkpoint is taken.
+May import: node's other modules, tiers, codecs, layout, keys, errors. `tiered_kv.checkpoint` drives it by the requests in `steps`.
+Never knows: manifests, other nodes, or the purpose of a checkpoint.
 """

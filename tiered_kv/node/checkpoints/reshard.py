@@ -1,6 +1,6 @@
-"""Blocks of tensor-parallel ranks made of those that other ranks, of another world, have left in a checkpoint's packs."""
+"""Resharding on a node: builds blocks of tensor-parallel ranks from the blocks of other ranks in a checkpoint's packs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +19,11 @@ AT_ONCE_BYTES = 32 << 20
 _RAW = RawCodec()
 
 
-class Made(NamedTuple):
-    """A block to be made. `sources`: for each of the `pieces` the block that has it, of the layout `layout`; see `resharding.join`."""
+class ReshardedBlock(NamedTuple):
+    """A block to build.
+
+    sources: for each of `pieces` the block that contains it. layout: the layout of the sources. See `reshard_layout.join`.
+    """
 
     key: BlockKey
     parent: BlockKey | None
@@ -34,35 +37,47 @@ class Made(NamedTuple):
 
     @property
     def block(self) -> MountedBlock:
-        """The block as if it lay in a pack: it lies in none."""
+        """The block as a mounted one. Its location is not in any pack."""
         nowhere = Location(Tier.CHECKPOINT, 0, 0, 0, self.raw_bytes, self.raw_bytes)
         return MountedBlock(self.key, self.parent, self.root, self.depth, nowhere, self.uses)
 
 
-class Maker:
-    """Makes blocks of sources whose packs are those from `first` on. Each source is read once for all that are made of it together."""
+class ReshardBatch(NamedTuple):
+    """Blocks that are built together. `build`: returns for each block its frame, or the error if it cannot be built."""
+
+    blocks: list[MountedBlock]
+    nbytes: int
+    build: Callable[[], list[Frame | TieredKVError]]
+
+
+class Resharder:
+    """Builds blocks from mounted packs. A source that several blocks of a batch share is read once.
+
+    `first`: the number in `packs` of the pack with segment 0.
+    """
 
     def __init__(self, packs: MountedPacks, first: int) -> None:
         self._packs = packs
         self._first = first
 
-    def work(
-        self, blocks: Sequence[Made], wanted: Callable[[BlockKey], bool]
-    ) -> Iterator[tuple[list[MountedBlock], int, Callable[[], list[Frame | TieredKVError]]]]:
-        """The blocks that are still `wanted`, some at a time: what they are, bytes, and the call that makes their frames."""
-        batch: list[Made] = []
+    def batches(self, blocks: Iterable[ReshardedBlock], is_missing: Callable[[BlockKey], bool]) -> Iterator[ReshardBatch]:
+        """Yields the blocks that are still missing in the cache, in batches of about `AT_ONCE_BYTES`."""
+        batch: list[ReshardedBlock] = []
         nbytes = 0
         for block in blocks:
-            if wanted(block.key):
+            if is_missing(block.key):
                 batch.append(block)
                 nbytes += block.raw_bytes
             if nbytes >= AT_ONCE_BYTES:
-                yield [each.block for each in batch], nbytes, partial(self._made, batch)
+                yield self._batch(batch, nbytes)
                 batch, nbytes = [], 0
         if batch:
-            yield [each.block for each in batch], nbytes, partial(self._made, batch)
+            yield self._batch(batch, nbytes)
 
-    def _made(self, batch: Sequence[Made]) -> list[Frame | TieredKVError]:
+    def _batch(self, blocks: list[ReshardedBlock], nbytes: int) -> ReshardBatch:
+        return ReshardBatch([each.block for each in blocks], nbytes, partial(self._built, blocks))
+
+    def _built(self, batch: Sequence[ReshardedBlock]) -> list[Frame | TieredKVError]:
         sources = {source.key: source for each in batch for source in each.sources}
         frames: dict[BlockKey, Frame | TieredKVError] = {}
         for run in runs_of(source._replace(location=self._location(source)) for source in sources.values()):
@@ -94,11 +109,13 @@ def _decoded(frame: Frame) -> _Decoded | TieredKVError:
     return out, frame.error
 
 
-def _joined(block: Made, raw: dict[BlockKey, _Decoded | TieredKVError]) -> Frame | TieredKVError:
-    """The frame of a block; it carries the largest error of its sources."""
-    parts = [raw[source.key] for source in block.sources]
-    for part in parts:
+def _joined(block: ReshardedBlock, raw: dict[BlockKey, _Decoded | TieredKVError]) -> Frame | TieredKVError:
+    """Returns the frame of a block, or the error if one of its sources is damaged. Its error bound is the largest of its sources'."""
+    parts: list[_Decoded] = []
+    for source in block.sources:
+        part = raw[source.key]
         if isinstance(part, TieredKVError):
-            return TieredKVError(Kind.CORRUPT, f"a block that it is made of cannot be had: {part}")
+            return TieredKVError(Kind.CORRUPT, f"a source block cannot be read: {part}")
+        parts.append(part)
     joined = join([part for part, _ in parts], block.pieces, block.layout)
     return open_pieces(encode_frame(block.key, block.root, _RAW, joined, max(error for _, error in parts)), block.key)

@@ -1,7 +1,7 @@
-"""Blocks of the ranks of one world from those of another: the same KV, cut along its heads at other places.
+"""Splits and joins blocks along their heads, to convert them between worlds (numbers of tensor-parallel ranks).
 
-Axes of a block: (L, 2, H, T, D), L layers, 2 (key, value), H KV heads of the rank, T tokens, D head dim. Of a model with heads
-0 … H·N-1 rank r of world N has the heads from r·H on.
+Axes of a block: (L, 2, H, T, D), L layers, 2 (key, value), H KV heads of the rank, T tokens, D head dim. A model in a world of N
+ranks has the heads 0 … H·N-1; rank r has the H heads from r·H on.
 """
 
 from collections.abc import Sequence
@@ -15,63 +15,71 @@ from tiered_kv.layout import ITEM_BYTES, KVLayout
 
 
 class Piece(NamedTuple):
-    """`count` heads that a rank takes from one rank of the other world: from head `first` there to head `target` here."""
+    """`heads` heads that a rank gets from rank `source` of the other world: from head `first` there, to head `target` here."""
 
     source: int
     first: int
-    count: int
+    heads: int
     target: int
 
 
 def pieces(world: int, target_world: int, heads: int, rank: int) -> list[Piece]:
-    """What rank `rank` of the target world consists of, in the order of its heads: at most one piece of each rank of `world`.
+    """Returns the pieces of rank `rank` of the target world, in the order of its heads: at most one from each rank of `world`.
 
-    `heads`: KV heads of the whole model. Raises (kind `layout`) where one of the worlds cannot share them evenly.
+    `heads`: KV heads of the whole model. Raises (kind `layout`) if one of the worlds cannot divide them evenly.
     """
     ours, theirs = heads_of_rank(heads, target_world), heads_of_rank(heads, world)
     if not 0 <= rank < target_world:
-        raise TieredKVError(Kind.LAYOUT, f"there is no rank {rank} in a world of {target_world}", rank=rank)
+        raise TieredKVError(Kind.LAYOUT, f"rank: must be from 0 to {target_world - 1} in a world of {target_world}, got {rank}", rank=rank)
     begin, end = rank * ours, (rank + 1) * ours
-    made = []
+    found = []
     for source in range(begin // theirs, -(-end // theirs)):
         first, last = max(begin, source * theirs), min(end, (source + 1) * theirs)
-        made.append(Piece(source, first - source * theirs, last - first, first - begin))
-    return made
+        found.append(Piece(source, first - source * theirs, last - first, first - begin))
+    return found
 
 
 def heads_of_rank(heads: int, world: int) -> int:
-    """KV heads of each rank; raises (kind `layout`) for a world that cannot share `heads` evenly."""
+    """Returns the number of KV heads per rank. Raises (kind `layout`) if `world` ranks cannot divide `heads` evenly."""
     if type(world) is not int or world < 1:
-        raise TieredKVError(Kind.LAYOUT, f"world must be a whole number of at least 1, not {world!r}", world=world)
+        raise TieredKVError(Kind.LAYOUT, f"world: must be a whole number of at least 1, got {world!r}", world=world)
     if heads % world:
-        raise TieredKVError(Kind.LAYOUT, f"{heads} KV heads cannot be shared evenly by {world} ranks", heads=heads, world=world)
+        raise TieredKVError(Kind.LAYOUT, f"{heads} KV heads cannot be divided evenly among {world} ranks", heads=heads, world=world)
     return heads // world
 
 
-def resharded(layout: KVLayout | None, world: int, target_world: int) -> KVLayout:
-    """The layout of a rank of the target world, from that of a rank of `world`; None is an engine's own layout, and refused.
-
-    Raises (kind `layout`) where the ranks of the target world cannot share the heads evenly.
-    """
+def opened_layout(layout: KVLayout | None) -> KVLayout:
+    """Returns the layout, or raises (kind `layout`) if it is opaque (None)."""
     if layout is None:
-        raise TieredKVError(Kind.LAYOUT, "blocks of an engine's own layout cannot be split: nobody knows where their heads lie")
+        raise TieredKVError(Kind.LAYOUT, "blocks of an opaque layout cannot be split: the positions of their heads are unknown")
+    return layout
+
+
+def resharded(layout: KVLayout | None, world: int, target_world: int) -> KVLayout:
+    """Returns the layout of a rank of the target world. `layout`: that of a rank of `world`, None if it is opaque.
+
+    Raises (kind `layout`) for an opaque layout, and if the ranks of the target world cannot divide the heads evenly.
+    """
+    layout = opened_layout(layout)
     return replace(layout, kv_heads=heads_of_rank(layout.kv_heads * world, target_world))
 
 
 def join(blocks: Sequence[torch.Tensor], made_of: Sequence[Piece], layout: KVLayout) -> torch.Tensor:
-    """A block of a rank of the target world: raw, 1-D uint8, newly allocated. Costs one copy, without arithmetic on any dtype.
+    """Returns a block of a rank of the target world: raw, 1-D uint8, newly allocated. Cost: one copy, without arithmetic.
 
-    `blocks`: the raw block of each piece's source, 1-D uint8 of `layout`, which is that of a source's rank. Raises (kind `layout`)
-    for blocks that are not.
+    `blocks`: for each piece the raw block of its source, 1-D uint8. `layout`: that of the sources. Raises (kind `layout`) if a
+    block does not have this layout, or if there is not one block per piece.
     """
     shape = (layout.layers, 2, layout.kv_heads, layout.block_tokens * layout.head_dim * ITEM_BYTES[layout.dtype])
     for block in blocks:
         if block.dtype != torch.uint8 or block.shape != (layout.block_bytes,):
-            message = f"a block of {layout.spec} has {layout.block_bytes} bytes, not {tuple(block.shape)} of {block.dtype}"
+            message = (
+                f"blocks: a block of {layout.spec} must be {layout.block_bytes} bytes, got shape {tuple(block.shape)} of {block.dtype}"
+            )
             raise TieredKVError(Kind.LAYOUT, message)
     if not blocks or len(blocks) != len(made_of):
-        raise TieredKVError(Kind.LAYOUT, f"{len(made_of)} pieces are of as many blocks, not of {len(blocks)}")
-    heads = sum(piece.count for piece in made_of)
+        raise TieredKVError(Kind.LAYOUT, f"blocks: expected one for each of {len(made_of)} pieces, got {len(blocks)}")
+    heads = sum(piece.heads for piece in made_of)
     whole = torch.empty((*shape[:2], heads, shape[3]), dtype=torch.uint8)
     for block, (_, first, count, target) in zip(blocks, made_of, strict=True):
         whole[:, :, target : target + count] = block.view(shape)[:, :, first : first + count]

@@ -34,7 +34,7 @@ from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.config import format_size
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
-from tiered_kv.node.checkpoints.writer import PACK_BYTES
+from tiered_kv.node.checkpoints.steps import PACK_BYTES
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.packs import PackWriter, grown_bytes, record_bytes
 from tiered_kv.tiers.objects.store import ObjectStore

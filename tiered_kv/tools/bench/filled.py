@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from tiered_kv.checkpoint import restore
-from tiered_kv.checkpoint.call_nodes import asking_here
+from tiered_kv.checkpoint.call_nodes import calls_to
 from tiered_kv.checkpoint.repository import open_repository
-from tiered_kv.checkpoint.take import Taken, Taking
+from tiered_kv.checkpoint.take import CheckpointJob, CheckpointResult
 from tiered_kv.client.client import Client
 from tiered_kv.client.connect import client_of
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
-from tiered_kv.node.checkpoints.loader import Filled
+from tiered_kv.node.checkpoints.steps import LoadProgress
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.unix_socket import SessionServer
 from tiered_kv.tiers.host import HEADER_BYTES
@@ -104,7 +104,7 @@ class BenchNode:
     def __init__(self, host_bytes: int) -> None:
         self.node = Node(Config(host=host_bytes, store_wait_ms=10_000), f"bench-{uuid.uuid4().hex[:8]}", NODE)
         self._server = SessionServer(f"{self.node.directory}/sock", self.node.open_session, self.node.catch_up)
-        self._ask = asking_here(self.node)
+        self._call = calls_to(self.node)
 
     def client(self, blocks: Blocks) -> Client:
         """Returns a client of the node in this process."""
@@ -112,23 +112,23 @@ class BenchNode:
 
     def touch(self) -> None:
         """Touch all host memory, so that the system has allocated it, as after earlier use."""
-        host = self.node.place.host
+        host = self.node.storage.host
         host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
 
-    def take(self, url: str, stopped: Event | None = None) -> Taken:
+    def take(self, url: str, stopped: Event | None = None) -> CheckpointResult:
         """Write a checkpoint of all blocks. Returns its counts."""
         with open_repository(url) as repository:
-            return Taking(self._ask, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
+            return CheckpointJob(self._call, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
 
     def mount(self, url: str) -> int:
         """Read the manifest of the latest checkpoint and mount its blocks. Returns how many were mounted."""
         with open_repository(url) as repository:
             manifest = repository.read()
-        return sum(restore.mount(self._ask, [NODE], url, manifest, manifest.rows).by_node.values())
+        return sum(restore.mount(self._call, [NODE], url, manifest, manifest.rows).by_node.values())
 
-    def fill(self, stopped: Event | None = None) -> Filled:
+    def fill(self, stopped: Event | None = None) -> LoadProgress:
         """Copy the mounted blocks to host memory, and wait for it. Returns the counts."""
-        return restore.fill(self._ask, [NODE], poll_s=POLL_S, stopped=stopped)
+        return restore.load(self._call, [NODE], poll_s=POLL_S, stopped=stopped)
 
     def close(self) -> None:
         """Stop the node."""

@@ -1,0 +1,32 @@
+"""The node, as far as its parts for checkpoints use it."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from tiered_kv.blocks import Location
+from tiered_kv.config import Config
+from tiered_kv.keys import BlockKey
+from tiered_kv.node.storage import NodeStorage
+from tiered_kv.node.worker_session import NodeSession
+from tiered_kv.store.engine import Engine
+
+
+class CheckpointHost(Protocol):
+    """What `CheckpointWriter` and `CheckpointLoader` need of their node. `Node` describes the methods."""
+
+    config: Config
+    engine: Engine
+    storage: NodeStorage
+
+    def running(self) -> AbstractContextManager[None]:
+        """Hold the engine's lock while the node is running. Raises (kind `transport`) if it is closed."""
+
+    def pinned(self, keys: Sequence[BlockKey]) -> AbstractContextManager[list[tuple[BlockKey, BlockKey | None, Location]]]:
+        """Pin the leading keys that are here. Yields each key with its root and location."""
+
+    def open_session(self) -> NodeSession:
+        """Returns a new session, which the caller must close."""
+
+    def report(self) -> None:
+        """Report changes to the coordinator now."""

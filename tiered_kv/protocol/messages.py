@@ -1,0 +1,147 @@
+"""The dicts that processes of a cluster exchange: a node's description, its figures, and the answers built on them.
+
+All of them are plain data, ready for JSON and msgpack. Sizes are bytes.
+"""
+
+from typing import Any, NotRequired, TypedDict
+
+from tiered_kv.keys import BlockKey
+
+PackedBlock = tuple[BlockKey, BlockKey | None, int, int] | tuple[BlockKey, BlockKey | None, int, int, int]
+"""A block that a worker has packed: (key, parent, payload offset in the arena, depth) and, if it is sealed at once, its digest."""
+
+
+class NodeInfo(TypedDict):
+    """What a worker needs to attach to a node: where its index, arena, socket and segments are, and the cluster's settings."""
+
+    node: str
+    directory: str
+    """The node's folder in shared memory."""
+    disk_folder: str | None
+    """The folder of the node's disk segments; None without a disk tier."""
+    has_device: bool
+    block_tokens: int
+    fetch_deadline_ms: float
+    store_wait_ms: float
+    verify_host: NotRequired[bool]
+    """Absent in the info of a node of an older version."""
+    ray_node_id: NotRequired[str]
+    """Only of a node that runs as a Ray actor, as is `address`."""
+    address: NotRequired[str]
+
+
+class TierStats(TypedDict):
+    """One tier of a node: bytes used and allowed, and its blocks. Only the disk has a write amplification."""
+
+    used_bytes: int
+    capacity_bytes: int
+    blocks: NotRequired[int]
+    write_amplification: NotRequired[float]
+
+
+class EncodedStats(TypedDict):
+    """Blocks that one codec encoded for one tier: their number, and their bytes before and after."""
+
+    blocks: int
+    raw_bytes: int
+    kept_bytes: int
+
+
+class TierPlan(TypedDict):
+    """The codec of one tier for one model, and why it was chosen."""
+
+    codec: str
+    why: str
+
+
+class CodecStats(TypedDict):
+    """What a node encoded. `plans`: by the start of a model's root, its `weights` and its `TierPlan` by tier.
+
+    `coded`: by tier and codec. `fell_back`: by reason, blocks that got a better codec than planned.
+    """
+
+    plans: dict[str, dict[str, str | TierPlan]]
+    coded: dict[str, dict[str, EncodedStats]]
+    fell_back: dict[str, int]
+
+
+class LearningStats(TypedDict):
+    """What an eviction policy has learned: blocks that it remembers, and the age of what it adopted from other nodes, in seconds.
+
+    Each is None where there is nothing of the kind.
+    """
+
+    known_blocks: int | None
+    adopted_age_s: float | None
+
+
+class PolicyStats(LearningStats):
+    """A node's eviction policy, and what it has learned."""
+
+    name: str
+
+
+class LoadStats(TypedDict):
+    """The progress of loading a checkpoint, in blocks. `nearer`: blocks copied into host memory or to disk so far."""
+
+    blocks: int
+    nearer: int
+    damaged: int
+    too_lossy: int
+    is_done: bool
+    error: str | None
+
+
+class SealStats(TypedDict):
+    """Blocks since the node started: sealed, checked against their seals, dropped as damaged; index slots mended.
+
+    `unsealed`: blocks that still wait for a seal.
+    """
+
+    sealed: int
+    scrubbed: int
+    flipped: int
+    slots_mended: int
+    unsealed: int
+
+
+class NodeStats(TypedDict):
+    """A node's figures, up to the last use by any worker."""
+
+    node: str
+    tiers: dict[str, TierStats]
+    blocks: int
+    asked_blocks: int
+    hit_blocks: int
+    prefill_tokens_saved: int
+    prefill_seconds_saved: float
+    sessions: int
+    reserved_bytes: int
+    leaving_bytes: dict[str, int]
+    counts: dict[str, int]
+    codecs: CodecStats
+    too_lossy: dict[str, int]
+    policy: PolicyStats
+    recording: bool
+    filling: LoadStats | None
+    saved: dict[str, Any] | None
+    """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
+    seals: SealStats
+    coordinator: bool | None
+    """Whether the coordinator answers; None for a node without one."""
+
+
+class LiveNode(NodeInfo):
+    """A node that the coordinator takes for alive: its info and figures, and the age of its last report in seconds."""
+
+    silent_s: float
+    directory_blocks: int
+    """Blocks of this node in the coordinator's directory."""
+    stats: NodeStats
+
+
+class Introduction(TypedDict):
+    """A node's answer to a model's introduction: the plan by tier, and the path of the calibration that decoding its blocks needs."""
+
+    plan: dict[str, TierPlan]
+    calibration: str | None
