@@ -56,7 +56,8 @@ class Quantizer:
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Returns the key and the value restored from records of any `bits`.
 
-        A pair of tensors, as a compressor restores it from such records, is returned unchanged. Raises `TieredKVError` (kind `layout`) for anything else.
+        A pair of tensors, as a compressor restores it from such records, is returned unchanged. Raises `TieredKVError`
+        (kind `layout`) for anything else.
         """
         pair = decode_pair(key, value) if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor) else (key, value)
         check_pair(*pair)
