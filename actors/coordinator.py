@@ -1,25 +1,38 @@
-"""The coordinator as a Ray actor: named, detached, restarted by Ray; its state comes back from the nodes."""
+"""The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
+
+from typing import TypedDict
 
 import ray
 
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
-from tiered_kv.coordinator.coordinator import Answer, Coordinator, Report
+from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.probes import Probe, Variants
+from tiered_kv.protocol.reports import Answer, Report
+
+
+class ClusterDescription(TypedDict):
+    """A cluster's id and settings, its live nodes, and by lost node the seconds since its last report."""
+
+    cluster_id: str
+    config: Config
+    nodes: list[LiveNode]
+    lost: dict[str, float]
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
 class CoordinatorActor:
-    """Passes calls on to a `Coordinator`; nothing else."""
+    """Forwards calls to a `Coordinator`."""
 
     def __init__(self, cluster_id: str, config: Config) -> None:
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
 
-    def describe(self) -> dict:
-        """Which cluster this is, its settings, its nodes, and those that have fallen silent."""
+    def describe(self) -> ClusterDescription:
+        """Returns the cluster's id, its settings, its live nodes and its lost nodes."""
         nodes, lost = self._coordinator.nodes(), self._coordinator.lost()
         return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost}
 

@@ -1,35 +1,37 @@
-"""The link of a node to the rest of its cluster, through Ray: small calls to actors, blocks through the object store.
+"""A node's link to the rest of its cluster through Ray: small calls to actors, blocks through the object store.
 
-Ray itself may block without a bound, in `get_actor` and in `.remote()`, while its control store does not answer. So these calls run on
-threads of the link, and whoever needs the answer waits for it only as long as it may. What hangs is not piled upon: each target
-has few threads, and a call that found none of them free in time is cancelled.
+While Ray's control store does not answer, `get_actor` and `.remote()` may block without a bound. So these calls run on threads of the
+link, and callers wait for the answer only for a bounded time. Hanging calls do not pile up: each target has few threads, and a call
+that finds no free thread in time is cancelled.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
-from tiered_kv.coordinator.coordinator import Answer, Report
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
+from tiered_kv.protocol.reports import Answer, Report
 from tiered_kv.threads import DaemonThreads
 
 CONTROL_WAIT_S = 2.0
-PROBE_WAIT_S = 0.5  # a worker waits for the node's answer to a probe for a second at most
+PROBE_WAIT_S = 0.5  # less than the second that a worker waits for the node's answer to a probe
 LOCATES_AT_ONCE = 4
-READY_WAIT_S = 0.05  # for an answer that Ray has said to be there
+READY_WAIT_S = 0.05  # for an answer that Ray has reported as ready
+
+R = TypeVar("R")
 
 
 class RayLink:
-    """Finds the coordinator and the peers by name; a handle that failed is looked up again the next time."""
+    """Finds the coordinator and the peers by name. After a failed call, the next call looks the actor up again."""
 
     def __init__(self, cluster: str, node_id: str) -> None:
         self._coordinator = coordinator_name(cluster)
@@ -61,9 +63,9 @@ class RayLink:
     # On the link's threads
 
     def _reported(self, report: Report) -> Answer:
-        """Report, unless the coordinator still owes the answer to the report before, which it has in its queue."""
+        """Send a report, unless the coordinator has not answered the former report yet, which is still in its queue."""
         if self._unanswered is not None and not ray.wait([self._unanswered], timeout=CONTROL_WAIT_S)[0]:
-            raise _silent(self._coordinator, "an earlier report is not answered yet")
+            raise _silent(self._coordinator, "it has not answered an earlier report yet")
 
         def send(actor: Any) -> Any:
             self._unanswered = actor.report.remote(report)
@@ -86,14 +88,14 @@ class RayLink:
             try:
                 self._handles[name] = ray.get_actor(name, NAMESPACE)
             except (ValueError, RayError) as error:
-                raise TieredKVError(Kind.TRANSPORT, f"there is no actor {name}: {error}", actor=name) from error
+                raise TieredKVError(Kind.TRANSPORT, f"no actor is named {name}: {error}", actor=name) from error
         return self._handles[name]
 
 
 class RayTransfer:
-    """Frames on their way through Ray's object store: first the peer's answer, which names an object, then the object.
+    """A transfer of frames through Ray's object store: first the peer's answer, which names an object, then the object.
 
-    `sent`: the call to the peer, under way on a thread of the link.
+    `sent`: the call to the peer, which runs on a thread of the link.
     """
 
     def __init__(self, sent: "Future[ray.ObjectRef]", on_failure: Callable[[], object]) -> None:
@@ -120,14 +122,14 @@ class RayTransfer:
         try:
             return ray.get(reference, timeout=wait_s)
         except GetTimeoutError as error:
-            raise TieredKVError(Kind.TRANSPORT, f"a peer's blocks did not come within {wait_s:.2f} s", hung=hung) from error
+            raise TieredKVError(Kind.TRANSPORT, f"no blocks from the peer within {wait_s:.2f} s", hung=hung) from error
         except RayError as error:
             self._on_failure()
-            raise TieredKVError(Kind.TRANSPORT, f"a peer went away: {type(error).__name__}") from error
+            raise TieredKVError(Kind.TRANSPORT, f"the call to the peer failed: {type(error).__name__}") from error
 
 
-def _within(wait_s: float, whom: str, call: Future, **context: object) -> Any:
-    """The outcome of a call on a thread of the link; raises (kind `transport`, with `context`) if there is none within `wait_s`."""
+def _within(wait_s: float, whom: str, call: Future[R], **context: object) -> R:
+    """Returns the outcome of a call on a thread of the link. Raises (kind `transport`, with `context`) if it takes longer than `wait_s`."""
     try:
         return call.result(wait_s)
     except TimeoutError as error:

@@ -1,13 +1,13 @@
-"""Under which names a cluster's actors are found in Ray."""
+"""The names of a cluster's actors in Ray."""
 
 NAMESPACE = "tiered_kv"
 
 
 def coordinator_name(cluster: str) -> str:
-    """The coordinator of a cluster."""
+    """Returns the name of a cluster's coordinator."""
     return f"coordinator:{cluster}"
 
 
 def node_name(cluster: str, node_id: str) -> str:
-    """One node of a cluster."""
+    """Returns the name of a cluster's node."""
     return f"node:{cluster}:{node_id}"

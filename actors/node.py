@@ -1,4 +1,4 @@
-"""The node as a Ray actor: one a machine, detached, restarted by Ray on the same machine, where it finds its blocks."""
+"""The node as a Ray actor: one on each machine, detached. Ray restarts it on the same machine, where it finds its blocks again."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
 from tiered_kv.node.trace_recording import Recorded
+from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.unix_socket import SessionServer
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
 class NodeActor:
-    """Runs a `Node`, serves its workers' sessions on a socket and its peers through Ray's object store."""
+    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers through Ray's object store."""
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
         self._refusal: TieredKVError | None = None
@@ -39,23 +40,23 @@ class NodeActor:
             )
             self._is_serving = True
         except TieredKVError as error:
-            # An actor whose constructor raises is restarted for ever, and its error is lost; `info` tells it instead.
+            # Ray restarts an actor whose constructor raises forever, and loses its error. So `info` raises the error instead.
             self._refusal = error
 
     def _end_unless_in_place(self) -> None:
-        """Serve nobody with files that were removed or replaced: end, so that Ray makes this actor, and its files, again."""
+        """End the process if the node's files were removed or replaced. Ray then restarts the actor, which creates new files."""
         if self._is_serving and not self._node.is_in_place():
-            log.error("%s was removed or replaced; this node ends, and begins again with new files", self._node.directory)
+            log.error("%s was removed or replaced; this node ends and restarts with new files", self._node.directory)
             self._node.abdicate()
-            os._exit(1)  # Ray restarts an actor whose process ends like this, and not one that leaves in order
+            os._exit(1)  # Ray restarts an actor whose process ends this way, but not after an orderly exit
 
-    def info(self) -> dict:
-        """What a worker needs to attach; raises what kept the node from starting."""
+    def info(self) -> NodeInfo:
+        """Returns what a worker needs to attach. Raises the error that kept the node from starting, if any."""
         if self._refusal:
             raise self._refusal
         return self._node.info()
 
-    def stats(self) -> dict:
+    def stats(self) -> NodeStats:
         return self._node.stats()
 
     def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
@@ -63,17 +64,17 @@ class NodeActor:
         return self._node.checkpoint(request)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
-        """Begin or end to record requests, as `Node.record`."""
+        """Start or stop recording requests, as `Node.record`."""
         return self._node.record(on, salt)
 
     def recorded(self, everything: bool = False) -> Recorded:
-        """Requests since the last call, as `Node.recorded`."""
+        """Returns the requests recorded since the last call, as `Node.recorded`."""
         return self._node.recorded(everything)
 
     def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
-        """The frames of the leading keys that are here, as one object in Ray's object store (none: an empty list).
+        """Returns the frames of the leading keys that this node has, as one object in Ray's object store; [] if it has none.
 
-        The object is a list of frames, each a list of buffers; the payload goes from the arena to the store in one copy.
+        The object is a list of frames, each a list of buffers. Payloads are copied once, from the arena to the store.
         """
         with self._node.serving(keys) as frames:
             if not frames:
@@ -81,9 +82,9 @@ class NodeActor:
             return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
 
     def close(self) -> None:
-        """Leave the cluster and delete all files of this node."""
+        """Leave the cluster and delete all files of the node."""
         if self._refusal:
-            raise TieredKVError(Kind.CLOSED, "the node never started")
+            raise TieredKVError(Kind.CLOSED, "the node must have started before it is closed, but its start failed")
         self._is_serving = False
         self._server.close()
         self._node.close(remove=True)

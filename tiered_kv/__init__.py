@@ -1,7 +1,7 @@
 """tiered_kv: a distributed cache for the key/value (KV) blocks of LLM inference.
 
-`attach` joins a process to a cluster's cache, `open` makes a cache within one process; both give a `Client`.
-Importing this package imports neither torch nor ray; what needs them brings them when it is first used.
+`attach` connects a process to a cluster's cache. `open` creates a cache within one process. Both return a `Client`.
+Importing this package imports neither torch nor ray. Names that need them import them on first use.
 """
 
 from importlib import import_module
@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names and Python's own; modules of the package that are imported stay attributes of it."""
+    """Returns the public names and Python's own. Imported modules of the package are attributes too, but are not listed."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
@@ -129,15 +129,17 @@ def attach(
     cluster: str = "default",
     address: str | None = None,
 ) -> "Client":
-    """A client of the cache node on this machine, in any process of the user who started it. Joins no Ray; see docs/design/020.
+    """Connect to the cache node on this machine. Returns a client.
 
-    Give a transformers `model`, whose namespace and layout are read off it, or `namespace` and `layout` of an engine of
-    your own. `block_tokens`: None for the cluster's setting; only workers with equal blocks share. `rope`, `rope_halves`: how an
-    engine of your own turns its keys (`tiered_kv.codecs.rotation`), for a cluster that keeps blocks with a small error; read
-    off a model. Costs one pass over the weights (several GB/s) and three runs of eight tokens, whose KV is compared with what the
-    first worker of the namespace computed of them (docs/design/021). Raises `TieredKVError`: kind `model` for a model whose KV
-    cannot be shared, `cluster` where there is no cluster, or none of its nodes runs on this machine, `config` where the
-    cluster's quality needs a calibration of the model that is not there.
+    Works in any process of the user who started the node, and does not join Ray (docs/design/020). Pass either a transformers `model`,
+    which determines namespace and layout, or the `namespace` and `layout` of your own engine. `block_tokens`: None for the cluster's
+    setting; only workers with equal blocks share. `rope`, `rope_halves`: how your own engine rotates its keys
+    (`tiered_kv.codecs.rotation`), for a cluster that stores blocks with a small error; a model determines them itself. Costs one pass
+    over the weights (several GB/s) and three runs of eight tokens. Their KV is compared with that of the namespace's first worker
+    (docs/design/021).
+
+    Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared; `cluster` if there is no such cluster, or it has no node
+    on this machine; `config` if the cluster's quality needs a calibration of the model that does not exist.
     """
     from tiered_kv.cluster import attach as attaching
 
@@ -147,20 +149,23 @@ def attach(
         from tiered_kv.integrations.rope import rope_of_model
 
         if namespace is not None or layout is not None:
-            raise TieredKVError(Kind.CONFIG, "attach: give either a model, or namespace and layout", setting="model")
-        attaching.reach(cluster, address)  # first what is quick to fail
+            raise TieredKVError(Kind.CONFIG, "attach: must be given either a model, or namespace and layout, not both", setting="model")
+        attaching.reach(cluster, address)  # this check is fast, so it runs first
         followed = ModelState(model)
         namespace = followed.as_namespace(tokenizer=tokenizer_digest(tokenizer), tenant=tenant)
         shape = followed.now().shape
+        assert shape is not None, "the examined model has a shape"
         turned = {"rope": rope_of_model(model), "rope_halves": rope_halves}
         client = attaching.attach(namespace, lambda tokens: shape.layout(block_tokens or tokens), name=cluster, address=address, **turned)
         client.followed = followed
         followed.adopt(client)
         return client
     if namespace is None or layout is None:
-        raise TieredKVError(Kind.CONFIG, "attach: a model is needed, or both namespace and layout", setting="model")
+        raise TieredKVError(Kind.CONFIG, "attach: must be given a model, or both namespace and layout", setting="model")
     if block_tokens not in (None, layout.block_tokens):
-        raise TieredKVError(Kind.CONFIG, f"block_tokens: {block_tokens} is not the layout's {layout.block_tokens}", setting="block_tokens")
+        raise TieredKVError(
+            Kind.CONFIG, f"block_tokens: must be None or the layout's {layout.block_tokens}, got {block_tokens}", setting="block_tokens"
+        )
     return attaching.attach(namespace, lambda _: layout, name=cluster, address=address, rope=rope, rope_halves=rope_halves)
 
 
@@ -173,11 +178,11 @@ def open(
     rope: bytes | None = None,
     rope_halves: bool = True,
 ) -> "Client":
-    """A client with a cache of its own in this process: no Ray, no other process, gone when the client is closed.
+    """Create a cache in this process, without Ray or other processes. Returns its client; closing the client ends the cache.
 
-    `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path` the disk tier's content
-    stays there, and the next one who opens it hits it. `clock`: where the cache takes its time from, for tests and replays.
-    `rope`, `rope_halves`: as for `attach`.
+    `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path`, the disk tier's content stays there,
+    and the next cache opened with that path hits it. `clock`: the cache's source of time, for tests and replays. `rope`,
+    `rope_halves`: as for `attach`.
     """
     from tiered_kv.embedded import open_client
 

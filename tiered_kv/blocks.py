@@ -1,4 +1,4 @@
-"""What is said about blocks: where one lies, the answers that a client gives, and what a worker may tell it of the future.
+"""Records about blocks: the location of a block, a client's results, and a worker's hints about future use.
 
 Pure data. Sizes are bytes, counts of tokens are tokens; `tokens_by_tier` maps a tier's name to tokens.
 """
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
 
 class Tier(IntEnum):
-    """Where a block lies; the number is what the shared index stores. Lower is faster."""
+    """A tier of storage. The shared index stores the number. Lower numbers are faster tiers."""
 
     DEVICE = 1
     HOST = 2
     DISK = 3
     OBJECTS = 4
     CHECKPOINT = 5
-    """Packs of a checkpoint that was mounted: read, never written to, and under no cap."""
+    """Packs of a mounted checkpoint: read, never written to, and not limited by a cap."""
 
-    __hash__ = int.__hash__  # an Enum's own hash is Python code, and a tier is a key many times a block
+    __hash__ = int.__hash__  # an Enum's own hash is slow Python code, and tiers are dict keys many times for each block
 
     @property
     def label(self) -> str:
-        """The name that people and settings use."""
+        """The tier's name in settings and output."""
         return self.name.lower()
 
 
 AWAY = (Tier.OBJECTS, Tier.CHECKPOINT)
-"""Tiers that a worker cannot read by itself, and where one request takes some 50 ms whatever its size."""
+"""Tiers that a worker cannot read itself. One request to them takes about 50 ms, whatever its size."""
 
 PEER = "peer"
-"""The label, in `tokens_by_tier`, of tokens that another node of the cluster holds or delivered."""
+"""The label in `tokens_by_tier` for tokens that another node holds or delivered."""
 
 
 class Location(NamedTuple):
-    """Where the bytes of one block lie: in `segment` at `offset` of a tier (the host arena has segment 0)."""
+    """The location of one block's bytes: `segment` and `offset` within a tier (the host arena has segment 0)."""
 
     tier: Tier
     codec: int
@@ -51,7 +51,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """The longest prefix that could be had: `tokens` in whole blocks, and from where."""
+    """The longest prefix that a fetch could return: `tokens` in whole blocks, and the tiers that hold them."""
 
     tokens: int
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The longest prefix that was had in time: `kv` is (L, 2, H, tokens, D), the KV of the first `tokens` tokens."""
+    """The longest prefix that was read in time: `kv` is (L, 2, H, tokens, D), the KV of the first `tokens` tokens."""
 
     tokens: int
     kv: "torch.Tensor"
@@ -68,7 +68,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Stored:
-    """Blocks of one store call: newly visible, visible before, and not taken (no room in time, or no node)."""
+    """The blocks of one store call: newly stored, present before, and refused (no room in time, or no node)."""
 
     new: int
     present: int
@@ -77,7 +77,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Explained:
-    """One block of a prompt: in which tier under which codec, or why it would be a miss."""
+    """One block of a prompt: its tier and codec, or the reason why it would be a miss."""
 
     block: int
     key: str
@@ -89,11 +89,11 @@ class Explained:
 
 @dataclass(frozen=True)
 class Hint:
-    """What a worker knows of the chain that it stores: all of it may be left out, and none of it is a promise.
+    """A worker's expectations about the chain that it stores. Every field is optional, and none is a promise.
 
-    answer_tokens: tokens that the model generated. pinned_s: keep the chain in memory for so many seconds (ignored and
-    counted where it would take more than half of the host tier). reuse_within_s: the next use is expected within so
-    many seconds. ended: the session is over, nobody will use the chain again.
+    answer_tokens: number of tokens that the model generated. pinned_s: keep the chain in memory for this many seconds. A pin
+    that would take more than half of the host tier is ignored and counted. reuse_within_s: the next use is expected within this many
+    seconds. ended: the session is over, and the chain will not be used again.
     """
 
     answer_tokens: int | None = None
@@ -113,7 +113,7 @@ class Hint:
 
     @property
     def foretells(self) -> bool:
-        """Whether it says anything that a history learns from; a pin alone does not."""
+        """Whether the hint contains anything that the eviction policy learns from. A pin alone does not."""
         return self.ended or self.answer_tokens is not None or self.reuse_within_s is not None
 
 

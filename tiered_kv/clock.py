@@ -1,14 +1,14 @@
-"""Time as an argument: the system's monotonic clock, and one that tests move by hand."""
+"""Clocks, passed to components as arguments: the system's monotonic clock, and one that tests advance."""
 
 import time
 from typing import Protocol
 
 
 class Clock(Protocol):
-    """Where a component gets its time from."""
+    """A component's source of time."""
 
     def now_s(self) -> float:
-        """Seconds since an arbitrary start; never goes back."""
+        """Returns the seconds since an arbitrary start. Never decreases."""
 
 
 class SystemClock:
@@ -19,7 +19,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that stands still until a test moves it."""
+    """A clock that changes only when a test advances it."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s
@@ -29,5 +29,5 @@ class ManualClock:
 
     def advance(self, seconds: float) -> None:
         if seconds < 0:
-            raise ValueError("a clock never goes back")
+            raise ValueError(f"seconds: must be 0 or more, got {seconds}")
         self._now_s += seconds

@@ -1,7 +1,7 @@
-"""A door to the codecs `lowrank` and `sparse`: keys and values in a part of their bytes, for those who hold the tensors themselves."""
+"""Public access to the codecs `lowrank` and `sparse`: compresses keys and values, for code that keeps its own tensors."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tiered_kv.codecs.pairs import CodedTensor, decode_pair, encode_pair
 from tiered_kv.errors import Kind, TieredKVError
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 CODECS = {"svd": "lowrank", "lowrank": "lowrank", "sparse": "sparse"}
 MAX_ERROR = 1.0
-"""Above it nothing would be left of the tensors."""
+"""The largest relative mean squared error: that of restoring zeros only."""
 
 
 @dataclass(frozen=True, repr=False)
 class CompressedTensor(CodedTensor):
-    """A key or a value as the factors of a matrix of low rank, or as the numbers that stay of it."""
+    """A key or a value as the factors of a low-rank matrix, or as the kept numbers of a sparse one."""
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """Keys and values in at most `ratio` (above 0, at most 1) of their bytes, but never less than one component or number a head.
+    """Compresses keys and values to at most `ratio` (above 0, at most 1) of their bytes. Keeps at least one component or number a head.
 
-    `method`: "svd" (also called "lowrank") keeps the greatest singular components of each sequence's key and value, "sparse" the numbers
-    of each head that are farthest from the mean of their token. The error is whatever that leaves: it is measured, and stands in the
-    records. What would have a relative mean squared error above 1, does not shrink, or has numbers that are not finite is kept exactly,
-    and says so.
-    Of normally distributed numbers neither method has anything to gain; at equal bytes the quantizer is nearer on real KV too.
+    `method`: "svd" (also called "lowrank") keeps the largest singular components of each sequence's key and value. "sparse" keeps the
+    numbers of each head that are farthest from the mean of their token. The error is not bounded by a setting; it is measured and
+    recorded. Tensors are kept exactly, and the records say so, if their relative mean squared error would be above 1, if they do not
+    shrink, or if they have numbers that are not finite. Normally distributed numbers gain nothing from either method. At equal bytes
+    the quantizer has a smaller error, also on real KV.
 
     Raises `TieredKVError` of kind `config` for another `ratio` or `method`.
     """
@@ -38,31 +38,35 @@ class Compressor:
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
-            raise TieredKVError(Kind.CONFIG, f"ratio must be a number above 0 and at most 1, not {self.ratio!r}", setting="ratio")
+            raise TieredKVError(Kind.CONFIG, f"ratio must be a number above 0 and at most 1, got {self.ratio!r}", setting="ratio")
         if not isinstance(self.method, str) or self.method not in CODECS:
-            raise TieredKVError(Kind.CONFIG, f"method must be one of {', '.join(CODECS)}, not {self.method!r}", setting="method")
+            raise TieredKVError(Kind.CONFIG, f"method must be one of {', '.join(CODECS)}, got {self.method!r}", setting="method")
 
     def compress(
         self, key: "torch.Tensor | QuantizedTensor", value: "torch.Tensor | QuantizedTensor"
     ) -> tuple[CompressedTensor, CompressedTensor]:
-        """The records of a key and a value (batch, heads, tokens, head_dim), alike in shape, floating dtype and device; changes neither.
+        """Returns the records of a key and a value (batch, heads, tokens, head_dim). Changes neither.
 
-        What a quantizer returned is compressed as the numbers that its codes stand for: components are of numbers, not of codes, and
-        are kept in 8 bits anyway. `ratio` is then of the bytes of the tensor, and the quantizer's error is part of the records'.
-        Raises `TieredKVError` of kind `layout` that names the argument for anything else.
+        Both must have the same shape, floating dtype and device. A quantizer's records are dequantized first, because components are
+        computed from numbers, not codes, and are kept in 8 bits anyway. `ratio` is then of the bytes of the tensor, and the records'
+        error includes the quantizer's. Raises `TieredKVError` (kind `layout`) that names the argument for anything else.
         """
         carried_error = 0.0
         if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor):
             carried_error = max(key.error, value.error)
-            key, value = decode_pair(key, value)
-        return encode_pair(CompressedTensor, CODECS[self.method], key, value, carried_error, keep=float(self.ratio), max_error=MAX_ERROR)
+            pair = decode_pair(key, value)
+        else:
+            pair = cast("tuple[torch.Tensor, torch.Tensor]", (key, value))  # encode_pair raises for anything else
+        return encode_pair(CompressedTensor, CODECS[self.method], *pair, carried_error, keep=float(self.ratio), max_error=MAX_ERROR)
 
     def decompress(self, key: CompressedTensor, value: CompressedTensor) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The key and the value again as tensors of their shape, dtype and device, of whatever `ratio` and `method`.
+        """Returns the key and the value restored from records of any `ratio` and `method`, with their shape, dtype and device.
 
-        Raises `TieredKVError` of kind `layout` for what no compressor returned.
+        Raises `TieredKVError` (kind `layout`) for anything that `compress` did not return.
         """
         for name, each in (("key", key), ("value", value)):
             if not isinstance(each, CompressedTensor):
-                raise TieredKVError(Kind.LAYOUT, f"{name} must be what compress returned, not {type(each).__name__}", argument=name)
+                raise TieredKVError(
+                    Kind.LAYOUT, f"{name} must be a record that compress returned, got {type(each).__name__}", argument=name
+                )
         return decode_pair(key, value)

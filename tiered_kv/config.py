@@ -1,4 +1,4 @@
-"""Settings as data: one frozen record, checked once, the same for a cluster and for one process."""
+"""The settings: one frozen record, checked when it is created, the same for a cluster and for one process."""
 
 import difflib
 import os
@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tiered_kv.blocks import Tier
@@ -21,21 +22,21 @@ MIN_TIER_BYTES = 1 << 20
 
 
 def parse_size(value: int | str, setting: str) -> int:
-    """Bytes of a size such as "4GiB", "512MiB", "1.5G" (binary) or "10GB" (decimal); raises naming `setting`."""
+    """Returns the bytes of a size such as "4GiB", "512MiB", "1.5G" (binary) or "10GB" (decimal). Errors name `setting`."""
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
         if not found or found[2].upper() not in _UNITS:
-            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a size; write for example 4GiB or 512MiB", setting=setting)
+            raise TieredKVError(Kind.CONFIG, f"{setting}: must be a size such as 4GiB or 512MiB, got {value!r}", setting=setting)
         size = int(float(found[1]) * _UNITS[found[2].upper()])
     if size < 0:
-        raise TieredKVError(Kind.CONFIG, f"{setting}: a size cannot be negative, got {value!r}", setting=setting)
+        raise TieredKVError(Kind.CONFIG, f"{setting}: must be a size of 0 bytes or more, got {value!r}", setting=setting)
     return size
 
 
 def format_size(size: float) -> str:
-    """A number of bytes as people write it, for example 1.5 GiB."""
+    """Returns a number of bytes as text for people, for example "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -44,25 +45,26 @@ def format_size(size: float) -> str:
 
 
 def user_cache() -> Path:
-    """This user's folder for what can be made again: `$TIERED_KV_CACHE`, else `$XDG_CACHE_HOME/tiered_kv`, else `~/.cache/tiered_kv`."""
+    """Returns this user's cache folder: `$TIERED_KV_CACHE`, else `$XDG_CACHE_HOME/tiered_kv`, else `~/.cache/tiered_kv`."""
     own = os.environ.get("TIERED_KV_CACHE")
     return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiered_kv"
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a cache. Sizes are bytes and may be given as "4GiB"; every cap is hard, and of each node.
+    """All settings of a cache. Sizes are bytes and may be given as "4GiB". Each size is a hard cap and applies to each node.
 
-    Tiers: device: memory of `device_name` (None: cuda where there is one, else cpu), "2GiB" or "2GiB:cuda:1"; 0 for none.
-    host: shared memory, index included. disk: "200GiB" or "200GiB:/folder"; 0 for none. disk_path: where a node's disk
-    content stays; None for a folder in the user's cache that ends with the cluster. objects: URL of the objects tier,
-    None for none; objects_cap: its size.
-    policy, cost_weight (0: most hits, 1: most computing saved), seed: which blocks go first.
-    quality: how near blocks stay to what was stored (docs/codecs.md): exact, near_exact, balanced, compact, archive. codec: the codec of
-    some tiers by name instead, "host=int8,disk=xlayer:1e-4". error_budget: "kl=1e-3", from which each tier's codec is chosen by what
-    was measured on the model. calibration: that file, or a folder of such files; None for the user's cache.
-    store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long
-    a fetch may wait for other nodes and disks. pull_chunk: bytes a node asks of a peer in one go.
+    Tiers. device: memory of `device_name` (None: cuda if the machine has it, else cpu), "2GiB" or "2GiB:cuda:1"; 0 for no device tier.
+    host: shared memory, index included. disk: "200GiB" or "200GiB:/folder"; 0 for no disk tier. disk_path: the folder that keeps a
+    node's disk content; None for a folder in the user's cache that is deleted with the cluster. objects: URL of the objects tier, None
+    for no objects tier; objects_cap: its size.
+    Eviction. policy, cost_weight (0: most hits, 1: most computing saved), seed.
+    Codecs. quality: the largest error of a read block compared with the stored one (docs/codecs.md): exact, near_exact, balanced,
+    compact, archive. codec: the codecs of some tiers by name instead, "host=int8,disk=xlayer:1e-4". error_budget: "kl=1e-3"; each
+    tier's codec is then chosen by errors measured on the model. calibration: the file with these measurements, or a folder of such
+    files; None for the user's cache.
+    Limits. store_wait_ms: the wait of a store for room, before its blocks are refused. fetch_deadline_ms: the wait of a fetch for other
+    nodes and disks. pull_chunk: bytes that a node requests from a peer at once.
     verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
     """
 
@@ -120,27 +122,28 @@ class Config:
             if getattr(self, setting) is not None:
                 self._text(setting, words)
         if self.policy not in POLICIES:
-            raise TieredKVError(Kind.CONFIG, f"policy: {self.policy!r} is none of {', '.join(POLICIES)}", setting="policy")
+            raise TieredKVError(Kind.CONFIG, f"policy: must be one of {', '.join(POLICIES)}, got {self.policy!r}", setting="policy")
         self._check_quality()
 
     def _check_quality(self) -> None:
         if self.quality not in QUALITIES:
-            raise TieredKVError(Kind.CONFIG, f"quality: {self.quality!r} is none of {', '.join(QUALITIES)}", setting="quality")
+            raise TieredKVError(Kind.CONFIG, f"quality: must be one of {', '.join(QUALITIES)}, got {self.quality!r}", setting="quality")
         if self.kl_budget is not None and self.quality != "exact":
-            message = f"error_budget: {self.error_budget} and quality {self.quality} both choose codecs; give one of them"
+            message = f"error_budget: must be None unless quality is exact, for both choose codecs; got {self.error_budget}, {self.quality}"
             raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
         _ = self.codec_by_tier
 
     @property
     def codec_by_tier(self) -> dict[Tier, str]:
-        """The codecs that `codec` names, as they are written there; raises (kind `config`) for what is no list of tiers."""
+        """The codec specs in `codec`, by tier. Raises (kind `config`) if `codec` is not a list of TIER=CODEC."""
         found: dict[Tier, str] = {}
         for part in self.codec.split(",") if self.codec is not None else ():
             name, equals, text = (word.strip() for word in part.partition("="))
             tier = next((tier for tier in CODED_TIERS if tier.label == name), None)
             if tier is None or not equals or not text or tier in found:
                 message = (
-                    f"codec: {part.strip()!r} is not TIER=CODEC with a tier of its own of {', '.join(each.label for each in CODED_TIERS)}"
+                    f"codec: must be a list of TIER=CODEC, each tier once and one of {', '.join(each.label for each in CODED_TIERS)}, "
+                    f"got {part.strip()!r}"
                 )
                 raise TieredKVError(Kind.CONFIG, f"{message}; write for example host=int8,disk=lossless", setting="codec")
             found[tier] = text
@@ -148,7 +151,10 @@ class Config:
 
     @property
     def kl_budget(self) -> float | None:
-        """The greatest KL that `error_budget` allows, in nats a token; None without one. Raises (kind `config`) for what is none."""
+        """The largest KL divergence that `error_budget` allows, in nats a token; None without one.
+
+        Raises (kind `config`) if `error_budget` is invalid.
+        """
         if self.error_budget is None:
             return None
         name, _, number = self.error_budget.partition("=")
@@ -157,18 +163,22 @@ class Config:
         except ValueError:
             kl = -1.0
         if not 0 < kl < float("inf"):
-            message = f"error_budget: {self.error_budget!r} is no budget; write for example kl=1e-3 (nats a token, more than 0)"
+            message = f"error_budget: must be kl=NUMBER, more than 0 nats a token, such as kl=1e-3, got {self.error_budget!r}"
             raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
         return kl
 
     def _part(self, setting: str, other: str) -> None:
-        """Take a size like "2GiB:cuda:1" apart into size and `other`."""
+        """Split a size like "2GiB:cuda:1" into the size and the setting `other`."""
         value = getattr(self, setting)
         if not isinstance(value, str) or ":" not in value:
             return
         size, _, rest = value.partition(":")
         if getattr(self, other) not in (None, rest):
-            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} and {other} {getattr(self, other)!r} differ", setting=setting)
+            raise TieredKVError(
+                Kind.CONFIG,
+                f"{setting}: its {other} must equal the setting {other}, got {value!r} and {getattr(self, other)!r}, which differ",
+                setting=setting,
+            )
         object.__setattr__(self, setting, size)
         object.__setattr__(self, other, rest or None)
 
@@ -180,22 +190,25 @@ class Config:
     def _at_least(self, setting: str, least: float, words: str, whole: bool = False) -> None:
         value = getattr(self, setting)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise TieredKVError(Kind.CONFIG, f"{setting}: {value!r} is not a {'whole ' if whole else ''}number", setting=setting)
+            raise TieredKVError(Kind.CONFIG, f"{setting}: must be a {'whole ' if whole else ''}number, got {value!r}", setting=setting)
         if not value >= least:  # so that NaN is refused as well
             raise TieredKVError(Kind.CONFIG, f"{setting}: must be at least {words}, got {value}", setting=setting)
 
     @classmethod
     def of(cls, settings: "Config | Mapping[str, object] | None" = None, **changes: object) -> "Config":
-        """A config from a mapping, another config or nothing; an unknown key is an error that names the nearest known one."""
+        """Returns a config from a mapping, another config or the defaults, with changes on top.
+
+        The error for an unknown setting names the nearest known one.
+        """
         if settings is not None and not isinstance(settings, Config | Mapping):
-            raise TieredKVError(Kind.CONFIG, f"config: a Config or a mapping of settings is needed, not {type(settings).__name__}")
+            raise TieredKVError(Kind.CONFIG, f"config: must be a Config or a mapping of settings, got {type(settings).__name__}")
         given = asdict(settings) if isinstance(settings, Config) else dict(settings or {})
         for setting, other in _PARTS.items() if changes else ():
             size, colon, rest = str(given.get(setting)).partition(":")
             if colon and other not in given:
                 given |= {setting: size, other: rest}
             if ":" in str(changes.get(setting)):
-                given.pop(other, None)  # the size on top says anew where
+                given.pop(other, None)  # the new size names it too
         given |= changes
         known = [field.name for field in fields(cls)]
         for key in given:
@@ -206,28 +219,28 @@ class Config:
         return cls(**given)
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike, **changes: object) -> "Config":
-        """A config from a TOML file of settings at its top level, with changes on top. Raises naming the file."""
+    def from_toml(cls, path: str | os.PathLike[str], **changes: object) -> "Config":
+        """Returns a config from a TOML file with settings at its top level, with changes on top. Errors name the file."""
         try:
             with open(path, "rb") as file:
                 settings = tomllib.load(file)
         except OSError as error:
             raise TieredKVError(Kind.CONFIG, f"config: cannot read {path}: {error.strerror}", setting="config") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise TieredKVError(Kind.CONFIG, f"config: {path} is not TOML: {error}", setting="config") from error
+            raise TieredKVError(Kind.CONFIG, f"config: must be a TOML file, but {path} is not TOML: {error}", setting="config") from error
         try:
             return cls.of(settings, **changes)
         except TieredKVError as error:
-            raise TieredKVError(error.kind, f"{error} (with {path})", **error.context) from error
+            raise TieredKVError(error.kind, f"{error} (settings of {path})", **error.context) from error
 
     @property
     def disk_root(self) -> str:
-        """The folder in which each node makes its own for its disk segments."""
+        """The folder in which each node creates its own folder for disk segments."""
         return self.disk_path or str(user_cache() / "disk")
 
     @property
     def objects_folder(self) -> str | None:
-        """The folder in which each node makes its own for objects, where `objects` names one on this machine."""
+        """The folder in which each node creates its own folder for objects; None if `objects` is not a folder on this machine."""
         if self.objects is None:
             return None
         url = urlsplit(self.objects)
@@ -235,8 +248,8 @@ class Config:
             return unquote(url.path)
         return None if "://" in self.objects else self.objects
 
-    def with_(self, **changes: object) -> "Config":
-        """A copy with some settings changed."""
+    def with_(self, **changes: Any) -> "Config":
+        """Returns a copy with some settings changed."""
         return replace(self, **changes)
 
 

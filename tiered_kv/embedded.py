@@ -1,4 +1,4 @@
-"""A cluster in one process: nodes that reach each other by plain calls. For tests, and for `tiered_kv.open`."""
+"""A cluster in one process, whose nodes reach each other by direct calls. For tests, and for `tiered_kv.open`."""
 
 import atexit
 import os
@@ -13,17 +13,18 @@ from tiered_kv.client.client import Client
 from tiered_kv.client.connect import client_of
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
-from tiered_kv.coordinator.coordinator import Answer, Coordinator, Report
+from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
+from tiered_kv.protocol.reports import Answer, Report
 
 
 class InProcessCluster:
-    """Nodes and their coordinator in this process. A context manager; closing it removes everything."""
+    """Nodes and their coordinator in this process. A context manager. Closing it removes all files."""
 
     def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
@@ -32,18 +33,18 @@ class InProcessCluster:
         self.coordinator = Coordinator(self._clock, config.node_timeout_s)
         self.nodes: dict[str, Node] = {}
         self.unreachable: set[str] = set()
-        """Nodes, and "coordinator", that do not answer: the partition of a test."""
+        """Names of nodes, or "coordinator", that do not answer: a network partition in a test."""
         for number in range(nodes):
             self.start_node(f"n{number}")
 
     def start_node(self, node_id: str) -> Node:
-        """A node of this cluster; one that was stopped without removal finds its blocks."""
+        """Start a node of this cluster. A node that was stopped without removing its files finds its blocks. Returns the node."""
         link = InProcessLink(self, node_id)
         self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
         return self.nodes[node_id]
 
     def client(self, node_id: str, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
-        """A worker's client, attached to one node (and to what is started under its id later) by direct calls."""
+        """Returns a worker's client of one node, by direct calls. It follows a later node with the same id."""
         return client_of(
             self.nodes[node_id].info(),
             layout,
@@ -54,7 +55,7 @@ class InProcessCluster:
         )
 
     def report_all(self) -> None:
-        """Bring the directory up to date now, instead of a moment later."""
+        """Send the reports of all nodes now, so that the directory is up to date."""
         for node in self.nodes.values():
             node.report()
 
@@ -97,11 +98,11 @@ class InProcessLink:
     def _reach(self, whom: str) -> None:
         known = whom == "coordinator" or whom in self._cluster.nodes
         if not known or whom in self._cluster.unreachable or self._node_id in self._cluster.unreachable:
-            raise TieredKVError(Kind.TRANSPORT, f"{whom} does not answer")
+            raise TieredKVError(Kind.TRANSPORT, f"no answer from {whom}")
 
 
 class InProcessTransfer:
-    """Frames that are here already."""
+    """A transfer whose frames have arrived already."""
 
     def __init__(self, frames: list[FramePieces]) -> None:
         self._frames = frames
@@ -114,22 +115,22 @@ class InProcessTransfer:
 
 
 class Embedded:
-    """A node of its own in this process, without peers, which ends with `close`, at the latest when the interpreter exits.
+    """A node in this process, without peers. It ends with `close`, or when the interpreter exits.
 
-    What lies in a `disk_path` that was named stays there, and is found by who opens it next; all else ends with the node.
-    A child process reads what is in memory; it stores nothing, and its `close` removes nothing.
+    With a `disk_path` in the config, the disk tier's content stays there for the next node with that path. Everything else ends with
+    the node. A child process can read blocks in memory. It stores nothing, and its `close` removes nothing.
     """
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self._clock = clock
         self._pid = os.getpid()
-        # Not a TemporaryDirectory, which a child process would remove when it ends.
+        # Not a TemporaryDirectory: a child process would remove it when it ends.
         self._scratch = tempfile.mkdtemp(prefix="tkv-disk-") if config.disk and config.disk_path is None else None
-        if self._scratch:
-            config = config.with_(disk_path=str(Path(self._scratch) / "segments"))
         try:
             if self._scratch:
-                Path(config.disk_path).mkdir(mode=0o700)
+                segments = Path(self._scratch) / "segments"
+                segments.mkdir(mode=0o700)
+                config = config.with_(disk_path=str(segments))
             self.node = Node(config, uuid.uuid4().hex[:8], "local", clock=clock)
         except TieredKVError:
             self._clear()
@@ -137,14 +138,14 @@ class Embedded:
         atexit.register(self.close)
 
     def client(self, layout: KVLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
-        """A client of the node by direct calls; several may be open, of different layouts and namespaces."""
+        """Returns a client of the node, by direct calls. Several clients of different layouts and namespaces may be open."""
         node = self.node
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
 
     def close(self) -> None:
-        """End the node and remove its files; close its clients before. A second time does nothing.
+        """End the node and remove its files. Close its clients first. A second call does nothing.
 
-        Takes at most some seconds, also where the disk hangs: see `Node.close` for what is given up then.
+        Takes a few seconds at most, even if the disk hangs: see `Node.close` for what is lost then.
         """
         if os.getpid() != self._pid:
             return
@@ -157,7 +158,7 @@ class Embedded:
 
 
 def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
-    """A client with a node of its own in this process (`Embedded`), which ends with it."""
+    """Create a node in this process (`Embedded`). Returns a client that ends the node when it is closed."""
     embedded = Embedded(config, clock)
     try:
         return embedded.client(layout, namespace, on_close=embedded.close, **rope)

@@ -1,6 +1,6 @@
-"""What a process that was forked must not share with its parent: sockets, locks that another thread held, descriptions of files.
+"""Resets objects in a forked child that it must not share with its parent: sockets, locks held by other threads, open files.
 
-An object that has such things registers itself here; its `after_fork` is called in the child, before anything else runs there.
+Such an object registers itself here. Its `after_fork` is called in the child, before any other code runs there.
 """
 
 import os
@@ -9,17 +9,17 @@ from weakref import WeakSet
 
 
 class ForkAware(Protocol):
-    """An object that has to change in a child process before it is used there."""
+    """An object that must be reset in a child process before it is used there."""
 
     def after_fork(self) -> None:
-        """Give up what belongs to the parent; called in the child, where the calling thread is the only one. Must not raise."""
+        """Drop what belongs to the parent. Called in the child, whose only thread is the calling one. Must not raise."""
 
 
 _registered: WeakSet[ForkAware] = WeakSet()
 
 
 def register(thing: ForkAware) -> None:
-    """Call `thing.after_fork()` in every child of this process, for as long as the object lives."""
+    """Call `thing.after_fork()` in every later child of this process, as long as the object exists."""
     _registered.add(thing)
 
 

@@ -1,7 +1,7 @@
-"""What a model is, as far as it can be read without running it: weights, settings, adapters, buffers, classes, numbers, and foreign code.
+"""The identity of a model, read without running it: weights, settings, adapters, buffers, classes, numbers, and foreign code.
 
-Digests of content are equal in every process. Code cannot be digested by content: forward hooks and methods that were replaced on a
-module are listed (`Facts.foreign`), so that a model with any of them never shares its KV.
+Digests of content are equal in every process. Code cannot be digested by content. So forward hooks and replaced methods of modules are
+listed (`Facts.foreign`), and a model with any of them never shares its KV.
 """
 
 import json
@@ -25,15 +25,16 @@ SUMS_MAX = 1 << 16
 
 
 class Sums:
-    """Sums of tensors by content, remembered as long as a tensor is neither written nor replaced. A tensor that torch does not
-    count the writes of (an inference tensor) is read each time.
+    """A cache of tensors' content sums. A sum is valid as long as its tensor is neither written to nor replaced.
+
+    Tensors whose writes torch does not count (inference tensors) are read each time.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple, bytes] = {}
+        self._known: dict[tuple[object, ...], bytes] = {}
 
     def of(self, tensor: "torch.Tensor") -> bytes:
-        """The sum of a tensor's bytes, read only if it is not known."""
+        """Returns the sum of a tensor's bytes. Reads the tensor only if the sum is not cached."""
         mark = written_mark(tensor)
         if mark is None:
             return _tensor_sum(tensor)
@@ -44,10 +45,10 @@ class Sums:
         return self._known[mark]
 
 
-def written_mark(tensor: "torch.Tensor") -> tuple | None:
-    """What is another after a tensor was written to, or given other memory; None for one whose writes torch does not count.
+def written_mark(tensor: "torch.Tensor") -> tuple[object, ...] | None:
+    """Returns a mark that changes when a tensor is written to or gets other memory; None if torch does not count its writes.
 
-    Tensor and memory are named by weak references: one that is gone may leave its address to another.
+    The mark has weak references to tensor and memory, because a freed object's address may be reused.
     """
     from torch.utils.weak import WeakIdRef
 
@@ -58,10 +59,10 @@ def written_mark(tensor: "torch.Tensor") -> tuple | None:
 
 
 def tensors_digest(state: "Mapping[str, torch.Tensor]", sums: Sums | None = None) -> str:
-    """A digest of names, shapes, dtypes and every byte of the tensors, in the order of the names; hex.
+    """Returns a hex digest of the names, shapes, dtypes and all bytes of the tensors, sorted by name.
 
-    Tensors that share their storage (tied weights) are read once, and not at all where `sums` knows them. Raises (kind `model`) for
-    weights without content and for anything whose content cannot be read.
+    Tensors that share their storage (tied weights) are read once. Tensors whose sums `sums` has cached are not read. Raises (kind
+    `model`) for weights without content, and for values whose content cannot be read.
     """
     read = _tensor_sum if sums is None else sums.of
     tensors: dict[str, torch.Tensor] = {}
@@ -85,7 +86,7 @@ def tensors_digest(state: "Mapping[str, torch.Tensor]", sums: Sums | None = None
 
 
 def _flatten(name: str, value: Any, tensors: "dict[str, torch.Tensor]", texts: dict[str, str]) -> None:
-    """Sort one entry of a state dict into plain tensors and texts; raises (kind `model`) for what is neither."""
+    """Add one entry of a state dict to `tensors` or `texts`. Raises (kind `model`) if it is neither a tensor nor plain data."""
     if hasattr(value, "__tensor_flatten__"):  # tensor subclasses, such as quantized weights, have no storage of their own
         parts, settings = value.__tensor_flatten__()
         texts[name] = f"{type(value).__name__} {text_digest(settings)}"
@@ -93,9 +94,11 @@ def _flatten(name: str, value: Any, tensors: "dict[str, torch.Tensor]", texts: d
             _flatten(f"{name}.{part}", getattr(value, part), tensors, texts)
     elif hasattr(value, "data_ptr"):
         if value.device.type == "meta":
-            raise TieredKVError(Kind.MODEL, f"namespace: {name} is on the device 'meta'; load the model's weights first")
+            raise TieredKVError(
+                Kind.MODEL, f"namespace: {name} must have content, but it is on the device 'meta'; load the model's weights first"
+            )
         if getattr(value, "is_quantized", False) or str(value.layout) != "torch.strided":
-            raise TieredKVError(Kind.MODEL, f"namespace: {name} is a tensor of {value.layout}, {value.dtype}, whose bytes cannot be read")
+            raise TieredKVError(Kind.MODEL, f"namespace: {name} must be a dense, unquantized tensor, got {value.layout}, {value.dtype}")
         tensors[name] = value
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -106,7 +109,7 @@ def _flatten(name: str, value: Any, tensors: "dict[str, torch.Tensor]", texts: d
     elif value is None or isinstance(value, str | bytes | int | float) or type(value).__name__ == "dtype":
         texts[name] = f"{type(value).__name__} {value!r}"
     else:
-        raise TieredKVError(Kind.MODEL, f"namespace: the model's state {name} is a {type(value).__name__}, whose content cannot be read")
+        raise TieredKVError(Kind.MODEL, f"namespace: the model's state {name} must be a tensor or plain data, got {type(value).__name__}")
 
 
 def _tensor_sum(tensor: "torch.Tensor") -> bytes:
@@ -127,21 +130,21 @@ def _byte_pieces(tensor: "torch.Tensor", piece_bytes: int = 64 << 20) -> Iterato
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary, or "" for none; hex."""
+    """Returns a hex digest of a tokenizer's vocabulary; "" for None."""
     if tokenizer is None:
         return ""
     if not hasattr(tokenizer, "get_vocab"):
-        raise TieredKVError(Kind.CONFIG, f"tokenizer: has no get_vocab(), got {type(tokenizer).__name__}", setting="tokenizer")
+        raise TieredKVError(Kind.CONFIG, f"tokenizer: must have a method get_vocab, got {type(tokenizer).__name__}", setting="tokenizer")
     return text_digest(sorted(tokenizer.get_vocab().items()))
 
 
 def text_digest(facts: Any) -> str:
-    """A digest of settings, the same in every process; hex."""
+    """Returns a hex digest of settings, the same in every process."""
     return blake2b(json.dumps(plain(facts), sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def plain(value: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Settings as JSON knows them, the same in every process: sets sorted, keys as text, `leave_out` left out at every level."""
+    """Returns settings as JSON data, the same in every process: sets sorted, keys as text, without the keys in `leave_out`."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -153,8 +156,8 @@ def plain(value: Any, leave_out: tuple[str, ...] = ()) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-# What says where a model came from, how it is run or what becomes of its output, not what its KV is. The class's name
-# stands for `architectures`, which a model has only once it was saved.
+# Settings of a model's origin, of how it is run and of its output. They do not change its KV. `architectures` exists only in saved models,
+# so the class's name is used instead.
 NOT_IDENTITY = (
     *("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id"),
@@ -165,7 +168,7 @@ _ADAPTER_STATE = ("active_adapter", "active_adapters", "merged_adapters", "merge
 
 
 def adapter_digest(model: Any) -> str:
-    """Which adapters are active, how strongly, with their settings; their weights are part of the state dict."""
+    """Returns a hex digest of the active adapters, their scaling and settings; "" without any. Their weights are in the state dict."""
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return ""
@@ -173,13 +176,13 @@ def adapter_digest(model: Any) -> str:
     return text_digest([plain(adapters, leave_out=_NOT_ADAPTER_IDENTITY), state])
 
 
-def _adapter_state(module: Any) -> dict:
-    """What a module says of its adapters; a method or a number of that name is something else."""
+def _adapter_state(module: Any) -> dict[str, Any]:
+    """Returns the adapter attributes of a module. Methods and numbers of these names mean something else and are left out."""
     found = {fact: getattr(module, fact, None) for fact in _ADAPTER_STATE}
     return {fact: value for fact, value in found.items() if isinstance(value, str | bool | list | tuple | dict)}
 
 
-# What torch keeps in every module for itself; its tensors, submodules and forward hooks are looked at by other means.
+# Attributes that torch keeps in every module for itself. Tensors, submodules and forward hooks are examined separately.
 TORCHS_OWN = frozenset(
     {
         *("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks"),
@@ -188,7 +191,7 @@ TORCHS_OWN = frozenset(
         *("_load_state_dict_post_hooks", "_modules", "_compiled_call_impl", "call_super_init", "dump_patches"),
     }
 )
-# Attributes that say how a model was loaded, trained or spread, or that are looked at by other means.
+# Attributes about loading, training or distributing a model, and those that are examined separately.
 BOOKKEEPING = frozenset(
     {
         *("config", "generation_config", "peft_config", "name_or_path", "_is_hf_initialized", "warnings_issued", "hf_device_map"),
@@ -202,28 +205,28 @@ BOOKKEEPING = frozenset(
     }
 )
 _SIZES = frozenset({"in_features", "out_features"})
-"""Numbers of torch's linear layers that only describe their weights."""
+"""Attributes of torch's linear layers that only repeat the shape of their weights."""
 _FRAMEWORKS = ("torch", "transformers", "accelerate", "peft")
 _ALIGNING = frozenset({"AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook", "SequentialHook"})
 
 
 @dataclass
 class Facts:
-    """What a walk over a model's modules found.
+    """The result of a walk over a model's modules.
 
-    `modules`: for each module its class, and its attributes as plain data. `tensors`: those that no state dict has, by name.
-    `foreign`: hooks and replaced methods, with words that say where.
+    `modules`: for each module its class, and its attributes as plain data. `tensors`: tensors that are not in the state dict, by name.
+    `foreign`: hooks and replaced methods, each with a text that names its place.
     """
 
-    modules: dict[str, list] = field(default_factory=dict)
+    modules: dict[str, list[Any]] = field(default_factory=dict)
     tensors: "dict[str, torch.Tensor]" = field(default_factory=dict)
     foreign: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def facts_of(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> Facts:
-    """What of a model changes its KV beside weights, settings and adapters. `ignored`: attributes by module and name.
+    """Returns what changes a model's KV besides weights, settings and adapters. `ignored`: (module, name) of attributes to skip.
 
-    Cost: some 20 µs a module.
+    Takes about 20 µs a module.
     """
     facts = Facts(foreign=[(f"a hook of all modules ({_named(hook)})", hook) for hook in global_hooks()])
     stored = set(model.state_dict(keep_vars=True)) if hasattr(model, "state_dict") else set()
@@ -245,7 +248,7 @@ def facts_of(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> F
 
 
 def watched_attributes(module: Any) -> list[str]:
-    """The names of a module's own attributes that its KV may depend on."""
+    """Returns the names of a module's own attributes that its KV may depend on."""
     from torch import nn
 
     left_out = _SIZES if type(module) is nn.Linear else frozenset()
@@ -257,15 +260,15 @@ _NOTHING = object()
 
 
 def _described(value: Any, name: str, tensors: "dict[str, torch.Tensor]", depth: int) -> Any:
-    """An attribute as plain data; tensors in it are added to `tensors`, objects of other kinds are named by their class."""
+    """Returns an attribute as plain data. Adds tensors in it to `tensors`, and replaces other objects by their class's name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "data_ptr"):
         tensors[name] = value
         return _NOTHING
     if depth and isinstance(value, Mapping):
-        items = {str(key): _described(item, f"{name}.{key}", tensors, depth - 1) for key, item in value.items()}
-        return {key: item for key, item in items.items() if item is not _NOTHING}
+        named = {str(key): _described(item, f"{name}.{key}", tensors, depth - 1) for key, item in value.items()}
+        return {key: item for key, item in named.items() if item is not _NOTHING}
     if isinstance(value, set | frozenset):
         return sorted(str(item) for item in value)
     if depth and isinstance(value, list | tuple):
@@ -273,18 +276,18 @@ def _described(value: Any, name: str, tensors: "dict[str, torch.Tensor]", depth:
         return [item for item in items if item is not _NOTHING]
     if (type(value).__module__.startswith("torch") and type(value).__name__ == "device") or hasattr(value, "named_modules"):
         return _NOTHING
-    if type(value).__name__ in ("dtype", "complex", "bytes") or hasattr(value, "_value_"):  # the last: enumerations
+    if type(value).__name__ in ("dtype", "complex", "bytes") or hasattr(value, "_value_"):  # the last: members of enumerations
         return f"{type(value).__name__} {value!r}" if not hasattr(value, "_value_") else f"{type(value).__name__} {value._value_!r}"
     return _named(value)
 
 
 def class_text(kind: type) -> str:
-    """A class by its name, and by the name of the function that is its forward: that may have been replaced for the whole class."""
+    """Returns the name of a class and of its forward function, which may have been replaced for the whole class."""
     return f"{kind.__module__}.{kind.__qualname__} {_named(getattr(kind, 'forward', None))}"
 
 
 def _named(value: Any) -> str:
-    """Code by the module that it is of and its name; anything else by its class."""
+    """Returns the module and name of a function or class; for any other value those of its class."""
     value = _plain_function(value)
     if hasattr(value, "__globals__"):
         return f"{value.__globals__.get('__name__')}.{value.__qualname__}"
@@ -300,9 +303,9 @@ def _plain_function(value: Any) -> Any:
 
 
 def is_of_framework(code: Any) -> bool:
-    """Whether code is that of torch, transformers, accelerate or peft, and does not stand round other code.
+    """Whether code is defined in torch, transformers, accelerate or peft, and does not wrap code from elsewhere.
 
-    By the module it runs in: `functools.wraps` gives a function any name it likes.
+    Uses the module of its globals, because `functools.wraps` can change a function's name and `__module__`.
     """
     code = _plain_function(code)
     module = code.__globals__.get("__name__", "") if hasattr(code, "__globals__") else type(code).__module__
@@ -311,7 +314,7 @@ def is_of_framework(code: Any) -> bool:
 
 
 def global_hooks() -> list[Any]:
-    """Hooks that other people's code has set for all modules of the process."""
+    """Returns the forward hooks for all modules of the process that code outside of the frameworks has set."""
     from torch.nn.modules import module as torchs
 
     hooks = [*torchs._global_forward_pre_hooks.values(), *torchs._global_forward_hooks.values()]
@@ -319,13 +322,13 @@ def global_hooks() -> list[Any]:
 
 
 def foreign_hooks(module: Any) -> list[Any]:
-    """Forward hooks of other people's code; those of the frameworks do not change what weights compute."""
+    """Returns a module's forward hooks from code outside of the frameworks. The frameworks' own hooks do not change the KV."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [hook for hook in hooks if not is_of_framework(hook)]
 
 
 def replaced_methods(module: Any) -> Iterator[tuple[str, Any]]:
-    """Methods of the module's class that this one has others for, by name; not those that accelerate puts round them (`to`, `cuda`)."""
+    """Yields name and code of methods that were replaced on this module. Leaves out accelerate's wrappers (`to`, `cuda`)."""
     kind = type(module)
     for name, value in vars(module).items():
         if name in TORCHS_OWN or name in BOOKKEEPING or not callable(value) or not _is_method(kind, name):
@@ -342,12 +345,12 @@ def _is_method(kind: type, name: str) -> bool:
 
 
 def is_door(value: Any) -> bool:
-    """Whether this is a door of this library (`integrations.attached`), in the place of a model's method."""
+    """Whether this is a hook of this library (`integrations.attached`) that replaces a model's method."""
     return hasattr(type(value), "stands_before")
 
 
 def below_door(value: Any) -> Any:
-    """What is in the place of a method, but for doors; None for the class's own."""
+    """Returns what replaces a method below this library's hooks; None if it is the class's own method."""
     while is_door(value):
         value = value.stands_before
     return value
@@ -358,7 +361,7 @@ def _is_own(module: Any, name: str, code: Any) -> bool:
 
 
 def _only_aligns(module: Any, code: Any) -> bool:
-    """Whether a forward is accelerate's, which moves inputs and weights to their devices and then calls the class's own."""
+    """Whether a forward is accelerate's, which only moves inputs and weights between devices and calls the class's own forward."""
     hook, before = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
     is_accelerates = isinstance(code, partial) and _named(code).startswith("accelerate.hooks.")
     return is_accelerates and _aligns(hook) and before is not None and _is_own(module, "forward", below_door(before))
@@ -370,7 +373,7 @@ def _aligns(hook: Any) -> bool:
     return is_known and all(_aligns(each) for each in getattr(hook, "hooks", ()))
 
 
-def rope_digest(config: dict, tensors: "Mapping[str, torch.Tensor]", sums: Sums | None = None) -> str:
-    """Rotary settings, and the tensors that no state dict contains: the frequencies that the model really holds, and others."""
+def rope_digest(config: dict[str, Any], tensors: "Mapping[str, torch.Tensor]", sums: Sums | None = None) -> str:
+    """Returns a hex digest of the rotary settings, and of the tensors outside of the state dict, such as the rotary frequencies."""
     settings = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
     return text_digest([settings, tensors_digest(tensors, sums)])

@@ -1,10 +1,10 @@
-"""What a block is known by: the namespace of its model, and the hash chain of its tokens.
+"""Block keys: a hash chain over a prompt's tokens, with the namespace of the model at its root.
 
 A key is BLAKE2b-256 of (parent key ‖ the block's token ids as little-endian u32), RFC 7693; the first block's parent
-is the root, a digest of namespace and layout. Equal keys therefore mean equal token prefixes under equal models.
+is the root, a digest of namespace and layout. So equal keys mean equal token prefixes under equal models.
 
-The key of a tensor-parallel rank's block is the key of the whole model's block XOR a mask of the rank, so that blocks of ranks can
-be put together to those of other ranks without their tokens (docs/design/018-keys-of-ranks.md).
+The key of a tensor-parallel rank's block is the key of the whole model's block XOR a mask of the rank. So the keys
+of one rank's blocks follow from another rank's keys, without the tokens (docs/design/018-keys-of-ranks.md).
 """
 
 import json
@@ -49,35 +49,36 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.ndarray:
-    """The ids as a 1-D array of little-endian u32; a batch of one prompt, (1, n), is taken as that prompt.
+    """Returns the ids as a 1-D array of little-endian u32. A batch of one prompt, (1, n), is treated as that prompt.
 
-    Raises `TieredKVError` (kind `tokens`) for anything that is not a list of whole numbers from 0 to 2**32 - 1.
+    Raises `TieredKVError` (kind `tokens`) unless they are whole numbers from 0 to 2**32 - 1 in one dimension.
     """
     try:
-        ids = np.asarray(token_ids.numpy(force=True) if hasattr(token_ids, "detach") else token_ids)
+        given: Any = token_ids
+        ids = np.asarray(given.numpy(force=True) if hasattr(given, "detach") else given)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: a torch tensor without content
-        raise TieredKVError(Kind.TOKENS, f"token_ids: not a list of numbers ({error})") from error
+        raise TieredKVError(Kind.TOKENS, f"token_ids: must be a list of whole numbers ({error})") from error
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 1:
-        raise TieredKVError(Kind.TOKENS, f"token_ids: one prompt is needed, got an array of shape {ids.shape}")
+        raise TieredKVError(Kind.TOKENS, f"token_ids: must be one prompt, got an array of shape {ids.shape}")
     if ids.size == 0:
         return np.empty(0, "<u4")
     if ids.dtype.kind not in "iu":
-        raise TieredKVError(Kind.TOKENS, f"token_ids: whole numbers are needed, got {ids.dtype}")
+        raise TieredKVError(Kind.TOKENS, f"token_ids: must be whole numbers, got {ids.dtype}")
     if ids.dtype != np.int64:
         ids = np.minimum(ids, 1 << 62).astype(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
     halves = np.ascontiguousarray(ids, dtype="<i8").view("<u4")
-    if halves[1::2].any():  # of a number from 0 to 2**32 - 1 the upper half is zero
+    if halves[1::2].any():  # the upper half of a number from 0 to 2**32 - 1 is zero
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise TieredKVError(Kind.TOKENS, f"token_ids: {bad} is out of range; ids are 0 to {MAX_TOKEN_ID}", token=bad)
+        raise TieredKVError(Kind.TOKENS, f"token_ids: must be from 0 to {MAX_TOKEN_ID}, got {bad}", token=bad)
     return halves[::2].copy()
 
 
 def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: int = 0) -> list[BlockKey]:
-    """Keys of all whole blocks of a prompt, root first. Cost: about 1.5 µs a block of 64 tokens.
+    """Returns the keys of a prompt's whole blocks from block `first` on, in order. Takes about 1.5 µs a block of 64 tokens.
 
-    `root` is the parent of block `first`; `token_ids` are those of the whole prompt, as `as_token_ids` gives them.
+    `root`: the parent of block `first`. `token_ids`: of the whole prompt, as `as_token_ids` returns them.
     """
     keys, parent = [], root
     data = memoryview(token_ids).cast("B")
@@ -90,10 +91,10 @@ def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Makes the keys of the blocks below one root.
+    """Computes the keys of the blocks below one root.
 
-    `whole_root` is the root of the same model in one piece, the same one for all ranks of all worlds; `mask` is what a rank's keys
-    differ by from the keys below it, 0 where there are no ranks. Cost: that of `chain_keys`, and 0.2 µs a key for ranks.
+    `whole_root`: the root of the whole (not tensor-parallel) model, the same for all ranks of all world sizes. `mask`: the XOR of a
+    rank's keys and the whole model's keys, 0 for the whole model. Costs as much as `chain_keys`, and 0.2 µs a key more for ranks.
     """
 
     root: BlockKey
@@ -102,9 +103,9 @@ class Chain:
     mask: int = 0
 
     def keys(self, token_ids: np.ndarray, first: int = 0, parent: BlockKey | None = None) -> list[BlockKey]:
-        """Keys of the whole blocks of a prompt from block `first` on; `token_ids` as `as_token_ids` gives them.
+        """Returns the keys of a prompt's whole blocks from block `first` on. `token_ids`: as `as_token_ids` returns them.
 
-        `parent`, the key of the block before `first` where it is known, saves making the keys before.
+        `parent`: the key of block `first - 1`, if known. With it, the keys of the first blocks need not be computed.
         """
         if parent is not None:
             keys = chain_keys(self.whole_key(parent), token_ids, self.block_tokens, first)
@@ -118,22 +119,22 @@ class Chain:
         return [(int.from_bytes(key) ^ mask).to_bytes(KEY_BYTES) for key in keys]
 
     def whole_key(self, key: BlockKey) -> BlockKey:
-        """The key that the block behind `key` has in the model in one piece."""
+        """Returns the whole model's key of the block that has the key `key` in this rank."""
         return (int.from_bytes(key) ^ self.mask).to_bytes(KEY_BYTES)
 
     def rank_key(self, whole_key: BlockKey) -> BlockKey:
-        """The inverse of `whole_key`."""
+        """Returns this rank's key of a block, from the whole model's key. The inverse of `whole_key`."""
         return (int.from_bytes(whole_key) ^ self.mask).to_bytes(KEY_BYTES)
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """All that must be equal for KV to be reusable. Two namespaces that differ anywhere never share a block.
+    """Everything that must be equal for KV to be reusable. Namespaces that differ in any field never share a block.
 
-    `Namespace.of(model)` fills it from a model's content. For an engine of your own, `weights` is any text that
-    identifies the weights' content, such as a checkpoint's digest; the other fields likewise. Ranks of one tensor-parallel model
-    say the same in all fields but `rank`: `weights` is then of the whole model, not of a rank's part. `variant`: what tells models
-    apart whose other fields are equal (docs/design/021); "" for the first of them, and then not part of the digest.
+    `Namespace.of(model)` fills it from a model's content. For your own engine, `weights` is any text that identifies the weights'
+    content, such as a checkpoint's digest; likewise the other fields. Ranks of one tensor-parallel model differ only in `rank`:
+    `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose other fields are equal
+    (docs/design/021). It is "" for the first of them, and then not part of the digest.
     """
 
     weights: str
@@ -151,33 +152,39 @@ class Namespace:
 
     def __post_init__(self) -> None:
         if not self.weights or not isinstance(self.weights, str):
-            raise TieredKVError(Kind.MODEL, "namespace: weights must be a text that identifies the weights' content")
+            raise TieredKVError(
+                Kind.MODEL, f"namespace: weights must be a non-empty text that identifies the weights' content, got {self.weights!r:.100}"
+            )
         if not isinstance(self.tenant, str) or not self.tenant:
-            raise TieredKVError(Kind.CONFIG, "namespace: tenant must be a text of at least one character", setting="tenant")
+            raise TieredKVError(
+                Kind.CONFIG, f"namespace: tenant must be a text of at least one character, got {self.tenant!r}", setting="tenant"
+            )
         for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant"):
             if not isinstance(getattr(self, name), str):
-                raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, not {getattr(self, name)!r}", setting=name)
+                raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, got {getattr(self, name)!r}", setting=name)
         for name in ("rank", "world", "epoch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a whole number, not {value!r}", setting=name)
+                raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a whole number, got {value!r}", setting=name)
         if not 0 <= self.rank < self.world:
-            raise TieredKVError(Kind.CONFIG, f"namespace: rank {self.rank} is not below world {self.world}", setting="rank")
+            raise TieredKVError(
+                Kind.CONFIG, f"namespace: rank must be 0 or more and below world {self.world}, got {self.rank}", setting="rank"
+            )
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that stand for this namespace."""
+        """32 bytes that identify this namespace."""
         fields = asdict(self)
-        if not self.variant:  # a field of later versions: keys from before it are still the same
+        if not self.variant:  # a field of later versions; without it keys are the same as in earlier versions
             del fields["variant"]
         return _digest(json.dumps(fields, sort_keys=True).encode())
 
     def root(self, layout: KVLayout) -> BlockKey:
-        """What the blocks of one layout under this namespace are known by together: another layout is another chain."""
+        """Returns the common root of the blocks of one layout under this namespace. Each layout has its own root."""
         return _digest(self.digest, layout.spec.encode())
 
     def chain(self, layout: KVLayout) -> "Chain":
-        """What makes the keys of these blocks; `layout` is this rank's own."""
+        """Returns the `Chain` that computes the keys of blocks of `layout`, which is the layout of this rank."""
         root = self.root(layout)
         if self.world == 1:
             return Chain(root, root, layout.block_tokens)
@@ -188,24 +195,26 @@ class Namespace:
     def of(
         cls, model: Any, tokenizer: Any = None, *, tenant: str = "default", rank: int = 0, world: int = 1, epoch: int = 0
     ) -> "Namespace":
-        """The namespace of a transformers model, from the content of its weights; or of a text that names them.
+        """Returns the namespace of a transformers model, from the content of its weights; or of a text that identifies them.
 
-        Reads every byte of the weights once (xxh3-128 on all cores, several GB/s from host memory; from a GPU at the
-        speed of the bus), so that another checkpoint under the same name never matches. A model with forward hooks or replaced
-        methods gets a namespace that nobody else has: what they do to KV cannot be read.
+        Reads every byte of the weights once (xxh3-128 on all cores, several GB/s from host memory; from a GPU at the speed of the
+        bus), so that another checkpoint under the same name never matches. A model with forward hooks or replaced methods gets a
+        unique namespace, because their effect on KV cannot be read.
         """
-        facts = {"tenant": tenant, "tokenizer": tokenizer_digest(tokenizer), "rank": rank, "world": world, "epoch": epoch}
+        facts: dict[str, Any] = {"tenant": tenant, "tokenizer": tokenizer_digest(tokenizer), "rank": rank, "world": world, "epoch": epoch}
         if isinstance(model, str):
             return cls(weights=model, **facts)
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
-            raise TieredKVError(Kind.MODEL, f"namespace: a transformers model or a text is needed, got {type(model).__name__}")
+            raise TieredKVError(Kind.MODEL, f"namespace: model must be a transformers model or a text, got {type(model).__name__}")
         walked = facts_of(model)
-        return cls(**facts, **content_of(model, walked), variant=private_variant(walked))
+        facts |= content_of(model, walked)
+        return cls(**facts, variant=private_variant(walked))
 
 
 def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str, str]:
-    """The fields of a namespace that a transformers model fills, by name; `walked`: `facts_of(model)`. Cost: as `Namespace.of`, less
-    what `sums` knows.
+    """Returns the fields of a namespace that a transformers model determines, by name. `walked`: the result of `facts_of(model)`.
+
+    Costs as much as `Namespace.of`, except for tensors whose sums `sums` knows already.
     """
     config = plain(model.config, leave_out=NOT_IDENTITY)
     return {
@@ -218,12 +227,12 @@ def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str,
 
 
 def private_variant(walked: Facts) -> str:
-    """A name that nobody else has, for a model with foreign code; "" for one without. Says so in the log."""
+    """Returns a unique variant, and logs why, for a model with foreign code; "" for a model without."""
     if not walked.foreign:
         return ""
     where = "; ".join(words for words, _ in walked.foreign[:FOREIGN_NAMED_MAX])
     log.warning(
-        "the KV of this model is shared with no other worker and outlives no process, because what changes it cannot be read: %s%s",
+        "the KV of this model is not shared with other workers or later processes, because it has code whose effect on KV is unknown: %s%s",
         where,
         " …" if len(walked.foreign) > FOREIGN_NAMED_MAX else "",
     )

@@ -1,4 +1,4 @@
-"""The shape of a block: which bytes a KV block consists of.
+"""The layout of a KV block: its shape and dtype, hence its bytes.
 
 Axes, in this order everywhere: L layers, 2 (key, value), H KV heads, T tokens, D head dim.
 Importing this module does not import torch; dtypes are kept by name.
@@ -27,8 +27,8 @@ ITEM_BYTES = {
 class KVLayout:
     """The canonical KV block of a model: a contiguous buffer `(layers, 2, kv_heads, block_tokens, head_dim)`.
 
-    `dtype` is a torch dtype or its name ("bfloat16"); it is kept by name. Raises `TieredKVError` (kind `layout`)
-    that names the field which cannot be.
+    `dtype` is a torch dtype or its name ("bfloat16"), and is kept by name. Raises `TieredKVError` (kind `layout`) that names an
+    invalid field.
     """
 
     layers: int
@@ -42,9 +42,9 @@ class KVLayout:
         for field in ("layers", "kv_heads", "head_dim", "block_tokens"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TieredKVError(Kind.LAYOUT, f"layout: {field} must be a whole number of at least 1, not {value!r}", field=field)
+                raise TieredKVError(Kind.LAYOUT, f"layout: {field} must be a whole number of at least 1, got {value!r}", field=field)
         if self.dtype not in ITEM_BYTES:
-            raise TieredKVError(Kind.LAYOUT, f"layout: dtype {self.dtype!r} is none of {', '.join(ITEM_BYTES)}", field="dtype")
+            raise TieredKVError(Kind.LAYOUT, f"layout: dtype must be one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}", field="dtype")
 
     @cached_property
     def token_bytes(self) -> int:
@@ -58,40 +58,41 @@ class KVLayout:
 
     @cached_property
     def spec(self) -> str:
-        """The layout in one short line; equal lines mean equal layouts. It is part of every chain's root."""
+        """The layout as one short line. Two layouts are equal if their lines are. The line is part of every chain's root."""
         return f"L{self.layers} H{self.kv_heads} D{self.head_dim} {self.dtype} T{self.block_tokens}"
 
     @cached_property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """(L, 2, H, T, D) of one block."""
+        """The shape (L, 2, H, T, D) of one block."""
         return self.kv_shape(self.block_tokens)
 
     def kv_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
-        """(L, 2, H, tokens, D): the shape of the KV of `tokens` tokens."""
+        """Returns (L, 2, H, tokens, D), the shape of the KV of `tokens` tokens."""
         return (self.layers, 2, self.kv_heads, tokens, self.head_dim)
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """The dtype as torch's own."""
+        """The torch dtype."""
         import torch
 
-        return getattr(torch, self.dtype)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def check_kv(self, kv: "torch.Tensor", tokens: int, name: str = "kv") -> None:
         """Raise (kind `layout`) unless `kv` is a tensor (L, 2, H, tokens, D) of this layout's dtype."""
         self.check_part(kv, self.kv_shape(tokens), name)
 
     def check_part(self, part: "torch.Tensor", shape: tuple[int, ...], name: str) -> None:
-        """Raise (kind `layout`), saying what `name` is instead, unless `part` has this shape, the dtype, and content."""
+        """Raise (kind `layout`) unless `part` is a dense tensor of this shape and the layout's dtype. The error names `name`."""
         import torch
 
         if not isinstance(part, torch.Tensor):  # a numpy array has shape, dtype and device as well
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor, not {type(part).__name__}")
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor, got {type(part).__name__}")
         if tuple(part.shape) != shape:
             raise TieredKVError(
-                Kind.LAYOUT, f"{name} has the shape {tuple(part.shape)}; {shape} is needed ({self.spec})", shape=tuple(part.shape)
+                Kind.LAYOUT, f"{name} must have the shape {shape} ({self.spec}), got {tuple(part.shape)}", shape=tuple(part.shape)
             )
         if part.dtype != self.torch_dtype:
-            raise TieredKVError(Kind.LAYOUT, f"{name} is {part.dtype}; the layout says {self.dtype}", dtype=str(part.dtype))
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be {self.dtype}, the layout's dtype, got {part.dtype}", dtype=str(part.dtype))
         if part.device.type == "meta" or str(part.layout) != "torch.strided":
-            raise TieredKVError(Kind.LAYOUT, f"{name} is {part.layout} on the device {part.device}; a dense tensor with content is needed")
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a dense tensor with content, got {part.layout} on the device {part.device}")

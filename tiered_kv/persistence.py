@@ -1,4 +1,4 @@
-"""A door to checkpoints: a cache's content in a folder, by name or by step."""
+"""Public access to checkpoints: saves and loads a cache's content in a folder, by name or by step."""
 
 from tiered_kv.checkpoint.load_local import LoadResult
 from tiered_kv.checkpoint.take import CheckpointResult

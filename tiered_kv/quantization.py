@@ -1,7 +1,7 @@
-"""A door to the integer codecs: keys and values in 8 or 4 bits and back, for those who hold the tensors themselves."""
+"""Public access to the integer codecs: quantizes keys and values to 8 or 4 bits and back, for code that keeps its own tensors."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tiered_kv.codecs.pairs import CodedTensor, check_pair, decode_pair, encode_pair
 from tiered_kv.errors import Kind, TieredKVError
@@ -14,22 +14,22 @@ CODECS = {8: "int8", 4: "int4"}
 
 @dataclass(frozen=True, repr=False)
 class QuantizedTensor(CodedTensor):
-    """A key or a value in codes of 8 or 4 bits."""
+    """A key or a value as codes of 8 or 4 bits."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Keys and values as codes of `bits` (8 or 4) a number, with a least number and a step for each token of a head.
+    """Quantizes keys and values to codes of `bits` (8 or 4) a number, with a minimum and a step for each token of a head.
 
-    A finite number x of a token that spans [a, b] comes back as x ± (b - a) / (2 (2 ** bits - 1)), for 4 bits after a rotation of the
-    head's channels, which keeps the mean squared error; of normally distributed numbers that is 3e-5 of their mean square for
-    8 bits, 1e-2 for 4.
-    A pair whose relative mean squared error would be above 4e-4 (8 bits) or 4e-2 (4 bits), or that has numbers which are not finite, is
-    kept exactly and its records say so. With a head dim of 64 the codes take 0.53 (8 bits) or 0.28 (4 bits) of the bytes of bf16.
+    A finite number x of a token with range [a, b] is restored as x ± (b - a) / (2 (2 ** bits - 1)). For 4 bits, the head's channels are
+    rotated first; the rotation keeps the mean squared error. For normally distributed numbers this error is 3e-5 of their mean square
+    with 8 bits, 1e-2 with 4. A pair is kept exactly, and its records say so, if its relative mean squared error would be above 4e-4
+    (8 bits) or 4e-2 (4 bits), or if it has numbers that are not finite. With a head dim of 64, the codes take 0.53 (8 bits) or 0.28
+    (4 bits) of the bytes of bf16.
 
-    `use_amp`: within a `torch.autocast` region of the tensor's device, float32 tensors come back in the region's dtype, as from the
-    region's own operations, unless a number is beyond its range. Everywhere else, and in any other dtype, tensors come back in the
-    dtype they had; codes and errors are the same with and without, for they are computed in float32 whatever the region says.
+    `use_amp`: within a `torch.autocast` region of the tensor's device, float32 tensors are restored in the region's dtype, as the
+    region's own operations do, unless a number is beyond its range. Everywhere else, and for any other dtype, tensors are restored in
+    their original dtype. Codes and errors do not depend on `use_amp`: they are always computed in float32.
 
     Raises `TieredKVError` of kind `config` for other `bits`.
     """
@@ -39,32 +39,34 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in CODECS:
-            raise TieredKVError(Kind.CONFIG, f"bits must be {' or '.join(map(str, CODECS))}, not {self.bits!r}", setting="bits")
+            raise TieredKVError(Kind.CONFIG, f"bits must be {' or '.join(map(str, CODECS))}, got {self.bits!r}", setting="bits")
         if not isinstance(self.use_amp, bool):
-            raise TieredKVError(Kind.CONFIG, f"use_amp must be True or False, not {self.use_amp!r}", setting="use_amp")
+            raise TieredKVError(Kind.CONFIG, f"use_amp must be True or False, got {self.use_amp!r}", setting="use_amp")
 
     def quantize(self, key: "torch.Tensor", value: "torch.Tensor") -> tuple[QuantizedTensor, QuantizedTensor]:
-        """The records of a key and a value (batch, heads, tokens, head_dim), alike in shape, floating dtype and device; changes neither.
+        """Returns the records of a key and a value (batch, heads, tokens, head_dim). Changes neither tensor.
 
-        Raises `TieredKVError` of kind `layout` that names the argument for anything else.
+        Both must have the same shape, floating dtype and device. Otherwise raises `TieredKVError` (kind `layout`) that names the
+        argument.
         """
         return encode_pair(QuantizedTensor, CODECS[self.bits], key, value)
 
     def dequantize(
         self, key: "QuantizedTensor | torch.Tensor", value: "QuantizedTensor | torch.Tensor"
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The key and the value again, of whatever `bits`; tensors, as a compressor has restored them from records, are what they are.
+        """Returns the key and the value restored from records of any `bits`.
 
-        Raises `TieredKVError` of kind `layout` for anything else.
+        A pair of tensors, as a compressor restores it from such records, is returned unchanged. Raises `TieredKVError`
+        (kind `layout`) for anything else.
         """
-        if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor):
-            key, value = decode_pair(key, value)
-        check_pair(key, value)
-        return (_as_region(key), _as_region(value)) if self.use_amp else (key, value)
+        pair = decode_pair(key, value) if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor) else (key, value)
+        check_pair(*pair)
+        restored_key, restored_value = cast("tuple[torch.Tensor, torch.Tensor]", pair)
+        return (_as_region(restored_key), _as_region(restored_value)) if self.use_amp else (restored_key, restored_value)
 
 
 def _as_region(x: "torch.Tensor") -> "torch.Tensor":
-    """The tensor in the dtype of the autocast region it is in, if it is one that such a region changes and holds every number of it."""
+    """Returns a float32 tensor in the dtype of the present autocast region, if all its finite numbers stay finite; else the tensor."""
     import torch
 
     if x.dtype is not torch.float32 or not torch.is_autocast_enabled(x.device.type):

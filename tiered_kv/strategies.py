@@ -1,4 +1,4 @@
-"""A door to the eviction policies: the order in which entries leave, for those who keep the entries themselves."""
+"""Public access to the eviction policies: the order of eviction, for code that keeps its own entries."""
 
 from collections.abc import Collection, Hashable, Mapping
 from enum import Enum
@@ -11,17 +11,17 @@ ENTRY_BYTES = 1
 
 
 class BaseEvictionStrategy:
-    """Ranks entries by a policy of the engine (`tiered_kv.policy`); every entry counts alike. Not thread-safe.
+    """Ranks entries by a policy of the engine (`tiered_kv.policy`). All entries have the same size. Not thread-safe.
 
-    Say what happens (`add`, `use`, `remove`), then ask (`victims`); or give the access times and counts that you keep yourself
-    (`select_eviction_candidates`). `capacity`: entries that there is room for, which some policies want to know.
+    Report events (`add`, `use`, `remove`), then call `victims`. Or pass your own access times and counts to
+    `select_eviction_candidates`. `capacity`: the number of entries that have room, which some policies need.
     """
 
     name = "lru"
 
     def __init__(self, capacity: int = 1024, seed: int = 0) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise TieredKVError(Kind.CONFIG, f"capacity must be a whole number of at least 1, not {capacity!r}", setting="capacity")
+            raise TieredKVError(Kind.CONFIG, f"capacity must be a whole number of at least 1, got {capacity!r}", setting="capacity")
         self.capacity = capacity
         self._seed = seed
         self._history, self._policy = self._fresh()
@@ -37,25 +37,25 @@ class BaseEvictionStrategy:
         return key in self._policy
 
     def add(self, key: Hashable, now_s: float = 0.0, parent: Hashable | None = None) -> None:
-        """An entry is there from now on; one behind a `parent` goes before it."""
+        """Add an entry. It is evicted before its `parent`, if it has one."""
         if key in self._policy:
-            raise TieredKVError(Kind.CONFIG, f"the entry {key!r} is there already; say use")
+            raise TieredKVError(Kind.CONFIG, f"key must be new, but the entry {key!r} is there already; call use")
         self._history.seen([key], parent, now_s)
         self._policy.add([key], parent, ENTRY_BYTES)
 
     def use(self, key: Hashable, now_s: float = 0.0) -> None:
-        """An entry was used."""
+        """Record a use of an entry."""
         self._check(key)
         self._history.seen([key], None, now_s)
         self._policy.use([key])
 
     def remove(self, key: Hashable) -> None:
-        """An entry is not there any more."""
+        """Remove an entry."""
         self._check(key)
         self._policy.remove(key)
 
     def victims(self, count: int = 1, protected: Collection[Hashable] = (), now_s: float = 0.0) -> list[Hashable]:
-        """Up to `count` entries that should leave, in this order; none leaves until `remove`."""
+        """Returns up to `count` entries to evict, in this order. An entry stays until `remove`."""
         return self._policy.victims(count * ENTRY_BYTES, protected, now_s)[:count] if count > 0 else []
 
     def select_eviction_candidates(
@@ -65,41 +65,41 @@ class BaseEvictionStrategy:
         access_counts: Mapping[Hashable, int],
         num_to_evict: int,
     ) -> list[Hashable]:
-        """The same from times of the last use and counts of uses, which are told to a new policy in the order of the times.
+        """Returns victims computed from the times of last uses and the counts of uses. A new policy replays them in order of time.
 
-        Counts matter by their order only. What has no time counts as the oldest, what has no count as used once.
+        Only the order of the counts matters. A key without a time is the oldest. A key without a count was used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))
-        told = type(self)(max(self.capacity, len(keys)), self._seed)
+        replayed = type(self)(max(self.capacity, len(keys)), self._seed)
         for key in keys:
-            told.add(key, access_times.get(key, 0.0))
+            replayed.add(key, access_times.get(key, 0.0))
         for turn in range(1, len(ranks)):
             for key in keys:
                 if ranks[access_counts.get(key, 1)] >= turn:
-                    told.use(key, access_times.get(key, 0.0))
-        if self.name == "lru":  # the last of these uses is the one at the time that was given
+                    replayed.use(key, access_times.get(key, 0.0))
+        if self.name == "lru":  # the last use must be that at the given time
             for key in keys:
-                told.use(key)
-        return told.victims(num_to_evict, now_s=max((access_times.get(key, 0.0) for key in keys), default=0.0))
+                replayed.use(key)
+        return replayed.victims(num_to_evict, now_s=max((access_times.get(key, 0.0) for key in keys), default=0.0))
 
     def _check(self, key: Hashable) -> None:
         if key not in self._policy:
-            raise TieredKVError(Kind.CONFIG, f"there is no entry {key!r}")
+            raise TieredKVError(Kind.CONFIG, f"key must be an entry that was added; there is no entry {key!r}")
 
 
 class LRUEvictionStrategy(BaseEvictionStrategy):
-    """The least recently used goes first."""
+    """Evicts the least recently used entry first."""
 
 
 class LFUEvictionStrategy(BaseEvictionStrategy):
-    """The least often used goes first, of equals the one that was used longest ago."""
+    """Evicts the least frequently used entry first; of equal counts, the least recently used."""
 
     name = "lfu"
 
 
 class AdaptiveEvictionStrategy(BaseEvictionStrategy):
-    """What is least likely to be used soon goes first, as learned from what was said of times; before that as LRU."""
+    """Evicts first the entry least likely to be used soon, as learned from the times of uses. Before it has learned, as LRU."""
 
     name = "adaptive"
 
@@ -108,9 +108,9 @@ _CLASSES = {cls.name: cls for cls in (LRUEvictionStrategy, LFUEvictionStrategy, 
 
 
 def create_eviction_strategy(strategy: Enum | str, capacity: int = 1024, seed: int = 0) -> BaseEvictionStrategy:
-    """The strategy of a `CacheStrategy` or of its value; raises (kind `config`) that names those there are."""
+    """Returns the strategy of a `CacheStrategy` or of its value. Raises (kind `config`) with the known names for any other."""
     name = getattr(strategy, "value", strategy)
     if name not in POLICY_NAMES:
-        raise TieredKVError(Kind.CONFIG, f"strategy must be one of {', '.join(POLICY_NAMES)}, not {name!r}", setting="strategy")
-    cls = _CLASSES.get(name) or type(f"{name.upper()}EvictionStrategy", (BaseEvictionStrategy,), {"name": name})
+        raise TieredKVError(Kind.CONFIG, f"strategy must be one of {', '.join(POLICY_NAMES)}, got {name!r}", setting="strategy")
+    cls: type[BaseEvictionStrategy] = _CLASSES.get(name) or type(f"{name.upper()}EvictionStrategy", (BaseEvictionStrategy,), {"name": name})
     return cls(capacity, seed)

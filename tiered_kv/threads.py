@@ -1,7 +1,7 @@
-"""Daemon threads for work that may hang, such as reading a disk: neither `close` nor the interpreter's exit waits for them for ever.
+"""Daemon threads for work that may hang, such as reading a disk. Neither `close` nor the interpreter's exit waits for them forever.
 
-`concurrent.futures.ThreadPoolExecutor` joins its threads at the interpreter's exit, so that one read of a dead network disk keeps the
-process for ever. After `fork` its threads exist in the parent only, and whoever submits in the child waits for ever.
+`concurrent.futures.ThreadPoolExecutor` joins its threads at the interpreter's exit, so one read of a dead network disk would keep the
+process alive forever. After `fork` its threads exist in the parent only, and calls submitted in the child never run.
 """
 
 import atexit
@@ -12,25 +12,28 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 EXIT_WAIT_S = 0.1
-"""How long the interpreter's exit waits for all threads together: enough for what computes, not for what hangs."""
+"""The interpreter's exit waits this long for all threads together: long enough for computations, not for threads that hang."""
 
 
 class _Job(NamedTuple):
     """A call, and the future that gets its outcome."""
 
-    future: Future
+    future: Future[Any]
     call: Callable[..., Any]
-    arguments: tuple
+    arguments: tuple[Any, ...]
     options: dict[str, Any]
 
     def run(self) -> None:
-        """Boundary of the thread: whatever the call raises goes to whoever asks for the outcome."""
+        """Run the call. Boundary of the thread: any exception of the call is set on the future."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -42,7 +45,7 @@ class _Job(NamedTuple):
 
 
 class _Crew:
-    """The threads of one pool and the jobs that wait for them; knows nothing of the pool, so that an unused pool can be freed."""
+    """The threads and queued jobs of one pool. It has no reference to the pool, so that an unused pool can be freed."""
 
     def __init__(self, size: int, name: str, initializer: Callable[[], None] | None) -> None:
         self._size = size
@@ -53,7 +56,7 @@ class _Crew:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """In a child process none of the threads exists, any of them may have held the lock, and the jobs are the parent's."""
+        """Reset in a child process: the threads do not exist there, one may have held the lock, and the jobs belong to the parent."""
         self._begin()
 
     def _begin(self) -> None:
@@ -63,20 +66,20 @@ class _Crew:
         self.threads: list[threading.Thread] = []
 
     def add(self, job: _Job) -> None:
-        """Queue a job, with one more thread if all are busy. Raises (kind `closed`) after `dismiss`.
+        """Queue a job, and start another thread if all are busy. Raises (kind `closed`) after `dismiss`.
 
-        Where no thread can be started any more, as at the interpreter's exit, the caller runs the job.
+        If no thread can be started, as at the interpreter's exit, the caller runs the job.
         """
         with self._lock:
             if self._is_closed:
-                raise TieredKVError(Kind.CLOSED, "the threads that would do this have been stopped")
+                raise TieredKVError(Kind.CLOSED, f"the pool of threads {self._name} was stopped")
             self._jobs.put(job)
             if self._idle.acquire(blocking=False) or len(self.threads) == self._size:
                 return
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self.threads)}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no thread can be had, or the interpreter is ending
+            except RuntimeError:  # the process has too many threads, or the interpreter is ending
                 if self.threads:
                     return
             else:
@@ -87,7 +90,7 @@ class _Crew:
     def _work(self) -> None:
         if self._initializer is not None:
             self._initializer()
-        jobs, idle = self._jobs, self._idle  # of the process that this thread belongs to
+        jobs, idle = self._jobs, self._idle  # those of this process; a child process gets others
         while True:
             try:
                 job = jobs.get_nowait()
@@ -97,7 +100,7 @@ class _Crew:
             if job is None:
                 return
             job.run()
-            del job  # else its arguments live until the next one
+            del job  # else its arguments stay in memory until the next job
 
     def _run_queued(self) -> None:
         with suppress(queue.Empty):
@@ -105,7 +108,7 @@ class _Crew:
                 job.run()
 
     def cancel(self) -> None:
-        """Cancel the jobs that no thread has begun."""
+        """Cancel the jobs that no thread has started."""
         with self._lock, suppress(queue.Empty):
             while True:
                 job = self._jobs.get_nowait()
@@ -114,14 +117,14 @@ class _Crew:
                     job.future.set_running_or_notify_cancel()
 
     def dismiss(self) -> None:
-        """Take no more jobs, and have each thread end once those in the queue are done."""
+        """Accept no more jobs. Each thread ends once the queue is empty."""
         with self._lock:
             self._is_closed = True
             for _ in self.threads:
                 self._jobs.put(None)
 
     def join(self, deadline_s: float | None) -> bool:
-        """Wait for the threads to end, until `deadline_s` of the monotonic clock. Returns whether all have."""
+        """Wait for the threads to end, until `deadline_s` on the monotonic clock. Returns whether all have ended."""
         for thread in list(self.threads):
             if thread is not threading.current_thread():
                 thread.join(None if deadline_s is None else max(deadline_s - time.monotonic(), 0))
@@ -129,27 +132,27 @@ class _Crew:
 
 
 class DaemonThreads(Executor):
-    """At most `size` daemon threads that run calls in the order submitted; each starts when it is first needed.
+    """A pool of at most `size` daemon threads. They run calls in the order of submission, and each starts when first needed.
 
-    `name` begins the threads' names. `initializer` runs first on each thread. In a child process the pool is empty and usable:
-    its calls start new threads there. Futures of the parent never end in the child.
+    `name`: prefix of the threads' names. `initializer` runs first on each thread. In a child process the pool is empty but usable:
+    submitted calls start new threads there. Futures of the parent never complete in the child.
     """
 
     def __init__(self, size: int, name: str, initializer: Callable[[], None] | None = None) -> None:
         if size < 1:
-            raise ValueError("a pool needs at least one thread")
+            raise ValueError(f"size: must be at least 1 thread, got {size}")
         self._crew = _Crew(size, name, initializer)
         _crews.add(self._crew)
         weakref.finalize(self, self._crew.dismiss).atexit = False
 
-    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future:
-        """Have `call(*arguments, **options)` run; its outcome is the future's. Raises (kind `closed`) after `shutdown` or `stop`."""
-        future: Future = Future()
+    def submit(self, call: Callable[P, R], /, *arguments: P.args, **options: P.kwargs) -> Future[R]:
+        """Queue `call(*arguments, **options)`. Returns the future of its outcome. Raises (kind `closed`) after `shutdown` or `stop`."""
+        future: Future[R] = Future()
         self._crew.add(_Job(future, call, arguments, options))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; those queued still run unless `cancel_futures`. With `wait`, returns when all threads have ended."""
+        """Accept no more calls. Queued calls still run unless `cancel_futures`. With `wait`, returns when all threads have ended."""
         if cancel_futures:
             self._crew.cancel()
         self._crew.dismiss()
@@ -157,15 +160,15 @@ class DaemonThreads(Executor):
             self._crew.join(None)
 
     def stop(self, within_s: float) -> bool:
-        """Take no more calls, cancel those queued, and wait at most `within_s` for those that run. Returns whether all have ended."""
+        """Accept no more calls, cancel queued ones, and wait at most `within_s` for running ones. Returns whether all have ended."""
         self.shutdown(wait=False, cancel_futures=True)
         return self._crew.join(time.monotonic() + within_s)
 
 
 class Closer:
-    """A thread, started at once, for closing what may hang: whoever closes waits a bounded time, and the thread goes on alone.
+    """A thread for a close that may hang. The caller waits a bounded time; after that the thread continues alone.
 
-    It is there before it is needed because no thread can be started any more while the interpreter ends.
+    The thread starts at once, because no thread can be started while the interpreter ends.
     """
 
     def __init__(self) -> None:
@@ -173,7 +176,7 @@ class Closer:
         self._thread.submit(lambda: None)
 
     def run(self, close: Callable[[], None], within_s: float) -> bool:
-        """Run `close` on the thread. Returns whether it ended within `within_s`; raises what it raised. To be called once."""
+        """Run `close` on the thread. Returns whether it ended within `within_s`. Raises its error, if any. To be called once."""
         closing = self._thread.submit(close)
         self._thread.shutdown(wait=False)
         try:
@@ -181,8 +184,8 @@ class Closer:
         except TimeoutError:
             if not closing.done():
                 return False
-            closing.result()  # it ended just now, or with this error
-        self._thread.shutdown()  # the thread has nothing left to do
+            closing.result()  # it ended just now, or raised this TimeoutError itself
+        self._thread.shutdown()  # joins the thread, which has no work left
         return True
 
 
@@ -190,7 +193,7 @@ _crews: "weakref.WeakSet[_Crew]" = weakref.WeakSet()
 
 
 def _leave_at_exit(crews: Iterable[_Crew]) -> None:
-    """Give the threads a moment to end, so that none computes in libraries that are being unloaded; those that hang are left."""
+    """Wait up to EXIT_WAIT_S for the threads to end, so that none computes in libraries being unloaded. Leave those that hang."""
     deadline_s = time.monotonic() + EXIT_WAIT_S
     crews = list(crews)
     for crew in crews:
@@ -204,10 +207,11 @@ atexit.register(_leave_at_exit, _crews)
 
 
 def work_alone() -> None:
-    """Have torch use this thread alone for what it computes here: blocks are coded side by side, and threads that wait for each
-    other in pieces of a millisecond cost several times what they give.
+    """Make torch compute on this thread alone when called from it.
 
-    torch keeps the number of threads for each thread, and one more number for threads to come, which is put back.
+    Blocks are encoded and decoded in parallel, one on each thread. Several torch threads for one block would mostly wait for each other,
+    which costs several times what they gain. torch keeps this number for each thread, and a default for new threads; this restores
+    the default.
     """
     import torch
 

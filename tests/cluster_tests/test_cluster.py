@@ -279,7 +279,7 @@ def test_up_with_the_name_of_a_running_cluster_leaves_that_cluster_alone(
 
 
 def test_attach_names_missing_arguments(cluster: str) -> None:
-    with pytest.raises(TieredKVError, match="model is needed"):
+    with pytest.raises(TieredKVError, match="must be given a model"):
         tiered_kv.attach(cluster=cluster)
     with pytest.raises(TieredKVError, match="no tiered_kv cluster 'other'"):
         tiered_kv.attach(namespace=space("x"), layout=LAYOUT, cluster="other")
@@ -291,7 +291,7 @@ def test_attach_names_missing_arguments(cluster: str) -> None:
     ("arguments", "status", "words"),
     [
         (["up", "--host", "0", "--name", "bad"], 2, "host"),
-        (["up", "--host", "much", "--name", "bad"], 2, "not a size"),
+        (["up", "--host", "much", "--name", "bad"], 2, "must be a size"),
         (["up", "--disk", "1KiB", "--name", "bad"], 2, "disk"),
         (["up", "--nodes", "0", "--name", "bad"], 2, "nodes"),
         (["up", "--address", "127.0.0.1:1", "--name", "bad"], 1, "--address"),

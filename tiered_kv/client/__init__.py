@@ -1,5 +1,5 @@
-"""Client: what runs in a worker's process: reading from shared memory, storing through sessions, and finding the node again.
+"""Client: the part that runs in a worker's process. It reads shared memory, stores through sessions, and reconnects to its node.
 
 May import: protocol, tiers (readers of extents and segments), memory, codecs, keys, layout, blocks, errors, clock, forking, threads.
-Never knows: node, coordinator, store, policy, ray, transformers.
+Must never know: node, coordinator, store, policy, ray, transformers.
 """

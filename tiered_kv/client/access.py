@@ -1,7 +1,8 @@
-"""A client's access to its node, one life of the node's files after the other.
+"""A client's access to its node, renewed whenever the node gets new files.
 
-What a client maps is worth nothing once the node has other files: it would read what nobody renews, and must not store. A
-client takes the present access at the start of a call and uses it to the end; meanwhile the next one may take its place.
+Once the node has new files, those that the client has mapped are useless: they are never updated again, and the client must not
+store into them. So a client takes the present access at the start of each call and uses it until the call ends, even if another
+access replaces it meanwhile.
 """
 
 import threading
@@ -17,6 +18,7 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.memory.shared import peek
 from tiered_kv.memory.view import NodeView
 from tiered_kv.memory.words import BEAT_AGE_NS_MAX
+from tiered_kv.protocol.messages import NodeInfo
 from tiered_kv.protocol.session import Session
 
 LOOK_EVERY_S = 0.25
@@ -24,9 +26,9 @@ LOOK_WITHIN_S = 1.0
 
 
 class NodeAccess:
-    """What a client uses of one life of a node's files, and the settings of that node. It ends when nobody uses it any more."""
+    """A client's objects for one life of a node's files, and the node's settings. It is closed once no call uses it any more."""
 
-    def __init__(self, info: dict, view: NodeView, source: BlockSource, writer: BlockWriter, pool: SessionPool) -> None:
+    def __init__(self, info: NodeInfo, view: NodeView, source: BlockSource, writer: BlockWriter, pool: SessionPool) -> None:
         self.view = view
         self.source = source
         self.writer = writer
@@ -36,53 +38,54 @@ class NodeAccess:
         self.store_wait_s: float = info["store_wait_ms"] / 1000
 
     def is_lost(self) -> bool:
-        """Whether there may be another node by now: this one has shut down, is silent, or let nobody in. About 0.3 µs."""
+        """Whether the node may have been replaced: it has shut down, is silent, or refused the last connection. Takes about 0.3 µs."""
         return self.pool.is_cut_off or not self.view.seems_alive(time.monotonic_ns())
 
     def is_left(self) -> bool:
-        """Whether the memory that is mapped is of no use to anybody: the node has shut down, or its files are gone."""
+        """Whether the mapped memory is obsolete: the node has shut down, or its files were removed."""
         return not self.is_vacant and not (self.view.live and self.view.is_in_place())
 
 
 class AccessHolder:
-    """The present access of a client; where its node is lost, it looks for the node again.
+    """Holds the present access of a client. When the node is lost, it looks for the node again and replaces the access.
 
-    `find()` gives what the node says of itself now (`Node.info`), None where there is no node; `knock(info, wait_s)` opens a
-    session of it, and `make(info)` an access; `make(None)` one of no node, in which nothing is found. With `in_background` a thread
-    of its own looks, so that no call waits for it: to map memory takes 0.15 s a GiB. It also gives memory back whose files are gone,
-    which the next node may need. Without, the call that finds the node lost looks once: for nodes in this process, and in order.
+    `find()` returns the present info of the node, None if there is no node. `open_session(info, wait_s)` opens a session with it.
+    `make(info)` builds an access; `make(None)` builds one without a node, in which every look-up is a miss. With `in_background` a
+    thread does this work, so that no call waits for it: mapping memory takes 0.15 s a GiB. The thread also unmaps memory whose files
+    were removed, because the next node may need it. Without `in_background`, the call that notices the loss looks once. That is for
+    nodes in this process, where the order of events must be deterministic.
     """
 
     def __init__(
         self,
         present: NodeAccess,
-        find: Callable[[], dict | None],
-        knock: Callable[[dict, float], Session],
-        make: Callable[[dict | None], NodeAccess],
+        find: Callable[[], NodeInfo | None],
+        open_session: Callable[[NodeInfo, float], Session],
+        make: Callable[[NodeInfo | None], NodeAccess],
         *,
         in_background: bool,
     ) -> None:
         self.present = present
-        self.dress: Callable[[NodeAccess], None] = lambda access: None
-        """Called with each new access before it is used."""
-        self._find, self._knock, self._make = find, knock, make
+        self.prepare: Callable[[NodeAccess], None] = lambda access: None
+        """Called with each new access before its first use."""
+        self._find, self._open_session, self._make = find, open_session, make
         self._in_background = in_background
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._retired: list[tuple[weakref.ref[NodeAccess], SessionPool, BlockSource]] = []
-        self._calls = self._retries = 0  # of those that are retired
+        self._calls = self._retries = 0  # sums of the retired accesses
         forking.register(self)
 
     def after_fork(self) -> None:
-        """A child process has no thread that looks; it starts its own when it needs one."""
+        """Reset the thread in a child process, which has no copy of it. The child starts its own when it needs one."""
         closed = self._stop.is_set()
         self._lock, self._thread, self._stop = threading.Lock(), None, threading.Event()
         if closed:
             self._stop.set()
 
     def take(self) -> NodeAccess:
-        """The access for one call."""
+        """Returns the access to use for one call."""
         access = self.present
         if access.is_lost() or (self._retired and not self._in_background):
             self._look()
@@ -91,12 +94,12 @@ class AccessHolder:
 
     @property
     def calls(self) -> int:
-        """Sessions that were lent, over all lives."""
+        """Sessions lent so far, over all lives of the node."""
         return self._calls + self.present.pool.calls
 
     @property
     def retries(self) -> int:
-        """Look-ups and reads that met a block being changed, over all lives."""
+        """Look-ups and reads that met a block while it changed, over all lives of the node."""
         return self._retries + self.present.source.retries
 
     def _look(self) -> None:
@@ -109,23 +112,26 @@ class AccessHolder:
                 self._thread.start()
 
     def look_once(self) -> bool:
-        """Use the node that is there now, if one is; whether nothing is left to do: it answers, and former accesses are closed."""
+        """Switch to the present node if there is one, and close unused former accesses.
+
+        Returns whether nothing is left to do: the node answers, and all former accesses are closed.
+        """
         try:
             if self.present.is_lost():
                 self._renew()
             self._close_retired()
-        except TieredKVError:  # it went away while it was asked
+        except TieredKVError:  # the node ended meanwhile
             return False
         return not self._retired and not self.present.is_lost()
 
     def _renew(self) -> None:
         info = self._find()
         header = peek(info["directory"]) if info is not None else None
-        if header is None or header.age_s(time.monotonic_ns()) * 1e9 >= BEAT_AGE_NS_MAX:
+        if info is None or header is None or header.age_s(time.monotonic_ns()) * 1e9 >= BEAT_AGE_NS_MAX:
             if self._in_background and self.present.is_left():
-                self._put(self._make(None))
+                self._switch_to(self._make(None))
             return
-        session = self._knock(info, LOOK_WITHIN_S)
+        session = self._open_session(info, LOOK_WITHIN_S)
         life = session.life
         session.close()
         if life.identity == self.present.view.identity:
@@ -135,11 +141,11 @@ class AccessHolder:
         if made.view.identity != life.identity:
             _close(made.pool, made.source)
             return
-        self._put(made)
+        self._switch_to(made)
 
-    def _put(self, made: NodeAccess) -> None:
-        """Have later calls use this access."""
-        self.dress(made)
+    def _switch_to(self, made: NodeAccess) -> None:
+        """Make later calls use this access, and retire the present one."""
+        self.prepare(made)
         with self._lock:
             if self._stop.is_set():
                 _close(made.pool, made.source)
@@ -150,7 +156,7 @@ class AccessHolder:
             self._retired.append((weakref.ref(old), old.pool, old.source))
 
     def _close_retired(self) -> None:
-        """Close what no call uses any more: the last call that took it has let go of it."""
+        """Close the retired accesses that no call uses any more, as their weak references show."""
         with self._lock:
             ended = [each for each in self._retired if each[0]() is None]
             self._retired = [each for each in self._retired if each not in ended]
@@ -158,7 +164,7 @@ class AccessHolder:
             _close(pool, source)
 
     def _ended(self) -> bool:
-        """Whether the thread may end; the next call that needs one starts another."""
+        """Look for the node once. Returns whether the thread may end; the next call that needs a thread starts another."""
         done = self.look_once()
         with self._lock:
             if done or self._stop.is_set():
@@ -167,7 +173,7 @@ class AccessHolder:
         return False
 
     def close(self) -> None:
-        """Close the present access and all former ones. The thread, if there is one, ends by itself and keeps nothing."""
+        """Close the present access and all former ones. The thread, if there is one, ends soon and keeps no access alive."""
         with self._lock:
             self._stop.set()
             retired, self._retired = self._retired, []
@@ -177,7 +183,7 @@ class AccessHolder:
 
 
 def _run(holder: "weakref.ref[AccessHolder]", stop: threading.Event) -> None:
-    """Look again and again; a holder that everybody has forgotten is not kept for it."""
+    """Look every LOOK_EVERY_S. Holds only a weak reference in between, so that an unused holder can be freed."""
     while True:
         present = holder()
         if present is None or present._ended():

@@ -1,7 +1,7 @@
-"""Threads that decode a fetch's blocks side by side, each block on one thread, straight to where its tokens belong.
+"""Threads that decode a fetch's blocks in parallel, each block on one thread, straight into the tensor of the fetch.
 
-torch would put several threads on one block; where the machine is busy these wait for each other, and a fetch takes many times as
-long (measured: 0.05 s became 2.7 s for 16 blocks of 1.5 MB).
+torch would use several threads for one block. On a busy machine these wait for each other, and a fetch takes many times as long
+(measured: 0.05 s became 2.7 s for 16 blocks of 1.5 MB).
 """
 
 import os
@@ -17,20 +17,20 @@ CLOSE_WAIT_S = 0.1
 
 
 class Results:
-    """What became of the jobs of one fetch, in their order."""
+    """The jobs of one fetch and their outcomes, in order."""
 
     def __init__(self, threads: DaemonThreads) -> None:
         self._threads = threads
         self._jobs: list[Future[bool]] = []
         self.leading = 0
-        """How many jobs, from the first on, said True; known when all have ended."""
+        """How many leading jobs returned True; known once all jobs have ended."""
 
     def add(self, job: Callable[..., bool], *arguments: object) -> None:
-        """Have a job done."""
+        """Queue a job."""
         self._jobs.append(self._threads.submit(job, *arguments))
 
     def settle(self) -> None:
-        """Wait for the jobs up to the first that failed; the others do not begin any more, and none writes anything afterwards."""
+        """Wait for the jobs up to the first that failed, cancel the others, and wait for those that run. Afterwards no job writes."""
         try:
             while self.leading < len(self._jobs) and self._jobs[self.leading].result():
                 self.leading += 1
@@ -41,7 +41,7 @@ class Results:
 
 
 class Decoders:
-    """Threads that are there once somebody needs them."""
+    """A pool of decoding threads, each started when it is first needed."""
 
     def __init__(self) -> None:
         threads = min(THREADS_MAX, os.cpu_count() or 1)
@@ -49,7 +49,7 @@ class Decoders:
 
     @contextmanager
     def side_by_side(self) -> Iterator[Results]:
-        """Jobs may be added inside; all have ended behind it."""
+        """A context in which jobs are added to the yielded `Results`. When it exits, all jobs have ended."""
         results = Results(self._threads)
         try:
             yield results
@@ -57,5 +57,5 @@ class Decoders:
             results.settle()
 
     def close(self) -> None:
-        """End the threads; waits at most CLOSE_WAIT_S for a block that is being decoded."""
+        """End the threads. Waits at most CLOSE_WAIT_S for blocks that are being decoded."""
         self._threads.stop(CLOSE_WAIT_S)

@@ -1,8 +1,8 @@
-"""Between the worker's KV tensors and the bytes of blocks: runs of blocks move with one strided copy.
+"""Copies between a worker's KV tensors and the bytes of blocks. A run of blocks is one strided copy.
 
 Axes: L layers, 2 (key, value), H KV heads, N tokens, T tokens of a block, D head dim; R = L * 2 * H rows of a block.
-A block is (R, T * D) contiguous; in a KV tensor (R, N * D) it is a column range. Blocks that lie at equal distances in
-the arena are therefore one strided tensor (blocks, R, T * D), and so are their tokens in the KV tensor.
+A block is (R, T * D) contiguous; in a KV tensor (R, N * D) it is a column range. So blocks at equal distances in the arena are one
+strided tensor (blocks, R, T * D), and so are their tokens in the KV tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ LayerPairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Run(NamedTuple):
-    """`count` blocks from block `first` on whose payloads begin at `offset`, `stride` bytes apart."""
+    """`blocks` consecutive blocks, starting with block `first` of the prompt. The payloads start at `offset`, `stride` bytes apart."""
 
     first: int
     offset: int
     stride: int
-    count: int
+    blocks: int
 
 
 def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
-    """The offsets of consecutive blocks as few runs of equal, ascending distances."""
+    """Splits the payload offsets of consecutive blocks into few runs, each with one positive distance between payloads."""
     start = 0
     while start < len(offsets):
         end = start + 1
@@ -33,7 +33,7 @@ def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
         if stride > 0:
             while end < len(offsets) and offsets[end] - offsets[end - 1] == stride:
                 end += 1
-        yield Run(first + start, offsets[start], max(stride, 0), end - start)  # the next run may lie before this one
+        yield Run(first + start, offsets[start], max(stride, 0), end - start)  # the next run may have lower offsets
         start = end
 
 
@@ -43,7 +43,7 @@ class ArenaBlocks:
     def __init__(self, arena: torch.Tensor, layout: KVLayout) -> None:
         self._layout = layout
         self._dtype = layout.torch_dtype
-        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+        with torch.inference_mode(False):  # a tensor created in inference mode cannot be written to outside of it
             self._items = arena[: len(arena) // self._dtype.itemsize * self._dtype.itemsize].view(self._dtype)
         shape, strides = layout.block_shape, [1]
         for size in reversed(shape[1:]):
@@ -51,17 +51,17 @@ class ArenaBlocks:
         self._block_shape, self._block_strides = tuple(shape), tuple(strides)
 
     def holds(self, run: Run) -> bool:
-        """Whether the run's payloads can lie where it says."""
-        itemsize, end = self._dtype.itemsize, run.offset + run.stride * (run.count - 1) + self._layout.block_bytes
+        """Whether the run's payloads are aligned to the dtype and within the arena."""
+        itemsize, end = self._dtype.itemsize, run.offset + run.stride * (run.blocks - 1) + self._layout.block_bytes
         return not run.offset % itemsize and not run.stride % itemsize and run.offset >= 0 and end <= self._items.nbytes
 
     def blocks(self, run: Run) -> torch.Tensor:
-        """The run's payloads as (count, L, 2, H, T, D), sharing the arena's memory."""
+        """Returns the run's payloads as a tensor (blocks, L, 2, H, T, D) that shares the arena's memory."""
         start, odd = divmod(run.offset, self._dtype.itemsize)
         stride, odd_stride = divmod(run.stride, self._dtype.itemsize)
         if odd or odd_stride:
-            raise ValueError(f"blocks of {self._dtype} cannot lie at byte {run.offset}, {run.stride} bytes apart")
-        shape, strides = (run.count, *self._block_shape), (stride, *self._block_strides)
+            raise ValueError(f"run: offset and stride must be multiples of {self._dtype.itemsize} bytes, got {run.offset} and {run.stride}")
+        shape, strides = (run.blocks, *self._block_shape), (stride, *self._block_strides)
         return self._items.as_strided(shape, strides, self._items.storage_offset() + start)
 
     def unpack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
@@ -73,18 +73,21 @@ class ArenaBlocks:
         self.blocks(run).copy_(self._columns(kv_L2HND.detach(), run))
 
     def pack_layers(self, run: Run, pairs_HND: LayerPairs) -> None:
-        """The same from one (key, value) pair a layer, each (H, N, D): no stacking copy before."""
+        """As `pack`, from one (key, value) pair for each layer, each (H, N, D), without stacking them first."""
         blocks = self.blocks(run)
         for layer, pair in enumerate(pairs_HND):
             for which, heads_HND in enumerate(pair):
                 blocks[:, layer, which].copy_(self._columns(heads_HND.detach(), run))
 
     def _columns(self, kv: torch.Tensor, run: Run) -> torch.Tensor:
-        """The run's tokens of `kv`, (…, N, D), as (count, …, T, D), sharing its memory."""
+        """Returns the run's tokens of `kv`, (…, N, D), as a tensor (blocks, …, T, D) that shares its memory."""
         t = self._layout.block_tokens
         *outer, tokens, d = kv.shape
-        if (run.first + run.count) * t > tokens:  # as_strided would go on behind the tensor's end
-            raise ValueError(f"{tokens} tokens are not {run.count} blocks of {t} from block {run.first} on")
+        end = run.first + run.blocks
+        if end * t > tokens:  # as_strided would read past the tensor's end
+            raise ValueError(
+                f"kv: must have at least {end * t} tokens for blocks {run.first} to {end - 1} of {t} tokens each, got {tokens}"
+            )
         strides = kv.stride()
         step = t * strides[-2]
-        return kv.as_strided((run.count, *outer, t, d), (step, *strides), kv.storage_offset() + run.first * step)
+        return kv.as_strided((run.blocks, *outer, t, d), (step, *strides), kv.storage_offset() + run.first * step)

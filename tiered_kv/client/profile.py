@@ -1,19 +1,34 @@
-"""Where the time of fetches and stores goes, by stage: hash, look-up, copy, decode, store. Off, nothing is there that could cost."""
+"""A profile of fetches and stores: the time of each stage (hash, look-up, copy, decode, store). It costs nothing while it is off."""
 
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 from tiered_kv.clock import Clock, SystemClock
 
 STAGES = ("hash", "look-up", "copy", "decode", "store")
-"""hash: keys of a prompt; look-up: the shared index; copy: blocks that lie as they were stored; decode: coded ones, copying included
-(summed over the threads that decode); store: reserving, packing and committing new blocks."""
+"""hash: the keys of a prompt. look-up: in the shared index. copy: of uncompressed blocks. decode: of encoded blocks, copying included,
+summed over the decoding threads. store: reserving, packing and committing new blocks."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Timed(Protocol):
+    """A function that wraps another one to measure it."""
+
+    def __call__(self, stage: str, function: Callable[P, R], /) -> Callable[P, R]:
+        """Returns a function that calls `function` and counts its time to `stage`."""
+
+
+def untimed(stage: str, function: Callable[P, R], /) -> Callable[P, R]:
+    """Returns `function` itself: the `Timed` that measures nothing."""
+    return function
 
 
 class Stage(NamedTuple):
-    """What one stage took: calls, seconds in all, and the longest call."""
+    """The figures of one stage: number of calls, seconds in all, and the longest call."""
 
     stage: str
     calls: int
@@ -22,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Profile:
-    """Time by stage. Thread-safe; about a microsecond a call."""
+    """The time spent in each stage. Thread-safe. Costs about a microsecond a call."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
@@ -30,15 +45,15 @@ class Profile:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set all figures to zero."""
         with self._lock:
             self._stages = {stage: Stage(stage, 0, 0.0, 0.0) for stage in STAGES}
 
-    def timed(self, stage: str, function: Callable) -> Callable:
-        """The function, its time counted to `stage`."""
+    def timed(self, stage: str, function: Callable[P, R], /) -> Callable[P, R]:
+        """Returns a function that calls `function` and counts its time to `stage`."""
 
         @wraps(function)
-        def measured(*arguments: Any, **options: Any) -> Any:
+        def measured(*arguments: P.args, **options: P.kwargs) -> R:
             begun_s = self._clock.now_s()
             try:
                 return function(*arguments, **options)
@@ -53,12 +68,12 @@ class Profile:
             self._stages[stage] = Stage(stage, calls + 1, total_s + seconds, max(longest_s, seconds))
 
     def stages(self) -> list[Stage]:
-        """Every stage, in the order that a request meets them."""
+        """Returns the figures of every stage, in the order in which a request runs them."""
         with self._lock:
             return list(self._stages.values())
 
     def table(self) -> str:
-        """The stages as text for people."""
+        """Returns the stages as a table for people to read."""
         rows = ["stage       calls     total ms    mean us     max us   share"]
         whole_s = sum(each.seconds for each in self.stages()) or 1.0
         for stage, calls, seconds, longest_s in self.stages():

@@ -1,10 +1,10 @@
-"""Where a worker reads blocks: the node's shared memory, its device pool and its disk segments, all without asking the node.
+"""Reads blocks from the node's shared memory, device pool and disk segments, without a call to the node.
 
-A block in memory is copied first and believed after: its slot's sequence number must be what it was before the copy (a
-seqlock), the copy must have happened, and in host memory the header in front of the bytes must name the block's key: so a damaged
-slot is a miss. Of a block that is coded there, the frame is copied, believed, and then decoded straight
-to where its tokens belong. A block on disk is believed because its frame's checksum binds it to its key.
-Blocks in objects or a checkpoint, and on a device that this process does not see, are hidden: the node has to bring them.
+A block in memory is copied first and verified after the copy has finished: the sequence number of its slot must be the same as before
+(a seqlock), and in host memory the header in front of the bytes must name the block's key. So a damaged slot is a miss. If the block
+is encoded, its frame is copied and verified, then decoded straight into the tensor of the fetch. A block on disk is verified by its
+frame's checksum, which includes the key. Blocks in objects or a checkpoint, and on a device that this process cannot map, are
+hidden: the node must load them into host memory first.
 """
 
 import logging
@@ -22,6 +22,7 @@ from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.client.decoders import Decoders
 from tiered_kv.client.kv_copy import ArenaBlocks, Run, runs_of
+from tiered_kv.client.profile import Timed
 from tiered_kv.codecs import CODECS
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
@@ -38,22 +39,25 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 READS_AHEAD = 4
-"""Disk blocks that are read at the same time for one worker; each takes a block's memory."""
-LOOK_AGAIN_S = 0.01  # at the clock, while a disk is slow
+"""Disk blocks read at the same time for one worker. Each takes the memory of one block."""
+LOOK_AGAIN_S = 0.01  # the interval of checks for the deadline, while a disk is slow
 _IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 _CODEC_IDS = frozenset(codec.id for codec in CODECS)
 _MAY_HIDE = {int(Tier.DEVICE), *map(int, AWAY)}
 
 
 class Found(NamedTuple):
-    """A block of a prompt that the index shows."""
+    """A block of a prompt with its slot of the index."""
 
     key: BlockKey
     slot: Slot
 
 
 class BlockSource:
-    """One worker's view of its node's blocks, for one layout. `verifies`: whether raw blocks are compared with their seals."""
+    """One worker's view of its node's blocks, for one layout.
+
+    `verifies`: whether fetches compare uncompressed blocks with their seals (the setting `verify_host`).
+    """
 
     def __init__(
         self,
@@ -71,26 +75,29 @@ class BlockSource:
         self.arena = ArenaBlocks(view.arena, layout)
         self._headers = ExtentHeaders(view.arena)
         self.verifies = verifies
-        """Whether blocks are hashed when they are stored, and when they are fetched."""
+        """Whether blocks are hashed when they are stored and when they are fetched."""
         self._decoders = Decoders()
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
-        """Blocks that were changed while they were copied, so that the copy was thrown away."""
+        """The number of copies thrown away because the block changed during the copy."""
 
-    def measure(self, timed: Callable[[str, Callable], Callable]) -> None:
-        """As `Client.measure`: what looks up, copies and decodes."""
-        self.find, self.lookup_all = timed("look-up", self.find), timed("look-up", self.lookup_all)
-        self._read_memory = timed("copy", self._read_memory)
-        self._decode = timed("decode", self._decode)
+    def measure(self, timed: Timed) -> None:
+        """As `Client.measure`, for look-ups, copies and decoding."""
+        vars(self).update(
+            find=timed("look-up", self.find),
+            lookup_all=timed("look-up", self.lookup_all),
+            _read_memory=timed("copy", self._read_memory),
+            _decode=timed("decode", self._decode),
+        )
 
     def find(self, keys: Sequence[BlockKey]) -> list[Found]:
-        """The leading keys that the index shows. About 0.7 µs a block, no call."""
+        """Returns the leading keys that the index contains, with their slots. About 0.7 µs a block, no call."""
         if not self._view.live:
             return []
         return list(map(Found, keys, self._view.lookup_leading(keys, self._layout.block_bytes)))
 
     def lookup_all(self, keys: Sequence[BlockKey]) -> list[Slot | None]:
-        """For every key what the index shows; None also where that cannot be right."""
+        """Returns each key's slot; None if the index does not contain the key, or if the slot is invalid for this layout."""
         if not self._view.live:
             return [None] * len(keys)
         slots = [self._view.lookup(key) for key in keys]
@@ -98,7 +105,7 @@ class BlockSource:
         return [slot if slot is not None and slot.raw_bytes == raw_bytes and slot.codec in _CODEC_IDS else None for slot in slots]
 
     def hidden(self, found: Sequence[Found]) -> list[BlockKey]:
-        """Those of the found blocks that this process cannot read where they are."""
+        """Returns the keys of the found blocks that this process cannot read itself."""
         tiers = {slot.tier for _, slot in found}
         hiding = {tier for tier in tiers & _MAY_HIDE if tier != Tier.DEVICE or not self._sees_device()}
         return [key for key, slot in found if slot.tier in hiding] if hiding else []
@@ -107,9 +114,9 @@ class BlockSource:
         return self._device is not None and self._device.blocks() is not None
 
     def read(self, found: Sequence[Found], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[Found]:
-        """Copy or decode the found blocks to the first tokens of `kv`; those that came whole, up to the first that did not.
+        """Copy or decode the found blocks to the first tokens of `kv`. Returns the blocks before the first that could not be read.
 
-        Blocks on disk, and coded ones, count as missing once `expired()`.
+        Once `expired()`, blocks on disk and encoded blocks are not read.
         """
         done = 0
         while done < len(found):
@@ -126,14 +133,14 @@ class BlockSource:
         return list(found[:done])
 
     def _read_alike(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Read blocks of one tier that are all coded or all not; how many of them, from the first on, were had."""
+        """Read blocks of one tier, all of them encoded or none. Returns how many leading blocks were read."""
         slot = found[0].slot
         if slot.tier not in _IN_MEMORY:
             return self._read_disk(found, first, kv, expired)
         return self._read_coded(found, first, kv, expired) if slot.codec else self._read_memory(found, first, kv)
 
     def _read_coded(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Decode blocks that are coded in host memory; how many of them, from the first on, before `expired()`."""
+        """Decode encoded blocks in host memory. Returns how many leading blocks were decoded before `expired()`."""
 
         def read(each: Found, block: int) -> bool:
             frame = None if expired() else self._frame(each)
@@ -145,7 +152,7 @@ class BlockSource:
         return results.leading
 
     def _frame(self, found: Found) -> Frame | None:
-        """The frame of a block in host memory, copied; None if it changed meanwhile, or is none."""
+        """Returns a copy of the frame of a block in host memory; None if the block changed meanwhile, or the frame is invalid."""
         slot = found.slot
         data = self._view.extent(slot.offset, slot.stored_bytes).numpy().copy()
         if not self._view.valid(slot):
@@ -158,7 +165,7 @@ class BlockSource:
             return None
 
     def _decode(self, key: BlockKey, frame: Frame, block: int, kv: torch.Tensor) -> bool:
-        """Whether a frame gave the block that belongs to these tokens of `kv`."""
+        """Decode a frame to the tokens of `block` in `kv`. Returns whether that succeeded."""
         t = self._layout.block_tokens
         try:
             frame.decode_kv(kv.detach()[..., block * t : (block + 1) * t, :])
@@ -172,25 +179,25 @@ class BlockSource:
         self._doubted.append(key)
 
     def doubted(self) -> list[BlockKey]:
-        """Blocks that were not what the index shows, since this was last asked."""
+        """Returns the blocks found damaged since the last call."""
         doubted, self._doubted = self._doubted, []
         if damaged := self._view.damaged:
             doubted += [damaged.pop() for _ in range(len(damaged))]
         return doubted
 
     def digest(self, offset: int, nbytes: int) -> int:
-        """The digest of what was packed at `offset`."""
+        """Returns the digest of the `nbytes` packed at `offset`."""
         return self._headers.digest(offset, nbytes)
 
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
-        """Copy blocks of one tier in memory; how many of them, from the first on, did not change during the copy."""
+        """Copy uncompressed blocks of one tier in memory. Returns how many leading blocks did not change during the copy."""
         offsets = [each.slot.offset for each in found]
         runs, named = runs_of(offsets, first), len(found)
         if found[0].slot.tier == Tier.HOST:
             for run in runs:
                 self.arena.unpack(run, kv)
             _settle(kv)
-            named = self._named(found, offsets)  # before `valid`: what that says holds for the headers as well
+            named = self._named(found, offsets)  # before `valid`, so that its result covers the headers too
         elif self._device is None or not self._device.unpack(runs, kv):
             return 0
         if named == len(found) and self._view.all_valid([each.slot for each in found]):
@@ -200,24 +207,24 @@ class BlockSource:
                 self.invalidated += 1
                 return count
             if count == named:
-                self._doubt(each.key, TieredKVError(Kind.CORRUPT, "the bytes in host memory are not those that were stored under it"))
+                self._doubt(each.key, TieredKVError(Kind.CORRUPT, "its header or seal does not match its key or bytes in host memory"))
                 return count
         return len(found)
 
     def _named(self, found: Sequence[Found], offsets: Sequence[int]) -> int:
-        """How many blocks, from the first on, have headers that name their keys; with `verify_host`, and seals that match."""
+        """Returns how many leading blocks have headers that name their keys, and with `verify_host` also matching seals."""
         if not self.verifies and self._headers.name_all(offsets, [each.key for each in found]):
             return len(found)
         is_its_own = self._is_sealed_for if self.verifies else self._headers.names
         return next((count for count, (key, slot) in enumerate(found) if not is_its_own(slot.offset, key)), len(found))
 
     def _is_sealed_for(self, offset: int, key: BlockKey) -> bool:
-        """Whether the header names the key, and header and bytes are what the seal was made of; so far none is no fault."""
+        """Whether the header names the key, and the seal matches header and bytes. A block without a seal passes."""
         headers = self._headers
         return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 
     def _read_disk(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Copy blocks of a lower tier; how many of them, from the first on, could be read before `expired()`."""
+        """Read and decode blocks on disk. Returns how many leading blocks were read before `expired()`."""
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
         with self._decoders.side_by_side() as results:
@@ -226,51 +233,52 @@ class BlockSource:
         return results.leading
 
     def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
-        """One more try for a block that moved while it was read: it may be in another place by now."""
+        """Try once more to read a block that may have moved during the read. Returns whether that succeeded."""
         found = self.find([key])
         return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired) == 1
 
     def touch(self, used: Sequence[Found | Slot]) -> None:
-        """Tell the policy what was used, the deepest block first."""
+        """Report used blocks to the node's eviction policy, the deepest block first."""
         if used:
             self._view.touch([each.slot if isinstance(each, Found) else each for each in reversed(used)])
 
     def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
-        """Add to the node's count of blocks asked for and had, and of the prefill that this saved."""
+        """Add to the node's counts of requested blocks, hits, and saved prefill tokens and microseconds."""
         self._view.tally(asked, hit, saved_tokens, saved_us)
 
     @property
     def live(self) -> bool:
-        """Whether the node has not shut down on purpose."""
+        """Whether the node has not shut down in order. A node that was killed still counts as live."""
         return self._view.live
 
     @property
     def generation(self) -> int:
-        """Which of the node's lives this is; read it before reserving, for `guard`."""
+        """The generation of the node's present life. For `guard`, read it before reserving."""
         return self._view.generation
 
     def guard(self, ranges: Sequence[tuple[int, int]], generation: int) -> AbstractContextManager[bool]:
-        """Hold the reserved (offset, bytes) ranges of the arena while packing; false when the node has another life by now."""
+        """A context for packing into the reserved (offset, bytes) ranges of the arena. It yields False if the node was restarted."""
         return self._view.guard(ranges, generation)
 
     @property
     def peers(self) -> int:
-        """Other nodes that live, as far as this one knows."""
+        """The number of other live nodes that the node knows of."""
         return self._view.peers if self._view.live else 0
 
     @property
     def reason_of_miss(self) -> str:
-        """Why a block that the index does not show is a miss."""
+        """The reason for the miss of a block that the index does not contain."""
         return "not stored here, or evicted" if self._view.live else "the node is closed"
 
     @property
     def retries(self) -> int:
-        """Look-ups and reads that met a block being changed."""
+        """Look-ups and reads that met a block while it changed."""
         return self._view.retries + self.invalidated
 
     def close(self) -> None:
-        """Give mapped memory and open segments back."""
-        self.arena = self._headers = None
+        """Unmap memory and close open segments. Later reads raise `AttributeError` or `ValueError`, as do reads that are running."""
+        for name in ("arena", "_headers"):  # their tensors keep the memory mapped
+            vars(self).pop(name, None)
         if self._device is not None:
             self._device.close()
         self._decoders.close()
@@ -280,16 +288,16 @@ class BlockSource:
 
 
 class DiskReader:
-    """Reads blocks from the node's segments on threads of its own, some ahead, so that a disk that hangs holds nobody up."""
+    """Reads blocks from the node's segments on its own threads, some ahead, so that a hanging disk blocks no caller."""
 
     def __init__(self, segments: SegmentReader) -> None:
         self._segments = segments
-        self._threads = DaemonThreads(READS_AHEAD, "tkv-read")  # starts none before it is used
+        self._threads = DaemonThreads(READS_AHEAD, "tkv-read")  # threads start when they are first needed
 
     def frames(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[Frame]:
-        """The verified frame of each block in turn, up to the first that cannot be read, or that is not here when it is `expired()`.
+        """Yields the verified frame of each block, up to the first that cannot be read, or that is not read when `expired()`.
 
-        What a thread reads lies in memory of its own: one that comes too late writes to nobody's tensor.
+        Threads read into memory of their own, so that a late read cannot write to the caller's tensor.
         """
         ahead: deque[Future[Frame | None]] = deque()
         rest = iter(found)
@@ -310,24 +318,24 @@ class DiskReader:
         try:
             return self._segments.read(location, found.key)
         except TieredKVError as error:
-            log.info("block %s is not readable on disk: %s", found.key.hex(), error)
+            log.info("block %s cannot be read from disk: %s", found.key.hex(), error)
             return None
 
     def close(self) -> None:
-        """Let go of the segments' files; waits for no read. A file that is being read is closed by its last reader."""
+        """Close the segments' files without waiting for reads. A file that is being read is closed by its last reader."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._segments.close()
 
 
 def _outcome(future: Future[T], expired: Callable[[], bool]) -> T | None:
-    """What a read gives; None if it is not done when it is `expired()`."""
+    """Returns the result of a read; None if it is not done when `expired()`."""
     while not future.done() and not expired():
         wait([future], LOOK_AGAIN_S)
     return future.result() if future.done() else None
 
 
 class DeviceReader:
-    """The node's device pool as this process sees it; opened when first needed, and again after the node was restarted."""
+    """This process's mapping of the node's device pool. It is opened when first needed, and again after the node was restarted."""
 
     def __init__(self, view: NodeView, layout: KVLayout) -> None:
         self._view = view
@@ -339,11 +347,11 @@ class DeviceReader:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """In a child process: a thread of the parent may have held the lock."""
+        """Renew the lock in a child process: a thread of the parent may have held it."""
         self._lock = threading.Lock()
 
     def blocks(self) -> ArenaBlocks | None:
-        """The blocks of the pool of the node's present life; None where this process cannot map it."""
+        """Returns the blocks in the pool of the node's present life; None if this process cannot map the pool."""
         return self._present()[1]
 
     def _present(self) -> tuple[DevicePool | None, ArenaBlocks | None]:
@@ -358,16 +366,16 @@ class DeviceReader:
         try:
             self._pool = DevicePool.open(self._view.directory)
         except TieredKVError as error:
-            log.warning("blocks on the device come by host memory: %s", error)
+            log.warning("cannot map the node's device pool, so its blocks are read through host memory: %s", error)
             self._generation = generation
-        if self._pool is not None and self._pool.generation == generation:  # else the node is about to make a new one
+        if self._pool is not None and self._pool.generation == generation:  # else the node is about to create a new pool
             self._blocks = ArenaBlocks(self._pool.tensor, self._layout)
             self._generation = generation
 
     def unpack(self, runs: Iterable[Run], kv: torch.Tensor) -> bool:
-        """Copy runs of blocks to their tokens of `kv`; returns when it has happened.
+        """Copy runs of blocks to their tokens of `kv`, and wait until the copy has finished.
 
-        False where the pool cannot be read, or the node has begun another life with another pool meanwhile.
+        Returns False if the pool cannot be read, or if the node was restarted with another pool meanwhile.
         """
         pool, blocks = self._present()
         runs = list(runs)
@@ -380,7 +388,7 @@ class DeviceReader:
         return pool.generation == self._view.generation
 
     def close(self) -> None:
-        """Let go of the pool."""
+        """Unmap the pool."""
         self._blocks = None
         if self._pool is not None:
             self._pool.close()
@@ -388,6 +396,6 @@ class DeviceReader:
 
 
 def _settle(kv: torch.Tensor) -> None:
-    """Wait until the copies into `kv` have happened; on the CPU they have."""
+    """Wait until the copies into `kv` have finished. Copies on the CPU have finished already."""
     if kv.device.type != "cpu":
         torch.accelerator.synchronize(kv.device)

@@ -1,6 +1,7 @@
-"""A client's sessions with one life of a node's files: one a thread that needs one now, kept for the next.
+"""A client's pool of sessions with one life of a node's files. A session serves one thread at a time and is then reused.
 
-None is tried for a while after the node refused to connect, nor, after it was silent, before it has said that it lives.
+After a refused connection, the pool does not connect again for a while. After a call without an answer, it waits for the node's next
+heartbeat.
 """
 
 import threading
@@ -17,11 +18,11 @@ RETRY_AFTER_S = 0.5
 
 
 class SessionPool:
-    """Lends sessions. One that was lent for something that failed is closed, and with it ends all that it had reserved.
+    """Lends sessions. A session whose use fails is closed, which frees the extents that it has reserved.
 
-    `connect(wait_s)` opens a session, which must be of the node whose files `view` maps; `greet` says to it what it has to know
-    before anything else. After a failed connect no other is tried for RETRY_AFTER_S; after a call that the node did not answer
-    in time, none before the node's heartbeat, which `view` shows, has moved. A child process has sessions of its own.
+    `connect(wait_s)` opens a session. Its node must be the one whose files `view` maps. `greet` runs first on each new session. After
+    a failed connection, the pool raises without trying again for RETRY_AFTER_S. After a call that the node did not answer in time, it
+    raises until the node's heartbeat, which `view` shows, has moved. A child process opens its own sessions.
     """
 
     def __init__(
@@ -34,22 +35,25 @@ class SessionPool:
         self._idle: list[Session] = []
         self._lock = threading.Lock()
         self._retry_at_s = float("-inf")
-        self._silent_since_ns: int | None = None  # the heartbeat after which a call was not answered in time
+        self._silent_since_ns: int | None = None  # the heartbeat at the time of a call without an answer
         self._closed = False
         self.is_cut_off = False
-        """Whether the last try to connect failed: the node is gone, or has other files by now."""
+        """Whether the last attempt to connect failed: the node has ended, or has new files."""
         self.calls = 0
         """Sessions lent so far: every call that left this process went through one."""
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: the sessions are the parent's."""
+        """Empty the pool in a child process: the sessions belong to the parent."""
         self._lock = threading.Lock()
         self._idle = []
 
     @contextmanager
     def session(self, wait_s: float) -> Iterator[Session]:
-        """A session for the calls of one thread, which end within `wait_s`; raises (kind `transport`) while the node does not answer."""
+        """A context that lends a session to one thread. Its calls end within `wait_s`.
+
+        Raises (kind `transport`) while the node does not answer.
+        """
         session = self._take(wait_s)
         try:
             yield session
@@ -57,16 +61,16 @@ class SessionPool:
             session.close()
             if isinstance(error, TieredKVError) and error.kind is Kind.TRANSPORT:
                 self._note(error)
-                self._close_idle()  # they are of the same node
+                self._close_idle()  # they belong to the same node
             raise
         self._give_back(session)
 
     def check(self, wait_s: float) -> None:
-        """Connect once, so that what is wrong is said now; raises as connecting does. Keeps no session and counts no call."""
+        """Connect once, so that errors show now. Raises as connecting does. Keeps no session and counts no call."""
         self._opened(wait_s).close()
 
     def revive(self) -> None:
-        """The node answers again: try it at the next call."""
+        """Allow the next call to connect, because the node answers again."""
         self.is_cut_off = False
         self._retry_at_s = float("-inf")
         self._silent_since_ns = None
@@ -77,11 +81,11 @@ class SessionPool:
                 raise TieredKVError(Kind.CLOSED, "the client is closed")
             if self._silent_since_ns is not None:
                 if self._view.heartbeat_ns == self._silent_since_ns:
-                    raise TieredKVError(Kind.TRANSPORT, "the node has not said that it lives since it left a call without an answer")
+                    raise TieredKVError(Kind.TRANSPORT, "the node left a call without an answer and has not sent a heartbeat since")
                 self._silent_since_ns = None
             session, ended = self._kept()
             if session is None and self._clock.now_s() < self._retry_at_s:
-                raise TieredKVError(Kind.TRANSPORT, "the node did not answer a moment ago")
+                raise TieredKVError(Kind.TRANSPORT, f"the last connection to the node failed less than {RETRY_AFTER_S} s ago")
             self.calls += 1
         for each in ended:
             each.close()
@@ -91,8 +95,9 @@ class SessionPool:
         return session
 
     def _kept(self) -> tuple[Session | None, list[Session]]:
-        """An idle session of the node's present life, and those that ended with an earlier one."""
-        present, ended = Life(self._view.identity, self._view.generation), []
+        """Returns an idle session of the node's present life (or None), and the idle sessions of earlier lives, for closing."""
+        present = Life(self._view.identity, self._view.generation)
+        ended: list[Session] = []
         while self._idle:
             session = self._idle.pop()
             if session.life == present:
@@ -105,7 +110,9 @@ class SessionPool:
             session = self._connect(wait_s)
             try:
                 if session.life.identity != self._view.identity:
-                    raise TieredKVError(Kind.TRANSPORT, f"the node at {self._view.directory} has other files than those mapped here")
+                    raise TieredKVError(
+                        Kind.TRANSPORT, f"the node at {self._view.directory} has new files; this client still maps the old ones"
+                    )
                 self._greet(session)
             except BaseException:
                 session.close()
@@ -131,7 +138,7 @@ class SessionPool:
         session.close()
 
     def close(self) -> None:
-        """Close the idle sessions now, those lent out when they come back."""
+        """Close the idle sessions now, and the lent ones when they are returned."""
         with self._lock:
             self._closed = True
         self._close_idle()

@@ -1,14 +1,16 @@
-"""How a worker stores blocks: reserve extents, pack them, commit them. Nothing is visible before its commit."""
+"""Stores a worker's blocks: reserves extents, packs the blocks, commits them. No block is visible before its commit."""
 
 from collections.abc import Sequence
 
 import torch
 
 from tiered_kv.client.kv_copy import LayerPairs, runs_of
+from tiered_kv.client.profile import Timed
 from tiered_kv.client.reader import BlockSource
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
+from tiered_kv.protocol.messages import PackedBlock
 from tiered_kv.protocol.session import Session
 
 
@@ -19,10 +21,16 @@ class BlockWriter:
         self._layout = layout
         self._source = source
 
+    def measure(self, timed: Timed) -> None:
+        """As `Client.measure`, for stores."""
+        vars(self)["write"] = timed("store", self.write)
+
     def checked(self, kv: torch.Tensor | LayerPairs, tokens: int, start: int) -> torch.Tensor | LayerPairs:
-        """`kv` if it is the KV of tokens [start, tokens) in the layout; raises (kinds `tokens`, `layout`) if not."""
+        """Returns `kv` if it is the KV of tokens [start, tokens) in the layout. Raises (kinds `tokens`, `layout`) otherwise."""
         if not isinstance(start, int) or not 0 <= start <= tokens:
-            raise TieredKVError(Kind.TOKENS, f"start: must be from 0 to the {tokens} tokens of the prompt, got {start!r}", setting="start")
+            raise TieredKVError(
+                Kind.TOKENS, f"start: must be a whole number from 0 to {tokens}, the tokens of the prompt, got {start!r}", setting="start"
+            )
         if isinstance(kv, Sequence):
             self._check_pairs(kv, tokens - start)
         else:
@@ -33,11 +41,11 @@ class BlockWriter:
         layout = self._layout
         if len(pairs) != layout.layers or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
             raise TieredKVError(
-                Kind.LAYOUT, f"kv: a (key, value) pair for each of {layout.layers} layers is needed, got {len(pairs)} entries"
+                Kind.LAYOUT, f"kv: must be a (key, value) pair for each of {layout.layers} layers, got {len(pairs)} entries"
             )
         for layer, pair in enumerate(pairs):
             for name, heads in zip(("key", "value"), pair, strict=True):
-                # As one layer's half of (L, 2, H, N, D): the layout says what is wrong with it.
+                # One layer's half of (L, 2, H, N, D); the layout's error names what is wrong with it.
                 layout.check_part(heads, (layout.kv_heads, tokens, layout.head_dim), f"kv: the {name} of layer {layer}")
 
     def write(
@@ -50,28 +58,29 @@ class BlockWriter:
         start: int,
         wait_s: float,
     ) -> tuple[int, int]:
-        """Store as many of the `missing` blocks below `root`, in their order, as there is room for within `wait_s`.
+        """Store as many of the `missing` blocks below `root`, in order, as get room within `wait_s`.
 
-        Returns how many were taken, and how many of these are newly visible.
+        `missing`: indices into `keys`. `kv`: the KV of the prompt's tokens from `start` on. Returns how many blocks were stored, and
+        how many of these are new.
         """
         nbytes = self._layout.block_bytes
-        tail = keys[missing[0] - 1] if missing[0] else None
-        if not self._source.live:  # nobody reads these files any more
+        parent = keys[missing[0] - 1] if missing[0] else None
+        if not self._source.live:  # no worker reads these files any more
             raise TieredKVError(Kind.TRANSPORT, "the node has closed the files that are mapped here")
         generation = self._source.generation
-        offsets = session.reserve(nbytes, [keys[block] for block in missing], tail, wait_s)
+        offsets = session.reserve(nbytes, [keys[block] for block in missing], parent, wait_s)
         taken = missing[: len(offsets)]
         if not taken:
             return 0, 0
         with self._source.guard([(offset, nbytes) for offset in offsets], generation) as ours:
-            if not ours:  # the node began anew since it reserved them
+            if not ours:  # the node was restarted after it reserved them
                 raise TieredKVError(Kind.TRANSPORT, "the node was restarted during a store")
             self._pack(taken, offsets, kv, start)
-            blocks = [
+            blocks: list[PackedBlock] = [
                 (keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)
             ]
             if self._source.verifies:
-                blocks = [(*block, self._source.digest(offset, nbytes)) for block, offset in zip(blocks, offsets, strict=True)]
+                blocks = [(*block[:4], self._source.digest(offset, nbytes)) for block, offset in zip(blocks, offsets, strict=True)]
             added = session.commit(root, nbytes, blocks)
         return len(added), sum(added)
 
@@ -82,7 +91,7 @@ class BlockWriter:
             end = begin + 1
             while end < len(taken) and taken[end] == taken[end - 1] + 1:
                 end += 1
-            skip = taken[begin] * t - start  # tokens of kv before this block
+            skip = taken[begin] * t - start  # tokens of kv that precede this block
             for run in runs_of(offsets[begin:end]):
                 if isinstance(kv, torch.Tensor):
                     self._source.arena.pack(run, kv[..., skip:, :])

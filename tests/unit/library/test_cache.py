@@ -52,7 +52,7 @@ def test_the_layout_is_that_of_the_config_or_of_the_first_store(make) -> None:
     with pytest.raises(TieredKVError, match="must be a tensor"):
         cache.store(range(8), torch.zeros(2, 8))
     cache.store(range(8), kv_of(8))
-    with pytest.raises(TieredKVError, match="the layout says float32"):
+    with pytest.raises(TieredKVError, match="must be float32, the layout's dtype"):
         cache.store(range(8), kv_of(8).double())
 
 

@@ -130,7 +130,7 @@ def test_a_suffix_without_its_prefix_is_kept_but_not_hit(client) -> None:
     assert client.fetch(TOKENS).tokens == 0
     assert [record.reason for record in client.explain(TOKENS)] == [
         *["not stored here, or evicted"] * 2,
-        *["behind a block that is missing"] * 2,
+        *["an ancestor is missing"] * 2,
     ]
     assert client.store(TOKENS, KV) == Stored(2, 2, 0)
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4

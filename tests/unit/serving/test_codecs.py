@@ -252,8 +252,8 @@ def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> No
         ({"codec": "disk=int8"}, "there is no disk tier"),
         ({"codec": "gpu=int8"}, "TIER=CODEC"),
         ({"codec": "host=xlayer:none"}, "codec: host=xlayer:none"),
-        ({"quality": "best"}, "quality: 'best' is none of exact"),
-        ({"error_budget": "1e-3"}, "error_budget: '1e-3' is no budget"),
+        ({"quality": "best"}, "quality: must be one of exact, near_exact, balanced, compact, archive, got 'best'"),
+        ({"error_budget": "1e-3"}, "error_budget: must be kl=NUMBER, more than 0 nats a token, such as kl=1e-3, got '1e-3'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings: dict, words: str) -> None:

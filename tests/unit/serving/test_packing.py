@@ -100,7 +100,7 @@ def test_pack_equals_plain_indexing(placed, kind, seed, skip, in_layers):
 
 @given(offsets=st.lists(st.integers(0, 40).map(lambda place: place * ALIGN_BYTES), unique=True, max_size=30), first=st.integers(0, 5))
 def test_runs_name_every_block_once_and_in_order(offsets, first):
-    named = [(run.first + number, run.offset + number * run.stride) for run in runs_of(offsets, first) for number in range(run.count)]
+    named = [(run.first + number, run.offset + number * run.stride) for run in runs_of(offsets, first) for number in range(run.blocks)]
     assert named == list(enumerate(offsets, first))
 
 
@@ -114,7 +114,7 @@ LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=4, dtype="bfloat16", block_toke
 def test_a_run_behind_the_end_of_kv_is_refused_though_its_memory_goes_on():
     kv = torch.zeros(LAYOUT.kv_shape(9), dtype=torch.bfloat16)[..., :4, :]
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
-    with pytest.raises(ValueError, match="4 tokens are not 1 blocks of 2 from block 2 on"):
+    with pytest.raises(ValueError, match="must have at least 6 tokens for blocks 2 to 2 of 2 tokens each, got 4"):
         blocks.unpack(Run(2, 0, 0, 1), kv)
 
 
@@ -126,7 +126,7 @@ def test_a_run_behind_the_end_of_the_arena_is_refused():
 
 def test_a_block_at_an_odd_byte_is_refused():
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
-    with pytest.raises(ValueError, match="cannot lie at byte 65"):
+    with pytest.raises(ValueError, match="must be multiples of 2 bytes, got 65 and 0"):
         blocks.unpack(Run(0, 65, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
