@@ -33,7 +33,7 @@ hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its f
 	$(BIN)/python -m tests.hostile.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy types-psutil
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

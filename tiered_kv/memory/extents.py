@@ -1,7 +1,7 @@
-"""Which bytes of an arena are taken: extents of variable size, as pure bookkeeping without any memory.
+"""Allocation of extents of variable size in an arena. Pure bookkeeping: it touches no memory.
 
-Best fit with coalescing at once. Among the simple strategies it wastes least here (measured against first fit, worst
-fit and segregated fits: `tests/unit/memory/test_extents_churn.py` holds the result); Wilson et al., "Dynamic Storage
+Best fit, and a freed extent merges with free neighbours at once. Of the simple strategies it wastes least here (measured against
+first fit, worst fit and segregated fits: see `tests/unit/memory/test_extents_churn.py`). Wilson et al., "Dynamic Storage
 Allocation: A Survey and Critical Review" (1995), explain why.
 """
 
@@ -16,15 +16,18 @@ _OFFSET_MASK = (1 << _SHIFT) - 1
 
 
 class ExtentAllocator:
-    """Extents of `capacity_bytes` bytes, at multiples of `alignment` bytes. Not thread-safe.
+    """Allocates extents in an arena of `capacity_bytes`, at multiples of `alignment` bytes. Not thread-safe.
 
-    Sizes are rounded up to the alignment. Cost: about 2 µs a call, plus a memmove of the list of free extents.
-    Contract violations (a size below 1, an offset that is not taken) raise `TieredKVError` (kind `memory`).
+    Sizes are rounded up to the alignment. Cost: about 2 µs a call, plus a memmove of the list of free ranges.
+    Misuse (a size below 1, an offset that is not allocated) raises `TieredKVError` (kind `memory`).
     """
 
     def __init__(self, capacity_bytes: int, alignment: int = ALIGNMENT) -> None:
         if alignment < 1 or capacity_bytes < alignment or capacity_bytes > _OFFSET_MASK:
-            raise TieredKVError(Kind.MEMORY, f"an arena of {capacity_bytes} bytes cannot hold extents aligned to {alignment}")
+            raise TieredKVError(
+                Kind.MEMORY,
+                f"arena: capacity_bytes must be from alignment ({alignment}, at least 1) to {_OFFSET_MASK}, got {capacity_bytes}",
+            )
         self.alignment = alignment
         self.capacity_bytes = capacity_bytes // alignment * alignment
         self.used_bytes = 0
@@ -35,12 +38,12 @@ class ExtentAllocator:
         self._add_free(0, self.capacity_bytes)
 
     def __len__(self) -> int:
-        """Number of extents that are taken."""
+        """Number of allocated extents."""
         return len(self._taken)
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that no extent covers; they may lie in pieces."""
+        """Bytes that are free; they may be in several ranges."""
         return self.capacity_bytes - self.used_bytes
 
     @property
@@ -49,22 +52,22 @@ class ExtentAllocator:
         return self._free[-1] >> _SHIFT if self._free else 0
 
     def size_of(self, offset: int) -> int:
-        """Bytes, rounded up to the alignment, of the extent at `offset`."""
+        """Returns the bytes of the extent at `offset`, rounded up to the alignment."""
         size = self._taken.get(offset)
         if size is None:
             raise TieredKVError(Kind.MEMORY, f"no extent starts at byte {offset}", offset=offset)
         return size
 
     def offsets(self) -> list[int]:
-        """Where every extent that is taken begins, by address."""
+        """Returns the offsets of all allocated extents, in ascending order."""
         return sorted(self._taken)
 
     def free_ranges(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of every free range, by address."""
+        """Returns (offset, bytes) of every free range, in ascending order of offsets."""
         return sorted(self._size_by_start.items())
 
     def allocate(self, nbytes: int) -> int | None:
-        """Offset of a new extent of `nbytes`, or None if no free range is large enough."""
+        """Allocate an extent of `nbytes`. Returns its offset, or None if no free range is large enough."""
         size = self._aligned(nbytes)
         offset = self._take(size)
         if offset is not None:
@@ -72,10 +75,10 @@ class ExtentAllocator:
         return offset
 
     def allocate_apart(self, nbytes: int, floor: int) -> int | None:
-        """As `allocate`, for extents that are smaller than others and stay longer; none of them begins before byte `floor`.
+        """Allocate an extent that is smaller than others and stays longer, at byte `floor` or above. Returns as `allocate` does.
 
-        They lie in a free range of about their size, else at the end of the last one that is large enough: so they gather at the
-        arena's end, and what comes and goes at its beginning. Cost: O(free ranges).
+        Takes a free range of about this size, else the end of the last range that is large enough. So these extents gather at
+        the arena's end, and short-lived ones at its beginning. Cost: O(free ranges).
         """
         size = self._aligned(nbytes)
         snug_bytes = size + int(size * SNUG_SHARE)
@@ -87,7 +90,7 @@ class ExtentAllocator:
         return self._take_at(start, length, start if snug else start + length - size, size)
 
     def allocate_below(self, nbytes: int, count: int, ceiling: int) -> list[int]:
-        """Offsets of up to `count` new extents that end before byte `ceiling`, the first ones that fit. Cost: O(free ranges)."""
+        """Allocate up to `count` extents that end at byte `ceiling` or below, first fit. Returns their offsets. Cost: O(free ranges)."""
         stride = self._aligned(nbytes)
         offsets: list[int] = []
         for start in sorted(start for start in self._size_by_start if start < ceiling):
@@ -100,10 +103,10 @@ class ExtentAllocator:
         return offsets
 
     def allocate_run(self, nbytes: int, count: int) -> list[int]:
-        """Offsets of up to `count` new extents of `nbytes` each, every one to be freed by itself.
+        """Allocate up to `count` extents of `nbytes` each; each is freed separately. Returns their offsets.
 
-        One run of neighbours, aligned(nbytes) apart, where a free range is large enough; else as few runs as possible,
-        the longest first. Fewer than `count`, or none, when the arena is full.
+        They are neighbours, aligned(nbytes) apart, if one free range is large enough; else in as few runs as possible, the
+        longest first. Returns fewer than `count`, or [], when the arena is full.
         """
         stride = self._aligned(nbytes)
         offsets: list[int] = []
@@ -112,13 +115,14 @@ class ExtentAllocator:
             if not fitting:
                 break
             start = self._take(fitting * stride)
+            assert start is not None, "the largest free range is large enough"
             run = range(start, start + fitting * stride, stride)
             self._taken.update((offset, stride) for offset in run)
             offsets += run
         return offsets
 
     def free(self, offset: int) -> None:
-        """Give the extent at `offset` back; it merges with free neighbours."""
+        """Free the extent at `offset`. It merges with free neighbours."""
         size = self._taken.pop(offset, None)
         if size is None:
             raise TieredKVError(Kind.MEMORY, f"no extent starts at byte {offset}; freed twice?", offset=offset)
@@ -135,20 +139,20 @@ class ExtentAllocator:
         self._add_free(offset, size)
 
     def claim(self, offset: int, nbytes: int) -> None:
-        """Take exactly the extent of `nbytes` at `offset`: a block that was there before a restart, or a quarantine.
+        """Allocate exactly `nbytes` at `offset`: for a block found after a restart, or a range in quarantine.
 
-        Raises (kind `memory`) when any of it is taken already, or it is not aligned, or out of bounds. Cost: O(1) when
-        claims come in ascending order of offsets, else up to O(free ranges).
+        Raises (kind `memory`) if the range overlaps an extent, is not aligned, or is out of bounds. Cost: O(1) if claims
+        are made in ascending order of offsets, else up to O(free ranges).
         """
         size = self._aligned(nbytes)
-        for start, length in reversed(self._size_by_start.items()):  # the newest range is the rest behind the last claim
+        for start, length in reversed(self._size_by_start.items()):  # the newest range is the rest after the last claim
             if start <= offset and offset + size <= start + length and offset % self.alignment == 0:
                 self._take_at(start, length, offset, size)
                 return
-        raise TieredKVError(Kind.MEMORY, f"bytes {offset} to {offset + size} cannot be claimed: taken or out of bounds", offset=offset)
+        raise TieredKVError(Kind.MEMORY, f"claim: bytes {offset} to {offset + size} must be free, aligned and in the arena", offset=offset)
 
     def check(self) -> None:
-        """Recompute everything from the extents that are taken, and compare. Cost: O(n log n)."""
+        """Recompute everything from the allocated extents, and compare. Cost: O(n log n)."""
         position, gaps = 0, {}
         for offset, size in sorted(self._taken.items()):
             assert size > 0 and size % self.alignment == 0 and offset % self.alignment == 0, (offset, size)
@@ -156,7 +160,7 @@ class ExtentAllocator:
             if offset > position:
                 gaps[position] = offset - position
             position = offset + size
-        assert position <= self.capacity_bytes, f"an extent ends at {position}, behind the arena"
+        assert position <= self.capacity_bytes, f"an extent ends at {position}, after the arena's end"
         if position < self.capacity_bytes:
             gaps[position] = self.capacity_bytes - position
         assert self._size_by_start == gaps
@@ -166,11 +170,11 @@ class ExtentAllocator:
 
     def _aligned(self, nbytes: int) -> int:
         if nbytes < 1:
-            raise TieredKVError(Kind.MEMORY, f"an extent needs at least 1 byte, not {nbytes}")
+            raise TieredKVError(Kind.MEMORY, f"extent: nbytes must be at least 1, got {nbytes}")
         return -(-nbytes // self.alignment) * self.alignment
 
     def _take_at(self, start: int, length: int, offset: int, size: int) -> int:
-        """Take the extent at `offset` out of a free range."""
+        """Allocate the extent at `offset` from a free range."""
         self._remove_free(start, length)
         self._split(start, length, offset, size)
         self._taken[offset] = size

@@ -7,9 +7,10 @@ systems", 2005): sequence number odd, fields, sequence number even again. Sequen
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
@@ -21,10 +22,11 @@ _EMPTY_KEY = bytes(KEY_BYTES)
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
 _TIERS = frozenset(Tier)
+_Words = npt.NDArray[np.uint64]
 
 
 class Rebuilt(NamedTuple):
-    """What `IndexWriter.rebuild` found: blocks kept, and dropped by reason; `moved` were out of reach and are not now."""
+    """Result of `IndexWriter.rebuild`: blocks kept, blocks dropped by reason, and `moved` blocks that had been unreachable."""
 
     kept: int
     torn: int
@@ -37,19 +39,19 @@ class Rebuilt(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    Creating one bumps the generation before anything else, and sets the state to live. After attaching to files that
-    were there, call `rebuild` before any change. Beside the file it keeps 12 bytes a slot of private memory.
+    Creating one increments the generation before anything else, and sets the state to live. After attaching to existing
+    files, call `rebuild` before any change. Besides the file it uses 12 bytes of private memory a slot.
     """
 
     def __init__(self, files: NodeFiles) -> None:
         if not files.writer or files.index.map is None:
-            raise TieredKVError(Kind.MEMORY, f"{files.directory} is not open for writing")
+            raise TieredKVError(Kind.MEMORY, f"IndexWriter: the files of {files.directory} are not open for writing")
         self._views = w.IndexViews(files.index.map, files.slots)
         self._header, self._words = self._views.header, self._views.slot_words
         self._header[w.GENERATION] += 1
         w.fence()
         self._slots, self._mask, self._arena_bytes = files.slots, files.slots - 1, files.arena_bytes
-        # Not `zeros`, whose pages come one fault at a time: that is ten times the cost of a put.
+        # Not `zeros`: each of its pages is faulted in by a later put, at ten times the cost of the put.
         self._seen_ticks = np.full(files.slots, 0, np.uint64)
         self._seen_counts = np.full(files.slots, 0, np.uint32)
         self._seen_tick_words, self._seen_count_words = memoryview(self._seen_ticks), memoryview(self._seen_counts)
@@ -60,17 +62,17 @@ class IndexWriter:
 
     @property
     def capacity_blocks(self) -> int:
-        """How many blocks fit: half of the slots, so that probes stay short."""
+        """Maximum number of blocks: half of the slots, so that probes stay short."""
         return self._slots // 2
 
     @property
     def generation(self) -> int:
-        """How many writers these files have had."""
+        """Number of writers that these files have had."""
         return self._header[w.GENERATION]
 
     @property
     def identity(self) -> int:
-        """The random number of these files, which no others have."""
+        """A random number that identifies these files."""
         return self._header[w.IDENTITY]
 
     @property
@@ -82,10 +84,10 @@ class IndexWriter:
         return self._header[w.BLOCKS]
 
     def put(self, key: BlockKey, location: Location) -> int | None:
-        """Show a block to all readers, or its new location; returns its slot, or None when the index is full.
+        """Make a block, or its new location, visible to all readers. Returns its slot, or None if the index is full.
 
         A full index is an expected outcome: nothing changes and the block stays invisible. Cost: about 3 µs.
-        Raises (kind `memory`) for a location that a slot cannot hold.
+        Raises (kind `memory`) for a location that does not fit into a slot.
         """
         fields = _packed(key, location)
         slot, found = self._find(key)
@@ -95,17 +97,17 @@ class IndexWriter:
             return slot
         if self._header[w.BLOCKS] >= self.capacity_blocks:
             return None
-        self._write(slot, fields)  # its touches are zero since it was emptied, but for those of a reader that came too late
+        self._write(slot, fields)  # its touches are zero since it was emptied, except those of a late reader
         self._header[w.BLOCKS] += 1
         return slot
 
     def get(self, key: BlockKey) -> Location | None:
-        """Where the block lies, or None."""
+        """Returns the location of the block, or None."""
         slot, found = self._find(key)
         return self._location(slot) if found else None
 
     def remove(self, key: BlockKey) -> bool:
-        """Hide a block from all readers; whether it was there. Its bytes may be reused as soon as this returns."""
+        """Hide a block from all readers. Returns whether it was visible. Its bytes may be reused as soon as this returns."""
         slot, found = self._find(key)
         if found:
             self._close_gap(slot)
@@ -113,14 +115,14 @@ class IndexWriter:
         return found
 
     def items(self) -> Iterator[tuple[BlockKey, Location]]:
-        """All blocks with their locations, in the order of the slots. Change nothing while iterating."""
+        """Yields all blocks with their locations, in the order of the slots. Change nothing while iterating."""
         for slot in np.flatnonzero(self._tiers()).tolist():
             yield self._key(slot), self._location(slot)
 
     def harvest(self) -> list[tuple[BlockKey, int, int]]:
-        """(key, touches, last tick) of the blocks touched since the last harvest, by ascending tick.
+        """Returns (key, touches, last tick) of the blocks touched since the last harvest, by ascending tick.
 
-        The first harvest after a restart tells all that were ever touched, so that a policy can learn their order
+        The first harvest after a restart returns all blocks that were ever touched, so that a policy can learn their order
         again. Cost: about 1 µs if no reader touched anything; else 16 bytes read per slot of the index (0.2 ms per
         GiB of host memory) and 0.5 µs a touched block. Reader races may lose a touch, never invent a block.
         """
@@ -143,43 +145,46 @@ class IndexWriter:
         return [(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES], count, tick) for at, (count, tick) in enumerate(touches)]
 
     def used(self) -> list[BlockKey]:
-        """All blocks that were ever touched as far as was harvested, the one that was last touched first."""
+        """Returns the keys of all blocks whose touches were ever harvested, the most recently touched first."""
         touched = np.flatnonzero(self._seen_ticks)
         order = touched[np.argsort(self._seen_ticks[touched], kind="stable")[::-1]]
         keys = self._slot_table()[order[self._tiers()[order] != 0], 1:5].tobytes()
         return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
     def tallies(self) -> tuple[int, int]:
-        """Blocks that workers asked for, and had, since these files were made."""
+        """Returns how many blocks workers asked for, and how many of them they got, since these files were created."""
         return self._header[w.ASKED], self._header[w.HIT]
 
     def savings(self) -> tuple[int, float]:
-        """Prefill that workers were saved since these files were made: tokens, and seconds as far as a worker knew its rate."""
+        """Returns the prefill that workers saved since these files were created: tokens, and seconds.
+
+        Only workers that knew their rate of prefill have counted seconds.
+        """
         return self._header[w.SAVED_TOKENS], self._header[w.SAVED_US] / 1e6
 
     def set_peers(self, peers: int) -> None:
-        """Tell readers how many other live nodes there are: with none, a miss here is a miss everywhere."""
+        """Publish the number of other live nodes to readers. With none, a miss here is a miss everywhere."""
         self._header[w.PEERS] = peers
 
     def beat(self, now_ns: int) -> None:
-        """Say that this node lives; `now_ns`: the monotonic clock."""
+        """Write the heartbeat of this node; `now_ns`: time of the monotonic clock."""
         self._header[w.HEARTBEAT] = now_ns
 
     def close_state(self) -> None:
-        """Tell readers that the node has shut down on purpose."""
+        """Show readers that the node has shut down on purpose."""
         self._header[w.STATE] = w.CLOSED
 
     def close(self) -> None:
-        """Let go of the mapped index, whose state stays as it is. May be called twice."""
+        """Release the mapped index; the state that readers see stays. May be called twice."""
         self._closed = True
         self._views.release()
 
     def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> Rebuilt:
-        """Put the index of a writer that may have died at any point in order; readers go on meanwhile.
+        """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns what was found.
 
-        Drops slots that were being written, blocks out of bounds or in host memory and not `is_trusted`, blocks under one key
-        with different locations, and host extents that overlap (all of them: none can be trusted); makes every block
-        reachable. About 10 µs a block.
+        Drops slots that were being written; blocks out of bounds; host blocks that are not `is_trusted`; keys with several
+        different locations; and all host extents that overlap, as none of them can be trusted. Makes every other block
+        reachable. Cost: about 10 µs a block.
         """
         torn = self._drop_torn()
         stray = self._drop(lambda key, location: not self._in_bounds(location) or not _is_where_trusted(key, location, is_trusted))
@@ -191,9 +196,9 @@ class IndexWriter:
         return Rebuilt(len(self), torn, stray, duplicate, overlapping, moved)
 
     def reconcile(self, truth: Mapping[BlockKey, Location]) -> int:
-        """Make the index show exactly the blocks of `truth`, after damage; readers go on meanwhile, with more misses than usual.
+        """Repair a damaged index so that it shows exactly the blocks of `truth`. Returns how many slots were wrong or missing.
 
-        Returns how many slots were wrong or missing. About 10 µs a block.
+        Readers may read meanwhile, with more misses than usual. Cost: about 10 µs a block.
         """
         dropped = self._drop_torn() + self._drop(lambda key, location: truth.get(key) != location) + self._drop_duplicates()
         self._make_reachable()
@@ -201,10 +206,10 @@ class IndexWriter:
         missing = [key for key in truth if not self._find(key)[1]]
         for key in missing:
             self.put(key, truth[key])
-        return max(dropped, len(missing))  # most were both
+        return max(dropped, len(missing))  # most wrong slots are also missing blocks
 
     def check(self) -> None:
-        """Recompute what is kept in two places, and assert what readers rely on. Cost: about 10 µs a block."""
+        """Recompute the counters, and assert what readers rely on. Cost: about 10 µs a block."""
         if self._closed:
             return
         seqs = np.frombuffer(self._views.slot_words, np.uint64)[:: w.SLOT_WORDS]
@@ -212,12 +217,15 @@ class IndexWriter:
         occupied = list(self._slot_keys())
         assert len(self) == len(occupied) <= self.capacity_blocks
         for slot, key in occupied:
-            assert self._find(key) == (slot, True), f"slot {slot} is out of reach, or holds a duplicate"
+            assert self._find(key) == (slot, True), f"slot {slot} is unreachable or a duplicate"
             assert self._in_bounds(self._location(slot)), f"slot {slot} is out of bounds"
         assert not self._overlapping(), "host extents overlap"
 
     def _find(self, key: BlockKey) -> tuple[int, bool]:
-        """(slot, True) where the key is, or (slot, False) where it would go. The last slot tried, if all are taken."""
+        """Returns (slot, True) if the key is in the index, else (slot, False) with the slot to put it in.
+
+        If all slots are occupied, it is the last slot tried.
+        """
         words, view, mask = self._words, self._views.slot_bytes, self._mask
         start = w.HOME.unpack_from(key)[0] & mask
         for probe in range(start, start + self._slots):
@@ -236,10 +244,10 @@ class IndexWriter:
     def _location(self, slot: int) -> Location:
         return _location(*self._words[slot * w.SLOT_WORDS + 5 : (slot + 1) * w.SLOT_WORDS])
 
-    def _tiers(self) -> np.ndarray:
+    def _tiers(self) -> _Words:
         return np.frombuffer(self._views.slot_words, np.uint64)[5 :: w.SLOT_WORDS] & np.uint64(0xFF)
 
-    def _slot_table(self) -> np.ndarray:
+    def _slot_table(self) -> _Words:
         return np.frombuffer(self._views.slot_words, np.uint64).reshape(self._slots, w.SLOT_WORDS)
 
     def _slot_keys(self) -> Iterator[tuple[int, BlockKey]]:
@@ -247,23 +255,23 @@ class IndexWriter:
             yield slot, self._key(slot)
 
     def _write(self, slot: int, fields: tuple[bytes, int, int, int]) -> None:
-        """The only place that changes a slot: odd, fields, even."""
+        """Change a slot: sequence number odd, fields, sequence number even. No other code changes slots."""
         word = slot * w.SLOT_WORDS
-        odd = self._words[word] | 1  # it is odd already behind a write that never ended
+        odd = self._words[word] | 1  # it is already odd after a write that never ended
         self._words[word] = odd
         if w.WEAKLY_ORDERED:
             w.fence()
         w.FIELDS.pack_into(self._views.slot_bytes, slot * w.SLOT_BYTES + w.KEY_OFFSET, *fields)
         if w.WEAKLY_ORDERED:
             w.fence()
-        self._words[word] = odd + 1 & _U64  # damage may have made it the last number there is
+        self._words[word] = odd + 1 & _U64  # a damaged number may be the largest of 64 bits
 
     def _set_touches(self, slot: int, tick: int, count: int, seen_tick: int, seen_count: int) -> None:
         self._views.ticks[slot], self._views.counts[slot] = tick, count
         self._seen_tick_words[slot], self._seen_count_words[slot] = seen_tick, seen_count
 
     def _close_gap(self, gap: int) -> None:
-        """Empty a slot, after moving up those behind it that would be out of reach."""
+        """Empty a slot. First move back those later slots that would become unreachable."""
         words, mask, slot = self._words, self._mask, gap
         for _ in range(self._slots):
             slot = (slot + 1) & mask
@@ -289,7 +297,7 @@ class IndexWriter:
     def _drop_torn(self) -> int:
         seqs = np.frombuffer(self._views.slot_words, np.uint64)[:: w.SLOT_WORDS]
         torn = np.flatnonzero(seqs & np.uint64(1)).tolist()
-        for slot in torn:  # all of them first: what a torn slot holds must never be moved
+        for slot in torn:  # all of them first: the content of a torn slot must never be moved
             self._empty(slot)
         for slot in reversed(torn):
             if not self._words[slot * w.SLOT_WORDS + 5]:
@@ -297,7 +305,7 @@ class IndexWriter:
         return len(torn)
 
     def _drop(self, unwanted: Callable[[BlockKey, Location], bool]) -> int:
-        """Remove the blocks whose key and location are unwanted; a slot is looked at again when another block moved into it."""
+        """Remove the blocks that are `unwanted`. Returns how many. Checks a slot again if another block moved into it."""
         dropped = 0
         for slot in np.flatnonzero(self._tiers()).tolist():
             while self._words[slot * w.SLOT_WORDS + 5] & 0xFF and unwanted(self._key(slot), self._location(slot)):
@@ -306,7 +314,10 @@ class IndexWriter:
         return dropped
 
     def _drop_duplicates(self) -> int:
-        """A writer that died while moving a slot leaves two equal ones: keep that which readers find."""
+        """Remove duplicates: a writer that died while moving a slot leaves two equal slots. Keeps the slot that readers find.
+
+        Returns how many slots were removed. Slots with one key and different locations are all removed.
+        """
         slots_by_key: dict[BlockKey, list[int]] = {}
         for slot, key in self._slot_keys():
             slots_by_key.setdefault(key, []).append(slot)
@@ -324,7 +335,7 @@ class IndexWriter:
         return dropped
 
     def _overlapping(self) -> set[int]:
-        """Offsets of the host extents that share a byte with another one."""
+        """Returns the offsets of the host extents that overlap another extent."""
         extents = sorted((location.offset, location.stored_bytes) for _, location in self.items() if location.tier is Tier.HOST)
         overlapping: set[int] = set()
         end, owner = 0, 0
@@ -336,7 +347,7 @@ class IndexWriter:
         return overlapping
 
     def _make_reachable(self) -> int:
-        """Have every block where its key is looked for; how many were out of reach."""
+        """Move every block to where lookups of its key find it. Returns how many were unreachable."""
         moved = sum(self._find(key) != (slot, True) for slot, key in self._slot_keys())
         if moved:
             self._insert_all_again()
@@ -357,7 +368,7 @@ def _is_where_trusted(key: BlockKey, location: Location, is_trusted: Callable[[B
 
 def _location(kind: int, offset: int, lengths: int) -> Location:
     number = kind & 0xFF
-    tier = Tier(number) if number in _TIERS else number
+    tier = Tier(number) if number in _TIERS else cast("Tier", number)  # a damaged slot: `_in_bounds` rejects it
     return Location(tier, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32)
 
 
@@ -365,5 +376,7 @@ def _packed(key: BlockKey, location: Location) -> tuple[bytes, int, int, int]:
     tier, codec, segment, offset, stored_bytes, raw_bytes = location
     fits = 0 <= codec < 256 and 0 <= segment <= _U32 and 0 <= offset < 1 << 64 and 0 < stored_bytes <= _U32 and 0 <= raw_bytes <= _U32
     if len(key) != KEY_BYTES or not fits or tier not in _TIERS:
-        raise TieredKVError(Kind.MEMORY, f"the index cannot hold {location} under a key of {len(key)} bytes")
+        raise TieredKVError(
+            Kind.MEMORY, f"index: the location must fit into a slot and the key have {KEY_BYTES} bytes, got {location} and {len(key)} bytes"
+        )
     return bytes(key), tier | codec << 8 | segment << 32, offset, stored_bytes | raw_bytes << 32

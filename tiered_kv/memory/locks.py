@@ -1,7 +1,7 @@
-"""Locks on byte ranges of a file that belong to the open file description (Linux F_OFD_SETLK, `man 2 fcntl`).
+"""Locks on byte ranges of a file, owned by an open file description (Linux F_OFD_SETLK, `man 2 fcntl`).
 
-The kernel releases them when the last descriptor of that description is closed, so also when its process is killed.
-That is how a restarted writer learns which extents somebody is still writing to.
+The kernel releases them when the last descriptor of that description is closed, also when its process is killed.
+So a restarted writer can see which extents another process is still writing to.
 """
 
 import errno
@@ -20,7 +20,7 @@ def _request(kind: int, start: int, nbytes: int) -> bytes:
 
 
 def share_range(fd: int, start: int, nbytes: int) -> None:
-    """Hold a read lock on a range; several descriptions may. `fd` must be readable. Raises (kind `memory`) if refused."""
+    """Take a read lock on a range; several descriptions may hold one. `fd` must be readable. Raises (kind `memory`) if refused."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_RDLCK, start, nbytes))
     except OSError as error:
@@ -28,12 +28,12 @@ def share_range(fd: int, start: int, nbytes: int) -> None:
 
 
 def unlock_range(fd: int, start: int, nbytes: int) -> None:
-    """Give up whatever this description holds of a range."""
+    """Release all locks of this description on a range."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, start, nbytes))
 
 
 def try_exclusive(fd: int, start: int, nbytes: int) -> bool:
-    """Take a write lock on a range; False if another description holds any of it. `fd` must be writable."""
+    """Try to take a write lock on a range. Returns False if another description holds a lock in it. `fd` must be writable."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK, start, nbytes))
     except OSError as error:
@@ -44,7 +44,7 @@ def try_exclusive(fd: int, start: int, nbytes: int) -> bool:
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(start, bytes) ranges by address, neighbours and overlaps made one: fewer locks for a run of extents."""
+    """Returns the (start, bytes) ranges in ascending order, with neighbours and overlaps merged, so that a run needs fewer locks."""
     spans: list[tuple[int, int]] = []
     for start, nbytes in sorted(ranges):
         if spans and start <= spans[-1][0] + spans[-1][1]:
@@ -56,9 +56,9 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def locked_ranges(fd: int, ranges: Iterable[tuple[int, int]], alignment: int = 512) -> list[tuple[int, int]]:
-    """The parts of `ranges` on which other open file descriptions hold locks, rounded outwards to `alignment`.
+    """Returns the parts of `ranges` on which other open file descriptions hold locks, rounded outwards to `alignment`.
 
-    The result lies within `ranges`, by address, without overlaps. Cost: one system call a range and two more a lock.
+    The parts are within `ranges`, in ascending order, without overlaps. Cost: one system call a range and two more a lock.
     """
     found: list[tuple[int, int]] = []
     pending = [(start, start + nbytes) for start, nbytes in ranges]
@@ -67,7 +67,7 @@ def locked_ranges(fd: int, ranges: Iterable[tuple[int, int]], alignment: int = 5
         lock = _first_conflict(fd, start, end)
         if lock is None:
             continue
-        # The kernel names any one of the locks, not the lowest: look on both sides of it.
+        # The kernel reports any one of the locks, not the lowest: search on both sides of it.
         first = max(start, lock[0] // alignment * alignment)
         last = min(end, -(-lock[1] // alignment) * alignment)
         found.append((first, last - first))

@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads and writes by itself: mapped files registered with CUDA, so that copies need no staging."""
+"""Pinned host memory: mapped files registered with CUDA, so that a GPU copies from and to them without a staging buffer."""
 
 import logging
 
@@ -8,10 +8,10 @@ log = logging.getLogger(__name__)
 
 
 def register_host(tensor: torch.Tensor) -> bool:
-    """Pin the memory of a CPU tensor (`cudaHostRegister`) in this process; False, and nothing done, where that cannot be.
+    """Pin the memory of a CPU tensor (`cudaHostRegister`) in this process. Returns whether it is pinned.
 
-    It cannot be without CUDA, and where the driver refuses (said in the log): copies then work as before, slower and
-    not asynchronously. The tensor's memory must stay mapped until `unregister_host`. Cost: some 0.2 s a GiB.
+    Returns False without CUDA, or if the driver refuses (which is logged). Copies still work then, but slower and not
+    asynchronously. The tensor's memory must stay mapped until `unregister_host`. Cost: about 0.2 s a GiB.
     """
     if not torch.cuda.is_available() or not tensor.numel():
         return False
@@ -22,7 +22,7 @@ def register_host(tensor: torch.Tensor) -> bool:
 
 
 def unregister_host(tensor: torch.Tensor) -> bool:
-    """Undo `register_host`, before the memory is unmapped; False where there was nothing to undo."""
+    """Undo `register_host`; call it before the memory is unmapped. Returns False if the memory was not pinned."""
     if not torch.cuda.is_available() or not tensor.numel():
         return False
     return not int(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()))

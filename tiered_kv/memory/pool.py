@@ -1,10 +1,10 @@
 """The device pool: one tensor on a device that a node process owns and that the workers of its machine map.
 
-The node writes how to map it to the file `device` of its directory, in msgpack: on CUDA the handles of torch's own IPC
-mechanism, on the CPU the name of a file beside it. Who maps the pool copies without asking anyone, on a stream of its
-own; what a copy read may be believed only after its ticket was waited for.
+The node writes a descriptor, which says how to map the pool, to the file `device` of its directory, in msgpack. On CUDA it contains
+the handles of torch's own IPC; on the CPU the pool is a file in the same directory. A process that maps the pool copies without
+asking the node, on a stream of its own. Copied bytes are valid only after a wait for the copy's ticket.
 
-The paths for CUDA have not been run on a GPU yet; their tests carry the marker `gpu`.
+The code for CUDA has not been run on a GPU yet; its tests carry the marker `gpu`.
 """
 
 import errno
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict, cast
 
 import msgpack
 import torch
@@ -24,36 +24,47 @@ VERSION = 1
 _DESCRIPTOR, _FILE = "device", "device-pool"
 _PAGE_BYTES = 4096
 _CUDA_STEP_BYTES = 2 << 20  # torch's allocator gives large tensors multiples of this
-_CUDA_MIN_BYTES = 10 << 20  # and smaller ones a share of a larger piece, which would pass the cap
+_CUDA_MIN_BYTES = 10 << 20  # smaller tensors get part of a larger allocation, which would exceed the cap
+
+
+class _Descriptor(TypedDict):
+    """Content of the descriptor file. `uuid` and `storage` (torch's IPC handles) are there on CUDA only."""
+
+    version: int
+    device: str
+    nbytes: int
+    generation: int
+    uuid: NotRequired[str]
+    storage: NotRequired[list[Any]]
 
 
 class Ticket:
-    """A copy that may still be under way. Keeps the tensors that take part in it alive."""
+    """A copy that may still be under way. Keeps its source and destination tensors alive."""
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
         self._held: tuple[torch.Tensor, ...] = ()
 
     def done(self) -> bool:
-        """Whether the copy has happened."""
+        """Whether the copy is complete."""
         return self._event is None or self._event.query()
 
     def wait(self) -> None:
-        """Return when the copy has happened; on the CPU it has."""
+        """Wait until the copy is complete. On the CPU it is complete at once."""
         if self._event is not None:
             self._event.synchronize()
         self._held = ()
 
 
 class DevicePool:
-    """`tensor`: 1-D uint8 on `device`, one memory for the node that created it and all who opened it.
+    """A pool of device memory: `tensor` is 1-D uint8 on `device`, shared by the node that created it and all that opened it.
 
-    `generation` is that of the node's life in which it was made (see `NodeView.generation`): a worker that sees another
-    one must open the pool again, and must not use what it read from this one. Thread-safe but for `close`.
+    `generation` is the node's generation when it created the pool (see `NodeView.generation`). A worker that sees another
+    generation must open the pool again and discard what it read from this one. Thread-safe except `close`.
     """
 
     def __init__(self, directory: Path, tensor: torch.Tensor, generation: int, mapping: Mapping | None, *, owner: bool) -> None:
-        """Wrap memory that is there; use `create` or `open` instead."""
+        """Wrap existing memory; use `create` or `open` instead."""
         self._directory = directory
         self._tensor: torch.Tensor | None = tensor
         self._mapping = mapping
@@ -64,11 +75,11 @@ class DevicePool:
 
     @classmethod
     def create(cls, device: str, nbytes: int, directory: Path, generation: int = 0) -> Self:
-        """A new pool of at most `nbytes`, its descriptor in `directory` in place of that of a node's life before.
+        """Create a pool of at most `nbytes`, with its descriptor in `directory`. Replaces the pool of an earlier run of the node.
 
-        All memory is allocated now, rounded down so that it never passes `nbytes`. Raises `TieredKVError` that names
-        the setting `device`: kind `config` for a device that there is not, or a size too small for a pool; kind
-        `memory` where memory does not suffice.
+        All memory is allocated now; the size is rounded down, so that it never exceeds `nbytes`. Raises `TieredKVError` that
+        names the setting `device`: kind `config` if the device does not exist or `nbytes` is too small for a pool, kind
+        `memory` if there is too little memory.
         """
         where = _device(device)
         size = _pool_bytes(where, nbytes)
@@ -76,22 +87,22 @@ class DevicePool:
         with ExitStack() as undo:
             undo.callback(remove_pool, directory)
             if where.type == "cuda":
-                tensor, mapping = _cuda_memory(where, size), None
-                facts = {"uuid": _uuid(tensor.device.index), "storage": list(tensor.untyped_storage()._share_cuda_()[1:])}
+                mapping, tensor = None, _cuda_memory(where, size)
+                handles = {"uuid": _uuid(tensor.device.index), "storage": list(tensor.untyped_storage()._share_cuda_()[1:])}
             else:
                 mapping = _new_mapping(directory, size)
-                tensor, facts = mapping.tensor(), {}
-            described = {"version": VERSION, "device": where.type, "nbytes": size, "generation": generation, **facts}
+                tensor, handles = mapping.tensor(), {}
+            described = {"version": VERSION, "device": where.type, "nbytes": size, "generation": generation, **handles}
             _write_whole(directory / _DESCRIPTOR, msgpack.packb(described))
             undo.pop_all()
         return cls(directory, tensor, generation, mapping, owner=True)
 
     @classmethod
     def open(cls, directory: Path) -> Self | None:
-        """The pool of the node in `directory`; None if it has none.
+        """Map the pool of the node in `directory`. Returns None if the node has none.
 
-        Raises (kind `memory`) when this process cannot map it: the device is not visible here (`CUDA_VISIBLE_DEVICES`),
-        or the node has ended, or the descriptor is damaged or of another version.
+        Raises (kind `memory`) if this process cannot map it: the device is invisible here (`CUDA_VISIBLE_DEVICES`), the node
+        has ended, or the descriptor is damaged or has another version.
         """
         try:
             described = (directory / _DESCRIPTOR).read_bytes()
@@ -99,29 +110,29 @@ class DevicePool:
             return None
         except OSError as error:
             raise _unusable(directory, error.strerror) from error
-        facts = _facts(directory, described)
-        mapping = _mapping(directory, facts["nbytes"]) if facts["device"] == "cpu" else None
-        tensor = mapping.tensor() if mapping else _mapped_cuda(directory, facts)
-        return cls(directory, tensor, facts["generation"], mapping, owner=False)
+        descriptor = _read_descriptor(directory, described)
+        mapping = _mapping(directory, descriptor["nbytes"]) if descriptor["device"] == "cpu" else None
+        tensor = mapping.tensor() if mapping else _mapped_cuda(directory, descriptor)
+        return cls(directory, tensor, descriptor["generation"], mapping, owner=False)
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The pool's memory; raises (kind `closed`) after `close`."""
+        """The pool's memory. Raises (kind `closed`) after `close`."""
         if self._tensor is None:
             raise TieredKVError(Kind.CLOSED, "the device pool is closed")
         return self._tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool: what was asked for, rounded down."""
+        """Bytes of the pool: the requested size, rounded down."""
         return self.tensor.nbytes
 
     @contextmanager
     def copies(self, *others: torch.Tensor) -> Iterator[Ticket]:
-        """What is copied inside runs on the pool's stream, behind what the caller's stream has been given so far.
+        """Run the copies of a `with` block on the pool's stream, after all work queued so far on the caller's stream.
 
-        `others` are the tensors copied from or to. The ticket tells when it has happened. On the CPU there are no
-        streams, and it has happened when the block ends.
+        `others` are the tensors copied from or to. Yields the ticket that shows when the copies are complete. The CPU has no
+        streams: the copies are complete when the block ends.
         """
         ticket = Ticket()
         if self._stream is None:
@@ -131,7 +142,7 @@ class DevicePool:
         with torch.cuda.stream(self._stream):
             yield ticket
         for other in others:
-            if other.is_cuda:  # its memory is not given to others before this stream is done with it
+            if other.is_cuda:  # torch does not reuse its memory before this stream has finished with it
                 other.record_stream(self._stream)
         ticket._held = others
         ticket._event = self._stream.record_event()
@@ -144,29 +155,29 @@ class DevicePool:
         return ticket
 
     def copy_out(self, offset: int, nbytes: int, destination: torch.Tensor) -> Ticket:
-        """Copy from byte `offset` of the pool to a 1-D uint8 tensor of `nbytes` on any device; wait before you use it."""
+        """Copy from byte `offset` of the pool to a 1-D uint8 tensor of `nbytes` on any device. Wait for the ticket before you use it."""
         if destination.numel() != nbytes:
-            raise TieredKVError(Kind.MEMORY, f"{nbytes} bytes of the device pool do not fit {destination.numel()}")
+            raise TieredKVError(Kind.MEMORY, f"copy_out: destination must have {nbytes} bytes, got {destination.numel()}")
         extent = self.extent(offset, nbytes)
         with self.copies(destination) as ticket:
             _bytes_of(destination).copy_(extent, non_blocking=True)
         return ticket
 
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
-        """(nbytes,) uint8: bytes of the pool, shared. Raises (kind `memory`) out of bounds."""
+        """Returns `nbytes` of the pool as a (nbytes,) uint8 tensor that shares its memory. Raises (kind `memory`) out of bounds."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise TieredKVError(Kind.MEMORY, f"bytes {offset} to {offset + nbytes} are not in a device pool of {self.nbytes}")
+            raise TieredKVError(Kind.MEMORY, f"device pool: offset {offset} plus nbytes {nbytes} must be within its {self.nbytes} bytes")
         return self.tensor[offset : offset + nbytes]
 
     def check(self) -> None:
-        """Assert that the pool is what its descriptor says, as long as that is this pool's."""
+        """Assert that the pool matches its descriptor, unless the descriptor is of a newer pool."""
         if self._tensor is not None and (self._directory / _DESCRIPTOR).exists():
-            facts = _facts(self._directory, (self._directory / _DESCRIPTOR).read_bytes())
-            if facts["generation"] == self.generation:
-                assert (facts["device"], facts["nbytes"]) == (self.device.type, self.nbytes), facts
+            descriptor = _read_descriptor(self._directory, (self._directory / _DESCRIPTOR).read_bytes())
+            if descriptor["generation"] == self.generation:
+                assert (descriptor["device"], descriptor["nbytes"]) == (self.device.type, self.nbytes), descriptor
 
     def close(self, remove: bool = False) -> None:
-        """Wait for copies, let go of the memory; with `remove` the owner also deletes the files. May be called twice."""
+        """Wait for copies and release the memory. With `remove` the owner also deletes the files. May be called twice."""
         if self._tensor is None:
             return
         if self._stream is not None:
@@ -185,7 +196,7 @@ class DevicePool:
 
 
 def remove_pool(directory: Path) -> None:
-    """Delete what a pool has left in a node's directory; those who map it keep what they have."""
+    """Delete the files of a pool in a node's directory. Processes that map the pool keep their mapping."""
     for name in (_DESCRIPTOR, _FILE):
         (directory / name).unlink(missing_ok=True)
 
@@ -194,11 +205,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TieredKVError(Kind.CONFIG, f"device: {name!r} names no device; 'cpu' or 'cuda:0'", setting="device") from error
+        raise TieredKVError(Kind.CONFIG, f"device: must be a device such as 'cpu' or 'cuda:0', got {name!r}", setting="device") from error
     if device.type not in ("cpu", "cuda"):
-        raise TieredKVError(Kind.CONFIG, f"device: a pool can be on 'cpu' or 'cuda', not on {name!r}", setting="device")
+        raise TieredKVError(Kind.CONFIG, f"device: a pool must be on 'cpu' or 'cuda', got {name!r}", setting="device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        message = f"device: {name} is not there; this process sees {torch.cuda.device_count()} CUDA devices"
+        message = f"device: {name} does not exist; this process sees {torch.cuda.device_count()} CUDA devices"
         raise TieredKVError(Kind.CONFIG, message, setting="device")
     return device
 
@@ -218,8 +229,8 @@ def _cuda_memory(device: torch.device, nbytes: int) -> torch.Tensor:
 
 
 def _new_mapping(directory: Path, nbytes: int) -> Mapping:
-    """A new file of `nbytes`, all of it allocated, mapped."""
-    if nbytes > available_bytes(directory):  # a memory file system would first fill up, under everyone who uses it
+    """Create, allocate and map a file of `nbytes`."""
+    if nbytes > available_bytes(directory):  # else the file system would fill up before it fails, for all its users
         raise _too_small(str(directory), nbytes)
     fd = -1
     try:
@@ -243,46 +254,46 @@ def _mapping(directory: Path, nbytes: int) -> Mapping:
         raise _unusable(directory, error.strerror) from error
     try:
         if os.fstat(fd).st_size != nbytes:
-            raise _unusable(directory, f"its file has {os.fstat(fd).st_size} bytes, not {nbytes}")
+            raise _unusable(directory, f"its file must have {nbytes} bytes, got {os.fstat(fd).st_size}")
         return Mapping(fd, nbytes)
     finally:
         os.close(fd)
 
 
-def _mapped_cuda(directory: Path, facts: dict[str, Any]) -> torch.Tensor:
-    """The memory behind the IPC handles of a descriptor, on the device with the same identity, whatever its number is here."""
-    device = next((index for index in range(torch.cuda.device_count()) if _uuid(index) == facts["uuid"]), None)
+def _mapped_cuda(directory: Path, descriptor: _Descriptor) -> torch.Tensor:
+    """Map the memory that the IPC handles of a descriptor refer to. The device is found by its UUID, as numbers differ by process."""
+    device = next((index for index in range(torch.cuda.device_count()) if _uuid(index) == descriptor["uuid"]), None)
     if device is None:
-        raise _unusable(directory, f"its device {facts['uuid']} is not visible to this process; see CUDA_VISIBLE_DEVICES")
+        raise _unusable(directory, f"its device {descriptor['uuid']} is not visible to this process; see CUDA_VISIBLE_DEVICES")
     try:
-        storage = torch.UntypedStorage._new_shared_cuda(device, *facts["storage"])
+        storage = torch.UntypedStorage._new_shared_cuda(device, *descriptor["storage"])
     except RuntimeError as error:
         raise _unusable(directory, str(error)) from error
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[: facts["nbytes"]]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[: descriptor["nbytes"]]
 
 
 def _uuid(device: int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _facts(directory: Path, described: bytes) -> dict[str, Any]:
-    """What a descriptor says, checked to be complete."""
+def _read_descriptor(directory: Path, described: bytes) -> _Descriptor:
+    """Unpack a descriptor and check that it is complete. Raises (kind `memory`) if it is not."""
     try:
-        facts = msgpack.unpackb(described)
-        version, device = facts["version"], facts["device"]
+        content: dict[str, Any] = msgpack.unpackb(described)
+        version, device = content["version"], content["device"]
         needed = {"nbytes": int, "generation": int} | ({"uuid": str, "storage": list} if device == "cuda" else {})
-        whole = device in ("cpu", "cuda") and all(isinstance(facts[name], kind) for name, kind in needed.items())
+        is_whole = device in ("cpu", "cuda") and all(isinstance(content[name], kind) for name, kind in needed.items())
     except (ValueError, TypeError, KeyError) as error:
         raise _unusable(directory, "its descriptor is damaged") from error
     if version != VERSION:
         raise _unusable(directory, f"its descriptor has version {version}, this package reads version {VERSION}")
-    if not whole:
+    if not is_whole:
         raise _unusable(directory, "its descriptor is damaged")
-    return facts
+    return cast("_Descriptor", content)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is seen with all its content or not at all."""
+    """Write a file so that readers see all of its content or no file."""
     fresh = path.with_name(f"{path.name}.new")
     with suppress(FileNotFoundError):
         fresh.unlink()
@@ -294,12 +305,12 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype is not torch.uint8 or tensor.dim() != 1:
-        raise TieredKVError(Kind.MEMORY, f"the device pool takes 1-D uint8 tensors, not {tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise TieredKVError(Kind.MEMORY, f"device pool: tensors must be 1-D uint8, got {tensor.dtype} of shape {tuple(tensor.shape)}")
     return tensor
 
 
 def _too_small(where: str, nbytes: int) -> TieredKVError:
-    message = f"device: {nbytes / 2**20:.1f} MiB are needed, but {where} does not have them; lower device"
+    message = f"device: {nbytes / 2**20:.1f} MiB are needed, but {where} has less available; lower device"
     return TieredKVError(Kind.MEMORY, message, setting="device", needed_bytes=nbytes)
 
 

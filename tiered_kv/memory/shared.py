@@ -1,8 +1,8 @@
-"""A node's files in shared memory: creating, attaching, and removing them, and who may do so when.
+"""A node's files in shared memory: creating, attaching and removing them, and the locks that protect them.
 
-`<shm_path>/tkv-<cluster>-<node>/` (0700) holds `index`, `arena`, `lock`, `sock` and `node.json` (0600). Everyone who uses the
-directory holds a shared flock on `lock`; its one writer also holds a write lock on the first byte of that file. A
-directory whose lock can be had exclusively is used by nobody.
+`<shm_path>/tkv-<cluster>-<node>/` (0700) contains `index`, `arena`, `lock`, `sock` and `node.json` (0600). Every process that uses
+the directory holds a shared flock on `lock`; its one writer also holds a write lock on the first byte of that file. If the flock
+can be taken exclusively, no process uses the directory.
 """
 
 import errno
@@ -39,15 +39,19 @@ class Mapping:
         self.map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     def tensor(self) -> torch.Tensor:
-        """The file as a 1-D uint8 tensor that shares its memory, and keeps it mapped for as long as it lives."""
+        """Returns the file as a 1-D uint8 tensor that shares its memory. The file stays mapped as long as the tensor exists."""
+        # numpy keeps the buffer exported; torch.frombuffer would let the mapping be closed while the tensor exists.
+        with torch.inference_mode(False):  # a tensor made in that mode cannot be written to outside of it
+            return torch.from_numpy(np.frombuffer(self.mapped(), np.uint8))
+
+    def mapped(self) -> mmap.mmap:
+        """Returns the mapped file. Raises (kind `closed`) after `close`."""
         if self.map is None:
             raise TieredKVError(Kind.CLOSED, "the node's files are closed")
-        # numpy keeps the buffer exported; torch.frombuffer would let the mapping be closed under the tensor.
-        with torch.inference_mode(False):  # a tensor made in that mode cannot be written to outside of it
-            return torch.from_numpy(np.frombuffer(self.map, np.uint8))
+        return self.map
 
     def close(self) -> None:
-        """Unmap; a mapping that tensors still look into goes when the last of them goes."""
+        """Unmap. If tensors still share the memory, it is unmapped when the last of them is freed."""
         if self.map is not None:
             with suppress(BufferError):
                 self.map.close()
@@ -55,19 +59,19 @@ class Mapping:
 
 
 def node_directory(shm_path: str | Path, cluster_id: str, node_id: str) -> Path:
-    """Where the files of a node are. Raises (kind `config`) for names that cannot be part of a path."""
+    """Returns the directory of a node's files. Raises (kind `config`) for names that cannot be part of a path."""
     for name in (cluster_id, node_id):
         if not _NAME.fullmatch(name):
-            raise TieredKVError(Kind.CONFIG, f"{name!r} cannot name a cluster or a node: letters, digits, '_', '.' and '-' only")
+            raise TieredKVError(Kind.CONFIG, f"cluster and node names must be 1 to 100 letters, digits, '_', '.' and '-', got {name!r}")
     return Path(shm_path) / f"{_PREFIX}{cluster_id}-{node_id}"
 
 
 class NodeFiles:
-    """The open files of one node: `index` and `arena` as mappings, and the locks that go with using them.
+    """The open files of one node: the mappings of `index` and `arena`, and the locks of a process that uses them.
 
-    `arena_fd` is an open file description of its own, for locks on ranges of the arena. Errors: `TieredKVError` of kind
-    `memory` that names the setting (`host`, `shm_path`) or the file. Descriptors are not passed on by exec. A child process
-    has a description of its own for locks on ranges, and no part in its parent's; of a writer's files it has no locks at all.
+    `arena_fd` is a separate open file description, for locks on ranges of the arena. Errors: `TieredKVError` of kind
+    `memory` that names the setting (`host`, `shm_path`) or the file. Descriptors are closed on exec. A forked child opens
+    its own description for locks on ranges, separate from its parent's; the child of a writer has no locks at all.
     """
 
     def __init__(self, directory: Path, directory_fd: int, lock_fd: int, slots: int, arena_bytes: int, *, writer: bool) -> None:
@@ -87,15 +91,16 @@ class NodeFiles:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Part from the parent's locks: its locks on ranges end with it, and releasing ours does not release its own."""
+        """Separate a forked child from its parent's locks: neither process can then release or prolong the locks of the other."""
         if self.arena_fd is None:
             return
         inherited, self.arena_fd = self.arena_fd, None
         if self.writer:
-            os.close(self._lock_fd)
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
             self._lock_fd = None
         else:
-            with suppress(OSError):  # no descriptors left: nothing can be stored from this process
+            with suppress(OSError):  # out of descriptors: this process cannot store blocks then
                 self.arena_fd = os.open(f"/proc/self/fd/{inherited}", os.O_RDWR | os.O_CLOEXEC)
         os.close(inherited)
 
@@ -123,16 +128,16 @@ class NodeFiles:
 
     @property
     def sock_path(self) -> Path:
-        """Where the node's socket belongs; whoever listens creates it."""
+        """Path of the node's socket. The process that listens creates it."""
         return self.directory / _SOCK
 
     @classmethod
     def create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int, disk_bytes: int = 0) -> Self:
-        """New files as their writer; index and arena together take at most `host_bytes`, all of it allocated now.
+        """Create new files and become their writer. Index and arena together take at most `host_bytes`, all allocated now.
 
-        Raises, leaving nothing behind, when the directory exists, `shm_path` cannot be written or is too small.
-        Cost: the kernel clears every page, about 0.7 s a GiB; several times that in a virtual machine that has not used
-        this memory before.
+        Raises if the directory exists, or if `shm_path` cannot be written to or is too small; no files are left then. Cost:
+        the kernel clears every page, about 0.7 s a GiB; several times that in a virtual machine that has not used this
+        memory before.
         """
         directory = node_directory(shm_path, cluster_id, node_id)
         slots, arena_bytes = w.plan(host_bytes, disk_bytes)
@@ -154,10 +159,10 @@ class NodeFiles:
 
     @classmethod
     def attach(cls, directory: str | Path, *, writer: bool = False, cluster_id: str | None = None, node_id: str | None = None) -> Self:
-        """The files that are there, as one of many readers or as the one writer.
+        """Open existing files, as one of many readers or as the one writer.
 
-        Raises when there are none or they are unfinished, of another format version, of another cluster or node, or of
-        another user; as a writer also when another writer lives.
+        Raises if the files do not exist, are unfinished, or belong to another format version, cluster, node or user; for a
+        writer also if another writer is alive.
         """
         directory = Path(directory)
         with _naming_directory(directory), _directory_fd(directory) as directory_fd, _lock_shared(directory, directory_fd) as lock_fd:
@@ -168,10 +173,10 @@ class NodeFiles:
 
     @classmethod
     def open_or_create(cls, shm_path: str | Path, cluster_id: str, node_id: str, host_bytes: int, disk_bytes: int = 0) -> tuple[Self, bool]:
-        """(files, whether they were there): as a node's writer, after a first start or a restart.
+        """Open a node's files as their writer, at its first start or a restart. Returns (files, whether they existed).
 
-        Files of other sizes (`host` was changed) are replaced; so are unfinished files and files of another version,
-        once nobody uses them. Raises as `create` and `attach` do.
+        Replaces files of other sizes (`host` was changed). Also replaces unfinished files and files of another version,
+        unless a process uses them. Raises as `create` and `attach` do.
         """
         directory = node_directory(shm_path, cluster_id, node_id)
         if directory.exists() and not _reclaim_unusable(directory):
@@ -182,14 +187,14 @@ class NodeFiles:
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def is_in_place(self) -> bool:
-        """Whether the directory of these files still has its name, so that others find them there."""
+        """Whether these files are still in their directory, and not replaced by newer ones."""
         try:
             return os.stat(self.directory).st_ino == self._inode
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Unmap the files and give up the locks; the files stay. May be called twice."""
+        """Unmap the files and release the locks. The files stay. May be called twice."""
         self.index.close()
         self.arena.close()
         for name in ("arena_fd", "_lock_fd"):
@@ -199,19 +204,19 @@ class NodeFiles:
                 setattr(self, name, None)
 
     def remove(self) -> None:
-        """Delete the directory and close. Readers keep what they have mapped and see the state `closed`.
+        """Delete the directory and close. Readers keep their mappings and see the state `closed`.
 
-        After `close` it does nothing: the files may be another writer's by then.
+        After `close` it does nothing: the files may belong to another writer by then.
         """
         self.withdraw()
         self.close()
 
     def withdraw(self) -> None:
-        """Delete the directory and show readers the state `closed`; the mappings and locks stay. After `close` it does nothing."""
+        """Delete the directory and show readers the state `closed`. Mappings and locks stay. After `close` it does nothing."""
         mapped = self.index.map
         if mapped is None:
             return
-        with suppress(ValueError), memoryview(mapped) as whole, whole.cast("Q") as header:  # closed just now
+        with suppress(ValueError), memoryview(mapped) as whole, whole.cast("Q") as header:  # another thread may have closed it
             header[w.STATE] = w.CLOSED
         with suppress(FileNotFoundError):
             if os.stat(self.directory).st_ino == self._inode:
@@ -219,7 +224,7 @@ class NodeFiles:
 
 
 class VacantFiles:
-    """In the place of `NodeFiles`, for a view: memory of this process in which there is a closed node without blocks."""
+    """Stands in for `NodeFiles` in a view: private memory that looks like a closed node without blocks."""
 
     slots = w.SLOTS_MIN
     arena_bytes = w.PAGE_BYTES
@@ -228,33 +233,36 @@ class VacantFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.index, self.arena = Mapping(-1, w.index_bytes(self.slots)), Mapping(-1, self.arena_bytes)
-        with memoryview(self.index.map) as whole, whole.cast("Q") as header:
+        with memoryview(self.index.mapped()) as whole, whole.cast("Q") as header:
             header[w.SLOTS], header[w.ARENA_BYTES], header[w.STATE] = self.slots, self.arena_bytes, w.CLOSED
 
     def is_in_place(self) -> bool:
-        """Never: no directory has these."""
+        """Returns False: these files are in no directory."""
         return False
 
     def close(self) -> None:
-        """Let go of the memory. May be called twice."""
+        """Release the memory. May be called twice."""
         self.index.close()
         self.arena.close()
 
 
 class Header(NamedTuple):
-    """What an index says of its node, read without mapping it: as the properties of `NodeView`."""
+    """State of a node, read from its index without mapping it. The fields are as the properties of `NodeView`."""
 
     identity: int
     is_live: bool
     heartbeat_ns: int
 
     def age_s(self, now_ns: int) -> float:
-        """Seconds since the node last said that it lives, on the monotonic clock; infinite for a node that has shut down."""
+        """Returns the seconds since the node's last heartbeat, infinite for a node that has shut down. `now_ns`: monotonic clock."""
         return (now_ns - self.heartbeat_ns) / 1e9 if self.is_live else float("inf")
 
 
 def peek(directory: str | Path) -> Header | None:
-    """The header of the index in a directory of this user; None where there is none that this version can use. About 20 µs."""
+    """Read the header of the index in a directory of this user. About 20 µs.
+
+    Returns None if there is no index that this version can use.
+    """
     try:
         with _directory_fd(Path(directory)) as directory_fd:
             header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
@@ -266,10 +274,10 @@ def peek(directory: str | Path) -> Header | None:
 
 
 def reclaim_stale(shm_path: str | Path, now_ns: int, max_age_s: float = 60.0) -> list[Path]:
-    """Delete the directories of dead nodes of this user and return them; `now_ns`: the monotonic clock.
+    """Delete the directories of dead nodes of this user. Returns the deleted directories. `now_ns`: monotonic clock.
 
-    Dead: nobody holds the lock, and the last heartbeat is more than `max_age_s` away (in the future: from before a
-    reboot). Without a readable heartbeat the directory's age in wall-clock time counts.
+    A node is dead if no process holds the lock and the last heartbeat is more than `max_age_s` away. (A heartbeat in the
+    future is from before a reboot.) If no heartbeat can be read, the directory's age in wall-clock time counts.
     """
     removed = []
     for directory in sorted(Path(shm_path).glob(f"{_PREFIX}*")):
@@ -289,7 +297,7 @@ def _age_s(directory: Path, now_ns: int) -> float:
 
 
 def _reclaim_unusable(directory: Path) -> bool:
-    """Delete files that no writer can attach to, unless somebody uses them; whether the directory is gone."""
+    """Delete files that no writer can attach to, unless a process uses them. Returns whether the directory is gone."""
     with suppress(FileNotFoundError), _unused(directory) as unused:
         header = _header_words(directory / _INDEX)
         usable = header is not None and header[w.MAGIC] == w.MAGIC_WORD and header[w.VERSION] == w.FORMAT_VERSION
@@ -309,7 +317,7 @@ def _header_words(path: Path) -> memoryview | None:
 
 @contextmanager
 def _unused(directory: Path) -> Iterator[bool]:
-    """Whether nobody uses a directory of ours; if so, nobody can start to inside the block."""
+    """Yields whether no process uses a directory of this user. If so, none can begin to use it during the `with` block."""
     facts = os.lstat(directory)
     if facts.st_uid != os.geteuid():
         yield False
@@ -320,7 +328,7 @@ def _unused(directory: Path) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _flock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink > 0  # 0: somebody else has just removed it
+        yield _flock(fd, fcntl.LOCK_EX) and os.fstat(fd).st_nlink > 0  # 0: another process has just removed it
     finally:
         os.close(fd)
 
@@ -335,12 +343,12 @@ def _flock(fd: int, operation: int) -> bool:
 
 @contextmanager
 def _directory_fd(directory: Path) -> Iterator[int]:
-    """Names below are looked up in this very directory, even if another one takes its place meanwhile."""
+    """Open a directory so that names are looked up in it even if another directory takes its place. Yields its descriptor."""
     fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         facts = os.fstat(fd)
         if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-            raise TieredKVError(Kind.MEMORY, f"shm_path: {directory} belongs to another user or others may write to it", setting="shm_path")
+            raise TieredKVError(Kind.MEMORY, f"shm_path: {directory} must belong to this user alone, also for writing", setting="shm_path")
         yield fd
     finally:
         os.close(fd)
@@ -351,7 +359,7 @@ def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
     fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
     try:
         if not _flock(fd, fcntl.LOCK_SH) or os.fstat(fd).st_nlink == 0:
-            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed as the files of a dead node; start again", path=str(directory))
+            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed, as its node is dead; start again", path=str(directory))
         yield fd
     finally:
         os.close(fd)
@@ -359,7 +367,7 @@ def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
 
 def _take_writer_lock(directory: Path, lock_fd: int) -> None:
     if not try_exclusive(lock_fd, 0, 1):
-        raise TieredKVError(Kind.MEMORY, f"another process is the writer of {directory}; a node has one", path=str(directory))
+        raise TieredKVError(Kind.MEMORY, f"another process is the writer of {directory}; its node is running", path=str(directory))
 
 
 def _new_file(directory_fd: int, name: str, nbytes: int) -> int:
@@ -375,7 +383,7 @@ def _new_file(directory_fd: int, name: str, nbytes: int) -> int:
 
 
 def _write_header(files: NodeFiles, cluster_id: str, node_id: str) -> None:
-    with memoryview(files.index.map) as whole, whole.cast("Q") as header:
+    with memoryview(files.index.mapped()) as whole, whole.cast("Q") as header:
         header[w.VERSION] = w.FORMAT_VERSION
         header[w.CLUSTER] = w.name_hash(cluster_id)
         header[w.NODE] = w.name_hash(node_id)
@@ -392,9 +400,9 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
 
     header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
     if header is None or header[w.MAGIC] == 0:
-        raise refuse("the index is unfinished; its node is starting, or died while starting")
+        raise refuse("the index is unfinished; the node is starting, or died while starting")
     if header[w.MAGIC] != w.MAGIC_WORD:
-        raise refuse("the index is no index of tiered_kv")
+        raise refuse("the file is not an index of tiered_kv")
     if header[w.VERSION] != w.FORMAT_VERSION:
         raise refuse(
             f"the index has format version {header[w.VERSION]}, this package reads version {w.FORMAT_VERSION};"
@@ -406,23 +414,23 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
     slots, arena_bytes = header[w.SLOTS], header[w.ARENA_BYTES]
     sizes = [os.stat(name, dir_fd=directory_fd).st_size for name in (_INDEX, _ARENA)]
     if slots < w.SLOTS_MIN or slots & slots - 1 or sizes != [w.index_bytes(slots), arena_bytes]:
-        raise refuse(f"index and arena have {sizes} bytes, which are not those of {slots} slots and an arena of {arena_bytes}")
+        raise refuse(f"index and arena must have the sizes of {slots} slots and {arena_bytes} bytes, got {sizes}")
     return slots, arena_bytes
 
 
 def available_bytes(shm_path: Path) -> int:
-    """Room in the file system; below /dev/shm also no more than the machine's memory can back."""
+    """Returns the free bytes of the file system; on /dev/shm at most the machine's free memory and swap."""
     facts = os.statvfs(shm_path)
     room_bytes = facts.f_bavail * facts.f_frsize
     if os.stat(shm_path).st_dev == os.stat("/dev/shm").st_dev:
-        import psutil  # here: workers, which only attach, need not load it
+        import psutil  # here, so that workers, which only attach, do not load it
 
         room_bytes = min(room_bytes, psutil.virtual_memory().available + psutil.swap_memory().free)
     return room_bytes
 
 
 def _require_room(shm_path: Path, needed_bytes: int) -> None:
-    """Ask before allocating: a tmpfs would first fill up all that is left, under everyone else who uses it."""
+    """Raise if there is too little room. Without this check, a tmpfs would fill up before it fails, for all its users."""
     room_bytes = available_bytes(shm_path)
     if needed_bytes > room_bytes:
         raise _too_small(shm_path, needed_bytes, room_bytes)
@@ -445,7 +453,7 @@ def _naming_shm_path(shm_path: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise TieredKVError(Kind.MEMORY, f"{error.filename} exists already; attach to it instead", path=str(error.filename)) from error
+        raise TieredKVError(Kind.MEMORY, f"{error.filename} already exists; attach to it instead", path=str(error.filename)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
             raise _too_small(shm_path, needed_bytes, available_bytes(shm_path)) from error
@@ -458,6 +466,6 @@ def _naming_directory(directory: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise TieredKVError(Kind.MEMORY, f"no node has its files in {directory}; was it started?", path=str(directory)) from error
+        raise TieredKVError(Kind.MEMORY, f"there are no node's files in {directory}; was the node started?", path=str(directory)) from error
     except OSError as error:
         raise TieredKVError(Kind.MEMORY, f"cannot open the files of {directory}: {error}", path=str(directory)) from error

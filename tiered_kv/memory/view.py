@@ -1,7 +1,7 @@
-"""A worker's view of its node: finds blocks in the shared index and reads them, without asking anyone.
+"""A worker's view of its node: finds blocks in the shared index and reads them, without a call to the node.
 
-Protocol of a read: `slot = lookup(key)`, copy the bytes, `valid(slot)`. If that is False the bytes are worthless: the
-block was moved or removed meanwhile, and the lookup counts as a miss or is tried once more.
+Protocol of a read: `slot = lookup(key)`, copy the bytes, `valid(slot)`. If that returns False, the block was moved or removed during
+the copy: discard the bytes, and treat the lookup as a miss or try once more.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,9 +27,9 @@ _slot = tuple.__new__  # half the time of the named tuple's own constructor
 
 
 class Slot(NamedTuple):
-    """One block as found in the index: `seq` is what `valid` compares; `tier` is the number of a `Tier`."""
+    """A block as found in the index. `seq` is the slot's sequence number, which `valid` compares; `tier` is the number of a `Tier`."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the tuple's method of that name
     seq: int
     tier: int
     codec: int
@@ -43,9 +43,9 @@ class NodeView:
     """The mapped index and arena of a node on this machine. Lookups are safe from several threads."""
 
     def __init__(self, files: NodeFiles | VacantFiles) -> None:
-        """Use `open`; the view owns `files` from here on."""
+        """Use `open` instead. The view owns `files` from now on."""
         self._files = files
-        self._views = w.IndexViews(files.index.map, files.slots)
+        self._views = w.IndexViews(files.index.mapped(), files.slots)
         self._header, self._words, self._bytes = self._views.header, self._views.slot_words, self._views.slot_bytes
         self._slots, self._mask = files.slots, files.slots - 1
         self._arena: torch.Tensor | None = files.arena.tensor()
@@ -53,7 +53,7 @@ class NodeView:
         self.lookups = 0
         self.retries = 0
         self.damaged: set[BlockKey] = set()
-        """Keys whose slots were found to say what cannot be, up to `DAMAGED_MAX`, until somebody takes them."""
+        """Keys whose slots were found damaged, at most `DAMAGED_MAX`, until the client takes them."""
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
@@ -62,11 +62,11 @@ class NodeView:
 
     @classmethod
     def vacant(cls, directory: str | Path) -> Self:
-        """The view of a node that has shut down and left nothing: what a worker has while there is no node, for 12 KiB of memory."""
+        """Create the view of a closed node without blocks, in 12 KiB of memory. A worker uses it while there is no node."""
         return cls(VacantFiles(Path(directory)))
 
     def is_in_place(self) -> bool:
-        """Whether the mapped files are still those that the node's directory names."""
+        """Whether the mapped files are still the files in the node's directory."""
         return self._files.is_in_place()
 
     @property
@@ -82,16 +82,16 @@ class NodeView:
 
     @property
     def generation(self) -> int:
-        """How many writers the files have had; another number means that the node was restarted."""
+        """Number of writers that the files have had. A change means that the node was restarted."""
         return self._head(w.GENERATION)
 
     @property
     def identity(self) -> int:
-        """The random number of the mapped files: a node with another one has other files, whatever their path."""
+        """A random number that identifies the mapped files. A node with another number uses other files, even at the same path."""
         return self._head(w.IDENTITY)
 
     def seems_alive(self, now_ns: int) -> bool:
-        """Whether the node has neither shut down nor been silent for BEAT_AGE_NS_MAX at `now_ns`, on the monotonic clock."""
+        """Whether the node has not shut down and its heartbeat is younger than BEAT_AGE_NS_MAX. `now_ns`: monotonic clock."""
         header = self._header
         try:
             return header[w.STATE] == w.LIVE and now_ns - header[w.HEARTBEAT] < w.BEAT_AGE_NS_MAX
@@ -100,17 +100,17 @@ class NodeView:
 
     @property
     def live(self) -> bool:
-        """Whether the node has not shut down on purpose. A node that died is still live: its blocks can be read."""
+        """Whether the node has not shut down on purpose. A node that crashed still counts as live: its blocks can be read."""
         return self._head(w.STATE) == w.LIVE
 
     @property
     def peers(self) -> int:
-        """Number of other live nodes, as this node knows it."""
+        """Number of other live nodes, as last published by this node."""
         return self._head(w.PEERS)
 
     @property
     def heartbeat_ns(self) -> int:
-        """When the node last said that it lives, on the monotonic clock."""
+        """Time of the node's last heartbeat, on the monotonic clock."""
         return self._head(w.HEARTBEAT)
 
     @property
@@ -119,10 +119,10 @@ class NodeView:
         return self._head(w.BLOCKS)
 
     def lookup(self, key: BlockKey, _tries: int = 2) -> Slot | None:
-        """The slot of a block that was visible at this moment, or None. Cost: about 1 µs.
+        """Find a block. Returns its slot, or None if it is not visible. Cost: about 1 µs.
 
-        A block that is being moved is tried once more, then it is a miss. A slot that says what cannot be (an unknown tier, bytes
-        out of bounds) is a miss, and its key is kept in `damaged`. Raises (kind `closed`) after `close`.
+        A block that is being moved is looked up once more, then it is a miss. A damaged slot (an unknown tier, bytes out of
+        bounds) is a miss, and its key is added to `damaged`. Raises (kind `closed`) after `close`.
         """
         self.lookups += 1
         words, view, mask, unpack = self._words, self._bytes, self._mask, w.FIELDS.unpack_from
@@ -141,7 +141,10 @@ class NodeView:
                         return self._lookup_again(key, _tries - 1)
                     if kind & 0xFF:
                         slot = _slot(Slot, (index, seq, kind & 0xFF, kind >> 8 & 0xFF, kind >> 32, offset, lengths & _U32, lengths >> 32))
-                        return slot if self._is_sound(slot) else self._note_damage(key)
+                        if self._is_sound(slot):
+                            return slot
+                        self._note_damage(key)
+                        return None
                 if not kind & 0xFF:
                     return None
         except ValueError as error:
@@ -149,10 +152,10 @@ class NodeView:
         return None
 
     def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
-        """The slots of the leading keys that are visible as blocks of `raw_bytes`: `lookup` for each, at half its cost.
+        """Find the longest prefix of `keys` that is visible as blocks of `raw_bytes`. Returns its slots, at half the cost of `lookup`.
 
-        A raw block in host memory that sits undisturbed where its probe starts is read here; whatever else there is goes to
-        `lookup`.
+        A raw block in host memory whose slot is the first of its probe, and is not being written, is read here. All other
+        keys are passed to `lookup`.
         """
         lengths_of_raw, offset_max = raw_bytes | raw_bytes << 32, self.arena_bytes - raw_bytes
         words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from
@@ -162,9 +165,10 @@ class NodeView:
             for key in keys:
                 index = home(key)[0] & mask
                 seq = words[index * 8]
-                held, kind, offset, lengths = unpack(view, index * 64 + 8)
+                present, kind, offset, lengths = unpack(view, index * 64 + 8)
+                slot: Slot | None
                 if (
-                    held == key
+                    present == key
                     and kind == _HOST
                     and lengths == lengths_of_raw
                     and offset <= offset_max
@@ -178,7 +182,8 @@ class NodeView:
                 else:
                     slot = self.lookup(key)
                     if slot is not None and slot.raw_bytes != raw_bytes:
-                        slot = self._note_damage(key)  # the key is bound to the layout, and so to the size
+                        self._note_damage(key)  # the key is bound to the layout, and so to the size
+                        slot = None
                 if slot is None:
                     break
                 found.append(slot)
@@ -188,7 +193,7 @@ class NodeView:
         return found
 
     def _is_sound(self, slot: Slot) -> bool:
-        """Whether what a slot says can be true of any block."""
+        """Whether the fields of a slot are possible for a block."""
         if slot.tier not in _TIERS or not 0 < slot.stored_bytes <= slot.raw_bytes + w.FRAME_BYTES_MORE or slot.offset > w.OFFSET_MAX:
             return False
         if slot.tier > _HOST:
@@ -208,7 +213,7 @@ class NodeView:
         return self.lookup(key, tries)
 
     def valid(self, slot: Slot) -> bool:
-        """Whether the block has been in this slot, unchanged, ever since `lookup`: then the copied bytes are right."""
+        """Whether the slot is unchanged since `lookup`. Only then are the copied bytes right."""
         if w.WEAKLY_ORDERED:
             w.fence()
         try:
@@ -217,7 +222,7 @@ class NodeView:
             raise _closed() from error
 
     def all_valid(self, slots: Sequence[Slot]) -> bool:
-        """Whether `valid` holds for every slot; at half the cost."""
+        """Whether `valid` is true for every slot, at half the cost."""
         if w.WEAKLY_ORDERED:
             return all(map(self.valid, slots))
         words = self._words
@@ -227,20 +232,20 @@ class NodeView:
             raise _closed() from error
 
     def touch(self, slots: Iterable[Slot]) -> None:
-        """Note that blocks were used, the deepest of a chain first. Cost: about 0.3 µs a block; races lose a touch at most."""
+        """Record that blocks were used, the deepest of a chain first. Cost: about 0.3 µs a block. A race can at most lose a touch."""
         ticks, counts = self._views.ticks, self._views.counts
         tick = self._head(w.TICK)
         for slot in slots:
-            tick = tick + 1 & _U64  # a damaged one may be the last there is
+            tick = tick + 1 & _U64  # a damaged tick may be the largest of 64 bits
             index = slot.index
             ticks[index] = tick
             counts[index] = counts[index] + 1 & _U32
         self._header[w.TICK] = tick
 
     def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
-        """Add to the counts of blocks that workers asked for and had, and of prefill that this saved them, in tokens and µs.
+        """Add to the counters of blocks that workers asked for and got, and of the prefill saved, in tokens and µs.
 
-        Two workers at once may lose one of the two.
+        If two workers add at the same time, one of the additions may be lost.
         """
         header = self._header
         header[w.ASKED] = header[w.ASKED] + asked & _U64
@@ -249,23 +254,26 @@ class NodeView:
         header[w.SAVED_US] = header[w.SAVED_US] + saved_us & _U64
 
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
-        """(nbytes,) uint8: bytes of the arena, shared. Raises (kind `memory`) out of bounds."""
+        """Returns `nbytes` of the arena as a (nbytes,) uint8 tensor that shares its memory. Raises (kind `memory`) out of bounds."""
         self._check_bounds(offset, nbytes)
         return self.arena[offset : offset + nbytes]
 
     def extents(self, offset: int, stride: int, count: int, nbytes: int) -> torch.Tensor:
-        """(count, nbytes) uint8: `count` extents that start `stride` bytes apart, shared. Raises (kind `memory`) out of bounds."""
+        """Returns `count` extents that start `stride` bytes apart, as a (count, nbytes) uint8 tensor that shares the arena's memory.
+
+        Raises (kind `memory`) out of bounds.
+        """
         if count < 1 or stride < 0:
-            raise TieredKVError(Kind.MEMORY, f"{count} extents with a stride of {stride} bytes are none")
+            raise TieredKVError(Kind.MEMORY, f"extents: count must be at least 1 and stride at least 0, got {count} and {stride}")
         self._check_bounds(offset, stride * (count - 1) + nbytes)
         return self.arena.as_strided((count, nbytes), (stride, 1), offset)
 
     @contextmanager
     def guard(self, ranges: Iterable[tuple[int, int]], generation: int) -> Iterator[bool]:
-        """While inside, a restarted node does not give (offset, nbytes) `ranges` of the arena to anyone else.
+        """Lock (offset, nbytes) `ranges` of the arena, so that a restarted node does not give them to another worker.
 
-        Yields whether `generation` (read before the ranges were reserved) is still that of the node; if False nothing
-        may be written. Hold it until the commit was answered. Guards of one view must not overlap. About 6 µs a run.
+        Yields whether the node still has `generation`, which was read before the ranges were reserved. If False, write
+        nothing. Keep the guard until the commit is answered. Guards of one view must not overlap. About 6 µs a run.
         """
         spans = merged(ranges)
         fd = self._files.arena_fd
@@ -284,12 +292,12 @@ class NodeView:
                     unlock_range(fd, start, nbytes)
 
     def check(self) -> None:
-        """Assert that the view maps what the header says."""
+        """Assert that the view has the sizes that the header says."""
         if self._arena is not None:
             assert self._head(w.SLOTS) == self._slots and self._head(w.ARENA_BYTES) == self.arena_bytes == len(self._arena)
 
     def close(self) -> None:
-        """Unmap, and give up the locks. Tensors that were handed out stay usable. May be called twice."""
+        """Unmap the files and release the locks. Tensors returned earlier stay usable. May be called twice."""
         self._arena = None
         self._views.release()
         self._files.close()
@@ -308,7 +316,7 @@ class NodeView:
 
     def _check_bounds(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.arena_bytes:
-            raise TieredKVError(Kind.MEMORY, f"bytes {offset} to {offset + nbytes} are not in an arena of {self.arena_bytes}")
+            raise TieredKVError(Kind.MEMORY, f"arena: offset {offset} plus nbytes {nbytes} must be within its {self.arena_bytes} bytes")
 
 
 def _closed() -> TieredKVError:

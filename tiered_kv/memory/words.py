@@ -1,4 +1,4 @@
-"""The shared index as bytes: what its header and slots contain, for the one writer and for all readers.
+"""Binary layout of the shared index: its header and slots, for the one writer and for all readers.
 
 `index` file: header of 4096 bytes, native u64 words | slots, 64 bytes each | ticks, u64 a slot | counts, u32 a slot.
 A slot is 8 native u64 words: sequence number (even: stable, odd: being written), key (4 words), tier | codec << 8 |
@@ -36,23 +36,23 @@ LIVE = 1
 CLOSED = 2
 
 BEAT_AGE_NS_MAX = 2_000_000_000
-"""A node says every 0.1 s that it lives; one that has not for so long is dead, stopped, or has no processor."""
+"""A node writes its heartbeat every 0.1 s. If it is older than this, the node is dead, stopped, or gets no processor time."""
 
 BYTES_PER_SLOT_OF_HOST = 4096
 BLOCK_BYTES_BELOW = 64 << 10
-SLOTS_PER_BLOCK = 2.25  # of which half are used, but for a tenth of that half
+SLOTS_PER_BLOCK = 2.25  # at most half of the slots are used; the rest of 2.25 is a reserve of an eighth
 BYTES_OF_SLOT = SLOT_BYTES + 8 + 4  # with its tick and its count
 SLOTS_MIN = 64
 FRAME_BYTES_MORE = 8192
-"""A block takes at most so many bytes more than its raw ones: the header and checksum of a frame."""
+"""Limit: stored bytes of a block beyond its raw bytes, for the header and checksum of a frame."""
 OFFSET_MAX = (1 << 63) - 1
 PAYLOAD_ALIGN = 64
 """Payloads in memory begin at multiples of this, as extents and their headers are aligned."""
 
 HOME = struct.Struct("@Q")
-"""The first word of a key; masked, it is the slot where probing starts."""
+"""The first word of a key. Masked, it is the slot where probing starts."""
 FIELDS = struct.Struct(f"@{KEY_BYTES}s3Q")
-"""Key and the three words behind it: a slot without its sequence number."""
+"""A slot without its sequence number: the key and the next three words."""
 
 WEAKLY_ORDERED = platform.machine() not in ("x86_64", "AMD64")
 """Whether this machine may reorder two loads or two stores, so that `fence` is needed between them."""
@@ -61,7 +61,7 @@ _FENCE = threading.Lock()
 
 
 def fence() -> None:
-    """Order the memory accesses before and after on machines other than x86-64; about 0.1 µs."""
+    """Memory barrier: orders the memory accesses before and after it, on machines other than x86-64. About 0.1 µs."""
     with _FENCE:
         pass
     with _FENCE:
@@ -69,7 +69,7 @@ def fence() -> None:
 
 
 def _renew_fence() -> None:
-    """In a child process: the parent's lock may have been held by a thread that the child does not have."""
+    """Replace the lock in a forked child: a thread of the parent, which the child lacks, may have held it."""
     global _FENCE
     _FENCE = threading.Lock()
 
@@ -78,31 +78,31 @@ os.register_at_fork(after_in_child=_renew_fence)
 
 
 def name_hash(name: str) -> int:
-    """64 bits that stand for a cluster's or a node's name."""
-    return HOME.unpack(blake2b(name.encode(), digest_size=8).digest())[0]
+    """Returns a 64-bit hash of a cluster's or a node's name."""
+    return int(HOME.unpack(blake2b(name.encode(), digest_size=8).digest())[0])
 
 
 def ticks_offset(slots: int) -> int:
-    """Where the ticks start in the index file, in bytes."""
+    """Returns the byte offset of the ticks in the index file."""
     return HEADER_BYTES + slots * SLOT_BYTES
 
 
 def counts_offset(slots: int) -> int:
-    """Where the counts start in the index file, in bytes."""
+    """Returns the byte offset of the counts in the index file."""
     return ticks_offset(slots) + slots * 8
 
 
 def index_bytes(slots: int) -> int:
-    """Size of the index file: whole pages."""
+    """Returns the size of the index file in bytes, rounded up to whole pages."""
     return -(-(counts_offset(slots) + slots * 4) // PAGE_BYTES) * PAGE_BYTES
 
 
 def plan(host_bytes: int, lower_bytes: int = 0) -> tuple[int, int]:
-    """(slots, arena bytes) so that index and arena together never exceed `host_bytes`.
+    """Returns (slots, arena bytes), chosen so that index and arena together never exceed `host_bytes`.
 
-    One slot per 4096 bytes of host, and with lower tiers enough for blocks of 64 KiB everywhere, as a power of two: the
-    index takes at most 1.9 % of host, with lower tiers at most an eighth; the arena gets whole pages of the rest. Less
-    than half of the slots are used. Raises (kind `config`) when nothing would be left for the arena.
+    The number of slots is a power of two: about one per 4096 bytes of host; with lower tiers, enough for blocks of 64 KiB in all
+    tiers. The index takes at most 1.9 % of host, with lower tiers at most an eighth. The arena gets the rest, in whole pages. At
+    most half of the slots are used. Raises (kind `config`) if nothing would be left for the arena.
     """
     slots = max(SLOTS_MIN, _power_of_two(host_bytes // BYTES_PER_SLOT_OF_HOST))
     if lower_bytes:
@@ -110,17 +110,19 @@ def plan(host_bytes: int, lower_bytes: int = 0) -> tuple[int, int]:
         slots = max(slots, min(_power_of_two(2 * wanted - 1), _power_of_two(host_bytes // 8 // BYTES_OF_SLOT)))
     arena_bytes = (host_bytes - index_bytes(slots)) // PAGE_BYTES * PAGE_BYTES
     if arena_bytes <= 0:
-        raise TieredKVError(Kind.CONFIG, f"host: {host_bytes} bytes are too few; the index takes {index_bytes(slots)}", setting="host")
+        raise TieredKVError(
+            Kind.CONFIG, f"host: must be larger than the index, which takes {index_bytes(slots)} bytes, got {host_bytes}", setting="host"
+        )
     return slots, arena_bytes
 
 
 def _power_of_two(most: int) -> int:
-    """The largest one that is at most `most`; 1 for less."""
+    """Returns the largest power of two that is at most `most`, but at least 1."""
     return 1 << max(most, 1).bit_length() - 1
 
 
 class IndexViews:
-    """An index in memory as words and bytes; slots, ticks and counts are numbered from 0, without the header."""
+    """Views of a mapped index as words and bytes. Slots, ticks and counts are numbered from 0, without the header."""
 
     def __init__(self, mapped: mmap | bytearray, slots: int) -> None:
         self._whole = memoryview(mapped)
@@ -132,6 +134,6 @@ class IndexViews:
         self.counts = self._whole[counts : counts + slots * 4].cast("I")
 
     def release(self) -> None:
-        """Let go of the memory; every later access is a ValueError."""
+        """Release the memory. Every later access raises ValueError."""
         for view in (self.header, self.slot_words, self.slot_bytes, self.ticks, self.counts, self._whole):
             view.release()

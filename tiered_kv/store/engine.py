@@ -1,13 +1,12 @@
-"""The engine: carries out what the machine decides, with bounded threads, under one lock.
+"""The engine carries out what the machine decides, with bounded threads, under one lock.
 
-Show, Hide and Free happen at once, in the machine's order. Copies run without the lock: those into memory on
-`io_threads` threads, those into each lower tier on one thread of its own, so that a slow disk stops nobody but itself. What
-codes blocks on their way down, or where they are, has as many threads again. Their outcome is the machine's next event.
-`freed` wakes those who wait for room or for a block.
+Show, Hide and Free happen at once, in the machine's order. Copies run without the lock. Copies into memory use `io_threads` threads;
+each lower tier has one thread of its own, so a slow disk delays only itself. Encoding blocks for a lower tier and compressing them in
+place have `io_threads` threads each. The outcome of a copy is the machine's next event. `freed` wakes threads that wait for room or
+for a block.
 """
 
 import logging
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
+from tiered_kv.store.batches import batches, failures, gain_bytes
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 from tiered_kv.store.runs import uses_of
@@ -32,16 +32,16 @@ T = TypeVar("T")
 COPY_BATCH_BYTES = 8 << 20
 QUEUE_BYTES_MIN = 64 << 20
 QUEUE_SHARE = 1 / 8
-"""Of the tier above: bytes that may be on their way to a lower tier; what would come on top is given up instead."""
-RECLAIM_WAIT_S = 1.0  # for the blocks of a segment that goes to arrive below, on the thread of that tier alone
-WANTED_WAIT_S = 0.25  # for room for blocks that a worker waits for; it holds one of the threads that copy into memory
+"""Share of a tier that may be queued for a lower tier; blocks that exceed it are dropped instead."""
+RECLAIM_WAIT_S = 1.0  # wait for the blocks of a removed segment to be copied down; blocks only that tier's thread
+WANTED_WAIT_S = 0.25  # wait for room for blocks that a worker asked for; occupies one of the threads that copy into memory
 GIVING_UP_S = 0.01
-"""How long after its deadline a store may go on giving blocks up, one after the other, until one extent is large enough."""
+"""How long after its deadline a store may go on evicting blocks one by one until an extent is large enough."""
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 
 
 class Index(Protocol):
-    """What readers look keys up in."""
+    """The table in which readers look keys up."""
 
     def put(self, key: BlockKey, location: Location) -> object: ...
     def remove(self, key: BlockKey) -> object: ...
@@ -49,89 +49,100 @@ class Index(Protocol):
 
 
 class Filled(Enum):
-    """How copying a block into memory went."""
+    """The outcome of copying a block into memory."""
 
     DONE = "done"
-    GONE = "gone"  # the source is damaged or is not there
-    LATER = "later"  # the source cannot be reached now
+    GONE = "gone"  # the source is damaged or missing
+    LATER = "later"  # the source is unreachable now
 
 
 class Room(Enum):
-    """Where in a tier in memory an extent may lie, if blocks are coded in it; elsewhere it makes no difference."""
+    """Where to place an extent in a tier in memory that has a codec; without a codec all are the same."""
 
-    STAGING = "staging"  # for a block as it was stored: where it can be coded from, or anywhere while there is plenty of room
-    APART = "apart"  # for one that is coded: among its like
-    ANYWHERE = "anywhere"  # for a store that cannot wait
+    STAGING = "staging"  # uncompressed blocks: prefer the staging area, or anywhere while there is plenty of room
+    APART = "apart"  # compressed blocks: keep them together
+    ANYWHERE = "anywhere"  # a store that cannot wait
 
 
 class Form(NamedTuple):
-    """How a block lies, or will lie, in a tier in memory: the id of its codec, and bytes."""
+    """The form of a block in a tier in memory: the id of its codec, and its bytes."""
 
     codec: int
     nbytes: int
 
 
 class Coded(Protocol):
-    """A block as it is to be kept in some tier: known to the mover, but for its size."""
+    """A block encoded for its target tier. Opaque to the engine, which reads only its size."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class Mover(Protocol):
-    """Moves bytes between tiers; knows frames, codecs and tiers, decides nothing."""
+    """Moves bytes between tiers. It knows frames, codecs and tiers, and decides nothing."""
 
     def fits(self, tier: Tier, nbytes: int) -> bool:
         """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
 
     def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
-        """Offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one that is to lie apart."""
+        """Returns offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one for `Room.APART`."""
 
     def free(self, location: Location) -> None:
-        """Give the bytes of one copy, or of a reserved extent, back."""
+        """Free the bytes of one copy or of a reserved extent."""
 
     def form(self, copy: ev.Copy) -> Form:
-        """What a block that is copied into a tier in memory will be there."""
+        """Returns the form that a block will have in the tier in memory that it is copied to."""
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
-        """Read blocks of one source tier into reserved extents, of their form, of one tier in memory; how each went."""
+        """Read blocks of one source tier into reserved extents, sized by `form`, of one tier in memory. Returns each outcome."""
 
     def coded(self, copy: ev.Copy) -> Coded | None:
-        """A block as it should be kept in the tier that it is copied to; None if it cannot be read. Takes time, for several threads."""
+        """Encode a block for the tier that it is copied to. Returns None if the block cannot be read. Slow; called by several threads."""
 
     def settle_in(self) -> None:
-        """What a thread does first that will call `coded`."""
+        """Prepare a thread that will call `coded`; runs once, at its start."""
 
     def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
-        """Put a coded block into a reserved extent of host memory."""
+        """Write an encoded block into a reserved extent of host memory. Returns its location."""
 
     def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[Coded | None]) -> list[Location | None]:
-        """Write coded blocks to a lower tier; None for one that could not be written."""
+        """Write encoded blocks to a lower tier. Returns the location of each, None for a block that was not written."""
 
     def batch_bytes(self, tier: Tier) -> int:
-        """How much to write to `tier` in one go."""
+        """Returns how many bytes to write to `tier` at once."""
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
-        """The segment that must go before blocks of these sizes can be written; None if there is room, or nothing can go."""
+        """Returns the segment to remove before blocks of these sizes can be written; None if there is room, or no segment."""
 
     def segment_to_age(self, tier: Tier) -> int | None:
-        """A segment that will have to go before long, if there is one."""
+        """Returns the segment that will be removed next if the tier is nearly full, else None."""
 
     def keys_in(self, tier: Tier, segment: int) -> list[BlockKey]:
-        """The blocks of a segment."""
+        """Returns the keys of the blocks in a segment."""
 
     def segment_bytes(self, tier: Tier) -> int:
-        """About how large a segment of the tier is."""
+        """Returns the approximate size of a segment of the tier."""
 
     def reinsert(self, tier: Tier, segment: int, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, Location]]:
-        """Write blocks of a segment that goes into the newest one; those that could be, with their new places."""
+        """Rewrite blocks of a segment about to be removed into the newest segment. Returns the rewritten keys with new locations."""
 
     def drop_segment(self, tier: Tier, segment: int) -> None:
-        """Remove a segment, with whose blocks the machine is done."""
+        """Remove a segment. The machine knows no copies in it any more."""
+
+
+class _Request(NamedTuple):
+    """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`."""
+
+    tier: Tier
+    nbytes: int
+    keys: Sequence[BlockKey]
+    tail: BlockKey | None
+    is_coded: bool
+    deadline_s: float
 
 
 class Engine:
-    """One node's store: machine, index and tiers moved in step. Thread-safe."""
+    """One node's store: keeps machine, index and tiers consistent. Thread-safe."""
 
     def __init__(
         self,
@@ -147,9 +158,9 @@ class Engine:
         self.lock = threading.RLock()
         self.freed = threading.Condition(self.lock)
         self.journal: dict[BlockKey, bool] = {}
-        """Keys that became visible (True) or invisible (False) since somebody last emptied it."""
+        """Keys that became visible (True) or invisible (False) since it was last emptied."""
         self.on_gone: Callable[[BlockKey, Location], None] | None = None
-        """Called, with the lock held, for the bytes of a block that is nowhere else, before they are given up."""
+        """Called with the lock held before the last copy of a block is freed."""
         self._index = index
         self._mover = mover
         self._clock = clock
@@ -161,14 +172,14 @@ class Engine:
         lower = sorted(tier for tier in machine.tiers if tier not in IN_MEMORY)
         self._down = {tier: DaemonThreads(1, f"tkv-{tier.label}") for tier in lower}
         self._leaving: Counter[Tier] = Counter()
-        """Bytes that are on their way from a tier to a lower one."""
+        """By tier: bytes that copies to a lower tier, or in-place compression, will free."""
         self._progress_s: dict[Tier, float] = {}
-        """When the last of them arrived, or the first of them left."""
+        """By tier: when the last of these copies ended, or the first began."""
         self._batches = 0
         self._closed = False
 
     def handle(self, events: Iterable[ev.Event]) -> None:
-        """Let the machine decide about the events in order, and carry the decisions out."""
+        """Report events to the machine in order, and carry out its instructions."""
         with self.lock:
             copies: list[ev.Copy] = []
             freed = False
@@ -194,86 +205,102 @@ class Engine:
         insist: bool = True,
         is_coded: bool = False,
     ) -> list[int]:
-        """Extents for the first of the new blocks `keys`; makes room for them, waits at most `wait_s` for the first.
+        """Reserve extents of `nbytes` for the first of the new blocks `keys`. Returns their offsets.
 
-        Fewer than asked is back-pressure: pack these, commit them, ask again. None at all after the wait: refused. Where
-        blocks were to leave for a lower tier that has not taken any for `wait_s`, others are given up instead, if the
-        caller does `insist`. Where blocks are coded in host memory, all get no more than its staging area at a time; for one
-        that `is_coded` others go, but are not coded themselves.
+        Evicts other blocks if there is too little room, and waits at most `wait_s` for the first extent. `tail` is a block of the
+        chain of `keys`; it and its ancestors are evicted last. Fewer offsets than keys are back-pressure: write and commit these
+        blocks, then ask again. Returns [] if no room appeared in time. With `insist`, if a lower tier has taken nothing for `wait_s`,
+        drops other blocks instead of waiting for it. If host memory has a staging area, reserves no more than its size at a time.
+        `is_coded`: the blocks are encoded, so no block is compressed for them.
         """
         if not self._mover.fits(tier, nbytes):
-            return []  # and nobody else has to go for it
+            return []  # evicting other blocks would not help
         if self._staging_bytes and tier is Tier.HOST:
             keys = keys[: max(self._staging_bytes // nbytes, 1)]
-        room = Room.APART if is_coded else Room.STAGING
         with self.lock:
-            offsets = self._mover.reserve(tier, nbytes, len(keys), room)
+            offsets = self._mover.reserve(tier, nbytes, len(keys), _room(is_coded))
             if len(offsets) == len(keys):
                 return offsets
-            self.drain_touches()
-            deadline_s = self._clock.now_s() + wait_s
-            while not self._closed:
-                missing_bytes = (len(keys) - len(offsets)) * nbytes
-                gave = self._make_room(tier, missing_bytes - self._coming_bytes(tier, is_coded), tail, keys, shrink=not is_coded)
-                offsets += self._mover.reserve(tier, nbytes, len(keys) - len(offsets), room)
-                left_s = min(deadline_s, self._progress_s.get(tier, deadline_s) + wait_s) - self._clock.now_s()
-                if offsets or not self._leaving[tier]:
-                    return offsets or self._defragment(tier, nbytes, tail, keys, deadline_s, gave)
-                if left_s <= 0:
-                    return self._instead(tier, nbytes, tail, keys, deadline_s) if insist and wait_s else []
-                self.freed.wait(left_s)
-                offsets = self._mover.reserve(tier, nbytes, len(keys), room)
-                if offsets:  # enough to go on with, for which nobody else has to go
-                    return offsets
-            return offsets
+            self.drain_touches()  # so that eviction knows the latest uses
+            request = _Request(tier, nbytes, keys, tail, is_coded, self._clock.now_s() + wait_s)
+            return self._reserve_and_evict(request, offsets, wait_s, insist)
 
-    def _coming_bytes(self, tier: Tier, is_coded: bool) -> float:
-        """How much room there will be without anybody else going, for a block that `is_coded` or not."""
-        if is_coded:
-            return 0  # what leaves is larger, and leaves the staging area
-        return math.inf if tier is Tier.HOST and self._staging_bytes and self._leaving[tier] else self._leaving[tier]
-
-    def _make_room(
-        self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], queue: bool = True, shrink: bool = True
-    ) -> bool:
-        """Have blocks leave the tier, or shrink, for `nbytes`, without `queue` none of them for a lower one; whether any left at once."""
-        if nbytes <= 0:
-            return False
-        blocks_before = self.machine.blocks_by_tier[tier]
-        queue_bytes = self._queue_bytes - self._leaving[tier] if queue else 0
-        self.handle([ev.Needed(tier, nbytes, tail, keys, self._clock.now_s(), queue_bytes, shrink and queue)])
-        return self.machine.blocks_by_tier[tier] < blocks_before
-
-    def _instead(self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], deadline_s: float) -> list[int]:
-        """Extents of blocks that are given up instead of those on their way to a lower tier that is too slow."""
-        offsets: list[int] = []
-        while not offsets and self._is_in_time(deadline_s) and self._make_room(tier, len(keys) * nbytes, tail, keys, queue=False):
-            offsets = self._mover.reserve(tier, nbytes, len(keys), Room.ANYWHERE)
+    def _reserve_and_evict(self, request: "_Request", offsets: list[int], wait_s: float, insist: bool) -> list[int]:
+        """Evict blocks and wait until at least one extent is reserved. `offsets`: extents that were free at once."""
+        tier = request.tier
+        while not self._closed:
+            missing = len(request.keys) - len(offsets)
+            evicted = self._evict(request, self._bytes_to_evict(request, missing), shrink=not request.is_coded)
+            offsets += self._mover.reserve(tier, request.nbytes, missing, _room(request.is_coded))
+            if offsets:
+                return offsets
+            if not self._leaving[tier]:  # no copy to wait for: room is in pieces, or there is none
+                return self._reserve_by_defragmenting(request, evicted)
+            left_s = min(request.deadline_s, self._stalled_at_s(request, wait_s)) - self._clock.now_s()
+            if left_s <= 0:
+                return self._reserve_by_dropping(request) if insist and wait_s else []
+            self.freed.wait(left_s)
+            offsets = self._mover.reserve(tier, request.nbytes, len(request.keys), _room(request.is_coded))
+            if offsets:  # enough to go on with, without evicting more blocks
+                return offsets
         return offsets
 
-    def _defragment(
-        self, tier: Tier, nbytes: int, tail: BlockKey | None, keys: Sequence[BlockKey], deadline_s: float, gave: bool
-    ) -> list[int]:
-        """Room was made, but in pieces: give up more blocks until one extent fits, nothing is left to give, or time is up."""
-        while gave and not self._leaving[tier] and self._is_in_time(deadline_s):
-            gave = self._make_room(tier, nbytes, tail, keys)
-            offsets = self._mover.reserve(tier, nbytes, 1, Room.ANYWHERE)
+    def _bytes_to_evict(self, request: "_Request", count: int) -> int:
+        """Returns how many bytes to evict for `count` extents, beyond the bytes that copies to a lower tier will free anyway."""
+        leaving_bytes = self._leaving[request.tier]
+        if request.is_coded:
+            return count * request.nbytes  # leaving blocks are larger, and free the staging area only
+        if request.tier is Tier.HOST and self._staging_bytes and leaving_bytes:
+            return 0  # one batch at a time: wait for the blocks that leave now
+        return count * request.nbytes - leaving_bytes
+
+    def _stalled_at_s(self, request: "_Request", wait_s: float) -> float:
+        """Returns when the lower tier counts as stalled: `wait_s` after a block last arrived there, or the first one left."""
+        return self._progress_s.get(request.tier, request.deadline_s) + wait_s
+
+    def _evict(self, request: "_Request", nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
+        """Evict blocks for `nbytes`, or compress them in place. Returns whether any block left the tier at once.
+
+        `demote`: whether blocks may be copied to a lower tier first; they leave once the copy is complete. `shrink`: whether
+        blocks may be compressed.
+        """
+        if nbytes <= 0:
+            return False
+        tier = request.tier
+        blocks_before = self.machine.blocks_by_tier[tier]
+        queue_bytes = self._queue_bytes - self._leaving[tier] if demote else 0
+        self.handle([ev.Needed(tier, nbytes, request.tail, request.keys, self._clock.now_s(), queue_bytes, shrink)])
+        return self.machine.blocks_by_tier[tier] < blocks_before
+
+    def _reserve_by_dropping(self, request: "_Request") -> list[int]:
+        """The lower tier has stalled: drop other blocks instead of those on their way there. Returns the reserved offsets."""
+        offsets: list[int] = []
+        count = len(request.keys)
+        while not offsets and self._is_in_time(request) and self._evict(request, count * request.nbytes, demote=False, shrink=False):
+            offsets = self._mover.reserve(request.tier, request.nbytes, count, Room.ANYWHERE)
+        return offsets
+
+    def _reserve_by_defragmenting(self, request: "_Request", evicted: bool) -> list[int]:
+        """Free room is in pieces: evict more blocks until one extent fits, no block can be evicted, or time is up."""
+        while evicted and not self._leaving[request.tier] and self._is_in_time(request):
+            evicted = self._evict(request, request.nbytes, shrink=True)
+            offsets = self._mover.reserve(request.tier, request.nbytes, 1, Room.ANYWHERE)
             if offsets:
                 return offsets
         return []
 
-    def _is_in_time(self, deadline_s: float) -> bool:
-        return self._clock.now_s() <= deadline_s + GIVING_UP_S
+    def _is_in_time(self, request: "_Request") -> bool:
+        return self._clock.now_s() <= request.deadline_s + GIVING_UP_S
 
     def drain_touches(self) -> None:
-        """Tell the machine which blocks the workers have used since the last time; history and policies know all then."""
+        """Report to the machine which blocks workers have used since the last call, so that history and policies are up to date."""
         with self.lock:
             if not self._closed and (touched := self._index.harvest()):
                 self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
             self.machine.catch_up()
 
     def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
-        """Have blocks that a worker cannot read where they are in host memory; waits for them at most `wait_s`."""
+        """Copy blocks that a worker cannot read itself into host memory. Waits for them at most `wait_s`."""
         with self.lock:
             self.handle([ev.Wanted(keys)])
             self.freed.wait_for(lambda: self._closed or not any(map(self._is_coming, keys)), max(wait_s, 0))
@@ -296,7 +323,7 @@ class Engine:
             pool.shutdown(wait=True)
 
     def below(self, tier: Tier, call: Callable[[], T]) -> Future[T]:
-        """Have `call` run on the one thread that writes to a lower tier, so that no segment goes meanwhile. Raises (kind `closed`)."""
+        """Run `call` on the thread that writes to a lower tier: no segment is removed meanwhile. Raises (kind `closed`) after `close`."""
         with self.lock:
             if self._closed:
                 raise TieredKVError(Kind.CLOSED, "the node is closing")
@@ -309,18 +336,18 @@ class Engine:
 
     @property
     def leaving_bytes(self) -> dict[str, int]:
-        """By tier: bytes that are on their way from there to a lower tier."""
+        """By name of the tier: bytes that copies to a lower tier, or in-place compression, will free."""
         return {tier.label: nbytes for tier, nbytes in self._leaving.items()}
 
     def check(self) -> None:
-        """Assert what the machine asserts, and that what is on its way is counted."""
+        """Assert the machine's invariants, and that copies under way are counted."""
         with self.lock:
             self.machine.check()
             assert all(nbytes >= 0 for nbytes in self._leaving.values())
             assert self._batches or not any(self._leaving.values())
 
     def _apply(self, instruction: ev.Show | ev.Hide | ev.Free) -> bool:
-        """Carry out what takes no time; whether it freed anything."""
+        """Carry out an instruction that takes no time. Returns whether it freed bytes."""
         key = instruction.key
         if isinstance(instruction, ev.Show):
             self._index.put(key, instruction.location)
@@ -347,38 +374,38 @@ class Engine:
                 pool, run, batch_bytes = self._coding, self._shrink, 1
             elif target not in IN_MEMORY:
                 pool, run = self._down[target], self._append
-            for batch in _batches(together, batch_bytes):
+            for batch in batches(together, batch_bytes):
                 self._batches += 1
                 if target >= source:
                     if not self._leaving[source]:
                         self._progress_s[source] = self._clock.now_s()
-                    self._leaving[source] += _gain(batch)
+                    self._leaving[source] += gain_bytes(batch)
                 if self._closed:
-                    self._finish(batch, _failed(batch))
+                    self._finish(batch, failures(batch))
                 else:
                     pool.submit(self._guarded, run, batch)
 
     def _guarded(self, run: Callable[[list[ev.Copy]], None], batch: list[ev.Copy]) -> None:
-        """Boundary of the background threads: whatever fails, the sources stay and the machine hears of it."""
+        """Boundary of the background threads: on any failure the sources stay, and the failure is reported to the machine."""
         failed: list[ev.CopyFailed] = []
         try:
             run(batch)
         except Exception:
             log.exception("copying %d blocks to %s failed", len(batch), batch[0].target.label)
-            failed = _failed(batch)
+            failed = failures(batch)
         self._finish(batch, failed)
 
     def _finish(self, batch: list[ev.Copy], failed: list[ev.CopyFailed]) -> None:
         with self.lock:
             self._batches -= 1
             if batch[0].target >= batch[0].source.tier:
-                self._leaving[batch[0].source.tier] -= _gain(batch)
+                self._leaving[batch[0].source.tier] -= gain_bytes(batch)
                 self._progress_s[batch[0].source.tier] = self._clock.now_s()
             self.handle(failed)
             self.freed.notify_all()
 
     def _append(self, batch: list[ev.Copy]) -> None:
-        """Into a lower tier; on its one thread, so that no segment goes of whose blocks the machine has not heard."""
+        """Copy a batch into a lower tier. Runs on its one thread, so that no segment is removed before its blocks are reported."""
         tier = batch[0].target
         coded = list(self._demoting.map(self._mover.coded, batch))
         sizes = [each.nbytes for each in coded if each is not None]
@@ -392,29 +419,29 @@ class Engine:
         self._age(tier, self._mover.segment_to_age(tier))
 
     def _reclaim(self, tier: Tier, segment: int) -> None:
-        """Remove a segment, after what is still wanted of it was written again, and the rest copied down if that is quick."""
+        """Remove a segment. First rewrite its useful blocks, and copy the others to a lower tier if that is quick."""
         keys = self._mover.keys_in(tier, segment)
         self._age(tier, segment)
         with self.lock:
             self.freed.wait_for(lambda: self._closed or not self._is_leaving(tier, keys), RECLAIM_WAIT_S)
-            wanted = self.machine.wanted_in(tier, segment, keys, REINSERT_SHARE * self._mover.segment_bytes(tier))
-        moved = self._mover.reinsert(tier, segment, wanted) if wanted else []
+            to_reinsert = self.machine.wanted_in(tier, segment, keys, REINSERT_SHARE * self._mover.segment_bytes(tier))
+        moved = self._mover.reinsert(tier, segment, to_reinsert) if to_reinsert else []
         self.handle([*(ev.Moved(key, segment, location) for key, location in moved), ev.Emptied(tier, segment, keys)])
         self._mover.drop_segment(tier, segment)
 
     def _is_leaving(self, tier: Tier, keys: Iterable[BlockKey]) -> bool:
-        """Whether any of the blocks is on its way to a tier below."""
+        """Whether any of the blocks is being copied to a lower tier."""
         found = (self.machine.blocks.get(key) for key in keys)
         return any(block is not None and block.copying_to is not None and block.copying_to > tier for block in found)
 
     def _age(self, tier: Tier, segment: int | None) -> None:
-        """Copy the blocks of a segment that will have to go down; not while those of another are on that way."""
+        """Copy the blocks of a segment that will be removed soon to objects, unless another segment's blocks are being copied there."""
         with self.lock:
             if segment is not None and tier is Tier.DISK and Tier.OBJECTS in self.machine.tiers and not self._leaving[tier]:
                 self.handle([ev.Aging(tier, segment, self._mover.keys_in(tier, segment))])
 
     def _fill(self, batch: list[ev.Copy]) -> None:
-        """Into memory: as many at a time as there is room for, the first ones of a chain first."""
+        """Copy a batch into memory, as many blocks at a time as there is room for, ancestors first."""
         rest, target = batch, batch[0].target
         wait_s = WANTED_WAIT_S if batch[0].source.tier in AWAY else 0
         while rest:
@@ -427,12 +454,12 @@ class Engine:
                 places = zip(taken, offsets, strict=True)
                 self._fill_extents(taken, [Location(target, codec, 0, offset, nbytes, copy.source.raw_bytes) for copy, offset in places])
             else:
-                self.handle(_failed(taken))
+                self.handle(failures(taken))
             done = set(map(id, taken))
             rest = [copy for copy in rest if id(copy) not in done]
 
     def _shrink(self, batch: list[ev.Copy]) -> None:
-        """Where they are: each to where coded blocks lie, for which others go if there is no room."""
+        """Compress blocks in place: each into the region of compressed blocks, evicting others if there is no room."""
         for copy in batch:
             tier, coded = copy.target, self._mover.coded(copy)
             if coded is None or coded.nbytes >= copy.source.stored_bytes:
@@ -450,7 +477,7 @@ class Engine:
             with self.lock:
                 outcomes += [Filled.LATER] * (len(batch) - len(outcomes))
                 for copy, location, outcome in reversed(list(zip(batch, locations, outcomes, strict=True))):
-                    self._filled(copy, location, outcome)  # the deepest first: it goes first
+                    self._filled(copy, location, outcome)  # the deepest first, so that it is evicted first
                 self.freed.notify_all()
 
     def _filled(self, copy: ev.Copy, location: Location, outcome: Filled) -> None:
@@ -463,23 +490,5 @@ class Engine:
             self.handle([ev.Lost(copy.key, copy.source)])
 
 
-def _failed(batch: list[ev.Copy]) -> list[ev.CopyFailed]:
-    return [ev.CopyFailed(copy.key, copy.target, again=False) for copy in batch]
-
-
-def _gain(batch: list[ev.Copy]) -> int:
-    return sum(copy.gain for copy in batch)
-
-
-def _batches(copies: list[ev.Copy], batch_bytes: int) -> Iterable[list[ev.Copy]]:
-    """Runs of copies of about `batch_bytes` each: enough for one write, small enough to free room early."""
-    batch: list[ev.Copy] = []
-    nbytes = 0
-    for copy in copies:
-        batch.append(copy)
-        nbytes += copy.source.stored_bytes
-        if nbytes >= batch_bytes:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+def _room(is_coded: bool) -> Room:
+    return Room.APART if is_coded else Room.STAGING

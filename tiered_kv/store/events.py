@@ -1,6 +1,6 @@
-"""The words between the machine and the engine: what happened (events), what to do (instructions). Pure data.
+"""Messages between the machine and the engine: events report what happened, instructions say what to do. Pure data.
 
-`now_s` is the node's clock. Keys of one chain come root first.
+`now_s` is the time of the node's clock. Keys of one chain are ordered from ancestor to descendant.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from tiered_kv.keys import BlockKey
 
 
 class Committed(NamedTuple):
-    """A run of one chain lies complete in host memory: each key at its location, the first one behind `parent`.
+    """A worker stored consecutive blocks of one chain in host memory, each key at its location.
 
-    `depth`: how many blocks stand before the first one; None: not known.
+    `parent`: the parent of the first block. `depth`: the number of ancestors of the first block, None if unknown.
     """
 
     root: BlockKey
@@ -25,9 +25,9 @@ class Committed(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """A block was found at `location`, in what a former node or a checkpoint left; the least recently used is told first.
+    """A block was found at `location`, in the files of a former node or in a checkpoint. Report the least recently used block first.
 
-    Nobody used it now; it had `uses` before, its store among them.
+    Finding it is not a use. `uses` counts its former uses; its store was the first of them.
     """
 
     key: BlockKey
@@ -39,29 +39,29 @@ class Recovered(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Of these blocks the later ones are the more likely to be used again. Nobody used them now."""
+    """Orders blocks by how likely they are to be used again, the most likely last. It is not a use of them."""
 
     keys: Sequence[BlockKey]
 
 
 class Used(NamedTuple):
-    """A worker used a run of one chain."""
+    """A worker used consecutive blocks of one chain."""
 
     keys: Sequence[BlockKey]
     now_s: float
 
 
 class Wanted(NamedTuple):
-    """A worker waits for these blocks, which it cannot read where they are: on a device that it does not see, or in objects."""
+    """A worker waits for blocks that it cannot read itself: they are on a device invisible to it, in objects or in a checkpoint."""
 
     keys: Sequence[BlockKey]
 
 
 class Needed(NamedTuple):
-    """`nbytes` more are needed in `tier` for the blocks `keys` of a chain that grows at `tail`, whose ancestors should stay.
+    """`tier` needs `nbytes` more for the blocks `keys`. `tail` is a block of their chain; it and its ancestors should stay.
 
-    `queue_bytes`: how much may be sent to the tier below now; beyond it the tier below is too slow. `shrink`: whether blocks that
-    could take fewer bytes where they are may be asked to, before any goes.
+    `queue_bytes`: how much may be queued for the tier below; what exceeds it is dropped, because that tier is too slow. `shrink`: whether
+    blocks may be compressed in place before any block is evicted.
     """
 
     tier: Tier
@@ -74,28 +74,28 @@ class Needed(NamedTuple):
 
 
 class Crowded(NamedTuple):
-    """The index has no slots left for `count` more blocks of a chain that grows at `tail` (whose ancestors should stay)."""
+    """The index lacks `slots` slots for new blocks. `tail` is a block of their chain; it and its ancestors should stay."""
 
-    count: int
+    slots: int
     tail: BlockKey | None = None
     now_s: float = 0.0
 
 
 class Unmounted(NamedTuple):
-    """Blocks of which there is nothing but what a mounted checkpoint has take too many slots: the last `count` shall go."""
+    """Index slots are short: drop the `slots` most recently mounted blocks that exist only in the checkpoint."""
 
-    count: int
+    slots: int
 
 
 class Copied(NamedTuple):
-    """A copy is complete: the block lies at `location` as well, or instead where that is in the source's own tier."""
+    """A copy is complete: the block is now also at `location`. In the tier of the source, the new copy replaces the source."""
 
     key: BlockKey
     location: Location
 
 
 class CopyFailed(NamedTuple):
-    """A copy to `target` did not succeed; the source is as it was. `again`: another try may, when there is more room."""
+    """A copy to `target` failed; the source is unchanged. `again`: whether it may succeed once there is more room."""
 
     key: BlockKey
     target: Tier
@@ -103,14 +103,14 @@ class CopyFailed(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The copy of a block at `location` is gone or not to be trusted."""
+    """The copy of a block at `location` is missing or damaged."""
 
     key: BlockKey
     location: Location
 
 
 class Aging(NamedTuple):
-    """A segment of `tier`, with these blocks, is among the next to go: now is the time to copy them down."""
+    """A segment of `tier` with these blocks will soon be removed: copy the blocks to a lower tier now."""
 
     tier: Tier
     segment: int
@@ -118,7 +118,7 @@ class Aging(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A block that was in `segment` lies at `location`, in another segment of the same tier, instead."""
+    """A block was rewritten: it moved from `segment` to `location`, in another segment of the same tier."""
 
     key: BlockKey
     segment: int
@@ -126,7 +126,7 @@ class Moved(NamedTuple):
 
 
 class Emptied(NamedTuple):
-    """A segment of `tier` goes now, and with it the copies of these blocks that are still in it."""
+    """A segment of `tier` is about to be removed, with the copies of these blocks that are still in it."""
 
     tier: Tier
     segment: int
@@ -134,7 +134,7 @@ class Emptied(NamedTuple):
 
 
 class Hinted(NamedTuple):
-    """What a worker knows of the future of the chain whose deepest block is `tail`."""
+    """A worker's hint about the future use of the chain whose deepest block is `tail`."""
 
     tail: BlockKey
     hint: Hint
@@ -142,13 +142,13 @@ class Hinted(NamedTuple):
 
 
 class Pinned(NamedTuple):
-    """Somebody reads a copy of the block in memory; it stays until `Unpinned`, which must follow. May be said several times."""
+    """A reader uses a copy of the block in memory. The copy stays until as many `Unpinned` have followed as there were `Pinned`."""
 
     key: BlockKey
 
 
 class Unpinned(NamedTuple):
-    """The reader of a `Pinned` is done."""
+    """One reader that was reported by `Pinned` has finished."""
 
     key: BlockKey
 
@@ -175,20 +175,20 @@ Event = (
 
 
 class Show(NamedTuple):
-    """Readers shall find the block at `location` (its fastest copy)."""
+    """Make readers find the block at `location`, its fastest copy."""
 
     key: BlockKey
     location: Location
 
 
 class Hide(NamedTuple):
-    """Readers shall not find the block any more: it has no copy left."""
+    """Make readers miss the block: it has no copy left."""
 
     key: BlockKey
 
 
 class Free(NamedTuple):
-    """The bytes at `location` are not needed any more. Comes after the `Show` or `Hide` that ends their use."""
+    """Free the bytes at `location`. It always follows the `Show` or `Hide` after which no reader finds them."""
 
     key: BlockKey
     location: Location
@@ -197,8 +197,8 @@ class Free(NamedTuple):
 class Copy(NamedTuple):
     """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`.
 
-    Where `target` is the source's own tier, the copy is to take fewer bytes. `depth`: how many blocks stand before it in its chain,
-    None if that is not known; `is_tail`: no block behind it is known. `gain`: bytes that its tier has more room for afterwards, about.
+    If `target` is the tier of the source, compress the block in place. `depth`: its number of ancestors, None if unknown. `is_tail`: no
+    child of it is known. `gain`: about how many bytes the copy will free in the source's tier.
     """
 
     key: BlockKey

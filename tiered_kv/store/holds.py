@@ -1,15 +1,15 @@
-"""Holds: blocks that workers asked to keep in memory until some time (`Hint.pinned_s`), never more than a bounded share."""
+"""Holds: blocks that workers asked to keep in memory until some time (`Hint.pinned_s`), up to a fixed share of host memory."""
 
 from collections.abc import Mapping
 
 from tiered_kv.keys import BlockKey
 
 HOLD_SHARE = 1 / 2
-"""Of the host tier's bytes; a hold beyond it is ignored and counted."""
+"""Share of the host tier's bytes that may be held. A request beyond it is ignored and counted."""
 
 
 class Holds:
-    """Keys with the time until which they are held, of at most `max_bytes` in all."""
+    """Held keys, each with the time when its hold ends; at most `max_bytes` in all."""
 
     def __init__(self, max_bytes: float) -> None:
         self._max_bytes = max_bytes
@@ -21,7 +21,10 @@ class Holds:
         return key in self._held
 
     def hold(self, bytes_by_key: Mapping[BlockKey, int], until_s: float) -> bool:
-        """Hold all of these blocks, or none of them where that would be too much."""
+        """Hold all of these blocks until `until_s`, or none if they would exceed `max_bytes`. Returns whether they are held.
+
+        A block that is already held keeps the later of the two times.
+        """
         new_bytes = sum(nbytes for key, nbytes in bytes_by_key.items() if key not in self._held)
         if self._bytes + new_bytes > self._max_bytes:
             return False
@@ -33,12 +36,12 @@ class Holds:
         return True
 
     def release(self, key: BlockKey) -> None:
-        """The block is not held any more, if it was."""
+        """End the hold of a block, if it has one."""
         if key in self._held:
             self._bytes -= self._held.pop(key)[1]
 
     def expire(self, now_s: float) -> None:
-        """Release what was held until now."""
+        """End all holds whose time is over."""
         if now_s < self._soonest_s:
             return
         for key in [key for key, (until_s, _) in self._held.items() if until_s <= now_s]:
@@ -46,5 +49,5 @@ class Holds:
         self._soonest_s = min((until_s for until_s, _ in self._held.values()), default=float("inf"))
 
     def check(self) -> None:
-        """Assert that the books agree and the bound holds."""
+        """Assert that the sum of bytes is right and at most `max_bytes`."""
         assert self._bytes == sum(nbytes for _, nbytes in self._held.values()) <= self._max_bytes

@@ -1,12 +1,13 @@
 """The store machine: events in, instructions out. Pure: no I/O, no threads, no clock, no torch.
 
-Invariants, which `check` asserts: a known block has at least one copy; a tier never has more than its cap; a copy's
-bytes are given up only after readers were shown another copy or none; a block that is being copied, or read by a
-peer, keeps its source; links between blocks never make a cycle (`chains`).
+Invariants, which `check` asserts: a known block has at least one copy; a tier never holds more than its cap; the bytes of a copy
+are freed only after readers were shown another copy or none; a block that is being copied, or read by a peer, keeps its source;
+links between blocks never form a cycle (`chains`).
 """
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, cast
 
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.keys import BlockKey
@@ -21,9 +22,9 @@ from tiered_kv.store.shrinking import Shrinking
 class StoreMachine:
     """Decides admission, promotion, demotion and dropping for the tiers of one node.
 
-    `capacities`: the cap of every tier that there is, host among them. `policies`: for the tiers in memory (device, host)
-    which block goes first; the others give up whole segments. `history`: of all uses, the same that the policies look at.
-    `shrinks`: whether a block that lies in host memory as it was stored can take fewer bytes there.
+    `capacities`: the cap in bytes of every tier of the node, host always included. `policies`: eviction policies of the tiers in
+    memory (device, host); the other tiers remove whole segments. `history`: of all uses, shared with the policies.
+    `shrinks`: whether uncompressed blocks in host memory can be compressed in place.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class StoreMachine:
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
         self.chains = Chains(self.blocks)
-        self._untold: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []  # runs, their parents, bytes a block, times
-        self._mounted: dict[BlockKey, None] = {}  # with a copy in a checkpoint, in the order in which they were told
-        self._pins: Counter[BlockKey] = Counter()  # not part of a block: a block on disk may go while it is being read
-        self._handlers = {
+        self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
+        """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
+        self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
+        self._pins: Counter[BlockKey] = Counter()  # readers a block; kept apart, as a block on disk may be removed while it is read
+        self._handlers: dict[type[ev.Event], Callable[[Any], list[ev.Instruction]]] = {
             ev.Committed: self._committed,
             ev.Recovered: self._recovered,
             ev.Ranked: self._ranked,
@@ -64,8 +66,8 @@ class StoreMachine:
         }
 
     def handle(self, event: ev.Event) -> list[ev.Instruction]:
-        """What is to be done about `event`, in this order."""
-        if self._untold and type(event) is not ev.Committed:
+        """Take note of `event`. Returns the instructions to carry out, in this order."""
+        if self._unreported and type(event) is not ev.Committed:
             self.catch_up()
         return self._handlers[type(event)](event)
 
@@ -75,15 +77,15 @@ class StoreMachine:
         return block is not None and tier in block.copies
 
     def held(self, key: BlockKey) -> bool:
-        """Whether a worker asked to keep the block, and its time is not over as far as was told."""
+        """Whether a worker's hold on this block has not expired, as of the last clock value seen."""
         return key in self._holds
 
     def pinned(self, key: BlockKey) -> bool:
-        """Whether somebody reads the block now."""
+        """Whether a reader uses the block in memory now."""
         return key in self._pins
 
     def wanted_in(self, tier: Tier, segment: int, keys: Sequence[BlockKey], budget_bytes: float) -> list[BlockKey]:
-        """Which blocks of a segment that goes are worth writing again, of at most `budget_bytes`."""
+        """Returns the blocks of a segment about to be removed that are worth rewriting, of at most `budget_bytes` in all."""
         return self._movement.wanted(tier, self._in_segment(tier, segment, keys), budget_bytes)
 
     # What workers do
@@ -91,43 +93,43 @@ class StoreMachine:
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
         instructions: list[ev.Instruction] = []
         run: list[BlockKey] = []
-        behind: BlockKey | None = None
+        run_parent: BlockKey | None = None
         parent = event.parent
         for number, (key, location) in enumerate(zip(event.keys, event.locations, strict=True)):
             block = self.chains.add(key, parent, event.root, None if event.depth is None else event.depth + number)
             if not run or block.link != run[-1]:
-                self._add_run(run, behind, event)
-                run, behind = [], block.link
-            if Tier.HOST in block.copies:  # somebody else was faster; the first copy stays
+                self._add_run(run, run_parent, event)
+                run, run_parent = [], block.link
+            if Tier.HOST in block.copies:  # another worker was faster; the first copy stays
                 self.counts["duplicate"] += 1
                 instructions.append(ev.Free(key, location))
-                self._add_run(run, behind, event)
+                self._add_run(run, run_parent, event)
                 run = []
             else:
                 run.append(key)
                 instructions += self._place(key, block, location)
             parent = key
-        self._add_run(run, behind, event)
+        self._add_run(run, run_parent, event)
         self.shrinking.used(event.keys)
         return instructions + self._shrink()
 
     def _add_run(self, run: list[BlockKey], parent: BlockKey | None, event: ev.Committed) -> None:
         if run:
             self.counts["committed"] += len(run)
-            self._untold.append((run, parent, event.locations[0].stored_bytes, event.now_s))
+            self._unreported.append((run, parent, event.locations[0].stored_bytes, event.now_s))
 
     @property
     def behind(self) -> bool:
-        """Whether `catch_up` has something to do."""
-        return bool(self._untold)
+        """Whether `catch_up` has something to report."""
+        return bool(self._unreported)
 
     def catch_up(self) -> None:
-        """Tell history and policy of what was committed since: before any other event, at the latest.
+        """Report the blocks committed since the last call to history and policy. Runs before any event other than a commit.
 
-        Not at once, so that a store need not wait for it: a worker wants to know that its blocks are visible.
+        A commit does not do it itself, so that the worker's store returns as soon as its blocks are visible.
         """
-        untold, self._untold = self._untold, []
-        for run, parent, nbytes, now_s in untold:
+        unreported, self._unreported = self._unreported, []
+        for run, parent, nbytes, now_s in unreported:
             self._history.seen(run, parent, now_s)
             self._policies[Tier.HOST].add(run, parent, nbytes)
             for key in run:
@@ -208,28 +210,32 @@ class StoreMachine:
     # Room
 
     def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        """Blocks of the growing chain go last, and only where they have another copy or get one."""
+        """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `tail`.
+
+        The second spares only the blocks of that chain that would have no copy left.
+        """
         tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
         self._holds.expire(event.now_s)
         chain = self.chains.to(event.tail)
         instructions: list[ev.Instruction] = []
         if tier is Tier.HOST and event.shrink:
             instructions += self._shrink(nbytes)
-            if self.shrinking.under_way:  # each of these asks for the room that it needs, and leaves more
+            if self.shrinking.under_way:  # each compressed block will ask for its own, smaller room, and free more than that
                 return instructions
-        for stays in (chain, None):
+        for is_second_pass in (False, True):
             if nbytes <= 0:
                 break
-            if stays is None:
-                stays = self._nowhere_else(chain, tier, queue_bytes)
-            for key in self._policies[tier].victims(nbytes, self._protected(tier, stays), event.now_s, event.keys):
+            spared = self._would_be_lost(chain, tier, queue_bytes) if is_second_pass else chain
+            for key in self._victims(tier, nbytes, self._protected(tier, spared), event.now_s, event.keys):
                 block = self.blocks[key]
                 location, fate = block.copies[tier], self._movement.fate(key, block, tier, queue_bytes)
                 nbytes -= location.stored_bytes
                 if fate is Fate.LEAVES:
                     queue_bytes -= location.stored_bytes
                     block.leaving = tier
-                    instructions.append(self._copy(key, block, location, self._movement.target(key, block, tier)))
+                    target = self._movement.target(key, block, tier)
+                    assert target is not None, "a block leaves for a tier that admits it"
+                    instructions.append(self._copy(key, block, location, target))
                 elif fate is Fate.FREED or key not in chain:
                     self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
                     if fate is Fate.NOT_ADMITTED:
@@ -237,32 +243,41 @@ class StoreMachine:
                     instructions += self._drop_copy(key, block, tier)
         return instructions
 
-    def _nowhere_else(self, chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
-        """The blocks of a chain in `tier` that would be lost there."""
+    def _victims(
+        self, tier: Tier, nbytes: int, protected: Container[BlockKey], now_s: float, incoming: Sequence[BlockKey] = ()
+    ) -> list[BlockKey]:
+        """Returns the blocks that the tier's policy would evict for `nbytes`. Policies know keys only as hashable values."""
+        return cast("list[BlockKey]", self._policies[tier].victims(nbytes, protected, now_s, incoming))
+
+    def _would_be_lost(self, chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
+        """Returns the blocks of a chain in `tier` that have no other copy and would get none if evicted."""
         here = ((key, self.blocks[key]) for key in chain if self.has(key, tier))
-        goes = (Fate.FREED, Fate.LEAVES)
-        return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in goes)
+        survives = (Fate.FREED, Fate.LEAVES)
+        return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in survives)
 
     def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "_Protected":
         return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
         chain, room = self.chains.to(event.tail), len(self.blocks)
-        instructions = self._unmount(event.count, chain)
+        instructions = self._unmount(event.slots, chain)
         room -= len(self.blocks)
         protected = self._protected(Tier.HOST, chain)
-        for _ in range(event.count - room):
-            for key in self._policies[Tier.HOST].victims(1, protected, event.now_s):
+        for _ in range(event.slots - room):
+            for key in self._victims(Tier.HOST, 1, protected, event.now_s):
                 self.counts[Fate.DROPPED.value] += 1
                 for tier in sorted(self.blocks[key].copies):
                     instructions += self._drop_copy(key, self.blocks[key], tier)
         return instructions
 
     def _unmounted(self, event: ev.Unmounted) -> list[ev.Instruction]:
-        return self._unmount(event.count, frozenset())
+        return self._unmount(event.slots, frozenset())
 
     def _unmount(self, count: int, chain: Container[BlockKey]) -> list[ev.Instruction]:
-        """Give up what lies in a checkpoint, the last that was told first, until `count` blocks are gone."""
+        """Drop checkpoint copies, the most recently mounted first, until `count` blocks have no copy left.
+
+        Stops at the first block of `chain`.
+        """
         instructions: list[ev.Instruction] = []
         while count > 0 and self._mounted and (key := next(reversed(self._mounted))) not in chain:
             block = self.blocks[key]
@@ -280,7 +295,7 @@ class StoreMachine:
         return ev.Copy(key, block.root, block.parent, source, target, block.depth, self.chains.is_tail(key), gain)
 
     def _shrink(self, nbytes: int = 0) -> list[ev.Instruction]:
-        """Have blocks in host memory take fewer bytes, for at least `nbytes` if so many can be had."""
+        """Compress blocks in host memory in place, so that at least `nbytes` become free if that is possible."""
         over_bytes = self.shrinking.over(self.bytes_by_tier[Tier.HOST], nbytes)
         if over_bytes <= 0:
             return []
@@ -288,7 +303,7 @@ class StoreMachine:
         return [self._copy(key, self.blocks[key], self.blocks[key].copies[Tier.HOST], Tier.HOST, gain) for key, gain in chosen]
 
     def _shrunk(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
-        """A smaller copy lies at `location`, in place of the one that was there."""
+        """Replace the host copy of a block by its compressed copy at `location`, unless a reader uses it."""
         block.copying_to = None
         if self.pinned(key):
             self.shrinking.failed(key, again=True)
@@ -306,7 +321,7 @@ class StoreMachine:
         if block is not None and tier is Tier.HOST and key in self.shrinking.under_way:
             return self._shrunk(key, block, location)
         if block is None or block.copying_to is not tier:
-            return [ev.Free(key, location)]  # lost or committed anew meanwhile
+            return [ev.Free(key, location)]  # the block was lost or committed again during the copy
         leaving, block.leaving, block.copying_to = block.leaving, None, None
         if tier in block.copies:
             return [ev.Free(key, location)]
@@ -324,7 +339,7 @@ class StoreMachine:
         elif block is not None and block.copying_to is event.target:
             if event.target > min(block.copies):
                 self.counts["demote_failed"] += 1
-                block.refused = True  # the next time its room is needed it is dropped instead
+                block.refused = True  # when its room is needed again it is dropped instead
             block.copying_to = block.leaving = None
         return []
 
@@ -338,7 +353,7 @@ class StoreMachine:
     # Segments of the lower tiers
 
     def _aging(self, event: ev.Aging) -> list[ev.Instruction]:
-        instructions = []
+        instructions: list[ev.Instruction] = []
         for key, block in self._in_segment(event.tier, event.segment, event.keys):
             alone = len(block.copies) == 1 and block.copying_to is None and not block.refused
             target = self._movement.target(key, block, event.tier) if alone else None
@@ -349,8 +364,8 @@ class StoreMachine:
     def _moved(self, event: ev.Moved) -> list[ev.Instruction]:
         block, tier = self.blocks.get(event.key), event.location.tier
         there = block.copies.get(tier) if block else None
-        if there is None or there.segment != event.segment:
-            return [ev.Free(event.key, event.location)]  # given up meanwhile
+        if block is None or there is None or there.segment != event.segment:
+            return [ev.Free(event.key, event.location)]  # its copy was dropped while it was rewritten
         self.counts["reinserted"] += 1
         self.bytes_by_tier[tier] += event.location.stored_bytes - there.stored_bytes
         block.copies[tier] = event.location
@@ -370,10 +385,10 @@ class StoreMachine:
         found = ((key, self.blocks.get(key)) for key in keys)
         return [(key, block) for key, block in found if block and tier in block.copies and block.copies[tier].segment == segment]
 
-    # Books
+    # Copies and counters
 
     def _add_copy(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
-        """A copy that comes by itself, not as part of a run."""
+        """Record a copy of a single block, not of a run, and report it to the policy of its tier."""
         instructions = self._place(key, block, location)
         if location.tier in self._policies:
             self._policies[location.tier].add([key], block.link, location.stored_bytes)
@@ -395,6 +410,11 @@ class StoreMachine:
         return [ev.Show(key, location)] if block.best is location else []
 
     def _drop_copy(self, key: BlockKey, block: Block, tier: Tier) -> list[ev.Instruction]:
+        """Forget the block's copy in `tier`. Here the invariant could break: no reader may ever find the block in neither tier.
+
+        A demoted block gets its new copy before its old one is dropped (`_copied`). Its `Show` of the copy that remains, or its
+        `Hide` if none does, always comes before the `Free` of the old bytes.
+        """
         was_best = min(block.copies) is tier
         location = block.copies.pop(tier)
         self.bytes_by_tier[tier] -= location.stored_bytes
@@ -423,7 +443,7 @@ class StoreMachine:
                 policy.weigh(key, block.restore_factor(tier))
 
     def check(self) -> None:
-        """Recompute everything that is kept in two places, and compare."""
+        """Recompute every counter and every cross-reference, and compare."""
         self.catch_up()
         for tier in Tier:
             copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
@@ -449,7 +469,7 @@ class StoreMachine:
 
 
 class _Protected(Container[BlockKey]):
-    """Blocks that must not leave a tier now: those of the growing chain, held for a worker, being copied, being read."""
+    """Blocks that must not leave a tier now: blocks of the growing chain, held for a worker, being copied, or being read."""
 
     def __init__(
         self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]

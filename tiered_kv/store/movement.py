@@ -1,8 +1,8 @@
-"""Which way a block goes: down when its room is needed, up when it is used. Rules only; the machine keeps the books.
+"""Rules of demotion and promotion: blocks move down when their room is needed, up when they are used. The machine keeps the state.
 
-Tiers from fast to slow: device, host, disk, objects, a mounted checkpoint, to which nothing is copied; all but host are
-optional. Written once: a copy in a lower tier stays when the block is promoted, so that giving up the faster copy again costs
-nothing. (Moving instead of copying writes up to 21 times more on coding sessions: `docs/design`.)
+Tiers from fast to slow: device, host, disk, objects, a mounted checkpoint. All but host are optional; nothing is copied to a checkpoint.
+Blocks are written to a lower tier once: that copy stays when the block is promoted, so dropping the faster copy later costs nothing.
+(Moving instead of copying writes up to 21 times more on coding sessions: `docs/design`.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,36 +13,36 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import History
 
-USES_FOR_DEVICE = 2  # stored once and used once: the least that can be called reuse
+USES_FOR_DEVICE = 2  # the store is the first use: the least that is reuse
 USES_FOR_FULL_TIER = 2
 CHANCE_FOR_FULL_TIER = 0.05
-PROMOTED_SHARE = 1 / 2  # of a tier in memory: a chain larger than that comes up with its beginning
-ROOMY_SHARE = 7 / 8  # up to this share of its cap a lower tier takes everything
+PROMOTED_SHARE = 1 / 2  # of a tier in memory: of a larger chain only the first blocks are promoted
+ROOMY_SHARE = 7 / 8  # below this share of its cap a lower tier admits everything
 REFUSED_KEPT = 1 << 16
-REINSERT_SHARE = 0.2  # of a segment; writes then are at most 1 / (1 - 0.2) = 1.25 times what was demoted
+REINSERT_SHARE = 0.2  # of a segment; so at most 1 / (1 - 0.2) = 1.25 times the demoted bytes are written
 
 RESTORE_FACTOR = {Tier.HOST: 0.1, Tier.DISK: 0.25, Tier.OBJECTS: 0.5, Tier.CHECKPOINT: 0.5}
-"""What getting a block back from a lower tier costs, as a share of computing it again."""
+"""Cost of restoring a block from a lower tier, as a share of the cost of computing it again."""
 
 
 class Fate(StrEnum):
-    """What becomes of a copy whose room is needed; the value is the name under which it is counted."""
+    """What happens to a copy whose room is needed. The value is the name of its counter."""
 
-    FREED = "freed"  # another copy is there
-    LEAVES = "leaves"  # it is copied to a lower tier first
-    DROPPED = "dropped"  # no lower tier, or it refused this block
-    NOT_ADMITTED = "not_admitted"  # the lower tier is full, and nothing says that the block will be used again
+    FREED = "freed"  # another copy exists
+    LEAVES = "leaves"  # it is first copied to a lower tier
+    DROPPED = "dropped"  # there is no lower tier, or it refused this block
+    NOT_ADMITTED = "not_admitted"  # the lower tier is full, and nothing suggests that the block will be used again
     UNDER_PRESSURE = "dropped_under_pressure"  # the lower tier is too slow
 
 
 @dataclass(slots=True)
 class Block:
-    """What the machine knows of one block: its place in the chain, its copies, and its use.
+    """What the machine knows about one block: its place in the chain, its copies, and its uses.
 
-    `copying_to`: where a copy of it is under way. `leaving`: the tier that it leaves once that copy is there.
-    `refused`: the last try to copy it down failed. `used_below`: it was used since it was written to a lower tier.
-    `depth`: how many blocks are before it in its chain, None if nobody has said. `linked`: its depth fits that of `parent`, which is a
-    claim until then (see `chains`).
+    `copying_to`: the tier that it is being copied to. `leaving`: the tier whose copy is dropped once that copy is complete.
+    `refused`: the last attempt to copy it to a lower tier failed. `used_below`: it was used since it was written to a lower tier.
+    `depth`: its number of ancestors, None if unknown. `linked`: whether its depth fits the depth of `parent`; until then
+    `parent` is only a claim (see `chains`).
     """
 
     parent: BlockKey | None
@@ -58,7 +58,7 @@ class Block:
 
     @property
     def link(self) -> BlockKey | None:
-        """The parent, if it is more than a claim: following links always ends."""
+        """The parent if it is linked, else None. Following links always ends."""
         return self.parent if self.linked else None
 
     @property
@@ -67,12 +67,12 @@ class Block:
         return self.copies[min(self.copies)]
 
     def restore_factor(self, tier: Tier) -> float:
-        """What getting it back into `tier` would cost if that copy were gone; 1: computing it again."""
+        """Returns the cost of restoring the block into `tier` if that copy were lost, as a share of computing it again (1)."""
         return min((RESTORE_FACTOR[other] for other in self.copies if other > tier), default=1.0)
 
 
 class Movement:
-    """The rules, for the tiers that there are and the bytes that are in them (`bytes_by_tier`, kept by the machine)."""
+    """The rules for tiers of these capacities. The machine keeps `bytes_by_tier`, the bytes in each tier, up to date."""
 
     def __init__(self, capacities: Mapping[Tier, int], bytes_by_tier: Mapping[Tier, int], history: History) -> None:
         self._capacities = capacities
@@ -82,17 +82,20 @@ class Movement:
         self._present = sorted(capacities)
 
     def target(self, key: BlockKey, block: Block, tier: Tier) -> Tier | None:
-        """The nearest tier below that should take the block: of the device tier host, of host the first that admits it."""
+        """Returns the tier that should receive the block from `tier`: host from the device, else the next lower tier that admits it.
+
+        Returns None if no lower tier admits it.
+        """
         lower = [other for other in self._present if other > tier]
         if tier is Tier.DEVICE:
             return lower[0]
         return next((other for other in lower if self.admits(other, key, block)), None)
 
     def fate(self, key: BlockKey, block: Block, tier: Tier, queue_bytes: float) -> Fate:
-        """What becomes of the block's copy in `tier`, a tier in memory; changes nothing.
+        """Returns what would happen to the block's copy in `tier`, a tier in memory. Changes nothing.
 
-        A block whose other copy is on the device gets one below all the same, if it is worth a write: then it can leave
-        the device for nothing.
+        A block whose only other copy is on the device is still copied to a lower tier if it is worth a write: then it can
+        later leave the device at no cost.
         """
         alone = len(block.copies) == 1
         if not alone and max(block.copies) > tier:
@@ -106,11 +109,12 @@ class Movement:
         return fate if alone or fate is Fate.LEAVES else Fate.FREED
 
     def admits(self, tier: Tier, key: BlockKey, block: Block) -> bool:
-        """Whether a block may be written to `tier`: there is room, or something says that it will be used again.
+        """Whether a block may be written to `tier`: the tier has room, or the block is likely to be used again.
 
-        That is: it was; or it comes a second time, for the keys of REFUSED_KEPT refused blocks are remembered (a
-        doorkeeper: Einziger et al., TinyLFU, 2017); or blocks of its kind are likely to be used while they lie there. How
-        long that is: as many times its age, which is how long memory kept it, as the tier is larger than memory.
+        It is likely if the block was used before; or if it was refused before (the keys of the last REFUSED_KEPT refused
+        blocks are remembered, a doorkeeper: Einziger et al., TinyLFU, 2017); or if similar blocks are likely to be used
+        during their stay in the tier. That stay is estimated as the block's age (how long memory kept it) times the ratio
+        of the tier's size to the size of memory.
         """
         if self._bytes[tier] < ROOMY_SHARE * self._capacities[tier]:
             return True
@@ -120,13 +124,13 @@ class Movement:
         return self._history.chance(key, self._capacities[tier] / faster_bytes) >= CHANCE_FOR_FULL_TIER
 
     def not_admitted(self, key: BlockKey) -> None:
-        """Remember that the block was given up for lack of evidence."""
+        """Remember that the block was dropped because nothing suggested another use."""
         self._refused[key] = None
         if len(self._refused) > REFUSED_KEPT:
             del self._refused[next(iter(self._refused))]
 
     def promotions(self, used: Iterable[tuple[BlockKey, Block]]) -> Iterator[tuple[BlockKey, Block, Tier]]:
-        """Which of the blocks of a chain that was just used, root first, should be copied to which faster tier."""
+        """Yields the blocks to promote, with their target tiers. `used`: the blocks of a chain just used, ancestors first."""
         room = {tier: nbytes * PROMOTED_SHARE for tier, nbytes in self._capacities.items()}
         for key, block in used:
             target = self._promotion(block)
@@ -143,9 +147,10 @@ class Movement:
         return Tier.DEVICE if Tier.DEVICE in self._capacities and block.uses >= USES_FOR_DEVICE else None
 
     def wanted(self, tier: Tier, blocks: Iterable[tuple[BlockKey, Block]], budget_bytes: float) -> list[BlockKey]:
-        """Of the blocks of a segment that goes, those to write again: used since they were written, the most used first.
+        """Returns the blocks of a segment about to be removed that are worth rewriting, of at most `budget_bytes` in all.
 
-        Of objects none: they would have to be fetched for it.
+        These are the blocks that were used since they were written, the most used first. For objects it returns []: the
+        blocks would have to be fetched first.
         """
         if tier is not Tier.DISK:
             return []
@@ -160,7 +165,7 @@ class Movement:
         return chosen
 
     def check(self) -> None:
-        """Assert that memory is bounded and every tier is within its cap."""
+        """Assert that the memory for refused keys is bounded and every tier is within its cap."""
         assert len(self._refused) <= REFUSED_KEPT
         for tier, capacity_bytes in self._capacities.items():
             assert 0 <= self._bytes[tier] <= capacity_bytes, f"{self._bytes[tier]} bytes in {tier.label}, {capacity_bytes} allowed"

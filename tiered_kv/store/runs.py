@@ -1,4 +1,4 @@
-"""From touches, which the index has for each block by itself, to the uses of chains that they stand for."""
+"""Turns touches, which the index counts for each block separately, into uses of chains."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,14 +7,14 @@ from tiered_kv.store.events import Used
 from tiered_kv.store.movement import Block
 
 REPEATS_MAX = 8
-"""A prefix that was used more often than this since the last harvest counts as used so often."""
+"""Limit: more uses of a prefix than this since the last harvest count as this many."""
 
 
 def uses_of(touched: Sequence[tuple[BlockKey, int, int]], blocks: Mapping[BlockKey, Block], now_s: float) -> Iterator[Used]:
-    """The uses behind touches (key, how many since the last time, tick of the last) in ascending order of ticks.
+    """Yields the uses that explain the touches: (key, touches since the last harvest, tick of the last touch), by ascending tick.
 
-    A reader touches a chain deepest block first. So consecutive touches, each of the parent of the one before, are one
-    run; where its upper part was touched more often than the rest, that part was used by itself as well.
+    A reader touches a chain from the deepest block up to the first. So consecutive touches, each of the parent of the previous block,
+    are one use of a chain. If the first blocks of it were touched more often than the rest, that prefix was also used alone.
     """
     start = 0
     while start < len(touched):

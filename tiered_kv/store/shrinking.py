@@ -1,7 +1,7 @@
-"""Which blocks in host memory should take fewer bytes there: the books. When and how is said by the machine and the mover.
+"""Bookkeeping of blocks in host memory that can be compressed in place. The machine decides when, the mover does it.
 
-A worker stores blocks as they are, which costs it one copy. Where host memory has a codec of its own they are coded in the
-background once memory fills up, the least recently used first, and before any block is given up for room.
+A worker stores blocks uncompressed, which costs it one copy. If host memory has a codec, blocks are encoded in the background
+once memory fills up: the least recently used first, and before any block is evicted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,54 +10,57 @@ from typing import NamedTuple
 from tiered_kv.keys import BlockKey
 
 FULL_SHARE = 3 / 4
-"""Of host memory: up to here all blocks may stay as they were stored, which is what is read fastest."""
+"""Share of host memory that may be used before blocks are compressed: uncompressed blocks are the fastest to read."""
 STAGING_SHARE = 1 / 16
 STAGING_BYTES_MAX = 256 << 20
-SHARE_AT_FIRST = 0.55  # of its bytes that a block is expected to take once coded, before any was
+SHARE_AT_FIRST = 0.55  # expected size of an encoded block, as a share of its raw size, before any was encoded
 
 
 def staging_bytes(capacity_bytes: int) -> int:
-    """How much of host memory coded blocks leave to those that come as they are; one store gets as much at a time."""
+    """Returns the size of the staging area: host memory that encoded blocks avoid, for new uncompressed ones.
+
+    One store reserves no more than this at a time.
+    """
     return min(int(capacity_bytes * STAGING_SHARE), STAGING_BYTES_MAX)
 
 
 class UnderWay(NamedTuple):
-    """A block that is being coded: the bytes that it takes until then, and how many fewer it is expected to take."""
+    """A block that is being encoded: its bytes until then, and how many bytes less it is expected to take."""
 
     nbytes: int
     gain: int
 
 
 class Shrinking:
-    """Blocks that lie in host memory as they were stored: to be coded, being coded (`under_way`), or tried without a gain.
+    """Uncompressed blocks in host memory: waiting to be encoded, being encoded (`under_way`), or found incompressible.
 
-    `capacity_bytes` of host memory; 0: nothing is ever coded there, and nothing is kept here.
+    `capacity_bytes`: the size of host memory; 0 if blocks are never encoded there, then nothing is recorded here.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._plain: dict[BlockKey, int] = {}  # bytes; least recently used first
-        self._hopeless: dict[BlockKey, int] = {}
+        self._incompressible: dict[BlockKey, int] = {}
         self.under_way: dict[BlockKey, UnderWay] = {}
         self._gain_bytes = 0
         self._before_bytes, self._after_bytes = 0, 0
-        self._is_stuck = False  # the last one found no room to be coded into
+        self._is_stuck = False  # the last encoded block found no room to be written to
 
     def add(self, key: BlockKey, nbytes: int) -> None:
-        """The block lies there as it was stored."""
+        """Record a block that is uncompressed in host memory."""
         if self.capacity_bytes:
             self._plain[key] = nbytes
 
     def remove(self, key: BlockKey) -> None:
-        """The block is not there any more."""
+        """Forget a block that left host memory."""
         if self.capacity_bytes:
             self._plain.pop(key, None)
-            self._hopeless.pop(key, None)
+            self._incompressible.pop(key, None)
             self._end(key)
             self._is_stuck = False
 
     def used(self, keys: Sequence[BlockKey]) -> None:
-        """A run of a chain, root first, was used: of it the deepest block is coded first."""
+        """Note a use of blocks of a chain, ancestors first. Of these blocks, the deepest will be encoded first."""
         if self._plain:
             for key in reversed(keys):
                 nbytes = self._plain.pop(key, None)
@@ -65,14 +68,20 @@ class Shrinking:
                     self._plain[key] = nbytes
 
     def over(self, used_bytes: int, nbytes: int) -> float:
-        """How many bytes should be gained by coding: `nbytes` more than is under way, or what `used_bytes` are above FULL_SHARE."""
+        """Returns how many bytes encoding should free: at least `nbytes`, or more if `used_bytes` exceed FULL_SHARE.
+
+        The gain of blocks that are being encoded counts as free already.
+        """
         if not self.capacity_bytes:
             return 0
         return max(used_bytes - self._gain_bytes - FULL_SHARE * self.capacity_bytes, nbytes)
 
     def choose(self, nbytes: float, is_busy: Callable[[BlockKey], bool]) -> list[tuple[BlockKey, int]]:
-        """Blocks to code now for a gain of `nbytes`, each with its own, the least recently used first. They are under way from now on."""
-        if self._is_stuck:  # until somebody goes
+        """Choose blocks to encode now so that `nbytes` are freed, the least recently used first. They count as under way from now on.
+
+        Returns each key with its expected gain in bytes.
+        """
+        if self._is_stuck:  # until a block leaves
             return []
         share = self._after_bytes / self._before_bytes if self._before_bytes else SHARE_AT_FIRST
         chosen: list[tuple[BlockKey, int]] = []
@@ -88,36 +97,36 @@ class Shrinking:
         return chosen
 
     def done(self, key: BlockKey, after_bytes: int) -> None:
-        """The block takes `after_bytes` now."""
+        """Record that a block was encoded and takes `after_bytes` now."""
         self._is_stuck = False
         self._before_bytes += self._end(key)
         self._after_bytes += after_bytes
 
     def failed(self, key: BlockKey, again: bool) -> None:
-        """The block is as it was; `again`: for lack of room, so that it may be tried once more when there is some."""
+        """Record that a block was not encoded. `again`: only room was lacking, so it will be tried again when there is some."""
         nbytes = self._end(key)
         if again:
             self._plain[key] = nbytes
             self._is_stuck = True
         else:
-            self._hopeless[key] = nbytes
+            self._incompressible[key] = nbytes
 
     def hope(self) -> None:
-        """What could not be made smaller may be now: another codec is there."""
-        self._plain |= self._hopeless
-        self._hopeless.clear()
+        """Try all incompressible blocks again, because another codec is in use."""
+        self._plain |= self._incompressible
+        self._incompressible.clear()
 
     def _end(self, key: BlockKey) -> int:
-        """The block is not being coded any more; the bytes that it had before, 0 if it was not."""
+        """Forget that a block is being encoded. Returns its uncompressed bytes, or 0 if it was not being encoded."""
         nbytes, gain = self.under_way.pop(key, UnderWay(0, 0))
         self._gain_bytes -= gain
         return nbytes
 
     def check(self, stored: Mapping[BlockKey, int]) -> None:
-        """Assert that every block that lies there as it was `stored`, with these bytes, is known, once."""
+        """Assert that every uncompressed block of host memory (`stored`: its bytes by key) is recorded exactly once."""
         assert self._gain_bytes == sum(gain for _, gain in self.under_way.values())
         if self.capacity_bytes:
             known = self._plain | {key: nbytes for key, (nbytes, _) in self.under_way.items()}
             assert len(known) == len(self._plain) + len(self.under_way)
-            assert not self._hopeless.keys() & known.keys()
-            assert known | self._hopeless == stored
+            assert not self._incompressible.keys() & known.keys()
+            assert known | self._incompressible == stored

@@ -135,7 +135,7 @@ def test_files_of_another_version_are_refused_by_readers(files):
 @pytest.mark.parametrize(
     ("word", "value", "says"),
     [
-        (w.MAGIC, 5, "no index"),
+        (w.MAGIC, 5, "not an index of tiered_kv"),
         (w.MAGIC, 0, "unfinished"),
         (w.CLUSTER, 5, "another cluster"),
         (w.NODE, 5, "another cluster or node"),
@@ -165,7 +165,7 @@ def test_a_directory_that_others_may_write_to_is_refused(files):
 
 def test_no_node_is_a_clear_error(tmp_path):
     error = error_of(NodeView.open, tmp_path / "tkv-c-n")
-    assert error.kind is Kind.MEMORY and "no node" in str(error)
+    assert error.kind is Kind.MEMORY and "no node's files" in str(error)
 
 
 def test_a_start_after_a_clean_or_unclean_end_finds_the_files(tmp_path):

@@ -1,0 +1,29 @@
+"""Batches of copies: how the engine groups them, and what it reports when one fails."""
+
+from collections.abc import Iterator, Sequence
+
+from tiered_kv.store import events as ev
+
+
+def batches(copies: Sequence[ev.Copy], batch_bytes: int) -> Iterator[list[ev.Copy]]:
+    """Yields the copies in batches of about `batch_bytes`: enough for one write, small enough to free room early."""
+    batch: list[ev.Copy] = []
+    nbytes = 0
+    for copy in copies:
+        batch.append(copy)
+        nbytes += copy.source.stored_bytes
+        if nbytes >= batch_bytes:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def failures(batch: Sequence[ev.Copy]) -> list[ev.CopyFailed]:
+    """Returns the events that report a whole batch as failed, not to be tried again."""
+    return [ev.CopyFailed(copy.key, copy.target, again=False) for copy in batch]
+
+
+def gain_bytes(batch: Sequence[ev.Copy]) -> int:
+    """Returns about how many bytes the batch will free in the tier of its sources."""
+    return sum(copy.gain for copy in batch)
