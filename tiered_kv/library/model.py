@@ -104,7 +104,7 @@ class TransformersKVCache:
         """Returns the model with a client of its current layout."""
         with self._lock:
             if self._cached.reshaped:
-                self.attachment.straight(self._detect)
+                self.attachment.bypass(self._detect)
             return self._cached
 
     def refresh(self) -> None:

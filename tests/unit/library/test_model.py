@@ -74,7 +74,7 @@ def test_forward_gives_the_logits_of_all_tokens(family, attached):
     assert runs == [(1, 2)], "a call that needs only the last logits reuses the prefix"
     torch.testing.assert_close(kept.logits, last.logits, rtol=1e-4, atol=1e-4)
     assert cache.cache.match(ids).tokens == 3 * BLOCK
-    assert torch.equal(model.generate(ids, **GREEDY), cache.attachment._doors["generate"]._plain(ids, **GREEDY))
+    assert torch.equal(model.generate(ids, **GREEDY), cache.attachment._hooks["generate"]._plain(ids, **GREEDY))
 
 
 def test_gradients_and_losses_equal_those_of_the_plain_model(attached):

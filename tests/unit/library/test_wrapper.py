@@ -54,7 +54,7 @@ def test_quantized_memory_changes_the_next_token_distribution_little(attached):
     cache = attached(model, config)
     prompts = [prompt_of(200, seed=seed) for seed in range(20)]
     wanted = dict(do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
-    plain = [cache.attachment._doors["generate"]._plain(ids, use_cache=False, **wanted).logits[0] for ids in prompts]
+    plain = [cache.attachment._hooks["generate"]._plain(ids, use_cache=False, **wanted).logits[0] for ids in prompts]
     for ids in prompts:
         model.generate(ids, **wanted)
     cache.cache.engine(cache.cache.layout).settle()
