@@ -75,7 +75,7 @@ def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> N
     client._source._view._header[7] = 1
 
 
-def test_a_worker_that_only_reads_finds_the_node_that_took_the_place_of_a_dead_one(node, client, checked) -> None:
+def test_a_worker_that_only_reads_finds_the_successor_of_a_dead_node(node, client, checked) -> None:
     """It asks the node for nothing; that the heartbeat stands still is enough."""
     client.store(TOKENS, KV)
     node.kill()
@@ -89,7 +89,7 @@ def test_a_worker_that_only_reads_finds_the_node_that_took_the_place_of_a_dead_o
     assert client.fetch(TOKENS).tokens == 0
 
 
-def test_a_call_under_way_ends_with_the_files_it_began_with(node_factory, cluster_of_one) -> None:
+def test_a_running_call_finishes_with_the_files_it_started_with(node_factory, cluster_of_one) -> None:
     """The next access takes its place meanwhile; the former one is closed when the call has ended, and not before."""
     cluster, client = cluster_of_one
     client.store(TOKENS, KV)
@@ -131,7 +131,7 @@ def cluster_of_one(checked):
     return cluster, checked(cluster.client("n0", LAYOUT, NAMESPACE))
 
 
-def test_what_a_client_measures_it_measures_of_the_next_node_too(cluster_of_one) -> None:
+def test_a_clients_profile_includes_the_next_node(cluster_of_one) -> None:
     cluster, client = cluster_of_one
     stages = []
 
@@ -150,7 +150,7 @@ def test_what_a_client_measures_it_measures_of_the_next_node_too(cluster_of_one)
     assert set(stages) == {"hash", "look-up", "store", "copy"}
 
 
-def test_memory_whose_node_is_gone_is_given_back(node, client) -> None:
+def test_memory_of_an_ended_node_is_released(node, client) -> None:
     """The next node may need it: `host` is most of what a machine has."""
     client.store(TOKENS, KV)
     arena = f"{node.info['directory']}/arena"
@@ -190,7 +190,7 @@ def hung(checked):
         node.go_on()
 
 
-def test_no_call_waits_longer_for_a_node_that_hangs_than_it_may(hung) -> None:
+def test_no_call_to_a_hanging_node_exceeds_its_deadline(hung) -> None:
     node, client = hung
     new = tokens_of(OTHER)
     heartbeat = client._source._view.heartbeat_ns
@@ -229,7 +229,7 @@ def refusal_of(path: str) -> TieredKVError:
     return refusal.value
 
 
-def test_a_session_counts_connecting_and_the_first_exchange_in_its_time(hung) -> None:
+def test_connecting_and_the_first_exchange_count_toward_the_timeout(hung) -> None:
     node, _ = hung
     took_s, error = timed(lambda: refusal_of(f"{node.info['directory']}/sock"))
     assert took_s < 0.1 + LATE_S
@@ -237,7 +237,7 @@ def test_a_session_counts_connecting_and_the_first_exchange_in_its_time(hung) ->
     assert error.context["timed_out"]
 
 
-def test_an_answer_that_comes_in_pieces_has_no_more_time_than_a_whole_one(tmp_path) -> None:
+def test_an_answer_in_pieces_gets_no_more_time_than_a_whole_one(tmp_path) -> None:
     path = str(tmp_path / "s")
     end = threading.Event()
 
@@ -265,7 +265,7 @@ def test_an_answer_that_comes_in_pieces_has_no_more_time_than_a_whole_one(tmp_pa
 # The record beside the socket (S1)
 
 
-def test_a_record_says_what_a_worker_needs_and_nobody_else_may_write_it(node) -> None:
+def test_a_record_has_what_a_worker_needs_and_only_its_owner_may_write_it(node) -> None:
     record = read_record(node.info["directory"])
     assert record.info == node.info
     assert record.pid == node.process.pid

@@ -96,7 +96,7 @@ def filled(node_factory):
 
 
 @ids
-def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(filled, node_factory, tmp_path, lossy, caplog) -> None:
+def test_an_exact_cluster_shows_no_lossy_blocks_of_an_older_disk_folder(filled, node_factory, tmp_path, lossy, caplog) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="lossy", **lossy).close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000)
@@ -105,7 +105,7 @@ def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(fille
     assert_exact_again(node)
 
 
-def test_what_is_not_shown_on_disk_is_there_again_for_who_may_have_it(filled, node_factory, tmp_path) -> None:
+def test_blocks_hidden_from_an_exact_cluster_are_shown_to_a_lossy_one(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="first", quality="near_exact").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="second")
@@ -116,7 +116,7 @@ def test_what_is_not_shown_on_disk_is_there_again_for_who_may_have_it(filled, no
     assert node.stats()["too_lossy"] == {}
 
 
-def test_a_folder_is_used_by_clusters_of_less_quality_and_not_of_more(filled, node_factory, tmp_path) -> None:
+def test_a_clusters_disk_folder_is_used_at_lower_quality_only(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", quality="balanced").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="int8", quality="near_exact")
@@ -130,7 +130,7 @@ def test_a_folder_is_used_by_clusters_of_less_quality_and_not_of_more(filled, no
 
 
 @ids
-def test_all_that_an_exact_cluster_has_left_is_shown_by_a_lossy_one(filled, node_factory, tmp_path, lossy) -> None:
+def test_a_lossy_cluster_shows_all_blocks_of_an_exact_one(filled, node_factory, tmp_path, lossy) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="exact").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="lossy", store_wait_ms=20_000, **lossy)
@@ -153,14 +153,14 @@ def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, 
 
 
 @ids
-def test_memory_that_a_node_of_less_quality_left_makes_no_exact_one_lossy(filled, node_factory, tmp_path, lossy) -> None:
+def test_an_exact_node_shows_no_lossy_blocks_of_older_memory(filled, node_factory, tmp_path, lossy) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     cluster_id = uuid.uuid4().hex[:8]
     filled(disk=disk, cluster_id=cluster_id, **lossy).close(remove=False)
     assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id=cluster_id, store_wait_ms=20_000))
 
 
-def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_factory, tmp_path) -> None:
+def test_raw_bytes_that_were_decoded_from_lossy_ones_are_not_taken_over(node_factory, tmp_path) -> None:
     settings = {"host": "1MiB", "disk": f"{PLENTY}:{tmp_path}", "cluster_id": uuid.uuid4().hex[:8], "store_wait_ms": 20_000}
     node = node_factory(codec="host=raw,disk=int4", **settings)
     with worker(node) as client:
@@ -183,7 +183,7 @@ def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_fact
 
 
 @ids
-def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_factory, tmp_path, lossy) -> None:
+def test_an_exact_cluster_shows_no_lossy_blocks_of_a_checkpoint(filled, node_factory, tmp_path, lossy) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", **lossy), tmp_path / "checkpoint")
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
     node = node_factory(host="4MiB", store_wait_ms=20_000)
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == before, "packs are only read"
 
 
-def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_factory, tmp_path) -> None:
+def test_a_cluster_that_allows_a_checkpoints_error_shows_its_blocks(filled, node_factory, tmp_path) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", quality="near_exact"), tmp_path / "checkpoint")
     node = node_factory(host="4MiB", quality="balanced")
     assert node.checkpoint("mount", url, names, blocks) == len(blocks)
@@ -207,7 +207,7 @@ def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_f
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["exact asks lossy", "lossy asks exact"])
-def test_peers_of_two_qualities_send_each_other_what_each_may_have(checked, first: int) -> None:
+def test_peers_of_two_qualities_show_only_blocks_that_they_allow(checked, first: int) -> None:
     common = {"host": "1MiB", "disk": "16MiB", "heartbeat_s": 1000.0, "store_wait_ms": 20_000}
     qualities = [Config.of(common | {"quality": quality}) for quality in ("near_exact", "exact")]
     cluster = checked(InProcessCluster(qualities[first], 1, ManualClock()))
@@ -234,7 +234,7 @@ def test_peers_of_two_qualities_send_each_other_what_each_may_have(checked, firs
 # The plan of a model that becomes known after its blocks
 
 
-def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_does_not(filled, node_factory, tmp_path) -> None:
+def test_blocks_are_dropped_if_the_models_plan_does_not_allow_their_error(filled, node_factory, tmp_path) -> None:
     """Archive needs a calibration; what it allows is known when a worker introduces the model. Here it turns out to be int8's error."""
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", codec="host=int4,disk=int4").close()
@@ -256,7 +256,7 @@ def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_doe
         settle(node)
 
 
-def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, node_factory, tmp_path) -> None:
+def test_a_disallowed_block_is_dropped_once_its_reader_has_finished(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", codec="host=int4,disk=int4").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive")
@@ -289,7 +289,7 @@ def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, nod
     ],
     ids=str,
 )
-def test_the_loosest_tier_says_what_blocks_may_carry(settings: dict, most: float) -> None:
+def test_the_tier_with_the_largest_error_sets_the_allowance(settings: dict, most: float) -> None:
     assert most_error(Config.of({"host": "1MiB", **settings})) == most
 
 
@@ -315,12 +315,12 @@ INT8, INT4, LOSSLESS, UNKNOWN = Int8Codec.id, Int4Codec.id, LosslessCodec.id, 25
         ("archive", INT4, 0.1, True),
     ],
 )
-def test_a_block_is_shown_by_its_codec_and_the_error_that_it_carries(quality: str, codec: int, error: float | None, shown: bool) -> None:
+def test_a_blocks_codec_and_error_decide_whether_it_is_shown(quality: str, codec: int, error: float | None, shown: bool) -> None:
     allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": quality})))
     assert allowance.admits(bytes(32), ROOT, codec, error) is shown
 
 
-def test_an_error_that_nobody_said_is_looked_for_where_it_matters() -> None:
+def test_an_unrecorded_error_is_read_from_the_frame_if_it_matters() -> None:
     allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": "near_exact"})))
     assert not allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-2)
     assert allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-5)

@@ -85,7 +85,7 @@ def stored(requests: list[Request], config: tiered_kv.Config) -> list[int]:
 
 
 @pytest.mark.parametrize("policy", ["lru", "adaptive"])
-def test_the_cache_of_one_process_hits_what_the_replay_hits(policy: str) -> None:
+def test_an_embedded_cache_has_exactly_the_replays_hits(policy: str) -> None:
     config = tiered_kv.Config(host=HOST_BYTES, policy=policy, seed=3)
     requests = trace(400)
     expected = replayed(requests, config, capacity_blocks())

@@ -44,7 +44,7 @@ def test_a_child_reads_blocks_on_disk(node_factory, tmp_path: FilePath) -> None:
 
 
 @pytest.mark.parametrize("codec", ["int8", "lossless"])
-def test_a_child_decodes_coded_blocks(node_factory, codec: str) -> None:
+def test_a_child_decodes_compressed_blocks(node_factory, codec: str) -> None:
     node = node_factory(host="1MiB", codec=f"host={codec}", store_wait_ms=20_000)
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         for turn in range(40):

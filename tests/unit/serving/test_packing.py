@@ -104,33 +104,33 @@ def test_runs_name_every_block_once_and_in_order(offsets, first):
     assert named == list(enumerate(offsets, first))
 
 
-def test_blocks_side_by_side_are_one_run():
+def test_adjacent_blocks_are_one_run():
     assert list(runs_of([64, 192, 320, 448], first=2)) == [Run(2, 64, 128, 4)]
 
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=4, dtype="bfloat16", block_tokens=2)
 
 
-def test_a_run_behind_the_end_of_kv_is_refused_though_its_memory_goes_on():
+def test_a_run_past_the_end_of_kv_is_rejected_even_if_its_memory_continues():
     kv = torch.zeros(LAYOUT.kv_shape(9), dtype=torch.bfloat16)[..., :4, :]
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="4 tokens are not 1 blocks of 2 from block 2 on"):
         blocks.unpack(Run(2, 0, 0, 1), kv)
 
 
-def test_a_run_behind_the_end_of_the_arena_is_refused():
+def test_a_run_past_the_end_of_the_arena_is_rejected():
     blocks = ArenaBlocks(torch.zeros(LAYOUT.block_bytes * 2, dtype=torch.uint8), LAYOUT)
     with pytest.raises(RuntimeError, match="out of bounds"):
         blocks.unpack(Run(0, LAYOUT.block_bytes + 64, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
-def test_a_block_at_an_odd_byte_is_refused():
+def test_a_block_at_an_odd_byte_is_rejected():
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="cannot lie at byte 65"):
         blocks.unpack(Run(0, 65, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
-def test_kv_that_requires_grad_is_packed_and_the_arena_stays_free_of_it():
+def test_packing_kv_that_requires_grad_leaves_no_gradient_in_the_arena():
     arena = torch.zeros(4096, dtype=torch.uint8)
     kv = torch.randn(LAYOUT.kv_shape(4), requires_grad=True).to(torch.bfloat16)
     blocks = ArenaBlocks(arena, LAYOUT)

@@ -6,7 +6,7 @@ from tiered_kv.blocks import Tier
 from tiered_kv.checkpoint.repository import open_repository
 
 
-def test_a_block_that_is_promoted_while_it_is_read_is_said_to_be_what_was_read(tmp_path, monkeypatch) -> None:
+def test_a_block_promoted_during_its_read_is_recorded_as_it_was_read(tmp_path, monkeypatch) -> None:
     """Its frame on disk is lossless; the copy that comes to host memory meanwhile is raw."""
     (tmp_path / "disk").mkdir()
     small = {"host": "1MiB", "disk": "16MiB", "disk_path": str(tmp_path / "disk")}

@@ -60,7 +60,7 @@ def stores(client, count: int, blocks: int = 32) -> list[float]:
 
 
 @pytest.mark.parametrize("quality", ["exact", "near_exact"])
-def test_no_round_of_a_store_waits_longer_than_it_may(node_factory, gate, tmp_path, monkeypatch, quality: str) -> None:
+def test_no_round_of_a_store_exceeds_its_wait(node_factory, gate, tmp_path, monkeypatch, quality: str) -> None:
     node = node_with_slow_disk(node_factory, gate, tmp_path, quality=quality)
     rounds: list[float] = []
     reserve_within = NodeSession.reserve_within
