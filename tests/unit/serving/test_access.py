@@ -1,4 +1,4 @@
-"""A worker and the lives of its node: other files under the same path, a node that hangs, one that comes back."""
+"""A worker whose node changes: other files under the same path, a node that hangs, and one that restarts."""
 
 import shutil
 import socket
@@ -20,7 +20,7 @@ PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)
 OTHER = (5, 6, 7)
 LATE_S = 0.5
-"""A call may end so much after its deadline here, on a machine that is busy; what it was without the deadline is several seconds."""
+"""How long after its deadline a call may end, on a busy machine. Without a deadline it would take several seconds."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def stored_again(client, path) -> None:
 
 @pytest.mark.parametrize("removed", ["while it was dead", "while it ran", "for another size"])
 def test_a_worker_never_stores_through_files_that_the_node_does_not_have(node, client, checked, removed: str) -> None:
-    """The directory is removed, or replaced, under a worker that goes on; what others read is what was stored, and it hits again."""
+    """The directory is removed or replaced while a worker runs. Others read only stored blocks, and the worker gets hits again."""
     client.store(TOKENS, KV)
     if removed == "while it ran":
         shutil.rmtree(node.info["directory"])
@@ -76,7 +76,7 @@ def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> N
 
 
 def test_a_worker_that_only_reads_finds_the_successor_of_a_dead_node(node, client, checked) -> None:
-    """It asks the node for nothing; that the heartbeat stands still is enough."""
+    """The worker makes no call to the node. It notices that the heartbeat has stopped."""
     client.store(TOKENS, KV)
     node.kill()
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == len(PATH), "memory is read on"
@@ -90,7 +90,7 @@ def test_a_worker_that_only_reads_finds_the_successor_of_a_dead_node(node, clien
 
 
 def test_a_running_call_finishes_with_the_files_it_started_with(node_factory, cluster_of_one) -> None:
-    """The next access takes its place meanwhile; the former one is closed when the call has ended, and not before."""
+    """The next access replaces the old one during the call. The old one is closed when the call has ended, not before."""
     cluster, client = cluster_of_one
     client.store(TOKENS, KV)
     before, entered, gate = client._holder.present, threading.Event(), threading.Event()
@@ -151,7 +151,7 @@ def test_a_clients_profile_includes_the_next_node(cluster_of_one) -> None:
 
 
 def test_memory_of_an_ended_node_is_released(node, client) -> None:
-    """The next node may need it: `host` is most of what a machine has."""
+    """The next node may need it, because `host` is most of a machine's memory."""
     client.store(TOKENS, KV)
     arena = f"{node.info['directory']}/arena"
     assert arena in Path("/proc/self/maps").read_text()
@@ -180,7 +180,7 @@ def timed(call) -> tuple[float, object]:
 
 @pytest.fixture
 def hung(checked):
-    """A node that hangs, with peers as far as its index says, and a client that has used it."""
+    """A node that hangs, with peers according to its index, and a client that has used it."""
     with NodeProcess(store_wait_ms=100, fetch_deadline_ms=50) as node:
         client = checked(client_of(node.info, LAYOUT, NAMESPACE))
         client.store(TOKENS, KV)

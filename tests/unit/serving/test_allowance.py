@@ -1,4 +1,7 @@
-"""What a cluster of another quality has left or sends: shown only within the present plan's error, a miss else, and stored again."""
+"""Blocks that a cluster of another quality left or sends.
+
+They are shown only if their error is within the current plan's. Otherwise they are misses, and can be stored again.
+"""
 
 import time
 import uuid
@@ -49,7 +52,7 @@ def settle(node) -> None:
 
 
 def store(node, client) -> int:
-    """Store all paths; how many blocks are not there afterwards."""
+    """Store all paths. Returns how many blocks are not cached afterwards."""
     missing = 0
     for path in PATHS:
         missing += client.store(tokens_of(path, LAYOUT), kv_of(path)).refused
@@ -58,7 +61,7 @@ def store(node, client) -> int:
 
 
 def hits(client) -> tuple[int, int]:
-    """Blocks that were had, and those of them that are not bit for bit what was stored."""
+    """Returns how many blocks are hits, and how many of these differ from the stored bits."""
     had = differing = 0
     for path in PATHS:
         fetched = client.fetch(tokens_of(path, LAYOUT))
@@ -70,7 +73,7 @@ def hits(client) -> tuple[int, int]:
 
 
 def assert_exact_again(node) -> None:
-    """No hit differs; what is stored again hits in full."""
+    """Assert that no hit differs from the stored bits, and that all blocks are hits once they are stored again."""
     with worker(node) as client:
         had, differing = hits(client)
         assert not differing, f"{differing} of {had} hits are not what was stored"
@@ -82,7 +85,7 @@ def assert_exact_again(node) -> None:
 
 @pytest.fixture
 def filled(node_factory):
-    """`filled(**settings)`: a node that holds all paths, coded as the settings say, as far as they were pressed down."""
+    """`filled(**settings)` returns a node with all paths, compressed as the settings require in the tiers that they reached."""
 
     def make(**settings):
         node = node_factory(**{"host": "1MiB", "store_wait_ms": 20_000, **settings})
@@ -144,7 +147,7 @@ def test_a_lossy_cluster_shows_all_blocks_of_an_exact_one(filled, node_factory, 
 
 @ids
 def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, tmp_path, lossy) -> None:
-    """As a node leaves it that was killed: the last segment has no footer."""
+    """A killed node leaves such a folder: its last segment has no footer."""
     disk = f"{PLENTY}:{tmp_path}"
     node = filled(disk=disk, cluster_id="lossy", **lossy)
     node.place.disk._seal = lambda segment: segment.writer.close()
@@ -235,7 +238,7 @@ def test_peers_of_two_qualities_show_only_blocks_that_they_allow(checked, first:
 
 
 def test_blocks_are_dropped_if_the_models_plan_does_not_allow_their_error(filled, node_factory, tmp_path) -> None:
-    """Archive needs a calibration; what it allows is known when a worker introduces the model. Here it turns out to be int8's error."""
+    """Archive needs a calibration, so its allowed error is known when a worker registers the model. Here it is that of int8."""
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", codec="host=int4,disk=int4").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive", store_wait_ms=20_000)
@@ -329,7 +332,7 @@ def test_an_unrecorded_error_is_read_from_the_frame_if_it_matters() -> None:
 
 
 def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
-    """All that a node holds as packs in a folder; what is in them, parents first."""
+    """Write all blocks of a node as packs in a folder. Returns the packs' blocks, parents first."""
     snapshot = node.checkpoint("snapshot")
     folder.mkdir()
     node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, 300_000)

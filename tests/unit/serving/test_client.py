@@ -1,4 +1,4 @@
-"""The client of one node: what callers may hand in, what they get, and what is counted."""
+"""The client of one node: valid arguments, results, and statistics."""
 
 import threading
 from dataclasses import replace
@@ -425,12 +425,12 @@ def test_threads_share_a_client(node, client) -> None:
 
 
 def test_a_store_has_one_deadline_for_all_its_reservations(node_factory, checked) -> None:
-    """A node with room for one block at a time: no new round begins after the deadline, and each waits at most what is left."""
+    """The node has room for one block at a time. No round starts after the deadline, and each waits at most the remaining time."""
     clock, node = ManualClock(), node_factory(store_wait_ms=200)
     waits = []
 
     class Slow:
-        """A session whose node finds room for one block after 90 ms, each time."""
+        """A session whose node has room for one block after 90 ms, at each call."""
 
         def __init__(self) -> None:
             self._real = node.open_session()

@@ -1,4 +1,4 @@
-"""Closing while a disk hangs, and the interpreter's exit then: neither waits for the disk."""
+"""Closing, and exiting the interpreter, while a disk hangs: neither waits for the disk."""
 
 import subprocess
 import sys
@@ -21,11 +21,11 @@ from tiered_kv.tiers.disk.segments import Files
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, waits
 
 IN_TIME_S = 1.5
-"""Of bars of 0.2 s, on a machine that is busy; what hung took its whole time."""
+"""A limit for calls that take at most 0.2 s, on a busy machine. A call that waits for the disk takes much longer."""
 
 
 class Hanging:
-    """Faults that hang until the test's end; `entered` once one does."""
+    """Faults that hang until the test's end. `entered` is set once a call hangs."""
 
     def __init__(self) -> None:
         self.entered, self.gate = threading.Event(), threading.Event()
@@ -64,7 +64,7 @@ def test_a_client_closes_while_its_disk_hangs(node_factory, tmp_path, hanging: H
 
 
 def test_closing_a_reader_leaves_a_file_open_until_its_read_ends(node_factory, tmp_path, hanging: Hanging) -> None:
-    """Else its number could be given to another file, of which the read would get the bytes."""
+    """Otherwise its descriptor could be reused for another file, and the read would return that file's bytes."""
     _, client = filled_disk(node_factory, tmp_path)
     segments = client._source._disk._segments
     segments._files = hanging.files("preadv")
@@ -119,7 +119,7 @@ def fill(client) -> None:
 
 @pytest.mark.parametrize("calls", [("pwritev",), ("fdatasync",)])
 def test_an_embedded_cache_closes_while_its_disk_hangs(hanging: Hanging, monkeypatch, calls: tuple[str, ...]) -> None:
-    """In the middle of a write, or when the last segment is sealed. Once the disk answers, what is left is closed and removed."""
+    """The disk hangs during a write, or when the last segment is sealed. Once it answers, the rest is closed and removed."""
     monkeypatch.setattr(Node.close, "__kwdefaults__", Node.close.__kwdefaults__ | {"within_s": 0.2})
     embedded = Embedded(Config.of({"host": "1MiB", "disk": "4MiB", "store_wait_ms": 0}))
     embedded.node.place.disk._files = hanging.files(*calls)

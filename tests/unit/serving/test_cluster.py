@@ -1,4 +1,4 @@
-"""Several nodes and their coordinator in one process: blocks come over from peers, and whatever fails is a miss."""
+"""Several nodes and their coordinator in one process: blocks are pulled from peers, and every failure is a miss."""
 
 import threading
 from collections import Counter
@@ -48,7 +48,7 @@ def clients(cluster, checked):
 
 
 class Watch:
-    """Stands between a node and its link: counts and keeps what was asked for, and may spoil what comes."""
+    """Wraps a node's link. Counts and records the requests, and can damage the frames received."""
 
     def __init__(self, link: InProcessLink) -> None:
         self._link = link

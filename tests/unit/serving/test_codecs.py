@@ -1,5 +1,7 @@
-"""Blocks that are coded in the tiers: they come back within the codec's bound, pass from tier to tier and node to node as they
-are, and whatever cannot be read is a miss."""
+"""Compressed blocks in the tiers: they are fetched within the codec's error bound, and move between tiers and nodes unchanged.
+
+Every block that cannot be read is a miss.
+"""
 
 from dataclasses import replace
 
@@ -28,7 +30,7 @@ Path = tuple[int, ...]
 
 
 def kv_of(path: Path) -> torch.Tensor:
-    """(L, 2, H, N, D): what a model would have computed for a path; the same for the same beginning."""
+    """Returns KV (L, 2, H, N, D) as a model could compute it for a path. Paths with the same prefix get the same KV for it."""
     blocks = []
     for end in range(1, len(path) + 1):
         generator = torch.Generator().manual_seed(hash(path[:end]) % (1 << 31))
@@ -41,7 +43,7 @@ def store(client, *paths: Path) -> list[Stored]:
 
 
 def fetch(client, path: Path, bound: float = 0.0) -> dict[str, int]:
-    """Blocks by tier; each within the bound of what was stored."""
+    """Returns the fetched blocks by tier. Asserts that each is within the error bound of the stored block."""
     fetched = client.fetch(tokens_of(path, LAYOUT))
     for block in range(fetched.tokens // T):
         part = slice(block * T, (block + 1) * T)
@@ -57,7 +59,7 @@ def settle(node) -> None:
 
 @pytest.fixture
 def attached(node_factory, checked):
-    """`attached(**settings)`: a node and a client whose model's rotation is known."""
+    """`attached(**settings)` returns a node, and a client whose model's rotation is known."""
 
     def make(**settings):
         node = node_factory(**{"host": "2MiB", "store_wait_ms": 20_000, **settings})
@@ -97,7 +99,7 @@ def test_blocks_stay_uncompressed_while_there_is_room(attached) -> None:
 
 
 def test_a_block_is_compressed_once_for_all_tiers(attached, tmp_path) -> None:
-    """Host memory, disk and objects have one codec: the frame that host memory made lies in all of them."""
+    """Host memory, disk and objects use one codec, and all store the same frame."""
     node, client = attached(quality="near_exact", disk=f"1MiB:{tmp_path / 'disk'}", objects="memory://")
     paths = [(turn, 1, 2) for turn in range(60)]
     for path in paths:
@@ -224,7 +226,7 @@ def test_a_model_with_unknown_rotation_is_compressed_too(node_factory, client_fa
 
 
 def test_blocks_are_rotated_back_by_their_depth_in_the_chain(attached) -> None:
-    """Two blocks of the same content, at the beginning of a chain and far behind it, come back equally well."""
+    """Two blocks with the same content, the first of a chain and one far down, are fetched with equal error."""
     node, client = attached(codec="host=int4", host="2MiB")
     long = tuple(range(12))
     client.store(tokens_of(long, LAYOUT)[: 10 * T], kv_of(long)[..., : 10 * T, :])

@@ -1,4 +1,4 @@
-"""Parents that cannot be, from a worker, in the memory that a node left, in a disk folder, in a checkpoint: nothing of it hangs a node."""
+"""Invalid parents, from a worker, in old shared memory, in a disk folder, and in a checkpoint: none of them hangs a node."""
 
 import subprocess
 import sys
@@ -37,13 +37,13 @@ print("ended", flush=True)
 
 
 def told(*arguments: object) -> tuple:
-    """The parts of a hint in which nothing is said."""
+    """Returns the fields of an empty hint."""
     return (*arguments, None, None, None, True)
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "s3fifo"])
 def test_a_cycle_of_parents_does_not_hang_the_node(policy: str) -> None:
-    """The worker commits A behind B and B behind A, says all that it can of their future, and makes both go and come again."""
+    """The worker commits A as child of B and B as child of A, with all kinds of hints, and has both evicted and stored again."""
     command = [sys.executable, "-c", NODE, uuid.uuid4().hex[:8], policy]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         directory = process.stdout.readline().strip()
@@ -167,7 +167,7 @@ def test_cycles_in_damaged_headers_of_shared_memory_are_ignored(node_factory) ->
 
 
 def within(call) -> None:
-    """Run `call` on a thread of its own, which must end in time."""
+    """Run `call` on a separate thread, which must end in time."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Damaged slots of the shared index: no bit and no random word makes a wrong block or an exception; the node mends what it is told of."""
+"""Damaged slots of the shared index: no flipped bit or random word gives a wrong block or an exception, and the node repairs slots."""
 
 import random
 import time
@@ -38,7 +38,7 @@ def words_of(node) -> memoryview:
 
 
 def used(client, path) -> int:
-    """All calls that read the index; whatever a fetch gives is what was stored."""
+    """Make all calls that read the index. Asserts that fetches return only stored blocks."""
     client.match(tokens_of(path))
     records = client.explain(tokens_of(path))
     assert len(records) == len(path)
@@ -46,7 +46,7 @@ def used(client, path) -> int:
 
 
 def all_hit_again(node, client) -> None:
-    """Once the node was told of every block, it shows what it has."""
+    """Report every block to the node, and assert that all are hits again."""
     node.doubt(list(node.engine.machine.blocks))
     node.check()
     assert [used(client, path) for path in PATHS] == [4] * len(PATHS)

@@ -1,4 +1,4 @@
-"""What fails on one machine, and what of it a worker sees (design, section 7): workers, the node itself, the disk."""
+"""Failures on one machine, and their effect on a worker (design, section 7): of workers, the node, and the disk."""
 
 import errno
 import os
@@ -106,7 +106,7 @@ def test_a_store_on_an_ended_session_changes_nothing(node_factory) -> None:
 
 
 class Lives:
-    """One node after the other under the same ids, each with its socket, and clients that stay."""
+    """Successive nodes with the same ids, each with its socket, and clients that outlive them."""
 
     def __init__(self, **settings: object) -> None:
         self.config = Config.of({"host": "1MiB", **settings})
@@ -164,7 +164,7 @@ def test_a_restarted_node_has_its_blocks_and_its_workers_continue(lives) -> None
 
 
 def test_an_attached_worker_stores_at_once_after_a_restart(lives) -> None:
-    """Its session had ended with the node that it was of: the files say that another one writes them now."""
+    """The worker's session ended with the old node. The files show that another node writes them now."""
     life = lives()
     with life.client() as client:
         client.store(TOKENS, KV)
@@ -204,7 +204,7 @@ def test_a_restart_does_not_read_the_whole_disk(lives) -> None:
 
 
 def test_a_store_during_a_restart_is_refused_and_corrupts_nothing(lives) -> None:
-    """The node dies between the reservation and the packing: the extents may belong to anyone by then."""
+    """The node dies between reservation and packing, so the extents may already have another owner."""
     life = lives()
     with life.client() as client:
         session = SocketSession(f"{life.node.directory}/sock", PATIENCE_S)
@@ -253,7 +253,7 @@ def test_a_restarted_node_does_not_reuse_extents_that_a_worker_still_packs(lives
 
 
 def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int = 40, **settings: object):
-    """A node with a host tier of 30 blocks, and a client that has stored chains of one block, `turns` of them."""
+    """Returns a node with a host tier of 30 blocks, and a client that has stored `turns` chains of one block."""
     node = node_factory(host="1MiB", disk_path=str(tmp_path / "disk"), **{"disk": "4MiB", **settings})
     if faults:
         node.place.disk._files = Faulty(Files(), faults)
@@ -265,7 +265,7 @@ def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int =
 
 
 def hits(client, turns: range) -> int:
-    """How many of the chains can be fetched, each as it was stored."""
+    """Returns how many of the chains can be fetched. Asserts that each is as it was stored."""
     return sum(assert_is_prefix(client.fetch(tokens_of((turn,), LARGE)), (turn,), LARGE) for turn in turns)
 
 

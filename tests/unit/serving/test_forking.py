@@ -1,4 +1,4 @@
-"""Processes that fork after they have used a client: parent and children go on side by side, and every byte is right."""
+"""Processes that fork after they have used a client: parent and children continue at the same time, and every byte is right."""
 
 import faulthandler
 import os
@@ -24,7 +24,7 @@ PATIENCE_S = 60.0
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The pid of a child that does this work and ends with status 0, or with 1 and what went wrong."""
+    """Fork a child that runs `work`, and return its pid. The child exits with status 0, or with 1 after printing the error."""
     pid = os.fork()
     if pid:
         return pid
@@ -57,7 +57,7 @@ def ends_well(*pids: int) -> None:
 
 
 def store_and_fetch(client, mark: int, shared: list) -> None:
-    """Chains of its own and chains that the others store as well; KV is made from the tokens, so that any wrong byte shows."""
+    """Store and fetch private chains and shared ones. The KV depends on the tokens, so any wrong byte is detected."""
     answered = 0
     for turn in range(ROUNDS):
         path = (mark * 1000 + turn, turn % 3, 1)
@@ -103,7 +103,7 @@ def test_a_child_that_closes_its_client_does_not_affect_its_parent() -> None:
 
 
 def test_a_child_does_not_own_the_locks_of_its_packing_parent(node_factory) -> None:
-    """The child neither releases them nor keeps them when the parent has died."""
+    """The child does not release the locks, and does not keep them after the parent's death."""
     from tiered_kv.memory.view import NodeView
 
     node = node_factory(host="1MiB")
@@ -157,7 +157,7 @@ def test_a_child_of_an_embedded_cache_reads_stores_and_removes_nothing(tmp_path:
 
 
 def test_a_child_that_exits_normally_does_not_affect_its_parents_cache(tmp_path: Path) -> None:
-    """It runs what is registered to be run at the interpreter's end."""
+    """The child runs the functions registered with atexit."""
     import subprocess
 
     script = """

@@ -1,4 +1,4 @@
-"""What the policies of two nodes learn from each other through the coordinator."""
+"""The policies of two nodes exchange statistics through the coordinator."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def cluster(checked, clock):
-    """Two nodes that report when they are told to; the first one has seen prompts that come back."""
+    """Two nodes that report only on request. The first one has seen prompts that are used again."""
     config = Config(host=1 << 20, heartbeat_s=1000.0, node_timeout_s=10_000.0, policy="adaptive")
     cluster = checked(InProcessCluster(config, 2, clock))
     cluster.nodes["n0"]._reporter.wake = lambda: None
@@ -39,7 +39,7 @@ def history(cluster: InProcessCluster, node: str):
 
 
 def others_of(cluster: InProcessCluster, node: str) -> bytes:
-    """What the node has of others, as they told it."""
+    """Returns the statistics of other nodes that this node has."""
     counts = history(cluster, node).model._others
     return b"" if not counts.any() else counts.sum().tobytes()
 

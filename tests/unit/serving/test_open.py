@@ -1,4 +1,4 @@
-"""`tiered_kv.open` as people use it: also without closing it."""
+"""`tiered_kv.open` as users call it, including without a close."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_a_script_that_ends_without_close_leaves_nothing(tmp_path: Path) -> None
 
 
 def test_with_a_disk_tier_no_block_is_lost_while_there_is_room(tmp_path: Path) -> None:
-    """Blocks of 128 KiB: many more than a host tier of 2 MiB holds, far fewer than the disk tier can."""
+    """Blocks of 128 KiB: many more than fit in a host tier of 2 MiB, and far fewer than fit in the disk tier."""
     layout = tiered_kv.KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16", block_tokens=64)
     prompts = [range(number * 1000, number * 1000 + 192) for number in range(80)]
     config = {"host": "2MiB", "disk": "64MiB", "disk_path": str(tmp_path / "disk")}

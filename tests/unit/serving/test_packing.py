@@ -1,4 +1,4 @@
-"""Packing by strides moves exactly the bytes that plain indexing moves, whatever the layout, the runs and the tensors."""
+"""Packing by strides moves exactly the same bytes as plain indexing, for all layouts, runs and tensors."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ layouts = st.builds(
 
 @st.composite
 def placed_blocks(draw) -> tuple[KVLayout, list[int], int, int]:
-    """A layout, the offsets of some blocks that do not overlap, the bytes of their arena, and the first block's number."""
+    """Draws a layout, offsets of blocks that do not overlap, the bytes of their arena, and the first block's number."""
     layout = draw(layouts)
     step = -(-layout.block_bytes // ALIGN_BYTES) * ALIGN_BYTES
     places = draw(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True))
@@ -41,7 +41,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def kv_tensor(layout: KVLayout, tokens: int, kind: str, seed: int) -> torch.Tensor:
-    """(L, 2, H, tokens, D) of random bits: contiguous, a part of a longer one, or with its axes in another order in memory."""
+    """Returns random KV (L, 2, H, tokens, D): contiguous, a slice of a longer tensor, or with another axis order in memory."""
     longer = tokens + 3 if kind == "part" else tokens
     shape = layout.kv_shape(longer)
     raw = random_bytes(longer * layout.token_bytes, seed).view(layout.torch_dtype)
@@ -55,7 +55,7 @@ kinds = st.sampled_from(["contiguous", "part", "tokens first"])
 
 
 def plain_block(kv: torch.Tensor, layout: KVLayout, block: int) -> torch.Tensor:
-    """The block's bytes by plain indexing."""
+    """Returns the block's bytes by plain indexing."""
     t = layout.block_tokens
     return as_bytes(kv[..., block * t : (block + 1) * t, :])
 

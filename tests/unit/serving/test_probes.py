@@ -1,4 +1,4 @@
-"""Probes of models: kept by nodes and the coordinator, compared up to rounding, and not forgotten in a restart."""
+"""Probes of models: nodes and the coordinator store them, compare them up to rounding, and keep them across restarts."""
 
 from contextlib import closing
 
@@ -19,7 +19,7 @@ ROOT = NAMESPACE.root(LAYOUT)
 
 
 def probe_of(value, rounding=0.0):
-    """A probe of a model whose KV is `value`; `rounding`: relative."""
+    """Returns the probe of a model with the KV `value`, with a relative `rounding` error."""
     rows = np.arange(1, ROWS * FLOATS + 1, dtype="<f4").reshape(ROWS, FLOATS) + value
     rows[:, 0] = np.linalg.norm(rows[:, 1:], axis=1)
     return Probe((rows * np.float32(1 + rounding)).tobytes(), FLOATS, 1e-3, 2e-3)

@@ -1,4 +1,4 @@
-"""Which codec a tier gets, and calibrations: found, refused, and needed to read what was coded with them."""
+"""The choice of a tier's codec, and calibrations: finding them, rejecting invalid ones, and decoding with them."""
 
 import shutil
 from dataclasses import replace
@@ -72,7 +72,7 @@ def test_a_quality_selects_a_codec_for_each_tier(settings: dict, calibrated: boo
     ],
 )
 def test_an_error_budget_selects_the_smallest_codecs_within_it(budget: str, host_alone: str, host: str, disk: str) -> None:
-    """In memory only what decodes fast, as long as there is a colder tier; and on top of it what it adds to."""
+    """Memory gets only codecs that decode fast if there is a colder tier. The errors of the tiers add up."""
     assert planned(calibration(), error_budget=budget) == {"host": host_alone}
     assert planned(calibration(), error_budget=budget, disk="1GiB") == {"host": host, "disk": disk}
 
@@ -100,7 +100,7 @@ def test_memory_is_exact_only_if_no_codec_applies_to_it(settings: dict, exact: b
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty cache folder, and a process that knows no calibration yet."""
+    """An empty cache folder, and a process without any calibration loaded."""
     monkeypatch.setenv("TIERED_KV_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrations, "_registered", {})
     (tmp_path / "calibration").mkdir()
@@ -108,7 +108,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fill(client, count: int, settle) -> list[tuple[int, ...]]:
-    """One-block chains and longer ones of noise until memory has coded some."""
+    """Store chains of noise, some of one block, until memory has compressed some blocks."""
     paths = [(turn, 1, 2) for turn in range(count)]
     for path in paths:
         client.store(tokens_of(path, LAYOUT), kv_of(path))

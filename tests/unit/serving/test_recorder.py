@@ -1,4 +1,4 @@
-"""Requests put together from what a node hears."""
+"""The recorder assembles requests from the calls that a node gets."""
 
 from tiered_kv.node import trace_recorder as module
 from tiered_kv.node.trace_recorder import PENDING_S, Recorder
@@ -15,7 +15,7 @@ def recorder() -> Recorder:
 
 
 def shapes(lines: list[dict]) -> list[tuple]:
-    """Times, lengths, and ids numbered in the order they come."""
+    """Returns times, lengths, and ids renumbered in order of appearance."""
     numbers: dict[int, int] = {}
     return [
         (line["timestamp"], line["input_length"], line["output_length"], [numbers.setdefault(id, len(numbers)) for id in line["hash_ids"]])

@@ -1,4 +1,4 @@
-"""Recording what nodes are asked: each node's part, and the trace that is made of them."""
+"""Recording the requests of nodes: each node's recording, and the trace merged from them."""
 
 import threading
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def make_cluster(checked, clock):
 
 
 def requester(cluster: InProcessCluster, node: str, checked: Callable) -> Callable:
-    """Makes requests of a worker of the node: a fetch, and the store of what is missing; how many blocks hit."""
+    """Returns a function that makes a worker's request: a fetch, then a store of the missing blocks. It returns the number of hits."""
     client = checked(cluster.client(node, LAYOUT, NAMESPACE))
 
     def request(path: tuple[int, ...], answer_tokens: int = 5) -> int:
@@ -142,7 +142,7 @@ def test_a_chain_without_its_first_blocks_is_left_out_and_counted(make_cluster, 
 
 
 def test_recording_changes_no_decision(make_cluster, checked, clock) -> None:
-    """The same requests with and without: the same blocks are here afterwards."""
+    """The same requests with and without recording leave the same blocks cached."""
     left = []
     for on in (False, True):
         cluster = make_cluster(1, policy="adaptive", seed=1)

@@ -1,4 +1,4 @@
-"""Blocks of ranks cut anew along the heads: every head of every token is in the block of the rank that has it, byte for byte."""
+"""Resharding blocks along the heads: each head of each token is, byte for byte, in the block of the rank that owns it."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def refusal(match: str):
 
 
 def halves_by_torch(whole: torch.Tensor, layout: KVLayout, world: int) -> list[torch.Tensor]:
-    """The raw blocks of all ranks, as torch cuts them."""
+    """Returns the raw blocks of all ranks, split with torch."""
     cut = whole.view(layout.torch_dtype).view(layout.block_shape).chunk(world, dim=2)
     return [part.contiguous().view(-1).view(torch.uint8) for part in cut]
 
 
 def cut_anew(blocks: list[torch.Tensor], layout: KVLayout, target: int) -> list[torch.Tensor]:
-    """The raw blocks of all ranks of the target world, of those of all ranks of another."""
+    """Returns the raw blocks of all ranks of the target world, resharded from those of all ranks of another."""
     made = []
     for rank in range(target):
         needed = pieces(len(blocks), target, layout.kv_heads * len(blocks), rank)
@@ -36,7 +36,7 @@ def cut_anew(blocks: list[torch.Tensor], layout: KVLayout, target: int) -> list[
 
 
 def random_block(layout: KVLayout, seed: int) -> torch.Tensor:
-    """Any bytes at all, those of NaN among them."""
+    """Returns arbitrary bytes, including those of NaN."""
     return torch.randint(0, 256, (layout.block_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,4 +1,4 @@
-"""A node's part in checkpoints: packs of what it held at one moment, and blocks of packs as its coldest tier."""
+"""A node's part in checkpoints: it writes packs of a snapshot, and uses packs' blocks as its coldest tier."""
 
 import threading
 import time
@@ -86,7 +86,7 @@ def filled(node):
 
 
 def saved(node, folder, pack_bytes: int = 300_000, **wish):
-    """All that a node holds, in packs; what is in them."""
+    """Write all blocks of a node in packs. Returns the packs' content."""
     snapshot = node.checkpoint("snapshot", *wish.values())
     folder.mkdir(exist_ok=True)
     node.checkpoint("save", str(folder), [seen.key for seen in snapshot.blocks], None, pack_bytes)

@@ -1,4 +1,4 @@
-"""Prefill tokens and seconds that fetches save."""
+"""The prefill tokens and seconds that fetches save."""
 
 import math
 

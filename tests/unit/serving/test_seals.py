@@ -1,4 +1,4 @@
-"""Flipped bits in host memory: found by seals, on every way out of memory, by the scrubber, and by each fetch with `verify_host`."""
+"""Flipped bits in host memory. Seals detect them when a block leaves memory, in the scrubber, and in each fetch with `verify_host`."""
 
 import time
 
@@ -32,7 +32,7 @@ def store(client, *paths) -> None:
 
 
 def had(client, path=PATH) -> int:
-    """Blocks of a path that were had, each as it was stored."""
+    """Returns how many blocks of a path are fetched. Asserts that each is as it was stored."""
     return assert_is_prefix(client.fetch(tokens_of(path, LARGE)), path, LARGE)
 
 
@@ -41,7 +41,7 @@ def keys(path=PATH) -> list[bytes]:
 
 
 def flip(node, path=PATH, block: int = 1, byte: int = 777) -> None:
-    """Flip a bit of a block's payload in host memory; `byte` below 0 is one of its header."""
+    """Flip a bit of a block's payload in host memory, or of its header if `byte` is negative."""
     location = node.engine.machine.blocks[keys(path)[block]].copies[Tier.HOST]
     node.place.host._bytes[location.offset + byte] ^= 16
 

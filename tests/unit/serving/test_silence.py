@@ -1,4 +1,4 @@
-"""A coordinator or a peer that does not answer: it costs one fetch its deadline, and is left alone until it is heard of again."""
+"""A coordinator or peer that does not answer: one fetch waits for its deadline, and no other calls it until it answers again."""
 
 # ruff: noqa: F401, F811 - fixtures are imported by name
 
@@ -23,7 +23,7 @@ from tiered_kv.node.puller import AVOID_S
 
 
 class Silent(Watch):
-    """A link over which the coordinator, or a peer, does not answer within the time that is given to it."""
+    """A link over which the coordinator, or a peer, does not answer within the given time."""
 
     def __init__(self, link: InProcessLink) -> None:
         super().__init__(link)
@@ -44,7 +44,7 @@ class Silent(Watch):
 
 @pytest.fixture
 def silent(cluster, clients, monkeypatch) -> Silent:
-    """The link of "n1" to a coordinator that hangs; "n0" has stored the blocks of TOKENS."""
+    """The link of "n1" to a coordinator that hangs. "n0" has stored the blocks of TOKENS."""
     clients[0].store(TOKENS, KV)
     cluster.report_all()
     node = cluster.nodes["n1"]
@@ -82,7 +82,7 @@ def test_a_slow_call_makes_the_node_report_at_once(cluster, clients, silent, mon
 
 @pytest.mark.parametrize(("hung", "avoided_s"), [(False, AVOID_S), (True, 6.0)])
 def test_a_hanging_peer_delays_one_fetch_and_is_then_avoided(make_cluster, checked, clock, hung: bool, avoided_s: float) -> None:
-    """Also where the wait for it has used up the whole deadline."""
+    """This also holds if the wait for the peer has used up the whole deadline."""
     cluster = make_cluster(heartbeat_s=1.0, node_timeout_s=5.0)
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     here.store(TOKENS, KV)

@@ -1,4 +1,4 @@
-"""Four tiers behind one client: blocks go down and come up, and whatever tier they are in, a hit is what was stored."""
+"""Four tiers under one client: blocks are demoted and promoted, and a hit from any tier is the stored block."""
 
 from collections import Counter
 from random import Random
@@ -27,7 +27,7 @@ COMBINATIONS = [{name: OPTIONAL[name] for at, name in enumerate(OPTIONAL) if cho
 
 
 def settle(node) -> None:
-    """The last uses are told, and every block is where it was sent."""
+    """Wait until the node has the last uses, and all moves between tiers have ended."""
     node.engine.drain_touches()
     node.engine.settle()
     node.check()
@@ -43,7 +43,7 @@ def store(client, *paths: tuple[int, ...], **more) -> list[Stored]:
 
 
 def fetch(client, path: tuple[int, ...], **more) -> dict[str, int]:
-    """Blocks by tier that were had, each as it was stored."""
+    """Returns the fetched blocks by tier. Asserts that each is as it was stored."""
     fetched = client.fetch(tokens_of(path, LARGE), **more)
     assert_is_prefix(fetched, path, LARGE)
     return {tier: tokens // T for tier, tokens in fetched.tokens_by_tier.items()}

@@ -1,4 +1,4 @@
-"""The two ways of a worker to its node: direct calls, and a socket; and what only a socket can meet."""
+"""A worker's two transports to its node, direct calls and a socket, and failures that only a socket can have."""
 
 import errno
 import os
@@ -157,7 +157,7 @@ HELLO = {"protocol": PROTOCOL, "identity": 7, "generation": 1, "arena_bytes": 1 
 
 @contextmanager
 def speaking(listener: socket.socket, said: bytes, after: int = 0):
-    """A node that answers `after` requests as it should, the first one `hello`, then says something, and no more."""
+    """A node that answers `after` requests correctly, the first one `hello`, then sends the given bytes, and nothing more."""
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -221,7 +221,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("call", "answer"), [(name, answer) for name, (_, answers) in CALLS.items() for answer in answers])
 def test_an_answer_of_the_wrong_type_ends_the_session(tmp_path, call: str, answer: object) -> None:
-    """Among them those of other requests: a commit's booleans must never be taken for offsets."""
+    """These include answers to other requests: a commit's booleans must never be used as offsets."""
     assert_refused(tmp_path, call, framed([2, True, answer]))
 
 
@@ -246,7 +246,7 @@ def assert_refused(tmp_path, call: str, said: bytes) -> None:
 
 
 def test_a_closed_node_counts_as_no_answer(tmp_path) -> None:
-    """An error of kind `closed` means to a caller that its own client is closed."""
+    """For a caller, an error of kind `closed` means that its own client is closed."""
     assert_refused(tmp_path, "stats", framed([2, False, "closed", "the view is closed"]))
 
 
