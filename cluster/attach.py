@@ -1,7 +1,7 @@
-"""Attaching: from any process on a machine of the cluster to a client of that machine's node.
+"""Attaches any process on a machine of the cluster to that machine's node.
 
-A node leaves a record beside its socket; a process of the same user that finds it needs no Ray, and does not end with Ray.
-Ray is asked only where there is no record.
+A node writes a record beside its socket. A process of the same user that finds the record needs no Ray, and does not end when
+Ray does. Ray is used only if there is no record.
 """
 
 import os
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 HEARTBEATS_TO_WAIT = 3
 ATTACH_WITHIN_S = 8.0
-"""How long `attach` waits for a node of this machine that runs and is silent, mapping its memory not included."""
+"""How long `attach` waits for a node on this machine that runs but does not answer. Mapping its memory is not included."""
 RESTART_WITHIN_S = 3.0
-"""How long it waits for one that has ended, which Ray may be about to restart, before it asks Ray."""
+"""How long `attach` waits for a node that has ended, which Ray may be restarting, before it uses Ray to find one."""
 LOOK_AGAIN_S = 0.1
 
 
 def join(name: str, address: str | None = None) -> None:
-    """Make this process part of the cluster's Ray, unless it already is part of one.
+    """Connect this process to the cluster's Ray, unless it is connected already.
 
-    The place comes from `address`, else from the cluster's state file on this machine, else from `RAY_ADDRESS`.
+    The address is `address`, else that of the cluster's state file on this machine, else `RAY_ADDRESS`. Raises (kind `cluster`) if
+    there is none, or if this process is connected to another Ray than `address`.
     """
     import ray
 
     if ray.is_initialized():
         if address is not None:
-            raylocal.join_ray(address)  # says so if this process is part of another one
+            raylocal.join_ray(address)  # raises if this process is connected to another Ray
         return
     known = state.find(name)
     if address is None and known is not None:
@@ -47,14 +48,17 @@ def join(name: str, address: str | None = None) -> None:
 
 
 def node_here(nodes: list[dict]) -> dict:
-    """The record of the cache node that runs on this process's Ray node, else of any whose shared memory this machine has."""
+    """Returns the record of the cache node on this process's Ray node, else of any node whose shared memory is on this machine.
+
+    Raises (kind `cluster`) if there is none.
+    """
     import ray
 
     ray_node_id = ray.get_runtime_context().get_node_id()
     here = [node for node in nodes if Path(node["directory"]).is_dir()]
     own = [node for node in here if node.get("ray_node_id") == ray_node_id]
     if not here:
-        message = f"none of the cluster's {len(nodes)} cache nodes runs on this machine; there is one for each Ray node"
+        message = f"none of the cluster's {len(nodes)} cache nodes runs on this machine; use a machine with a Ray node of the cluster"
         raise TieredKVError(Kind.CLUSTER, message)
     return (own or here)[0]
 
@@ -62,11 +66,11 @@ def node_here(nodes: list[dict]) -> dict:
 def attach(
     namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None, **rope: Any
 ) -> "Client":
-    """A client of the node on this machine, without Ray where the node has left its record here.
+    """Returns a client of the node on this machine, without Ray if the node's record is here.
 
-    `layout_of_block_tokens` makes the layout from the cluster's block size. `rope`: as in `client_of`. The client finds the node of
-    the cluster `name` again by itself, also after the cluster was stopped and started anew. Raises (kind `cluster`) where there is
-    no node, or the one there is does not answer within ATTACH_WITHIN_S.
+    `layout_of_block_tokens` is a function from the cluster's block size to the layout. `rope`: as in `client_of`. The client finds
+    the node of the cluster `name` again by itself, even after the cluster was stopped and started again. Raises (kind `cluster`) if
+    there is no node, or if it does not answer within ATTACH_WITHIN_S.
     """
     from tiered_kv.client.connect import client_of
 
@@ -92,7 +96,7 @@ def attach(
 
 
 def reach(name: str, address: str | None = None) -> None:
-    """Raise what `attach` would raise where there is no cluster, within moments; joins Ray only where no node has left a record here."""
+    """Raise (kind `cluster`) at once if there is no cluster to attach to. Joins Ray only if no node's record is on this machine."""
     if not LocalNodes(name, address).running():
         join(name, address)
 
@@ -109,7 +113,7 @@ def _attach_through_ray(nodes: LocalNodes, namespace: Namespace, layout_of_block
             node = node_here(about["nodes"])
             return client_of(node, layout_of_block_tokens(about["config"].block_tokens), namespace, find=nodes.find, **rope)
         except TieredKVError as error:
-            # A coordinator or a node that was just restarted is whole again after a heartbeat.
+            # A coordinator or node that was just restarted has its full state again after a heartbeat.
             if error.kind not in (Kind.CLUSTER, Kind.MEMORY) or time.monotonic() > deadline_s:
                 raise
         time.sleep(about["config"].heartbeat_s / 4)

@@ -1,4 +1,4 @@
-"""The nodes of a cluster on this machine, by the records that they leave in shared memory. Asks nobody, imports no Ray."""
+"""Finds the nodes of a cluster on this machine by their records in shared memory. Makes no calls, and does not import ray."""
 
 import os
 import sys
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from tiered_kv.protocol.node_record import NodeRecord
 
 LIVE_S = 2.0
-"""A node whose last beat is younger lives; beats come every 0.1 s."""
+"""A node is alive if its last heartbeat is younger than this. Heartbeats are written every 0.1 s."""
 STAY_S = 5.0
-"""So long a client waits for its own node to beat again before it goes to another one of the cluster on this machine."""
+"""How long a client waits for its own node's next heartbeat before it uses another node of the cluster on this machine."""
 
 
 class LocalNodes:
-    """The records of the nodes of cluster `name` that this process may attach to, and which of them it should.
+    """Finds the records of cluster `name`'s nodes on this machine, and chooses the node that this process should use.
 
-    Where this machine has the cluster's state file the nodes must be of the cluster that stands there now. `address`: they must be
-    part of this Ray as well.
+    If this machine has the cluster's state file, only nodes of the cluster in that file match. With `address`, only nodes of the
+    Ray at that address match.
     """
 
     def __init__(self, name: str, address: str | None = None) -> None:
@@ -33,13 +33,13 @@ class LocalNodes:
         self._chosen: NodeRecord | None = None
 
     def records(self) -> "list[NodeRecord]":
-        """All that match, also of nodes that have ended without removing theirs."""
+        """Returns all records that match, including those of nodes that ended without removing them."""
         from tiered_kv.protocol.node_record import records_below
 
         known = self._known()
         here = _own_ray()
         if known is None and self._by_state and here is None:
-            return []  # stopped; another cluster of this name, from elsewhere, is not meant
+            return []  # the cluster was stopped, and another cluster of the same name must not take its place
         shm_path = Config.of(known.config).shm_path if known else Config().shm_path
         found = [record for record in records_below(shm_path) if record.cluster == self.name and self._is_at_address(record)]
         own = [record for record in found if here is not None and record.ray_address == here[0]]
@@ -48,10 +48,10 @@ class LocalNodes:
         return [record for record in found if record.cluster_id == known.cluster_id]
 
     def find(self) -> dict | None:
-        """What the node to use says of itself (`Node.info`); None while there is none that lives.
+        """Returns the description (`Node.info`) of the node to use, or None while no node is alive.
 
-        That is the one used before, while it is expected back; else the one on this process's Ray node, if it is part of a Ray; else
-        the first by name. Raises (kind `cluster`) for a node of another version.
+        This is the previous node, for STAY_S after its last heartbeat. Else it is the node on this process's Ray node, if the
+        process uses Ray, else the first by name. Raises (kind `cluster`) if the node has another protocol version.
         """
         from tiered_kv.protocol.session import PROTOCOL
 
@@ -69,27 +69,27 @@ class LocalNodes:
         if best.protocol != PROTOCOL:
             raise TieredKVError(
                 Kind.CLUSTER,
-                f"the node {best.node_id} of cluster {self.name!r} runs tiered_kv {best.package}, whose workers speak version"
-                f" {best.protocol} of the session protocol, this one {PROTOCOL}; run one version of tiered_kv on this machine",
+                f"the node {best.node_id} of cluster {self.name!r} must use version {PROTOCOL} of the session protocol, as this process"
+                f" does, but runs tiered_kv {best.package} with version {best.protocol}; install one version of tiered_kv on this machine",
                 name=self.name,
             )
         self._chosen = best
         return best.info
 
     def running(self) -> list[bool]:
-        """For each node that has left a record here whether its process runs."""
+        """Returns, for each node with a record here, whether its process runs."""
         return [os.path.exists(f"/proc/{record.pid}") for record in self.records()]
 
     def silent(self, waited_s: float, error: TieredKVError | None) -> TieredKVError:
-        """The error (kind `cluster`) for nodes that run here and do not answer; `error`: what was met last."""
+        """Returns the error (kind `cluster`) for nodes that run here and do not answer. `error`: the last error of an attempt."""
         now_ns = time.monotonic_ns()
-        silent = [f"{record.node_id} (process {record.pid}, last beat {record.age_s(now_ns):.0f} s ago)" for record in self.records()]
+        silent = [f"{record.node_id} (process {record.pid}, last heartbeat {record.age_s(now_ns):.0f} s ago)" for record in self.records()]
         why = f": {error}" if error else ""
         message = f"no node of cluster {self.name!r} on this machine has answered for {waited_s:.0f} s: {', '.join(silent)}{why}"
         return TieredKVError(Kind.CLUSTER, message, name=self.name)
 
     def _known(self) -> state.ClusterState | None:
-        with suppress(TieredKVError):  # damaged: as good as none
+        with suppress(TieredKVError):  # a damaged state file counts as missing
             return state.find(self.name)
         return None
 
@@ -100,7 +100,7 @@ class LocalNodes:
 
 
 def _own_ray() -> tuple[str, str] | None:
-    """Address and node of the Ray that this process is part of; None if of none. Does not import ray."""
+    """Returns the address and node id of the Ray that this process uses, or None. Does not import ray."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None

@@ -1,4 +1,4 @@
-"""Bringing a cluster of cache nodes up and down: one actor for each Ray node, one coordinator; on a Ray of our own or others'."""
+"""Starts and stops a cluster: one node actor for each Ray node, and one coordinator, on our own Ray or an existing one."""
 
 import shutil
 import time
@@ -31,11 +31,11 @@ def up(
     say: Say = lambda _: None,
     mounted_bytes: int = 0,
 ) -> ClusterState:
-    """Start a cluster called `name`: on Ray nodes of our own on this machine, or on every node of the Ray at `address`.
+    """Start a cluster called `name`, on new Ray nodes on this machine, or on every node of the Ray at `address`.
 
-    `say` gets a line for each step. `mounted_bytes`: of a checkpoint, for which each node's index should have slots. If anything
-    fails, all that was started is stopped again. Raises `TieredKVError` that names the setting at fault; kind `cluster` if
-    `name` is running.
+    `say` is called with a line for each step. `mounted_bytes`: the size of a checkpoint to mount, for which each node's index gets
+    slots. If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting,
+    or of kind `cluster` if `name` is already running. Returns the cluster's state.
     """
     from tiered_kv.node.codec_plan import check_settings
 
@@ -60,13 +60,13 @@ def up(
         else:
             own = {"address": address}
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
-        cluster.save()  # before anything else can fail: `down` finds what an `up` that was killed has started
+        cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
         say(f"joining Ray at {cluster.address}")
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-        _refuse_foreign(name)  # before its actors could be taken for ours
+        _refuse_foreign(name)  # before the undo below could kill the actors of another cluster
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
         _start_actors(cluster, config, say, mounted_bytes)
@@ -75,7 +75,7 @@ def up(
 
 
 def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None) -> list[int]:
-    """Stop a cluster and delete its files, also one that is damaged or half gone; the pids that had to be killed."""
+    """Stop a cluster and delete its files, even if parts of it are damaged or gone. Returns the pids that had to be killed."""
     with state.starting(name):
         cluster = state.load(name)
         try:
@@ -95,14 +95,15 @@ def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None) -> list[i
 
 
 def ray_environment(cluster: ClusterState) -> dict[str, str]:
-    """The variables with which anybody's own `ray.init()` joins the cluster's Ray."""
+    """Returns the environment variables with which a plain `ray.init()` joins the cluster's Ray."""
     return raylocal.driver_environment(cluster.address, cluster.token_path)
 
 
 def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) -> dict:
-    """What the coordinator of the cluster that this process has joined says: cluster id, settings, nodes with their figures.
+    """Returns the coordinator's description of the cluster that this process has joined: cluster id, settings, nodes and statistics.
 
-    Waits at most `within_s` for a coordinator that is being restarted, and as long for its answer.
+    Waits at most `within_s` for a coordinator that is restarting, and as long again for its answer. Raises (kind `cluster`) if
+    there is none, or if it does not answer.
     """
     import ray
 
@@ -122,9 +123,9 @@ def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) 
 def _refuse_second(name: str) -> None:
     running = state.find(name)
     if running is not None and running.alive():
-        ways = "see `tiered-kv status`, end it with `tiered-kv down`, or give another --name"
+        ways = "see `tiered-kv status`, stop it with `tiered-kv down`, or give another --name"
         raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is already up at {running.address}; {ways}", name=name)
-    if running is not None:  # its Ray died: what it left is ours to clear
+    if running is not None:  # its Ray has ended, so remove its processes and files
         raylocal.stop_ray(running.processes, running.temp_dir)
         remove_files(running)
 
@@ -155,7 +156,7 @@ def _age(node: dict) -> tuple:
 
 
 def _refuse_foreign(name: str) -> None:
-    """A Ray of others may run a cluster of this name that this machine has no state file of."""
+    """Raise (kind `cluster`) if the Ray already runs a cluster of this name, of which this machine has no state file."""
     import ray
 
     with suppress(ValueError):
@@ -176,7 +177,7 @@ def _result(reference: Any, who: str) -> Any:
 
 
 def nodes_of(name: str) -> list[str]:
-    """The nodes that Ray knows by name, in whatever state they are."""
+    """Returns the ids of all nodes that have an actor in Ray, in any state."""
     prefix = node_name(name, "")
     return sorted(actor.removeprefix(prefix) for actor in _actors_of(name) if actor.startswith(prefix))
 
@@ -194,7 +195,7 @@ def _close_nodes(name: str) -> None:
 
     for actor in _actors_of(name):
         if actor.startswith(node_name(name, "")):
-            # A node that cannot close by itself is killed below, and its files removed from outside.
+            # A node that cannot close itself is killed below, and `down` removes its files.
             with suppress(ray.exceptions.RayError, TieredKVError, ValueError):
                 ray.get(ray.get_actor(actor, NAMESPACE).close.remote(), timeout=ANSWER_WITHIN_S)
     _kill_actors(name)
@@ -209,10 +210,10 @@ def _kill_actors(name: str) -> None:
 
 
 def remove_files(cluster: ClusterState) -> None:
-    """Delete what nodes of this cluster that did not close have left on this machine: shared memory, disk segments, objects in a folder.
+    """Delete the files of this cluster's nodes that did not close: shared memory, disk segments, and objects in a folder.
 
-    Disk content below a folder that the settings named stays, under other names. Objects on remote storage of a node that
-    was killed stay as well: they lie below `tkv-<cluster id>-<node>` of the URL.
+    Disk content in a folder from the settings stays, because it has other names. Remote objects of a killed node stay as well,
+    below `tkv-<cluster id>-<node>` of the URL.
     """
     config = Config.of(cluster.config)
     for place in (config.shm_path, config.disk_root, config.objects_folder):

@@ -1,4 +1,4 @@
-"""What people see of a cluster: its nodes, their tiers, bytes, blocks and hits."""
+"""Shows a cluster to people: its nodes, their tiers, bytes, blocks and hits."""
 
 import time
 from collections import Counter
@@ -11,9 +11,10 @@ from tiered_kv.config import format_size
 
 
 def summarize(about: dict) -> dict:
-    """The cluster as one JSON-ready record, with sums over its nodes. `about` is what `start.describe` or `survey.survey` gives.
+    """Returns the cluster as one JSON-ready record, with sums over its nodes.
 
-    `degraded`: in words what is missing, restarting or silent; none of it where all is well.
+    `about` is a result of `start.describe` or `survey.survey`. The field `degraded` has a text for each part that is missing,
+    restarting or silent.
     """
     nodes = []
     for node in about["nodes"]:
@@ -64,7 +65,7 @@ def summarize(about: dict) -> dict:
 
 
 def show(summary: dict, console: Console) -> None:
-    """Print the record as a table: a line for each tier of each node."""
+    """Print a record from `summarize`: a table with a row for each tier of each node, and lines of text."""
     table = Table(title=f"cluster {summary['cluster_id']}: policy {summary['policy']}, blocks of {summary['block_tokens']} tokens")
     for column in ("node", "address", "workers", "tier"):
         table.add_column(column)
@@ -90,24 +91,27 @@ def show(summary: dict, console: Console) -> None:
     for text in summary["degraded"]:
         console.print(f"degraded: {text}", style="bold red", highlight=False, soft_wrap=True, markup=False)
     for node in summary["nodes"]:
-        if said := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
-            console.print(f"{node['node']}: {said}", highlight=False, soft_wrap=True)
+        if text := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
+            console.print(f"{node['node']}: {text}", highlight=False, soft_wrap=True)
     for model, plan in summary["codecs"].items():
         chosen = ", ".join(f"{tier} {each['codec']} ({each['why']})" for tier, each in plan.items())
-        console.print(f"blocks of model {model} are kept as: {chosen}", highlight=False, soft_wrap=True)
-    if said := coded_blocks(summary):
-        console.print(f"coded: {said}", highlight=False, soft_wrap=True)
-    hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} blocks asked for"
+        console.print(f"codecs of model {model}: {chosen}", highlight=False, soft_wrap=True)
+    if text := coded_blocks(summary):
+        console.print(f"compressed: {text}", highlight=False, soft_wrap=True)
+    hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} requested blocks"
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
-    if said := saved(summary):
-        console.print(said, highlight=False)
+    if text := saved(summary):
+        console.print(text, highlight=False)
     if last := summary["last_checkpoint"]:
         text = f"last checkpoint: {age(time.time() - last['at_s'])} ago, {count(last['blocks'], 'block')}, {last['name']} at {last['url']}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _plans(nodes: list[dict]) -> dict[str, dict]:
-    """By model, as its weights begin, the codec of each tier and why; all nodes come to the same."""
+    """Returns, for each model (named by the start of its weights' digest), each tier's codec and the reason for it.
+
+    All nodes choose the same codecs.
+    """
     plans: dict[str, dict] = {}
     for node in nodes:
         for plan in node["codecs"]["plans"].values():
@@ -116,7 +120,10 @@ def _plans(nodes: list[dict]) -> dict[str, dict]:
 
 
 def coded_blocks(summary: dict) -> str:
-    """What all nodes have coded by now, by tier and codec, and what fell back, for people; nothing where it is none."""
+    """Returns a text with the blocks that all nodes have compressed so far, by tier and codec, and those that fell back.
+
+    It is empty if there are none.
+    """
     blocks, raw_bytes, kept_bytes = Counter(), Counter(), Counter()
     fell_back: Counter[str] = Counter()
     for node in summary["nodes"]:
@@ -126,33 +133,33 @@ def coded_blocks(summary: dict) -> str:
                 blocks[tier, codec] += figures["blocks"]
                 raw_bytes[tier, codec] += figures["raw_bytes"]
                 kept_bytes[tier, codec] += figures["kept_bytes"]
-    said = [
+    texts = [
         f"{tier} {count} blocks as {codec}, {raw_bytes[tier, codec] / kept_bytes[tier, codec]:.2f} × smaller"
         for (tier, codec), count in blocks.items()
     ]
-    said += [f"{count} blocks fell back to a better codec ({why})" for why, count in fell_back.items()]
-    return ", ".join(said)
+    texts += [f"{count} blocks fell back to a better codec ({why})" for why, count in fell_back.items()]
+    return ", ".join(texts)
 
 
 def saved(record: dict) -> str:
-    """The prefill that a node, or the cluster, has saved its workers, for people; nothing where it is none."""
+    """Returns a text with the prefill that a node or the cluster has saved its workers. It is empty if there is none."""
     tokens, seconds = record["prefill_tokens_saved"], record["prefill_seconds_saved"]
     time = f", {_duration(seconds)}" if seconds else ""
     return f"prefill saved: {_amount(tokens)} tokens{time}" if tokens else ""
 
 
 def _filling(node: dict) -> str:
-    """How far the last restore has come, and what went wrong with it."""
+    """Returns a text with the progress of the last restore, and its problems."""
     filling = node["filling"]
     if filling is None:
         return ""
     going = ", done" if filling["is_done"] else " so far"
-    said = [f"from a checkpoint: {filling['nearer']:,} of {count(filling['blocks'], 'block')} brought to memory or disk{going}"]
+    texts = [f"from a checkpoint: {filling['nearer']:,} of {count(filling['blocks'], 'block')} brought to memory or disk{going}"]
     if filling["damaged"]:
-        said.append(f"{count(filling['damaged'], 'block')} of the checkpoint damaged and left out")
+        texts.append(f"{count(filling['damaged'], 'block')} of the checkpoint damaged and left out")
     if filling["error"]:
-        said.append(f"filling from the checkpoint ended early: {filling['error']}")
-    return "; ".join(said)
+        texts.append(f"loading from the checkpoint ended early: {filling['error']}")
+    return "; ".join(texts)
 
 
 def _at(checkpoint: dict) -> float:
@@ -160,26 +167,26 @@ def _at(checkpoint: dict) -> float:
 
 
 MOVEMENT = {
-    "shrunk": "coded in memory",
-    "promoted": "copied up",
-    "demoted": "copied down",
+    "shrunk": "compressed in memory",
+    "promoted": "promoted",
+    "demoted": "demoted",
     "reinserted": "written again",
-    "not_admitted": "not worth a write",
+    "not_admitted": "not admitted to the tier below",
     "dropped": "dropped",
     "dropped_under_pressure": "dropped because the tier below was too slow",
     "demote_failed": "could not be written",
     "lost": "lost",
     "pins_refused": "pins refused",
 }
-"""Counts of a node that people look for, in blocks but for the last."""
+"""The counts of a node to show, with their words. All count blocks, except the last one."""
 
 
 def _movement(node: dict) -> str:
-    said = [f"{node['counts'][name]} {words}" for name, words in MOVEMENT.items() if node["counts"].get(name)]
+    texts = [f"{node['counts'][name]} {words}" for name, words in MOVEMENT.items() if node["counts"].get(name)]
     leaving_bytes = sum(node["leaving_bytes"].values())
     if leaving_bytes:
-        said.append(f"{format_size(leaving_bytes)} on the way down")
-    return ", ".join(said)
+        texts.append(f"{format_size(leaving_bytes)} being demoted")
+    return ", ".join(texts)
 
 
 def _writes(node: dict) -> str:
@@ -189,12 +196,12 @@ def _writes(node: dict) -> str:
 
 def _learned(node: dict) -> str:
     age_s = node["policy"]["adopted_age_s"]
-    said = [] if age_s is None else [f"what the other nodes have learned came {_duration(age_s)} ago"]
-    return ", ".join(said + ["is being recorded"] * node["recording"])
+    texts = [] if age_s is None else [f"last got the other nodes' policy statistics {_duration(age_s)} ago"]
+    return ", ".join(texts + ["is being recorded"] * node["recording"])
 
 
 def _amount(number: float) -> str:
-    """A number with two or three digits that matter: 950, 12 k, 1.2 M."""
+    """Returns a number with two or three significant digits: 950, 12 k, 1.2 M."""
     units = ["", " k", " M", " G"]
     while number >= 1000 and len(units) > 1:
         number /= 1000

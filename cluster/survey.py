@@ -1,7 +1,7 @@
-"""What can be learned of a cluster within a few seconds, whatever of it hangs, and in words what could not.
+"""Describes a cluster within a few seconds, even if parts of it hang, with a text for each part that does not answer.
 
-The nodes to expect are those that the coordinator lists or has lost, those that Ray has an actor of, and those whose shared memory is
-on this machine. Each is asked itself: on this machine over its socket, for which Ray need not answer, else through Ray.
+The expected nodes are those that the coordinator lists or has lost, those with an actor in Ray, and those whose shared memory is on
+this machine. Each node is called directly: on this machine over its socket, which works without Ray, else through Ray.
 """
 
 import time
@@ -25,9 +25,9 @@ QUESTIONS_AT_ONCE = 16
 
 
 class Answers(NamedTuple):
-    """What could be asked: the value, or the `TieredKVError` that came in its place.
+    """The answers of coordinator and Ray; a `TieredKVError` in place of each missing one.
 
-    `coordinator`: as `start.describe`. `actors`: the nodes that Ray knows.
+    `coordinator`: the result of `start.describe`. `actors`: the ids of nodes with an actor in Ray.
     """
 
     coordinator: dict | TieredKVError
@@ -35,29 +35,32 @@ class Answers(NamedTuple):
 
 
 def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
-    """The cluster as `start.describe` gives it, with `expected_nodes` and `degraded`, a list of texts. Takes WITHIN_S at most.
+    """Returns the cluster as `start.describe` does, with `expected_nodes`, and `degraded`, a list of texts. Takes at most WITHIN_S.
 
-    Raises (kind `cluster`) only where nothing is known of such a cluster: no state file on this machine, and no coordinator that answers.
+    Raises (kind `cluster`) only if there is neither a state file on this machine nor a coordinator that answers.
     """
     threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
     try:
-        return _surveyed(name, address, _Clerk(threads, time.monotonic() + WITHIN_S))
+        return _surveyed(name, address, _Caller(threads, time.monotonic() + WITHIN_S))
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-class _Clerk:
-    """Makes calls on threads, and waits for them until one deadline for all."""
+class _Caller:
+    """Makes calls on threads, and waits for all of them until one deadline."""
 
     def __init__(self, threads: DaemonThreads, deadline_s: float) -> None:
         self._threads = threads
         self._deadline_s = deadline_s
 
-    def ask(self, questions: dict[str, Callable[[], Any]], within_s: float) -> dict[str, Any]:
-        """By name of the question: the answer, or the `TieredKVError` in its place; each has `within_s`."""
-        asked = {name: self._threads.submit(question) for name, question in questions.items()}
+    def call(self, functions: dict[str, Callable[[], Any]], within_s: float) -> dict[str, Any]:
+        """Call named functions side by side. Returns, by name, each result or a `TieredKVError` in its place.
+
+        A call without a result after `within_s` seconds counts as failed.
+        """
+        futures = {name: self._threads.submit(function) for name, function in functions.items()}
         deadline_s = min(time.monotonic() + within_s, self._deadline_s)
-        return {name: self._outcome(future, deadline_s) for name, future in asked.items()}
+        return {name: self._outcome(future, deadline_s) for name, future in futures.items()}
 
     @staticmethod
     def _outcome(future: Future, deadline_s: float) -> Any:
@@ -70,32 +73,32 @@ class _Clerk:
             return error
 
 
-def _surveyed(name: str, address: str | None, clerk: _Clerk) -> dict:
+def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
     known = state.find(name)
-    joined = clerk.ask({"join": lambda: attach.join(name, address)}, JOIN_WITHIN_S)["join"]
+    joined = caller.call({"join": lambda: attach.join(name, address)}, JOIN_WITHIN_S)["join"]
     if isinstance(joined, TieredKVError):
         if known is None or address is not None:
             raise joined
         answers = Answers(joined, joined)
     else:
         questions = {"coordinator": lambda: start.describe(name, ANSWER_WITHIN_S / 2), "actors": lambda: start.nodes_of(name)}
-        answers = Answers(**clerk.ask(questions, ANSWER_WITHIN_S))
+        answers = Answers(**caller.call(questions, ANSWER_WITHIN_S))
     if isinstance(answers.coordinator, TieredKVError) and known is None:
         raise answers.coordinator
     here = directories(known, answers.coordinator)
     expected = expected_nodes(answers, here)
     elsewhere = [node for node in expected if node not in here] if not isinstance(joined, TieredKVError) else []
-    questions = {node: lambda node=node: _told_by_socket(here[node]) for node in expected if node in here}
+    questions = {node: lambda node=node: _stats_by_socket(here[node]) for node in expected if node in here}
     if elsewhere:
         questions[""] = lambda: asking(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")
-    stats = clerk.ask(questions, ANSWER_WITHIN_S)
+    stats = caller.call(questions, ANSWER_WITHIN_S)
     through_ray = stats.pop("", {})
     stats |= dict.fromkeys(elsewhere, through_ray) if isinstance(through_ray, TieredKVError) else through_ray
     return merged(answers, known, here, stats)
 
 
 def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
-    """By node of the cluster on this machine: its directory in shared memory."""
+    """Returns the directory in shared memory of each of the cluster's nodes on this machine."""
     if not isinstance(coordinator, TieredKVError):
         cluster_id, shm_path = coordinator["cluster_id"], coordinator["config"].shm_path
     else:
@@ -106,7 +109,7 @@ def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -
 
 
 def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
-    """All nodes that anything knows of."""
+    """Returns the sorted ids of all nodes known to the coordinator, to Ray, or from a directory on this machine."""
     expected = set(here)
     if not isinstance(answers.coordinator, TieredKVError):
         expected |= {node["node"] for node in answers.coordinator["nodes"]} | set(answers.coordinator.get("lost", {}))
@@ -116,7 +119,7 @@ def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
 
 
 def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], stats: dict[str, Any]) -> dict:
-    """All answers as one record. `stats`: by node what it said itself, or the error in its place."""
+    """Returns all answers as one record. `stats`: each node's own statistics, or an error in their place."""
     degraded = []
     if isinstance(answers.coordinator, TieredKVError):
         assert known is not None
@@ -125,34 +128,34 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
     else:
         about = answers.coordinator
         if isinstance(answers.actors, TieredKVError):
-            degraded.append(f"Ray does not say which nodes it knows: {answers.actors}")
+            degraded.append(f"Ray does not list its node actors: {answers.actors}")
     expected = expected_nodes(answers, here)
     if not expected:
         degraded.append("no cache node of this cluster is known")
     listed = {node["node"]: node for node in about["nodes"]}
     nodes = []
     for node in expected:
-        told = stats.get(node, TieredKVError(Kind.TRANSPORT, "it could not be asked"))
-        if text := _trouble(node, told, listed.get(node), about.get("lost", {}), answers.coordinator):
+        answer = stats.get(node, TieredKVError(Kind.TRANSPORT, "it could not be called, because Ray does not answer"))
+        if text := _problem(node, answer, listed.get(node), about.get("lost", {}), answers.coordinator):
             degraded.append(text)
-        if not isinstance(told, TieredKVError):
-            nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": told})
+        if not isinstance(answer, TieredKVError):
+            nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": answer})
         elif node in listed:
             nodes.append(listed[node])
     return about | {"nodes": nodes, "expected_nodes": expected, "degraded": degraded}
 
 
-def _trouble(node: str, told: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:
-    """What is wrong with a node, for people; nothing where nothing is."""
-    if isinstance(told, TieredKVError):
-        heard_s = listed["silent_s"] if listed else lost.get(node)
-        return f"{node} does not answer ({f'last heard {heard_s:.0f} s ago' if heard_s is not None else told})"
+def _problem(node: str, answer: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:
+    """Returns a text that describes a node's problem. It is empty if there is none."""
+    if isinstance(answer, TieredKVError):
+        silent_s = listed["silent_s"] if listed else lost.get(node)
+        return f"{node} does not answer ({f'last report {silent_s:.0f} s ago' if silent_s is not None else answer})"
     if listed is None and not isinstance(coordinator, TieredKVError):
         return f"{node} runs, but has not reported to the coordinator yet"
     return ""
 
 
-def _told_by_socket(directory: str) -> dict:
+def _stats_by_socket(directory: str) -> dict:
     from tiered_kv.protocol.unix_socket import SocketSession
 
     with closing(SocketSession(f"{directory}/sock", ANSWER_WITHIN_S / 2)) as session:

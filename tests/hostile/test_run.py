@@ -11,7 +11,7 @@ SECONDS = float(os.environ.get("TIERED_KV_HOSTILE_S", "15"))
 
 
 @pytest.mark.slow
-def test_workers_whose_node_is_killed_hung_and_robbed_never_read_a_wrong_block(record_property, capsys) -> None:
+def test_workers_read_no_wrong_block_while_their_node_is_killed_stopped_and_its_files_deleted(record_property, capsys) -> None:
     result = hostile_run(SECONDS, seed=1)
     record_property("result", result)
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""Attaching without Ray: which node's record a worker takes, and that it goes on through the cluster's end and its next start."""
+"""Attaching without Ray: the node record that a worker chooses, and its work after the cluster stops and starts again."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TOKENS, KV = tokens_of(PATH), kv_of(PATH)
 
 @pytest.fixture
 def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A cluster's name that nobody else uses, of which this machine has no state file yet."""
+    """A unique name for a cluster, of which this machine has no state file yet."""
     monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path / "state"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return f"test-{uuid.uuid4().hex[:8]}"
@@ -59,7 +59,7 @@ with tiered_kv.attach(namespace=tiered_kv.Namespace(weights="x"), layout=layout,
 
 @pytest.mark.parametrize("has_state", [True, False], ids=["with a state file", "by name alone"])
 @pytest.mark.parametrize("ended", ["in order", "killed", "killed, and its files removed"])
-def test_a_worker_goes_on_with_the_next_cluster_of_the_name(name: str, node: NodeProcess, has_state: bool, ended: str) -> None:
+def test_a_worker_switches_to_the_next_cluster_of_the_same_name(name: str, node: NodeProcess, has_state: bool, ended: str) -> None:
     if has_state:
         save_state(node, name)
     with attached(name) as client:
@@ -83,13 +83,13 @@ def test_a_worker_goes_on_with_the_next_cluster_of_the_name(name: str, node: Nod
             client.store(tokens_of((5, 6)), kv_of((5, 6)))
             assert assert_is_prefix(client.fetch(tokens_of((5, 6))), (5, 6)) == 2
             assert time.monotonic() - begun_s < 15
-            assert client._holder.present.deadline_s == 0.7, "the settings of the node that it uses now"
+            assert client._holder.present.deadline_s == 0.7, "the settings must be those of the new node"
             assert client.stats()["node"]["node"] == "bench"
     if ended != "in order":
         shutil.rmtree(node.info["directory"], ignore_errors=True)
 
 
-def test_a_cluster_of_the_same_name_from_elsewhere_is_not_meant(name: str, node: NodeProcess) -> None:
+def test_a_worker_ignores_another_cluster_of_the_same_name(name: str, node: NodeProcess) -> None:
     save_state(node, name)
     nodes = LocalNodes(name)
     assert nodes.find() == node.info
@@ -97,11 +97,11 @@ def test_a_cluster_of_the_same_name_from_elsewhere_is_not_meant(name: str, node:
         node.close()
         assert nodes.find() is None
         remove(name)
-        assert nodes.find() is None, "the one it knew was stopped"
-        assert LocalNodes(name).find() is not None, "who never knew one takes what there is"
+        assert nodes.find() is None, "the known cluster was stopped"
+        assert LocalNodes(name).find() is not None, "a worker without a state file uses any cluster of this name"
 
 
-def test_of_several_nodes_a_worker_takes_the_first_and_stays_with_it(name: str) -> None:
+def test_a_worker_uses_the_first_of_several_nodes_and_keeps_it(name: str) -> None:
     with NodeProcess(name) as one, NodeProcess(name) as other:
         for node, node_id in ((one, "b"), (other, "a")):
             record = read_record(node.info["directory"])
@@ -118,7 +118,7 @@ def test_of_several_nodes_a_worker_takes_the_first_and_stays_with_it(name: str) 
         shutil.rmtree(other.info["directory"])
 
 
-def test_an_address_must_be_that_of_the_nodes_ray(name: str, node: NodeProcess) -> None:
+def test_only_nodes_of_the_ray_at_the_address_match(name: str, node: NodeProcess) -> None:
     record = read_record(node.info["directory"])
     write_record(NodeRecord(name, node.cluster_id, "bench", record.info, ray_address="10.0.0.5:6379", pid=record.pid))
     assert LocalNodes(name, "10.0.0.5:6379").find() == node.info
@@ -127,13 +127,13 @@ def test_an_address_must_be_that_of_the_nodes_ray(name: str, node: NodeProcess) 
         LocalNodes(name, "nonsense").find()
 
 
-def test_attaching_to_a_node_that_hangs_ends_with_an_error_that_says_so(
-    name: str, node: NodeProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attaching_to_a_hanging_node_raises_an_error_that_names_it(name: str, node: NodeProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attach, "ATTACH_WITHIN_S", 3.0)
     node.stop()
     begun_s = time.monotonic()
-    with pytest.raises(TieredKVError, match=rf"no node .* has answered for .*bench \(process {node.process.pid}, last beat") as refusal:
+    with pytest.raises(
+        TieredKVError, match=rf"no node .* has answered for .*bench \(process {node.process.pid}, last heartbeat"
+    ) as refusal:
         attached(name)
     assert refusal.value.kind is Kind.CLUSTER
     assert time.monotonic() - begun_s < 3 + 5 + 2
@@ -142,12 +142,12 @@ def test_attaching_to_a_node_that_hangs_ends_with_an_error_that_says_so(
         client.store(TOKENS, KV)
 
 
-def test_where_there_is_no_node_the_error_says_how_to_start_one(name: str) -> None:
+def test_without_a_node_the_error_names_the_command_to_start_one(name: str) -> None:
     with pytest.raises(TieredKVError, match="tiered-kv up"):
         attached(name)
 
 
-def test_a_node_of_another_version_is_named(name: str, node: NodeProcess) -> None:
+def test_a_node_of_another_version_raises_an_error_that_names_it(name: str, node: NodeProcess) -> None:
     path = Path(node.info["directory"]) / FILE_NAME
     told = json.loads(path.read_text())
     path.write_text(json.dumps(told | {"protocol": 99, "package": "9.9"}))

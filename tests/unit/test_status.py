@@ -1,4 +1,4 @@
-"""What `tiered-kv status` says, of nodes as they really are."""
+"""The output of `tiered-kv status`, with real nodes."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def about(*nodes) -> dict:
     return {"cluster_id": "abc", "config": nodes[0].config, "nodes": records}
 
 
-def test_a_status_has_the_figures_of_each_node_and_their_sums(node_factory, client_factory, tmp_path) -> None:
+def test_a_status_has_the_statistics_of_each_node_and_their_sums(node_factory, client_factory, tmp_path) -> None:
     nodes = [node_factory(node_id=name, disk="8MiB", disk_path=str(tmp_path / name), policy="adaptive") for name in ("n0", "n1")]
     for number, node in enumerate(nodes):
         client = client_factory(node, LAYOUT, NAMESPACE)
@@ -56,16 +56,17 @@ def test_a_status_has_the_figures_of_each_node_and_their_sums(node_factory, clie
     first["tiers"]["disk"] |= {"blocks": 1, "write_amplification": 1.2345}
     text = shown(summary)
     assert "n0: prefill saved: 64 tokens, 64 h; disk writes 1.23 bytes for each byte of blocks; is being recorded\n" in text
-    assert "n1: prefill saved: 128 tokens, 128 h\n" in text, "nothing is on its disk"
+    assert "n1: prefill saved: 128 tokens, 128 h\n" in text, "its disk has no blocks"
     assert "\nprefill saved: 192 tokens, 192 h\n" in text
 
 
-def test_what_happened_is_told_in_words(node_factory) -> None:
+def test_block_movements_are_shown_in_words(node_factory) -> None:
     record = about(node_factory())
     record["nodes"][0]["stats"] |= {"counts": {"not_admitted": 7, "dropped_under_pressure": 3}, "policy": {"adopted_age_s": 4.2}}
     text = shown(summarize(record))
-    assert "n0: 7 not worth a write, 3 dropped because the tier below was too slow; what the other nodes have learned came 4.2 s" in text
-    assert "prefill" not in text, "nothing was saved yet"
+    words = "n0: 7 not admitted to the tier below, 3 dropped because the tier below was too slow; "
+    assert f"{words}last got the other nodes' policy statistics 4.2 s" in text
+    assert "prefill" not in text, "no prefill was saved yet"
 
 
 def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factory, tmp_path) -> None:
@@ -104,7 +105,7 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
     assert "n1: from a checkpoint: 4 of 4 blocks brought to memory or disk, done" in shown(summary)
     summary["nodes"][1]["filling"] |= {"damaged": 1, "error": "the store is gone"}
     text = shown(summary)
-    assert "1 block of the checkpoint damaged and left out; filling from the checkpoint ended early: the store is gone" in text
+    assert "1 block of the checkpoint damaged and left out; loading from the checkpoint ended early: the store is gone" in text
 
 
 @pytest.mark.parametrize(
@@ -118,5 +119,5 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
         (2_000_000_000_000, 3e6, "prefill saved: 2000 G tokens, 833 h"),
     ],
 )
-def test_savings_as_people_write_them(tokens: int, seconds: float, words: str) -> None:
+def test_saved_prefill_in_readable_units(tokens: int, seconds: float, words: str) -> None:
     assert saved({"prefill_tokens_saved": tokens, "prefill_seconds_saved": seconds}) == words

@@ -1,4 +1,4 @@
-"""What `tiered-kv status` says of a cluster of which something is missing. The nodes are real; Ray is a stand-in."""
+"""The output of `tiered-kv status` for a cluster with missing parts. The nodes are real; Ray is a stand-in."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ GONE = TieredKVError(Kind.CLUSTER, "this Ray has no tiered_kv cluster that answe
 
 
 class World:
-    """What the parts of a cluster answer: a value, or an error to be raised."""
+    """The answers of a cluster's parts: each a value, or an error to raise."""
 
     def __init__(self, coordinator: object, actors: object) -> None:
         self.coordinator = coordinator
@@ -35,7 +35,7 @@ class World:
 
 @pytest.fixture
 def world(node_factory, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[World]:
-    """A cluster "main" of "node-0" and "node-1", both on this machine and well."""
+    """A cluster "main" of "node-0" and "node-1", both on this machine and without problems."""
     monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
     nodes = [node_factory(node_id=f"node-{number}", cluster_id="surveyed") for number in range(2)]
     ClusterState(cluster_id="surveyed", address="127.0.0.1:6379", created_s=0.0, name="main").save()
@@ -51,7 +51,7 @@ def world(node_factory, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[W
 
 
 def status(capsys: pytest.CaptureFixture) -> tuple[int, dict]:
-    """Exit status and JSON of the command; its table has a line for each node that is expected."""
+    """Returns the exit status and the JSON of the command. Asserts that its table has a line for each expected node."""
     begun_s = time.monotonic()
     code = cli.main(["status", "--name", "main", "--json"])
     assert time.monotonic() - begun_s < survey.WITHIN_S + IN_TIME_S
@@ -67,14 +67,14 @@ def names(found: dict) -> list[str]:
     return [node["node"] for node in found["nodes"]]
 
 
-def test_all_is_well(world: World, capsys) -> None:
+def test_a_healthy_cluster(world: World, capsys) -> None:
     code, found = status(capsys)
     assert (code, found["degraded"]) == (0, [])
     assert names(found) == found["expected_nodes"] == ["node-0", "node-1"]
     assert found["nodes"][0]["address"] == "10.0.0.1"
 
 
-def test_a_coordinator_that_does_not_answer_is_said_and_the_nodes_are_shown(world: World, capsys) -> None:
+def test_a_silent_coordinator_is_reported_and_the_nodes_are_shown(world: World, capsys) -> None:
     world.coordinator = GONE
     code, found = status(capsys)
     assert code == 1
@@ -83,7 +83,7 @@ def test_a_coordinator_that_does_not_answer_is_said_and_the_nodes_are_shown(worl
     assert found["nodes"][0]["tiers"]["host"]["capacity_bytes"] > 60 << 20
 
 
-def test_a_coordinator_that_was_just_restarted_makes_no_empty_table(world: World, capsys) -> None:
+def test_nodes_are_shown_right_after_a_restart_of_the_coordinator(world: World, capsys) -> None:
     world.coordinator["nodes"] = []
     code, found = status(capsys)
     assert code == 1
@@ -91,29 +91,29 @@ def test_a_coordinator_that_was_just_restarted_makes_no_empty_table(world: World
     assert names(found) == ["node-0", "node-1"]
 
 
-def test_a_node_that_was_lost_is_named(world: World, capsys) -> None:
-    """On another machine: known from the coordinator alone, or from Ray alone."""
+def test_lost_nodes_are_reported(world: World, capsys) -> None:
+    """The lost nodes are on another machine. Only the coordinator knows of one, and only Ray of the other."""
     silent = TieredKVError(Kind.TRANSPORT, "it does not answer (ActorUnavailableError)")
     world.coordinator["lost"] = {"node-2": 12.3}
     world.actors = ["node-0", "node-1", "node-3"]
     world.elsewhere = {"node-2": silent, "node-3": silent}
     code, found = status(capsys)
     assert code == 1
-    assert found["degraded"] == ["node-2 does not answer (last heard 12 s ago)", f"node-3 does not answer ({silent})"]
+    assert found["degraded"] == ["node-2 does not answer (last report 12 s ago)", f"node-3 does not answer ({silent})"]
     assert found["expected_nodes"] == ["node-0", "node-1", "node-2", "node-3"]
     assert names(found) == ["node-0", "node-1"]
 
 
-def test_a_node_of_this_machine_that_hangs_is_named_with_its_last_figures(world: World, capsys, node_factory) -> None:
-    """It has a directory, and no socket that answers."""
+def test_a_hanging_local_node_is_reported_with_its_last_statistics(world: World, capsys, node_factory) -> None:
+    """The node has a directory, but its socket does not answer."""
     node = node_factory(node_id="node-9", cluster_id="surveyed")
     world.coordinator["nodes"].append({**node.info(), "silent_s": 4.2, "stats": node.stats()})
     code, found = status(capsys)
-    assert (code, found["degraded"]) == (1, ["node-9 does not answer (last heard 4 s ago)"])
+    assert (code, found["degraded"]) == (1, ["node-9 does not answer (last report 4 s ago)"])
     assert names(found) == ["node-0", "node-1", "node-9"]
 
 
-def test_while_ray_hangs_the_nodes_of_this_machine_are_shown_within_seconds(world: World, capsys, monkeypatch) -> None:
+def test_local_nodes_are_shown_within_seconds_while_ray_hangs(world: World, capsys, monkeypatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(survey, "JOIN_WITHIN_S", 0.1)
     world.join = lambda: gate.wait(30.0)
@@ -124,20 +124,20 @@ def test_while_ray_hangs_the_nodes_of_this_machine_are_shown_within_seconds(worl
     assert names(found) == ["node-0", "node-1"]
 
 
-def test_no_node_at_all_is_no_success(world: World, capsys, monkeypatch) -> None:
+def test_a_cluster_without_nodes_gives_exit_status_1(world: World, capsys, monkeypatch) -> None:
     world.coordinator |= {"nodes": [], "cluster_id": "another"}
     world.actors = []
     code, found = status(capsys)
     assert (code, found["degraded"]) == (1, ["no cache node of this cluster is known"])
 
 
-def test_a_ray_that_does_not_name_its_actors_is_said(world: World, capsys) -> None:
+def test_a_ray_that_does_not_list_its_actors_is_reported(world: World, capsys) -> None:
     world.actors = TieredKVError(Kind.CLUSTER, "too slow")
     code, found = status(capsys)
-    assert (code, found["degraded"]) == (1, ["Ray does not say which nodes it knows: too slow"])
+    assert (code, found["degraded"]) == (1, ["Ray does not list its node actors: too slow"])
 
 
-def test_where_nothing_is_known_the_command_fails(world: World, capsys) -> None:
+def test_an_unknown_cluster_gives_exit_status_1(world: World, capsys) -> None:
     state.remove("main")
     world.coordinator = GONE
     assert cli.main(["status", "--name", "main"]) == 1

@@ -1,4 +1,4 @@
-"""Which requests of `generate` can be served from the cache: one prompt, whose KV depends on its token ids alone."""
+"""Checks whether a `generate` request can use the cache: its KV must depend on the prompt's token ids alone."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,7 +12,10 @@ from tiered_kv.keys import as_token_ids
 
 
 class Rule(NamedTuple):
-    """When a setting of generate can be served, and why not otherwise."""
+    """The values of one setting of generate with which the cache can be used.
+
+    allows: returns whether a value is one of them. why: the reason for the error text if it is not.
+    """
 
     allows: Callable[[Any], bool]
     why: str
@@ -28,7 +31,7 @@ def _at_most_one(value: Any) -> bool:
 
 _ONE = Rule(_at_most_one, "only one sequence at a time can be served from the cache")
 _PLAIN = Rule(_is_off, "only greedy decoding and sampling can be served from the cache")
-_PREFIX = Rule(_is_off, "with a reused prefix it would lack the prefix's tokens")
+_PREFIX = Rule(_is_off, "with a reused prefix its result would not include the prefix's tokens")
 _RULES = {
     "num_beams": _ONE,
     "num_return_sequences": _ONE,
@@ -43,11 +46,13 @@ _RULES = {
     "prompt_lookup_num_tokens": Rule(_is_off, "assisted decoding is not supported"),
     "use_mtp": Rule(_is_off, "assisted decoding is not supported"),
     "is_assistant": Rule(_is_off, "assisted decoding is not supported"),
-    "token_healing": Rule(_is_off, "it changes the prompt's tokens"),
+    "token_healing": Rule(_is_off, "token healing changes the prompt's tokens"),
     "output_attentions": _PREFIX,
     "output_hidden_states": _PREFIX,
     "use_cache": Rule(lambda value: value is None or bool(value), "without a KV cache nothing can be reused"),
-    "cache_implementation": Rule(lambda value: value in (None, "hybrid"), "the cache is filled by tiered_kv and is always a dynamic one"),
+    "cache_implementation": Rule(
+        lambda value: value in (None, "hybrid"), "tiered_kv fills the cache itself, and it is always a dynamic one"
+    ),
 }
 _REPEATS = ("num_beams", "num_return_sequences")
 _NAMED = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
@@ -56,7 +61,10 @@ _BESIDE = frozenset({"attention_mask", "tokenizer"})
 
 
 def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """The prompt as (1, n) ids, or `TieredKVError` (kind `model`) that names the argument which cannot be served."""
+    """Returns the prompt as ids (1, n).
+
+    Raises (kind `model`), and names the argument, if the request cannot use the cache. Raises (kind `tokens`) for an empty prompt.
+    """
     _check_model(model)
     prompt = _one_prompt(model, input_ids)
     _check_arguments(model, arguments, _RULES)
@@ -65,7 +73,10 @@ def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> t
 
 
 class Batch(NamedTuple):
-    """Several prompts as rows of `input_ids`, each behind `pads` columns of padding, and how often generate repeats each row."""
+    """Several prompts as rows of `input_ids`.
+
+    pads: for each row, the number of padding columns on its left. copies: how often generate repeats each row.
+    """
 
     input_ids: torch.Tensor
     pads: list[int]
@@ -73,10 +84,11 @@ class Batch(NamedTuple):
 
 
 def check_batch(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> Batch:
-    """The prompts of a request with padding on the left, beams or several answers; raises as `check_request`."""
+    """Returns the prompts of a request with padding on the left, beams or several answers. Raises as `check_request`."""
     _check_model(model)
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
-        raise _refusal("input_ids", "a tensor (prompts, tokens) of whole numbers is needed")
+        got = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise _refusal("input_ids", f"it must be a non-empty tensor (prompts, tokens) of whole numbers, got {got}")
     _check_arguments(model, arguments, {name: rule for name, rule in _RULES.items() if name not in _REPEATS})
     copies = max(int(effective(model, arguments, name) or 1) for name in _REPEATS)
     if arguments.get("attention_mask") is None:
@@ -86,26 +98,28 @@ def check_batch(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> Bat
 
 
 def left_pads(input_ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
-    """How many columns of padding stand before each prompt; raises (kind `model`) for a mask of anything else."""
+    """Returns the number of padding columns on the left of each prompt. Raises (kind `model`) for any other mask."""
     if tuple(mask.shape) == tuple(input_ids.shape) and bool(((mask == 0) | (mask == 1)).all()):
         pads = (mask == 0).sum(1)
         columns = torch.arange(mask.shape[1], device=mask.device)
         if bool((mask[:, -1] == 1).all()) and bool(((columns >= pads[:, None]) == (mask == 1)).all()):
             return pads.tolist()
-    raise _refusal("attention_mask", "it must be zeros for padding on the left of a prompt and ones for its tokens")
+    raise _refusal("attention_mask", "it must be 0 for padding on the left of a prompt and 1 for its tokens")
 
 
 def _check_model(model: Any) -> None:
     if model.training:
         raise _refusal("model", "it is in training mode, where dropout makes KV random; call model.eval()")
     if torch.is_autocast_enabled(model.device.type):
-        raise _refusal("autocast", "KV computed under torch.autocast is not the model's own; load the model in the wanted dtype")
+        raise _refusal(
+            "autocast", "KV computed under torch.autocast is not that of the model's dtype; load the model in the dtype that you want"
+        )
 
 
 def _check_arguments(model: Any, arguments: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, value in arguments.items():
         if value is not None and name not in _SETTINGS and name not in _NAMED and name not in _BESIDE:
-            raise _refusal(name, "KV may depend on it, not on token ids alone")
+            raise _refusal(name, "KV must depend on token ids alone, and may depend on this argument")
     for name, rule in rules.items():
         value = effective(model, arguments, name)
         if not rule.allows(value):
@@ -113,7 +127,7 @@ def _check_arguments(model: Any, arguments: Mapping[str, Any], rules: Mapping[st
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting as generate takes it: the argument, else the given generation config's, else the model's."""
+    """Returns the value of a setting that generate uses: the argument, else that of the given generation config, else the model's."""
     if name in arguments:
         return arguments[name]
     for config in (arguments.get("generation_config"), model.generation_config):
@@ -132,9 +146,9 @@ def _one_prompt(model: Any, input_ids: Any) -> torch.Tensor:
     if input_ids.ndim == 1:
         input_ids = input_ids[None]
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise _refusal("input_ids", f"one prompt, (1, n), is needed, got {tuple(input_ids.shape)}; call it once a prompt")
+        raise _refusal("input_ids", f"it must be one prompt of shape (1, n), got {tuple(input_ids.shape)}; call generate for each prompt")
     if not input_ids.shape[1]:
-        raise TieredKVError(Kind.TOKENS, "generate: input_ids has no token")
+        raise TieredKVError(Kind.TOKENS, "generate: input_ids must have at least one token, got none")
     return input_ids
 
 
@@ -142,12 +156,12 @@ def _check_padding(model: Any, prompt: torch.Tensor, arguments: Mapping[str, Any
     mask = arguments.get("attention_mask")
     if mask is not None:
         if tuple(mask.shape) != tuple(prompt.shape) or not bool((mask == 1).all()):
-            raise _refusal("attention_mask", "it must be ones for every token of the prompt; leave padding away")
+            raise _refusal("attention_mask", "it must be 1 for every token of the prompt; remove the padding")
         return
     pad, eos = effective(model, arguments, "pad_token_id"), effective(model, arguments, "eos_token_id")
     ends = torch.as_tensor([] if eos is None else eos).flatten().tolist()
     if pad is not None and int(pad) not in ends and bool((prompt == int(pad)).any()):
         raise _refusal(
             "input_ids",
-            f"it contains pad_token_id {int(pad)}, which generate takes for padding; if it is meant, pass an attention_mask of ones",
+            f"it contains pad_token_id {int(pad)}, which generate treats as padding; if it is a token, pass an attention_mask of ones",
         )

@@ -1,8 +1,8 @@
-"""A cache attached to a model: its own `generate` and `forward` find and keep prefixes, called as before and with the same results.
+"""Attaches a cache to a model: its own `generate` and `forward` fetch and store prefixes, with the same arguments and results.
 
-Whatever cannot be served correctly from the cache runs as if there were none, and is counted by its reason: the cache never
-changes a result. Where a call asks for what a reused prefix does not have (logits of every token, hidden states) all is
-computed, and only kept.
+The cache never changes a result. A call that cannot use it correctly runs without it, and is counted by the reason. If a call
+needs what a reused prefix does not have (logits of every token, hidden states), the model computes all tokens, and their KV is
+only stored.
 """
 
 import functools
@@ -34,63 +34,66 @@ _NEEDS_ALL_TOKENS = ("labels", "output_hidden_states", "output_attentions")
 
 
 class Attachment:
-    """What stands between a model and its callers from `attach` to `detach`. Calls may come from several threads.
+    """Handles the calls of a model between `attach` and `detach`. Thread-safe for the model's calls.
 
-    `serving` gives the `CachedModel` of the model's present weights; `passes_training`: whether calls in training mode run past
-    the cache (else they are refused).
+    `serving` returns the `CachedModel` of the model's current weights. `passes_training`: whether calls in training mode run
+    without the cache; if not, they raise.
     """
 
     def __init__(self, model: Any, serving: Callable[[], CachedModel], *, passes_training: bool = False) -> None:
         self.model = model
         self.last_report: GenerateReport | None = None
         self.passed: Counter[str] = Counter()
-        """Calls that ran past the cache, by reason."""
+        """The number of calls that ran without the cache, by reason."""
         self._serving = serving
         self._passes_training = passes_training
         self._inside = threading.local()
-        self._doors: dict[str, Door] = {}
+        self._hooks: dict[str, MethodHook] = {}
 
     @property
     def is_attached(self) -> bool:
-        """Whether calls of the model come here."""
-        return bool(self._doors)
+        """Whether the model's calls are handled here."""
+        return bool(self._hooks)
 
     def attach(self) -> None:
-        """From now on the model's callers come here. Raises (kind `model`) where another cache is attached already."""
+        """Handle the model's calls from now on. Raises (kind `model`) if another cache is already attached."""
         for name in ("forward", "generate"):
-            if isinstance(vars(self.model).get(name), Door):
-                raise TieredKVError(Kind.MODEL, f"{type(self.model).__name__} has a cache attached already; detach that one before")
-        for name, through in (("forward", self._forward), ("generate", self._generate)):
+            if isinstance(vars(self.model).get(name), MethodHook):
+                raise TieredKVError(Kind.MODEL, f"attach: {type(self.model).__name__} has a cache attached already; detach that one first")
+        for name, handler in (("forward", self._forward), ("generate", self._generate)):
             if hasattr(self.model, name):
-                self._doors[name] = Door(self.model, name, through)
-                setattr(self.model, name, self._doors[name])
+                self._hooks[name] = MethodHook(self.model, name, handler)
+                setattr(self.model, name, self._hooks[name])
 
     def detach(self) -> None:
-        """The model is as it was before; a second time does nothing. What others have put over it since stays, without a cache."""
-        doors, self._doors = self._doors, {}
-        for door in doors.values():
-            door.remove()
+        """Give the model its own methods back. A second call does nothing.
+
+        Methods that others have set over the hooks since stay in place, and run without a cache.
+        """
+        hooks, self._hooks = self._hooks, {}
+        for hook in hooks.values():
+            hook.remove()
 
     # generate
 
     def _generate(self, plain: Callable, arguments: tuple, options: dict[str, Any]) -> Any:
         if self._is_inside() or not self._may_serve():
-            return self.straight(plain, *arguments, **options)
+            return self.bypass(plain, *arguments, **options)
         given = dict(zip(_GENERATE_TAKES, arguments, strict=False)) | options
         given = {name: value for name, value in given.items() if value is not None}
         try:
             if len(arguments) > len(_GENERATE_TAKES) or ("inputs" in given) == ("input_ids" in given):
-                raise TieredKVError(Kind.MODEL, "generate: no input_ids", argument="inputs")
+                raise TieredKVError(Kind.MODEL, "generate: either inputs or input_ids must be given, got none or both", argument="inputs")
             prompt = given.pop("inputs") if "inputs" in given else given.pop("input_ids")
             run = self._planned(prompt, given)
         except TieredKVError as error:
             self._pass("generate", error)
-            return self.straight(plain, *arguments, **options)
-        output, self.last_report = self.straight(run, plain)
+            return self.bypass(plain, *arguments, **options)
+        output, self.last_report = self.bypass(run, plain)
         return output
 
     def _planned(self, prompt: Any, given: dict[str, Any]) -> Callable[[Callable], tuple[Any, GenerateReport]]:
-        """How the request will run; raises (kinds `model`, `tokens`) where it cannot be served."""
+        """Returns a function that runs the request. Raises (kinds `model`, `tokens`) if it cannot use the cache."""
         cached = self._serving()
         try:
             check_request(self.model, prompt, given)
@@ -101,7 +104,7 @@ class Attachment:
 
     def _run_batch(self, cached: CachedModel, batch: Batch, plain: Callable, given: dict[str, Any]) -> tuple[Any, GenerateReport]:
         rows = Rows.of(cached, batch.input_ids, batch.pads)
-        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column has to run
+        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column must be computed
         cache = rows.cache(reused, batch.copies)
         output = plain(batch.input_ids, past_key_values=cache, **given)
         rows.store(cache, batch.copies)
@@ -116,21 +119,21 @@ class Attachment:
         if torch.compiler.is_compiling() or self._is_inside():
             return plain(*arguments, **options)
         if not self._may_serve():
-            return self.straight(plain, *arguments, **options)
+            return self.bypass(plain, *arguments, **options)
         given = ({"input_ids": arguments[0]} if arguments else {}) | options
         given = {name: value for name, value in given.items() if value is not None}
         try:
             if len(arguments) > 1:
-                raise TieredKVError(Kind.MODEL, "forward: arguments without their names", argument="inputs")
+                raise TieredKVError(Kind.MODEL, "forward: arguments after the first must be given by name", argument="inputs")
             lengths = self._lengths(given)
             cached = self._serving()
         except TieredKVError as error:
             self._pass("forward", error)
-            return self.straight(plain, *arguments, **options)
-        return self.straight(self._run_forward, cached, lengths, plain, given)
+            return self.bypass(plain, *arguments, **options)
+        return self.bypass(self._run_forward, cached, lengths, plain, given)
 
     def _lengths(self, given: dict[str, Any]) -> list[int]:
-        """The tokens of each row; raises (kind `model`) where the KV of a call is not that of its rows' tokens alone."""
+        """Returns the number of tokens of each row. Raises (kind `model`) if the KV does not depend on the rows' tokens alone."""
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         for name in given:
             if name not in _FORWARD_TAKES:
@@ -148,7 +151,7 @@ class Attachment:
         lengths = (mask == 1).sum(1) if tuple(mask.shape) == tuple(ids.shape) else None
         columns = torch.arange(ids.shape[1], device=ids.device)
         if lengths is None or not bool(((columns < lengths[:, None]) == (mask == 1)).all()) or not bool(((mask == 0) | (mask == 1)).all()):
-            raise _no_forward("attention_mask")  # padding on the left turns keys by other positions
+            raise _no_forward("attention_mask")  # with padding on the left, keys are rotated by other positions
         return lengths.tolist()
 
     def _run_forward(self, cached: CachedModel, lengths: list[int], plain: Callable, given: dict[str, Any]) -> Any:
@@ -164,18 +167,18 @@ class Attachment:
         rows.store(cache)
         return output
 
-    # Both
+    # generate and forward
 
     def _may_serve(self) -> bool:
-        """Whether a call may use the cache; raises (kind `model`) in training mode where that is not meant."""
-        if not self._doors:
+        """Returns whether a call may use the cache. Raises (kind `model`) in training mode unless `passes_training` is set."""
+        if not self._hooks:
             return False
         if not self.model.training:
             return True
         if not self._passes_training:
             raise TieredKVError(
                 Kind.MODEL,
-                f"{type(self.model).__name__} is in training mode, where dropout makes KV random:"
+                f"{type(self.model).__name__} must be in evaluation mode, but is in training mode, where dropout makes KV random:"
                 " call model.eval(), detach the cache, or give it cache_mode=CacheMode.TRAINING",
             )
         return False
@@ -183,8 +186,8 @@ class Attachment:
     def _is_inside(self) -> bool:
         return getattr(self._inside, "depth", 0) > 0
 
-    def straight(self, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Run what itself calls the model: those calls go straight to it."""
+    def bypass(self, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """Run a function that calls the model, with these calls bypassing the cache. Returns the function's result."""
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
         try:
             return function(*arguments, **options)
@@ -194,7 +197,7 @@ class Attachment:
     def _pass(self, what: str, error: TieredKVError) -> None:
         reason = f"{what}: {error.context.get('argument', error.kind)}"
         if not self.passed[reason]:
-            log.info("runs past the cache (said once): %s", error)
+            log.info("a call runs without the cache (logged once for each reason): %s", error)
         self.passed[reason] += 1
 
 
@@ -202,28 +205,29 @@ _GENERATE_TAKES = ("inputs", "generation_config", "logits_processor", "stopping_
 
 
 def _no_forward(name: str) -> TieredKVError:
-    return TieredKVError(Kind.MODEL, f"forward: with this {name} nothing is kept or found", argument=name)
+    return TieredKVError(Kind.MODEL, f"forward: the call cannot use the cache because of its {name}", argument=name)
 
 
-class Door:
-    """In the place of a model's method: hands calls to an attachment. A deep copy of the model, or one that was pickled, has its own
-    method in that place, and no cache.
+class MethodHook:
+    """Replaces a model's method and passes its calls to an attachment.
+
+    A deep copy of the model, or a pickled one, has the model's own method instead, and no cache.
     """
 
-    def __init__(self, model: Any, name: str, through: Callable) -> None:
+    def __init__(self, model: Any, name: str, handler: Callable) -> None:
         self._model = model
         self._name = name
-        self._through = through
+        self._handler = handler
         self._before = vars(model).get(name)
         self._plain = getattr(model, name)
         functools.update_wrapper(self, self._plain)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._through(self._plain, arguments, options)
+        return self._handler(self._plain, arguments, options)
 
     @property
     def stands_before(self) -> Callable | None:
-        """What was in this place of the model before (`identity.below_door`); None for the method of its class."""
+        """The function that was set on the model before this hook (`identity.below_door`), or None for its class's own method."""
         return self._before
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -234,7 +238,7 @@ class Door:
         return getattr, (self._model, self._name)
 
     def remove(self) -> None:
-        """Put back what was there, unless somebody has put something over it."""
+        """Restore the method from before, unless another function was set over this hook."""
         if vars(self._model).get(self._name) is not self:
             return
         delattr(self._model, self._name)
@@ -243,7 +247,7 @@ class Door:
 
 
 class Rows(NamedTuple):
-    """The prompts of a batch: their token ids, the columns of padding before each, and what was fetched for each."""
+    """The prompts of a batch: the token ids, padding columns on the left, and fetched prefix of each."""
 
     cached: CachedModel
     columns: int
@@ -251,13 +255,16 @@ class Rows(NamedTuple):
     pads: list[int]
     found: list[Fetched]
     state: State | None
-    """The model's state that this is KV of; None where nothing of it may be kept."""
+    """The state of the model that computes this KV, or None if the KV may not be stored."""
 
     @classmethod
     def of(
         cls, cached: CachedModel, input_ids: torch.Tensor, pads: list[int], lengths: Sequence[int] | None = None, fetch: bool = True
     ) -> "Rows":
-        """The rows (B, N), each of the `lengths` tokens behind its padding (None: to the end); without `fetch` nothing is looked for."""
+        """Returns the rows of `input_ids` (B, N), with their fetched prefixes if `fetch` is set.
+
+        Each row has `lengths` tokens after its padding; None means up to the end.
+        """
         whole = as_token_ids(input_ids.reshape(-1)).reshape(input_ids.shape)
         ends = [input_ids.shape[1]] * len(pads) if lengths is None else [a + b for a, b in zip(pads, lengths, strict=True)]
         ids = [whole[row, start:end] for row, (start, end) in enumerate(zip(pads, ends, strict=True))]
@@ -266,12 +273,12 @@ class Rows(NamedTuple):
         return cls(cached, input_ids.shape[1], ids, pads, found, state)
 
     def common(self, most: int) -> int:
-        """Columns, `most` at most, that nobody has to compute."""
+        """Returns how many leading columns are fetched, or padding, in all rows, at most `most`."""
         reach = min(pads + each.tokens for pads, each in zip(self.pads, self.found, strict=True))
         return 0 if not any(each.tokens for each in self.found) else max(min(reach, most), 0)
 
     def cache(self, columns: int, copies: int = 1) -> DynamicCache:
-        """The first columns of all rows, each row `copies` times; what stands for padding is zeros, and masked."""
+        """Returns a cache of the first columns of all rows, each row `copies` times. Padding is zeros, which the mask hides."""
         cache = DynamicCache(config=self.cached.model.config)
         if not columns:
             return cache
@@ -287,7 +294,7 @@ class Rows(NamedTuple):
         return cache
 
     def store(self, cache: DynamicCache, copies: int = 1) -> None:
-        """Keep the whole blocks of the prompts that were not found."""
+        """Store the whole blocks of the prompts that were not fetched."""
         if self.state is None or not self.state.watch.is_unwritten():
             return
         for row, (ids, pads, each) in enumerate(zip(self.ids, self.pads, self.found, strict=True)):

@@ -1,5 +1,6 @@
-"""Which namespace the KV of a model belongs to, at every request: the state of the model is compared with those known, and read anew
-where it is another.
+"""Follows a model's state, and so the namespace of its KV, at every request.
+
+The current state is compared with the known states, and read again if it is new.
 """
 
 import logging
@@ -20,27 +21,27 @@ from tiered_kv.protocol.probes import Probe
 log = logging.getLogger(__name__)
 
 STATES_MAX = 8
-"""States that are remembered, so that going back to one of them (another LoRA adapter) reads nothing."""
+"""The number of states to remember, so that a return to one of them (another LoRA adapter) reads nothing."""
 
 
 class MovingClient(Protocol):
-    """What is needed of a client that follows a model's changes."""
+    """The methods of a client that follow a model's changes."""
 
     namespace: Namespace
 
     def use(self, namespace: Namespace) -> None:
-        """Work under another namespace from now on; raises `TieredKVError` where the node's settings have something against it."""
+        """Use another namespace from now on. Raises `TieredKVError` if the node's settings forbid it."""
 
     def variant_of(self, namespace: Namespace, probe: Probe) -> str | None:
-        """The variant of a namespace that a model with this probe belongs to; None while the node does not answer."""
+        """Returns the variant of a namespace for a model with this probe, or None while the node does not answer."""
 
 
 @dataclass
 class State:
     """One state of a model.
 
-    `content`: the fields of a namespace that come from the model. `variant`: None until it is known. `refusal`: why the model
-    cannot be served in this state.
+    `content`: the fields of a namespace that come from the model. `variant`: None until it is known. `refusal`: the error that
+    says why the model cannot use the cache in this state, or None.
     """
 
     watch: Watch
@@ -50,14 +51,14 @@ class State:
     variant: str | None = None
     refusal: TieredKVError | None = None
     used: Namespace | None = None
-    """The namespace that a client was last given for it."""
+    """The namespace that a client last got for this state."""
 
 
 class ModelState:
     """Follows the state of one model. Thread-safe.
 
-    `given`: the namespace that the model has in its present state, where that is known; else it is read when it is first asked for:
-    a pass over the weights, and three runs of a few tokens. Later changes read what has changed. `generates`: as for
+    `given`: the namespace of the model's current state, if it is known. Otherwise the first request reads it, with one pass over
+    the weights and three runs of a few tokens. After a change, only what has changed is read. `generates`: as for
     `check_supported`.
     """
 
@@ -67,14 +68,14 @@ class ModelState:
         self._sums = Sums()
         self._private: list[tuple[list[Any], str]] = []
         self._lock = threading.RLock()
-        self._states: list[State] = []  # the present one first
-        self._said: set[str] = set()
+        self._states: list[State] = []  # the current one first
+        self._logged: set[str] = set()
         if shape is not None:
             content = given and {name: getattr(given, name) for name in ("weights", "adapter", "architecture", "rope", "dtype")}
             self._states.append(State(Watch(model), shape, content, variant=given.variant if given else None))
 
     def now(self) -> State:
-        """The model's present state. Cost: 0.15 ms for a model of 300 tensors that is as it was at the last request."""
+        """Returns the model's current state. Cost: 0.15 ms for a model of 300 tensors that has not changed since the last request."""
         with self._lock:
             states = self._states
             if states and states[0].watch.holds():
@@ -82,40 +83,46 @@ class ModelState:
             known = next((each for each in states[1:] if each.watch.holds()), None)
             if known is None:
                 known = self._read()
-                states = [each for each in states if each.watch.is_of_same_parts(known.watch)]  # others keep old modules alive
+                states = [each for each in states if each.watch.is_of_same_parts(known.watch)]  # other states would keep old modules alive
             self._states = [known, *(each for each in states if each is not known)][:STATES_MAX]
             return known
 
     def forget(self) -> None:
-        """Read everything anew at the next request, after a change that cannot be seen."""
+        """Read everything again at the next request. Call it after a change that cannot be detected."""
         with self._lock:
             self._states.clear()
             self._sums = Sums()
 
     def as_namespace(self, **others: Any) -> Namespace:
-        """The namespace of the present state; `others`: its fields that are not of the model. Raises where the model cannot be served."""
+        """Returns the namespace of the current state. `others`: its fields that do not come from the model.
+
+        Raises (kind `model`) if the model cannot use the cache.
+        """
         state = self.now()
         if state.refusal is not None:
             raise state.refusal
         return Namespace(**state.content, **others, variant=state.variant or "")
 
     def adopt(self, client: MovingClient) -> State | None:
-        """Have `client` work under the namespace of the model's present state; None: what is done now must be done without the cache."""
+        """Make `client` use the namespace of the model's current state.
+
+        Returns that state, or None if the current request must run without the cache.
+        """
         with self._lock:
             state = self.now()
             if state.watch.is_training():
                 part = next(where or type(module).__name__ for where, module in self.model.named_modules() if module.training)
-                self._say("training", f"runs without the cache while {part} is in training mode; call model.eval()")
+                self._log_once("training", f"the model runs without the cache while {part} is in training mode; call model.eval()")
                 return None
             if state.refusal is not None:
-                self._say("refusal", f"runs without the cache: {state.refusal}")
+                self._log_once("refusal", f"the model runs without the cache: {state.refusal}")
                 return None
             if state.used is not None and state.used is getattr(client, "namespace", None):
                 return state
             return state if self._move(client, state) else None
 
     def _move(self, client: MovingClient, state: State) -> bool:
-        if not hasattr(client, "use"):  # a client of another make: it serves the state that it was made for
+        if not hasattr(client, "use"):  # another kind of client, which serves only the state that it was created for
             return state.content is None
         if state.content is None:
             return True
@@ -124,21 +131,21 @@ class ModelState:
             state.variant = client.variant_of(plain, state.probe)
             if state.variant is None:
                 return False
-            self._tell_variant(state.variant)
+            self._log_variant(state.variant)
         wanted = replace(plain, variant=state.variant)
         if wanted != client.namespace:
             try:
                 client.use(wanted)
             except TieredKVError as error:
-                self._say("use", f"runs without the cache: {error}")
+                self._log_once("use", f"the model runs without the cache: {error}")
                 return False
         state.used = client.namespace
         return True
 
     def _read(self) -> State:
-        """The present state from scratch; sums of tensors that were not written since are known."""
+        """Read and return the current state. Sums of tensors that were not written since the last read are reused."""
         if not isinstance(self.model, torch.nn.Module):
-            check_supported(self.model)  # says why not
+            check_supported(self.model)  # raises the reason
         before = _numbers(self.model)
         try:
             shape, cache = examine(self.model, generates=self._generates)
@@ -151,7 +158,7 @@ class ModelState:
         return State(watch, shape, content, probe_of(cache), self._private_variant(walked) or None)
 
     def _private_variant(self, walked: Facts) -> str:
-        """The name for a model with this foreign code, which stays the same as long as this code does."""
+        """Returns the variant for a model with this foreign code. It stays the same as long as the code does."""
         code = [each for _, each in walked.foreign]
         for known, variant in self._private:
             if len(known) == len(code) and all(ours is theirs for ours, theirs in zip(known, code, strict=True)):
@@ -160,22 +167,22 @@ class ModelState:
         self._private = [*self._private, (code, variant)][-STATES_MAX:]
         return variant
 
-    def _tell_variant(self, variant: str) -> None:
+    def _log_variant(self, variant: str) -> None:
         if variant:
             log.warning(
-                "this model computes other KV from a few fixed tokens than the first worker of its namespace did, by more than rounding,"
-                " although weights, settings and classes are equal; its KV is shared with workers whose KV agrees with it (variant %s)",
+                "this model's KV of a few fixed tokens differs, by more than rounding, from that of the first worker of its namespace,"
+                " although weights, settings and classes are equal; its KV is shared only with workers that compute the same (variant %s)",
                 variant,
             )
 
-    def _say(self, what: str, words: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            log.warning("%s (said once)", words)
+    def _log_once(self, reason: str, message: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            log.warning("%s (logged once)", message)
 
 
 def _numbers(model: Any) -> dict[tuple[str, str], Any]:
-    """All attributes of modules that are numbers: what a run changes of them is a counter, and says nothing of KV."""
+    """Returns all attributes of modules that are numbers. Those that a run changes are counters, and do not affect KV."""
     return {
         (where, name): value
         for where, module in model.named_modules()

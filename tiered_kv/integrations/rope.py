@@ -1,4 +1,4 @@
-"""How a transformers model turns its keys, as codecs want to know it."""
+"""Reads the rotary position embedding (rope) of a transformers model, in the form that codecs need."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ from tiered_kv.codecs.rotation import rope_of
 
 
 def rope_of_model(model: Any) -> bytes | None:
-    """The `rope` parameter of a transformers model's codecs: b"" if it has learned positions instead, None where its rotation is
-    unknown or changes with the length of the text.
+    """Returns the `rope` parameter of a transformers model's codecs.
+
+    It is b"" if the model has learned positions instead, and None if the rotation is unknown or depends on the text's length.
     """
     body = getattr(model, "base_model", model)
     frequencies = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)

@@ -1,7 +1,7 @@
-"""Which transformers models can be served, decided by their config and by a run of a few tokens.
+"""Checks whether a transformers model can use the cache, from its config and a run of a few tokens.
 
 KV of a prefix can be reused only if it depends on the tokens of that prefix and on nothing else, and if every layer
-keeps keys and values as (batch, KV heads, tokens, head dim) of one size.
+stores keys and values as (batch, KV heads, tokens, head dim) of one size.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +18,15 @@ from tiered_kv.layout import KVLayout
 PROBE_TOKENS = 8
 PROBE_PREFIX_TOKENS = 5
 PROBE_STRIDE = 7919
-"""The ids of a run of a few tokens are so far apart, modulo the vocabulary: they are the same in every process."""
-# How far two ways of computing the same KV may lie apart, relative to its norm; a wrong position moves keys by 0.3 and more.
+"""The difference between two consecutive token ids of the run, modulo the vocabulary. The ids are the same in every process."""
+# The largest difference between two ways to compute the same KV, relative to its norm. A wrong position changes keys by 0.3 or more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2}
 _TOLERANCE_ELSE = 0.2
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model's cache really looks like: sizes, dtype, and the device of each layer."""
+    """The shape of a model's cache as it really is: sizes, dtype, and the device of each layer."""
 
     layers: int
     kv_heads: int
@@ -35,26 +35,26 @@ class CacheShape:
     devices: tuple[torch.device, ...]
 
     def layout(self, block_tokens: int = 64) -> KVLayout:
-        """The layout of this model's blocks."""
+        """Returns the layout of this model's blocks."""
         return KVLayout(self.layers, self.kv_heads, self.head_dim, str(self.dtype), block_tokens)
 
 
 def layout_of(model: Any, block_tokens: int = 64) -> KVLayout:
-    """The layout of a model's KV blocks, as its cache really has it; raises as `check_supported`, at the same cost."""
+    """Returns the layout of a model's KV blocks, from its real cache. Raises as `check_supported`, at the same cost."""
     return check_supported(model).layout(block_tokens)
 
 
 def check_supported(model: Any, *, generates: bool = True) -> CacheShape:
-    """The shape of the model's cache, if its KV can be reused; else `TieredKVError` (kind `model`) that says why not.
+    """Returns the shape of the model's cache. Raises `TieredKVError` (kind `model`) with the reason if its KV cannot be reused.
 
-    `generates` False: also a decoder without a language head, such as `AutoModel` makes; it is run by its forward.
-    Cost: three runs of the model on at most eight tokens. No random number is drawn, no state of the model changes.
+    With `generates=False`, accepts a decoder without a language head too, such as one from `AutoModel`, and runs its forward.
+    Cost: three runs of the model on at most eight tokens. Draws no random numbers, and changes no state of the model.
     """
     return examine(model, generates=generates)[0]
 
 
 def examine(model: Any, *, generates: bool = True) -> tuple[CacheShape, DynamicCache]:
-    """As `check_supported`, at the same cost; returns also the KV that the model computed of the few tokens it was run with."""
+    """Does the same as `check_supported`, at the same cost. Returns the shape, and the KV of the few tokens of the run."""
     for check in _CHECKS:
         reason = check(model) if generates or check is not _cannot_generate else None
         if reason:
@@ -90,7 +90,7 @@ def _cannot_generate(model: Any) -> str | None:
 
 def _reads_more_than_tokens(model: Any) -> str | None:
     if model.config.get_text_config(decoder=True) is not model.config:
-        return "it takes images, sound or other input beside tokens, and its KV depends on them"
+        return "it takes images, sound or other input besides tokens, and its KV depends on them"
     return None
 
 
@@ -98,7 +98,7 @@ def _runs_otherwise(model: Any) -> str | None:
     if model.training:
         return "it is in training mode, where dropout makes KV random; call model.eval()"
     if torch.is_autocast_enabled(model.device.type):
-        return "KV computed under torch.autocast is not the model's own; load the model in the wanted dtype"
+        return "KV computed under torch.autocast is not that of the model's dtype; load the model in the dtype that you want"
     return None
 
 
@@ -109,11 +109,11 @@ def _keeps_state(model: Any) -> str | None:
 
 
 def _has_other_layers(model: Any) -> str | None:
-    """Judge by the layer classes that transformers itself picks for this config."""
+    """Check the layer classes that transformers itself selects for this config. Returns the reason against the model, or None."""
     try:
         layers = DynamicCache(config=model.config).layers
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        return f"transformers cannot tell the kind of its cache layers from its config ({type(error).__name__}: {error})"
+        return f"transformers cannot determine its cache layers from its config ({type(error).__name__}: {error})"
     for number, layer in enumerate(layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             return f"layer {number} attends to a sliding window or chunk of {layer.sliding_window} tokens and forgets older KV"
@@ -134,7 +134,7 @@ def _rope_depends_on_length(model: Any) -> str | None:
 
 
 def _rope_types(model: Any) -> Iterator[str]:
-    """Every rope type named in the config or held by a module, also those given per kind of layer."""
+    """Yields every rope type in the config or in a module, including those for each kind of layer."""
     found = [getattr(model.config, "rope_parameters", None), getattr(model.config, "rope_scaling", None)]
     found += [getattr(module, "rope_type", None) for module in model.modules()]
     while found:
@@ -153,11 +153,9 @@ def _adapter_sees_other_tokens(model: Any) -> str | None:
     for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
         kind = str(getattr(adapter, "peft_type", "")).rpartition(".")[2].upper()
         if getattr(adapter, "is_prompt_learning", False) or kind in _PROMPT_LEARNING:
-            return (
-                f"the adapter {name!r} ({kind or 'prompt learning'}) puts trained vectors before the prompt, which no token id stands for"
-            )
+            return f"the adapter {name!r} ({kind or 'prompt learning'}) puts trained vectors before the prompt, which have no token ids"
         if kind == "XLORA" or getattr(adapter, "alora_invocation_tokens", None):
-            return f"the adapter {name!r} changes KV by tokens that come later"
+            return f"with the adapter {name!r}, KV depends on tokens that come later"
     return None
 
 
@@ -177,7 +175,10 @@ Step = Callable[[Any, torch.Tensor, DynamicCache], tuple[torch.Tensor, DynamicCa
 
 
 def _probe(model: Any, step: Step) -> tuple[CacheShape, DynamicCache]:
-    """Run eight tokens at once and as five plus three, and compare what the cache holds."""
+    """Run eight tokens at once, and as five plus three, and compare the caches. Returns the shape, and the cache of the eight tokens.
+
+    Raises (kind `model`) if the run fails or the caches differ.
+    """
     ids = (1 + PROBE_STRIDE * torch.arange(PROBE_TOKENS, device=model.device))[None] % model.config.vocab_size
     try:
         whole_logits, whole = step(model, ids, DynamicCache(config=model.config))
@@ -188,7 +189,7 @@ def _probe(model: Any, step: Step) -> tuple[CacheShape, DynamicCache]:
         _shape_of(model, parts, PROBE_TOKENS)
     except TieredKVError:
         raise
-    except Exception as error:  # boundary: any model's code may run here, and what it raises means that it cannot be served
+    except Exception as error:  # boundary: any model's code may run here, and any error means that the model cannot use the cache
         raise _refusal(model, f"a run of a few tokens failed ({type(error).__name__}: {error})") from error
     tolerance = _TOLERANCE.get(shape.dtype, _TOLERANCE_ELSE)
     for number, (a, b) in enumerate(zip(whole.layers, parts.layers, strict=True)):
@@ -199,7 +200,7 @@ def _probe(model: Any, step: Step) -> tuple[CacheShape, DynamicCache]:
 
 
 def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:
-    """One greedy token by `generate`, the way requests run; the logits it was chosen by, and the cache."""
+    """Generate one greedy token by `generate`, as requests do. Returns the token's logits, and the cache."""
     settings = GenerationConfig(
         max_new_tokens=1, do_sample=False, num_beams=1, use_cache=True, output_logits=True, return_dict_in_generate=True,
         temperature=1.0, top_p=1.0, top_k=50, pad_token_id=0,
@@ -209,27 +210,28 @@ def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch
 
 
 def _one_forward(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:
-    """The same for a model without a language head: what it makes of the last token."""
+    """Run the forward of a model without a language head. Returns the last token's hidden state, and the cache."""
     with torch.no_grad():
         output = model(ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True)
     return output.last_hidden_state[:, -1], output.past_key_values
 
 
 def _shape_of(model: Any, cache: Any, tokens: int) -> CacheShape:
-    """The shape of a cache of `tokens` tokens; raises (kind `model`) unless all layers are alike."""
+    """Returns the shape of a cache of `tokens` tokens. Raises (kind `model`) unless all layers have the same shape and dtype."""
     layers = getattr(cache, "layers", None)
     if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-        raise _refusal(model, f"after a run its cache is {cache!r}, not one full attention layer with KV of its own each")
+        raise _refusal(model, f"after a run, each layer of its cache must be full attention with KV of its own, got {cache!r}")
     first = layers[0].keys
     if first.ndim != 4 or first.shape[0] != 1 or first.shape[2] != tokens:
-        raise _refusal(model, f"its keys have shape {tuple(first.shape)}; needed is (1, KV heads, {tokens} tokens, head dim)")
+        raise _refusal(model, f"its keys must have the shape (1, KV heads, {tokens} tokens, head dim), got {tuple(first.shape)}")
     for number, layer in enumerate(layers):
         for name, part in (("keys", layer.keys), ("values", layer.values)):
             if part.shape != first.shape or part.dtype != first.dtype:
                 raise _refusal(
                     model,
-                    f"{name} of layer {number} are {tuple(part.shape)} {part.dtype}, keys of layer 0 {tuple(first.shape)} {first.dtype};"
-                    " all must be alike (multi-head latent attention is not supported)",
+                    f"keys and values of all layers must have one shape and dtype, got {tuple(part.shape)} {part.dtype} for the {name} of"
+                    f" layer {number}, and {tuple(first.shape)} {first.dtype} for the keys of layer 0"
+                    " (multi-head latent attention is not supported)",
                 )
     return CacheShape(len(layers), first.shape[1], first.shape[3], first.dtype, tuple(layer.keys.device for layer in layers))
 
@@ -239,6 +241,6 @@ def _check_close(model: Any, whole: torch.Tensor, parts: torch.Tensor, tolerance
     if not apart <= tolerance:
         raise _refusal(
             model,
-            f"{what} of {PROBE_TOKENS} tokens differ by {apart:.2g} (relative) when they are computed in two parts,"
-            " so KV depends on more than the tokens before it",
+            f"{what} of {PROBE_TOKENS} tokens must be equal when they are computed in two parts, but differ by {apart:.2g} (relative;"
+            f" at most {tolerance:g} is allowed), so KV depends on more than the tokens before it",
         )

@@ -1,6 +1,6 @@
-"""Hugging Face transformers: KV blocks as a `DynamicCache`, and `generate` with prefixes from the cache.
+"""Hugging Face transformers: converts KV to and from `DynamicCache`, and runs `generate` with prefixes from the cache.
 
-Shapes: kv (L, 2, H, T, D) as in `layout`; a cache layer has keys and values (1, H, T, D).
+Shapes: kv (L, 2, H, T, D) as in `layout`. A cache layer has keys and values (1, H, T, D).
 """
 
 import logging
@@ -31,29 +31,30 @@ SCRATCH_BYTES_MAX = 256 << 20
 
 
 class Client(Protocol):
-    """What is needed of a tiered_kv client."""
+    """The methods of a tiered_kv client that `CachedModel` uses."""
 
     layout: KVLayout
 
     def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
-        """The longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
+        """Returns the longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
-        """Keep the whole blocks of token_ids[start:], given as one (k, v) of (H, n, D) a layer."""
+        """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer."""
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
-        """So many tokens of a prompt were computed in so many seconds."""
+        """Record that the model computed `tokens` tokens of a prompt in `seconds`."""
 
 
 def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device] | None = None) -> DynamicCache:
-    """A cache that holds `kv` (L, 2, H, T, D) as views; no copy, unless a layer's device in `devices` is another.
+    """Returns a cache with views of `kv` (L, 2, H, T, D). Copies only layers whose device in `devices` differs.
 
-    The model appends by allocating anew, so `kv` is never written. Raises (kind `layout`) if the config has other layers.
+    The model appends to it by allocating new memory, so `kv` is never written. Raises (kind `layout`) if the number of layers
+    differs from the config's.
     """
     cache = DynamicCache(config=config)
     if kv.ndim != 5 or kv.shape[:2] != (len(cache.layers), 2):
         raise TieredKVError(
-            Kind.LAYOUT, f"kv has shape {tuple(kv.shape)}; needed is ({len(cache.layers)}, 2, H, T, D)", shape=tuple(kv.shape)
+            Kind.LAYOUT, f"kv must have the shape ({len(cache.layers)}, 2, H, T, D), got {tuple(kv.shape)}", shape=tuple(kv.shape)
         )
     if not kv.shape[3]:
         return cache
@@ -66,20 +67,27 @@ def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device]
 
 
 def kv_pairs(cache: DynamicCache, start: int, stop: int) -> list[KVPair]:
-    """Keys and values (H, stop - start, D) of tokens start to stop, a pair a layer; views of the cache, no copy."""
+    """Returns keys and values (H, stop - start, D) of tokens start to stop, one pair for each layer.
+
+    They are views of the cache, without a copy. Raises (kind `layout`) if the cache does not have these tokens.
+    """
     pairs = []
     for number, layer in enumerate(cache.layers):
         held = layer.get_seq_length()
         if not 0 <= start <= stop <= held:
-            raise TieredKVError(Kind.LAYOUT, f"tokens {start} to {stop} are not in layer {number} of the cache, which holds {held}")
+            message = f"start and stop must be within the {held} tokens of layer {number} of the cache, got {start} and {stop}"
+            raise TieredKVError(Kind.LAYOUT, message)
         if not held:
-            raise TieredKVError(Kind.LAYOUT, "the cache is empty and has no shape")
+            raise TieredKVError(Kind.LAYOUT, "the cache must have at least one token; an empty one has no shape")
         pairs.append((layer.keys[0, :, start:stop], layer.values[0, :, start:stop]))
     return pairs
 
 
 def kv_from_cache(cache: DynamicCache, start: int, stop: int) -> torch.Tensor:
-    """The KV of tokens start to stop as a new tensor (L, 2, H, stop - start, D) on the first layer's device; one copy."""
+    """Returns the KV of tokens start to stop as a new tensor (L, 2, H, stop - start, D) on the first layer's device.
+
+    Cost: one copy. Raises as `kv_pairs`.
+    """
     pairs = kv_pairs(cache, start, stop)
     device = pairs[0][0].device
     return torch.stack([torch.stack((keys.to(device), values.to(device))) for keys, values in pairs])
@@ -87,7 +95,10 @@ def kv_from_cache(cache: DynamicCache, start: int, stop: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What one request reused, computed and kept. Tokens, blocks, seconds; `reused_tokens_by_tier` sums to `reused_tokens`."""
+    """The tokens that one request reused and computed, its stored blocks, and its times in seconds.
+
+    `reused_tokens_by_tier` sums to `reused_tokens`.
+    """
 
     prompt_tokens: int
     reused_tokens: int
@@ -101,17 +112,17 @@ class GenerateReport:
 
 
 class CachedModel:
-    """A model whose `generate` starts from the longest prefix that the cluster has, and keeps what it computed.
+    """A model whose `generate` starts from the longest cached prefix, and stores the KV that it computed.
 
-    The output is that of `model.generate`; in half precision, as with any reused prefix, up to rounding. A client that fails costs
-    the reuse, never the request. A model that changes (weights, adapters, hooks, settings) gets another namespace at the next request,
-    and the one before when it is as before; what cannot be seen is in `integrations.watch`.
+    The output is that of `model.generate`; in half precision, as with any reused prefix, up to rounding. If the client fails, the
+    request runs without the cache. A model that changes (weights, adapters, hooks, settings) gets another namespace at the next
+    request, and its earlier one when it changes back. `integrations.watch` lists the changes that cannot be detected.
     """
 
     def __init__(
         self, model: Any, client: Client, *, store_generated: bool = True, shape: CacheShape | None = None, clock: Clock | None = None
     ) -> None:
-        """`shape`: what `check_supported(model)` gave, if it was called before; else it is called here, and raises as it does."""
+        """`shape`: the result of `check_supported(model)`, if it is known; otherwise it is called here, and may raise."""
         self.model = model
         self.client = client
         self.last_report: GenerateReport | None = None
@@ -119,28 +130,30 @@ class CachedModel:
         self._layout = self._shape.layout(client.layout.block_tokens)
         if client.layout != self._layout:
             raise TieredKVError(
-                Kind.LAYOUT, f"the client is of another model: its layout is {client.layout.spec}, the model's {self._layout.spec}"
+                Kind.LAYOUT,
+                f"client must have the model's layout {self._layout.spec}, got one of another model, with layout {client.layout.spec}",
             )
         self.reshaped = False
-        """Whether the model's KV has another layout by now than the client's."""
+        """Whether the layout of the model's KV has changed, and differs from the client's."""
         followed = getattr(client, "followed", None)
         is_of_this = isinstance(followed, ModelState) and followed.model is model
         self._state = followed if is_of_this else ModelState(model, getattr(client, "namespace", None), self._shape)
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()
-        self._scratch: list[torch.Tensor] = []  # KV buffers of requests that are over, to be fetched into again
+        self._scratch: list[torch.Tensor] = []  # KV buffers of finished requests, reused by later fetches
 
     def generate(self, input_ids: Any, **arguments: Any) -> Any:
-        """As `model.generate` for one prompt, (1, n) or (n,); `last_report` then tells what was reused.
+        """Run `model.generate` for one prompt, (1, n) or (n,). Returns its output, and sets `last_report`.
 
-        Raises `TieredKVError` before any work: kind `model`, naming an argument that cannot be served; kind `tokens`.
+        Raises `TieredKVError` before any work: kind `model`, with the name of an argument that cannot use the cache, or kind
+        `tokens` for an empty prompt.
         """
         output, self.last_report = self.run(input_ids, **arguments)
         return output
 
     def run(self, input_ids: Any, **arguments: Any) -> tuple[Any, GenerateReport]:
-        """As `generate`, and returns the report with the output; for use by several threads."""
+        """Do the same as `generate`, for use by several threads. Returns the output and the report."""
         begun_s = self._clock.now_s()
         prompt = check_request(self.model, input_ids, arguments)
         scratch = self._take_scratch(prompt.shape[-1])
@@ -148,12 +161,12 @@ class CachedModel:
             return self._run(prompt, arguments, scratch, begun_s)
         finally:
             if scratch is not None:
-                self._scratch.append(scratch)  # the model has appended, which is to copy: nobody looks into it any more
+                self._scratch.append(scratch)  # free to reuse: the model's append made a copy, so no cache has views of it
 
     def _take_scratch(self, tokens: int) -> torch.Tensor | None:
-        """A buffer for the KV of `tokens` tokens, where possible an earlier request's: new memory costs more than the copy into it.
+        """Returns a buffer for the KV of `tokens` tokens, if possible that of an earlier request.
 
-        None for a prompt so long that its buffer would not be worth keeping.
+        New memory costs more than the copy into it. Returns None for a prompt whose buffer would exceed SCRATCH_BYTES_MAX.
         """
         rounded = -(-tokens // SCRATCH_TOKENS) * SCRATCH_TOKENS
         if rounded * self._layout.token_bytes > SCRATCH_BYTES_MAX:
@@ -172,7 +185,7 @@ class CachedModel:
         ids = as_token_ids(prompt)
         state = self.ready()
         fetched = self._fetch(ids, scratch) if state else self.nothing()
-        reused = min(fetched.tokens, len(ids) - 1)  # the last token has to run: its logits choose the first new one
+        reused = min(fetched.tokens, len(ids) - 1)  # the last token must be computed: its logits choose the first new token
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
         first = _FirstToken(self._clock, arguments.pop("streamer", None))
@@ -200,29 +213,32 @@ class CachedModel:
 
     @property
     def shape(self) -> CacheShape:
-        """What the model's cache looks like."""
+        """The shape of the model's cache."""
         return self._shape
 
     def ready(self) -> State | None:
-        """Have the client work under the namespace of the model as it is now; None where this request must run without the cache."""
+        """Make the client use the namespace of the model's current state.
+
+        Returns that state, or None if this request must run without the cache.
+        """
         try:
             state = self._state.adopt(self.client)
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
-            self._log_once("check of the model", error)
+            self._log_once("checking the model", error)
             return None
         self.reshaped = state is not None and state.shape != self._shape
         return None if self.reshaped else state
 
     def found(self, ids: np.ndarray) -> Fetched:
-        """The longest prefix of a prompt that the cache has, in memory of its own; nothing where the cache fails."""
+        """Returns the longest cached prefix of a prompt, in new memory. It is empty if the cache fails."""
         return self._fetch(ids, None)
 
     def nothing(self) -> Fetched:
-        """What is found where nothing is looked for."""
+        """Returns an empty prefix, for requests without a look-up."""
         return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
 
     def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int) -> Stored:
-        """Keep the KV of ids[start:], one (key, value) of (H, n, D) a layer; refused where the cache fails."""
+        """Store the KV of ids[start:], one (key, value) of shape (H, n, D) for each layer. Stores nothing if the cache fails."""
         try:
             return self.client.store(ids, pairs, start=start)
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
@@ -234,14 +250,14 @@ class CachedModel:
             fetched = self.client.fetch(ids, scratch)
             self._layout.check_kv(fetched.kv, fetched.tokens, "fetched kv")
             if fetched.tokens > len(ids):
-                raise TieredKVError(Kind.LAYOUT, f"fetched {fetched.tokens} tokens for a prompt of {len(ids)}")
+                raise TieredKVError(Kind.LAYOUT, f"fetch must return at most the prompt's {len(ids)} tokens, got {fetched.tokens}")
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("fetch", error)
             return self.nothing()
         return fetched
 
     def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint) -> Stored:
-        stop = min(len(sequence), cache.get_seq_length())  # the last token of the sequence never ran
+        stop = min(len(sequence), cache.get_seq_length())  # the model has not computed the KV of the last token
         if start >= stop:
             return Stored(0, 0, 0)
         try:
@@ -254,11 +270,11 @@ class CachedModel:
         seen = (verb, str(error.kind) if isinstance(error, TieredKVError) else type(error).__name__)
         if seen not in self._logged:
             self._logged.add(seen)
-            log.warning("%s failed, going on without the cache (said once): %s: %s", verb, type(error).__name__, error)
+            log.warning("%s failed; the request goes on without the cache (logged once): %s: %s", verb, type(error).__name__, error)
 
 
 def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:
-    """The counts without the last `tokens`, which are taken from the tier named last."""
+    """Returns the counts without the last `tokens`, which are subtracted from the last tiers first."""
     left = {}
     for tier, count in reversed(tokens_by_tier.items()):
         taken = min(count, tokens)
@@ -269,7 +285,7 @@ def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when the first new token came, and hands everything on to the caller's own streamer."""
+    """Records when the first new token was generated, and passes all tokens on to the caller's own streamer."""
 
     def __init__(self, clock: Clock, then: BaseStreamer | None) -> None:
         self.seen_s: float | None = None

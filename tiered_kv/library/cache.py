@@ -1,6 +1,6 @@
-"""The library's cache: the engine of this process behind look-ups by prefix and by position.
+"""The library's cache: stores and finds KV by prefix and by position, in a node of this process.
 
-Shapes: by prefix kv is (L, 2, H, N, D) as in `layout`; by position key and value are (B, H, T, D): batch, heads, tokens, head dim.
+Shapes: by prefix, kv is (L, 2, H, N, D) as in `layout`. By position, key and value are (B, H, T, D): batch, heads, tokens, head dim.
 """
 
 import secrets
@@ -34,12 +34,16 @@ _COUNTS = {
     "stores": "",
     "refused_blocks": "",
 }
-"""Counts of `get_stats`, and those of the node that they are."""
+"""Counts of `get_stats`, and the names of the node's counts from which they are taken; "" if they are computed here."""
 _MIB = 1 << 20
 
 
-class Placed(NamedTuple):
-    """What lies at a position: its block is that of `serial`, of this layout, and came from this device."""
+class PositionEntry(NamedTuple):
+    """The pair stored at a position.
+
+    `serial` names its block (every token id of the block is `serial`). `layout` is the block's layout. `device` is where the
+    pair came from.
+    """
 
     layout: KVLayout
     serial: int
@@ -52,8 +56,9 @@ class BaseKVCache:
     By prefix: `store`, `match` and `fetch` are those of `tiered_kv.Client`, in blocks of `config.block_tokens`. By position:
     `put` and `get` keep a key and a value under a number. Both share the memory, the policy and the codecs.
 
-    Memory is taken when the first KV comes, for `max_tokens` tokens of its layout: `layout`, else the one that the config's shape
-    fields say, else that of the first `store` or `put`. `namespace`: whose KV this is; `rope`: as for `tiered_kv.open`.
+    Memory for `max_tokens` tokens of one layout is allocated at the first use. The layout is `layout`, else that of the config's
+    shape fields, else that of the first `store` or `put`. `namespace` identifies the model whose KV this is. `rope`: see
+    `tiered_kv.open`.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class BaseKVCache:
     ) -> None:
         config = KVCacheConfig() if config is None else config
         if not isinstance(config, KVCacheConfig):
-            raise TieredKVError(Kind.CONFIG, f"config must be a KVCacheConfig, not {type(config).__name__}", setting="config")
+            raise TieredKVError(Kind.CONFIG, f"config must be a KVCacheConfig, got {type(config).__name__}", setting="config")
         self.config = config
         self.layout = layout or config.layout
         self.namespace = namespace or Namespace(weights="kv_cache")
@@ -76,50 +81,56 @@ class BaseKVCache:
         self._clock = clock
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self._placed: dict[int, Placed] = {}
-        self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # counted from 0 it would name others' pairs, which checkpoints bring here
+        self._placed: dict[int, PositionEntry] = {}
+        self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # random: counts from 0 would meet serials of loaded checkpoints
         self.origin = secrets.token_hex(8)
         self.origins = {self.origin}
-        """The caches that have numbered pairs which may be here: this one, and those whose checkpoints were loaded."""
+        """The caches that chose the serials of pairs stored here: this one, and those whose checkpoints were loaded."""
         self._rehearsed: Counter[str] = Counter()
         self._closed = False
 
     # By prefix
 
     def store(self, token_ids: TokenIds, kv: torch.Tensor, *, start: int = 0, hint: Hint | None = None) -> Stored:
-        """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; see `Client.store`."""
+        """Store the whole blocks of `kv`, the KV of `token_ids[start:]`; see `Client.store`."""
         if self.layout is None:
             self.layout = self._layout_of(kv)
         return self.client().store(token_ids, kv, start=start, hint=hint)
 
     def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None) -> Fetched:
-        """The KV of the longest prefix of whole blocks; see `Client.fetch`. Raises (kind `layout`) before any layout is known."""
+        """Returns the KV of the longest cached prefix, in whole blocks; see `Client.fetch`.
+
+        Raises (kind `layout`) if no layout is known yet.
+        """
         return self.client().fetch(token_ids, out)
 
     def match(self, token_ids: TokenIds) -> Match:
-        """How long a prefix is there, and in which tier; moves nothing. Nothing is there before any layout is known."""
+        """Returns the length of the longest cached prefix, and its tiers. Moves nothing. The length is 0 if no layout is known yet."""
         return Match(0) if self.layout is None else self.client().match(token_ids)
 
     def client(self) -> Client:
-        """The engine's client for this cache's layout and namespace."""
+        """Returns the client for this cache's layout and namespace. Raises (kind `layout`) if no layout is known yet."""
         if self.layout is None:
             raise TieredKVError(
-                Kind.LAYOUT, "the layout is not known yet: give layout=, or num_layers, num_heads, head_dim and dtype, or store first"
+                Kind.LAYOUT,
+                "layout: must be known before this call, got None; give layout=, or num_layers, num_heads, head_dim and dtype in the"
+                " config, or store KV first",
             )
         return self.engine(self.layout).client(self.layout, self.namespace, rope=self.rope)
 
     def _layout_of(self, kv: Any) -> KVLayout:
         if not isinstance(kv, torch.Tensor) or kv.ndim != 5 or kv.shape[1] != 2:
             what = f"of shape {tuple(kv.shape)}" if isinstance(kv, torch.Tensor) else type(kv).__name__
-            raise TieredKVError(Kind.LAYOUT, f"kv must be a tensor (layers, 2, KV heads, tokens, head_dim), not {what}")
+            raise TieredKVError(Kind.LAYOUT, f"kv must be a tensor (layers, 2, KV heads, tokens, head_dim), got {what}")
         return KVLayout(kv.shape[0], kv.shape[2], kv.shape[4], str(kv.dtype), self.config.block_tokens)
 
     # By position
 
     def put(self, position: int, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Keep a key and a value (B, H, T, D), alike in shape, floating dtype and device, in place of what was at `position`.
+        """Store a key and a value (B, H, T, D) at `position`, in place of the pair stored there before.
 
-        False where there was no room for them. Raises (kind `layout`) naming the argument for anything else.
+        Both must have the same shape, floating-point dtype and device. Returns False if there was no room for them. Raises (kind
+        `layout`), and names the argument, if one of them is invalid.
         """
         self._check_position(position)
         check_pair(key, value)
@@ -131,11 +142,11 @@ class BaseKVCache:
             self._forget(position)
             serial = self._next_serial()
             stored = self._positions(layout).store([serial] * tokens, kv)
-            if len(self._placed) > 2 * self.config.max_tokens:  # most of them evicted by now
+            if len(self._placed) > 2 * self.config.max_tokens:  # most of these are already evicted
                 there = self.positions()
                 self._placed = {at: self._placed[at] for at in there}
             if not stored.refused:
-                self._placed[position] = Placed(layout, serial, key.device)
+                self._placed[position] = PositionEntry(layout, serial, key.device)
             return not stored.refused
 
     def _next_serial(self) -> int:
@@ -146,7 +157,7 @@ class BaseKVCache:
                 return serial
 
     def get(self, position: int) -> Pair | None:
-        """The key and the value that were put at `position`, on their device; None where there is nothing, or it was evicted."""
+        """Returns the key and value stored at `position`, on their device, or None if there are none or they were evicted."""
         self._check_position(position)
         with self._lock:
             placed = self._placed.get(position)
@@ -160,27 +171,27 @@ class BaseKVCache:
         return kv[:, 0], kv[:, 1]
 
     def positions(self) -> list[int]:
-        """Positions at which something is still there."""
+        """Returns the positions whose pairs are still cached."""
         with self._lock:
             return [at for at, placed in self._placed.items() if self._is_there(placed)]
 
-    def placed(self) -> dict[int, Placed]:
-        """What lies at which position."""
+    def placed(self) -> dict[int, PositionEntry]:
+        """Returns the entries of all positions whose pairs are still cached."""
         with self._lock:
             return {at: self._placed[at] for at in self.positions()}
 
-    def place(self, placed: dict[int, Placed]) -> None:
-        """Say what lies at positions whose blocks came from a checkpoint, in place of what was at these."""
+    def place(self, placed: dict[int, PositionEntry]) -> None:
+        """Add entries whose blocks were loaded from a checkpoint. Replaces the entries of the same positions."""
         with self._lock:
             self._placed |= placed
 
-    def _is_there(self, placed: Placed) -> bool:
+    def _is_there(self, placed: PositionEntry) -> bool:
         ids = [placed.serial] * placed.layout.block_tokens
         return self._positions(placed.layout).match(ids).tokens > 0
 
     def _forget(self, position: int) -> None:
         placed = self._placed.pop(position, None)
-        if placed is not None:  # nobody can ask for it any more, so it goes first
+        if placed is not None:  # no look-up can find this block again, so mark it as the first to evict
             ids = [placed.serial] * placed.layout.block_tokens
             empty = torch.empty(placed.layout.kv_shape(0), dtype=placed.layout.torch_dtype)
             self._positions(placed.layout).store(ids, empty, start=len(ids), hint=Hint(ended=True))
@@ -190,29 +201,32 @@ class BaseKVCache:
 
     @property
     def namespace_of_positions(self) -> Namespace:
-        """Under which namespace pairs lie that were put at positions; of each layout they are a model of their own."""
+        """The namespace of the pairs stored by position. Each layout has a separate hash root."""
         return Namespace(weights=f"positions of {self.namespace.digest.hex()}", tenant=self.namespace.tenant)
 
     @staticmethod
     def _check_position(position: object) -> None:
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise TieredKVError(Kind.TOKENS, f"position must be a whole number of at least 0, not {position!r}")
+            raise TieredKVError(Kind.TOKENS, f"position must be a whole number of at least 0, got {position!r}")
 
-    # All of it
+    # The whole cache
 
     def engine(self, layout: KVLayout) -> Engine:
-        """The node of this cache, made with the memory of `max_tokens` tokens of `layout` if there is none yet."""
+        """Returns this cache's node. The first call creates it, with memory for `max_tokens` tokens of `layout`.
+
+        Raises (kind `closed`) after `close`.
+        """
         with self._lock:
             if self._closed:
-                raise TieredKVError(Kind.CLOSED, "the cache is closed")
+                raise TieredKVError(Kind.CLOSED, "the cache is closed; create a new one")
             if self._engine is None:
                 self._engine = Engine(self.config, layout, self._clock, self.profile)
             return self._engine
 
     def get_stats(self) -> dict[str, Any]:
-        """Figures of this cache. Rates from 0 to 1, counts of blocks and tokens, bytes; all 0 before the first KV came.
+        """Returns the statistics of this cache: rates from 0 to 1, counts of blocks and tokens, and bytes.
 
-        hit_rate: of the blocks that were looked for, those that were had (0.0 while nothing was looked for, `lookups` says so).
+        All are 0 before the first KV is stored. hit_rate: the share of requested blocks that were hits; 0.0 if `lookups` is 0.
         """
         with self._lock:
             engine = self._engine
@@ -238,7 +252,10 @@ class BaseKVCache:
 
     @contextmanager
     def rehearsing(self) -> Iterator[Client]:
-        """A client of a namespace of its own, whose blocks are given up at the end. It leaves the figures, not the profile."""
+        """A context with a client for trial requests, in a separate namespace.
+
+        At the end its blocks are dropped, the statistics are as before, and the profile is reset.
+        """
         engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
         before = self._counted(engine)
         try:
@@ -251,7 +268,7 @@ class BaseKVCache:
                 self.profile.reset()
 
     def _counted(self, engine: Engine | None) -> Counter[str]:
-        """Counts that only ever grow, less those of rehearsals."""
+        """Returns the counts that only grow, without those of `rehearsing`."""
         if engine is None:
             return Counter(dict.fromkeys(_COUNTS, 0))
         node = engine.node.stats()
@@ -261,13 +278,13 @@ class BaseKVCache:
         return Counter({name: count - self._rehearsed[name] for name, count in counts.items()})
 
     def profile_table(self) -> str:
-        """Time by stage as text. Raises (kind `config`) unless `enable_profiling` is set."""
+        """Returns the time by stage as text. Raises (kind `config`) unless `enable_profiling` is set."""
         if self.profile is None:
-            raise TieredKVError(Kind.CONFIG, "enable_profiling is off; set it in the config", setting="enable_profiling")
+            raise TieredKVError(Kind.CONFIG, "enable_profiling is off; set it to True in the config", setting="enable_profiling")
         return self.profile.table()
 
     def clear(self) -> None:
-        """Forget everything, figures as well, and give the memory back until the next store."""
+        """Drop all blocks, entries and statistics, and free the memory until the next store."""
         with self._lock:
             self._placed.clear()
             self._rehearsed.clear()
@@ -276,13 +293,13 @@ class BaseKVCache:
                 engine.close()
 
     def check(self) -> None:
-        """Assert that the engine's books agree. Slow; for tests."""
+        """Assert that the node's data structures are consistent. Slow; for tests."""
         with self._lock:
             if self._engine is not None:
                 self._engine.check()
 
     def close(self) -> None:
-        """Give the memory back for good; a second time does nothing."""
+        """Free the memory for good. A second call does nothing."""
         with self._lock:
             self.clear()
             self._closed = True
@@ -295,7 +312,10 @@ class BaseKVCache:
 
 
 class AdaptiveKVCache(BaseKVCache):
-    """A cache that learns from its own look-ups what comes back, and keeps that (`CacheStrategy.ADAPTIVE`, whatever the config says)."""
+    """A cache that learns from its look-ups which blocks are used again, and keeps these.
+
+    Its strategy is `CacheStrategy.ADAPTIVE`, whatever the config says.
+    """
 
     def __init__(self, config: KVCacheConfig | None = None, **options: Any) -> None:
         if isinstance(config, KVCacheConfig):
@@ -303,6 +323,6 @@ class AdaptiveKVCache(BaseKVCache):
         super().__init__(config, **options)
 
     def learned(self) -> dict[str, Any]:
-        """What the policy has learned so far, as the engine reports it; nothing before the first KV came."""
+        """Returns the node's statistics of the policy: what it has learned so far. Empty before the first KV is stored."""
         with self._lock:
             return self._engine.node.stats()["policy"] if self._engine is not None else {}

@@ -1,4 +1,4 @@
-"""Settings of a cache within one process: one frozen record, checked once. Importing this brings no torch."""
+"""Settings of a cache within one process: one frozen record, checked once. Does not import torch."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from tiered_kv.layout import KVLayout
 
 BITS = (8, 4)
 METHODS = {"svd": "lowrank", "lowrank": "lowrank", "sparse": "sparse"}
-_OWN = ("host", "policy", "codec", "quality", "error_budget", "block_tokens")  # of the engine's settings: said by fields here
+_OWN = ("host", "policy", "codec", "quality", "error_budget", "block_tokens")  # node settings that fields of KVCacheConfig set
 
 
 class CacheStrategy(Enum):
-    """Which block leaves first when memory is full; the value is the policy's name in the engine (`tiered_kv.policy`)."""
+    """The eviction policy: which block is evicted first when memory is full. The value is the policy's name in `tiered_kv.policy`."""
 
     LRU = "lru"
     LFU = "lfu"
@@ -29,11 +29,11 @@ class CacheStrategy(Enum):
 
 
 class CacheMode(Enum):
-    """What a model with a cache attached is used for.
+    """The use of a model with a cache attached.
 
-    INFERENCE: prompts and what was generated behind them are kept. BULK: prompts only, for many independent requests.
-    TRAINING: calls in training mode run past the cache; in the other modes they are refused. Whenever weights have changed, in any
-    mode, a new namespace is begun.
+    INFERENCE: prompts and generated tokens are stored. BULK: only prompts are stored, for many independent requests.
+    TRAINING: calls in training mode run without the cache; the other modes reject them. In every mode, a change of the weights
+    starts a new namespace.
     """
 
     INFERENCE = "inference"
@@ -46,17 +46,21 @@ assert {strategy.value for strategy in CacheStrategy} == set(POLICIES), "a polic
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """All settings of a cache within one process. Raises `TieredKVError` (kind `config`) that names the field and what is allowed.
+    """All settings of a cache within one process.
 
-    max_tokens: memory for the KV of so many tokens as it was stored, a hard cap (of at least one block). Where blocks are
-    coded, more tokens fit in as many bytes, and a cache takes 1 MiB at least.
+    Raises `TieredKVError` (kind `config`), with the field and the allowed values, if one is invalid.
+
+    max_tokens: a hard cap on memory, as bytes of the KV of this many uncompressed tokens (at least one block). More compressed
+    tokens fit in the same bytes. A cache with a codec takes at least 1 MiB.
     cache_strategy, cache_mode: a member, or its value ("lru").
-    use_quantization: blocks in memory become codes of `quantization_bits` (8 or 4) once three quarters of it are full; KL as in
-    docs/codecs.md. use_compression: they become factors of low rank ("svd", "lowrank") or their largest numbers ("sparse"), of
-    at most `compression_ratio` of their bytes; with both, this is what they become, for its factors are quantized as well.
-    num_layers, num_heads (KV heads), head_dim, dtype: the shape of KV, where no model or tensor says it. block_tokens: how many
-    tokens are looked up together. enable_profiling: time by stage, see `profile`. enable_warmup: whether `warmup` does anything.
-    seed: of the samples of ADAPTIVE. tiers: further settings of the engine (`tiered_kv.Config`), such as {"disk": "2GiB"}.
+    use_quantization: quantize blocks to `quantization_bits` (8 or 4) once memory is three quarters full. For the error (KL
+    divergence) see docs/codecs.md.
+    use_compression: replace blocks by low-rank factors ("svd", "lowrank") or by their largest numbers ("sparse"), in at most
+    `compression_ratio` of their bytes. This takes precedence over use_quantization: its factors are quantized as well.
+    num_layers, num_heads (KV heads), head_dim, dtype: the shape of the KV, if no model or tensor defines it.
+    block_tokens: the number of tokens in a block, the unit of look-up.
+    enable_profiling: measure the time by stage, see `profile`. enable_warmup: whether `warmup` does anything.
+    seed: the seed of ADAPTIVE's samples. tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
     """
 
     max_tokens: int = 4096
@@ -102,33 +106,33 @@ class KVCacheConfig:
 
     @property
     def codec(self) -> str | None:
-        """The codec of blocks in memory as the engine writes it; None: they stay as they are stored."""
+        """The codec of blocks in memory, as in `tiered_kv.Config`; None if they stay uncompressed."""
         if self.use_compression:
             return f"{METHODS[self.compression_method]}:{self.compression_ratio:g}"
         return f"int{self.quantization_bits}" if self.use_quantization else None
 
     @property
     def layout(self) -> KVLayout | None:
-        """The layout that the shape fields say; None unless all of them are given."""
+        """The layout that the shape fields define, or None unless all of them are given."""
         shape = (self.num_layers, self.num_heads, self.head_dim, self.dtype)
         return None if None in shape else KVLayout(*shape, self.block_tokens)
 
     def engine_config(self, host_bytes: int) -> Config:
-        """The engine's settings for a cache whose memory, index included, takes `host_bytes`."""
+        """Returns the node's settings for a cache with `host_bytes` of memory, including the index."""
         tiers = {} if self.tiers is None else self.tiers
         if not isinstance(tiers, Mapping) or any(name in _OWN for name in tiers):
-            raise self._wrong("tiers", f"a mapping of settings of tiered_kv.Config without {', '.join(_OWN)}")
+            raise self._wrong("tiers", f"a mapping of settings of tiered_kv.Config, without {', '.join(_OWN)}")
         codec = self.codec
-        said = {} if codec is None else {"codec": f"host={codec}"}
+        coding = {} if codec is None else {"codec": f"host={codec}"}
         own = {"host": host_bytes, "policy": self.cache_strategy.value, "block_tokens": self.block_tokens, "seed": self.seed}
-        return Config.of({**tiers, **own, **said})
+        return Config.of({**tiers, **own, **coding})
 
     def with_(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed. Raises (kind `config`) for unknown fields and invalid values."""
         for name in changes:
             if name not in (known := [field.name for field in fields(self)]):
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
                 raise TieredKVError(Kind.CONFIG, f"unknown field {name!r}{hint}", setting=name)
         return replace(self, **changes)
 
@@ -145,4 +149,4 @@ class KVCacheConfig:
             raise self._wrong(name, f"a whole number of at least {least}{of_block}")
 
     def _wrong(self, name: str, allowed: str) -> TieredKVError:
-        return TieredKVError(Kind.CONFIG, f"{name} must be {allowed}, not {getattr(self, name)!r}", setting=name)
+        return TieredKVError(Kind.CONFIG, f"{name} must be {allowed}, got {getattr(self, name)!r}", setting=name)

@@ -1,4 +1,4 @@
-"""A transformers model with a cache of this process attached: `model.generate` and `model(...)` are called as before."""
+"""Attaches a cache in this process to a transformers model. `model.generate` and `model(...)` are called as before."""
 
 import threading
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from tiered_kv.protocol.probes import Probe, ProbeBook
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What was detected of a model; `max_length` is None where its config names none."""
+    """The figures of a model that were detected. `max_length` is None if the model's config has none."""
 
     num_layers: int
     num_attention_heads: int
@@ -33,14 +33,14 @@ class ModelFacts:
 
 
 class TransformersKVCache:
-    """A cache for one transformers model, attached to it from the beginning. A context manager; leaving it detaches the model.
+    """A cache for one transformers model, attached to it at once. A context manager, which detaches the model at its end.
 
-    Prefixes are found and kept by themselves; results are those of the model without a cache (up to the rounding of a prefill in
-    two parts; with quantization or compression within the codec's error). Heads, KV heads, head dim, layers, length and dtype
-    are read off the model. A model that changes gets another namespace (`integrations.watch`); a write through `tensor.data`
-    is not seen: say `refresh`.
+    Prefixes are fetched and stored automatically. Results are those of the model without a cache, up to the rounding of a prefill
+    in two parts, and with quantization or compression up to the codec's error. Heads, KV heads, head dim, layers, length and
+    dtype are read from the model. A model that changes gets another namespace (`integrations.watch`). A write through
+    `tensor.data` is not detected: call `refresh` after it.
 
-    Raises `TieredKVError` (kind `model`) with the reason for a model that cannot be served, before anything is attached.
+    Raises `TieredKVError` (kind `model`) with the reason, before anything is attached, if the model cannot be served.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class TransformersKVCache:
                 raise
 
     def bind(self, model: Any) -> None:
-        """Make this the cache of `model`, without attaching it yet. Cost: a few tokens through the model, one pass over its weights."""
+        """Make this the cache of `model`, without attaching it yet.
+
+        Raises (kind `model`) if the model cannot be served. Cost: a run of a few tokens, and one pass over the weights.
+        """
         self.model = model
         self.attachment = Attachment(model, self._serving, passes_training=self.config.cache_mode is CacheMode.TRAINING)
         try:
@@ -93,36 +96,37 @@ class TransformersKVCache:
             dtype=self.cache.layout.dtype,
         )
         stores_generated = self.config.cache_mode is not CacheMode.BULK
-        client = _Fresh(self.cache, self._state, self._probes)
+        client = _CurrentClient(self.cache, self._state, self._probes)
         self._state.adopt(client)
         self._cached = CachedModel(model, client, store_generated=stores_generated, shape=shape, clock=self._clock)
 
     def _serving(self) -> CachedModel:
-        """The model with a client of its present layout."""
+        """Returns the model with a client of its current layout."""
         with self._lock:
             if self._cached.reshaped:
-                self.attachment.straight(self._detect)
+                self.attachment.bypass(self._detect)
             return self._cached
 
     def refresh(self) -> None:
-        """Look at the model's weights again, after a change that cannot be seen."""
+        """Read the model's weights again at the next request. Call it after a change that cannot be detected."""
         with self._lock:
             self._state.forget()
 
     # Attaching
 
     def attach(self) -> None:
-        """From now on `model.generate` and `model(...)` use this cache; a second time does nothing. Takes the memory: raises where there
-        is too little of it.
+        """Make `model.generate` and `model(...)` use this cache. A second call does nothing.
+
+        Allocates the memory. Raises (kind `memory`) if there is too little of it, and (kind `model`) if there is no model.
         """
         if self.attachment is None:
-            raise TieredKVError(Kind.MODEL, "there is no model; give model= or call bind(model)")
+            raise TieredKVError(Kind.MODEL, "attach: there is no model; give model= or call bind(model)")
         self.cache.client()
         if not self.attachment.is_attached:
             self.attachment.attach()
 
     def detach(self) -> None:
-        """The model is as it was before; what was kept stays for the next `attach`. A second time does nothing."""
+        """Give the model its own methods back. The stored blocks stay for the next `attach`. A second call does nothing."""
         if self.attachment is not None:
             self.attachment.detach()
 
@@ -133,22 +137,23 @@ class TransformersKVCache:
 
     @property
     def last_report(self) -> GenerateReport | None:
-        """What the last `generate` that was served reused and computed; of several threads, the one that ended last."""
+        """The report of the last `generate` that used the cache. With several threads: of the call that ended last."""
         return self.attachment.last_report if self.attachment is not None else None
 
     def warmup(self, num_samples: int = 100, seq_len: int = 128) -> int:
-        """Take the memory, and store and fetch zeros as KV of `seq_len` tokens `num_samples` times, so that the first request waits for
-        nothing; then forget them. How many samples were made: none where `enable_warmup` is off. The model does not run. For before
-        the first request: what is kept already may have to leave for the samples.
+        """Allocate the memory, and store, fetch and drop zeros as KV of `seq_len` tokens, `num_samples` times.
+
+        After it the first request does not wait for any setup. The model does not run. Call it before the first request: the
+        samples may evict stored blocks. Returns the number of samples, which is 0 if `enable_warmup` is off.
         """
         for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise TieredKVError(Kind.CONFIG, f"{name} must be a whole number of at least 1, not {value!r}", setting=name)
+                raise TieredKVError(Kind.CONFIG, f"{name} must be a whole number of at least 1, got {value!r}", setting=name)
         if not self.config.enable_warmup:
             return 0
         layout = self.cache.layout
         if layout is None:
-            raise TieredKVError(Kind.MODEL, "there is no model; give model= or call bind(model)")
+            raise TieredKVError(Kind.MODEL, "warmup: there is no model; give model= or call bind(model)")
         kv = torch.zeros(layout.kv_shape(seq_len), dtype=layout.torch_dtype)
         with self.cache.rehearsing() as client:
             for sample in range(num_samples):
@@ -160,21 +165,21 @@ class TransformersKVCache:
     # Figures
 
     def get_cache_stats(self) -> dict[str, Any]:
-        """The cache's figures (`BaseKVCache.get_stats`), and `passed`: calls that ran past it, by reason."""
+        """Returns the cache's statistics (`BaseKVCache.get_stats`), and `passed`: the calls that ran without the cache, by reason."""
         return self.cache.get_stats() | {"passed": dict(self.attachment.passed) if self.attachment is not None else {}}
 
     get_stats = get_cache_stats
 
     def clear_cache(self) -> None:
-        """Forget everything."""
+        """Drop all blocks and statistics; see `BaseKVCache.clear`."""
         self.cache.clear()
 
     def profile_table(self) -> str:
-        """Time by stage as text; see `BaseKVCache.profile_table`."""
+        """Returns the time by stage as text; see `BaseKVCache.profile_table`."""
         return self.cache.profile_table()
 
     def close(self) -> None:
-        """Detach the model and give the memory back; a second time does nothing."""
+        """Detach the model and free the memory. A second call does nothing."""
         self.detach()
         self.cache.close()
 
@@ -186,7 +191,7 @@ class TransformersKVCache:
 
 
 class ModelCacheWrapper:
-    """A cache that can be switched on and off for a model; off, the model is as it was. A context manager."""
+    """A cache that can be switched on and off for a model. It starts switched off. A context manager."""
 
     def __init__(self, model: Any, config: KVCacheConfig | None = None, tokenizer: Any = None) -> None:
         self.model = model
@@ -194,23 +199,23 @@ class ModelCacheWrapper:
         self.cache.bind(model)
 
     def enable_cache(self) -> None:
-        """From now on `model.generate` and `model(...)` use the cache."""
+        """Make `model.generate` and `model(...)` use the cache; see `TransformersKVCache.attach`."""
         self.cache.attach()
 
     def disable_cache(self) -> None:
-        """The model is as it was; what was kept stays for the next `enable_cache`."""
+        """Give the model its own methods back. The stored blocks stay for the next `enable_cache`."""
         self.cache.detach()
 
     def get_cache_stats(self) -> dict[str, Any]:
-        """As `TransformersKVCache.get_cache_stats`."""
+        """Returns the statistics; see `TransformersKVCache.get_cache_stats`."""
         return self.cache.get_cache_stats()
 
     def clear_cache(self) -> None:
-        """Forget everything."""
+        """Drop all blocks and statistics; see `BaseKVCache.clear`."""
         self.cache.clear_cache()
 
     def close(self) -> None:
-        """Switch off, and give the memory back."""
+        """Switch the cache off, and free its memory. A second call does nothing."""
         self.cache.close()
 
     def __enter__(self) -> Self:
@@ -220,8 +225,8 @@ class ModelCacheWrapper:
         self.close()
 
 
-class _Fresh:
-    """A client that is looked for at each call: memory is taken at the first one, and again after `clear`."""
+class _CurrentClient:
+    """Passes each call on to the cache's current client, which is created at the first call and again after `clear`."""
 
     def __init__(self, cache: BaseKVCache, followed: ModelState, probes: ProbeBook) -> None:
         self._cache = cache
@@ -231,19 +236,19 @@ class _Fresh:
 
     @property
     def namespace(self) -> Namespace:
-        """The cache's."""
+        """The cache's namespace."""
         return self._cache.namespace
 
     def use(self, namespace: Namespace) -> None:
-        """Later calls find and keep what is of this namespace."""
+        """Make later calls fetch and store blocks of this namespace."""
         self._cache.namespace = namespace
 
     def variant_of(self, namespace: Namespace, probe: Probe) -> str:
-        """As the client's, among the states that this model has had."""
+        """Returns the variant for a probe; see `Client.variant_of`. Compares it only with earlier states of this model."""
         return self._probes.match(namespace.root(self.layout), probe)
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
-        """As the client's; a cache that was closed meanwhile is no error of the request."""
+        """Record the time of a prefill; see `Client.note_prefill`. Does nothing if the cache was closed during the request."""
         with suppress(TieredKVError):
             self._cache.client().note_prefill(tokens, seconds)
 
@@ -253,7 +258,7 @@ class _Fresh:
 
 @contextmanager
 def _evaluating(model: Any, wanted: bool):
-    """With the model in evaluation mode, if so `wanted`; each module's own mode afterwards."""
+    """A context in which the model is in evaluation mode, if `wanted`. Then each module gets its own mode back."""
     was = {module: module.training for module in model.modules()} if wanted and getattr(model, "training", False) else {}
     try:
         if was:

@@ -1,4 +1,4 @@
-"""From the settings of a library cache to a node of this process: how much memory so many tokens need, and who reads it."""
+"""Opens a node in this process for a library cache: computes the memory for `max_tokens`, and creates the clients."""
 
 import os
 import threading
@@ -17,12 +17,12 @@ from tiered_kv.node.sizing import extent_bytes, host_bytes_for
 
 
 class Engine:
-    """A node with the memory of `max_tokens` tokens of the first layout, and a client for each layout and namespace. Thread-safe."""
+    """A node with memory for `max_tokens` tokens of the first layout, and a client for each layout and namespace. Thread-safe."""
 
     def __init__(self, config: KVCacheConfig, layout: KVLayout, clock: Clock | None = None, profile: Profile | None = None) -> None:
         blocks = config.max_tokens // layout.block_tokens
         if not blocks:
-            message = f"max_tokens {config.max_tokens} has no room for {layout.block_tokens} tokens at a time"
+            message = f"max_tokens {config.max_tokens} has no room for {layout.block_tokens} tokens, the size of one block"
             raise TieredKVError(Kind.CONFIG, message, setting="max_tokens")
         wanted_bytes = blocks * extent_bytes(layout.block_bytes)
         self._embedded = Embedded(config.engine_config(host_bytes_for(wanted_bytes)), clock)
@@ -35,22 +35,22 @@ class Engine:
 
     @property
     def node(self) -> Node:
-        """The node itself."""
+        """The node of this process."""
         return self._embedded.node
 
     def _withhold(self, wanted_bytes: int) -> None:
-        """Keep what memory has beyond the tokens that were asked for out of use, so that `max_tokens` is a cap."""
+        """Reserve the memory beyond `wanted_bytes`, so that no block uses it and `max_tokens` is a cap."""
         spare_bytes = self.node.storage.host.capacity_bytes - wanted_bytes
         if spare_bytes >= extent_bytes(1):
             self._ballast.reserve(spare_bytes - extent_bytes(0), [os.urandom(KEY_BYTES)], None)
 
     @property
     def withheld_bytes(self) -> int:
-        """Bytes of memory that no block may use."""
+        """The bytes of memory that no block may use."""
         return sum(map(extent_bytes, self._ballast.reserved.values()))
 
     def client(self, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
-        """The client of these; made when it is first asked for."""
+        """Returns the client of a layout and namespace. The first call creates it; `rope` is then passed on to `Embedded.client`."""
         with self._lock:
             client = self._clients.get((layout, namespace))
             if client is None:
@@ -60,29 +60,29 @@ class Engine:
             return client
 
     def client_stats(self, name: str) -> float:
-        """The sum of one figure over all clients; those without it count as 0."""
+        """Returns the sum of one statistic over all clients. A client without it counts as 0."""
         with self._lock:
             return sum(client.own_stats().get(name) or 0 for client in self._clients.values())
 
     def forget(self, namespace: Namespace) -> None:
-        """Give up all blocks of a namespace."""
+        """Drop all blocks of a namespace."""
         with self._lock:
             ours = [key for key in self._clients if key[1] == namespace]
         for layout, _ in ours:
             self.node.forget(namespace.root(layout))
 
     def settle(self) -> None:
-        """Wait until nothing is on its way within the engine, and what was used is counted."""
+        """Wait until the node has counted all uses of blocks and finished all moves between tiers."""
         self.node.engine.drain_touches()
         self.node.engine.settle()
 
     def check(self) -> None:
-        """Assert that the node's books agree."""
+        """Assert that the node's data structures are consistent."""
         self.settle()
         self.node.check()
 
     def close(self) -> None:
-        """Close all clients and the node; its memory is gone. A second time does nothing."""
+        """Close all clients and the node, and free its memory. A second call does nothing."""
         with self._lock:
             for client in self._clients.values():
                 client.close()

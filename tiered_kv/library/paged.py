@@ -1,8 +1,8 @@
-"""Paged KV: sequences as block tables over the engine's memory, shared between forks and copied when one of them writes.
+"""Paged KV: sequences as block tables over the node's memory, shared between forks and copied on write.
 
-A full page is a block under the key of its prefix, so that sequences with equal tokens share it without saying so, and later
-sequences find it. Only the last page of a sequence, while it is not full, is counted by references (Kwon et al., "Efficient
-Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023).
+A full page is a block under the key of its prefix. So sequences with equal tokens share it automatically, and later sequences
+find it. Only the last page of a sequence has a reference count, while it is not full (Kwon et al., "Efficient Memory Management
+for Large Language Model Serving with PagedAttention", SOSP 2023).
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,10 @@ from tiered_kv.node.pages import Slab
 
 
 class Page(NamedTuple):
-    """One row of a block table: where the page lies in the slab (bytes), how many tokens are in it, and how many tables name it.
+    """One row of a block table.
 
-    `shared_by` of a full page counts the sequences of this cache that hold it.
+    offset: the page's position in the slab, in bytes. tokens: the number of tokens in it. shared_by: the number of sequences of
+    this cache that use the page.
     """
 
     offset: int
@@ -32,8 +33,8 @@ class Page(NamedTuple):
 
 
 @dataclass
-class _Tail:
-    """The last page of one or more sequences, not full yet."""
+class _LastPage:
+    """The last page of one or more sequences, not full yet. `tables` is its reference count."""
 
     offset: int
     tables: int = 1
@@ -41,21 +42,21 @@ class _Tail:
 
 @dataclass
 class _Sequence:
-    """Tokens so far, the keys of the full pages, and the page behind them."""
+    """One sequence: its tokens so far, the keys of its full pages, and its last page if that is not full."""
 
     ids: np.ndarray
     keys: list[BlockKey] = field(default_factory=list)
-    tail: _Tail | None = None
+    last: _LastPage | None = None
 
 
 class PagedKVCache(BaseKVCache):
     """A cache whose sequences grow page by page (a page: `config.block_tokens` tokens) and fork without copying. Thread-safe.
 
-    Pages stay as they are, whatever `use_quantization` and `use_compression` say: sequences write to them.
+    Pages are never compressed, whatever `use_quantization` and `use_compression` say, because sequences write to them.
 
-    Pages that a sequence names stay in memory until it is freed; what no sequence names is an ordinary cached block. An append
-    that finds no room for its pages raises (kind `memory`) and changes nothing; where the index has no room for one of them, the message
-    says how long the sequence is now.
+    The pages of a sequence stay in memory until it is freed. A page of no sequence is an ordinary cached block. An append without
+    room for its pages raises (kind `memory`) and changes nothing. If the index has no room for one of the pages, the message has
+    the new length of the sequence.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -66,7 +67,10 @@ class PagedKVCache(BaseKVCache):
         self._slab: Slab | None = None
 
     def create(self, token_ids: TokenIds = ()) -> int:
-        """A new sequence that begins with the longest cached prefix of `token_ids`; its number. `length` says how long that is."""
+        """Create a sequence that starts with the longest cached prefix of `token_ids`; for its length call `length`.
+
+        Returns the number of the sequence.
+        """
         ids = as_token_ids(token_ids)
         with self._lock:
             keys: list[BlockKey] = []
@@ -77,7 +81,10 @@ class PagedKVCache(BaseKVCache):
             return self._added(_Sequence(ids[:tokens], keys))
 
     def append(self, sequence: int, token_ids: TokenIds, kv: torch.Tensor) -> None:
-        """Put tokens behind a sequence; `kv` (L, 2, H, N, D) is theirs. Costs one copy of it, and of a shared last page's tokens."""
+        """Append tokens and their KV, `kv` (L, 2, H, N, D), to a sequence.
+
+        Cost: one copy of `kv`, and of the last page's tokens if that page is shared.
+        """
         ids = as_token_ids(token_ids)
         with self._lock:
             held = self._of(sequence)
@@ -93,17 +100,17 @@ class PagedKVCache(BaseKVCache):
         keys = self.namespace.chain(layout).keys(whole)
         first, at = divmod(len(held.ids), step)
         pages = -(-len(whole) // step) - first
-        owns_tail = held.tail is not None and held.tail.tables == 1
+        owns_last = held.last is not None and held.last.tables == 1
         wanted = [*keys[first:], None][:pages]
-        offsets = slab.take(wanted[1:] if owns_tail else wanted)
+        offsets = slab.take(wanted[1:] if owns_last else wanted)
         if offsets is None:
             raise TieredKVError(Kind.MEMORY, f"no room for {len(ids)} tokens: free a sequence, or raise max_tokens", pages=pages)
-        if owns_tail:
-            offsets.insert(0, held.tail.offset)
-        elif held.tail is not None:  # copy on write
-            slab.page(offsets[0])[..., :at, :].copy_(slab.page(held.tail.offset)[..., :at, :])
-            held.tail.tables -= 1
-        held.tail = None
+        if owns_last:
+            offsets.insert(0, held.last.offset)
+        elif held.last is not None:  # copy on write
+            slab.page(offsets[0])[..., :at, :].copy_(slab.page(held.last.offset)[..., :at, :])
+            held.last.tables -= 1
+        held.last = None
         done = 0
         for number, offset in enumerate(offsets, first):
             count = min(step - at, len(ids) - done)
@@ -112,7 +119,7 @@ class PagedKVCache(BaseKVCache):
             if number < len(keys):
                 self._publish(held, keys, number, offset, offsets[number - first + 1 :])
             else:
-                held.tail = _Tail(offset)
+                held.last = _LastPage(offset)
             held.ids = whole[: len(held.ids) + count]
 
     def _publish(self, held: _Sequence, keys: list[BlockKey], number: int, offset: int, later: Sequence[int]) -> None:
@@ -123,65 +130,68 @@ class PagedKVCache(BaseKVCache):
         held.keys.append(keys[number])
 
     def fork(self, sequence: int) -> int:
-        """A sequence with the same tokens that shares all pages; whichever of the two appends first to a page not full copies it."""
+        """Create a sequence with the same tokens that shares all pages. Returns its number.
+
+        If the last page is not full, the first of the two to append copies it.
+        """
         with self._lock:
             held = self._of(sequence)
             if held.keys:
                 self._pages().hold(held.keys)
-            if held.tail is not None:
-                held.tail.tables += 1
-            return self._added(_Sequence(held.ids, list(held.keys), held.tail))
+            if held.last is not None:
+                held.last.tables += 1
+            return self._added(_Sequence(held.ids, list(held.keys), held.last))
 
     def gather(self, sequence: int) -> torch.Tensor:
-        """The KV of a sequence as one new tensor (L, 2, H, N, D) on the CPU."""
+        """Returns the KV of a sequence as one new tensor (L, 2, H, N, D) on the CPU."""
         with self._lock:
             held = self._of(sequence)
             if self.layout is None:
-                raise TieredKVError(Kind.LAYOUT, "nothing was appended yet, so the shape of KV is not known")
+                raise TieredKVError(Kind.LAYOUT, "gather: the shape of KV must be known, but nothing was appended to this cache yet")
             kv = torch.empty(self.layout.kv_shape(len(held.ids)), dtype=self.layout.torch_dtype)
             full = len(held.keys) * self.layout.block_tokens
             if full and self.client().fetch(held.ids[:full], kv).tokens != full:
-                raise TieredKVError(Kind.CORRUPT, f"a page of sequence {sequence} cannot be read")
-            if held.tail is not None:
-                kv[..., full:, :].copy_(self._pages().page(held.tail.offset)[..., : len(held.ids) - full, :])
+                raise TieredKVError(Kind.CORRUPT, f"gather: a page of sequence {sequence} cannot be read")
+            if held.last is not None:
+                kv[..., full:, :].copy_(self._pages().page(held.last.offset)[..., : len(held.ids) - full, :])
             return kv
 
     def block_table(self, sequence: int) -> list[Page]:
-        """The pages of a sequence, in order."""
+        """Returns the pages of a sequence, in order."""
         with self._lock:
             held = self._of(sequence)
             step = self.layout.block_tokens if self.layout is not None else 0
             sharing = [sum(key in other.keys for other in self._sequences.values()) for key in held.keys]
             offsets = self._pages().offsets(held.keys) if held.keys else []
             pages = [Page(offset, step, count) for offset, count in zip(offsets, sharing, strict=True)]
-            if held.tail is not None:
-                pages.append(Page(held.tail.offset, len(held.ids) - len(held.keys) * step, held.tail.tables))
+            if held.last is not None:
+                pages.append(Page(held.last.offset, len(held.ids) - len(held.keys) * step, held.last.tables))
             return pages
 
     def length(self, sequence: int) -> int:
-        """How many tokens a sequence has."""
+        """Returns the number of tokens of a sequence."""
         with self._lock:
             return len(self._of(sequence).ids)
 
     def tokens(self, sequence: int) -> list[int]:
-        """The token ids of a sequence."""
+        """Returns the token ids of a sequence."""
         with self._lock:
             return self._of(sequence).ids.tolist()
 
     def free(self, sequence: int) -> None:
-        """End a sequence. Its full pages stay as cached blocks until their room is needed."""
+        """End a sequence. Its full pages become ordinary cached blocks, which may be evicted."""
         with self._lock:
             held = self._of(sequence)
             del self._sequences[sequence]
             if held.keys:
                 self._pages().let_go(held.keys)
-            if held.tail is not None:
-                held.tail.tables -= 1
-                if not held.tail.tables:
-                    self._pages().drop([held.tail.offset])
+            if held.last is not None:
+                held.last.tables -= 1
+                if not held.last.tables:
+                    self._pages().drop([held.last.offset])
 
     def clear(self) -> None:
-        """Free all sequences, and forget everything."""
+        """Free all sequences, and drop all blocks, entries and statistics."""
         with self._lock:
             for sequence in list(self._sequences):
                 self.free(sequence)
@@ -193,13 +203,14 @@ class PagedKVCache(BaseKVCache):
     def _pages(self) -> Slab:
         if self._slab is None:
             layout: KVLayout = self.layout
-            self.client()  # which lets the node know the model
+            self.client()  # registers the model with the node
             self._slab = Slab(self.engine(layout).node, layout, self.namespace.root(layout))
         return self._slab
 
     def _of(self, sequence: int) -> _Sequence:
         if sequence not in self._sequences:
-            raise TieredKVError(Kind.TOKENS, f"there is no sequence {sequence!r}; there are {sorted(self._sequences)[:20]}")
+            known = f"the first numbers are {sorted(self._sequences)[:20]}" if self._sequences else "this cache has none"
+            raise TieredKVError(Kind.TOKENS, f"there is no sequence {sequence!r}; {known}")
         return self._sequences[sequence]
 
     def _added(self, held: _Sequence) -> int:

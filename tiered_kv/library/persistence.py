@@ -1,4 +1,4 @@
-"""Keeping a cache's content in a folder, and beginning with it: checkpoints by name or by step."""
+"""Saves a cache's content in a folder, and loads it from there. Checkpoints have a name or a step."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from tiered_kv.checkpoint.repository import Repository, may_be_manifest
 from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob, CheckpointResult
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
-from tiered_kv.library.cache import BaseKVCache, Placed
+from tiered_kv.library.cache import BaseKVCache, PositionEntry
 from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
 from tiered_kv.tiers.objects.folder_store import FolderStore
 
@@ -24,32 +24,35 @@ log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{12})\.tkv")
 _PREFIXES, _POSITIONS = "prefixes", "positions"
-_CACHE = "cache"  # which caches have numbered the pairs
+_CACHE = "cache"  # the caches that chose the pairs' serials (`BaseKVCache.origins`)
 _ORIGIN = "library"
 _POLL_S = 0.002
 AnyCache = BaseKVCache | TransformersKVCache | ModelCacheWrapper
 
 
 class CachePersistence:
-    """Checkpoints in one folder, which is made if it is not there. Several share what they have in common.
+    """Checkpoints in one folder, which is created if it does not exist. Checkpoints share the blocks that they have in common.
 
-    A name is a file name of any ending; the file is a manifest, its blocks are packs beside it (docs/checkpoint-format.md), never a
-    pickle. Raises (kind `storage`) for a folder that cannot be used.
+    A checkpoint's name is a file name with any ending. The file is a manifest, and the blocks are in packs beside it
+    (docs/checkpoint-format.md); there are no pickles. Raises (kind `storage`) if the folder cannot be used.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         if not isinstance(folder, str | os.PathLike):
-            raise TieredKVError(Kind.CONFIG, f"folder must be a path, not {folder!r}", setting="folder")
+            raise TieredKVError(Kind.CONFIG, f"folder must be a path, got {folder!r}", setting="folder")
         self.folder = Path(folder)
         self._store = _store(self.folder)
 
     def save_cache(self, cache: AnyCache, name: str) -> CheckpointResult:
-        """Write what the cache holds; one of that name is replaced at the end, at once. Cost: a copy of it, synced to disk."""
+        """Write the cache's content as the checkpoint `name`. Returns its counts.
+
+        A checkpoint of the same name is replaced atomically at the end. Cost: one copy of the content, synced to disk.
+        """
         _check_name(name)
         core = _core(cache)
         models, positions = _described(core)
         if not models:
-            raise TieredKVError(Kind.CONFIG, "there is nothing to save: nothing was stored in this cache yet")
+            raise TieredKVError(Kind.CONFIG, "save_cache: there is nothing to save, because nothing was stored in this cache yet")
         node, roots = core.engine(models[0].layout).node, {model.root for model in models}
         job = CheckpointJob(calls_to(node), [node.node_id], Repository(self._store), origin=_ORIGIN, poll_s=_POLL_S)
         return job.take(
@@ -57,21 +60,23 @@ class CachePersistence:
         )
 
     def load_cache(self, cache: AnyCache, name: str) -> LoadResult:
-        """Bring what was saved into a cache of the same model; all frames are verified before, and what is damaged is refused as a whole.
+        """Load a checkpoint into a cache of the same model. Returns the counts of the load.
 
-        Raises (kind `storage`) where there is no such checkpoint, (kind `corrupt`) for one that is damaged or something else, such as
-        a pickle, (kind `model`) for one of other models alone. The cache then holds what it held before. Of a checkpoint that has
-        more models, such as a cluster's, what is not of this cache's is left out, and logged.
+        All frames are verified first. Raises (kind `storage`) if there is no such checkpoint, (kind `corrupt`) if it is damaged
+        or not a checkpoint (a pickle), and (kind `model`) if it has no blocks of this cache's model. The cache is unchanged if
+        this raises. If the checkpoint has several models (a cluster's), blocks of other models are left out, with a log entry.
         """
         _check_name(name)
         core = _core(cache)
         if name not in self._store.sizes():
-            raise TieredKVError(Kind.STORAGE, f"there is no checkpoint {name!r} in {self.folder}; there are {self._names()}", object=name)
+            raise TieredKVError(
+                Kind.STORAGE, f"there is no checkpoint {name!r} in {self.folder}; its checkpoints: {self._names()}", object=name
+            )
         manifest = read(self._store, name)
         models = _matching(core, manifest, name)
         positions = manifest.extra.get(_POSITIONS, [])
         _check_serials(core, manifest.extra.get(_CACHE, []), {serial for _, _, serial in positions}, name)
-        for model in models:  # so that the node knows how to code their blocks
+        for model in models:  # registers the model, so that the node knows the codecs of its blocks
             engine = core.engine(model.layout)
             if model.name == _POSITIONS:
                 engine.client(model.layout, core.namespace_of_positions)
@@ -80,7 +85,7 @@ class CachePersistence:
                 engine.client(model.layout, core.namespace, rope=core.rope)
         loaded = load(engine.node, self._store, manifest, {model.root for model in models})
         core.origins.update(manifest.extra.get(_CACHE, []))
-        core.place({at: Placed(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in positions})
+        core.place({at: PositionEntry(KVLayout(*layout), serial, torch.device("cpu")) for at, layout, serial in positions})
         return loaded
 
     def _names(self) -> str:
@@ -88,7 +93,7 @@ class CachePersistence:
 
 
 def save_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int) -> Path:
-    """Write a checkpoint of a step (0 or more), and give its path; one of that step is replaced."""
+    """Write a checkpoint of a training step (0 or more). Returns its path. Replaces a checkpoint of the same step."""
     _check_step(step)
     name = f"step-{step:012}.tkv"
     CachePersistence(folder).save_cache(cache, name)
@@ -96,18 +101,23 @@ def save_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int)
 
 
 def load_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int | None = None) -> int:
-    """Load the checkpoint of a step, None for the latest, as `CachePersistence.load_cache`; which step it was."""
+    """Load the checkpoint of a step, or of the latest one if `step` is None. Returns its step.
+
+    Raises as `CachePersistence.load_cache`. The folder may be read-only.
+    """
     if not Path(folder).is_dir():
-        raise TieredKVError(Kind.STORAGE, f"there is no folder {folder}, so no checkpoint", object=str(folder))
+        raise TieredKVError(
+            Kind.STORAGE, f"folder must be an existing folder with checkpoints; there is no folder {folder}", object=str(folder)
+        )
     steps = sorted(int(found[1]) for each in os.listdir(folder) if (found := _STEP.fullmatch(each)))
     if step is not None:
         _check_step(step)
     if not steps or step not in (None, *steps):
         known = ", ".join(map(str, steps)) or "none"
         wanted = "any step" if step is None else f"step {step}"
-        raise TieredKVError(Kind.STORAGE, f"there is no checkpoint of {wanted} in {folder}; there are {known}", step=step)
+        raise TieredKVError(Kind.STORAGE, f"there is no checkpoint of {wanted} in {folder}; its steps: {known}", step=step)
     chosen = steps[-1] if step is None else step
-    persistence = CachePersistence.__new__(CachePersistence)  # reading needs no folder that can be written to
+    persistence = CachePersistence.__new__(CachePersistence)  # without __init__, which requires a writable folder
     persistence.folder, persistence._store = Path(folder), FolderStore(folder, setting="folder", create=False)
     persistence.load_cache(cache, f"step-{chosen:012}.tkv")
     return chosen
@@ -124,12 +134,15 @@ def _core(cache: Any) -> BaseKVCache:
     whole = cache.cache if isinstance(cache, ModelCacheWrapper) else cache
     core = whole.cache if isinstance(whole, TransformersKVCache) else whole
     if not isinstance(core, BaseKVCache):
-        raise TieredKVError(Kind.CONFIG, f"cache must be a cache of this library, not {type(cache).__name__}")
+        raise TieredKVError(Kind.CONFIG, f"cache must be a cache of this library, got {type(cache).__name__}")
     return core
 
 
 def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
-    """The models of a cache that has any KV, by prefix and by position, and what lies at which position."""
+    """Returns the models of a cache's blocks (by prefix and by position), and its position entries as JSON-ready lists.
+
+    There are no models if nothing was stored yet.
+    """
     placed = core.placed()
     layouts = {each.layout for each in placed.values()}
     named = [(core.namespace_of_positions, layout, _POSITIONS) for layout in sorted(layouts, key=lambda each: each.spec)]
@@ -141,23 +154,26 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
 
 
 def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
-    """The models of a checkpoint whose blocks this cache can hit; raises where there are none, or a cache of another model wrote it."""
+    """Returns the models of a checkpoint whose blocks this cache can hit.
+
+    Raises (kind `model`) if there are none, or if a library cache of another model wrote the checkpoint.
+    """
     matching, others = [], []
     for model in manifest.models:
         is_ours, differs = _compared(core, model)
         (matching if is_ours else others).append((model, differs))
     if not matching or any(model.name == _PREFIXES for model, _ in others):
-        why = "; ".join(dict.fromkeys(differs for _, differs in others)) or "it has no blocks"
+        why = "; ".join(dict.fromkeys(differs for _, differs in others)) or "it has no models and no blocks"
         raise TieredKVError(Kind.MODEL, f"checkpoint {name} is of another model: {why}", object=name)
     for model, differs in others:
-        log.warning("checkpoint %s: what is below %s is left out: %s", name, model.root.hex()[:12], differs)
+        log.warning("checkpoint %s: the blocks of model %s are left out: %s", name, model.root.hex()[:12], differs)
     return [model for model, _ in matching]
 
 
 def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
-    """Whether a model is that of a cache, and in what it differs."""
+    """Compare a checkpoint's model with a cache's. Returns whether they are equal, and the difference for error texts."""
     if model.layout is None:
-        return False, "nobody has said the layout of its blocks"
+        return False, "the checkpoint does not record the layout of its blocks"
     is_positions = model.name == _POSITIONS
     layout = model.layout if is_positions else core.layout or model.layout
     namespace = core.namespace_of_positions if is_positions else core.namespace
@@ -168,18 +184,23 @@ def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
 
 
 def _check_serials(core: BaseKVCache, origins: list[str], serials: set[int], name: str) -> None:
-    """Two caches count their pairs from random numbers; where these meet, a number would stand for two pairs."""
+    """Raise (kind `model`) if a checkpoint and a cache use the same serials for different pairs.
+
+    Each cache counts its serials from a random number, so this is rare.
+    """
     if core.origins.isdisjoint(origins) and not serials.isdisjoint(placed.serial for placed in core.placed().values()):
-        message = f"checkpoint {name} numbers pairs as this cache does its own, by chance; load it into a cache without pairs"
+        message = (
+            f"checkpoint {name} and this cache use the same numbers for different pairs, by chance; load it into a cache without pairs"
+        )
         raise TieredKVError(Kind.MODEL, message, object=name)
 
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not may_be_manifest(name) or name.endswith(".pack"):
-        message = f"name must be a file name such as cache_state.tkv, without folders, not {name!r}"
+        message = f"name must be a file name such as cache_state.tkv, without folders, got {name!r}"
         raise TieredKVError(Kind.CONFIG, message, setting="name")
 
 
 def _check_step(step: object) -> None:
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
-        raise TieredKVError(Kind.CONFIG, f"step must be a whole number of at least 0, not {step!r}", setting="step")
+        raise TieredKVError(Kind.CONFIG, f"step must be a whole number from 0 to 10**12 - 1, got {step!r}", setting="step")

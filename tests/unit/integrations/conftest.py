@@ -1,4 +1,4 @@
-"""Keep transformers' own log out of the tests' output."""
+"""Keeps transformers' own log out of the tests' output."""
 
 import sys
 from pathlib import Path

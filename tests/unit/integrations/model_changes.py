@@ -1,4 +1,4 @@
-"""What can change a model's KV, as functions that do it to a tiny llama; each returns what takes it back, or None."""
+"""Functions that change the KV of a tiny llama. Each returns a function that reverts the change, or None."""
 
 import types
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def other_memory(model):
 
 
 def memory_there_and_back(model):
-    """As weights sent from a trainer: the second copy may get the address that the first one left."""
+    """Replace weights twice, as a trainer does. The second copy may get the address of the freed first one."""
     weight = layer(model).self_attn.v_proj.weight
     for factor in (1.5, 1.5):
         weight.data = weight.data * factor
@@ -149,7 +149,7 @@ STATIC = {
     "an epsilon": epsilon,
     "a buffer that is not persistent": rope_in_place,
 }
-"""What digests of weights and settings did not see."""
+"""The changes that digests of weights and settings do not detect."""
 
 CHANGES = STATIC | {
     "a training step": training_step,
@@ -169,7 +169,7 @@ CHANGES = STATIC | {
 
 
 class LoraLinear(torch.nn.Module):
-    """A linear layer with adapters, with the names and methods that peft's have."""
+    """A linear layer with adapters, with the names and methods of peft's layers."""
 
     def __init__(self, base, names, rank=4):
         super().__init__()
@@ -196,7 +196,7 @@ class LoraLinear(torch.nn.Module):
 
 
 class StandIn:
-    """The few calls of peft that switch adapters, on a model with `LoraLinear` layers."""
+    """A stand-in for peft: the few methods that switch adapters, on a model with `LoraLinear` layers."""
 
     def __init__(self, model):
         self.layers = []
@@ -222,7 +222,7 @@ class StandIn:
 
 
 class RealPeft(StandIn):
-    """The same with peft itself."""
+    """The same methods with peft itself."""
 
     def __init__(self, model):
         import peft

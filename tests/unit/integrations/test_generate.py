@@ -1,4 +1,4 @@
-"""generate with prefixes from the cache: the same output, fewer tokens run, and nothing that can fail a request."""
+"""generate with prefixes from the cache: equal output, fewer computed tokens, and no request fails because of the cache."""
 
 import logging
 
@@ -24,7 +24,7 @@ def served(model, **options):
 
 
 def tokens_run(model):
-    """A list that gets the number of tokens of every forward pass of the model."""
+    """Returns a list to which every forward pass of the model appends its number of tokens."""
     runs = []
     model.register_forward_pre_hook(lambda module, args, kwargs: runs.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     return runs
@@ -57,21 +57,21 @@ def test_round_trip_is_bit_identical_and_copies_nothing(family, dtype):
     assert torch.equal(kv_from_cache(again, 3, 11), kv[..., 3:11, :])
 
 
-def test_conversion_refuses_what_is_not_there():
+def test_converting_tokens_outside_the_cache_raises():
     model = tiny()
-    with pytest.raises(TieredKVError, match="holds 4") as caught:
+    with pytest.raises(TieredKVError, match="within the 4 tokens") as caught:
         kv_pairs(filled_cache(model, 4), 0, 5)
     assert caught.value.kind == Kind.LAYOUT
     with pytest.raises(TieredKVError, match="no shape"):
         kv_pairs(transformers.DynamicCache(config=model.config), 0, 0)
-    with pytest.raises(TieredKVError, match=r"needed is \(3, 2"):
+    with pytest.raises(TieredKVError, match=r"must have the shape \(3, 2"):
         cache_from_kv(torch.zeros(2, 2, 2, 4, 8), model.config)
     assert cache_from_kv(torch.zeros(3, 2, 2, 0, 8), model.config).get_seq_length() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1, 4 * BLOCK - 1])
-def test_reuse_changes_no_token_and_hardly_a_logit(family, tokens):
+def test_reuse_changes_no_token_and_logits_only_by_rounding(family, tokens):
     model = tiny(family)
     prompt = prompt_of(tokens)
     wanted = dict(GREEDY, return_dict_in_generate=True, output_logits=True)
@@ -112,7 +112,7 @@ def test_bf16_equals_the_models_own_cropped_cache(family):
     assert torch.equal(torch.stack(expected.logits), torch.stack(warm.logits))
 
 
-def test_what_a_fetch_gave_is_never_written():
+def test_fetched_kv_is_never_written():
     model = tiny()
     cached, client = served(model)
     prompt = prompt_of(3 * BLOCK + 2)
@@ -125,7 +125,7 @@ def test_what_a_fetch_gave_is_never_written():
     assert torch.equal(kept.kv, before)
 
 
-def test_a_conversation_reuses_what_was_generated():
+def test_a_conversation_reuses_generated_tokens():
     model = tiny()
     cached, client = served(model)
     first = cached.generate(prompt_of(BLOCK), max_new_tokens=BLOCK + 2, do_sample=False)
@@ -140,17 +140,17 @@ def test_a_conversation_reuses_what_was_generated():
 def test_the_last_generated_token_has_no_kv_and_is_not_stored():
     model = tiny()
     cached, client = served(model)
-    cached.generate(prompt_of(BLOCK), max_new_tokens=BLOCK, do_sample=False)  # the 16th token never ran
+    cached.generate(prompt_of(BLOCK), max_new_tokens=BLOCK, do_sample=False)  # the 16th token was not computed
     assert len(client.blocks) == 1
 
 
-def test_generated_tokens_can_be_left_out():
+def test_storing_generated_tokens_can_be_disabled():
     cached, client = served(tiny(), store_generated=False)
     cached.generate(prompt_of(BLOCK + 1), max_new_tokens=3 * BLOCK, do_sample=False)
     assert len(client.blocks) == 1
 
 
-def test_gpt2_up_to_its_last_position():
+def test_gpt2_reuses_prefixes_up_to_its_last_position():
     model = tiny("gpt2", n_positions=4 * BLOCK)
     cached, _ = served(model)
     prompt = prompt_of(4 * BLOCK - 5)
@@ -163,7 +163,7 @@ def test_gpt2_up_to_its_last_position():
 @pytest.mark.parametrize(
     "given", [dict(do_sample=True, temperature=0.7), dict(repetition_penalty=1.5, do_sample=False), dict(prefill_chunk_size=3)]
 )
-def test_other_ways_to_choose_tokens(given):
+def test_sampling_and_other_decoding_settings_give_equal_output(given):
     model = tiny()
     cached, _ = served(model)
     prompt = prompt_of(2 * BLOCK + 5)
@@ -176,7 +176,7 @@ def test_other_ways_to_choose_tokens(given):
     assert cached.last_report.reused_tokens == 2 * BLOCK
 
 
-def test_forms_of_a_prompt():
+def test_a_prompt_may_have_several_types_and_shapes():
     model = tiny()
     cached, _ = served(model)
     prompt = prompt_of(BLOCK + 2)
@@ -186,7 +186,7 @@ def test_forms_of_a_prompt():
     assert torch.equal(cached.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY), plain)
 
 
-def test_the_policy_is_told_how_long_the_answer_was():
+def test_the_answers_length_is_passed_to_the_policy():
     cached, client = served(tiny(), store_generated=False)
     _, report = cached.run(prompt_of(BLOCK), **GREEDY)
     assert [hint.answer_tokens for hint in client.hints] == [report.generated_tokens]
@@ -206,7 +206,7 @@ def test_the_report_measures_the_first_token_and_the_fetch():
     assert cached.last_report is None
     assert client.prefills == [(BLOCK, 1.0)]
     cached.run(prompt_of(BLOCK + 3), **GREEDY)
-    assert client.prefills[1:] == [(3, 1.0)], "what was computed, not what was fetched"
+    assert client.prefills[1:] == [(3, 1.0)], "only computed tokens count, not fetched ones"
 
 
 class Listener:
@@ -220,7 +220,7 @@ class Listener:
         self.ended = True
 
 
-def test_the_callers_streamer_hears_everything():
+def test_the_callers_streamer_gets_every_token():
     cached, _ = served(tiny())
     listener = Listener()
     output = cached.generate(prompt_of(BLOCK), streamer=listener, **GREEDY)
@@ -237,7 +237,7 @@ def failing(kind):
 
 @pytest.mark.parametrize("kind", [Kind.TRANSPORT, Kind.CLOSED, Kind.CLUSTER, Kind.CORRUPT, OSError, RuntimeError, KeyError])
 @pytest.mark.parametrize("verbs", [("fetch",), ("store",), ("fetch", "store")])
-def test_a_client_that_fails_costs_only_the_reuse(kind, verbs, caplog):
+def test_a_failing_client_fails_no_request(kind, verbs, caplog):
     model = tiny()
     cached, client = served(model)
     prompt = prompt_of(BLOCK + 1)
@@ -262,7 +262,7 @@ LAYOUT_ERRORS = {
 
 
 @pytest.mark.parametrize("case", LAYOUT_ERRORS)
-def test_an_answer_that_does_not_fit_is_a_miss(case):
+def test_an_invalid_fetch_result_is_a_miss(case):
     model = tiny()
     cached, client = served(model)
     prompt = prompt_of(BLOCK + 1)
@@ -273,14 +273,14 @@ def test_an_answer_that_does_not_fit_is_a_miss(case):
     assert cached.last_report.reused_tokens == 0
 
 
-def test_an_error_of_the_model_is_the_callers():
+def test_an_error_of_the_model_reaches_the_caller():
     cached, client = served(tiny())
     with pytest.raises(ValueError, match="max_new_tokens"):
         cached.generate(prompt_of(BLOCK), max_new_tokens=0)
     assert not client.blocks
 
 
-def test_a_tokens_tier_loses_what_had_to_run_again():
+def test_recomputed_tokens_do_not_count_as_reused():
     model = tiny()
     cached, client = served(model)
     prompt = prompt_of(2 * BLOCK)
@@ -315,7 +315,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_served_is_refused_before_any_work(name):
+def test_unsupported_requests_are_rejected_before_any_work(name):
     model = tiny()
     cached, client = served(model)
     client.fetch = client.store = lambda *given, **named: pytest.fail("the client was asked")
@@ -327,7 +327,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(name):
     assert not runs
 
 
-def test_settings_are_also_refused_in_a_generation_config():
+def test_unsupported_settings_in_a_generation_config_are_rejected():
     model = tiny()
     cached, _ = served(model)
     with pytest.raises(TieredKVError, match="num_beams"):
@@ -338,7 +338,7 @@ def test_settings_are_also_refused_in_a_generation_config():
     cached.generate(prompt_of(9), num_beams=1, max_new_tokens=1)
 
 
-def test_batches_padding_and_odd_prompts_are_refused():
+def test_batches_padding_and_invalid_prompts_are_rejected():
     model = tiny()
     cached, _ = served(model)
     with pytest.raises(TieredKVError, match="one prompt") as caught:
@@ -355,7 +355,7 @@ def test_batches_padding_and_odd_prompts_are_refused():
     assert torch.equal(cached.generate(padded, **wanted), model.generate(padded, **wanted))
 
 
-def test_training_and_autocast_are_refused_at_every_request():
+def test_training_and_autocast_are_rejected_at_every_request():
     model = tiny()
     cached, _ = served(model)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TieredKVError, match="autocast"):
@@ -365,13 +365,13 @@ def test_training_and_autocast_are_refused_at_every_request():
         cached.generate(prompt_of(9))
 
 
-def test_a_model_that_cannot_be_served_is_refused_at_once():
+def test_an_unsupported_model_is_rejected_at_once():
     with pytest.raises(TieredKVError, match="sliding window"):
         CachedModel(tiny("mistral", sliding_window=4), client=None)
 
 
-def test_a_request_fetches_into_the_memory_of_the_one_before_and_changes_nothing_of_its_output(monkeypatch):
-    """With a client that really writes into `out`: an earlier request's cache must not be seen to change."""
+def test_a_request_reuses_the_previous_buffer_without_changing_its_output(monkeypatch):
+    """The client really writes into `out`, and must not change the cache of an earlier request."""
     model = tiny("llama")
     cached, client = served(model)
     inner, given = client.fetch, []
@@ -397,7 +397,7 @@ def test_a_request_fetches_into_the_memory_of_the_one_before_and_changes_nothing
     assert cached._take_scratch(10) is None
 
 
-def test_a_client_of_another_model_is_refused():
+def test_a_client_of_another_model_is_rejected():
     model = tiny("llama")
     other = DictClient(tiny("gpt2"), check_supported(tiny("gpt2")).layout(BLOCK))
     with pytest.raises(TieredKVError, match="another model"):

@@ -1,4 +1,4 @@
-"""A model that changes while its KV is cached: the results stay those of the plain model, and old blocks are hit when it is as before."""
+"""A model that changes while its KV is cached: results equal the plain model's, and old blocks are hits when it changes back."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ ADAPTERS = [StandIn, pytest.param(RealPeft, marks=pytest.mark.skipif(not HAS_PEF
 
 @pytest.fixture
 def served(checked):
-    """`served(model)`: the model with a real client, and the plain model's way to answer."""
+    """`served(model)` returns the model with a real client."""
 
     def make(model):
         layout = check_supported(model).layout(BLOCK)
@@ -46,7 +46,7 @@ def assert_as_plain(cached, reused=None):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_never_meets_its_old_kv(change, served):
+def test_a_changed_model_never_reuses_its_old_kv(change, served):
     model = tiny()
     cached = served(model)
     assert_as_plain(cached, 0)
@@ -66,7 +66,7 @@ def test_a_changed_model_never_meets_its_old_kv(change, served):
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
-def test_adapters_switched_at_every_request(adapters, served, monkeypatch):
+def test_switching_adapters_at_every_request(adapters, served, monkeypatch):
     lora = adapters(tiny())
     cached = served(lora.model)
     for name in ("first", "second"):
@@ -88,7 +88,7 @@ def test_adapters_switched_at_every_request(adapters, served, monkeypatch):
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("change", ["scale_layer", "disable_adapter_layers", "merged"])
-def test_adapters_scaled_or_switched_off(adapters, change, served):
+def test_scaling_or_disabling_adapters(adapters, change, served):
     lora = adapters(tiny())
     cached = served(lora.model)
     assert_as_plain(cached, 0)
@@ -108,7 +108,7 @@ def test_adapters_scaled_or_switched_off(adapters, change, served):
     assert_as_plain(cached, 3 * BLOCK)
 
 
-def test_another_dtype_runs_without_the_cache_of_the_old_one(served):
+def test_a_model_with_a_new_dtype_runs_without_the_old_dtypes_cache(served):
     model = tiny()
     cached = served(model)
     assert_as_plain(cached, 0)
@@ -119,7 +119,7 @@ def test_another_dtype_runs_without_the_cache_of_the_old_one(served):
     assert_as_plain(cached)
 
 
-def test_a_part_in_training_mode_runs_without_the_cache(served):
+def test_a_model_with_a_module_in_training_mode_runs_without_the_cache(served):
     model = tiny()
     cached = served(model)
     assert_as_plain(cached, 0)
@@ -129,7 +129,7 @@ def test_a_part_in_training_mode_runs_without_the_cache(served):
     assert cached.last_report.stored.new == 0
 
 
-def test_a_change_during_a_request_keeps_nothing(served):
+def test_a_request_during_which_the_model_changes_stores_nothing(served):
     model = tiny()
     cached = served(model)
 
@@ -145,7 +145,7 @@ def test_a_change_during_a_request_keeps_nothing(served):
     assert cached.last_report.stored.new == 0
 
 
-def test_a_state_that_cannot_be_served_runs_without_the_cache(served, caplog):
+def test_an_unsupported_state_runs_without_the_cache(served, caplog):
     model = tiny()
     cached = served(model)
     assert_as_plain(cached, 0)
@@ -160,7 +160,7 @@ def test_a_state_that_cannot_be_served_runs_without_the_cache(served, caplog):
     assert len([each for each in caplog.records if "rope type" in each.message]) == 1
 
 
-def test_a_counter_that_every_run_moves_is_no_change(served):
+def test_a_counter_that_every_run_increases_is_no_change(served):
     class Counting(torch.nn.Tanh):
         calls = 0
 
@@ -179,7 +179,7 @@ def test_a_counter_that_every_run_moves_is_no_change(served):
     assert_as_plain(cached, 3 * BLOCK)
 
 
-def test_a_client_that_cannot_move_serves_only_the_state_it_was_made_for():
+def test_a_client_with_a_fixed_namespace_serves_only_its_first_state():
     model = tiny()
     client = DictClient(model, check_supported(model).layout(BLOCK))
 
@@ -194,12 +194,12 @@ def test_a_client_that_cannot_move_serves_only_the_state_it_was_made_for():
     assert_as_plain(cached, 0)
 
 
-def test_an_epoch_of_the_callers_is_shared_and_a_random_one_is_not(served):
+def test_callers_epochs_are_shared_and_random_epochs_are_not(served):
     model, other = tiny(), tiny()
     cached = served(model)
     second = CachedModel(other, cached.client)
     assert_as_plain(cached, 0)
-    layer(model).self_attn.k_proj.weight.data.mul_(2)  # not seen by torch
+    layer(model).self_attn.k_proj.weight.data.mul_(2)  # torch does not record this write
     assert cached.client.new_epoch(7) == 7
     assert_as_plain(cached, 0)
     layer(other).self_attn.k_proj.weight.data.mul_(2)
@@ -212,11 +212,11 @@ def test_an_epoch_of_the_callers_is_shared_and_a_random_one_is_not(served):
     assert_as_plain(cached, 3 * BLOCK)
 
 
-# --- what is seen when a namespace is made
+# --- changes that are detected when a namespace is created
 
 
 @pytest.mark.parametrize("change", STATIC)
-def test_a_namespace_sees_what_changes_kv(change):
+def test_a_change_of_kv_changes_the_namespace(change):
     plain, changed = tiny(), tiny()
     undo = STATIC[change](changed)
     assert Namespace.of(plain).digest == Namespace.of(tiny()).digest
@@ -226,7 +226,7 @@ def test_a_namespace_sees_what_changes_kv(change):
         assert Namespace.of(changed).digest == Namespace.of(plain).digest
 
 
-def test_foreign_code_is_shared_with_nobody_and_named_in_the_log(caplog):
+def test_foreign_code_gets_a_private_variant_and_a_log_entry(caplog):
     namespaces = []
     with caplog.at_level(logging.WARNING):
         for change in ("a hook", "a patched forward"):
@@ -240,7 +240,7 @@ def test_foreign_code_is_shared_with_nobody_and_named_in_the_log(caplog):
     assert "model.layers.0.mlp.forward, replaced by" in caplog.text
 
 
-def test_a_hook_that_pretends_to_be_of_a_framework_is_foreign():
+def test_a_hook_that_claims_to_be_a_frameworks_is_foreign():
     model = tiny()
 
     def steering(module, given, output):
@@ -254,7 +254,7 @@ def test_a_hook_that_pretends_to_be_of_a_framework_is_foreign():
     assert Namespace.of(other).variant.startswith("private ")
 
 
-def test_accelerates_placing_of_parts_is_no_change():
+def test_accelerates_device_placement_is_no_change():
     accelerate = pytest.importorskip("accelerate")
     plain, placed = tiny(), tiny()
     placed = accelerate.dispatch_model(placed, device_map={"": "cpu"}, force_hooks=True)
@@ -270,18 +270,18 @@ def test_frameworks_own_hooks_are_no_change():
     model = tiny()
     before = Namespace.of(model)
     with torch.no_grad():
-        model(PROMPT, output_hidden_states=True, output_attentions=True)  # transformers sets hooks to capture these
+        model(PROMPT, output_hidden_states=True, output_attentions=True)  # transformers sets hooks to record these
     assert Namespace.of(model) == before
 
 
-def test_keys_of_before_variants_are_the_same():
+def test_an_empty_variant_keeps_the_keys_of_older_versions():
     assert Namespace("w").digest == Namespace("w", variant="").digest != Namespace("w", variant="x").digest
     with pytest.raises(tiered_kv.TieredKVError, match="variant must be a text") as caught:
         Namespace("w", variant=None)
     assert caught.value.kind is Kind.CONFIG
 
 
-def test_running_it_makes_no_other_namespace():
+def test_running_a_model_does_not_change_its_namespace():
     for family in ("llama", "gpt2"):
         model = tiny(family)
         before = Namespace.of(model)

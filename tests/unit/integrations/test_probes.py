@@ -1,4 +1,4 @@
-"""The KV of a probe: it shows every change that digests could miss, and rounding does not part replicas."""
+"""Probes of a model: they show changes that digests miss, and rounding does not separate replicas."""
 
 import logging
 
@@ -24,7 +24,7 @@ def probe(model):
 
 
 @pytest.mark.parametrize("change", STATIC)
-def test_the_probe_alone_shows_what_digests_did_not_see(change):
+def test_probes_show_changes_that_digests_miss(change):
     model = tiny()
     before = probe(model)
     STATIC[change](model)
@@ -47,7 +47,7 @@ def test_rounding_is_within_the_tolerance(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_change_of_any_layer_but_the_last_ones_output_shows(dtype):
+def test_probes_show_a_change_of_any_layer_except_the_last_layers_output(dtype):
     before = probe(tiny(dtype=dtype))
     for number in range(3):
         model = tiny(dtype=dtype)
@@ -66,7 +66,7 @@ def cluster(checked):
 
 
 def attached(cluster, node, model, checked):
-    """A client as `tiered_kv.attach` makes it."""
+    """Returns a client as `tiered_kv.attach` creates it."""
     state = ModelState(model)
     client = checked(cluster.client(node, state.now().shape.layout(BLOCK), state.as_namespace()))
     client.followed = state
@@ -81,8 +81,8 @@ def answers(model, client):
 
 
 @pytest.mark.parametrize("nodes", [("n0", "n0"), ("n0", "n1")])
-def test_models_that_look_equal_and_compute_other_kv_never_share(nodes, cluster, checked, monkeypatch, caplog):
-    """A class whose code is another in one process, as after an update of a package: nothing but the probe can see that."""
+def test_models_with_equal_digests_and_different_kv_share_no_blocks(nodes, cluster, checked, monkeypatch, caplog):
+    """One process has other code for a class, as after a package update. Only the probe can detect that."""
     plain, other, third = tiny(), tiny(), tiny()
     first = attached(cluster, nodes[0], plain, checked)
     _, reused = answers(plain, first)
@@ -100,19 +100,19 @@ def test_models_that_look_equal_and_compute_other_kv_never_share(nodes, cluster,
         patch.setattr(kind, "forward", forward)
         second = attached(cluster, nodes[1], other, checked)
         assert second.namespace.variant
-        assert "other KV from a few fixed tokens" in caplog.text
+        assert "this model's KV of a few fixed tokens differs" in caplog.text
         plainly = other.generate(prompt_of(3 * BLOCK + 2), do_sample=False, max_new_tokens=4)
         output, reused = answers(other, second)
         assert reused == 0
         assert torch.equal(output, plainly)
         again = attached(cluster, nodes[0], third, checked)
-        assert again.namespace == second.namespace, "workers that agree share"
+        assert again.namespace == second.namespace, "workers with equal KV share a namespace"
         cluster.report_all()
         assert answers(third, again)[1] == 3 * BLOCK
     assert attached(cluster, nodes[1], tiny(), checked).namespace == first.namespace
 
 
-def test_attaching_while_the_node_is_away_serves_when_it_is_back(cluster, checked):
+def test_a_model_attached_while_the_node_is_down_is_served_when_it_returns(cluster, checked):
     model = tiny()
     state = ModelState(model)
     client = checked(cluster.client("n0", state.now().shape.layout(BLOCK), state.as_namespace()))

@@ -1,4 +1,4 @@
-"""Which models are served: by what they are, and by what a run of them shows."""
+"""Which models can use the cache, from their config and from a run of a few tokens."""
 
 import types
 
@@ -14,7 +14,7 @@ from tiered_kv.layout import KVLayout
 
 @pytest.mark.parametrize(("name", "heads", "dim"), [("llama", 2, 8), ("qwen2", 1, 8), ("qwen3", 2, 16), ("mistral", 4, 8), ("gpt2", 4, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layout_is_that_of_the_cache(name, heads, dim, dtype):
+def test_the_layout_is_that_of_the_models_cache(name, heads, dim, dtype):
     assert layout_of(tiny(name, dtype), 16) == KVLayout(3, heads, dim, dtype, 16)
 
 
@@ -43,7 +43,7 @@ SERVED = {
 
 
 @pytest.mark.parametrize("case", SERVED)
-def test_served(case):
+def test_supported_models(case):
     shape = check_supported(SERVED[case]())
     assert shape.dtype == torch.float32
     if "multi-query" in case:
@@ -111,14 +111,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_the_reason(case):
+def test_unsupported_models_are_rejected_with_the_reason(case):
     make, reason = REFUSED[case]
     with pytest.raises(TieredKVError, match=reason) as caught:
         check_supported(make())
     assert caught.value.kind == Kind.MODEL
 
 
-def test_image_input_is_refused():
+def test_a_model_with_image_input_is_rejected():
     model = tiny()
     config = types.SimpleNamespace(is_encoder_decoder=False, get_text_config=lambda decoder: model.config)
     composite = types.SimpleNamespace(config=config, can_generate=lambda: True)
@@ -135,40 +135,40 @@ def test_image_input_is_refused():
         (types.SimpleNamespace(peft_type="LORA", alora_invocation_tokens=[1, 2]), "come later"),
     ],
 )
-def test_adapters_that_see_more_than_the_prefix_are_refused(adapter, reason):
+def test_adapters_whose_kv_depends_on_more_than_the_prefix_are_rejected(adapter, reason):
     model = tiny()
     model.peft_config = {"default": adapter}
     with pytest.raises(TieredKVError, match=reason):
         check_supported(model)
 
 
-def test_a_plain_lora_is_served():
+def test_a_plain_lora_is_supported():
     model = tiny()
     model.peft_config = {"default": types.SimpleNamespace(peft_type="PeftType.LORA", is_prompt_learning=False)}
     assert check_supported(model).layers == 3
 
 
-def test_training_mode_and_autocast_are_refused():
+def test_training_mode_and_autocast_are_rejected():
     with pytest.raises(TieredKVError, match=r"model\.eval"):
         check_supported(tiny().train())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TieredKVError, match="autocast"):
         check_supported(tiny())
 
 
-def test_something_else_is_refused():
+def test_an_object_that_is_no_model_is_rejected():
     with pytest.raises(TieredKVError, match="not a transformers model"):
         check_supported(torch.nn.Linear(2, 2))
 
 
 class ForgetsPositions(transformers.LlamaForCausalLM):
-    """Numbers the tokens of every call from 0, as a model whose positions ignore the cache would."""
+    """Numbers the tokens of every call from 0, like a model whose positions ignore the cache."""
 
     def forward(self, input_ids=None, position_ids=None, **inputs):
         return super().forward(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **inputs)
 
 
 class LooksAhead(transformers.LlamaForCausalLM):
-    """Adds something of the last token to every token's embedding."""
+    """Adds a part of the last token's embedding to every token's."""
 
     def forward(self, input_ids=None, **inputs):
         embeds = self.get_input_embeddings()(input_ids)
@@ -185,7 +185,7 @@ class SharesLayers(transformers.LlamaForCausalLM):
 
 
 class Breaks(transformers.LlamaForCausalLM):
-    """Raises as soon as there is a prefix."""
+    """Raises if there is a cached prefix."""
 
     def forward(self, past_key_values=None, **inputs):
         if past_key_values.get_seq_length():
@@ -198,12 +198,12 @@ class Breaks(transformers.LlamaForCausalLM):
     [
         (ForgetsPositions, "computed in two parts"),
         (LooksAhead, "computed in two parts"),
-        (SharesLayers, "KV of its own each"),
+        (SharesLayers, "with KV of its own, got"),
         (Breaks, "NotImplementedError: no prefix, please"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probe_sees_what_no_config_says(lying, reason, dtype):
+def test_the_probe_run_rejects_models_whose_config_looks_supported(lying, reason, dtype):
     with pytest.raises(TieredKVError, match=reason):
         check_supported(build(lying, tiny().config, dtype))
 

@@ -1,4 +1,4 @@
-"""Tiny random models, and a client that keeps blocks in a dict, for the tests of this folder."""
+"""Tiny random models, and a client that stores blocks in a dict, for the tests of this folder."""
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ SIZES = dict(
 
 
 def tiny(name="llama", dtype=torch.float32, seed=0, **changes):
-    """A random model of the named family in evaluation mode; weights large enough for greedy decoding to vary."""
+    """Returns a random model of the named family in evaluation mode. Its weights are large enough that greedy decoding varies."""
     configs = {
         "llama": lambda: transformers.LlamaConfig(**SIZES | dict(num_key_value_heads=2) | changes),
         "qwen2": lambda: transformers.Qwen2Config(**SIZES | dict(num_key_value_heads=1) | changes),
@@ -26,7 +26,7 @@ def tiny(name="llama", dtype=torch.float32, seed=0, **changes):
 
 
 def build(make, config, dtype=torch.float32, seed=0):
-    """A model made of `config` with seeded random weights, without special tokens that would end a text."""
+    """Returns a model of `config` with seeded random weights, and without special tokens that would end a text."""
     torch.manual_seed(seed)
     model = make(config).to(dtype).eval()
     with torch.no_grad():
@@ -39,12 +39,12 @@ def build(make, config, dtype=torch.float32, seed=0):
 
 
 def prompt_of(tokens, seed=1):
-    """(1, tokens) random ids."""
+    """Returns random ids (1, tokens)."""
     return torch.randint(1, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 class DictClient:
-    """fetch and store as a client has them, on a dict from block key to (L, 2, H, T, D)."""
+    """A client whose fetch and store use a dict from block key to KV (L, 2, H, T, D)."""
 
     def __init__(self, model, layout, namespace=None):
         self.layout = layout

@@ -1,4 +1,4 @@
-"""The tiny models of the integrations' tests, and transformers' log out of the way, one thread."""
+"""Imports the tiny models of the integrations' tests, silences transformers' log, and sets torch to one thread."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ def quiet():
     import transformers
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models on cores that others use as well: threads would wait for each other
+    torch.set_num_threads(1)  # with tiny models on shared cores, several threads only wait for each other
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -24,7 +24,7 @@ def quiet():
 
 @pytest.fixture
 def attached(request):
-    """`attached(model)` is a cache of it; closed at the end, its books checked."""
+    """`attached(model)` returns a cache attached to the model. At the end it is checked and closed."""
 
     def make(model, config=None, **options):
         from library_config import CONFIG

@@ -1,4 +1,4 @@
-"""What the tests of attached models have in common."""
+"""Constants that the tests of attached models share."""
 
 from tiered_kv import CacheStrategy, KVCacheConfig
 

@@ -1,4 +1,4 @@
-"""Caches within one process: by prefix and by position, under a cap in tokens, with figures that add up."""
+"""Caches within one process: look-ups by prefix and by position, the cap in tokens, and the statistics."""
 
 import threading
 
@@ -32,7 +32,7 @@ def make(checked):
     return make
 
 
-def test_a_prefix_comes_back_bit_for_bit(make) -> None:
+def test_a_fetched_prefix_equals_the_stored_one_bit_for_bit(make) -> None:
     cache, kv = make(), kv_of(30)
     assert cache.match(range(30)).tokens == 0
     assert cache.store(range(30), kv).new == 3
@@ -69,7 +69,7 @@ def test_max_tokens_is_a_cap_whatever_the_strategy(make, strategy) -> None:
     assert 0 < stats["memory_usage_bytes"] <= stats["capacity_bytes"]
 
 
-def test_positions(make) -> None:
+def test_put_and_get_by_position(make) -> None:
     cache = make()
     for at in range(6):
         assert cache.put(at, *pair(at))
@@ -84,7 +84,7 @@ def test_positions(make) -> None:
     assert torch.equal(cache.get(1)[1], other[1])
 
 
-def test_positions_are_evicted_and_say_so(make) -> None:
+def test_get_returns_none_for_evicted_positions(make) -> None:
     cache = make(max_tokens=32, block_tokens=4, cache_strategy="lru")
     for at in range(300):
         assert cache.put(at, *pair(at))
@@ -103,7 +103,7 @@ BAD_PAIRS = {
 
 
 @pytest.mark.parametrize("case", BAD_PAIRS)
-def test_pairs_that_are_none_are_refused(make, case) -> None:
+def test_invalid_pairs_and_positions_are_rejected(make, case) -> None:
     key, value, words = BAD_PAIRS[case]
     cache = make()
     with pytest.raises(TieredKVError, match=words) as caught:
@@ -115,12 +115,12 @@ def test_pairs_that_are_none_are_refused(make, case) -> None:
             cache.put(at, *pair(0))
 
 
-def test_more_tokens_than_the_cap_at_once_are_refused(make) -> None:
-    with pytest.raises(TieredKVError, match="max_tokens 64 has no room for 65 tokens"):
+def test_a_block_of_more_tokens_than_the_cap_is_rejected(make) -> None:
+    with pytest.raises(TieredKVError, match="max_tokens 64 has no room for 65 tokens, the size of one block"):
         make().put(0, *pair(0, (1, 2, 65, 8)))
 
 
-def test_figures_add_up_and_clear_forgets(make) -> None:
+def test_statistics_add_up_and_clear_resets_them(make) -> None:
     cache = make()
     assert (cache.get_stats()["hit_rate"], cache.get_stats()["lookups"]) == (0.0, 0)
     cache.store(range(16), kv_of(16))
@@ -139,7 +139,7 @@ def test_figures_add_up_and_clear_forgets(make) -> None:
     assert caught.value.kind is Kind.CLOSED
 
 
-def test_namespaces_do_not_meet(make) -> None:
+def test_namespaces_share_no_blocks(make) -> None:
     ours, theirs = (make(layout=LAYOUT, namespace=Namespace(weights=name)) for name in ("ours", "theirs"))
     ours.store(range(8), kv_of(8))
     theirs.store(range(8), kv_of(8, 1))
@@ -155,8 +155,8 @@ def test_adaptive_is_adaptive_whatever_the_config_says(make) -> None:
     assert cache.learned()["name"] == "adaptive"
 
 
-def test_something_else_than_a_config_is_refused() -> None:
-    with pytest.raises(TieredKVError, match="config must be a KVCacheConfig, not dict"):
+def test_a_config_of_another_type_is_rejected() -> None:
+    with pytest.raises(TieredKVError, match="config must be a KVCacheConfig, got dict"):
         BaseKVCache({"max_tokens": 5})
 
 
@@ -184,7 +184,7 @@ def test_two_threads_use_one_cache(make) -> None:
 
 
 @pytest.mark.parametrize(("settings", "error"), [({"quantization_bits": 8}, 4e-5), ({"quantization_bits": 4}, 2e-2)])
-def test_memory_that_fills_up_is_quantized(make, settings, error) -> None:
+def test_blocks_are_quantized_when_memory_fills_up(make, settings, error) -> None:
     cache = make(max_tokens=8192, block_tokens=16, use_quantization=True, **settings)
     layout = KVLayout(4, 2, 32, "float32", 16)
     prompts = [range(1000 * number, 1000 * number + 256) for number in range(48)]
@@ -202,7 +202,7 @@ def test_memory_that_fills_up_is_quantized(make, settings, error) -> None:
     assert kept > 8192
 
 
-def test_a_disk_tier_takes_what_memory_loses(make) -> None:
+def test_a_disk_tier_keeps_blocks_evicted_from_memory(make) -> None:
     cache = make(tiers={"disk": "8MiB"})
     for number in range(20):
         cache.store(range(100 * number, 100 * number + BLOCK), kv_of(BLOCK, number))
@@ -210,7 +210,7 @@ def test_a_disk_tier_takes_what_memory_loses(make) -> None:
     assert all(torch.equal(cache.fetch(range(100 * n, 100 * n + BLOCK)).kv, kv_of(BLOCK, n)) for n in range(20))
 
 
-def test_pairs_of_a_checkpoint_are_not_taken_for_those_that_are_there(make, tmp_path) -> None:
+def test_new_pairs_get_other_serials_than_pairs_loaded_from_a_checkpoint(make, tmp_path) -> None:
     saved, cache = make(), make()
     saved.put(0, *pair(1)), saved.put(5, *pair(2))
     cache.put(0, *pair(3)), cache.put(7, *pair(4))
@@ -236,7 +236,7 @@ def test_a_profile_has_every_stage(make) -> None:
     assert cache.profile.stages()[0].longest_s == 0.5
 
 
-def test_off_a_profile_is_not_there(make) -> None:
+def test_there_is_no_profile_unless_it_is_enabled(make) -> None:
     cache = make()
     cache.store(range(8), kv_of(8))
     client = cache.client()

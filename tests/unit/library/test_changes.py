@@ -1,4 +1,4 @@
-"""A model that changes while a cache of this process is attached: the same changes as for a cluster's client, the same check."""
+"""A model that changes while a cache in this process is attached: the same changes and checks as for a cluster's client."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def assert_as_plain(cache, model, reused):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_never_meets_its_old_kv(change, attached):
+def test_a_changed_model_never_reuses_its_old_kv(change, attached):
     model = tiny()
     cache = attached(model)
     for reused in (0, 3 * BLOCK):
@@ -37,7 +37,7 @@ def test_a_changed_model_never_meets_its_old_kv(change, attached):
         assert_as_plain(cache, model, 3 * BLOCK)
 
 
-def test_adapters_switched_and_scaled(attached):
+def test_switching_and_scaling_adapters_separates_their_blocks(attached):
     model = tiny()
     lora = StandIn(model)
     cache = attached(model)
@@ -51,11 +51,11 @@ def test_adapters_switched_and_scaled(attached):
         each.scale_layer(2.0)
     assert_as_plain(cache, model, 0)
     lora.set_adapter("first")
-    assert_as_plain(cache, model, 0)  # the other adapter's scaling is part of the state: a miss, never a wrong block
+    assert_as_plain(cache, model, 0)  # the other adapter's scaling is part of the model's state, so this is a miss, never a wrong block
 
 
 @pytest.mark.parametrize("change", ["in place", "a hook", "another dtype"])
-def test_forward_after_a_change(change, attached):
+def test_forward_reuses_no_kv_of_the_model_before_a_change(change, attached):
     model = tiny()
     cache = attached(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Settings of a library cache: what is refused, and what they mean to the engine."""
+"""Settings of a library cache: which values are rejected, and which settings of the node they become."""
 
 import subprocess
 import sys
@@ -28,14 +28,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_an_error_names_the_field_and_what_is_allowed(name: str, value: object) -> None:
+def test_an_error_names_the_field_and_its_allowed_values(name: str, value: object) -> None:
     with pytest.raises(TieredKVError, match=f"{name} must be") as caught:
         KVCacheConfig(**{name: value})
     assert caught.value.kind is Kind.CONFIG
     assert caught.value.context["setting"] == name
 
 
-def test_what_is_allowed_is_listed() -> None:
+def test_errors_list_allowed_values_and_suggest_near_names() -> None:
     for name, words in (("cache_strategy", ("lru", "adaptive", "s3fifo")), ("cache_mode", ("training", "inference", "bulk"))):
         with pytest.raises(TieredKVError) as caught:
             KVCacheConfig(**{name: "best"})
@@ -66,19 +66,19 @@ def test_members_and_their_values_are_the_same() -> None:
         ({"use_compression": True, "use_quantization": True}, "lowrank:0.3"),
     ],
 )
-def test_coded_memory_is_the_engines(settings: dict, codec: str | None) -> None:
+def test_compression_settings_become_the_nodes_codec(settings: dict, codec: str | None) -> None:
     config = KVCacheConfig(**settings)
     assert config.codec == codec
     assert config.engine_config(1 << 20).codec == (codec and f"host={codec}")
 
 
-def test_the_shape_is_a_layout_once_it_is_whole() -> None:
+def test_a_complete_shape_gives_a_layout() -> None:
     config = KVCacheConfig(num_layers=2, num_heads=3, head_dim=8, dtype="torch.bfloat16")
     assert config.layout == tiered_kv.KVLayout(2, 3, 8, "bfloat16", 16)
     assert config.with_(dtype=None).layout is None
 
 
-def test_settings_need_no_torch() -> None:
+def test_importing_the_settings_does_not_import_torch() -> None:
     names = "KVCacheConfig, CacheStrategy, CacheMode, create_eviction_strategy"
     code = f"import sys; from tiered_kv import {names}; KVCacheConfig(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,4 +1,4 @@
-"""A cache attached to a model: called as before, equal results, fewer tokens run; what cannot be served runs past it or is refused."""
+"""A cache attached to a model: equal results with fewer tokens computed. Requests that cannot use it run without it, or raise."""
 
 import copy
 import io
@@ -18,14 +18,14 @@ FAMILIES = ("llama", "qwen2", "gpt2")
 
 
 def tokens_run(model):
-    """A list that gets (rows, tokens) of all that is really computed: of what comes to the embeddings."""
+    """Returns a list to which each run of the embeddings appends (rows, tokens): all tokens that are really computed."""
     runs = []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, given: runs.append(tuple(given[0].shape)))
     return runs
 
 
 def padded(side, *lengths, pad=0):
-    """Prompts of these lengths with a common beginning, padded on one side: input_ids and attention_mask."""
+    """Returns input_ids and attention_mask of prompts of these lengths, with a common prefix, padded on one side."""
     width = max(lengths)
     ids, mask = torch.full((len(lengths), width), pad), torch.zeros(len(lengths), width, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -36,7 +36,7 @@ def padded(side, *lengths, pad=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_reuses_every_whole_block_and_changes_nothing(family, attached):
+def test_generate_reuses_every_whole_block_with_equal_output(family, attached):
     model = tiny(family)
     inputs = {"input_ids": prompt_of(5 * BLOCK + 3), "attention_mask": torch.ones(1, 5 * BLOCK + 3, dtype=torch.long)}
     wanted = dict(GREEDY, use_cache=True, return_dict_in_generate=True, output_logits=True)
@@ -71,13 +71,13 @@ def test_forward_gives_the_logits_of_all_tokens(family, attached):
             assert output.past_key_values.get_seq_length() == 3 * BLOCK + 2
         runs.clear()
         kept = model(ids, logits_to_keep=2)
-    assert runs == [(1, 2)], "who asks for the last logits only has the prefix reused"
+    assert runs == [(1, 2)], "a call that needs only the last logits reuses the prefix"
     torch.testing.assert_close(kept.logits, last.logits, rtol=1e-4, atol=1e-4)
     assert cache.cache.match(ids).tokens == 3 * BLOCK
-    assert torch.equal(model.generate(ids, **GREEDY), cache.attachment._doors["generate"]._plain(ids, **GREEDY))
+    assert torch.equal(model.generate(ids, **GREEDY), cache.attachment._hooks["generate"]._plain(ids, **GREEDY))
 
 
-def test_gradients_and_labels_are_the_models_own(attached):
+def test_gradients_and_losses_equal_those_of_the_plain_model(attached):
     model = tiny()
     ids = prompt_of(3 * BLOCK)
     plain = torch.autograd.grad(model(ids, labels=ids).loss, model.lm_head.weight)[0]
@@ -89,7 +89,7 @@ def test_gradients_and_labels_are_the_models_own(attached):
         assert kept.requires_grad
     runs.clear()
     torch.autograd.grad(model(ids, logits_to_keep=1).logits.sum(), model.model.embed_tokens.weight)
-    assert runs == [(1, 3 * BLOCK)], "a gradient goes through the whole prompt"
+    assert runs == [(1, 3 * BLOCK)], "gradients need the whole prompt computed"
 
 
 CASES = {
@@ -150,7 +150,7 @@ PASSED = {
 
 
 @pytest.mark.parametrize("case", PASSED)
-def test_what_cannot_be_served_runs_past_the_cache(case, attached):
+def test_requests_that_cannot_use_the_cache_run_without_it(case, attached):
     model = tiny()
     inputs, reason = PASSED[case]
     plain = model.generate(**inputs, **GREEDY)
@@ -161,7 +161,7 @@ def test_what_cannot_be_served_runs_past_the_cache(case, attached):
     assert cache.get_cache_stats()["num_entries"] == 0
 
 
-def test_an_assistant_of_its_own(attached):
+def test_assisted_decoding_with_an_assistant_model(attached):
     model, assistant = tiny(), tiny(seed=1)
     ids = prompt_of(20)
     plain = model.generate(ids, **GREEDY)
@@ -170,7 +170,7 @@ def test_an_assistant_of_its_own(attached):
         assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), plain)
 
 
-def test_forward_in_a_batch(attached):
+def test_forward_with_a_batch(attached):
     model = tiny()
     right, left = padded("right", 20, 27), padded("left", 20, 27)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_forward_in_a_batch(attached):
     assert torch.equal(model.generate(right["input_ids"][:1, :20], **GREEDY), tiny().generate(right["input_ids"][:1, :20], **GREEDY))
 
 
-def test_a_decode_loop_of_ones_own(attached):
+def test_a_callers_own_decode_loop(attached):
     model = tiny()
     attached(model)
     ids, tokens = prompt_of(20), []
@@ -240,7 +240,7 @@ def test_chat_templates(attached):
 
 
 @pytest.mark.gpu
-def test_a_device_of_its_own(attached):
+def test_a_model_on_a_gpu_gives_equal_output(attached):
     model = tiny().to("cuda")
     ids = prompt_of(20).to("cuda")
     plain = model.generate(ids, **GREEDY)
@@ -251,7 +251,7 @@ def test_a_device_of_its_own(attached):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_dtype_of_its_own(dtype, attached):
+def test_a_model_of_any_dtype_is_cached_in_that_dtype(dtype, attached):
     model = tiny(dtype=dtype)
     ids = prompt_of(20)
     plain = model.generate(ids, **GREEDY)
@@ -262,7 +262,7 @@ def test_a_dtype_of_its_own(dtype, attached):
     assert cache.last_report.reused_tokens == 2 * BLOCK
 
 
-def test_a_model_that_changes_its_dtype_or_weights_begins_anew(attached):
+def test_a_change_of_dtype_or_weights_starts_a_new_namespace(attached):
     model, other = tiny(), tiny(seed=3)
     ids = prompt_of(20)
     cache = attached(model)
@@ -281,7 +281,7 @@ def test_a_model_that_changes_its_dtype_or_weights_begins_anew(attached):
     assert cache.last_report.reused_tokens == 0
 
 
-def test_other_weights_at_the_same_address_begin_anew(attached):
+def test_other_weights_at_the_same_address_start_a_new_namespace(attached):
     model, ids = tiny(), prompt_of(20)
     numbers = model.model.embed_tokens.weight.detach().numpy().copy()
     model.model.embed_tokens.weight = torch.nn.Parameter(torch.from_numpy(numbers))
@@ -293,7 +293,7 @@ def test_other_weights_at_the_same_address_begin_anew(attached):
     assert cache.last_report.reused_tokens == 0
 
 
-def test_hooks_that_change_kv_begin_anew(attached):
+def test_hooks_that_change_kv_start_a_new_namespace(attached):
     model, plain, ids = tiny(), tiny(), prompt_of(20)
     cache = attached(model)
     model.generate(ids, **GREEDY)
@@ -306,7 +306,7 @@ def test_hooks_that_change_kv_begin_anew(attached):
     for each in (model, plain):
         each.model.embed_tokens._forward_hooks.clear()
     assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
-    assert cache.last_report.reused_tokens == 2 * BLOCK, "what was kept without hooks is still there"
+    assert cache.last_report.reused_tokens == 2 * BLOCK, "blocks stored without hooks are still cached"
 
 
 def test_compiled_models(attached):
@@ -323,7 +323,7 @@ def test_compiled_models(attached):
             assert torch.equal(compiled.generate(ids, **GREEDY), text)
 
 
-def test_two_threads(attached):
+def test_two_threads_generate_with_equal_output(attached):
     model = tiny()
     prompts = [torch.cat([prompt_of(3 * BLOCK), prompt_of(4, seed=seed)], 1) for seed in range(6)]
     plain = [model.generate(ids, **GREEDY) for ids in prompts]
@@ -344,7 +344,7 @@ def test_two_threads(attached):
     assert cache.get_cache_stats()["hits"] >= 5 * 3
 
 
-def test_detached_the_model_is_as_before(attached):
+def test_a_detached_model_has_its_own_methods_back(attached):
     model = tiny()
     before = dict(vars(model))
     cache = attached(model)
@@ -356,27 +356,27 @@ def test_detached_the_model_is_as_before(attached):
     assert cache.get_cache_stats()["lookups"] == 0
 
 
-def test_a_cache_that_fails_fails_no_request(attached, monkeypatch):
+def test_a_failing_cache_fails_no_request(attached, monkeypatch):
     model = tiny()
     ids = prompt_of(20)
     plain = model.generate(ids, **GREEDY)
     with torch.no_grad():
         logits = model(ids).logits
         cache = attached(model)
-        cache.cache.close()  # as another thread might
+        cache.cache.close()  # as another thread may do
         for inputs in ({"input_ids": ids}, {"input_ids": ids.repeat(2, 1)}):
             assert torch.equal(model.generate(**inputs, **GREEDY)[:1], plain)
         assert torch.equal(model(ids).logits, logits)
 
 
-def test_too_little_memory_is_said_when_attaching(tmp_path):
+def test_attaching_raises_if_there_is_too_little_memory(tmp_path):
     model = tiny()
     with pytest.raises(TieredKVError, match="shm_path"):
         TransformersKVCache(CONFIG.with_(tiers={"shm_path": str(tmp_path / "nowhere")}), model=model)
     assert "generate" not in vars(model)
 
 
-def test_what_was_put_over_the_cache_stays(attached):
+def test_detaching_keeps_methods_that_were_set_over_the_cache(attached):
     model = tiny()
     cache = attached(model)
     ours = model.forward
@@ -387,7 +387,7 @@ def test_what_was_put_over_the_cache_stays(attached):
     assert cache.get_cache_stats()["num_entries"] == 0
 
 
-def test_one_cache_a_model_and_copies_have_none(attached):
+def test_a_model_has_one_cache_and_its_copies_have_none(attached):
     model = tiny()
     cache = attached(model)
     with pytest.raises(TieredKVError, match="attached already"):
@@ -406,7 +406,7 @@ def test_one_cache_a_model_and_copies_have_none(attached):
     assert cache.is_attached
 
 
-def test_training(attached):
+def test_calls_in_training_mode(attached):
     model = tiny(attention_dropout=0.5).train()
     with pytest.raises(TieredKVError, match=r"model\.eval"):
         TransformersKVCache(CONFIG, model=model)
@@ -432,14 +432,14 @@ def test_training(attached):
             call(ids)
 
 
-def test_bulk_keeps_prompts_only(attached):
+def test_bulk_mode_stores_prompts_only(attached):
     model = tiny()
     cache = attached(model, CONFIG.with_(cache_mode="bulk"))
     model.generate(prompt_of(BLOCK), do_sample=False, max_new_tokens=3 * BLOCK)
     assert cache.get_cache_stats()["num_entries"] == 1
 
 
-def test_a_decoder_without_a_head(attached):
+def test_a_decoder_without_a_language_head_is_cached(attached):
     model = build(transformers.AutoModel.from_config, tiny("gpt2").config)
     ids = prompt_of(20)
     with torch.no_grad():
@@ -451,13 +451,13 @@ def test_a_decoder_without_a_head(attached):
     assert (cache.facts.num_layers, cache.facts.num_heads, cache.facts.head_dim, cache.facts.max_length) == (3, 4, 8, 64)
 
 
-def test_what_was_detected(attached):
+def test_the_figures_of_the_model_are_detected(attached):
     facts = attached(tiny("llama")).facts
     assert (facts.num_layers, facts.num_attention_heads, facts.num_heads, facts.head_dim) == (3, 4, 2, 8)
     assert (facts.max_length, facts.dtype) == (512, "float32")
 
 
-def test_models_without_a_kv_cache_are_refused():
+def test_models_without_a_kv_cache_are_rejected():
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     encoder = build(transformers.AutoModel.from_config, transformers.BertConfig(**sizes))
     before = dict(vars(encoder))

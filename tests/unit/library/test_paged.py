@@ -1,4 +1,4 @@
-"""Paged sequences against plain lists: forks, copy on write, pages shared by content, and a slab that is full."""
+"""Paged sequences compared with plain lists: forks, copy on write, pages shared by content, and a full slab."""
 
 from contextlib import suppress
 
@@ -15,7 +15,7 @@ T = 4
 
 
 def kv_of(ids) -> torch.Tensor:
-    """KV (2, 2, 1, N, 8) that depends on each token and on those before it, as a model's does."""
+    """Returns KV (2, 2, 1, N, 8). Each token's KV depends on that token and all before it, as a model's does."""
     sums = torch.tensor(list(ids), dtype=torch.float32).cumsum(0) if len(ids) else torch.zeros(0)
     return sums[None, None, None, :, None] + torch.arange(32.0).view(2, 2, 1, 1, 8)
 
@@ -45,7 +45,7 @@ def test_forks_share_pages_until_one_writes(cache) -> None:
     assert torch.equal(cache.gather(second), kv_of([1, 2, 3, 4, 5, 6, 7]))
     offset = ours[1].offset
     grow(cache, first, [9])
-    assert cache.block_table(first)[1].offset == offset, "the last one to hold a page writes in place"
+    assert cache.block_table(first)[1].offset == offset, "the last user of a page writes in place"
 
 
 def test_equal_tokens_share_pages_without_a_fork(cache) -> None:
@@ -58,7 +58,7 @@ def test_equal_tokens_share_pages_without_a_fork(cache) -> None:
     assert len({page.offset for page in [*one, *other]}) == 4
 
 
-def test_what_was_freed_is_found_again_by_its_tokens(cache) -> None:
+def test_a_new_sequence_finds_the_pages_of_a_freed_one(cache) -> None:
     sequence = cache.create()
     grow(cache, sequence, range(11))
     cache.free(sequence)
@@ -68,7 +68,7 @@ def test_what_was_freed_is_found_again_by_its_tokens(cache) -> None:
     assert cache.match(range(11)).tokens == 8
 
 
-def test_pages_of_a_rank_are_blocks_under_its_own_keys(checked) -> None:
+def test_pages_have_the_keys_of_their_rank(checked) -> None:
     namespace = Namespace(weights="w", rank=1, world=2)
     cache = checked(PagedKVCache(KVCacheConfig(max_tokens=16 * T, block_tokens=T), namespace=namespace))
     sequence = cache.create()
@@ -81,7 +81,7 @@ def test_pages_of_a_rank_are_blocks_under_its_own_keys(checked) -> None:
     assert cache.tokens(cache.create([*range(9), 50])) == list(range(8))
 
 
-def test_a_full_slab_refuses_and_changes_nothing(cache) -> None:
+def test_an_append_to_a_full_slab_raises_and_changes_nothing(cache) -> None:
     sequence = cache.create()
     grow(cache, sequence, range(14 * T + 1))
     with pytest.raises(TieredKVError, match="no room for 8 tokens") as caught:
@@ -95,7 +95,7 @@ def test_a_full_slab_refuses_and_changes_nothing(cache) -> None:
     assert cache.length(other) == 12 * T + 1
 
 
-def test_what_is_none_is_refused(cache) -> None:
+def test_invalid_sequences_and_shapes_are_rejected(cache) -> None:
     with pytest.raises(TieredKVError, match="there is no sequence 5"):
         cache.gather(5)
     sequence = cache.create()
@@ -119,7 +119,7 @@ STEPS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(STEPS)
-def test_any_history_gives_what_plain_lists_would(steps) -> None:
+def test_any_history_equals_that_of_plain_lists(steps) -> None:
     with PagedKVCache(KVCacheConfig(max_tokens=12 * T, block_tokens=T)) as cache:
         plain: dict[int, list[int]] = {}
         for what, which, ids in steps:
@@ -129,7 +129,7 @@ def test_any_history_gives_what_plain_lists_would(steps) -> None:
                 plain[number] = cache.tokens(number)
                 assert plain[number] == ids[: len(plain[number])]
             elif of is not None and what == "append":
-                with suppress(TieredKVError):  # a full slab; `plain` then says that nothing changed
+                with suppress(TieredKVError):  # a full slab; the comparison with `plain` then shows that nothing changed
                     grow(cache, of, ids)
                     plain[of] = plain[of] + ids
             elif of is not None and what == "fork":
@@ -145,8 +145,8 @@ def test_any_history_gives_what_plain_lists_would(steps) -> None:
         cache.check()
 
 
-def test_pages_are_never_coded() -> None:
-    """They are written to where they lie, and read without a codec."""
+def test_pages_are_never_compressed() -> None:
+    """Sequences write to pages in place, and read them without a codec."""
     config = KVCacheConfig(max_tokens=64 * T, block_tokens=T, use_quantization=True, use_compression=True)
     with PagedKVCache(config) as cache:
         for begin in range(0, 48 * T, 12 * T):

@@ -1,4 +1,4 @@
-"""The thin doors: eviction strategies and the memory manager."""
+"""The library's eviction strategies and memory manager."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from tiered_kv.strategies import (
 
 
 @pytest.mark.parametrize("strategy", CacheStrategy)
-def test_every_strategy_gives_up_as_many_as_are_asked_for(strategy) -> None:
+def test_every_strategy_returns_as_many_victims_as_requested(strategy) -> None:
     ranking = create_eviction_strategy(strategy, 10)
     assert isinstance(ranking, BaseEvictionStrategy)
     assert ranking.name == strategy.value
@@ -33,14 +33,14 @@ def test_every_strategy_gives_up_as_many_as_are_asked_for(strategy) -> None:
     assert ranking.victims(0) == []
 
 
-def test_the_named_classes_are_those_of_their_members() -> None:
+def test_each_strategy_class_has_its_strategys_name() -> None:
     for member, cls in [("LRU", LRUEvictionStrategy), ("LFU", LFUEvictionStrategy), ("ADAPTIVE", AdaptiveEvictionStrategy)]:
         assert type(create_eviction_strategy(CacheStrategy[member])) is cls
         assert type(create_eviction_strategy(member.lower())) is cls
     assert tiered_kv.create_eviction_strategy is create_eviction_strategy
 
 
-def test_order_of_leaving() -> None:
+def test_order_of_eviction() -> None:
     times, counts = {1: 5.0, 2: 1.0, 3: 9.0, 4: 2.0}, {1: 1, 2: 7, 3: 2, 4: 2}
     assert LRUEvictionStrategy().select_eviction_candidates([1, 2, 3, 4], times, counts, 2) == [2, 4]
     assert LFUEvictionStrategy().select_eviction_candidates([1, 2, 3, 4], times, counts, 3) == [1, 4, 3]
@@ -48,10 +48,10 @@ def test_order_of_leaving() -> None:
     ranking.add("prompt")
     ranking.add("answer", parent="prompt")
     ranking.use("answer")
-    assert ranking.victims(2) == ["answer", "prompt"], "what others stand on goes last"
+    assert ranking.victims(2) == ["answer", "prompt"], "a parent is evicted after its children"
 
 
-def test_what_is_none_is_refused() -> None:
+def test_invalid_strategy_arguments_are_rejected() -> None:
     for wrong in ("paged", None, 3):
         with pytest.raises(TieredKVError, match="strategy must be one of lru, lfu"):
             create_eviction_strategy(wrong)
@@ -65,7 +65,7 @@ def test_what_is_none_is_refused() -> None:
         ranking.add(5)
 
 
-def test_the_manager_goes_by_tokens_and_by_real_memory(monkeypatch) -> None:
+def test_the_manager_checks_tokens_and_real_memory(monkeypatch) -> None:
     manager = MemoryManager(KVCacheConfig(max_tokens=1000), "cpu")
     figures = manager.figures()
     assert 0 < figures.process_bytes < figures.total_bytes
@@ -80,7 +80,7 @@ def test_the_manager_goes_by_tokens_and_by_real_memory(monkeypatch) -> None:
     assert manager.collect_garbage() == 0
 
 
-def test_a_containers_limit_counts(tmp_path, monkeypatch) -> None:
+def test_a_containers_memory_limit_applies(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     machine = memory.host_memory()
     (tmp_path / "memory.max").write_text("1048576\n")
@@ -91,7 +91,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch) -> None:
     assert memory.host_memory().total_bytes == machine.total_bytes
 
 
-def test_the_manager_refuses_what_is_none(monkeypatch) -> None:
+def test_the_manager_rejects_invalid_arguments(monkeypatch) -> None:
     with pytest.raises(TieredKVError, match="device must be"):
         MemoryManager(KVCacheConfig(), "tape")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Checkpoints of a cache: bit for bit the same again, and nothing half-loaded from what is damaged or of another model."""
+"""Checkpoints of a cache: loading gives the saved bits, and loads nothing from a damaged checkpoint or one of another model."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ def assert_same(one: BaseKVCache, other: BaseKVCache) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.get(at), other.get(at), strict=True))
 
 
-def test_what_was_saved_is_there_again(filled, make, tmp_path) -> None:
+def test_loading_restores_what_was_saved(filled, make, tmp_path) -> None:
     persistence = CachePersistence(tmp_path / "cache_checkpoints")
     saved = persistence.save_cache(filled, "cache_state.pkl")
     assert (saved.blocks, saved.packs, saved.new_packs) == (5 + 2 + 3 + 2, 1, 1)
@@ -61,7 +61,7 @@ def test_what_was_saved_is_there_again(filled, make, tmp_path) -> None:
     assert not (tmp_path / "cache_checkpoints" / "cache_state.pkl").read_bytes().startswith(b"\x80")
 
 
-def test_saving_again_writes_nothing_that_is_there(filled, tmp_path) -> None:
+def test_saving_again_writes_only_new_blocks(filled, tmp_path) -> None:
     persistence = CachePersistence(tmp_path)
     persistence.save_cache(filled, "one")
     assert persistence.save_cache(filled, "other").new_packs == 0
@@ -69,7 +69,7 @@ def test_saving_again_writes_nothing_that_is_there(filled, tmp_path) -> None:
     assert persistence.save_cache(filled, "one").new_packs == 1
 
 
-def test_steps(filled, make, tmp_path) -> None:
+def test_checkpoints_by_step(filled, make, tmp_path) -> None:
     save_cache_checkpoint(filled, tmp_path, step=1000)
     filled.store(range(700, 716), kv_of(16, 4))
     save_cache_checkpoint(filled, tmp_path, step=2000)
@@ -78,19 +78,19 @@ def test_steps(filled, make, tmp_path) -> None:
         assert load_cache_checkpoint(fresh, tmp_path, step=step) == loaded
         assert_same(filled, fresh)
         assert fresh.match(range(700, 716)).tokens == more
-    with pytest.raises(TieredKVError, match=r"no checkpoint of step 5 .*there are 1000, 2000"):
+    with pytest.raises(TieredKVError, match=r"no checkpoint of step 5 .*its steps: 1000, 2000"):
         load_cache_checkpoint(make(), tmp_path, step=5)
     with pytest.raises(TieredKVError, match="there is no folder"):
         load_cache_checkpoint(make(), tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TieredKVError, match=r"any step .*there are none"):
+    with pytest.raises(TieredKVError, match=r"any step .*its steps: none"):
         load_cache_checkpoint(make(), tmp_path / "empty")
     for step in (-1, 1.5, True):
         with pytest.raises(TieredKVError, match="step must be"):
             save_cache_checkpoint(filled, tmp_path, step=step)
 
 
-def test_coded_blocks_stay_coded(make, tmp_path) -> None:
+def test_compressed_blocks_stay_compressed(make, tmp_path) -> None:
     layout = KVLayout(4, 2, 32, "float32", 16)
     config = KVCacheConfig(max_tokens=8192, use_quantization=True, cache_strategy="lru")
     cache, fresh = make(config), make(config)
@@ -116,7 +116,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
-def test_a_pickle_is_refused_without_being_opened(protocol, make, tmp_path, monkeypatch) -> None:
+def test_a_pickle_is_rejected_without_being_opened(protocol, make, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("opened"))
     (tmp_path / "cache_state.pkl").write_bytes(pickle.dumps(Harmful(), protocol))
@@ -135,7 +135,7 @@ def flip(path, at) -> None:
 
 
 @pytest.mark.parametrize("what", ["manifest", "cut manifest", "frame", "last frame", "footer", "cut pack", "missing pack"])
-def test_damage_is_found_before_anything_is_loaded(what, filled, make, tmp_path) -> None:
+def test_damage_is_detected_before_anything_is_loaded(what, filled, make, tmp_path) -> None:
     CachePersistence(tmp_path).save_cache(filled, "state")
     manifest, (pack,) = tmp_path / "state", tmp_path.glob("*.pack")
     frames_end = pack.stat().st_size - 12 * 120 - 64
@@ -157,7 +157,7 @@ def test_damage_is_found_before_anything_is_loaded(what, filled, make, tmp_path)
     assert cache.get(3) is None
 
 
-def test_another_model_is_refused(filled, make, tmp_path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(filled, make, tmp_path) -> None:
     persistence = CachePersistence(tmp_path)
     persistence.save_cache(filled, "state")
     for cache, words in [
@@ -170,7 +170,7 @@ def test_another_model_is_refused(filled, make, tmp_path) -> None:
         assert cache.get_stats()["num_entries"] == 0
 
 
-def test_models_with_their_caches(tmp_path) -> None:
+def test_saving_and_loading_attached_caches(tmp_path) -> None:
     greedy, ids = dict(do_sample=False, max_new_tokens=4), prompt_of(20)
     with TransformersKVCache(CONFIG, model=tiny()) as cache:
         plain = cache.model.generate(ids, **greedy)
@@ -183,7 +183,7 @@ def test_models_with_their_caches(tmp_path) -> None:
         load_cache_checkpoint(other, tmp_path)
 
 
-def test_a_smaller_cache_takes_what_fits(filled, make, tmp_path) -> None:
+def test_a_smaller_cache_loads_what_fits(filled, make, tmp_path) -> None:
     CachePersistence(tmp_path).save_cache(filled, "state")
     small = make(CONFIG.with_(max_tokens=4 * BLOCK))
     loaded = CachePersistence(tmp_path).load_cache(small, "state")
@@ -193,12 +193,12 @@ def test_a_smaller_cache_takes_what_fits(filled, make, tmp_path) -> None:
     assert torch.equal(found.kv, kv_of(40)[..., : found.tokens, :])
 
 
-def test_what_is_none_is_refused(filled, make, tmp_path) -> None:
+def test_invalid_names_caches_and_folders_are_rejected(filled, make, tmp_path) -> None:
     persistence = CachePersistence(tmp_path)
     for name in ("", "a/b", "../x", ".hidden", "x.pack", 5):
         with pytest.raises(TieredKVError, match="name must be"):
             persistence.save_cache(filled, name)
-    with pytest.raises(TieredKVError, match="there are none"):
+    with pytest.raises(TieredKVError, match=r"there is no checkpoint 'nothing' .*its checkpoints: none"):
         persistence.load_cache(make(), "nothing")
     with pytest.raises(TieredKVError, match="nothing to save"):
         persistence.save_cache(make(), "state")
@@ -210,7 +210,7 @@ def test_what_is_none_is_refused(filled, make, tmp_path) -> None:
     assert caught.value.kind is Kind.STORAGE
 
 
-def test_a_read_only_folder_is_refused_and_the_old_checkpoint_stays(filled, make, tmp_path, monkeypatch) -> None:
+def test_a_read_only_folder_is_rejected_and_the_old_checkpoint_stays(filled, make, tmp_path, monkeypatch) -> None:
     persistence = CachePersistence(tmp_path)
     persistence.save_cache(filled, "state")
 
@@ -218,7 +218,7 @@ def test_a_read_only_folder_is_refused_and_the_old_checkpoint_stays(filled, make
         raise PermissionError(13, "Permission denied")
 
     filled.store(range(800, 808), kv_of(8))
-    monkeypatch.setattr(persistence._store, "_write", refuse)  # a test may run as root, whom no folder refuses
+    monkeypatch.setattr(persistence._store, "_write", refuse)  # file modes do not stop root, which may run this test
     with pytest.raises(TieredKVError, match="Permission denied") as caught:
         persistence.save_cache(filled, "state")
     assert caught.value.kind is Kind.STORAGE
@@ -229,8 +229,8 @@ def test_a_read_only_folder_is_refused_and_the_old_checkpoint_stays(filled, make
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_checkpoint_with_more_models_brings_what_is_of_this_one(filled, make, tmp_path, caplog) -> None:
-    """As one of a cluster has."""
+def test_loading_a_checkpoint_of_several_models_leaves_other_models_out(filled, make, tmp_path, caplog) -> None:
+    """A checkpoint of a cluster has several models."""
     persistence = CachePersistence(tmp_path)
     saved = persistence.save_cache(filled, "state")
     manifest = Manifest.read(FolderStore(tmp_path), "state")
@@ -241,16 +241,16 @@ def test_a_checkpoint_with_more_models_brings_what_is_of_this_one(filled, make, 
     more = manifest._replace(models=(known._replace(name=""), *models[1:], stranger), rows=(*manifest.rows, *rows))
     more.write(FolderStore(tmp_path), "more")
     node = make()
-    with pytest.raises(TieredKVError):  # the stranger's frame is no frame of that key: all is verified before
+    with pytest.raises(TieredKVError):  # all frames are verified first, and the stranger's frame does not match its key
         persistence.load_cache(node, "more")
     more = more._replace(rows=manifest.rows, models=(*more.models[:-1], stranger))
     more.write(FolderStore(tmp_path), "more")
     loaded = persistence.load_cache(node, "more")
     assert loaded.blocks == saved.blocks
-    assert "is left out" in caplog.text
+    assert "are left out" in caplog.text
 
 
-def test_pairs_that_another_cache_has_numbered_alike_are_not_mixed_up(make, tmp_path) -> None:
+def test_pairs_of_another_cache_with_the_same_serials_are_rejected(make, tmp_path) -> None:
     one, other = make(), make()
     key = torch.ones(1, 2, 8, 8)
     for cache, factor in ((one, 1), (other, 2)):
@@ -258,7 +258,7 @@ def test_pairs_that_another_cache_has_numbered_alike_are_not_mixed_up(make, tmp_
         cache.put(3, key * factor, key * factor)
     persistence = CachePersistence(tmp_path)
     persistence.save_cache(one, "one")
-    with pytest.raises(TieredKVError, match="numbers pairs as this cache does"):
+    with pytest.raises(TieredKVError, match="use the same numbers for different pairs"):
         persistence.load_cache(other, "one")
     assert torch.equal(other.get(3)[0], key * 2)
     persistence.load_cache(one, "one")

@@ -1,4 +1,4 @@
-"""The lines by which people's code uses the library, as they are written down, one after the other."""
+"""The lines of code with which users call the library, run as documented, one after the other."""
 
 import time
 
@@ -10,11 +10,11 @@ from tiny_models import prompt_of, tiny
 @pytest.fixture
 def model():
     model = tiny()
-    model.generation_config.max_new_tokens = 8  # the lines name none
+    model.generation_config.max_new_tokens = 8  # the documented lines name no file
     return model
 
 
-def test_the_lines_as_written(model, tmp_path, monkeypatch):
+def test_the_documented_lines_of_a_cache(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from tiered_kv import CacheMode, CacheStrategy, KVCacheConfig
 
@@ -74,7 +74,7 @@ def test_the_lines_as_written(model, tmp_path, monkeypatch):
     cache.close()
 
 
-def test_the_wrapper(model):
+def test_the_documented_lines_of_the_wrapper(model):
     from tiered_kv import KVCacheConfig, ModelCacheWrapper
 
     input_ids, cache_config = prompt_of(40), KVCacheConfig(max_tokens=4096)
@@ -89,7 +89,7 @@ def test_the_wrapper(model):
     wrapper.close()
 
 
-def test_the_parts():
+def test_the_documented_lines_of_the_parts():
     from tiered_kv import Compressor as OfThePackage
     from tiered_kv import KVCacheConfig
     from tiered_kv import MemoryManager as ManagerOfThePackage

@@ -1,4 +1,4 @@
-"""A trained model behind a reused prefix that lies in memory as its codec made it: no farther off than docs/library.md says."""
+"""A trained model with a reused prefix that is compressed in memory: its error is at most that in docs/library.md."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tiered_kv.tools.demo.model import load_model
 
 PREFIX, CONTINUED, BLOCK = 640, 60, 64
 QUANTIZED, COMPRESSED = dict(use_quantization=True), dict(use_compression=True)
-MODES = {  # settings, codec, KL in nats a token: of int8 and int4 that of the worst of 32 texts in benchmarks/results
+MODES = {  # settings, codec, KL in nats per token (int8 and int4: that of the worst of 32 texts in benchmarks/results)
     "int8": (QUANTIZED, "int8", 4.7e-5),
     "int4": (QUANTIZED | dict(quantization_bits=4), "int4", 8.9e-3),
     "svd": (COMPRESSED, "lowrank", 2e-2),
@@ -23,25 +23,25 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained():
-    """The default model in float32, and the beginnings of the demo's documents as ids (1, PREFIX + CONTINUED)."""
+    """Returns the default model in float32, and the beginnings of the demo's documents as ids (1, PREFIX + CONTINUED)."""
     model, tokenizer = load_model(dtype="float32")
     documents = sorted((Path(demo.__file__).parent / "documents").glob("*.md"))
     return model, [tokenizer(each.read_text(), return_tensors="pt")["input_ids"][:, : PREFIX + CONTINUED] for each in documents]
 
 
 def continued(model, ids):
-    """The log probabilities (CONTINUED, V) of what comes after each of the last tokens, in float64."""
+    """Returns the log-probabilities (CONTINUED, V) of the next token after each of the last tokens, in float64."""
     with torch.no_grad():
         return torch.log_softmax(model(ids, logits_to_keep=CONTINUED).logits[0].double(), -1)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_lossy_modes_are_as_near_as_documented(mode, trained, attached):
+def test_lossy_modes_are_as_exact_as_documented(mode, trained, attached):
     model, texts = trained
     settings, codec, kl_max = MODES[mode]
     ids, *others = texts
     plain = continued(model, ids)
-    # three quarters of memory are too little for all that comes: the text, which came first, is coded whole
+    # not all texts fit in three quarters of memory, so the first text is compressed completely
     cache = attached(model, KVCacheConfig(max_tokens=1024, block_tokens=BLOCK, cache_strategy="lru", **settings))
     with torch.no_grad():
         model(ids[:, :PREFIX], logits_to_keep=1)
@@ -54,7 +54,7 @@ def test_lossy_modes_are_as_near_as_documented(mode, trained, attached):
     assert kept.tokens == PREFIX
     differs = (kept.kv != raw).unflatten(3, (-1, BLOCK)).amax((0, 1, 2, 4, 5))
     assert differs.shape == (PREFIX // BLOCK,)
-    assert bool(differs.all()), "each block is coded"
+    assert bool(differs.all()), "each block is compressed"
     hits = cache.get_cache_stats()["hits"]
     decoded = continued(model, ids)
     assert cache.get_cache_stats()["hits"] - hits == PREFIX // BLOCK
@@ -65,7 +65,7 @@ def test_lossy_modes_are_as_near_as_documented(mode, trained, attached):
     assert cache.last_report.reused_tokens == PREFIX
 
 
-def test_exact_is_the_plain_model(trained, attached):
+def test_exact_mode_equals_the_plain_model(trained, attached):
     model, texts = trained
     ids, greedy = texts[0], dict(do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True)
     plain, text = continued(model, ids), model.generate(ids, **greedy)

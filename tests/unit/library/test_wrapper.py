@@ -1,4 +1,4 @@
-"""Around a cache attached to a model: its warm-up, its switch, and quantized memory."""
+"""The warm-up of an attached cache, the wrapper that switches it on and off, and quantized memory."""
 
 import pytest
 import torch
@@ -44,17 +44,17 @@ def test_a_wrapper_switches_on_and_off():
             assert wrapper.get_cache_stats()["num_entries"] == 0
 
 
-def test_with_quantized_memory_the_answer_stays_near(attached):
+def test_quantized_memory_changes_the_next_token_distribution_little(attached):
     """KL of the next token at most 1e-3 with 8 bits on random weights; docs/codecs.md has what trained models lose."""
     model = tiny(num_hidden_layers=2, hidden_size=128, head_dim=32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.4 if parameter.ndim > 1 else 1)  # attention that looks at more than one token, as trained models have
+            parameter.mul_(0.4 if parameter.ndim > 1 else 1)  # attention to more than one token, as in trained models
     config = KVCacheConfig(max_tokens=4096, block_tokens=16, use_quantization=True, cache_strategy="lru")
     cache = attached(model, config)
     prompts = [prompt_of(200, seed=seed) for seed in range(20)]
     wanted = dict(do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
-    plain = [cache.attachment._doors["generate"]._plain(ids, use_cache=False, **wanted).logits[0] for ids in prompts]
+    plain = [cache.attachment._hooks["generate"]._plain(ids, use_cache=False, **wanted).logits[0] for ids in prompts]
     for ids in prompts:
         model.generate(ids, **wanted)
     cache.cache.engine(cache.cache.layout).settle()

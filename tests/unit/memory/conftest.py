@@ -1,4 +1,4 @@
-"""Nodes for the tests of memory: files below tmp_path, everything checked and closed, no descriptor left."""
+"""Nodes for the tests of memory. Their files are below tmp_path; all are checked and closed, and no descriptor stays open."""
 
 import gc
 import os
@@ -20,12 +20,12 @@ class Node(NamedTuple):
 
 
 def make_key(number: int, home: int | None = None) -> bytes:
-    """A key of its own for every number, whose probes start at slot `home`."""
+    """Returns a different key for every number. Its look-up starts at slot `home`."""
     return struct.pack("@4Q", number if home is None else home, number, ~number & (1 << 64) - 1, 7)
 
 
 def make_location(number: int, stored_bytes: int = 512) -> Location:
-    """Extents of different numbers do not overlap."""
+    """Returns a location for a number. Extents of different numbers do not overlap."""
     return Location(Tier.HOST, 0, 0, number * 512, stored_bytes, 512)
 
 
@@ -44,7 +44,7 @@ def no_descriptor_leaks():
 
 @pytest.fixture
 def start_node(tmp_path, no_descriptor_leaks):
-    """Call it for a node's files, writer and one reader; a second call with the same name is a restart."""
+    """A function that returns a node's files, writer and one reader. A second call with the same name is a restart."""
     nodes = []
 
     def start(name: str = "n", host_bytes: int = 1 << 20) -> Node:
@@ -77,7 +77,7 @@ def location():
 
 
 def crash(node: Node) -> None:
-    """What the kernel does when a writer is killed: it closes everything; the words stay as they are."""
+    """Do what the kernel does when a writer is killed: close everything, and leave the words unchanged."""
     node.index.close()
     node.files.close()
 

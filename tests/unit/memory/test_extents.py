@@ -1,4 +1,4 @@
-"""The allocator against a plain map of bytes, and its contract."""
+"""The allocator, compared with a plain map of bytes, and its contract."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ def refused(call, *arguments) -> None:
 
 
 class AgainstByteMap(RuleBasedStateMachine):
-    """Every byte has at most one owner; None is returned only where the map shows no room."""
+    """Compares the allocator with a map of bytes: each byte has at most one owner, and None means that the map has no room."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ TestAgainstByteMap = AgainstByteMap.TestCase
 TestAgainstByteMap.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_an_offset_that_is_not_taken_cannot_be_freed_or_measured():
+def test_a_free_offset_cannot_be_freed_or_measured():
     allocator = ExtentAllocator(4096)
     offset = allocator.allocate(700)
     allocator.free(offset)
@@ -103,7 +103,7 @@ def test_an_offset_that_is_not_taken_cannot_be_freed_or_measured():
     refused(ExtentAllocator, 100, 512)
 
 
-def test_a_run_is_one_piece_when_it_fits_and_ends_with_what_there_is():
+def test_a_run_is_contiguous_if_it_fits_and_otherwise_uses_the_free_pieces():
     allocator = ExtentAllocator(10 * 512)
     assert allocator.allocate_run(500, 4) == [0, 512, 1024, 1536]
     allocator.free(512)
@@ -124,21 +124,21 @@ def test_claims_of_a_rebuilt_arena_repeat_the_allocations(sizes):
     assert second.free_ranges() == first.free_ranges()
 
 
-def test_small_extents_gather_at_the_end(checked) -> None:
+def test_small_extents_are_allocated_from_the_end(checked) -> None:
     extents = checked(ExtentAllocator(64 * KIB))
     large = extents.allocate_run(8 * KIB, 2)
     assert large == [0, 8 * KIB]
     assert [extents.allocate_apart(4 * KIB, 0) for _ in range(2)] == [60 * KIB, 56 * KIB]
 
 
-def test_small_extents_leave_the_beginning_to_others(checked) -> None:
+def test_small_extents_leave_the_start_to_others(checked) -> None:
     extents = checked(ExtentAllocator(64 * KIB))
     given = [extents.allocate_apart(8 * KIB, 32 * KIB) for _ in range(5)]
     assert given == [56 * KIB, 48 * KIB, 40 * KIB, 32 * KIB, None]
     assert extents.free_bytes == 32 * KIB
 
 
-def test_a_gap_of_about_its_size_is_taken_before_any_other(checked) -> None:
+def test_a_gap_of_about_the_same_size_is_used_first(checked) -> None:
     extents = checked(ExtentAllocator(64 * KIB))
     first, second, third = (extents.allocate_apart(8 * KIB, 0) for _ in range(3))
     extents.free(second)

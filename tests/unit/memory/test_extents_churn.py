@@ -1,9 +1,9 @@
-"""How much of an arena is wasted when blocks of many sizes come and go.
+"""Measures the wasted share of an arena while blocks of many sizes are allocated and evicted.
 
-Waste is 1 - payload bytes that live / capacity: rounding and everything that lies free count. It is sampled where it
-matters, directly after an allocation that had to evict, and averaged over the moments of the last three quarters of the
-operations. An operation is one allocation or one eviction; victims are the oldest or random ones, one at a time until
-the new block fits. The arena is that of the default settings, 1 GiB.
+Waste is 1 - payload bytes in use / capacity, so it includes rounding and all free bytes. It is sampled directly after each
+allocation that had to evict, and averaged over the last three quarters of the operations. An operation is one allocation or one
+eviction. Victims are the oldest blocks or random ones, one at a time until the new block fits. The arena is that of the default
+settings, 1 GiB.
 """
 
 import random
@@ -18,27 +18,27 @@ OPERATIONS = 100_000
 
 
 def uniform(rng: random.Random) -> int:
-    """Compressed blocks of any size."""
+    """Sizes of compressed blocks of any size."""
     return rng.randint(64 * KIB, 3072 * KIB)
 
 
 def log_uniform(rng: random.Random) -> int:
-    """Many small blocks, few large ones."""
+    """Sizes of many small blocks and few large ones."""
     return int(64 * KIB * 48 ** rng.random())
 
 
 def fixed_sizes(rng: random.Random) -> int:
-    """Three models' raw blocks, of sizes that do not divide each other."""
+    """Sizes of three models' raw blocks, which do not divide each other."""
     return rng.choice((500 * KIB + 128, 850 * KIB + 128, 1450 * KIB + 128))
 
 
 def powers_of_four(rng: random.Random) -> int:
-    """Raw blocks of small and large models, with a header."""
+    """Sizes of raw blocks of small and large models, with a header."""
     return rng.choice((64, 256, 1024, 3072)) * KIB + 128
 
 
 def around_one_ratio(rng: random.Random) -> int:
-    """Blocks of one model under a codec whose ratio varies a little."""
+    """Sizes of one model's blocks with a codec whose ratio varies slightly."""
     return max(64 * KIB, int(rng.gauss(900, 150) * KIB))
 
 

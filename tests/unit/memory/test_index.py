@@ -1,4 +1,4 @@
-"""The shared index: a dict as seen through another mapping, touches, and limits."""
+"""The shared index: it equals a dict when read through another mapping; touches; limits."""
 
 import tempfile
 
@@ -44,7 +44,7 @@ def test_every_reader_sees_the_same_as_a_dict(key, location, operations, homes):
                     touched.pop(name, None)
                 elif found := view.lookup(name):
                     view.touch([found])
-                    touched.pop(name, None)  # the latest comes last
+                    touched.pop(name, None)  # the latest is the last
                     touched[name] = None
                 assert len(index) == view.blocks == len(model)
             for number, home in enumerate(homes):
@@ -62,7 +62,7 @@ def test_every_reader_sees_the_same_as_a_dict(key, location, operations, homes):
 
 
 @pytest.mark.parametrize("weakly_ordered", [False, True])
-def test_all_fields_survive(node, key, weakly_ordered, monkeypatch):
+def test_all_fields_are_read_as_written(node, key, weakly_ordered, monkeypatch):
     monkeypatch.setattr("tiered_kv.memory.words.WEAKLY_ORDERED", weakly_ordered)
     place = Location(Tier.DISK, 255, 2**32 - 1, 2**62 + 5, 2**32 - 1, 2**32 - 2)
     index = node.index.put(key(2**64 - 1), place)
@@ -75,7 +75,7 @@ def test_all_fields_survive(node, key, weakly_ordered, monkeypatch):
     "wrong",
     [{"codec": 256}, {"segment": 2**32}, {"offset": -1}, {"stored_bytes": 0}, {"stored_bytes": 2**32}, {"raw_bytes": 2**32}, {"tier": 0}],
 )
-def test_a_location_that_a_slot_cannot_hold_is_refused(node, key, location, wrong):
+def test_a_location_too_large_for_a_slot_is_rejected(node, key, location, wrong):
     with pytest.raises(TieredKVError) as caught:
         node.index.put(key(1), location(1)._replace(**wrong))
     assert caught.value.kind is Kind.MEMORY
@@ -94,7 +94,7 @@ def test_a_full_index_refuses_new_blocks_and_still_replaces_old_ones(node, key, 
     assert node.index.remove(key(1)) and node.index.put(key(capacity + 1), location(1)) is not None
 
 
-def test_harvest_tells_the_touched_blocks_oldest_first_and_once(node, key, location):
+def test_harvest_returns_touched_blocks_once_oldest_first(node, key, location):
     for number in range(5):
         node.index.put(key(number), location(number))
     slots = [node.view.lookup(key(number)) for number in range(5)]
@@ -108,7 +108,7 @@ def test_harvest_tells_the_touched_blocks_oldest_first_and_once(node, key, locat
     assert [(name, count) for name, count, _ in node.index.harvest()] == [(key(4), 2)]
 
 
-def test_touches_move_with_their_block_and_go_with_it(node, key, location):
+def test_touches_move_and_end_with_their_block(node, key, location):
     for number in (1, 2, 3):
         node.index.put(key(number, home=9), location(number))
     node.view.touch([node.view.lookup(key(number, home=9)) for number in (3, 1)])
@@ -124,7 +124,7 @@ def test_a_replaced_block_keeps_its_touches(node, key, location):
     assert [name for name, _, _ in node.index.harvest()] == [key(1)]
 
 
-def test_a_slow_reader_sets_the_tick_back_and_nothing_is_lost(node, key, location):
+def test_a_slow_reader_sets_the_tick_back_without_losing_touches(node, key, location):
     for number in (1, 2, 3):
         node.index.put(key(number), location(number))
     header = node.view._header
@@ -140,7 +140,7 @@ def test_a_slow_reader_sets_the_tick_back_and_nothing_is_lost(node, key, locatio
     assert header[16] == 14
 
 
-def test_a_touch_of_a_block_that_is_gone_is_nobodys(node, key, location):
+def test_a_touch_of_a_removed_block_counts_for_no_block(node, key, location):
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
     node.index.remove(key(1))
@@ -156,7 +156,7 @@ def test_counts_wrap_instead_of_failing(node, key, location):
     assert node.view._views.counts[slot.index] == 1
 
 
-def test_the_header_tells_readers_about_the_node(node, key, location):
+def test_readers_learn_the_nodes_state_from_the_header(node, key, location):
     assert (node.view.generation, node.view.live, node.view.peers, node.view.heartbeat_ns, node.view.blocks) == (1, True, 0, 0, 0)
     node.index.set_peers(3)
     node.index.beat(12345)

@@ -1,4 +1,4 @@
-"""The quick look-up of a chain gives what `lookup` gives for each of its keys."""
+"""The fast look-up of a chain returns the same as `lookup` for each of its keys."""
 
 import tempfile
 

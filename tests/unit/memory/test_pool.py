@@ -1,4 +1,4 @@
-"""The device pool: the same memory in several processes, copies within bounds, clear errors, nothing left behind."""
+"""The device pool: shared memory in several processes, copies within bounds, clear errors, and no files left behind."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def test_another_process_reads_and_writes_the_same_memory(pool, tmp_path):
     assert pool.tensor[1024:1040].tolist() == list(range(100, 116))
 
 
-def test_copies_are_done_when_they_return_on_the_cpu(pool):
+def test_copies_on_the_cpu_are_complete_when_they_return(pool):
     ticket = pool.copy_in(0, numbers())
     assert ticket.done()
     out = torch.zeros(16, dtype=torch.uint8)
@@ -72,20 +72,20 @@ def test_only_the_owner_of_the_directory_may_use_the_files(pool, tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "had"), [(4096, 4096), (8191, 4096), (NBYTES + 1, NBYTES)])
-def test_the_pool_never_takes_more_than_was_asked_for(tmp_path, asked, had):
+def test_the_pool_never_exceeds_its_requested_size(tmp_path, asked, had):
     with DevicePool.create("cpu", asked, tmp_path) as pool:
         assert pool.nbytes == had == (tmp_path / "device-pool").stat().st_size
 
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 16), (NBYTES - 15, 16), (NBYTES + 1, 0)])
-def test_bytes_outside_the_pool_are_refused(pool, offset, nbytes):
+def test_bytes_outside_the_pool_are_rejected(pool, offset, nbytes):
     before = pool.tensor.clone()
     assert error_of(pool.copy_in, offset, numbers(nbytes)).kind is Kind.MEMORY
     assert error_of(pool.copy_out, offset, nbytes, numbers(nbytes)).kind is Kind.MEMORY
     assert torch.equal(pool.tensor, before)
 
 
-def test_what_is_no_row_of_bytes_is_refused(pool):
+def test_tensors_that_are_no_byte_vector_are_rejected(pool):
     assert error_of(pool.copy_in, 0, torch.zeros(4)).kind is Kind.MEMORY
     assert error_of(pool.copy_in, 0, torch.zeros(4, 4, dtype=torch.uint8)).kind is Kind.MEMORY
     assert error_of(pool.copy_out, 0, 8, numbers(9)).kind is Kind.MEMORY
@@ -95,7 +95,7 @@ def test_a_node_without_a_device_tier_has_no_pool(tmp_path):
     assert DevicePool.open(tmp_path) is None
 
 
-def test_closing_lets_go_and_removing_leaves_nothing(pool, tmp_path):
+def test_closing_releases_the_memory_and_removing_deletes_the_files(pool, tmp_path):
     reader = DevicePool.open(tmp_path)
     reader.close(remove=True)
     assert len(list(tmp_path.iterdir())) == 2, "only who created the pool removes it"
@@ -105,7 +105,7 @@ def test_closing_lets_go_and_removing_leaves_nothing(pool, tmp_path):
     assert error_of(pool.copy_in, 0, numbers()).kind is Kind.CLOSED
 
 
-def test_a_restarted_node_has_a_new_pool_and_readers_of_the_old_one_can_tell(pool, tmp_path, checked):
+def test_readers_detect_the_new_pool_of_a_restarted_node(pool, tmp_path, checked):
     reader = checked(DevicePool.open(tmp_path))
     again = checked(DevicePool.create("cpu", NBYTES, tmp_path, generation=4))
     again.copy_in(0, numbers()).wait()
@@ -114,7 +114,7 @@ def test_a_restarted_node_has_a_new_pool_and_readers_of_the_old_one_can_tell(poo
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "tpu", "meta", "cuda:99"])
-def test_a_device_that_there_is_not_names_the_setting(tmp_path, device):
+def test_the_error_for_a_missing_device_names_the_setting(tmp_path, device):
     error = error_of(DevicePool.create, device, NBYTES, tmp_path)
     assert error.kind is Kind.CONFIG
     assert error.context["setting"] == "device"
@@ -123,14 +123,14 @@ def test_a_device_that_there_is_not_names_the_setting(tmp_path, device):
 
 
 @pytest.mark.parametrize(("nbytes", "kind"), [(0, Kind.CONFIG), (4095, Kind.CONFIG), (1 << 50, Kind.MEMORY)])
-def test_a_size_that_cannot_be_names_the_setting_and_leaves_nothing(tmp_path, nbytes, kind):
+def test_the_error_for_an_invalid_size_names_the_setting_and_leaves_no_files(tmp_path, nbytes, kind):
     error = error_of(DevicePool.create, "cpu", nbytes, tmp_path)
     assert error.kind is kind
     assert error.context["setting"] == "device"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_while_allocating_is_a_clear_error(tmp_path, monkeypatch):
+def test_too_little_memory_for_the_pool_is_a_clear_error(tmp_path, monkeypatch):
     def full(fd, start, nbytes):
         raise OSError(28, "No space left on device")
 
@@ -139,7 +139,7 @@ def test_memory_that_runs_out_while_allocating_is_a_clear_error(tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pool_that_is_not_visible_to_this_process_says_so(tmp_path):
+def test_the_error_for_a_device_hidden_from_this_process_says_so(tmp_path):
     facts = {"version": 1, "device": "cuda", "nbytes": NBYTES, "generation": 1, "uuid": "GPU-of-another", "storage": []}
     (tmp_path / "device").write_bytes(msgpack.packb(facts))
     error = error_of(DevicePool.open, tmp_path)
@@ -158,20 +158,20 @@ def described(**changes) -> bytes:
         *(described(nbytes="4096"), described(nbytes=NBYTES + 4096), msgpack.packb({"version": 1, "device": "cpu"})),
     ],
 )
-def test_a_damaged_or_newer_descriptor_is_refused(pool, tmp_path, content):
+def test_a_damaged_or_newer_descriptor_is_rejected(pool, tmp_path, content):
     good = (tmp_path / "device").read_bytes()
     (tmp_path / "device").write_bytes(content)
     assert error_of(DevicePool.open, tmp_path).kind is Kind.MEMORY
     (tmp_path / "device").write_bytes(good)
 
 
-def test_a_pool_without_its_memory_is_refused(tmp_path):
+def test_a_pool_without_its_memory_is_rejected(tmp_path):
     DevicePool.create("cpu", NBYTES, tmp_path).close()
     (tmp_path / "device-pool").unlink()
     assert error_of(DevicePool.open, tmp_path).kind is Kind.MEMORY
 
 
-def test_the_files_of_a_dead_node_go_with_its_directory(tmp_path):
+def test_the_files_of_a_dead_node_are_removed_with_its_directory(tmp_path):
     files = NodeFiles.create(tmp_path, "c", "n", 1 << 20)
     DevicePool.create("cpu", NBYTES, files.directory).close()
     assert reclaim_stale(tmp_path, 0, max_age_s=-1) == [], "somebody uses it"
@@ -206,7 +206,7 @@ def test_another_process_maps_the_memory_of_a_gpu(tmp_path, checked):
 
 @pytest.mark.gpu
 @has_cuda
-def test_a_copy_on_the_side_stream_is_behind_what_the_caller_computes(tmp_path, checked):
+def test_a_copy_on_the_side_stream_waits_for_the_callers_computation(tmp_path, checked):
     pool = checked(DevicePool.create("cuda:0", 32 << 20, tmp_path))
     source = torch.zeros(8 << 20, dtype=torch.uint8, device="cuda:0")
     for value in range(1, 50):
@@ -230,5 +230,5 @@ def test_host_memory_is_pinned_and_released():
 
 @pytest.mark.gpu
 @has_cuda
-def test_a_gpu_pool_too_small_for_the_allocator_is_refused(tmp_path):
+def test_a_gpu_pool_too_small_for_the_allocator_is_rejected(tmp_path):
     assert error_of(DevicePool.create, "cuda:0", pools._CUDA_MIN_BYTES - 1, tmp_path).kind is Kind.CONFIG

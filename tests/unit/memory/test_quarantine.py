@@ -1,4 +1,4 @@
-"""Ranges that a living worker still writes to, as a restarted node sees them through the kernel."""
+"""A restarted node finds, through the kernel, the ranges that a running worker still writes."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def start_worker():
-    """A process that guards ranges until it gets a line, and ends with the next one."""
+    """Starts a process that guards ranges until it gets a line of input, and ends at the next line."""
     workers = []
     repository = str(Path(tiered_kv.__path__[0]).parent)
 
@@ -53,7 +53,7 @@ def everything(node):
     return [(0, node.files.arena_bytes)]
 
 
-def test_a_restarted_node_sees_what_a_worker_holds_until_it_lets_go(start_node, kill, start_worker):
+def test_a_restarted_node_sees_a_workers_ranges_until_it_releases_them(start_node, kill, start_worker):
     first = start_node()
     worker = start_worker(first.files.directory, "1000+100", "8192+512", "8704+512")
     kill(first)
@@ -71,7 +71,7 @@ def test_a_restarted_node_sees_what_a_worker_holds_until_it_lets_go(start_node, 
     assert locked_ranges(second.files.arena_fd, everything(second)) == []
 
 
-def test_a_killed_worker_holds_nothing(node, start_worker):
+def test_a_killed_worker_keeps_no_range_locked(node, start_worker):
     worker = start_worker(node.files.directory, "0+4096")
     assert locked_ranges(node.files.arena_fd, everything(node)) == [(0, 4096)]
     worker.kill()
@@ -93,13 +93,13 @@ def test_locks_of_several_holders_are_found_in_any_order(node):
     assert locked_ranges(node.files.arena_fd, everything(node)) == []
 
 
-def test_ranges_that_touch_become_one():
+def test_adjacent_ranges_are_merged():
     assert merged([(20, 5), (0, 10), (10, 5), (22, 10)]) == [(0, 15), (20, 12)]
     assert merged([(0, 100), (10, 5)]) == [(0, 100)]
     assert merged([]) == []
 
 
-def test_a_guard_says_when_the_node_was_restarted_since_the_reservation(start_node, kill):
+def test_a_guard_detects_a_restart_of_the_node_since_the_reservation(start_node, kill):
     first = start_node()
     before = first.view.generation
     with first.view.guard([(0, 512)], before) as same:
@@ -112,14 +112,14 @@ def test_a_guard_says_when_the_node_was_restarted_since_the_reservation(start_no
         assert same
 
 
-def test_a_guard_lets_go_when_its_block_fails(node):
+def test_a_guard_is_released_when_its_block_raises(node):
     with pytest.raises(ZeroDivisionError), node.view.guard([(0, 512)], 1):
         assert locked_ranges(node.files.arena_fd, everything(node)) == [(0, 512)]
         raise ZeroDivisionError
     assert locked_ranges(node.files.arena_fd, everything(node)) == []
 
 
-def test_a_guard_out_of_bounds_is_refused_and_holds_nothing(node):
+def test_a_guard_out_of_bounds_is_rejected_and_locks_nothing(node):
     with pytest.raises(TieredKVError) as caught, node.view.guard([(0, 512), (node.files.arena_bytes, 1)], 1):
         pass
     assert caught.value.kind is Kind.MEMORY

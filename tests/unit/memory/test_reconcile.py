@@ -1,4 +1,4 @@
-"""An index with damaged slots is made to show exactly what its node knows."""
+"""Repairing an index with damaged slots, so that it shows exactly the node's blocks."""
 
 import tempfile
 
@@ -19,7 +19,7 @@ moves = st.lists(st.tuples(st.integers(0, w.SLOTS_MIN - 1), st.integers(0, w.SLO
 
 @given(homes=st.lists(st.sampled_from([0, 1, 5, 62, 63]), min_size=BLOCKS, max_size=BLOCKS), damaged=damage, copied=moves)
 @settings(deadline=None)
-def test_reconcile_shows_the_truth_whatever_the_slots_said(key, homes, damaged, copied) -> None:
+def test_reconcile_repairs_any_content_of_the_slots(key, homes, damaged, copied) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = NodeFiles.create(folder, "c", "n", 1 << 17)
         index, view = IndexWriter(files), NodeView.open(files.directory)

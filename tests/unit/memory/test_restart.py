@@ -1,4 +1,4 @@
-"""A writer that dies at any store, the next one that puts the index in order, and readers that go on meanwhile."""
+"""A writer that is killed at any write of a word, the next writer, which repairs the index, and readers that run meanwhile."""
 
 import pytest
 
@@ -13,11 +13,11 @@ def restarted(node) -> tuple[NodeFiles, IndexWriter]:
 
 
 class Killed(Exception):
-    """The writer's last moment."""
+    """Raised at the write at which the writer is killed."""
 
 
 class DyingWords:
-    """The words of a writer that is killed just before its n-th store."""
+    """The words of a writer that is killed just before its n-th write."""
 
     def __init__(self, words, stores_left):
         self._words, self.stores_left = words, stores_left
@@ -50,7 +50,7 @@ def test_a_restart_keeps_every_block_and_bumps_the_generation(start_node, kill, 
     assert [name for name, _, _ in second.index.harvest()] == [key(7), key(3)]
 
 
-def test_the_state_tells_a_shutdown_from_a_crash(start_node, kill):
+def test_the_state_distinguishes_a_shutdown_from_a_crash(start_node, kill):
     first = start_node()
     first.index.close_state()
     kill(first)
@@ -75,7 +75,7 @@ def test_a_block_that_was_being_written_is_dropped(start_node, kill, key, locati
 @pytest.mark.parametrize("home", [4, 252])
 @pytest.mark.parametrize("stores", range(14))
 @pytest.mark.parametrize("operation", ["put", "replace", "remove"])
-def test_a_writer_killed_before_any_store_costs_at_most_that_block(start_node, kill, key, location, operation, stores, home):
+def test_a_writer_killed_before_any_write_loses_at_most_that_block(start_node, kill, key, location, operation, stores, home):
     first = start_node()
     others = {key(number, home=home + number // 3): location(number) for number in range(8)}
     mine = key(50, home=home)
@@ -146,7 +146,7 @@ def copy_slot(node, source: int, target: int) -> None:
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_two_slots_with_one_key_become_one_or_none(start_node, kill, key, location, equal):
+def test_two_slots_with_one_key_become_at_most_one(start_node, kill, key, location, equal):
     first = start_node()
     first.index.put(key(1, home=4), location(1))
     copy_slot(first, 4, 5)
@@ -159,7 +159,7 @@ def test_two_slots_with_one_key_become_one_or_none(start_node, kill, key, locati
     assert second.index.get(key(1, home=4)) == (location(1) if equal else None)
 
 
-def test_blocks_out_of_reach_are_inserted_again(start_node, kill, key, location):
+def test_unreachable_blocks_are_inserted_again(start_node, kill, key, location):
     first = start_node()
     first.index.put(key(1, home=4), location(1))
     first.index.put(key(2, home=9), location(2))
@@ -174,8 +174,8 @@ def test_blocks_out_of_reach_are_inserted_again(start_node, kill, key, location)
 
 
 @pytest.mark.parametrize("torn", [(0, 255), (254, 255, 0), (254, 0, 1), (255, 1)])
-def test_what_several_torn_slots_hold_is_never_shown(start_node, kill, key, location, torn):
-    """More than one writer's death can cause; they wrap round the end of the table."""
+def test_several_torn_slots_are_never_shown(start_node, kill, key, location, torn):
+    """These are more torn slots than one killed writer can leave. They wrap around the end of the table."""
     first = start_node()
     numbers = range(5)
     for number in numbers:

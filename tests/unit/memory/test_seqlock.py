@@ -1,4 +1,4 @@
-"""Interleavings of one writer and one reader, step by step: the words of the writer are set by hand."""
+"""Interleavings of one writer and one reader, step by step. The tests set the writer's words directly."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tiered_kv.memory import words as w
 
 
 def words_of(node):
-    """All slots as the writer sees them."""
+    """Returns the words of all slots as the writer sees them."""
     return node.index._views.slot_words
 
 
@@ -23,7 +23,7 @@ def test_a_slot_that_is_being_written_is_a_miss_after_one_retry(node, key, locat
     assert (node.view.lookups, node.view.retries) == (2, 1)
 
 
-def test_blocks_behind_a_slot_that_is_being_written_are_found(node, key, location):
+def test_blocks_after_a_slot_that_is_being_written_are_found(node, key, location):
     first = node.index.put(key(1, home=5), location(1))
     node.index.put(key(2, home=5), location(2))
     words_of(node)[first * 8] += 1
@@ -31,7 +31,7 @@ def test_blocks_behind_a_slot_that_is_being_written_are_found(node, key, locatio
     words_of(node)[first * 8] += 1
 
 
-def test_a_block_removed_while_it_was_read_is_invalid(node, key, location):
+def test_a_block_removed_during_its_read_is_invalid(node, key, location):
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
     node.index.remove(key(1))
@@ -39,7 +39,7 @@ def test_a_block_removed_while_it_was_read_is_invalid(node, key, location):
     assert node.view.lookup(key(1)) is None
 
 
-def test_a_slot_that_went_to_another_block_is_invalid(node, key, location):
+def test_a_slot_reused_for_another_block_is_invalid(node, key, location):
     node.index.put(key(1, home=3), location(1))
     slot = node.view.lookup(key(1, home=3))
     node.index.remove(key(1, home=3))
@@ -47,7 +47,7 @@ def test_a_slot_that_went_to_another_block_is_invalid(node, key, location):
     assert not node.view.valid(slot)
 
 
-def test_a_slot_that_came_back_to_the_same_block_is_invalid(node, key, location):
+def test_a_slot_reused_again_for_the_same_block_is_invalid(node, key, location):
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
     node.index.remove(key(1))
@@ -64,14 +64,14 @@ def test_a_block_that_moved_to_another_tier_is_invalid(node, key, location):
     assert node.view.lookup(key(1)).tier == Tier.DISK
 
 
-def test_putting_the_same_again_disturbs_no_reader(node, key, location):
+def test_writing_the_same_entry_again_does_not_invalidate_readers(node, key, location):
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
     node.index.put(key(1), location(1))
     assert node.view.valid(slot)
 
 
-def test_a_block_shifted_back_is_invalid_where_it_was_and_found_where_it_is(node, key, location):
+def test_a_shifted_block_is_invalid_in_its_old_slot_and_found_in_its_new_one(node, key, location):
     node.index.put(key(1, home=7), location(1))
     node.index.put(key(2, home=7), location(2))
     slot = node.view.lookup(key(2, home=7))
@@ -82,7 +82,7 @@ def test_a_block_shifted_back_is_invalid_where_it_was_and_found_where_it_is(node
 
 
 class Interrupting:
-    """The words of a view; between two loads of a sequence number it lets the writer act."""
+    """The words of a view. Runs the writer's action between two loads of a sequence number."""
 
     def __init__(self, words, at_load, action):
         self._words, self._at_load, self._action, self._loads = words, at_load, action, 0
@@ -96,8 +96,8 @@ class Interrupting:
 
 @pytest.mark.parametrize("at_load", [1, 2, 3, 4])
 @pytest.mark.parametrize("act", ["replace", "remove", "reuse", "half"])
-def test_a_writer_between_any_two_loads_of_a_lookup_causes_a_miss_at_most(node, key, location, at_load, act):
-    """Load 1 is before the key is read, load 2 after it, 3 and 4 are those of the retry."""
+def test_a_write_between_any_two_loads_of_a_lookup_causes_at_most_a_miss(node, key, location, at_load, act):
+    """Load 1 is before the read of the key, load 2 is after it, and loads 3 and 4 are those of the retry."""
     mine, other = key(1, home=2), key(2, home=2)
     old, new = location(1), location(2)
     slot = node.index.put(mine, old)
@@ -128,7 +128,7 @@ def test_a_writer_between_any_two_loads_of_a_lookup_causes_a_miss_at_most(node, 
         words_of(node)[slot * 8] += 1
 
 
-def test_bytes_copied_while_the_extent_was_given_away_are_recognised(node, key, location):
+def test_bytes_copied_while_the_extent_was_reused_are_detected(node, key, location):
     node.view.extent(512, 512).fill_(1)
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
@@ -150,7 +150,7 @@ def test_a_damaged_table_without_an_empty_slot_ends_in_a_miss(node, key):
         words[slot * 8 + 5] = 0
 
 
-def test_a_fence_can_be_passed_any_number_of_times():
+def test_a_fence_can_be_called_any_number_of_times():
     for _ in range(3):
         w.fence()
 
@@ -166,7 +166,7 @@ def test_extents_are_views_of_the_arena(node):
     assert node.view.extent(4096 + 2048, 100).eq(5).all() and not arena[4096 + 2148]
 
 
-def test_extents_out_of_bounds_are_refused(node):
+def test_extents_out_of_bounds_are_rejected(node):
     size = node.view.arena_bytes
     node.view.extents(0, 0, 1, size)
     for call, arguments in [
@@ -181,7 +181,7 @@ def test_extents_out_of_bounds_are_refused(node):
         assert caught.value.kind is Kind.MEMORY
 
 
-def test_a_closed_view_says_so_and_tensors_handed_out_live_on(node, key, location):
+def test_a_closed_view_raises_and_its_tensors_stay_valid(node, key, location):
     node.index.put(key(1), location(1))
     slot = node.view.lookup(key(1))
     kept = node.view.extent(512, 512)

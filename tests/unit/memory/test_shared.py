@@ -1,4 +1,4 @@
-"""A node's files: sizes and rights, clear errors that name the setting, nothing left behind, reclaiming the dead."""
+"""A node's files: sizes and permissions, errors that name the setting, clean-up, and removal of dead nodes' files."""
 
 import os
 import struct
@@ -50,7 +50,7 @@ def test_index_and_arena_together_never_exceed_the_cap(host_bytes):
     assert host_bytes - 4096 < w.index_bytes(slots) + arena_bytes <= host_bytes
 
 
-def test_a_cap_that_leaves_nothing_for_the_arena_is_refused():
+def test_a_cap_without_room_for_the_arena_is_rejected():
     error = error_of(w.plan, 8192)
     assert error.kind is Kind.CONFIG and "host" in str(error)
 
@@ -68,11 +68,11 @@ def test_files_have_the_planned_sizes_and_only_the_owner_may_use_them(files, tmp
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "x" * 101, "ä"])
-def test_names_that_cannot_be_paths_are_refused(tmp_path, name):
+def test_names_that_cannot_be_paths_are_rejected(tmp_path, name):
     assert error_of(node_directory, tmp_path, name, "n").kind is Kind.CONFIG
 
 
-def test_shared_memory_too_small_names_the_setting_and_leaves_nothing_behind():
+def test_the_error_for_too_little_shared_memory_names_the_setting_and_leaves_no_files():
     facts = os.statvfs("/dev/shm")
     host_bytes = facts.f_bavail * facts.f_frsize + (1 << 30)
     error = error_of(NodeFiles.create, "/dev/shm", "small", f"n{os.getpid()}", host_bytes)
@@ -83,7 +83,7 @@ def test_shared_memory_too_small_names_the_setting_and_leaves_nothing_behind():
     assert not node_directory("/dev/shm", "small", f"n{os.getpid()}").exists()
 
 
-def test_memory_that_runs_out_while_allocating_is_the_same_error(tmp_path, monkeypatch):
+def test_running_out_of_memory_while_allocating_is_the_same_error(tmp_path, monkeypatch):
     def full(fd, start, nbytes):
         raise OSError(28, "No space left on device")
 
@@ -93,7 +93,7 @@ def test_memory_that_runs_out_while_allocating_is_the_same_error(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_that_cannot_be_written_names_the_setting(tmp_path):
+def test_the_error_for_an_unwritable_path_names_the_setting(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "missing", tmp_path / "file", Path("/proc")):
         error = error_of(NodeFiles.create, path, "c", "n", HOST_BYTES)
@@ -102,7 +102,7 @@ def test_a_path_that_cannot_be_written_names_the_setting(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_path_names_the_setting(tmp_path):
+def test_the_error_for_a_read_only_path_names_the_setting(tmp_path):
     tmp_path.chmod(0o500)
     try:
         assert error_of(NodeFiles.create, tmp_path, "c", "n", HOST_BYTES).context["setting"] == "shm_path"
@@ -121,12 +121,12 @@ def test_a_node_has_one_writer_and_many_readers(files):
         reader.close()
 
 
-def test_creating_twice_is_refused_and_harms_nothing(files, tmp_path):
+def test_creating_twice_is_rejected_and_harms_nothing(files, tmp_path):
     assert "exists" in str(error_of(NodeFiles.create, tmp_path, "c", "n", HOST_BYTES))
     assert files.index_path.exists()
 
 
-def test_files_of_another_version_are_refused_by_readers(files):
+def test_readers_reject_files_of_another_version(files):
     set_word(files.directory, w.VERSION, 9)
     error = error_of(NodeView.open, files.directory)
     assert error.kind is Kind.MEMORY and "version 9" in str(error) and f"version {w.FORMAT_VERSION}" in str(error)
@@ -144,26 +144,26 @@ def test_files_of_another_version_are_refused_by_readers(files):
         (w.ARENA_BYTES, 4096, "arena"),
     ],
 )
-def test_foreign_or_damaged_files_are_refused(files, word, value, says):
+def test_foreign_or_damaged_files_are_rejected(files, word, value, says):
     set_word(files.directory, word, value)
     error = error_of(NodeFiles.attach, files.directory, cluster_id="c", node_id="n")
     assert error.kind is Kind.MEMORY and says in str(error)
 
 
-def test_a_cut_off_file_is_refused(files):
+def test_a_truncated_file_is_rejected(files):
     os.truncate(files.arena_path, 4096)
     assert "arena" in str(error_of(NodeFiles.attach, files.directory))
     os.truncate(files.index_path, 100)
     assert "unfinished" in str(error_of(NodeFiles.attach, files.directory))
 
 
-def test_a_directory_that_others_may_write_to_is_refused(files):
+def test_a_directory_that_others_may_write_to_is_rejected(files):
     files.directory.chmod(0o777)
     assert error_of(NodeFiles.attach, files.directory).context["setting"] == "shm_path"
     files.directory.chmod(0o700)
 
 
-def test_no_node_is_a_clear_error(tmp_path):
+def test_a_missing_node_is_a_clear_error(tmp_path):
     error = error_of(NodeView.open, tmp_path / "tkv-c-n")
     assert error.kind is Kind.MEMORY and "no node's files" in str(error)
 
@@ -200,7 +200,7 @@ def test_a_node_that_died_while_it_was_created_can_start_again(tmp_path):
         files.remove()
 
 
-def test_files_of_another_version_are_replaced_once_nobody_uses_them(files, tmp_path):
+def test_unused_files_of_another_version_are_replaced(files, tmp_path):
     reader = NodeFiles.attach(files.directory)
     files.close()
     set_word(reader.directory, w.VERSION, 9)
@@ -211,7 +211,7 @@ def test_files_of_another_version_are_replaced_once_nobody_uses_them(files, tmp_
     again.close()
 
 
-def test_remove_deletes_everything_and_only_its_own(files, tmp_path):
+def test_remove_deletes_all_of_its_own_files_and_no_others(files, tmp_path):
     view = NodeView.open(files.directory)
     files.remove()
     files.remove()
@@ -223,7 +223,7 @@ def test_remove_deletes_everything_and_only_its_own(files, tmp_path):
     successor.remove()
 
 
-def test_closing_under_tensors_keeps_their_memory(files):
+def test_closing_keeps_the_memory_of_tensors_in_use(files):
     tensor = files.arena.tensor()[:10]
     files.close()
     files.close()
@@ -260,7 +260,7 @@ def test_a_heartbeat_from_before_a_reboot_is_stale(files, tmp_path):
     assert reclaim_stale(tmp_path, MINUTE_NS) == [files.directory]
 
 
-def test_unfinished_directories_go_by_their_age(tmp_path):
+def test_unfinished_directories_are_removed_by_age(tmp_path):
     directory = tmp_path / "tkv-c-n"
     directory.mkdir()
     assert reclaim_stale(tmp_path, 0) == []
@@ -286,7 +286,7 @@ def test_a_directory_of_another_user_is_left_alone(files, tmp_path, monkeypatch)
     assert error_of(NodeFiles.attach, files.directory).context["setting"] == "shm_path"
 
 
-def test_a_disk_tier_has_slots_for_its_blocks_within_an_eighth_of_host():
+def test_the_index_has_slots_for_the_disk_tier_within_an_eighth_of_host():
     alone, _ = w.plan(2 << 20)
     slots, arena_bytes = w.plan(2 << 20, 64 << 20)
     assert slots == 2048 > alone
@@ -297,6 +297,6 @@ def test_a_disk_tier_has_slots_for_its_blocks_within_an_eighth_of_host():
 
 
 @pytest.mark.parametrize(("host_bytes", "lower_bytes"), [(64 << 20, 512 << 20), (16 << 30, 200 << 30), (1 << 30, 12 << 30)])
-def test_blocks_of_64_kib_fill_host_and_disk_and_the_index_is_not_crowded(host_bytes, lower_bytes):
+def test_blocks_of_64_kib_fill_host_and_disk_before_the_index(host_bytes, lower_bytes):
     slots, _ = w.plan(host_bytes, lower_bytes)
     assert slots // 2 * 9 // 10 >= (host_bytes + lower_bytes) // (64 << 10)

@@ -1,4 +1,4 @@
-"""A node in a process of its own, that a test can stop, kill, and start again."""
+"""A node in a separate process, which a test can stop, kill, and start again."""
 
 import json
 import os
@@ -13,7 +13,7 @@ PATIENCE_S = 30.0
 
 
 class NodeProcess:
-    """`tiered_kv.tools.bench.node` with these settings, again under the same ids after `kill`. `info`: as `Node.info`."""
+    """Runs `tiered_kv.tools.bench.node` with these settings, and with the same ids after `kill`. `info`: as `Node.info`."""
 
     def __init__(self, cluster: str | None = None, cluster_id: str | None = None, **settings: object) -> None:
         self.cluster_id = cluster_id or uuid.uuid4().hex[:8]
@@ -22,14 +22,14 @@ class NodeProcess:
         self.start()
 
     def start(self, **settings: object) -> None:
-        """Start it, with these settings changed."""
+        """Start the node, with these settings changed."""
         self.settings |= settings
         command = [sys.executable, "-m", "tiered_kv.tools.bench.node", json.dumps(self.settings), self.cluster_id, self.cluster]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.info = json.loads(self.process.stdout.readline())
 
     def stop(self) -> None:
-        """Have it hang: SIGSTOP, and what it had begun has ended."""
+        """Make the node hang with SIGSTOP. Returns once its running calls have ended."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)
 
@@ -37,12 +37,12 @@ class NodeProcess:
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL; its files stay."""
+        """Kill the node with SIGKILL. Its files stay."""
         self.process.kill()
         self._reap()
 
     def close(self) -> None:
-        """End it in order, with its files; a second time does nothing."""
+        """Shut the node down, which removes its files. A second call does nothing."""
         if self.process.poll() is None:
             self.go_on()
             self.process.stdin.close()
@@ -61,7 +61,7 @@ class NodeProcess:
 
 
 def until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
-    """Poll a fact of another process, with a bound."""
+    """Poll a condition of another process until it holds. Fails after `within_s`."""
     deadline_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"

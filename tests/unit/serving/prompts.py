@@ -1,4 +1,4 @@
-"""Prompts as paths in a tree, and the KV that belongs to each: the same path always has the same tokens and content."""
+"""Prompts as paths in a tree, and their KV. The same path always has the same tokens and content."""
 
 from functools import lru_cache
 from hashlib import blake2b
@@ -15,24 +15,24 @@ Path = tuple[int, ...]
 
 
 def tokens_of(path: Path, layout: KVLayout = LAYOUT) -> list[int]:
-    """One block of tokens for each turn of the path."""
+    """Returns one block of tokens for each turn of the path."""
     return [1000 * turn + at for turn in path for at in range(layout.block_tokens)]
 
 
 @lru_cache(maxsize=4096)
 def block_of(path: Path, layout: KVLayout = LAYOUT) -> torch.Tensor:
-    """(L, 2, H, T, D): the KV of the last block of a path, which depends on the whole path."""
+    """Returns the KV (L, 2, H, T, D) of the last block of a path. It depends on the whole path."""
     seed = int.from_bytes(blake2b(repr(path).encode(), digest_size=7).digest(), "big")
     return torch.randn(layout.block_shape, generator=torch.Generator().manual_seed(seed)).to(layout.torch_dtype)
 
 
 def kv_of(path: Path, layout: KVLayout = LAYOUT, first: int = 0) -> torch.Tensor:
-    """(L, 2, H, N, D): the KV of the blocks from `first` on."""
+    """Returns the KV (L, 2, H, N, D) of the path's blocks from `first` on."""
     return torch.cat([block_of(path[:end], layout) for end in range(first + 1, len(path) + 1)], dim=-2)
 
 
 def assert_is_prefix(fetched, path: Path, layout: KVLayout = LAYOUT) -> int:
-    """The blocks that were fetched: a prefix of the path, bit for bit."""
+    """Assert that the fetched KV is that of a prefix of the path, bit for bit. Returns its number of blocks."""
     blocks, rest = divmod(fetched.tokens, layout.block_tokens)
     assert not rest
     assert fetched.kv.shape == layout.kv_shape(fetched.tokens)

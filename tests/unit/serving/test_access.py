@@ -1,4 +1,4 @@
-"""A worker and the lives of its node: other files under the same path, a node that hangs, one that comes back."""
+"""A worker whose node changes: other files under the same path, a node that hangs, and one that restarts."""
 
 import shutil
 import socket
@@ -20,7 +20,7 @@ PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)
 OTHER = (5, 6, 7)
 LATE_S = 0.5
-"""A call may end so much after its deadline here, on a machine that is busy; what it was without the deadline is several seconds."""
+"""How long after its deadline a call may end, on a busy machine. Without a deadline it would take several seconds."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def stored_again(client, path) -> None:
 
 @pytest.mark.parametrize("removed", ["while it was dead", "while it ran", "for another size"])
 def test_a_worker_never_stores_through_files_that_the_node_does_not_have(node, client, checked, removed: str) -> None:
-    """The directory is removed, or replaced, under a worker that goes on; what others read is what was stored, and it hits again."""
+    """The directory is removed or replaced while a worker runs. Others read only stored blocks, and the worker gets hits again."""
     client.store(TOKENS, KV)
     if removed == "while it ran":
         shutil.rmtree(node.info["directory"])
@@ -75,8 +75,8 @@ def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> N
     client._source._view._header[7] = 1
 
 
-def test_a_worker_that_only_reads_finds_the_node_that_took_the_place_of_a_dead_one(node, client, checked) -> None:
-    """It asks the node for nothing; that the heartbeat stands still is enough."""
+def test_a_worker_that_only_reads_finds_the_successor_of_a_dead_node(node, client, checked) -> None:
+    """The worker makes no call to the node. It notices that the heartbeat has stopped."""
     client.store(TOKENS, KV)
     node.kill()
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == len(PATH), "memory is read on"
@@ -89,8 +89,8 @@ def test_a_worker_that_only_reads_finds_the_node_that_took_the_place_of_a_dead_o
     assert client.fetch(TOKENS).tokens == 0
 
 
-def test_a_call_under_way_ends_with_the_files_it_began_with(node_factory, cluster_of_one) -> None:
-    """The next access takes its place meanwhile; the former one is closed when the call has ended, and not before."""
+def test_a_running_call_finishes_with_the_files_it_started_with(node_factory, cluster_of_one) -> None:
+    """The next access replaces the old one during the call. The old one is closed when the call has ended, not before."""
     cluster, client = cluster_of_one
     client.store(TOKENS, KV)
     before, entered, gate = client._holder.present, threading.Event(), threading.Event()
@@ -131,7 +131,7 @@ def cluster_of_one(checked):
     return cluster, checked(cluster.client("n0", LAYOUT, NAMESPACE))
 
 
-def test_what_a_client_measures_it_measures_of_the_next_node_too(cluster_of_one) -> None:
+def test_a_clients_profile_includes_the_next_node(cluster_of_one) -> None:
     cluster, client = cluster_of_one
     stages = []
 
@@ -150,8 +150,8 @@ def test_what_a_client_measures_it_measures_of_the_next_node_too(cluster_of_one)
     assert set(stages) == {"hash", "look-up", "store", "copy"}
 
 
-def test_memory_whose_node_is_gone_is_given_back(node, client) -> None:
-    """The next node may need it: `host` is most of what a machine has."""
+def test_memory_of_an_ended_node_is_released(node, client) -> None:
+    """The next node may need it, because `host` is most of a machine's memory."""
     client.store(TOKENS, KV)
     arena = f"{node.info['directory']}/arena"
     assert arena in Path("/proc/self/maps").read_text()
@@ -180,7 +180,7 @@ def timed(call) -> tuple[float, object]:
 
 @pytest.fixture
 def hung(checked):
-    """A node that hangs, with peers as far as its index says, and a client that has used it."""
+    """A node that hangs, with peers according to its index, and a client that has used it."""
     with NodeProcess(store_wait_ms=100, fetch_deadline_ms=50) as node:
         client = checked(client_of(node.info, LAYOUT, NAMESPACE))
         client.store(TOKENS, KV)
@@ -190,7 +190,7 @@ def hung(checked):
         node.go_on()
 
 
-def test_no_call_waits_longer_for_a_node_that_hangs_than_it_may(hung) -> None:
+def test_no_call_to_a_hanging_node_exceeds_its_deadline(hung) -> None:
     node, client = hung
     new = tokens_of(OTHER)
     heartbeat = client._source._view.heartbeat_ns
@@ -229,7 +229,7 @@ def refusal_of(path: str) -> TieredKVError:
     return refusal.value
 
 
-def test_a_session_counts_connecting_and_the_first_exchange_in_its_time(hung) -> None:
+def test_connecting_and_the_first_exchange_count_toward_the_timeout(hung) -> None:
     node, _ = hung
     took_s, error = timed(lambda: refusal_of(f"{node.info['directory']}/sock"))
     assert took_s < 0.1 + LATE_S
@@ -237,7 +237,7 @@ def test_a_session_counts_connecting_and_the_first_exchange_in_its_time(hung) ->
     assert error.context["timed_out"]
 
 
-def test_an_answer_that_comes_in_pieces_has_no_more_time_than_a_whole_one(tmp_path) -> None:
+def test_an_answer_in_pieces_gets_no_more_time_than_a_whole_one(tmp_path) -> None:
     path = str(tmp_path / "s")
     end = threading.Event()
 
@@ -265,7 +265,7 @@ def test_an_answer_that_comes_in_pieces_has_no_more_time_than_a_whole_one(tmp_pa
 # The record beside the socket (S1)
 
 
-def test_a_record_says_what_a_worker_needs_and_nobody_else_may_write_it(node) -> None:
+def test_a_record_has_what_a_worker_needs_and_only_its_owner_may_write_it(node) -> None:
     record = read_record(node.info["directory"])
     assert record.info == node.info
     assert record.pid == node.process.pid

@@ -1,4 +1,7 @@
-"""What a cluster of another quality has left or sends: shown only within the present plan's error, a miss else, and stored again."""
+"""Blocks that a cluster of another quality left or sends.
+
+They are shown only if their error is within the current plan's. Otherwise they are misses, and can be stored again.
+"""
 
 import time
 import uuid
@@ -57,7 +60,7 @@ def settle(node) -> None:
 
 
 def store(node, client) -> int:
-    """Store all paths; how many blocks are not there afterwards."""
+    """Store all paths. Returns how many blocks are not cached afterwards."""
     missing = 0
     for path in PATHS:
         missing += client.store(tokens_of(path, LAYOUT), kv_of(path)).refused
@@ -66,7 +69,7 @@ def store(node, client) -> int:
 
 
 def hits(client) -> tuple[int, int]:
-    """Blocks that were had, and those of them that are not bit for bit what was stored."""
+    """Returns how many blocks are hits, and how many of these differ from the stored bits."""
     had = differing = 0
     for path in PATHS:
         fetched = client.fetch(tokens_of(path, LAYOUT))
@@ -78,7 +81,7 @@ def hits(client) -> tuple[int, int]:
 
 
 def assert_exact_again(node) -> None:
-    """No hit differs; what is stored again hits in full."""
+    """Assert that no hit differs from the stored bits, and that all blocks are hits once they are stored again."""
     with worker(node) as client:
         had, differing = hits(client)
         assert not differing, f"{differing} of {had} hits are not what was stored"
@@ -90,7 +93,7 @@ def assert_exact_again(node) -> None:
 
 @pytest.fixture
 def filled(node_factory):
-    """`filled(**settings)`: a node that holds all paths, coded as the settings say, as far as they were pressed down."""
+    """`filled(**settings)` returns a node with all paths, compressed as the settings require in the tiers that they reached."""
 
     def make(**settings):
         node = node_factory(**{"host": "1MiB", "store_wait_ms": 20_000, **settings})
@@ -104,7 +107,7 @@ def filled(node_factory):
 
 
 @ids
-def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(filled, node_factory, tmp_path, lossy, caplog) -> None:
+def test_an_exact_cluster_shows_no_lossy_blocks_of_an_older_disk_folder(filled, node_factory, tmp_path, lossy, caplog) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="lossy", **lossy).close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="exact", store_wait_ms=20_000)
@@ -113,7 +116,7 @@ def test_a_folder_that_a_lossy_cluster_filled_makes_no_exact_cluster_lossy(fille
     assert_exact_again(node)
 
 
-def test_what_is_not_shown_on_disk_is_there_again_for_who_may_have_it(filled, node_factory, tmp_path) -> None:
+def test_blocks_hidden_from_an_exact_cluster_are_shown_to_a_lossy_one(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="first", quality="near_exact").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="second")
@@ -124,7 +127,7 @@ def test_what_is_not_shown_on_disk_is_there_again_for_who_may_have_it(filled, no
     assert node.stats()["too_lossy"] == {}
 
 
-def test_a_folder_is_used_by_clusters_of_less_quality_and_not_of_more(filled, node_factory, tmp_path) -> None:
+def test_a_clusters_disk_folder_is_used_at_lower_quality_only(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", quality="balanced").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="int8", quality="near_exact")
@@ -138,7 +141,7 @@ def test_a_folder_is_used_by_clusters_of_less_quality_and_not_of_more(filled, no
 
 
 @ids
-def test_all_that_an_exact_cluster_has_left_is_shown_by_a_lossy_one(filled, node_factory, tmp_path, lossy) -> None:
+def test_a_lossy_cluster_shows_all_blocks_of_an_exact_one(filled, node_factory, tmp_path, lossy) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="exact").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="lossy", store_wait_ms=20_000, **lossy)
@@ -152,7 +155,7 @@ def test_all_that_an_exact_cluster_has_left_is_shown_by_a_lossy_one(filled, node
 
 @ids
 def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, tmp_path, lossy) -> None:
-    """As a node leaves it that was killed: the last segment has no footer."""
+    """A killed node leaves such a folder: its last segment has no footer."""
     disk = f"{PLENTY}:{tmp_path}"
     node = filled(disk=disk, cluster_id="lossy", **lossy)
     node.storage.disk._seal = lambda segment: segment.writer.close()
@@ -161,14 +164,14 @@ def test_a_folder_without_footers_is_judged_by_its_frames(filled, node_factory, 
 
 
 @ids
-def test_memory_that_a_node_of_less_quality_left_makes_no_exact_one_lossy(filled, node_factory, tmp_path, lossy) -> None:
+def test_an_exact_node_shows_no_lossy_blocks_of_older_memory(filled, node_factory, tmp_path, lossy) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     cluster_id = uuid.uuid4().hex[:8]
     filled(disk=disk, cluster_id=cluster_id, **lossy).close(remove=False)
     assert_exact_again(node_factory(host="1MiB", disk=disk, cluster_id=cluster_id, store_wait_ms=20_000))
 
 
-def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_factory, tmp_path) -> None:
+def test_raw_bytes_that_were_decoded_from_lossy_ones_are_not_taken_over(node_factory, tmp_path) -> None:
     settings = {"host": "1MiB", "disk": f"{PLENTY}:{tmp_path}", "cluster_id": uuid.uuid4().hex[:8], "store_wait_ms": 20_000}
     node = node_factory(codec="host=raw,disk=int4", **settings)
     with worker(node) as client:
@@ -191,7 +194,7 @@ def test_raw_bytes_in_memory_that_were_lossy_before_are_not_taken_over(node_fact
 
 
 @ids
-def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_factory, tmp_path, lossy) -> None:
+def test_an_exact_cluster_shows_no_lossy_blocks_of_a_checkpoint(filled, node_factory, tmp_path, lossy) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", **lossy), tmp_path / "checkpoint")
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
     node = node_factory(host="4MiB", store_wait_ms=20_000)
@@ -204,7 +207,7 @@ def test_a_checkpoint_of_a_lossy_cluster_makes_no_exact_one_lossy(filled, node_f
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == before, "packs are only read"
 
 
-def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_factory, tmp_path) -> None:
+def test_a_cluster_that_allows_a_checkpoints_error_shows_its_blocks(filled, node_factory, tmp_path) -> None:
     url, names, blocks = checkpoint_of(filled(disk=f"{PLENTY}:{tmp_path / 'disk'}", quality="near_exact"), tmp_path / "checkpoint")
     node = node_factory(host="4MiB", quality="balanced")
     assert node.checkpoint(MountRequest(url, names, blocks)) == len(blocks)
@@ -215,7 +218,7 @@ def test_a_checkpoint_is_shown_by_a_cluster_that_allows_its_error(filled, node_f
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["exact asks lossy", "lossy asks exact"])
-def test_peers_of_two_qualities_send_each_other_what_each_may_have(checked, first: int) -> None:
+def test_peers_of_two_qualities_show_only_blocks_that_they_allow(checked, first: int) -> None:
     common = {"host": "1MiB", "disk": "16MiB", "heartbeat_s": 1000.0, "store_wait_ms": 20_000}
     qualities = [Config.of(common | {"quality": quality}) for quality in ("near_exact", "exact")]
     cluster = checked(InProcessCluster(qualities[first], 1, ManualClock()))
@@ -242,8 +245,8 @@ def test_peers_of_two_qualities_send_each_other_what_each_may_have(checked, firs
 # The plan of a model that becomes known after its blocks
 
 
-def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_does_not(filled, node_factory, tmp_path) -> None:
-    """Archive needs a calibration; what it allows is known when a worker introduces the model. Here it turns out to be int8's error."""
+def test_blocks_are_dropped_if_the_models_plan_does_not_allow_their_error(filled, node_factory, tmp_path) -> None:
+    """Archive needs a calibration, so its allowed error is known when a worker registers the model. Here it is that of int8."""
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", codec="host=int4,disk=int4").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive", store_wait_ms=20_000)
@@ -264,7 +267,7 @@ def test_what_the_settings_may_allow_is_given_up_where_the_plan_of_the_model_doe
         settle(node)
 
 
-def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, node_factory, tmp_path) -> None:
+def test_a_disallowed_block_is_dropped_once_its_reader_has_finished(filled, node_factory, tmp_path) -> None:
     disk = f"{PLENTY}:{tmp_path}"
     filled(disk=disk, cluster_id="int4", codec="host=int4,disk=int4").close()
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive")
@@ -297,7 +300,7 @@ def test_a_block_that_is_being_read_is_given_up_as_soon_as_it_is_not(filled, nod
     ],
     ids=str,
 )
-def test_the_loosest_tier_says_what_blocks_may_carry(settings: dict, most: float) -> None:
+def test_the_tier_with_the_largest_error_sets_the_allowance(settings: dict, most: float) -> None:
     assert most_error(Config.of({"host": "1MiB", **settings})) == most
 
 
@@ -323,12 +326,12 @@ INT8, INT4, LOSSLESS, UNKNOWN = Int8Codec.id, Int4Codec.id, LosslessCodec.id, 25
         ("archive", INT4, 0.1, True),
     ],
 )
-def test_a_block_is_shown_by_its_codec_and_the_error_that_it_carries(quality: str, codec: int, error: float | None, shown: bool) -> None:
+def test_a_blocks_codec_and_error_decide_whether_it_is_shown(quality: str, codec: int, error: float | None, shown: bool) -> None:
     allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": quality})))
     assert allowance.admits(bytes(32), ROOT, codec, error) is shown
 
 
-def test_an_error_that_nobody_said_is_looked_for_where_it_matters() -> None:
+def test_an_unrecorded_error_is_read_from_the_frame_if_it_matters() -> None:
     allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": "near_exact"})))
     assert not allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-2)
     assert allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-5)
@@ -337,7 +340,7 @@ def test_an_error_that_nobody_said_is_looked_for_where_it_matters() -> None:
 
 
 def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
-    """All that a node holds as packs in a folder; what is in them, parents first."""
+    """Write all blocks of a node as packs in a folder. Returns the packs' blocks, parents first."""
     snapshot = node.checkpoint(SnapshotRequest())
     folder.mkdir()
     node.checkpoint(WriteRequest(str(folder), [seen.key for seen in snapshot.blocks], None, 300_000))

@@ -1,4 +1,4 @@
-"""The client of one node: what callers may hand in, what they get, and what is counted."""
+"""The client of one node: valid arguments, results, and statistics."""
 
 import threading
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_the_same_tokens_in_any_form_are_the_same_prompt(filled, as_ids) -> None
     assert filled.store(as_ids(TOKENS), KV) == Stored(0, 4, 0)
 
 
-def test_only_whole_blocks_count(client) -> None:
+def test_only_whole_blocks_are_stored_and_hit(client) -> None:
     ids, kv = [*TOKENS, 7, 8, 9], torch.cat([KV, KV[..., :3, :]], dim=-2)
     assert client.store(ids, kv) == Stored(4, 0, 0)
     assert client.fetch(ids).tokens == client.fetch(TOKENS).tokens == 4 * T
@@ -71,7 +71,7 @@ def test_prompts_shorter_than_a_block_are_never_hit(filled, ids) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize("block_tokens", [1, 3, 16])
-def test_every_layout_comes_back_bit_for_bit(node, client_factory, dtype: str, block_tokens: int) -> None:
+def test_every_layout_is_fetched_bit_for_bit(node, client_factory, dtype: str, block_tokens: int) -> None:
     layout = KVLayout(3, 1, 5, dtype, block_tokens)
     client = client_factory(node, layout, NAMESPACE)
     assert client.store(tokens_of(PATH, layout), kv_of(PATH, layout)).new == 4
@@ -79,7 +79,7 @@ def test_every_layout_comes_back_bit_for_bit(node, client_factory, dtype: str, b
     assert torch.equal(fetched.view(torch.uint8), kv_of(PATH, layout).view(torch.uint8))
 
 
-def test_pairs_of_layers_are_the_same_as_one_tensor(node, client, client_factory) -> None:
+def test_a_list_of_pairs_is_the_same_as_one_tensor(node, client, client_factory) -> None:
     pairs = [(KV[layer, 0], KV[layer, 1]) for layer in range(LAYOUT.layers)]
     assert client.store(TOKENS, pairs).new == 4
     other = client_factory(node, LAYOUT, Namespace(weights="another model"))
@@ -98,7 +98,7 @@ def test_pairs_of_layers_are_the_same_as_one_tensor(node, client, client_factory
     ],
     ids=["other order", "strided", "flipped", "grad", "expanded"],
 )
-def test_kv_in_any_memory_order_is_stored_as_what_it_is(client, strange) -> None:
+def test_kv_in_any_memory_order_is_stored_correctly(client, strange) -> None:
     kv = strange(KV)
     client.store(TOKENS, kv)
     fetched = client.fetch(TOKENS).kv
@@ -106,7 +106,7 @@ def test_kv_in_any_memory_order_is_stored_as_what_it_is(client, strange) -> None
     assert not fetched.requires_grad
 
 
-def test_works_across_inference_mode(node, client_factory) -> None:
+def test_tensors_from_inference_mode_can_be_stored_and_fetched(node, client_factory) -> None:
     with torch.inference_mode():
         client = client_factory(node, LAYOUT, NAMESPACE)
         kv = KV.clone()
@@ -125,7 +125,7 @@ def test_a_suffix_can_be_stored_after_its_prefix(client) -> None:
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4
 
 
-def test_a_suffix_without_its_prefix_is_kept_but_not_hit(client) -> None:
+def test_a_suffix_without_its_prefix_is_stored_but_not_hit(client) -> None:
     assert client.store(TOKENS, kv_of(PATH, first=2), start=2 * T) == Stored(2, 0, 0)
     assert client.fetch(TOKENS).tokens == 0
     assert [record.reason for record in client.explain(TOKENS)] == [
@@ -136,7 +136,7 @@ def test_a_suffix_without_its_prefix_is_kept_but_not_hit(client) -> None:
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4
 
 
-def test_a_block_that_began_before_start_is_left_out(client) -> None:
+def test_a_block_that_starts_before_start_is_left_out(client) -> None:
     client.store(TOKENS[:T], kv_of(PATH[:1]))
     start = T + 3
     assert client.store(TOKENS, KV[..., start:, :], start=start) == Stored(2, 0, 0)
@@ -149,7 +149,7 @@ def test_start_at_the_end_stores_nothing(client) -> None:
 
 
 @pytest.mark.parametrize("start", [-1, len(TOKENS) + 1, 1.0, "0", None])
-def test_a_start_outside_the_prompt_is_refused(client, start) -> None:
+def test_a_start_outside_the_prompt_is_rejected(client, start) -> None:
     with refusal(Kind.TOKENS):
         client.store(TOKENS, KV, start=start)
 
@@ -174,7 +174,7 @@ def test_a_start_outside_the_prompt_is_refused(client, start) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_prompt_is_refused(client, ids) -> None:
+def test_invalid_prompts_are_rejected(client, ids) -> None:
     for call in (client.match, client.fetch, client.explain, lambda ids: client.store(ids, KV)):
         with refusal(Kind.TOKENS):
             call(ids)
@@ -203,7 +203,7 @@ def test_what_is_no_prompt_is_refused(client, ids) -> None:
     ],
     ids=lambda kv: type(kv).__name__,
 )
-def test_what_is_not_the_kv_of_the_prompt_is_refused_and_nothing_is_stored(client, kv) -> None:
+def test_invalid_kv_is_rejected_and_nothing_is_stored(client, kv) -> None:
     with refusal(Kind.LAYOUT):
         client.store(TOKENS, kv)
     assert client.match(TOKENS).tokens == 0
@@ -214,13 +214,13 @@ def test_what_is_not_the_kv_of_the_prompt_is_refused_and_nothing_is_stored(clien
     [KV[0], KV.double(), KV.to("meta"), KV.numpy(), [1], KV[:, :1], KV[..., :-1], KV.to_sparse()],
     ids=["one layer", "dtype", "meta", "numpy", "list", "keys only", "head dim", "sparse"],
 )
-def test_what_cannot_take_the_kv_is_refused(filled, out) -> None:
+def test_an_invalid_out_is_rejected(filled, out) -> None:
     with refusal(Kind.LAYOUT):
         filled.fetch(TOKENS, out)
 
 
 @pytest.mark.parametrize(("room", "blocks"), [(0, 0), (T - 1, 0), (T, 1), (3 * T + 5, 3), (9 * T, 4)])
-def test_out_takes_as_many_blocks_as_it_has_room_for(filled, room: int, blocks: int) -> None:
+def test_fetch_fills_out_with_as_many_blocks_as_fit(filled, room: int, blocks: int) -> None:
     out = torch.full(LAYOUT.kv_shape(room), 7.0)
     fetched = filled.fetch(TOKENS, out)
     assert assert_is_prefix(fetched, PATH) == blocks
@@ -228,7 +228,7 @@ def test_out_takes_as_many_blocks_as_it_has_room_for(filled, room: int, blocks: 
     assert (out[..., blocks * T :, :] == 7).all()
 
 
-def test_out_may_be_a_part_of_something_larger_or_need_a_gradient(filled) -> None:
+def test_out_may_be_a_view_or_require_a_gradient(filled) -> None:
     whole = torch.zeros(3, *LAYOUT.kv_shape(100))
     fetched = filled.fetch(TOKENS, whole[1])
     assert assert_is_prefix(fetched, PATH) == 4
@@ -252,7 +252,7 @@ def test_another_layout_or_namespace_shares_nothing(node, filled, client_factory
     assert assert_is_prefix(filled.fetch(TOKENS), PATH) == 4
 
 
-def test_ranks_of_a_model_keep_their_heads_apart_and_each_gets_its_own(node, filled, client_factory) -> None:
+def test_each_rank_of_a_model_gets_its_own_heads(node, filled, client_factory) -> None:
     part = replace(LAYOUT, kv_heads=1)
     ranks = [client_factory(node, part, replace(NAMESPACE, rank=rank, world=2)) for rank in range(2)]
     halves = KV.chunk(2, dim=2)
@@ -268,7 +268,7 @@ def test_ranks_of_a_model_keep_their_heads_apart_and_each_gets_its_own(node, fil
     node.check()
 
 
-def test_a_node_knows_the_namespace_of_every_model_by_its_root(node, client, client_factory) -> None:
+def test_a_node_records_the_namespace_of_every_root(node, client, client_factory) -> None:
     part, second = replace(LAYOUT, kv_heads=1), replace(NAMESPACE, rank=1, world=2, tenant="t", epoch=3)
     client_factory(node, part, second)
     facts = node.storage.coder.facts()
@@ -280,7 +280,7 @@ def test_a_node_knows_the_namespace_of_every_model_by_its_root(node, client, cli
     assert len(node.storage.coder.facts()) == 2
 
 
-def test_two_clients_of_a_node_share(node, filled, client_factory) -> None:
+def test_two_clients_of_a_node_share_blocks(node, filled, client_factory) -> None:
     other = client_factory(node, LAYOUT, NAMESPACE)
     assert assert_is_prefix(other.fetch(TOKENS), PATH) == 4
     assert other.node_calls == 0, "a local hit asks nobody"
@@ -289,7 +289,7 @@ def test_two_clients_of_a_node_share(node, filled, client_factory) -> None:
 # Room
 
 
-def test_what_is_larger_than_the_host_tier_is_refused_from_where_it_is_full(client) -> None:
+def test_a_store_larger_than_the_host_tier_keeps_the_leading_blocks(client) -> None:
     path = (0,) * 200
     done = client.store(tokens_of(path), kv_of(path))
     assert done.new > 100
@@ -298,13 +298,13 @@ def test_what_is_larger_than_the_host_tier_is_refused_from_where_it_is_full(clie
     assert assert_is_prefix(client.fetch(tokens_of(path)), path) == done.new
 
 
-def test_a_block_larger_than_the_host_tier_is_refused_and_drives_nobody_out(node, filled, client_factory) -> None:
+def test_a_block_larger_than_the_host_tier_is_refused_and_evicts_nothing(node, filled, client_factory) -> None:
     huge = client_factory(node, KVLayout(64, 2, 64, "float64", 32), NAMESPACE)
     assert huge.store(TOKENS, torch.zeros(huge.layout.kv_shape(4 * T), dtype=torch.float64)) == Stored(0, 0, 2)
     assert filled.match(TOKENS).tokens == 4 * T
 
 
-def test_an_index_full_of_blocks_that_may_not_go_refuses_the_rest(node, client_factory) -> None:
+def test_a_full_index_refuses_further_blocks_of_the_same_chain(node, client_factory) -> None:
     tiny = client_factory(node, KVLayout(1, 1, 4, "float16", 4), NAMESPACE)
     path = tuple(range(200))
     done = tiny.store(tokens_of(path, tiny.layout), kv_of(path, tiny.layout))
@@ -314,7 +314,7 @@ def test_an_index_full_of_blocks_that_may_not_go_refuses_the_rest(node, client_f
     assert tiny.match(tokens_of(path, tiny.layout)).tokens == 126 * 4, "the deepest blocks made room"
 
 
-def test_without_time_what_is_in_memory_is_fetched_all_the_same(filled) -> None:
+def test_blocks_in_memory_are_fetched_even_without_time_left(filled) -> None:
     assert assert_is_prefix(filled.fetch(TOKENS, deadline_ms=0), PATH) == 4
 
 
@@ -330,7 +330,7 @@ def test_explain_has_a_record_for_every_block(filled) -> None:
     assert len({record.key for record in records}) == 6
 
 
-def test_stats_count_what_was_done(filled) -> None:
+def test_stats_count_operations(filled) -> None:
     filled.fetch(TOKENS)
     filled.fetch(tokens_of((9,)))
     stats = filled.stats()
@@ -341,7 +341,7 @@ def test_stats_count_what_was_done(filled) -> None:
     assert stats["node"]["asked_blocks"] == 5
 
 
-def test_a_closed_client_says_so(client) -> None:
+def test_a_closed_client_raises(client) -> None:
     client.close()
     client.close()
     calls = [
@@ -357,7 +357,7 @@ def test_a_closed_client_says_so(client) -> None:
 
 
 @pytest.mark.parametrize("step", ["find", "read", "touch", "tally"])
-def test_a_client_closed_by_another_thread_in_the_middle_of_a_fetch_says_so(filled, monkeypatch, step: str) -> None:
+def test_a_client_closed_by_another_thread_during_a_fetch_raises(filled, monkeypatch, step: str) -> None:
     real = getattr(filled._source, step)
 
     def after_close(*arguments):
@@ -377,7 +377,7 @@ def test_a_client_of_a_closed_node_misses_and_is_refused(node, filled) -> None:
     assert filled.stats()["node"] is None
 
 
-def test_a_store_that_fails_midway_gives_its_extents_back(node, client, monkeypatch) -> None:
+def test_a_store_that_fails_midway_releases_its_extents(node, client, monkeypatch) -> None:
     def break_off(*_: object) -> None:
         raise RuntimeError("out of memory on a device")
 
@@ -390,7 +390,7 @@ def test_a_store_that_fails_midway_gives_its_extents_back(node, client, monkeypa
     assert client.store(TOKENS, KV).new == 4
 
 
-def test_the_cache_of_one_process_is_gone_with_its_client(tmp_path, monkeypatch) -> None:
+def test_an_embedded_cache_ends_with_its_client(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with tiered_kv.open({"host": "1MiB", "disk": "1MiB"}, layout=LAYOUT, namespace=NAMESPACE) as client:
         client.store(TOKENS, KV)
@@ -424,13 +424,13 @@ def test_threads_share_a_client(node, client) -> None:
     assert not failures
 
 
-def test_a_store_has_one_deadline_however_often_it_asks_for_room(node_factory, checked) -> None:
-    """A node with room for one block at a time: no new round begins after the deadline, and each waits at most what is left."""
+def test_a_store_has_one_deadline_for_all_its_reservations(node_factory, checked) -> None:
+    """The node has room for one block at a time. No round starts after the deadline, and each waits at most the remaining time."""
     clock, node = ManualClock(), node_factory(store_wait_ms=200)
     waits = []
 
     class Slow:
-        """A session whose node finds room for one block after 90 ms, each time."""
+        """A session whose node has room for one block after 90 ms, at each call."""
 
         def __init__(self) -> None:
             self._real = node.open_session()

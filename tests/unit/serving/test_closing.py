@@ -1,4 +1,4 @@
-"""Closing while a disk hangs, and the interpreter's exit then: neither waits for the disk."""
+"""Closing, and exiting the interpreter, while a disk hangs: neither waits for the disk."""
 
 import subprocess
 import sys
@@ -21,11 +21,11 @@ from tiered_kv.tiers.disk.segments import Files
 from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, waits
 
 IN_TIME_S = 1.5
-"""Of bars of 0.2 s, on a machine that is busy; what hung took its whole time."""
+"""A limit for calls that take at most 0.2 s, on a busy machine. A call that waits for the disk takes much longer."""
 
 
 class Hanging:
-    """Faults that hang until the test's end; `entered` once one does."""
+    """Faults that hang until the test's end. `entered` is set once a call hangs."""
 
     def __init__(self) -> None:
         self.entered, self.gate = threading.Event(), threading.Event()
@@ -63,8 +63,8 @@ def test_a_client_closes_while_its_disk_hangs(node_factory, tmp_path, hanging: H
         assert not segments._open, "no file is kept open for later reads"
 
 
-def test_a_file_that_is_read_while_its_reader_closes_is_closed_by_the_read(node_factory, tmp_path, hanging: Hanging) -> None:
-    """Else its number could be given to another file, of which the read would get the bytes."""
+def test_closing_a_reader_leaves_a_file_open_until_its_read_ends(node_factory, tmp_path, hanging: Hanging) -> None:
+    """Otherwise its descriptor could be reused for another file, and the read would return that file's bytes."""
     _, client = filled_disk(node_factory, tmp_path)
     segments = client._source._disk._segments
     segments._files = hanging.files("preadv")
@@ -104,7 +104,7 @@ print("done")
 """
 
 
-def test_a_worker_exits_while_its_disk_hangs_for_ever(node_factory, tmp_path) -> None:
+def test_a_worker_exits_while_its_disk_hangs_forever(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client, served(node):
         given = repr((node.info(), tokens_of((on_disk(client)[0],), LARGE)))
@@ -119,7 +119,7 @@ def fill(client) -> None:
 
 @pytest.mark.parametrize("calls", [("pwritev",), ("fdatasync",)])
 def test_an_embedded_cache_closes_while_its_disk_hangs(hanging: Hanging, monkeypatch, calls: tuple[str, ...]) -> None:
-    """In the middle of a write, or when the last segment is sealed. Once the disk answers, what is left is closed and removed."""
+    """The disk hangs during a write, or when the last segment is sealed. Once it answers, the rest is closed and removed."""
     monkeypatch.setattr(Node.close, "__kwdefaults__", Node.close.__kwdefaults__ | {"within_s": 0.2})
     embedded = Embedded(Config.of({"host": "1MiB", "disk": "4MiB", "store_wait_ms": 0}))
     embedded.node.storage.disk._files = hanging.files(*calls)
@@ -164,13 +164,13 @@ print(client._source._view.directory)
 """
 
 
-def test_a_script_with_an_embedded_cache_exits_while_its_disk_hangs_for_ever() -> None:
+def test_a_script_with_an_embedded_cache_exits_while_its_disk_hangs_forever() -> None:
     ran = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ran.returncode == 0, ran.stderr
     assert not Path(ran.stdout.strip()).exists()
 
 
-def test_a_node_that_is_given_up_says_so_and_serves_nobody(node_factory, hanging: Hanging, tmp_path, caplog) -> None:
+def test_an_abandoned_node_marks_itself_closed_and_serves_no_one(node_factory, hanging: Hanging, tmp_path, caplog) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"), store_wait_ms=0)
     node.storage.disk._files = hanging.files("pwritev")
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:

@@ -1,4 +1,4 @@
-"""Several nodes and their coordinator in one process: blocks come over from peers, and whatever fails is a miss."""
+"""Several nodes and their coordinator in one process: blocks are pulled from peers, and every failure is a miss."""
 
 import threading
 from collections import Counter
@@ -48,7 +48,7 @@ def clients(cluster, checked):
 
 
 class Watch:
-    """Stands between a node and its link: counts and keeps what was asked for, and may spoil what comes."""
+    """Wraps a node's link. Counts and records the requests, and can damage the frames received."""
 
     def __init__(self, link: InProcessLink) -> None:
         self._link = link
@@ -84,7 +84,7 @@ def check_nodes(cluster: InProcessCluster) -> None:
 # Blocks come over
 
 
-def test_all_whole_blocks_of_a_shared_prefix_come_from_the_peer(cluster, clients) -> None:
+def test_all_whole_blocks_of_a_shared_prefix_are_pulled_from_the_peer(cluster, clients) -> None:
     here, there = clients
     here.store([*TOKENS, 1, 2, 3], kv_of((*PATH, 7))[..., : len(TOKENS) + 3, :])
     cluster.report_all()
@@ -101,7 +101,7 @@ def test_all_whole_blocks_of_a_shared_prefix_come_from_the_peer(cluster, clients
     check_nodes(cluster)
 
 
-def test_what_is_here_is_not_asked_for_again(cluster, clients) -> None:
+def test_local_blocks_are_not_pulled_again(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     there.store(TOKENS[: 3 * T], kv_of(PATH[:3]))
@@ -113,7 +113,7 @@ def test_what_is_here_is_not_asked_for_again(cluster, clients) -> None:
     check_nodes(cluster)
 
 
-def test_pulled_blocks_can_be_pulled_on_from_who_is_still_there(make_cluster, checked) -> None:
+def test_pulled_blocks_can_be_pulled_from_their_new_node(make_cluster, checked) -> None:
     cluster = make_cluster(nodes=3)
     clients = [checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes]
     clients[0].store(TOKENS, KV)
@@ -125,7 +125,7 @@ def test_pulled_blocks_can_be_pulled_on_from_who_is_still_there(make_cluster, ch
     check_nodes(cluster)
 
 
-def test_a_prefix_spread_over_nodes_is_put_together(make_cluster, checked) -> None:
+def test_a_prefix_is_assembled_from_several_nodes(make_cluster, checked) -> None:
     cluster = make_cluster(nodes=3)
     clients = [checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes]
     clients[0].store(TOKENS[: 4 * T], kv_of(PATH[:4]))
@@ -137,7 +137,7 @@ def test_a_prefix_spread_over_nodes_is_put_together(make_cluster, checked) -> No
     check_nodes(cluster)
 
 
-def test_blocks_come_in_chunks_the_first_ones_short(make_cluster, checked) -> None:
+def test_blocks_are_pulled_in_chunks_with_short_first_ones(make_cluster, checked) -> None:
     cluster = make_cluster(pull_chunk=8 * LAYOUT.block_bytes)
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     path = tuple(range(30))
@@ -149,7 +149,7 @@ def test_blocks_come_in_chunks_the_first_ones_short(make_cluster, checked) -> No
     check_nodes(cluster)
 
 
-def test_a_block_larger_than_a_chunk_still_comes(make_cluster, checked) -> None:
+def test_a_block_larger_than_a_chunk_is_pulled(make_cluster, checked) -> None:
     cluster = make_cluster(pull_chunk="64KiB")
     large = KVLayout(4, 2, 32, "float32", 64)
     here, there = (checked(cluster.client(node, large, NAMESPACE)) for node in cluster.nodes)
@@ -158,7 +158,7 @@ def test_a_block_larger_than_a_chunk_still_comes(make_cluster, checked) -> None:
     assert assert_is_prefix(there.fetch(tokens_of(PATH[:3], large)), PATH[:3], large) == 3
 
 
-def test_two_workers_that_want_the_same_blocks_pull_them_once(cluster, clients, checked) -> None:
+def test_two_workers_that_need_the_same_blocks_pull_them_once(cluster, clients, checked) -> None:
     here, there = clients
     other = checked(cluster.client("n1", LAYOUT, NAMESPACE))
     here.store(TOKENS, KV)
@@ -195,7 +195,7 @@ def test_two_workers_that_want_the_same_blocks_pull_them_once(cluster, clients, 
     check_nodes(cluster)
 
 
-def test_pulled_blocks_make_room_for_themselves_and_caps_hold(cluster, clients) -> None:
+def test_pulled_blocks_evict_others_and_stay_within_the_caps(cluster, clients) -> None:
     here, there = clients
     path = tuple(range(100))
     here.store(tokens_of(path), kv_of(path))
@@ -206,7 +206,7 @@ def test_pulled_blocks_make_room_for_themselves_and_caps_hold(cluster, clients) 
     check_nodes(cluster)
 
 
-def test_blocks_on_the_disk_of_a_peer_come_too(make_cluster, checked, tmp_path) -> None:
+def test_blocks_on_the_disk_of_a_peer_are_pulled(make_cluster, checked, tmp_path) -> None:
     cluster = make_cluster(disk="8MiB", disk_path=str(tmp_path / "disk"), store_wait_ms=10_000)
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     paths = [(turn, 1, 2, 0) for turn in range(60)]
@@ -219,7 +219,7 @@ def test_blocks_on_the_disk_of_a_peer_come_too(make_cluster, checked, tmp_path) 
     check_nodes(cluster)
 
 
-def test_without_time_nobody_is_asked(cluster, clients) -> None:
+def test_without_time_left_no_peer_is_called(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -244,7 +244,7 @@ def test_without_time_nobody_is_asked(cluster, clients) -> None:
     ],
     ids=["flipped", "checksum", "short", "two pieces", "one piece", "empty", "none", "no buffers"],
 )
-def test_a_damaged_frame_is_a_miss_from_there_on(cluster, clients, caplog, spoil) -> None:
+def test_a_damaged_frame_is_a_miss_and_so_are_its_descendants(cluster, clients, caplog, spoil) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -265,7 +265,7 @@ def test_a_damaged_frame_is_a_miss_from_there_on(cluster, clients, caplog, spoil
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8, "the next time it may be whole"
 
 
-def test_a_valid_block_under_another_key_is_refused(cluster, clients) -> None:
+def test_a_valid_block_under_another_key_is_rejected(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -274,7 +274,7 @@ def test_a_valid_block_under_another_key_is_refused(cluster, clients) -> None:
     check_nodes(cluster)
 
 
-def test_more_frames_than_asked_for_are_left_alone(cluster, clients) -> None:
+def test_more_frames_than_requested_are_ignored(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -283,7 +283,7 @@ def test_more_frames_than_asked_for_are_left_alone(cluster, clients) -> None:
     check_nodes(cluster)
 
 
-def test_a_block_of_another_size_under_the_right_key_is_refused(cluster, clients) -> None:
+def test_a_block_of_another_size_under_the_right_key_is_rejected(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -295,7 +295,7 @@ def test_a_block_of_another_size_under_the_right_key_is_refused(cluster, clients
     check_nodes(cluster)
 
 
-def test_a_peer_that_goes_away_in_the_middle_leaves_what_came(make_cluster, checked, clock) -> None:
+def test_blocks_pulled_before_a_peer_ends_are_kept(make_cluster, checked, clock) -> None:
     cluster = make_cluster(pull_chunk=8 * LAYOUT.block_bytes)
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     path = tuple(range(30))
@@ -317,7 +317,7 @@ def test_a_peer_that_goes_away_in_the_middle_leaves_what_came(make_cluster, chec
 
 
 @pytest.mark.parametrize("gone", ["unreachable", "closed", "unknown"])
-def test_a_peer_that_is_not_there_is_a_miss(cluster, clients, gone: str) -> None:
+def test_an_absent_peer_is_a_miss(cluster, clients, gone: str) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -334,7 +334,7 @@ def test_a_peer_that_is_not_there_is_a_miss(cluster, clients, gone: str) -> None
         cluster.nodes["n0"] = node
 
 
-def test_without_the_coordinator_local_hits_go_on_and_the_rest_misses(cluster, clients) -> None:
+def test_without_the_coordinator_local_blocks_hit_and_others_miss(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.unreachable.add("coordinator")
@@ -352,7 +352,7 @@ def test_without_the_coordinator_local_hits_go_on_and_the_rest_misses(cluster, c
     check_nodes(cluster)
 
 
-def test_a_coordinator_made_anew_is_told_everything(cluster, clients, clock) -> None:
+def test_a_new_coordinator_gets_full_reports(cluster, clients, clock) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -365,7 +365,7 @@ def test_a_coordinator_made_anew_is_told_everything(cluster, clients, clock) -> 
     check_nodes(cluster)
 
 
-def test_a_silent_node_leaves_the_directory_and_comes_back(cluster, clients, clock) -> None:
+def test_a_silent_node_leaves_the_directory_until_it_reports_again(cluster, clients, clock) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -383,7 +383,7 @@ def test_a_silent_node_leaves_the_directory_and_comes_back(cluster, clients, clo
     check_nodes(cluster)
 
 
-def test_a_report_that_was_lost_is_noticed(cluster, clients, monkeypatch) -> None:
+def test_a_lost_report_is_detected(cluster, clients, monkeypatch) -> None:
     here, there = clients
     report = cluster.coordinator.report
     with monkeypatch.context() as patch:
@@ -398,7 +398,7 @@ def test_a_report_that_was_lost_is_noticed(cluster, clients, monkeypatch) -> Non
 @pytest.mark.parametrize(
     "error", [TieredKVError(Kind.TRANSPORT, "no answer"), RuntimeError("something of Ray's")], ids=["expected", "not expected"]
 )
-def test_what_a_failed_report_should_have_told_is_told_later(cluster, clients, monkeypatch, error) -> None:
+def test_the_content_of_a_failed_report_is_sent_later(cluster, clients, monkeypatch, error) -> None:
     here, there = clients
     node = cluster.nodes["n0"]
     monkeypatch.setattr(reporter.log, "exception", lambda *_: None)
@@ -415,7 +415,7 @@ def test_what_a_failed_report_should_have_told_is_told_later(cluster, clients, m
     assert there.match(TOKENS).tokens_by_tier == {"peer": 8 * T}
 
 
-def test_a_long_inventory_goes_in_parts(cluster, clients, monkeypatch, clock) -> None:
+def test_a_long_inventory_is_reported_in_parts(cluster, clients, monkeypatch, clock) -> None:
     here, _there = clients
     monkeypatch.setattr(reporter, "KEYS_PER_REPORT", 3)
     here.store(TOKENS, KV)
@@ -441,7 +441,7 @@ def test_evicted_blocks_leave_the_directory(cluster, clients) -> None:
     check_nodes(cluster)
 
 
-def test_a_stale_directory_costs_a_miss_and_no_more(cluster, clients, monkeypatch) -> None:
+def test_a_stale_directory_entry_is_only_a_miss(cluster, clients, monkeypatch) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
@@ -453,7 +453,7 @@ def test_a_stale_directory_costs_a_miss_and_no_more(cluster, clients, monkeypatc
     check_nodes(cluster)
 
 
-def test_blocks_being_served_stay_and_are_let_go(cluster, clients) -> None:
+def test_blocks_are_pinned_only_while_they_are_served(cluster, clients) -> None:
     here, _ = clients
     here.store(TOKENS, KV)
     node = cluster.nodes["n0"]
@@ -472,7 +472,7 @@ def test_blocks_being_served_stay_and_are_let_go(cluster, clients) -> None:
     check_nodes(cluster)
 
 
-def test_explain_names_the_nodes_that_hold_a_block(cluster, clients) -> None:
+def test_explain_names_the_nodes_that_have_a_block(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS[: 2 * T], kv_of(PATH[:2]))
     cluster.report_all()
@@ -484,7 +484,7 @@ def test_explain_names_the_nodes_that_hold_a_block(cluster, clients) -> None:
     ]
 
 
-def test_a_node_stopped_and_made_again_is_found_by_its_peers(cluster, clients) -> None:
+def test_peers_find_a_restarted_node(cluster, clients) -> None:
     here, there = clients
     here.store(TOKENS, KV)
     cluster.nodes["n0"].close(remove=False)

@@ -1,5 +1,7 @@
-"""Blocks that are coded in the tiers: they come back within the codec's bound, pass from tier to tier and node to node as they
-are, and whatever cannot be read is a miss."""
+"""Compressed blocks in the tiers: they are fetched within the codec's error bound, and move between tiers and nodes unchanged.
+
+Every block that cannot be read is a miss.
+"""
 
 from dataclasses import replace
 
@@ -28,7 +30,7 @@ Path = tuple[int, ...]
 
 
 def kv_of(path: Path) -> torch.Tensor:
-    """(L, 2, H, N, D): what a model would have computed for a path; the same for the same beginning."""
+    """Returns KV (L, 2, H, N, D) as a model could compute it for a path. Paths with the same prefix get the same KV for it."""
     blocks = []
     for end in range(1, len(path) + 1):
         generator = torch.Generator().manual_seed(hash(path[:end]) % (1 << 31))
@@ -41,7 +43,7 @@ def store(client, *paths: Path) -> list[Stored]:
 
 
 def fetch(client, path: Path, bound: float = 0.0) -> dict[str, int]:
-    """Blocks by tier; each within the bound of what was stored."""
+    """Returns the fetched blocks by tier. Asserts that each is within the error bound of the stored block."""
     fetched = client.fetch(tokens_of(path, LAYOUT))
     for block in range(fetched.tokens // T):
         part = slice(block * T, (block + 1) * T)
@@ -57,7 +59,7 @@ def settle(node) -> None:
 
 @pytest.fixture
 def attached(node_factory, checked):
-    """`attached(**settings)`: a node and a client whose model's rotation is known."""
+    """`attached(**settings)` returns a node, and a client whose model's rotation is known."""
 
     def make(**settings):
         node = node_factory(**{"host": "2MiB", "store_wait_ms": 20_000, **settings})
@@ -71,7 +73,7 @@ def codecs_of(client, path: Path) -> list[tuple[str | None, str | None]]:
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "lossless"])
-def test_host_memory_holds_more_blocks_once_they_are_coded(attached, codec: str) -> None:
+def test_host_memory_has_room_for_more_compressed_blocks(attached, codec: str) -> None:
     node, client = attached(codec=f"host={codec}")
     raw_node, raw = attached()
     paths = [(turn, 1, 2) for turn in range(40)]
@@ -88,7 +90,7 @@ def test_host_memory_holds_more_blocks_once_they_are_coded(attached, codec: str)
     assert names.count(codec) > names.count("raw"), "those used last may stay as they were"
 
 
-def test_blocks_stay_as_they_were_stored_while_there_is_room(attached) -> None:
+def test_blocks_stay_uncompressed_while_there_is_room(attached) -> None:
     node, client = attached(quality="near_exact")
     store(client, (1, 2, 3))
     settle(node)
@@ -96,8 +98,8 @@ def test_blocks_stay_as_they_were_stored_while_there_is_room(attached) -> None:
     assert fetch(client, (1, 2, 3)) == {"host": 3}
 
 
-def test_a_block_is_coded_once_and_passed_on_as_it_is(attached, tmp_path) -> None:
-    """Host memory, disk and objects have one codec: the frame that host memory made lies in all of them."""
+def test_a_block_is_compressed_once_for_all_tiers(attached, tmp_path) -> None:
+    """Host memory, disk and objects use one codec, and all store the same frame."""
     node, client = attached(quality="near_exact", disk=f"1MiB:{tmp_path / 'disk'}", objects="memory://")
     paths = [(turn, 1, 2) for turn in range(60)]
     for path in paths:
@@ -112,7 +114,7 @@ def test_a_block_is_coded_once_and_passed_on_as_it_is(attached, tmp_path) -> Non
     assert hits >= 150
 
 
-def test_blocks_that_come_up_from_disk_stay_coded_in_memory(attached, tmp_path) -> None:
+def test_blocks_promoted_from_disk_stay_compressed_in_memory(attached, tmp_path) -> None:
     node, client = attached(codec="host=int8,disk=int4", host="1MiB", disk=f"8MiB:{tmp_path / 'disk'}")
     paths = [(turn, 1, 2) for turn in range(60)]
     for path in paths:
@@ -127,7 +129,7 @@ def test_blocks_that_come_up_from_disk_stay_coded_in_memory(attached, tmp_path) 
     assert fetch(client, path, 2 * BOUND["int4"]) == {"host": 3}
 
 
-def test_lossy_bytes_that_are_raw_again_still_carry_their_error(attached, tmp_path) -> None:
+def test_decoded_lossy_blocks_keep_their_recorded_error(attached, tmp_path) -> None:
     node, client = attached(codec="host=raw,disk=int4,objects=int8", disk=f"8MiB:{tmp_path / 'disk'}", objects="memory://")
     for turn in range(60):
         store(client, (turn, 1, 2))
@@ -144,7 +146,7 @@ def test_lossy_bytes_that_are_raw_again_still_carry_their_error(attached, tmp_pa
     assert node.storage.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
 
 
-def test_a_peer_sends_and_takes_coded_blocks_as_they_are(checked) -> None:
+def test_peers_exchange_compressed_blocks_unchanged(checked) -> None:
     config = Config.of({"host": "2MiB", "quality": "near_exact", "heartbeat_s": 1000.0, "store_wait_ms": 20_000})
     cluster = checked(InProcessCluster(config, 2, ManualClock()))
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE, rope=ROPE)) for node in cluster.nodes)
@@ -162,7 +164,7 @@ def test_a_peer_sends_and_takes_coded_blocks_as_they_are(checked) -> None:
     assert not cluster.nodes["n1"].stats()["codecs"]["coded"], "nothing was coded there"
 
 
-def test_coded_blocks_outlive_their_node(node_factory, checked) -> None:
+def test_compressed_blocks_survive_a_restart_of_the_node(node_factory, checked) -> None:
     settings = {"host": "2MiB", "quality": "near_exact", "store_wait_ms": 20_000, "cluster_id": "outlived"}
     node = node_factory(**settings)
     client = checked(client_of(node.info(), LAYOUT, NAMESPACE, connect=lambda: node.open_session(), rope=ROPE))
@@ -182,7 +184,7 @@ def test_coded_blocks_outlive_their_node(node_factory, checked) -> None:
         settle(node)
 
 
-def test_a_coded_block_that_is_damaged_is_a_miss_and_is_given_up(attached) -> None:
+def test_a_damaged_compressed_block_is_a_miss_and_is_dropped(attached) -> None:
     node, client = attached(quality="near_exact")
     paths = [(turn, 1, 2) for turn in range(30)]
     for path in paths:
@@ -198,7 +200,7 @@ def test_a_coded_block_that_is_damaged_is_a_miss_and_is_given_up(attached) -> No
     assert store(client, path) == [Stored(1, 2, 0)], "and it can be stored again"
 
 
-def test_what_falls_back_is_kept_exactly_and_counted(attached) -> None:
+def test_blocks_that_fall_back_are_stored_exactly_and_counted(attached) -> None:
     node, client = attached(codec="host=int8", host="1MiB")
     kv = kv_of((1, 2))
     kv[0, 0, 0, 70, 3] = float("nan")
@@ -213,7 +215,7 @@ def test_what_falls_back_is_kept_exactly_and_counted(attached) -> None:
     assert node.stats()["codecs"]["fell_back"] == {"error": 1}
 
 
-def test_a_model_whose_rotation_is_unknown_is_coded_all_the_same(node_factory, client_factory) -> None:
+def test_a_model_with_unknown_rotation_is_compressed_too(node_factory, client_factory) -> None:
     node = node_factory(host="1MiB", codec="host=int8", store_wait_ms=20_000)
     client = client_factory(node, LAYOUT, NAMESPACE)
     for turn in range(20):
@@ -223,8 +225,8 @@ def test_a_model_whose_rotation_is_unknown_is_coded_all_the_same(node_factory, c
     assert all(fetch(client, (turn, 1), BOUND["int8"]) for turn in range(15, 20))
 
 
-def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> None:
-    """Two blocks of the same content, at the beginning of a chain and far behind it, come back equally well."""
+def test_blocks_are_rotated_back_by_their_depth_in_the_chain(attached) -> None:
+    """Two blocks with the same content, the first of a chain and one far down, are fetched with equal error."""
     node, client = attached(codec="host=int4", host="2MiB")
     long = tuple(range(12))
     client.store(tokens_of(long, LAYOUT)[: 10 * T], kv_of(long)[..., : 10 * T, :])
@@ -256,7 +258,7 @@ def test_deep_blocks_are_turned_back_by_their_place_in_the_chain(attached) -> No
         ({"error_budget": "1e-3"}, "error_budget: must be kl=NUMBER, more than 0 nats a token, such as kl=1e-3, got '1e-3'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(settings: dict, words: str) -> None:
+def test_invalid_settings_are_rejected_by_name(settings: dict, words: str) -> None:
     with pytest.raises(TieredKVError, match=words) as refusal:
         tiered_kv.open({"host": "1MiB", **settings}, layout=LAYOUT, namespace=NAMESPACE)
     assert refusal.value.kind is Kind.CONFIG
@@ -267,7 +269,7 @@ def test_settings_that_cannot_be_are_refused_by_name(settings: dict, words: str)
     [{"quality": "compact"}, {"quality": "archive"}, {"codec": "host=ecuq:1e-4"}, {"error_budget": "kl=1e-3"}],
     ids=lambda settings: next(iter(settings)) + "=" + next(iter(settings.values())),
 )
-def test_a_quality_that_needs_a_calibration_says_how_to_make_one(settings: dict, tmp_path, monkeypatch) -> None:
+def test_the_error_for_a_missing_calibration_names_the_command(settings: dict, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TIERED_KV_CACHE", str(tmp_path))
     with pytest.raises(TieredKVError, match="run: tiered-kv calibrate MODEL") as refusal:
         tiered_kv.open({"host": "1MiB", **settings}, layout=LAYOUT, namespace=NAMESPACE)
@@ -275,7 +277,7 @@ def test_a_quality_that_needs_a_calibration_says_how_to_make_one(settings: dict,
     assert refusal.value.context["setting"] == next(iter(settings))
 
 
-def test_a_worker_that_is_refused_leaves_the_node_to_others(node_factory, client_factory, tmp_path, monkeypatch) -> None:
+def test_a_rejected_worker_does_not_affect_others(node_factory, client_factory, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TIERED_KV_CACHE", str(tmp_path))
     node = node_factory(host="1MiB", quality="compact")
     with pytest.raises(TieredKVError, match="tiered-kv calibrate"):
@@ -283,7 +285,7 @@ def test_a_worker_that_is_refused_leaves_the_node_to_others(node_factory, client
     assert node.stats()["sessions"] == 0
 
 
-def test_two_models_of_one_node_have_each_its_plan(node_factory, client_factory) -> None:
+def test_two_models_of_one_node_have_separate_plans(node_factory, client_factory) -> None:
     node = node_factory(host="1MiB", quality="near_exact")
     for weights in ("the one", "the other"):
         client_factory(node, LAYOUT, replace(NAMESPACE, weights=weights))

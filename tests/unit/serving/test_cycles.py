@@ -1,4 +1,4 @@
-"""Parents that cannot be, from a worker, in the memory that a node left, in a disk folder, in a checkpoint: nothing of it hangs a node."""
+"""Invalid parents, from a worker, in old shared memory, in a disk folder, and in a checkpoint: none of them hangs a node."""
 
 import subprocess
 import sys
@@ -38,13 +38,13 @@ print("ended", flush=True)
 
 
 def told(*arguments: object) -> tuple:
-    """The parts of a hint in which nothing is said."""
+    """Returns the fields of an empty hint."""
     return (*arguments, None, None, None, True)
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "s3fifo"])
 def test_a_cycle_of_parents_does_not_hang_the_node(policy: str) -> None:
-    """The worker commits A behind B and B behind A, says all that it can of their future, and makes both go and come again."""
+    """The worker commits A as child of B and B as child of A, with all kinds of hints, and has both evicted and stored again."""
     command = [sys.executable, "-c", NODE, uuid.uuid4().hex[:8], policy]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         directory = process.stdout.readline().strip()
@@ -83,7 +83,7 @@ def test_a_cycle_of_parents_does_not_hang_the_node(policy: str) -> None:
         ([(C, key_of(7), 9)], "its depth must be 1, got 9"),
     ],
 )
-def test_a_commit_whose_depths_do_not_fit_is_refused_as_a_whole(node_factory, claims: list, words: str) -> None:
+def test_a_commit_with_inconsistent_depths_is_rejected_as_a_whole(node_factory, claims: list, words: str) -> None:
     node = node_factory(host="1MiB", store_wait_ms=0)
     with closing(node.open_session()) as session:
         session.commit(ROOT, NBYTES, [(key_of(7), None, *session.reserve(NBYTES, [key_of(7)], None), 0)])
@@ -100,7 +100,7 @@ def test_a_commit_whose_depths_do_not_fit_is_refused_as_a_whole(node_factory, cl
         assert session.commit(ROOT, NBYTES, [(B, key_of(7), offset, 1)]) == [True], "the session goes on"
 
 
-def test_a_damaged_folder_with_a_cycle_is_read_without_end_to_nothing(node_factory, tmp_path) -> None:
+def test_reading_a_damaged_folder_with_a_cycle_ends(node_factory, tmp_path) -> None:
     cycle = {1: 2, 2: 3, 3: 1, 4: 4, 5: 1}
     records = [record_of(number, 3000)._replace(parent=record_of(above, 3000).key) for number, above in cycle.items()]
     node = node_factory(host="1MiB", disk=f"8MiB:{tmp_path}", cluster_id="first")
@@ -119,7 +119,7 @@ def test_a_damaged_folder_with_a_cycle_is_read_without_end_to_nothing(node_facto
     assert all(block.link is None for block in node.engine.machine.blocks.values())
 
 
-def test_a_checkpoint_with_a_cycle_is_mounted_and_filled_without_links(node_factory, tmp_path) -> None:
+def test_a_checkpoint_with_a_cycle_is_loaded_without_parent_links(node_factory, tmp_path) -> None:
     places = {1: (2, 8), 2: (1, 9), 3: (3, 0), 4: (99, (1 << 32) - 1), 5: (4, 1 << 31)}
     store = FolderStore(tmp_path)
     writer = PackWriter(store)
@@ -147,7 +147,7 @@ def test_a_checkpoint_with_a_cycle_is_mounted_and_filled_without_links(node_fact
     assert not node.engine.machine.blocks_by_tier[Tier.HOST], "they go as all others"
 
 
-def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(node_factory) -> None:
+def test_cycles_in_damaged_headers_of_shared_memory_are_ignored(node_factory) -> None:
     cluster_id = uuid.uuid4().hex[:8]
     node = node_factory(host="1MiB", cluster_id=cluster_id)
     with closing(node.open_session()) as session:
@@ -168,7 +168,7 @@ def test_damaged_headers_in_shared_memory_that_make_a_cycle_are_links_of_nobody(
 
 
 def within(call) -> None:
-    """Run `call` on a thread of its own, which must end in time."""
+    """Run `call` on a separate thread, which must end in time."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(PATIENCE_S)

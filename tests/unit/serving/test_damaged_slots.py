@@ -1,4 +1,4 @@
-"""Damaged slots of the shared index: no bit and no random word makes a wrong block or an exception; the node mends what it is told of."""
+"""Damaged slots of the shared index: no flipped bit or random word gives a wrong block or an exception, and the node repairs slots."""
 
 import random
 import time
@@ -38,7 +38,7 @@ def words_of(node) -> memoryview:
 
 
 def used(client, path) -> int:
-    """All calls that read the index; whatever a fetch gives is what was stored."""
+    """Make all calls that read the index. Asserts that fetches return only stored blocks."""
     client.match(tokens_of(path))
     records = client.explain(tokens_of(path))
     assert len(records) == len(path)
@@ -46,13 +46,13 @@ def used(client, path) -> int:
 
 
 def all_hit_again(node, client) -> None:
-    """Once the node was told of every block, it shows what it has."""
+    """Report every block to the node, and assert that all are hits again."""
     node.doubt(list(node.engine.machine.blocks))
     node.check()
     assert [used(client, path) for path in PATHS] == [4] * len(PATHS)
 
 
-def test_no_bit_of_a_slot_makes_a_wrong_block_or_an_exception(node_factory, client_factory) -> None:
+def test_no_flipped_bit_of_a_slot_gives_a_wrong_block_or_an_exception(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     key = keys_of(PATHS[2])[1]
     for bit in range(SLOT_BITS):
@@ -64,7 +64,7 @@ def test_no_bit_of_a_slot_makes_a_wrong_block_or_an_exception(node_factory, clie
 
 
 @pytest.mark.parametrize("tiers", [{}, {"device": "1MiB:cpu"}, {"codec": "host=lossless"}, {"disk": "4MiB"}], ids=str)
-def test_random_words_of_slots_make_no_wrong_block_and_no_exception(node_factory, client_factory, tmp_path, tiers: dict) -> None:
+def test_random_words_in_slots_give_no_wrong_block_and_no_exception(node_factory, client_factory, tmp_path, tiers: dict) -> None:
     if "disk" in tiers:
         tiers = {**tiers, "disk_path": str(tmp_path / "disk")}
     node, client = stored(node_factory, client_factory, **tiers)
@@ -89,7 +89,7 @@ def _drop_device_slots_that_name_another_block(node) -> None:
             node.storage.index.remove(key)
 
 
-def test_a_slot_that_names_another_block_is_a_miss_and_is_mended(node_factory, client_factory) -> None:
+def test_a_slot_that_names_another_block_is_a_miss_and_is_repaired(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     keys = keys_of(PATHS[0])
     for wrong in (keys[2], keys_of(PATHS[1])[3]):
@@ -99,7 +99,7 @@ def test_a_slot_that_names_another_block_is_a_miss_and_is_mended(node_factory, c
     assert node.stats()["seals"]["slots_mended"] == 2
 
 
-def test_a_store_of_a_block_whose_slot_is_damaged_shows_it_again(node_factory, client_factory) -> None:
+def test_storing_a_block_with_a_damaged_slot_repairs_the_slot(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     key = keys_of(PATHS[0])[3]
     words_of(node)[slots_of(node)[key] * w.SLOT_WORDS + 5] = 0  # the slot is empty now
@@ -109,7 +109,7 @@ def test_a_store_of_a_block_whose_slot_is_damaged_shows_it_again(node_factory, c
     node.check()
 
 
-def test_the_scrubber_mends_slots_by_itself(node_factory, client_factory, monkeypatch) -> None:
+def test_the_scrubber_repairs_slots_by_itself(node_factory, client_factory, monkeypatch) -> None:
     monkeypatch.setattr(seals, "PASS_EVERY_S", 0.0)
     node, client = stored(node_factory, client_factory)
     for slot in list(slots_of(node).values())[::5]:
@@ -121,7 +121,7 @@ def test_the_scrubber_mends_slots_by_itself(node_factory, client_factory, monkey
     assert [used(client, path) for path in PATHS] == [4] * len(PATHS)
 
 
-def test_damaged_ticks_and_counts_end_nothing(node_factory, client_factory) -> None:
+def test_damaged_ticks_and_counts_do_no_harm(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     views = node.storage.index._views
     for value in ((1 << 64) - 1, 1 << 63, 0):
@@ -157,7 +157,7 @@ def test_a_restart_with_damaged_slots_keeps_the_other_blocks(lives, seed: int) -
         assert [used(client, path) for path in PATHS] == [4] * len(PATHS)
 
 
-def test_a_location_out_of_the_arena_is_no_hit(node_factory, client_factory) -> None:
+def test_a_location_outside_the_arena_is_no_hit(node_factory, client_factory) -> None:
     node, client = stored(node_factory, client_factory)
     key = keys_of(PATHS[0])[0]
     nbytes = LAYOUT.block_bytes

@@ -1,4 +1,4 @@
-"""A trace through a cache of one process gives the hits of its replay, exactly: the same code decides, told the same."""
+"""A trace through an embedded cache gives exactly the hits of its replay: the same policy code gets the same events."""
 
 from random import Random
 
@@ -25,7 +25,7 @@ def capacity_blocks() -> int:
 
 
 def trace(requests: int, seed: int = 1) -> list[Request]:
-    """(time, blocks as numbers, answer tokens): conversations that grow behind a few shared beginnings, and one-time prompts."""
+    """Returns requests (time, blocks as numbers, answer tokens): growing conversations with a few shared prefixes, and single prompts."""
     random, now_s, chats, made = Random(seed), 0.0, [], []
     for number in range(requests):
         now_s += random.expovariate(2.0)
@@ -40,7 +40,7 @@ def trace(requests: int, seed: int = 1) -> list[Request]:
 
 
 def replayed(requests: list[Request], config: tiered_kv.Config, blocks: int) -> list[int]:
-    """Leading blocks that hit, for each request, by the policy alone."""
+    """Returns, for each request, how many leading blocks hit when only the policy runs."""
     history = history_of(config)
     policy = policy_of(config, history, blocks)
     hits = []
@@ -70,7 +70,7 @@ def replayed(requests: list[Request], config: tiered_kv.Config, blocks: int) -> 
 
 
 def stored(requests: list[Request], config: tiered_kv.Config) -> list[int]:
-    """The same by a cache of one process."""
+    """Returns the same numbers for an embedded cache."""
     clock, hits = ManualClock(), []
     with tiered_kv.open(config, layout=LAYOUT, namespace=NAMESPACE, clock=clock) as client:
         for now_s, chain, answer_tokens in requests:
@@ -85,7 +85,7 @@ def stored(requests: list[Request], config: tiered_kv.Config) -> list[int]:
 
 
 @pytest.mark.parametrize("policy", ["lru", "adaptive"])
-def test_the_cache_of_one_process_hits_what_the_replay_hits(policy: str) -> None:
+def test_an_embedded_cache_has_exactly_the_replays_hits(policy: str) -> None:
     config = tiered_kv.Config(host=HOST_BYTES, policy=policy, seed=3)
     requests = trace(400)
     expected = replayed(requests, config, capacity_blocks())

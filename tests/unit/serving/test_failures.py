@@ -1,4 +1,4 @@
-"""What fails on one machine, and what of it a worker sees (design, section 7): workers, the node itself, the disk."""
+"""Failures on one machine, and their effect on a worker (design, section 7): of workers, the node, and the disk."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def served(node: Node):
 # A worker that dies or leaves
 
 
-def test_what_a_killed_worker_had_reserved_is_taken_back(node_factory) -> None:
+def test_reservations_of_a_killed_worker_are_released(node_factory) -> None:
     with served(node_factory(host="1MiB")) as node:
         command = [sys.executable, "-c", WORKER, str(node.directory), str(NBYTES), "6"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
@@ -73,7 +73,7 @@ def test_what_a_killed_worker_had_reserved_is_taken_back(node_factory) -> None:
         assert not dict(node.storage.index.items()), "nothing of it was ever visible"
 
 
-def test_extents_that_somebody_still_writes_to_are_not_given_away(node_factory) -> None:
+def test_extents_that_a_worker_still_writes_are_not_reused(node_factory) -> None:
     with served(node_factory(host="1MiB", store_wait_ms=0)) as node, NodeView.open(node.directory) as view:
         session = SocketSession(f"{node.directory}/sock", PATIENCE_S)
         offsets = session.reserve(NBYTES, keys_of(3), None)
@@ -90,7 +90,7 @@ def test_extents_that_somebody_still_writes_to_are_not_given_away(node_factory) 
         assert node.stats()["tiers"]["host"]["used_bytes"] == 0
 
 
-def test_a_store_of_a_session_that_is_gone_changes_nothing(node_factory) -> None:
+def test_a_store_on_an_ended_session_changes_nothing(node_factory) -> None:
     node = node_factory(host="1MiB")
     session = node.open_session()
     (offset,) = session.reserve(NBYTES, keys_of(1), None)
@@ -106,7 +106,7 @@ def test_a_store_of_a_session_that_is_gone_changes_nothing(node_factory) -> None
 
 
 class Lives:
-    """One node after the other under the same ids, each with its socket, and clients that stay."""
+    """Successive nodes with the same ids, each with its socket, and clients that outlive them."""
 
     def __init__(self, **settings: object) -> None:
         self.config = Config.of({"host": "1MiB", **settings})
@@ -140,7 +140,7 @@ def lives(tmp_path):
         each.stop(remove=True)
 
 
-def test_a_node_made_again_has_its_blocks_and_its_workers_go_on(lives) -> None:
+def test_a_restarted_node_has_its_blocks_and_its_workers_continue(lives) -> None:
     life = lives(disk="4MiB")
     with life.client(LARGE) as client:
         paths = [(turn, 1, 2) for turn in range(20)]  # more than the host tier holds
@@ -163,8 +163,8 @@ def test_a_node_made_again_has_its_blocks_and_its_workers_go_on(lives) -> None:
             assert fresh.fetch(tokens_of((99,), LARGE)).tokens == client.fetch(tokens_of((99,), LARGE)).tokens == 64
 
 
-def test_a_worker_that_was_attached_stores_again_at_once(lives) -> None:
-    """Its session had ended with the node that it was of: the files say that another one writes them now."""
+def test_an_attached_worker_stores_at_once_after_a_restart(lives) -> None:
+    """The worker's session ended with the old node. The files show that another node writes them now."""
     life = lives()
     with life.client() as client:
         client.store(TOKENS, KV)
@@ -175,7 +175,7 @@ def test_a_worker_that_was_attached_stores_again_at_once(lives) -> None:
         assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4
 
 
-def test_after_a_restart_the_least_recently_used_still_goes_first(lives) -> None:
+def test_after_a_restart_the_least_recently_used_block_is_evicted_first(lives) -> None:
     life = lives()
     with life.client(LARGE) as client:
         for turn in range(28):
@@ -203,8 +203,8 @@ def test_a_restart_does_not_read_the_whole_disk(lives) -> None:
         assert life.node.stats()["counts"].get("promoted", 0) == 0
 
 
-def test_a_restart_during_a_store_refuses_it_and_corrupts_nothing(lives) -> None:
-    """The node dies between the reservation and the packing: the extents may belong to anyone by then."""
+def test_a_store_during_a_restart_is_refused_and_corrupts_nothing(lives) -> None:
+    """The node dies between reservation and packing, so the extents may already have another owner."""
     life = lives()
     with life.client() as client:
         session = SocketSession(f"{life.node.directory}/sock", PATIENCE_S)
@@ -232,7 +232,7 @@ def test_a_restart_during_a_store_refuses_it_and_corrupts_nothing(lives) -> None
         assert life.node.stats()["tiers"]["host"]["used_bytes"] == 0
 
 
-def test_a_restarted_node_leaves_alone_what_a_worker_still_packs(lives) -> None:
+def test_a_restarted_node_does_not_reuse_extents_that_a_worker_still_packs(lives) -> None:
     life = lives(store_wait_ms=0)
     with NodeView.open(life.node.directory) as view:
         session = life.node.open_session()
@@ -253,7 +253,7 @@ def test_a_restarted_node_leaves_alone_what_a_worker_still_packs(lives) -> None:
 
 
 def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int = 40, **settings: object):
-    """A node with a host tier of 30 blocks, and a client that has stored chains of one block, `turns` of them."""
+    """Returns a node with a host tier of 30 blocks, and a client that has stored `turns` chains of one block."""
     node = node_factory(host="1MiB", disk_path=str(tmp_path / "disk"), **{"disk": "4MiB", **settings})
     if faults:
         node.storage.disk._files = Faulty(Files(), faults)
@@ -265,7 +265,7 @@ def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int =
 
 
 def hits(client, turns: range) -> int:
-    """How many of the chains can be fetched, each as it was stored."""
+    """Returns how many of the chains can be fetched. Asserts that each is as it was stored."""
     return sum(assert_is_prefix(client.fetch(tokens_of((turn,), LARGE)), (turn,), LARGE) for turn in turns)
 
 
@@ -280,7 +280,7 @@ def flip(node: Node, key: bytes, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 40, 200, 20_000], ids=["magic", "key", "first byte", "middle"])
-def test_a_flipped_byte_on_disk_is_a_miss_and_the_copy_is_given_up(node_factory, tmp_path, at: int) -> None:
+def test_a_flipped_byte_on_disk_is_a_miss_and_the_copy_is_dropped(node_factory, tmp_path, at: int) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client:
         key = bytes.fromhex(client.explain(tokens_of((0,), LARGE))[0].key)
@@ -298,7 +298,7 @@ def test_a_flipped_byte_on_disk_is_a_miss_and_the_copy_is_given_up(node_factory,
         assert hits(client, range(1)) == 1
 
 
-def test_what_is_read_from_disk_comes_to_memory(node_factory, tmp_path) -> None:
+def test_blocks_read_from_disk_are_promoted_to_memory(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client:
         for _ in range(2):  # the first makes room
@@ -310,7 +310,7 @@ def test_what_is_read_from_disk_comes_to_memory(node_factory, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_disk_that_refuses_keeps_nobody_from_storing(node_factory, tmp_path, code: int) -> None:
+def test_a_disk_with_failing_writes_does_not_stop_stores(node_factory, tmp_path, code: int) -> None:
     node, client = filled_disk(node_factory, tmp_path, Plan(pwritev={EVERY: fails(code)}), turns=60)
     with client:
         stats = node.stats()
@@ -321,7 +321,7 @@ def test_a_disk_that_refuses_keeps_nobody_from_storing(node_factory, tmp_path, c
         assert client.store(tokens_of((99,), LARGE), kv_of((99,), LARGE)) == Stored(1, 0, 0)
 
 
-def test_a_disk_that_refuses_once_loses_nothing(node_factory, tmp_path) -> None:
+def test_one_failed_disk_write_loses_nothing(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path, Plan(pwritev={1: fails(errno.EIO)}), turns=32)
     with client:
         assert node.stats()["counts"]["demote_failed"] >= 1
@@ -345,7 +345,7 @@ def test_a_block_is_readable_at_every_moment_of_its_demotion(node_factory, tmp_p
         assert hits(client, range(35)) == 35
 
 
-def test_a_full_disk_gives_up_what_is_oldest(node_factory, tmp_path) -> None:
+def test_a_full_disk_evicts_its_oldest_blocks(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path, turns=120, disk="1MiB")
     with client:
         usage = node.stats()["tiers"]["disk"]
@@ -374,7 +374,7 @@ def test_no_lock_is_held_while_the_disk_removes_a_segment(node_factory, tmp_path
     assert all(free)
 
 
-def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> None:
+def test_a_segment_deleted_by_others_is_a_miss(node_factory, tmp_path) -> None:
     node, client = filled_disk(node_factory, tmp_path)
     with client:
         disk = node.storage.disk
@@ -387,7 +387,7 @@ def test_a_segment_deleted_behind_our_back_is_a_miss(node_factory, tmp_path) -> 
             os.truncate(segment_path(disk.folder, segment), disk._segments[segment].nbytes)
 
 
-def test_a_disk_that_hangs_holds_no_fetch_beyond_its_deadline(node_factory, tmp_path) -> None:
+def test_a_hanging_disk_delays_no_fetch_beyond_its_deadline(node_factory, tmp_path) -> None:
     entered, gate = threading.Event(), threading.Event()
     _, client = filled_disk(node_factory, tmp_path)
     with client:
@@ -400,7 +400,7 @@ def test_a_disk_that_hangs_holds_no_fetch_beyond_its_deadline(node_factory, tmp_
         assert hits(client, range(40)) == 40
 
 
-def test_a_disk_tier_that_refuses_whole_batches_is_survived(node_factory, tmp_path) -> None:
+def test_failed_batches_of_disk_writes_do_no_harm(node_factory, tmp_path) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"))
     node.storage.logs[Tier.DISK] = Faulty(node.storage.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
@@ -413,7 +413,7 @@ def test_a_disk_tier_that_refuses_whole_batches_is_survived(node_factory, tmp_pa
 # Places that cannot be used
 
 
-def test_a_disk_folder_that_cannot_be_written_names_the_setting(tmp_path) -> None:
+def test_the_error_for_an_unwritable_disk_folder_names_the_setting(tmp_path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(TieredKVError, match="disk_path") as refusal:
         Node(Config.of({"host": "1MiB", "disk": "1MiB", "disk_path": str(tmp_path / "file")}), uuid.uuid4().hex[:8], "n0")
@@ -421,27 +421,27 @@ def test_a_disk_folder_that_cannot_be_written_names_the_setting(tmp_path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_disk_folder_without_permission_names_the_setting(tmp_path) -> None:
+def test_the_error_for_a_disk_folder_without_permission_names_the_setting(tmp_path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(TieredKVError, match="disk_path"):
         Node(Config.of({"host": "1MiB", "disk": "1MiB", "disk_path": str(tmp_path / "locked")}), uuid.uuid4().hex[:8], "n0")
 
 
 @pytest.mark.parametrize("host", [0, "0", "1KiB"])
-def test_no_host_tier_names_the_setting(host) -> None:
+def test_the_error_for_a_missing_host_tier_names_the_setting(host) -> None:
     with pytest.raises(TieredKVError, match="host") as refusal:
         Config.of({"host": host})
     assert refusal.value.kind is Kind.CONFIG
 
 
-def test_shared_memory_that_is_not_there_names_the_setting(tmp_path) -> None:
+def test_the_error_for_missing_shared_memory_names_the_setting(tmp_path) -> None:
     with pytest.raises(TieredKVError, match="shm_path"):
         Node(Config.of({"host": "1MiB", "shm_path": str(tmp_path / "missing")}), "c", "n0")
     with pytest.raises(TieredKVError, match="host"):
         Node(Config.of({"host": 1 << 50}), uuid.uuid4().hex[:8], "n0")
 
 
-def test_two_nodes_of_the_same_ids_cannot_run_at_once(node_factory) -> None:
+def test_two_nodes_with_the_same_ids_cannot_run_at_the_same_time(node_factory) -> None:
     node = node_factory(host="1MiB", cluster_id="same")
     with pytest.raises(TieredKVError, match="another process is the writer"):
         Node(node.config, "same", "n0")

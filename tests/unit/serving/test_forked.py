@@ -1,4 +1,4 @@
-"""A worker that forks after it has fetched: its child has no threads of the parent, and fetches all the same."""
+"""A worker that forks after a fetch: its child has none of the parent's threads, but can fetch."""
 
 import hashlib
 from pathlib import Path as FilePath
@@ -17,7 +17,7 @@ def digest(kv: torch.Tensor) -> str:
 
 
 def fetched(client, turns: list[int]) -> list[str]:
-    """The KV of each of these prompts, as a digest; all of it within a deadline that only a hang misses."""
+    """Returns a digest of the KV of these prompts. Asserts that all are fetched within a deadline that only a hang misses."""
     found = []
     for turn in turns:
         each = client.fetch(tokens_of((turn,), LARGE), deadline_ms=8000)
@@ -44,7 +44,7 @@ def test_a_child_reads_blocks_on_disk(node_factory, tmp_path: FilePath) -> None:
 
 
 @pytest.mark.parametrize("codec", ["int8", "lossless"])
-def test_a_child_decodes_coded_blocks(node_factory, codec: str) -> None:
+def test_a_child_decodes_compressed_blocks(node_factory, codec: str) -> None:
     node = node_factory(host="1MiB", codec=f"host={codec}", store_wait_ms=20_000)
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         for turn in range(40):

@@ -1,4 +1,4 @@
-"""Processes that fork after they have used a client: parent and children go on side by side, and every byte is right."""
+"""Processes that fork after they have used a client: parent and children continue at the same time, and every byte is right."""
 
 import faulthandler
 import os
@@ -24,7 +24,7 @@ PATIENCE_S = 60.0
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The pid of a child that does this work and ends with status 0, or with 1 and what went wrong."""
+    """Fork a child that runs `work`, and return its pid. The child exits with status 0, or with 1 after printing the error."""
     pid = os.fork()
     if pid:
         return pid
@@ -57,7 +57,7 @@ def ends_well(*pids: int) -> None:
 
 
 def store_and_fetch(client, mark: int, shared: list) -> None:
-    """Chains of its own and chains that the others store as well; KV is made from the tokens, so that any wrong byte shows."""
+    """Store and fetch private chains and shared ones. The KV depends on the tokens, so any wrong byte is detected."""
     answered = 0
     for turn in range(ROUNDS):
         path = (mark * 1000 + turn, turn % 3, 1)
@@ -92,7 +92,7 @@ def test_parent_and_children_use_one_client_at_the_same_time(tmp_path: Path, set
             assert fresh.stats()["node"]["reserved_bytes"] == 0
 
 
-def test_a_child_that_closes_its_client_ends_nothing_of_its_parents() -> None:
+def test_a_child_that_closes_its_client_does_not_affect_its_parent() -> None:
     path = (1, 2, 3)
     with NodeProcess() as node, client_of(node.info, LAYOUT, NAMESPACE) as client:
         client.store(tokens_of(path), kv_of(path))
@@ -102,8 +102,8 @@ def test_a_child_that_closes_its_client_ends_nothing_of_its_parents() -> None:
         assert client.store(tokens_of((4,)), kv_of((4,))) == Stored(1, 0, 0)
 
 
-def test_the_locks_of_a_parent_that_packs_are_not_its_childs(node_factory) -> None:
-    """The child neither releases them nor keeps them when the parent has died."""
+def test_a_child_does_not_own_the_locks_of_its_packing_parent(node_factory) -> None:
+    """The child does not release the locks, and does not keep them after the parent's death."""
     from tiered_kv.memory.view import NodeView
 
     node = node_factory(host="1MiB")
@@ -129,7 +129,7 @@ def _guard(view, ranges) -> None:
 # A node in the process itself
 
 
-def test_a_child_of_an_embedded_cache_reads_and_stores_nothing_and_removes_nothing(tmp_path: Path) -> None:
+def test_a_child_of_an_embedded_cache_reads_stores_and_removes_nothing(tmp_path: Path) -> None:
     paths = [(number, 1, 2) for number in range(30)]
     config = {"host": "1MiB", "disk": "4MiB", "shm_path": str(tmp_path)}
     with tiered_kv.open(config, layout=LAYOUT, namespace=NAMESPACE) as client:
@@ -156,8 +156,8 @@ def test_a_child_of_an_embedded_cache_reads_and_stores_nothing_and_removes_nothi
     assert not directory.exists()
 
 
-def test_a_child_that_ends_in_order_leaves_its_parents_cache(tmp_path: Path) -> None:
-    """It runs what is registered to be run at the interpreter's end."""
+def test_a_child_that_exits_normally_does_not_affect_its_parents_cache(tmp_path: Path) -> None:
+    """The child runs the functions registered with atexit."""
     import subprocess
 
     script = """

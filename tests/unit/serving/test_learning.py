@@ -1,4 +1,4 @@
-"""What the policies of two nodes learn from each other through the coordinator."""
+"""The policies of two nodes exchange statistics through the coordinator."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def cluster(checked, clock):
-    """Two nodes that report when they are told to; the first one has seen prompts that come back."""
+    """Two nodes that report only on request. The first one has seen prompts that are used again."""
     config = Config(host=1 << 20, heartbeat_s=1000.0, node_timeout_s=10_000.0, policy="adaptive")
     cluster = checked(InProcessCluster(config, 2, clock))
     cluster.nodes["n0"]._reporter.wake = lambda: None
@@ -39,7 +39,7 @@ def history(cluster: InProcessCluster, node: str):
 
 
 def others_of(cluster: InProcessCluster, node: str) -> bytes:
-    """What the node has of others, as they told it."""
+    """Returns the statistics of other nodes that this node has."""
     counts = history(cluster, node).model._others
     return b"" if not counts.any() else counts.sum().tobytes()
 
@@ -48,7 +48,7 @@ def age_s(cluster: InProcessCluster, node: str) -> float | None:
     return cluster.nodes[node].stats()["policy"]["adopted_age_s"]
 
 
-def test_one_node_teaches_the_other_and_is_not_told_its_own(cluster, clock) -> None:
+def test_nodes_get_each_others_statistics_but_not_their_own(cluster, clock) -> None:
     cluster.report_all()
     cluster.report_all()
     taught, teacher = history(cluster, "n1"), history(cluster, "n0")
@@ -62,7 +62,7 @@ def test_one_node_teaches_the_other_and_is_not_told_its_own(cluster, clock) -> N
     assert cluster.nodes["n0"].stats()["policy"]["known_blocks"] > 60
 
 
-def test_statistics_come_now_and_then_only(cluster, clock, monkeypatch) -> None:
+def test_statistics_are_sent_at_intervals(cluster, clock, monkeypatch) -> None:
     told: list[bool] = []
     report = cluster.coordinator.report
     monkeypatch.setattr(cluster.coordinator, "report", lambda each: told.append(each.statistics is not None) or report(each))
@@ -74,7 +74,7 @@ def test_statistics_come_now_and_then_only(cluster, clock, monkeypatch) -> None:
     assert cluster.coordinator._members["n0"].statistics == history(cluster, "n0").statistics()
 
 
-def test_without_the_coordinator_a_node_goes_on_with_the_last_and_a_new_one_hears_it_again(cluster, clock) -> None:
+def test_statistics_survive_a_restart_of_the_coordinator(cluster, clock) -> None:
     cluster.report_all()
     cluster.report_all()
     known = others_of(cluster, "n1")
@@ -98,7 +98,7 @@ def test_without_the_coordinator_a_node_goes_on_with_the_last_and_a_new_one_hear
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xff\xff\xff", bytes(7), b"x" * (STATISTICS_BYTES_MAX + 4), "text", 7])
-def test_garbage_of_a_node_is_logged_and_hurts_nobody(cluster, clock, caplog, monkeypatch, garbage) -> None:
+def test_invalid_statistics_of_a_node_are_logged_and_ignored(cluster, clock, caplog, monkeypatch, garbage) -> None:
     cluster.report_all()
     cluster.report_all()
     known = others_of(cluster, "n1")
@@ -111,7 +111,7 @@ def test_garbage_of_a_node_is_logged_and_hurts_nobody(cluster, clock, caplog, mo
     assert cluster.nodes["n0"].stats()["coordinator"] is True
 
 
-def test_garbage_of_the_coordinator_is_logged_and_left(cluster, clock, caplog) -> None:
+def test_invalid_statistics_of_the_coordinator_are_logged_and_ignored(cluster, clock, caplog) -> None:
     cluster.report_all()
     cluster.report_all()
     known = others_of(cluster, "n1")
@@ -121,7 +121,7 @@ def test_garbage_of_the_coordinator_is_logged_and_left(cluster, clock, caplog) -
     assert len([record for record in caplog.records if "are ignored" in record.message]) == 3
 
 
-def test_what_a_node_told_goes_with_it(cluster, clock) -> None:
+def test_the_statistics_of_a_node_end_with_it(cluster, clock) -> None:
     cluster.report_all()
     cluster.start_node("n2")
     cluster.report_all()
@@ -139,7 +139,7 @@ def test_what_a_node_told_goes_with_it(cluster, clock) -> None:
     assert others_of(cluster, "n2"), "it is back"
 
 
-def test_a_policy_that_learns_nothing_tells_nothing(checked) -> None:
+def test_a_policy_without_learning_sends_no_statistics(checked) -> None:
     cluster = checked(InProcessCluster(Config(host=1 << 20, heartbeat_s=1000.0, policy="lru"), 2, ManualClock()))
     cluster.report_all()
     cluster.nodes["n0"]._learning.adopt(merge_statistics([]))

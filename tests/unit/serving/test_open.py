@@ -1,4 +1,4 @@
-"""`tiered_kv.open` as people use it: also without closing it."""
+"""`tiered_kv.open` as users call it, including without a close."""
 
 import os
 import subprocess
@@ -32,8 +32,8 @@ def test_a_script_that_ends_without_close_leaves_nothing(tmp_path: Path) -> None
     assert not list(tmp_path.glob("tkv-*"))
 
 
-def test_with_a_disk_tier_nothing_stored_is_lost_while_there_is_room(tmp_path: Path) -> None:
-    """Blocks of 128 KiB: many more than a host tier of 2 MiB holds, far fewer than the disk tier can."""
+def test_with_a_disk_tier_no_block_is_lost_while_there_is_room(tmp_path: Path) -> None:
+    """Blocks of 128 KiB: many more than fit in a host tier of 2 MiB, and far fewer than fit in the disk tier."""
     layout = tiered_kv.KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16", block_tokens=64)
     prompts = [range(number * 1000, number * 1000 + 192) for number in range(80)]
     config = {"host": "2MiB", "disk": "64MiB", "disk_path": str(tmp_path / "disk")}
@@ -47,7 +47,7 @@ def test_with_a_disk_tier_nothing_stored_is_lost_while_there_is_room(tmp_path: P
             assert fetched.kv.eq(number).all()
 
 
-def test_out_that_cannot_be_written_is_refused() -> None:
+def test_a_read_only_out_is_rejected() -> None:
     with tiered_kv.open({"host": "2MiB"}, layout=LAYOUT, namespace=NAMESPACE) as client:
         client.store(range(4), torch.zeros(LAYOUT.kv_shape(4)))
         with pytest.raises(tiered_kv.TieredKVError, match="expanded"):
@@ -55,12 +55,12 @@ def test_out_that_cannot_be_written_is_refused() -> None:
 
 
 @pytest.mark.parametrize("config", [5, "1GiB", [("host", 1)]])
-def test_settings_of_another_kind_are_refused(config: object) -> None:
+def test_settings_of_another_type_are_rejected(config: object) -> None:
     with pytest.raises(tiered_kv.TieredKVError, match="a Config or a mapping"):
         tiered_kv.open(config, layout=LAYOUT, namespace=NAMESPACE)
 
 
-def test_objects_that_cannot_be_reached_at_the_first_start_name_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unreachable_object_store_names_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(store: MemoryStore) -> dict[str, int]:
         raise store.failed("cannot be listed", "there is no such bucket")
 
@@ -72,7 +72,7 @@ def test_objects_that_cannot_be_reached_at_the_first_start_name_the_setting(tmp_
     assert not list(tmp_path.glob("tkv-*")), "nothing is left behind"
 
 
-def test_disk_folders_that_no_cap_counts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_folders_outside_every_cap_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "tkv-old-n0").mkdir()
     (tmp_path / "tkv-old-n0" / "segment-1").write_bytes(bytes(3 << 20))
     tiered_kv.open({"host": "2MiB", "disk": f"2MiB:{tmp_path}"}, layout=LAYOUT, namespace=NAMESPACE).close()

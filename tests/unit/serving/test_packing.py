@@ -1,4 +1,4 @@
-"""Packing by strides moves exactly the bytes that plain indexing moves, whatever the layout, the runs and the tensors."""
+"""Packing by strides moves exactly the same bytes as plain indexing, for all layouts, runs and tensors."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ layouts = st.builds(
 
 @st.composite
 def placed_blocks(draw) -> tuple[KVLayout, list[int], int, int]:
-    """A layout, the offsets of some blocks that do not overlap, the bytes of their arena, and the first block's number."""
+    """Draws a layout, offsets of blocks that do not overlap, the bytes of their arena, and the first block's number."""
     layout = draw(layouts)
     step = -(-layout.block_bytes // ALIGN_BYTES) * ALIGN_BYTES
     places = draw(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True))
@@ -41,7 +41,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def kv_tensor(layout: KVLayout, tokens: int, kind: str, seed: int) -> torch.Tensor:
-    """(L, 2, H, tokens, D) of random bits: contiguous, a part of a longer one, or with its axes in another order in memory."""
+    """Returns random KV (L, 2, H, tokens, D): contiguous, a slice of a longer tensor, or with another axis order in memory."""
     longer = tokens + 3 if kind == "part" else tokens
     shape = layout.kv_shape(longer)
     raw = random_bytes(longer * layout.token_bytes, seed).view(layout.torch_dtype)
@@ -55,7 +55,7 @@ kinds = st.sampled_from(["contiguous", "part", "tokens first"])
 
 
 def plain_block(kv: torch.Tensor, layout: KVLayout, block: int) -> torch.Tensor:
-    """The block's bytes by plain indexing."""
+    """Returns the block's bytes by plain indexing."""
     t = layout.block_tokens
     return as_bytes(kv[..., block * t : (block + 1) * t, :])
 
@@ -104,33 +104,33 @@ def test_runs_name_every_block_once_and_in_order(offsets, first):
     assert named == list(enumerate(offsets, first))
 
 
-def test_blocks_side_by_side_are_one_run():
+def test_adjacent_blocks_are_one_run():
     assert list(runs_of([64, 192, 320, 448], first=2)) == [Run(2, 64, 128, 4)]
 
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=4, dtype="bfloat16", block_tokens=2)
 
 
-def test_a_run_behind_the_end_of_kv_is_refused_though_its_memory_goes_on():
+def test_a_run_past_the_end_of_kv_is_rejected_even_if_its_memory_continues():
     kv = torch.zeros(LAYOUT.kv_shape(9), dtype=torch.bfloat16)[..., :4, :]
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="must have at least 6 tokens for blocks 2 to 2 of 2 tokens each, got 4"):
         blocks.unpack(Run(2, 0, 0, 1), kv)
 
 
-def test_a_run_behind_the_end_of_the_arena_is_refused():
+def test_a_run_past_the_end_of_the_arena_is_rejected():
     blocks = ArenaBlocks(torch.zeros(LAYOUT.block_bytes * 2, dtype=torch.uint8), LAYOUT)
     with pytest.raises(RuntimeError, match="out of bounds"):
         blocks.unpack(Run(0, LAYOUT.block_bytes + 64, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
-def test_a_block_at_an_odd_byte_is_refused():
+def test_a_block_at_an_odd_byte_is_rejected():
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="must be multiples of 2 bytes, got 65 and 0"):
         blocks.unpack(Run(0, 65, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
-def test_kv_that_requires_grad_is_packed_and_the_arena_stays_free_of_it():
+def test_packing_kv_that_requires_grad_leaves_no_gradient_in_the_arena():
     arena = torch.zeros(4096, dtype=torch.uint8)
     kv = torch.randn(LAYOUT.kv_shape(4), requires_grad=True).to(torch.bfloat16)
     blocks = ArenaBlocks(arena, LAYOUT)

@@ -1,4 +1,4 @@
-"""Probes of models: kept by nodes and the coordinator, compared up to rounding, and not forgotten in a restart."""
+"""Probes of models: nodes and the coordinator store them, compare them up to rounding, and keep them across restarts."""
 
 from contextlib import closing
 
@@ -19,7 +19,7 @@ ROOT = NAMESPACE.root(LAYOUT)
 
 
 def probe_of(value, rounding=0.0):
-    """A probe of a model whose KV is `value`; `rounding`: relative."""
+    """Returns the probe of a model with the KV `value`, with a relative `rounding` error."""
     rows = np.arange(1, ROWS * FLOATS + 1, dtype="<f4").reshape(ROWS, FLOATS) + value
     rows[:, 0] = np.linalg.norm(rows[:, 1:], axis=1)
     return Probe((rows * np.float32(1 + rounding)).tobytes(), FLOATS, 1e-3, 2e-3)
@@ -38,7 +38,7 @@ def variant(cluster, node, probe):
         session.close()
 
 
-def test_equal_up_to_rounding_is_one_variant_and_others_are_their_own():
+def test_probes_equal_up_to_rounding_share_a_variant_and_others_do_not():
     book = ProbeBook()
     assert book.match(ROOT, probe_of(1)) == ""
     assert book.match(ROOT, probe_of(1, rounding=5e-4)) == ""
@@ -51,7 +51,7 @@ def test_equal_up_to_rounding_is_one_variant_and_others_are_their_own():
 
 
 @given(st.lists(st.integers(0, 6), max_size=20))
-def test_who_agrees_shares_whatever_the_order(values):
+def test_equal_probes_share_a_variant_in_any_order(values):
     book, names = ProbeBook(), {}
     for value in values:
         names.setdefault(value, set()).add(book.match(ROOT, probe_of(float(value))))
@@ -59,7 +59,7 @@ def test_who_agrees_shares_whatever_the_order(values):
     assert len(set.union(set(), *names.values())) == len(names)
 
 
-def test_rounding_may_grow_with_the_depth_and_other_shapes_never_agree():
+def test_the_tolerance_grows_with_depth_and_other_shapes_never_match():
     probe = probe_of(1)
     rows = np.frombuffer(probe.vector, "<f4").reshape(ROWS, FLOATS).copy()
     for row, agrees in ((0, False), (3, True)):
@@ -70,7 +70,7 @@ def test_rounding_may_grow_with_the_depth_and_other_shapes_never_agree():
     assert probe.distance(probe._replace(vector=np.full_like(rows, np.nan).tobytes())) == np.inf
 
 
-def test_books_are_bounded():
+def test_probe_books_are_bounded():
     book = ProbeBook()
     names = {book.match(ROOT, probe_of(float(number))) for number in range(VARIANTS_MAX + 4)}
     assert len(names) == VARIANTS_MAX + 4
@@ -93,13 +93,13 @@ def test_books_are_bounded():
         [bytes(40), 5, 1, 1],
     ],
 )
-def test_what_is_no_probe_is_refused(message):
+def test_invalid_probes_are_rejected(message):
     with pytest.raises(TieredKVError, match="expected a probe") as caught:
         Probe.of_message(message)
     assert caught.value.kind is Kind.TRANSPORT
 
 
-def test_all_nodes_know_the_first_one(cluster):
+def test_all_nodes_know_the_first_probe(cluster):
     assert variant(cluster, "n0", probe_of(1)) == ""
     assert variant(cluster, "n1", probe_of(1, 5e-4)) == ""
     other = variant(cluster, "n1", probe_of(2))
@@ -107,7 +107,7 @@ def test_all_nodes_know_the_first_one(cluster):
     assert variant(cluster, "n0", probe_of(2)) == other
 
 
-def test_a_restarted_node_still_knows(cluster):
+def test_a_restarted_node_still_knows_its_probes(cluster):
     assert variant(cluster, "n0", probe_of(1)) == ""
     cluster.unreachable.add("coordinator")
     cluster.nodes["n0"].close(remove=False)
@@ -116,7 +116,7 @@ def test_a_restarted_node_still_knows(cluster):
     assert variant(cluster, "n0", probe_of(1)) == ""
 
 
-def test_a_restarted_coordinator_is_told_again(cluster):
+def test_a_restarted_coordinator_gets_the_probes_again(cluster):
     assert variant(cluster, "n0", probe_of(1)) == ""
     cluster.coordinator = Coordinator(cluster._clock, cluster.config.node_timeout_s)
     cluster.nodes["n0"].report()
@@ -133,7 +133,7 @@ def test_without_a_coordinator_the_node_decides(cluster):
     assert variant(cluster, "n1", probe_of(2)) != "", "what the node decided is the cluster's now"
 
 
-def test_a_disk_folder_of_the_users_remembers(node_factory, tmp_path):
+def test_a_disk_folder_from_the_settings_keeps_the_probes(node_factory, tmp_path):
     for first, wanted in ((True, ""), (False, None)):
         node = node_factory(host="1MiB", disk="8MiB", disk_path=str(tmp_path))
         with closing(node.open_session()) as session:

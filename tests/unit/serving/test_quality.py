@@ -1,4 +1,4 @@
-"""Which codec a tier gets, and calibrations: found, refused, and needed to read what was coded with them."""
+"""The choice of a tier's codec, and calibrations: finding them, rejecting invalid ones, and decoding with them."""
 
 import shutil
 from dataclasses import replace
@@ -57,7 +57,7 @@ LOWER = {"disk": "1GiB", "objects": "memory://"}
         ({"quality": "near_exact", "codec": "host=raw,disk=int6", **LOWER}, False, {"host": "raw", "disk": "int6", "objects": "int8"}),
     ],
 )  # fmt: skip
-def test_a_quality_is_a_codec_for_each_tier(settings: dict, calibrated: bool, expected: dict) -> None:
+def test_a_quality_selects_a_codec_for_each_tier(settings: dict, calibrated: bool, expected: dict) -> None:
     assert planned(calibration() if calibrated else None, **settings) == expected
 
 
@@ -71,13 +71,13 @@ def test_a_quality_is_a_codec_for_each_tier(settings: dict, calibrated: bool, ex
         ("kl=8e-3", "xlayer:2e-4", "int4", "xlayer:2e-4"),
     ],
 )
-def test_a_budget_gives_the_smallest_codecs_that_fit_together(budget: str, host_alone: str, host: str, disk: str) -> None:
-    """In memory only what decodes fast, as long as there is a colder tier; and on top of it what it adds to."""
+def test_an_error_budget_selects_the_smallest_codecs_within_it(budget: str, host_alone: str, host: str, disk: str) -> None:
+    """Memory gets only codecs that decode fast if there is a colder tier. The errors of the tiers add up."""
     assert planned(calibration(), error_budget=budget) == {"host": host_alone}
     assert planned(calibration(), error_budget=budget, disk="1GiB") == {"host": host, "disk": disk}
 
 
-def test_a_plan_says_why() -> None:
+def test_a_plan_has_reasons() -> None:
     made = plan(Config(error_budget="kl=1e-3", disk="1GiB", codec="host=raw"), calibration())
     assert made.as_record() == {
         "host": {"codec": "raw", "why": "set by codec"},
@@ -90,7 +90,7 @@ def test_a_plan_says_why() -> None:
     [({}, True), ({"quality": "near_exact"}, False), ({"quality": "near_exact", "codec": "host=raw"}, True),
      ({"codec": "host=lossless"}, False), ({"codec": "disk=int8", "disk": "1GiB"}, True), ({"error_budget": "kl=1"}, False)],
 )  # fmt: skip
-def test_memory_is_exact_only_where_nothing_could_be_coded_in_it(settings: dict, exact: bool) -> None:
+def test_memory_is_exact_only_if_no_codec_applies_to_it(settings: dict, exact: bool) -> None:
     check_settings(Config(**settings))
     assert is_exact(Config(**settings)) is exact
 
@@ -100,7 +100,7 @@ def test_memory_is_exact_only_where_nothing_could_be_coded_in_it(settings: dict,
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty cache folder, and a process that knows no calibration yet."""
+    """An empty cache folder, and a process without any calibration loaded."""
     monkeypatch.setenv("TIERED_KV_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrations, "_registered", {})
     (tmp_path / "calibration").mkdir()
@@ -108,7 +108,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fill(client, count: int, settle) -> list[tuple[int, ...]]:
-    """One-block chains and longer ones of noise until memory has coded some."""
+    """Store chains of noise, some of one block, until memory has compressed some blocks."""
     paths = [(turn, 1, 2) for turn in range(count)]
     for path in paths:
         client.store(tokens_of(path, LAYOUT), kv_of(path))
@@ -121,7 +121,7 @@ def kv_of(path: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(LAYOUT.kv_shape(len(path) * T), generator=generator).mul_(0.1).bfloat16()
 
 
-def test_a_calibrated_model_is_found_by_its_weights_and_coded(folder, node_factory, checked) -> None:
+def test_a_models_calibration_is_found_by_its_weights(folder, node_factory, checked) -> None:
     calibration().save(calibration_file(folder, NAMESPACE.weights))
     node = node_factory(host="2MiB", codec="host=xlayer:1e-3:5e-4", store_wait_ms=20_000)
     client = checked(client_of(node.info(), LAYOUT, NAMESPACE, connect=node.open_session))
@@ -143,7 +143,7 @@ def test_a_calibrated_model_is_found_by_its_weights_and_coded(folder, node_facto
     assert 0 < relative_error(kv_of(coded[0]), fetched.kv) < 0.1, "a step is as large as the deviation"
 
 
-def test_what_was_coded_with_tables_that_are_not_here_is_a_miss(folder, node_factory, checked, monkeypatch) -> None:
+def test_blocks_whose_codec_tables_are_missing_are_misses(folder, node_factory, checked, monkeypatch) -> None:
     calibration().save(calibration_file(folder, NAMESPACE.weights))
     node = node_factory(host="2MiB", codec="host=xlayer:1e-3", store_wait_ms=20_000)
     client = checked(client_of(node.info(), LAYOUT, NAMESPACE, connect=node.open_session))
@@ -154,7 +154,7 @@ def test_what_was_coded_with_tables_that_are_not_here_is_a_miss(folder, node_fac
     assert client.fetch(tokens_of(path, LAYOUT)).tokens == 0
 
 
-def test_a_file_that_is_named_is_used(folder, tmp_path) -> None:
+def test_a_calibration_file_from_the_settings_is_used(folder, tmp_path) -> None:
     calibration().save(tmp_path / "mine.tkvcal")
     for where in (tmp_path / "mine.tkvcal", tmp_path / "a folder"):
         if where.suffix == "":
@@ -166,7 +166,7 @@ def test_a_file_that_is_named_is_used(folder, tmp_path) -> None:
             assert found["host"] == {"codec": "xlayer:1e-4", "why": "quality compact"}
 
 
-def test_a_calibration_that_cannot_be_used_is_refused_by_name(folder, tmp_path) -> None:
+def test_an_unusable_calibration_is_rejected_by_name(folder, tmp_path) -> None:
     calibration("other weights").save(tmp_path / "of another")
     calibration().save(tmp_path / "damaged")
     data = bytearray((tmp_path / "damaged").read_bytes())
@@ -182,7 +182,7 @@ def test_a_calibration_that_cannot_be_used_is_refused_by_name(folder, tmp_path) 
         assert refusal.value.kind in (Kind.CONFIG, Kind.CORRUPT)
 
 
-def test_exact_asks_for_no_calibration_and_minds_none(folder) -> None:
+def test_exact_needs_no_calibration_and_ignores_one(folder) -> None:
     calibration_file(folder, NAMESPACE.weights).write_text("no calibration")
     with tiered_kv.open({"host": "1MiB"}, layout=LAYOUT, namespace=NAMESPACE) as client:
         assert client.match([1] * T).tokens == 0

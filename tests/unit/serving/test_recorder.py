@@ -1,4 +1,4 @@
-"""Requests put together from what a node hears."""
+"""The recorder assembles requests from the calls that a node gets."""
 
 from tiered_kv.node import trace_recorder as module
 from tiered_kv.node.trace_recorder import PENDING_S, Recorder
@@ -15,7 +15,7 @@ def recorder() -> Recorder:
 
 
 def shapes(lines: list[dict]) -> list[tuple]:
-    """Times, lengths, and ids numbered in the order they come."""
+    """Returns times, lengths, and ids renumbered in order of appearance."""
     numbers: dict[int, int] = {}
     return [
         (line["timestamp"], line["input_length"], line["output_length"], [numbers.setdefault(id, len(numbers)) for id in line["hash_ids"]])
@@ -23,7 +23,7 @@ def shapes(lines: list[dict]) -> list[tuple]:
     ]
 
 
-def test_a_fetch_and_the_store_behind_it_are_one_request():
+def test_a_fetch_and_the_store_after_it_are_one_request():
     record = recorder()
     record.seen([b"a", b"b"], None, 1.0)
     record.seen([b"c"], b"b", 2.0)
@@ -41,7 +41,7 @@ def test_the_same_chain_again_is_another_request():
     assert shapes(record.take(2.0, everything=True)) == [(1000, 128, 0, [0, 1]), (1500, 128, 0, [0, 1])]
 
 
-def test_stores_of_two_workers_behind_one_prefix_have_whole_chains():
+def test_stores_of_two_workers_after_one_prefix_have_whole_chains():
     record = recorder()
     record.seen([b"a", b"b"], None, 1.0)
     record.seen([b"a", b"b"], None, 1.1)
@@ -51,7 +51,7 @@ def test_stores_of_two_workers_behind_one_prefix_have_whole_chains():
     assert [ids for *_, ids in lines] == [[0, 1], [0, 1, 2], [0, 1, 3]]
 
 
-def test_ids_are_opaque_and_equal_under_one_salt_only():
+def test_ids_are_opaque_and_equal_only_with_the_same_salt():
     ids = []
     for salt in (b"one", b"one", b"two"):
         record = Recorder(salt, 64, chain_to)
@@ -61,7 +61,7 @@ def test_ids_are_opaque_and_equal_under_one_salt_only():
     assert 0 <= ids[0][0] < 1 << 53, "JSON readers keep 53 bits"
 
 
-def test_an_answer_to_nobody_is_left_out():
+def test_an_answer_without_a_request_is_left_out():
     record = recorder()
     record.answered(b"x", 5)
     assert record.take(9.0, everything=True) == []
@@ -76,7 +76,7 @@ def test_unread_requests_are_bounded_and_losses_counted(monkeypatch):
     assert record.lost == 2
 
 
-def test_half_a_chain_is_left_out_and_what_came_before_is_kept():
+def test_an_incomplete_chain_is_left_out_and_earlier_requests_are_kept():
     record = Recorder(b"salt", 64, lambda key: [] if key == b"c" else chain_to(key), start_s=0.5)
     record.seen([b"a", b"b"], None, 1.0)
     record.seen([b"c"], b"b", 2.0)

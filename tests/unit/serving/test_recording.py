@@ -1,4 +1,4 @@
-"""Recording what nodes are asked: each node's part, and the trace that is made of them."""
+"""Recording the requests of nodes: each node's recording, and the trace merged from them."""
 
 import threading
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def make_cluster(checked, clock):
 
 
 def requester(cluster: InProcessCluster, node: str, checked: Callable) -> Callable:
-    """Makes requests of a worker of the node: a fetch, and the store of what is missing; how many blocks hit."""
+    """Returns a function that makes a worker's request: a fetch, then a store of the missing blocks. It returns the number of hits."""
     client = checked(cluster.client(node, LAYOUT, NAMESPACE))
 
     def request(path: tuple[int, ...], answer_tokens: int = 5) -> int:
@@ -71,7 +71,7 @@ def recording_of(cluster: InProcessCluster, clock: ManualClock) -> tuple[record.
 # One node
 
 
-def test_a_node_records_whole_requests_while_it_is_told_to(make_cluster, checked, clock) -> None:
+def test_a_node_records_whole_requests_while_recording_is_on(make_cluster, checked, clock) -> None:
     cluster = make_cluster(1)
     node, request = cluster.nodes["n0"], requester(cluster, "n0", checked)
     request((1, 2))
@@ -97,7 +97,7 @@ def test_a_node_records_whole_requests_while_it_is_told_to(make_cluster, checked
     assert caught.value.kind is Kind.CLOSED
 
 
-def test_what_a_pull_brought_is_one_request_where_it_was_asked(make_cluster, checked, clock) -> None:
+def test_a_request_with_a_pull_is_recorded_once_at_its_node(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
     here, there = requester(cluster, "n0", checked), requester(cluster, "n1", checked)
     here((1, 2, 3))
@@ -110,7 +110,7 @@ def test_what_a_pull_brought_is_one_request_where_it_was_asked(make_cluster, che
     assert line["input_length"] == 4 * T
 
 
-def test_one_who_records_keeps_others_out_until_it_is_gone(make_cluster, clock) -> None:
+def test_only_one_recorder_can_record_a_node_at_a_time(make_cluster, clock) -> None:
     node = make_cluster(1).nodes["n0"]
     assert node.record(True, SALT) == 0.0
     clock.advance(2.0)
@@ -128,7 +128,7 @@ def test_one_who_records_keeps_others_out_until_it_is_gone(make_cluster, clock) 
     node.record(True, b"other")
 
 
-def test_a_chain_that_is_not_known_to_its_beginning_is_left_out_and_counted(make_cluster, checked, clock) -> None:
+def test_a_chain_without_its_first_blocks_is_left_out_and_counted(make_cluster, checked, clock) -> None:
     cluster = make_cluster(1)
     node = cluster.nodes["n0"]
     node.record(True, SALT)
@@ -142,7 +142,7 @@ def test_a_chain_that_is_not_known_to_its_beginning_is_left_out_and_counted(make
 
 
 def test_recording_changes_no_decision(make_cluster, checked, clock) -> None:
-    """The same requests with and without: the same blocks are here afterwards."""
+    """The same requests with and without recording leave the same blocks cached."""
     left = []
     for on in (False, True):
         cluster = make_cluster(1, policy="adaptive", seed=1)
@@ -161,7 +161,7 @@ def test_recording_changes_no_decision(make_cluster, checked, clock) -> None:
 
 
 @pytest.mark.parametrize("name", ["trace-b16.jsonl", "trace-b16.jsonl.zst"])
-def test_a_recorded_trace_replays_to_the_hits_that_there_were(make_cluster, checked, clock, tmp_path: Path, name: str) -> None:
+def test_replaying_a_recorded_trace_gives_the_same_hits(make_cluster, checked, clock, tmp_path: Path, name: str) -> None:
     cluster = make_cluster()
     asked = [requester(cluster, node, checked) for node in ("n0", "n1")]
     hits = 0
@@ -189,7 +189,7 @@ def test_a_recorded_trace_replays_to_the_hits_that_there_were(make_cluster, chec
     assert all(node.stats()["recording"] is False for node in cluster.nodes.values())
 
 
-def test_ids_of_one_block_are_equal_on_all_nodes_and_no_keys(make_cluster, checked, clock) -> None:
+def test_a_blocks_id_is_equal_on_all_nodes_and_is_not_its_key(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
     recording, lines, _ = recording_of(cluster, clock)
     recording.start()
@@ -201,7 +201,7 @@ def test_ids_of_one_block_are_equal_on_all_nodes_and_no_keys(make_cluster, check
     assert not {int.from_bytes(key[:8]) >> 11 for key in keys} & set(lines[0]["hash_ids"])
 
 
-def test_requests_wait_for_earlier_ones_of_a_slower_node(make_cluster, checked, clock) -> None:
+def test_requests_are_written_after_earlier_ones_of_slower_nodes(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
     early, late = requester(cluster, "n0", checked), requester(cluster, "n1", checked)
     recording, lines, _ = recording_of(cluster, clock)
@@ -222,7 +222,7 @@ def test_requests_wait_for_earlier_ones_of_a_slower_node(make_cluster, checked, 
     assert recording.requests == 3
 
 
-def test_a_node_that_dies_is_gone_on_without_and_recorded_when_it_is_back(make_cluster, checked, clock) -> None:
+def test_recording_continues_without_a_dead_node_and_includes_it_when_it_returns(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
     here, there = requester(cluster, "n0", checked), requester(cluster, "n1", checked)
     recording, lines, said = recording_of(cluster, clock)
@@ -248,7 +248,7 @@ def test_a_node_that_dies_is_gone_on_without_and_recorded_when_it_is_back(make_c
     assert [line["timestamp"] for line in lines] == [1000, 7000, 20_000]
 
 
-def test_a_node_that_did_not_answer_for_a_while_keeps_its_times(make_cluster, checked, clock) -> None:
+def test_requests_of_a_node_that_was_silent_keep_their_times(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
     request = requester(cluster, "n1", checked)
     recording, lines, said = recording_of(cluster, clock)
@@ -265,7 +265,7 @@ def test_a_node_that_did_not_answer_for_a_while_keeps_its_times(make_cluster, ch
     assert len(said) == 2
 
 
-def test_with_no_node_to_record_it_says_why(make_cluster, clock) -> None:
+def test_without_a_node_to_record_the_error_has_the_reason(make_cluster, clock) -> None:
     cluster = make_cluster()
     for node in cluster.nodes.values():
         node.record(True, b"other")
@@ -280,7 +280,7 @@ def test_with_no_node_to_record_it_says_why(make_cluster, clock) -> None:
     assert recording.nobody_answers
 
 
-def test_a_trace_that_cannot_be_written_ends_the_recording_on_the_nodes(make_cluster, checked, clock) -> None:
+def test_a_failed_write_of_the_trace_stops_recording_on_the_nodes(make_cluster, checked, clock) -> None:
     cluster = make_cluster()
 
     def refuse(_: dict) -> None:
@@ -299,5 +299,5 @@ def test_a_trace_that_cannot_be_written_ends_the_recording_on_the_nodes(make_clu
 @pytest.mark.parametrize(
     ("name", "says"), [("a-b16.jsonl.zst", True), ("dir-b16/a.jsonl", False), ("a-b160.jsonl", False), ("a-b8-b16.jsonl", False)]
 )
-def test_a_name_says_the_block_size_as_simulate_reads_it(name: str, says: bool) -> None:
+def test_the_traces_name_has_the_block_size_that_simulate_reads(name: str, says: bool) -> None:
     assert record.names_blocks(name, 16) is says

@@ -1,4 +1,4 @@
-"""Blocks of ranks cut anew along the heads: every head of every token is in the block of the rank that has it, byte for byte."""
+"""Resharding blocks along the heads: each head of each token is, byte for byte, in the block of the rank that owns it."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def refusal(match: str):
 
 
 def halves_by_torch(whole: torch.Tensor, layout: KVLayout, world: int) -> list[torch.Tensor]:
-    """The raw blocks of all ranks, as torch cuts them."""
+    """Returns the raw blocks of all ranks, split with torch."""
     cut = whole.view(layout.torch_dtype).view(layout.block_shape).chunk(world, dim=2)
     return [part.contiguous().view(-1).view(torch.uint8) for part in cut]
 
 
 def cut_anew(blocks: list[torch.Tensor], layout: KVLayout, target: int) -> list[torch.Tensor]:
-    """The raw blocks of all ranks of the target world, of those of all ranks of another."""
+    """Returns the raw blocks of all ranks of the target world, resharded from those of all ranks of another."""
     made = []
     for rank in range(target):
         needed = pieces(len(blocks), target, layout.kv_heads * len(blocks), rank)
@@ -36,12 +36,12 @@ def cut_anew(blocks: list[torch.Tensor], layout: KVLayout, target: int) -> list[
 
 
 def random_block(layout: KVLayout, seed: int) -> torch.Tensor:
-    """Any bytes at all, those of NaN among them."""
+    """Returns arbitrary bytes, including those of NaN."""
     return torch.randint(0, 256, (layout.block_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 @given(layouts, worlds, worlds, st.integers(0, 2**32))
-def test_blocks_of_one_world_are_made_of_those_of_any_other(layout, world, target, seed):
+def test_blocks_of_any_world_can_be_resharded_to_any_other(layout, world, target, seed):
     whole = random_block(layout, seed)
     theirs, expected = halves_by_torch(whole, layout, world), halves_by_torch(whole, layout, target)
     made = cut_anew(theirs, resharded(layout, 1, world), target)
@@ -52,7 +52,7 @@ def test_blocks_of_one_world_are_made_of_those_of_any_other(layout, world, targe
 
 
 @given(layouts, st.lists(worlds, min_size=1, max_size=4), st.integers(0, 2**32))
-def test_after_any_way_through_worlds_a_block_is_what_it_was(layout, way, seed):
+def test_resharding_through_several_worlds_restores_the_block(layout, way, seed):
     whole = random_block(layout, seed)
     blocks, world, shape = [whole], 1, layout
     for target in [*way, 1]:
@@ -62,7 +62,7 @@ def test_after_any_way_through_worlds_a_block_is_what_it_was(layout, way, seed):
 
 
 @given(worlds, worlds)
-def test_pieces_cover_every_head_once_and_no_rank_is_asked_twice(world, target):
+def test_pieces_cover_every_head_once_and_no_rank_is_read_twice(world, target):
     for rank in range(target):
         made_of = pieces(world, target, HEADS, rank)
         assert [head for _, _, count, at in made_of for head in range(at, at + count)] == list(range(HEADS // target))
@@ -72,12 +72,12 @@ def test_pieces_cover_every_head_once_and_no_rank_is_asked_twice(world, target):
         assert len({piece.source for piece in made_of}) == len(made_of)
 
 
-def test_worlds_that_cut_at_different_heads():
+def test_worlds_that_split_at_different_heads():
     assert pieces(2, 3, 12, 1) == [Piece(0, 4, 2, 0), Piece(1, 0, 2, 2)]
     assert pieces(4, 4, 12, 3) == [Piece(3, 0, 3, 0)]
 
 
-def test_what_is_made_shares_no_memory_with_what_it_was_made_of():
+def test_resharded_blocks_share_no_memory_with_their_sources():
     layout = KVLayout(1, 2, 4, "float16", 2)
     block = random_block(layout, 1)
     (made,) = cut_anew([block], layout, 1)
@@ -87,7 +87,7 @@ def test_what_is_made_shares_no_memory_with_what_it_was_made_of():
 
 
 @pytest.mark.parametrize("world", [0, -1, 5, 8, 1.0, "2", None, True])
-def test_a_world_that_cannot_share_the_heads_is_refused(world):
+def test_a_world_that_cannot_split_the_heads_is_rejected(world):
     for asked in (
         lambda: pieces(2, world, HEADS, 0),
         lambda: pieces(world, 2, HEADS, 0),
@@ -97,18 +97,18 @@ def test_a_world_that_cannot_share_the_heads_is_refused(world):
             asked()
 
 
-def test_a_rank_that_is_not_of_the_world_is_refused():
+def test_a_rank_outside_the_world_is_rejected():
     for rank in (-1, 2):
         with refusal("rank: must be from 0 to"):
             pieces(1, 2, HEADS, rank)
 
 
-def test_an_engines_own_layout_is_refused():
+def test_an_engines_own_layout_is_rejected():
     with refusal("opaque layout cannot be split"):
         resharded(None, 2, 4)
 
 
-def test_what_is_no_block_of_the_layout_is_refused():
+def test_blocks_of_another_size_are_rejected():
     layout = KVLayout(1, 6, 4, "float16", 2)
     good, made_of = random_block(layout, 1), pieces(2, 1, HEADS, 0)
     for blocks in ([good], [good, good[:-1]], [good, good.view(torch.float16)], [good, good.view(2, -1)], []):

@@ -1,4 +1,4 @@
-"""A node's part in checkpoints: packs of what it held at one moment, and blocks of packs as its coldest tier."""
+"""A node's part in checkpoints: it writes packs of a snapshot, and uses packs' blocks as its coldest tier."""
 
 import pickle
 import threading
@@ -97,7 +97,7 @@ def filled(node):
 
 
 def saved(node, folder, pack_bytes: int = 300_000, **wish):
-    """All that a node holds, in packs; what is in them."""
+    """Write all blocks of a node in packs. Returns the packs' content."""
     snapshot = node.checkpoint(SnapshotRequest(*wish.values()))
     folder.mkdir(exist_ok=True)
     node.checkpoint(WriteRequest(str(folder), [seen.key for seen in snapshot.blocks], None, pack_bytes))
@@ -116,7 +116,7 @@ def mounted_blocks(snapshot, state) -> tuple[list[str], list[MountedBlock]]:
     return [pack.name for pack in state.packs], blocks
 
 
-def test_what_a_node_holds_is_told_the_last_used_first(cluster) -> None:
+def test_a_snapshot_lists_the_most_recently_used_blocks_first(cluster) -> None:
     here = cluster()
     client = client_of(here)
     store(client, *PATHS[:3])
@@ -131,7 +131,7 @@ def test_what_a_node_holds_is_told_the_last_used_first(cluster) -> None:
     assert here.nodes["n0"].checkpoint(SnapshotRequest((int(Tier.DISK),))).blocks == []
 
 
-def test_packs_hold_what_was_told_and_are_hits_when_mounted_elsewhere(cluster, tmp_path) -> None:
+def test_packs_have_the_snapshots_blocks_which_are_hits_once_mounted_elsewhere(cluster, tmp_path) -> None:
     here = cluster(disk=f"4MiB:{tmp_path / 'disk'}")
     store(client_of(here), *[(turn, 1, 2) for turn in range(20)])  # more than memory holds
     node = here.nodes["n0"]
@@ -155,7 +155,7 @@ def test_packs_hold_what_was_told_and_are_hits_when_mounted_elsewhere(cluster, t
     there.nodes["n0"].check()
 
 
-def test_filling_takes_the_first_told_to_memory_then_to_disk_and_gives_nothing_up(cluster, tmp_path) -> None:
+def test_loading_fills_memory_then_disk_and_evicts_nothing(cluster, tmp_path) -> None:
     here = cluster(host="4MiB")
     paths = [(turn, 1, 2) for turn in range(30)]  # 90 blocks
     store(client_of(here), *paths)
@@ -184,7 +184,7 @@ def test_filling_takes_the_first_told_to_memory_then_to_disk_and_gives_nothing_u
     node.check()
 
 
-def test_what_leaves_between_its_moment_and_its_pack_is_written_all_the_same(cluster, tmp_path) -> None:
+def test_blocks_evicted_between_snapshot_and_pack_are_still_written(cluster, tmp_path) -> None:
     here = cluster()
     client, node = client_of(here), here.nodes["n0"]
     store(client, *PATHS[:2])
@@ -202,7 +202,7 @@ def test_what_leaves_between_its_moment_and_its_pack_is_written_all_the_same(clu
     assert node.engine.on_gone is None
 
 
-def test_one_checkpoint_is_written_at_a_time_and_one_that_nobody_asks_for_ends(cluster, tmp_path, monkeypatch) -> None:
+def test_one_checkpoint_is_written_at_a_time_and_an_abandoned_one_ends(cluster, tmp_path, monkeypatch) -> None:
     here = cluster()
     node = here.nodes["n0"]
     store(client_of(here), *PATHS)
@@ -245,7 +245,7 @@ def test_a_store_that_fails_ends_the_writing_with_its_error(cluster, tmp_path) -
     assert not (tmp_path / "packs").exists(), "what is not shared by the nodes is not made up"
 
 
-def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluster, tmp_path, monkeypatch) -> None:
+def test_an_unexpected_end_of_writing_is_reported_and_the_node_can_write_again(cluster, tmp_path, monkeypatch) -> None:
     here = cluster()
     node = here.nodes["n0"]
     store(client_of(here), *PATHS)
@@ -263,7 +263,7 @@ def test_writing_that_ends_unexpectedly_is_told_and_the_node_writes_again(cluste
     assert saved(node, tmp_path)[1].blocks == len(keys)
 
 
-def test_a_damaged_frame_is_left_out_and_named_and_all_else_restored(cluster, tmp_path) -> None:
+def test_a_damaged_frame_is_reported_and_all_other_blocks_are_restored(cluster, tmp_path) -> None:
     here = cluster()
     store(client_of(here), *PATHS)
     snapshot, state = saved(here.nodes["n0"], tmp_path)
@@ -284,7 +284,7 @@ def test_a_damaged_frame_is_left_out_and_named_and_all_else_restored(cluster, tm
     node.check()
 
 
-def test_a_pack_that_is_gone_costs_its_blocks(cluster, tmp_path) -> None:
+def test_a_missing_pack_loses_only_its_blocks(cluster, tmp_path) -> None:
     here = cluster()
     store(client_of(here), *PATHS)
     snapshot, state = saved(here.nodes["n0"], tmp_path)
@@ -301,7 +301,7 @@ def test_a_pack_that_is_gone_costs_its_blocks(cluster, tmp_path) -> None:
     node.check()
 
 
-def test_a_full_index_gives_up_what_the_checkpoint_alone_has_before_anything_else(cluster, tmp_path, monkeypatch) -> None:
+def test_a_full_index_drops_blocks_that_only_the_checkpoint_has_first(cluster, tmp_path, monkeypatch) -> None:
     here = cluster()
     store(client_of(here), *PATHS)
     snapshot, state = saved(here.nodes["n0"], tmp_path)
@@ -371,7 +371,7 @@ def test_workers_store_and_fetch_while_a_checkpoint_is_written_and_read(cluster,
     node.check()
 
 
-def test_what_is_too_much_at_once_for_a_slow_link_is_read_block_by_block(cluster, tmp_path, monkeypatch) -> None:
+def test_over_a_slow_link_large_reads_fall_back_to_single_blocks(cluster, tmp_path, monkeypatch) -> None:
     here = cluster()
     store(client_of(here), *PATHS)
     snapshot, state = saved(here.nodes["n0"], tmp_path)

@@ -1,4 +1,4 @@
-"""Blocks that move while a checkpoint is written: what is said of a frame is what it is, wherever its block is by then."""
+"""Blocks that move while a checkpoint is written: a frame's record describes the frame, wherever its block is by then."""
 
 from tests.unit.checkpoint.test_restore import TREE, WHOLE, assert_all_hit, client_of, cluster_of, restored, store, take
 from tests.unit.serving.prompts import tokens_of
@@ -6,8 +6,8 @@ from tiered_kv.blocks import Tier
 from tiered_kv.checkpoint.repository import open_repository
 
 
-def test_a_block_that_is_promoted_while_it_is_read_is_said_to_be_what_was_read(tmp_path, monkeypatch) -> None:
-    """Its frame on disk is lossless; the copy that comes to host memory meanwhile is raw."""
+def test_a_block_promoted_during_its_read_is_recorded_as_it_was_read(tmp_path, monkeypatch) -> None:
+    """The block's frame on disk is lossless. Its copy in host memory, promoted meanwhile, is raw."""
     (tmp_path / "disk").mkdir()
     small = {"host": "1MiB", "disk": "16MiB", "disk_path": str(tmp_path / "disk")}
     with cluster_of(1, **small) as cluster, open_repository(str(tmp_path / "place")) as repository:

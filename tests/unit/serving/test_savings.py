@@ -1,4 +1,4 @@
-"""Prefill tokens and seconds that fetches save."""
+"""The prefill tokens and seconds that fetches save."""
 
 import math
 
@@ -12,7 +12,7 @@ T = LAYOUT.block_tokens
 PATH = (1, 2, 0, 1)
 
 
-def test_seconds_are_tokens_at_the_prefill_rate_less_the_fetch() -> None:
+def test_saved_seconds_are_tokens_at_the_prefill_rate_minus_the_fetch_time() -> None:
     savings = Savings()
     assert savings.prefill_tokens_per_s is None
     assert savings.fetched(1000, 0.1) == 0.0, "no rate is known"
@@ -24,7 +24,7 @@ def test_seconds_are_tokens_at_the_prefill_rate_less_the_fetch() -> None:
     savings.check()
 
 
-def test_the_rate_follows_what_was_measured_last() -> None:
+def test_the_rate_follows_the_latest_measurements() -> None:
     savings = Savings()
     savings.note_prefill(1000, 1.0)
     savings.note_prefill(1000, 3.0)
@@ -36,7 +36,7 @@ def test_the_rate_follows_what_was_measured_last() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [(PREFILL_TOKENS_MIN - 1, 1.0), (0, 1.0), (-5, 1.0), (1000, 0.0), (1000, -1.0)])
-def test_what_tells_no_rate_is_left_out(tokens: int, seconds: float) -> None:
+def test_measurements_without_a_usable_rate_are_ignored(tokens: int, seconds: float) -> None:
     savings = Savings()
     savings.note_prefill(tokens, seconds)
     savings.note_prefill(1000, math.inf)
@@ -45,7 +45,7 @@ def test_what_tells_no_rate_is_left_out(tokens: int, seconds: float) -> None:
     savings.check()
 
 
-def test_a_client_and_its_node_tell_what_was_saved(node_factory, checked) -> None:
+def test_a_client_and_its_node_report_what_was_saved(node_factory, checked) -> None:
     node = node_factory()
     first, second = (checked(client_of(node.info(), LAYOUT, NAMESPACE, connect=node.open_session)) for _ in range(2))
     first.store(tokens_of(PATH), kv_of(PATH))

@@ -1,4 +1,4 @@
-"""Flipped bits in host memory: found by seals, on every way out of memory, by the scrubber, and by each fetch with `verify_host`."""
+"""Flipped bits in host memory. Seals detect them when a block leaves memory, in the scrubber, and in each fetch with `verify_host`."""
 
 import time
 
@@ -33,7 +33,7 @@ def store(client, *paths) -> None:
 
 
 def had(client, path=PATH) -> int:
-    """Blocks of a path that were had, each as it was stored."""
+    """Returns how many blocks of a path are fetched. Asserts that each is as it was stored."""
     return assert_is_prefix(client.fetch(tokens_of(path, LARGE)), path, LARGE)
 
 
@@ -42,7 +42,7 @@ def keys(path=PATH) -> list[bytes]:
 
 
 def flip(node, path=PATH, block: int = 1, byte: int = 777) -> None:
-    """Flip a bit of a block's payload in host memory; `byte` below 0 is one of its header."""
+    """Flip a bit of a block's payload in host memory, or of its header if `byte` is negative."""
     location = node.engine.machine.blocks[keys(path)[block]].copies[Tier.HOST]
     node.storage.host._bytes[location.offset + byte] ^= 16
 
@@ -101,7 +101,7 @@ def test_with_verify_host_a_fetch_never_serves_a_flipped_bit(node_factory, clien
     assert node.stats()["seals"]["flipped"] == 5
 
 
-def test_a_bit_of_a_header_makes_no_wrong_block(node_factory, client_factory) -> None:
+def test_a_flipped_bit_of_a_header_gives_no_wrong_block(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory)
     for bit in range(HEADER_BYTES * 8):
         store(client, PATH)
@@ -131,7 +131,7 @@ def test_a_flipped_block_does_not_reach_the_disk(node_factory, client_factory, t
 
 
 @pytest.mark.parametrize("codec", ["lossless", "int8"])
-def test_a_flipped_block_is_not_coded_in_its_place(node_factory, client_factory, codec: str) -> None:
+def test_a_flipped_block_is_not_compressed_in_place(node_factory, client_factory, codec: str) -> None:
     node, client = cached(node_factory, client_factory, codec=f"host={codec}")
     store(client, PATH)
     node.seals.scrub()
@@ -143,7 +143,7 @@ def test_a_flipped_block_is_not_coded_in_its_place(node_factory, client_factory,
     assert client.fetch(tokens_of(PATH, LARGE)).tokens == 0
 
 
-def test_a_flipped_bit_of_a_coded_block_is_found_by_its_frame(node_factory, client_factory) -> None:
+def test_a_flipped_bit_of_a_compressed_block_is_detected_by_its_frame(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory, codec="host=lossless")
     for turn in range(30):
         store(client, (turn, 1, 2))
@@ -164,7 +164,7 @@ def test_a_flipped_block_is_not_promoted_to_the_device(node_factory, client_fact
     assert had(client) == 1
 
 
-def test_a_peer_is_not_given_a_flipped_block(cluster) -> None:  # noqa: F811
+def test_a_flipped_block_is_not_sent_to_a_peer(cluster) -> None:  # noqa: F811
     here = cluster(nodes=2)
     owner, other = (here.client(node, LARGE, NAMESPACE) for node in ("n0", "n1"))
     store(owner, PATH)
@@ -205,7 +205,7 @@ def test_a_block_that_leaves_during_a_checkpoint_is_not_set_aside_when_flipped(c
     assert keys()[1] not in {entry.key for pack in state.packs for entry in pack.entries}
 
 
-def test_what_comes_up_from_a_checkpoint_is_sealed_at_once(cluster, tmp_path) -> None:  # noqa: F811
+def test_blocks_loaded_from_a_checkpoint_are_sealed_at_once(cluster, tmp_path) -> None:  # noqa: F811
     here = cluster()
     store(here.client("n0", LARGE, NAMESPACE), PATH)
     snapshot, state = saved(here.nodes["n0"], tmp_path / "packs")
@@ -219,7 +219,7 @@ def test_what_comes_up_from_a_checkpoint_is_sealed_at_once(cluster, tmp_path) ->
     assert all(fresh.storage.host.headers.is_sealed(location.offset) for location in locations)
 
 
-def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client_factory) -> None:
+def test_a_damaged_block_is_dropped_after_its_reader_has_finished(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory)
     store(client, PATH)
     node.seals.scrub()
@@ -232,7 +232,7 @@ def test_a_damaged_block_that_is_being_read_goes_afterwards(node_factory, client
     assert had(client) == 1 and node.stats()["seals"]["flipped"] == 1
 
 
-def test_seals_outlive_the_node(lives) -> None:  # noqa: F811
+def test_seals_survive_a_restart_of_the_node(lives) -> None:  # noqa: F811
     here = lives()
     with here.client(LARGE) as client:
         store(client, PATH)
@@ -247,7 +247,7 @@ def test_seals_outlive_the_node(lives) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("byte", [0, 4, 5, 6, 9, 119])
-def test_a_node_begins_with_damaged_headers(lives, byte: int) -> None:  # noqa: F811
+def test_a_node_starts_with_damaged_headers(lives, byte: int) -> None:  # noqa: F811
     here = lives(device="1MiB:cpu")
     with here.client(LARGE) as client:
         store(client, PATH)
@@ -267,7 +267,7 @@ def test_a_node_begins_with_damaged_headers(lives, byte: int) -> None:  # noqa: 
         here.node.check()
 
 
-def test_a_digest_that_is_none_is_refused_and_a_wrong_one_makes_a_miss(node_factory, client_factory) -> None:
+def test_an_invalid_digest_is_rejected_and_a_wrong_one_is_a_miss(node_factory, client_factory) -> None:
     node = node_factory(host="1MiB", verify_host=True)
     session = node.open_session()
     (offset,) = session.reserve(NBYTES, keys_of(1), None)

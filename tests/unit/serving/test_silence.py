@@ -1,4 +1,4 @@
-"""A coordinator or a peer that does not answer: it costs one fetch its deadline, and is left alone until it is heard of again."""
+"""A coordinator or peer that does not answer: one fetch waits for its deadline, and no other calls it until it answers again."""
 
 # ruff: noqa: F401, F811 - fixtures are imported by name
 
@@ -23,7 +23,7 @@ from tiered_kv.node.puller import AVOID_S
 
 
 class Silent(Watch):
-    """A link over which the coordinator, or a peer, does not answer within the time that is given to it."""
+    """A link over which the coordinator, or a peer, does not answer within the given time."""
 
     def __init__(self, link: InProcessLink) -> None:
         super().__init__(link)
@@ -44,7 +44,7 @@ class Silent(Watch):
 
 @pytest.fixture
 def silent(cluster, clients, monkeypatch) -> Silent:
-    """The link of "n1" to a coordinator that hangs; "n0" has stored the blocks of TOKENS."""
+    """The link of "n1" to a coordinator that hangs. "n0" has stored the blocks of TOKENS."""
     clients[0].store(TOKENS, KV)
     cluster.report_all()
     node = cluster.nodes["n1"]
@@ -53,7 +53,7 @@ def silent(cluster, clients, monkeypatch) -> Silent:
     return node._reporter._link
 
 
-def test_a_coordinator_that_hangs_is_asked_once_and_within_the_deadline(cluster, clients, silent) -> None:
+def test_a_hanging_coordinator_is_called_once_within_the_deadline(cluster, clients, silent) -> None:
     there, node = clients[1], cluster.nodes["n1"]
     assert there.fetch(TOKENS, deadline_ms=50).tokens == 0
     assert silent.waits_s == [pytest.approx(0.05, abs=0.01)]
@@ -72,7 +72,7 @@ def test_a_coordinator_that_hangs_is_asked_once_and_within_the_deadline(cluster,
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8, "the first report that is answered ends it"
 
 
-def test_a_question_that_was_too_slow_has_the_node_report_at_once(cluster, clients, silent, monkeypatch) -> None:
+def test_a_slow_call_makes_the_node_report_at_once(cluster, clients, silent, monkeypatch) -> None:
     node, woken = cluster.nodes["n1"], []
     monkeypatch.setattr(node._reporter, "wake", lambda: woken.append(True))
     clients[1].fetch(TOKENS, deadline_ms=1)
@@ -81,10 +81,8 @@ def test_a_question_that_was_too_slow_has_the_node_report_at_once(cluster, clien
 
 
 @pytest.mark.parametrize(("hung", "avoided_s"), [(False, AVOID_S), (True, 6.0)])
-def test_a_peer_that_hangs_costs_one_fetch_and_is_left_alone_until_the_directory_knows(
-    make_cluster, checked, clock, hung: bool, avoided_s: float
-) -> None:
-    """Also where the wait for it has used up the whole deadline."""
+def test_a_hanging_peer_delays_one_fetch_and_is_then_avoided(make_cluster, checked, clock, hung: bool, avoided_s: float) -> None:
+    """This also holds if the wait for the peer has used up the whole deadline."""
     cluster = make_cluster(heartbeat_s=1.0, node_timeout_s=5.0)
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     here.store(TOKENS, KV)
@@ -110,7 +108,7 @@ def test_a_peer_that_hangs_costs_one_fetch_and_is_left_alone_until_the_directory
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
 
 
-def test_a_node_that_falls_silent_is_remembered_until_it_speaks_again_or_says_goodbye(make_cluster, clock) -> None:
+def test_a_silent_node_is_listed_as_lost_until_it_reports_or_signs_off(make_cluster, clock) -> None:
     cluster = make_cluster(node_timeout_s=5.0)
     cluster.report_all()
     assert cluster.coordinator.lost() == {}

@@ -1,4 +1,4 @@
-"""The whole store of one node, through a client, against a dictionary: whatever happens, a hit is what was stored."""
+"""The whole store of one node, through a client, compared with a dictionary: every hit is the stored block."""
 
 import os
 import tempfile
@@ -32,7 +32,7 @@ FAR_PATHS = st.tuples(st.integers(3, 40), PATHS).map(lambda both: both[:1] + bot
 
 
 class StoreModel(RuleBasedStateMachine):
-    """`stored` has every path whose block was ever stored."""
+    """The state machine of the test. `stored` has every path whose block was ever stored."""
 
     @initialize(kind=st.sampled_from(sorted(SETTINGS)))
     def begin(self, kind: str) -> None:
@@ -69,7 +69,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(first=st.integers(100, 10_000))
     def fill(self, first: int) -> None:
-        """Many chains that nobody asks for again: room is made for them in every tier."""
+        """Store many chains that are never used again, so that every tier evicts blocks."""
         for turn in range(first, first + 12):
             self.store((turn, 0, 1, 2))
 

@@ -1,4 +1,4 @@
-"""A store takes no longer than it may wait, whatever the disk does and whoever holds the engine's lock."""
+"""A store never exceeds its wait, with a slow disk, and while another thread holds the engine's lock."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ LAYOUT = KVLayout(4, 2, 64, "bfloat16", 64)
 """Blocks of 128 KiB."""
 WAIT_MS = 200
 MORE_S = 0.5
-"""On top of a wait, on a machine that is busy; what was wrong took several seconds."""
+"""How long after its wait a store may end, on a busy machine. The error that this detects took several seconds."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def gate() -> Iterator[threading.Event]:
 
 
 def slow(gate: threading.Event, call_s: float) -> Faulty:
-    """A disk whose writes each take `call_s`, until the test's end."""
+    """A disk on which each write takes `call_s`, until the test's end."""
 
     def fault(call: Callable, *arguments: object) -> object:
         gate.wait(call_s)
@@ -49,7 +49,7 @@ def node_with_slow_disk(node_factory: Callable, gate: threading.Event, tmp_path,
 
 
 def stores(client, count: int, blocks: int = 32) -> list[float]:
-    """How long each of some long stores takes."""
+    """Make several long stores. Returns the duration of each."""
     kv = torch.randn(LAYOUT.kv_shape(blocks * LAYOUT.block_tokens)).bfloat16()
     took_s = []
     for number in range(count):
@@ -60,7 +60,7 @@ def stores(client, count: int, blocks: int = 32) -> list[float]:
 
 
 @pytest.mark.parametrize("quality", ["exact", "near_exact"])
-def test_no_round_of_a_store_waits_longer_than_it_may(node_factory, gate, tmp_path, monkeypatch, quality: str) -> None:
+def test_no_round_of_a_store_exceeds_its_wait(node_factory, gate, tmp_path, monkeypatch, quality: str) -> None:
     node = node_with_slow_disk(node_factory, gate, tmp_path, quality=quality)
     rounds: list[float] = []
     reserve_within = NodeSession.reserve_within
@@ -81,7 +81,7 @@ def test_no_round_of_a_store_waits_longer_than_it_may(node_factory, gate, tmp_pa
 
 @pytest.mark.parametrize("quality", ["exact", "near_exact"])
 def test_a_store_of_many_rounds_has_one_deadline(node_factory, gate, tmp_path, quality: str) -> None:
-    """The staging area of `near_exact` gives a few blocks a round, each of which may wait for a disk that is slow."""
+    """The staging area of `near_exact` has room for a few blocks in each round, and each round may wait for a slow disk."""
     node = node_with_slow_disk(node_factory, gate, tmp_path, quality=quality)
     with client_of(node.info(), LAYOUT, NAMESPACE, connect=node.open_session) as client:
         assert max(stores(client, 8)) < WAIT_MS / 1000 + MORE_S

@@ -1,4 +1,4 @@
-"""Four tiers behind one client: blocks go down and come up, and whatever tier they are in, a hit is what was stored."""
+"""Four tiers under one client: blocks are demoted and promoted, and a hit from any tier is the stored block."""
 
 from collections import Counter
 from random import Random
@@ -27,7 +27,7 @@ COMBINATIONS = [{name: OPTIONAL[name] for at, name in enumerate(OPTIONAL) if cho
 
 
 def settle(node) -> None:
-    """The last uses are told, and every block is where it was sent."""
+    """Wait until the node has the last uses, and all moves between tiers have ended."""
     node.engine.drain_touches()
     node.engine.settle()
     node.check()
@@ -43,14 +43,14 @@ def store(client, *paths: tuple[int, ...], **more) -> list[Stored]:
 
 
 def fetch(client, path: tuple[int, ...], **more) -> dict[str, int]:
-    """Blocks by tier that were had, each as it was stored."""
+    """Returns the fetched blocks by tier. Asserts that each is as it was stored."""
     fetched = client.fetch(tokens_of(path, LARGE), **more)
     assert_is_prefix(fetched, path, LARGE)
     return {tier: tokens // T for tier, tokens in fetched.tokens_by_tier.items()}
 
 
 @pytest.mark.parametrize("tiers", COMBINATIONS, ids=lambda tiers: "+".join(["host", *tiers]))
-def test_every_combination_of_tiers_keeps_what_it_can(node_factory, client_factory, tmp_path, tiers: dict) -> None:
+def test_every_combination_of_tiers_keeps_as_many_blocks_as_fit(node_factory, client_factory, tmp_path, tiers: dict) -> None:
     if "disk" in tiers:
         tiers = {**tiers, "disk": f"{tiers['disk']}:{tmp_path / 'disk'}"}
     node, client = cached(node_factory, client_factory, **tiers)
@@ -72,7 +72,7 @@ def test_every_combination_of_tiers_keeps_what_it_can(node_factory, client_facto
         assert sum(hits.values()) == 90, "the coldest tier has all that the others could not keep"
 
 
-def test_a_chain_may_lie_in_several_tiers_at_once(node_factory, client_factory, tmp_path) -> None:
+def test_a_chain_may_be_stored_in_several_tiers(node_factory, client_factory, tmp_path) -> None:
     node, client = cached(node_factory, client_factory, device="1MiB:cpu", disk=f"4MiB:{tmp_path / 'disk'}")
     path = tuple(range(12))
     store(client, path)
@@ -86,7 +86,7 @@ def test_a_chain_may_lie_in_several_tiers_at_once(node_factory, client_factory, 
     assert hits["disk"] > 0
 
 
-def test_blocks_come_to_the_device_by_their_second_use(node_factory, client_factory) -> None:
+def test_a_second_use_promotes_blocks_to_the_device(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory, device="1MiB:cpu")
     store(client, (1, 2))
     assert fetch(client, (1, 2)) == {"host": 2}
@@ -95,7 +95,7 @@ def test_blocks_come_to_the_device_by_their_second_use(node_factory, client_fact
     assert node.stats()["tiers"]["host"]["blocks"] == 2, "and stay in memory"
 
 
-def test_a_block_that_leaves_the_device_while_it_is_copied_is_read_again(node_factory, client_factory, monkeypatch) -> None:
+def test_a_block_evicted_from_the_device_during_its_copy_is_read_again(node_factory, client_factory, monkeypatch) -> None:
     node, client = cached(node_factory, client_factory, device="1MiB:cpu")
     store(client, (1, 2))
     fetch(client, (1, 2))
@@ -112,7 +112,7 @@ def test_a_block_that_leaves_the_device_while_it_is_copied_is_read_again(node_fa
     assert client.stats()["client"]["retries"] == 2
 
 
-def test_a_worker_that_cannot_map_the_device_is_brought_its_blocks(node_factory, client_factory, monkeypatch) -> None:
+def test_blocks_on_the_device_are_brought_to_memory_for_other_workers(node_factory, client_factory, monkeypatch) -> None:
     node, client = cached(node_factory, client_factory, device="1MiB:cpu")
     store(client, (1, 2))
     fetch(client, (1, 2))
@@ -142,7 +142,7 @@ def test_blocks_in_objects_are_brought_by_the_node_within_the_deadline(node_fact
     assert node.stats()["tiers"]["objects"]["blocks"] >= 3, "and stay there: written once"
 
 
-def test_an_object_store_that_fails_is_a_miss_and_nothing_is_given_up(node_factory, client_factory, monkeypatch) -> None:
+def test_a_failing_object_store_is_a_miss_and_drops_nothing(node_factory, client_factory, monkeypatch) -> None:
     node, client = cached(node_factory, client_factory, objects="memory://")
     store(client, *[(turn, 1, 2) for turn in range(12)])
     settle(node)
@@ -157,7 +157,7 @@ def test_an_object_store_that_fails_is_a_miss_and_nothing_is_given_up(node_facto
     assert fetch(client, (0, 1, 2)) == {"objects": 3}
 
 
-def test_a_pack_that_is_gone_is_given_up(node_factory, client_factory) -> None:
+def test_blocks_of_a_missing_pack_are_dropped(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory, objects="memory://")
     store(client, *[(turn, 1, 2) for turn in range(12)])
     settle(node)
@@ -188,7 +188,7 @@ def test_peers_get_blocks_from_every_tier(checked, tmp_path) -> None:
 # Restarts
 
 
-def test_what_was_on_disk_hits_again_after_the_process_ended(tmp_path) -> None:
+def test_blocks_on_disk_are_hits_again_after_a_restart(tmp_path) -> None:
     config = {"host": "1MiB", "disk": f"8MiB:{tmp_path / 'disk'}"}
     paths = [(turn, 1, 2) for turn in range(30)]
     with tiered_kv.open(config, layout=LARGE, namespace=NAMESPACE) as client:
@@ -202,14 +202,14 @@ def test_what_was_on_disk_hits_again_after_the_process_ended(tmp_path) -> None:
         assert sum(hits) >= on_disk - 6, "but for chains whose beginning was in memory alone"
 
 
-def test_two_nodes_below_one_folder_have_each_its_own(checked, tmp_path) -> None:
+def test_two_nodes_below_one_folder_use_separate_folders(checked, tmp_path) -> None:
     config = Config.of({"host": "1MiB", "disk": f"1MiB:{tmp_path}", "heartbeat_s": 1000.0})
     cluster = checked(InProcessCluster(config, 2, ManualClock()))
     assert len({node.storage.disk.folder for node in cluster.nodes.values()}) == 2
 
 
 @pytest.mark.parametrize("device", [0, "1MiB:cpu"])
-def test_a_node_made_again_loses_at_most_what_was_on_the_device_alone(checked, tmp_path, device) -> None:
+def test_a_restarted_node_loses_at_most_blocks_that_only_the_device_had(checked, tmp_path, device) -> None:
     settings = {"host": "1MiB", "heartbeat_s": 1000.0, "device": device, "disk": f"2MiB:{tmp_path / 'disk'}"}
     cluster = checked(InProcessCluster(Config.of(settings, objects=str(tmp_path / "objects")), 1, ManualClock()))
     client = checked(cluster.client("n0", LARGE, NAMESPACE))
@@ -235,7 +235,7 @@ def test_a_node_made_again_loses_at_most_what_was_on_the_device_alone(checked, t
         settle(node)
 
 
-def test_while_a_node_is_made_again_its_new_device_pool_is_not_taken_for_the_old_one(checked, monkeypatch) -> None:
+def test_a_restarted_nodes_new_device_pool_is_not_mistaken_for_the_old_one(checked, monkeypatch) -> None:
     cluster = checked(InProcessCluster(Config.of({"host": "1MiB", "heartbeat_s": 1000.0, "device": "1MiB:cpu"}), 1, ManualClock()))
     client = checked(cluster.client("n0", LARGE, NAMESPACE))
     store(client, (1, 2))
@@ -255,7 +255,7 @@ def test_while_a_node_is_made_again_its_new_device_pool_is_not_taken_for_the_old
     assert fetch(client, (1, 2)) == {"host": 2}
 
 
-def test_what_was_read_from_a_pool_of_a_former_life_is_not_believed(node_factory, client_factory, monkeypatch) -> None:
+def test_a_read_from_a_previous_device_pool_is_discarded(node_factory, client_factory, monkeypatch) -> None:
     node, client = cached(node_factory, client_factory, device="1MiB:cpu")
     store(client, (1, 2))
     fetch(client, (1, 2))
@@ -271,7 +271,7 @@ def test_what_was_read_from_a_pool_of_a_former_life_is_not_believed(node_factory
     assert fetch(client, (1, 2)) == {}
 
 
-def test_a_smaller_cap_or_index_keeps_what_it_can(tmp_path) -> None:
+def test_a_smaller_cap_or_index_keeps_as_many_blocks_as_fit(tmp_path) -> None:
     paths = [(turn, 1, 2) for turn in range(60)]
     with tiered_kv.open({"host": "1MiB", "disk": f"8MiB:{tmp_path}"}, layout=LARGE, namespace=NAMESPACE) as client:
         store(client, *paths)
@@ -285,7 +285,7 @@ def test_a_smaller_cap_or_index_keeps_what_it_can(tmp_path) -> None:
 # Hints and figures
 
 
-def test_a_hint_travels_with_a_store_that_has_nothing_to_store(node_factory, client_factory) -> None:
+def test_a_hint_is_sent_even_if_there_is_nothing_to_store(node_factory, client_factory) -> None:
     clock = ManualClock()
     _, client = cached(node_factory, client_factory, clock=clock)
     store(client, (1, 2, 3))
@@ -302,14 +302,14 @@ def test_a_hint_travels_with_a_store_that_has_nothing_to_store(node_factory, cli
     assert fetch(client, (1, 2, 3)) == {}
 
 
-def test_a_hint_of_another_kind_is_refused_before_anything_is_stored(node_factory, client_factory) -> None:
+def test_an_invalid_hint_is_rejected_before_anything_is_stored(node_factory, client_factory) -> None:
     node, client = cached(node_factory, client_factory)
     with pytest.raises(TieredKVError, match=r"^hint: "):
         store(client, (1,), hint={"pinned_s": 1})
     assert node.stats()["blocks"] == 0
 
 
-def test_figures_say_what_moved(node_factory, client_factory, tmp_path) -> None:
+def test_statistics_count_moved_blocks(node_factory, client_factory, tmp_path) -> None:
     node, client = cached(node_factory, client_factory, disk=f"4MiB:{tmp_path / 'disk'}")
     store(client, *[(turn, 1, 2) for turn in range(20)])
     node.engine.settle()
@@ -319,7 +319,7 @@ def test_figures_say_what_moved(node_factory, client_factory, tmp_path) -> None:
     assert stats["leaving_bytes"].get("host", 0) == 0
 
 
-def test_the_disk_is_written_little_more_than_once(node_factory, client_factory, tmp_path) -> None:
+def test_disk_write_amplification_stays_low(node_factory, client_factory, tmp_path) -> None:
     node, client = cached(node_factory, client_factory, disk=f"4MiB:{tmp_path / 'disk'}")
     random = Random(5)
     for number in range(500):
@@ -334,7 +334,7 @@ def test_the_disk_is_written_little_more_than_once(node_factory, client_factory,
     assert node.storage.disk.write_amplification <= 1.3
 
 
-def test_objects_leave_nothing_behind(tmp_path) -> None:
+def test_closing_a_node_leaves_no_objects(tmp_path) -> None:
     with tiered_kv.open({"host": "1MiB", "objects": str(tmp_path / "objects")}, layout=LARGE, namespace=NAMESPACE) as client:
         store(client, *[(turn,) for turn in range(60)])
         assert list((tmp_path / "objects").iterdir())

@@ -1,4 +1,4 @@
-"""The two ways of a worker to its node: direct calls, and a socket; and what only a socket can meet."""
+"""A worker's two transports to its node, direct calls and a socket, and failures that only a socket can have."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ class TestDirectSession(TransportContract):
     def open(self, node: Node):
         return node.open_session()
 
-    def test_a_session_closed_while_it_waits_for_room_keeps_nothing(self, node_factory) -> None:
+    def test_a_session_closed_while_it_waits_for_room_reserves_nothing(self, node_factory) -> None:
         node = node_factory(host="1MiB")
         session = node.open_session()
         reserve, entered, gate = node.engine.reserve, threading.Event(), threading.Event()
@@ -109,7 +109,7 @@ def framed(message: object) -> bytes:
     [b"\xff\xff\xff\xff", (MESSAGE_BYTES_MAX + 1).to_bytes(4, "little"), b"\x01\x00\x00\x00\xc1", b"\x02\x00\x00\x00\x91\x91", b"\x04"],
     ids=["huge", "too long", "no msgpack", "cut msgpack", "cut length"],
 )
-def test_nonsense_ends_one_session_and_no_other(server, said: bytes) -> None:
+def test_invalid_bytes_end_one_session_and_no_other(server, said: bytes) -> None:
     _node, path, _ = server
     with session_at(path) as good, raw_connection(path) as bad:
         assert good.stats()["sessions"] >= 1
@@ -123,7 +123,7 @@ def test_nonsense_ends_one_session_and_no_other(server, said: bytes) -> None:
     "message",
     [7, [], ["reserve"], ["close", []], ["__init__", []], [["reserve"], []], ["reserve", [1, 2, 3, 4, 5]], ["commit", [ROOT, 1, 7]]],
 )
-def test_requests_that_are_none_are_answered_with_an_error(server, message: object) -> None:
+def test_invalid_requests_get_an_error(server, message: object) -> None:
     _, path, _ = server
     with raw_connection(path) as connection:
         for _ in range(2):  # the session goes on
@@ -140,7 +140,7 @@ def test_requests_that_are_none_are_answered_with_an_error(server, message: obje
     [(MESSAGE_BYTES_MAX + 1).to_bytes(4, "little"), b"\x01\x00\x00\x00\xc1", b"\x09\x00\x00\x00\x93", b""],
     ids=["long", "junk", "cut", "end"],
 )
-def test_a_node_that_answers_nonsense_is_one_that_does_not_answer(tmp_path, answer: bytes) -> None:
+def test_invalid_answers_count_as_no_answer(tmp_path, answer: bytes) -> None:
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
@@ -157,7 +157,7 @@ HELLO = {"protocol": PROTOCOL, "identity": 7, "generation": 1, "arena_bytes": 1 
 
 @contextmanager
 def speaking(listener: socket.socket, said: bytes, after: int = 0):
-    """A node that answers `after` requests as it should, the first one `hello`, then says something, and no more."""
+    """A node that answers `after` requests correctly, the first one `hello`, then sends the given bytes, and nothing more."""
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -191,7 +191,7 @@ def speaking(listener: socket.socket, said: bytes, after: int = 0):
         [HELLO],
     ],
 )
-def test_a_node_whose_first_answer_is_none_is_not_spoken_to(tmp_path, hello: object) -> None:
+def test_a_session_is_not_opened_if_the_first_answer_is_invalid(tmp_path, hello: object) -> None:
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
@@ -220,8 +220,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("call", "answer"), [(name, answer) for name, (_, answers) in CALLS.items() for answer in answers])
-def test_an_answer_that_is_none_to_what_was_asked_ends_the_session(tmp_path, call: str, answer: object) -> None:
-    """Among them those of other requests: a commit's booleans must never be taken for offsets."""
+def test_an_answer_of_the_wrong_type_ends_the_session(tmp_path, call: str, answer: object) -> None:
+    """These include answers to other requests: a commit's booleans must never be used as offsets."""
     assert_refused(tmp_path, call, framed([2, True, answer]))
 
 
@@ -245,18 +245,18 @@ def assert_refused(tmp_path, call: str, said: bytes) -> None:
                 assert refusal.value.kind is Kind.TRANSPORT
 
 
-def test_a_node_that_is_closed_is_one_that_does_not_answer(tmp_path) -> None:
-    """An error of kind `closed` means to a caller that its own client is closed."""
+def test_a_closed_node_counts_as_no_answer(tmp_path) -> None:
+    """For a caller, an error of kind `closed` means that its own client is closed."""
     assert_refused(tmp_path, "stats", framed([2, False, "closed", "the view is closed"]))
 
 
-def test_a_worker_of_another_version_is_told_so(server, monkeypatch) -> None:
+def test_a_worker_of_another_version_gets_an_error(server, monkeypatch) -> None:
     monkeypatch.setattr("tiered_kv.protocol.unix_socket.PROTOCOL", PROTOCOL + 1)
     with pytest.raises(TieredKVError, match=f"version {PROTOCOL + 1} of the session protocol, this node version {PROTOCOL}"):
         SocketSession(server[1], PATIENCE_S)
 
 
-def test_a_connection_that_cannot_be_let_in_does_not_end_the_others(server, monkeypatch) -> None:
+def test_a_rejected_connection_does_not_end_the_others(server, monkeypatch) -> None:
     _node, path, running = server
     accept, failed = running._listener.accept, threading.Event()
 
@@ -291,6 +291,6 @@ def test_closing_the_server_ends_sessions_that_wait(server) -> None:
         SocketSession(path, 1.0)
 
 
-def test_a_path_too_long_for_a_socket_names_the_setting(tmp_path) -> None:
+def test_the_error_for_a_too_long_socket_path_names_the_setting(tmp_path) -> None:
     with pytest.raises(TieredKVError, match="shm_path"):
         SessionServer(str(tmp_path / ("x" * 120)), lambda: None)

@@ -1,4 +1,4 @@
-"""A mover of dictionaries whose every step a test can hold or break, and an engine on it."""
+"""A mover that uses dictionaries, and an engine on it. A test can delay or fail each step of the mover."""
 
 import threading
 
@@ -14,7 +14,7 @@ DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
 
 class Index(dict):
-    """The index as a dictionary; `touched` is what the next harvest tells, the deepest block of a chain first."""
+    """The index as a dictionary. The next harvest returns `touched`, the deepest block of a chain first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Index(dict):
 
 
 class Mover:
-    """`slots` extents of NBYTES in every tier in memory; segments of two blocks each, at most `segments` of them a lower tier."""
+    """A mover with `slots` extents of NBYTES in each memory tier, and at most `segments` segments of two blocks in each lower tier."""
 
     def __init__(self, tiers: list[Tier], slots: int, segments: int) -> None:
         self.free_slots = {tier: list(range(slots)) for tier in tiers if tier in IN_MEMORY}
@@ -136,7 +136,7 @@ class Mover:
 
 
 class Bench:
-    """An engine on fakes, and short ways to say what a test does."""
+    """An engine on fakes, with short methods for the steps of a test."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Bench:
         self.engine = Engine(machine, self.index, self.mover, SystemClock(), io_threads, queue_bytes=queue_bytes)
 
     def store(self, *numbers: int, wait_s: float = PATIENCE_S) -> list[bool]:
-        """Blocks of no chain, one by one; whether there was room for each."""
+        """Store blocks without parents, one by one. Returns, for each, whether there was room."""
         stored = []
         for number in numbers:
             key = key_of(number)

@@ -1,4 +1,4 @@
-"""For tests of the engine: benches that end checked."""
+"""Fixtures for tests of the engine: benches that are checked at the end."""
 
 from collections.abc import Iterator
 

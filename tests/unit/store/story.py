@@ -1,4 +1,4 @@
-"""A machine in its world, and short words for what happens to it."""
+"""A store machine in its world, with short methods for events."""
 
 from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, World, depth_of, key_of, machine_of, parent_of
 from tiered_kv.blocks import Tier
@@ -10,10 +10,10 @@ DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
 
 class Story:
-    """A machine and its world; `tell` gives the instructions after they were carried out."""
+    """A machine and its world. `tell` passes events to the machine, carries out its instructions, and returns them."""
 
     def __init__(self, *tiers: Tier, **blocks: int) -> None:
-        """`blocks`: how many a tier holds, where it is not ROOMY."""
+        """`blocks`: the capacity of a tier in blocks, if it is not ROOMY."""
         sizes = {tier: blocks.get(tier.label, ROOMY) * (FRAME_BYTES if tier > HOST else HOST_BYTES) for tier in tiers}
         self.machine = machine_of(sizes)
         self.world = World()
@@ -39,13 +39,13 @@ class Story:
         return self.tell(ev.Needed(tier, nbytes, **more))
 
     def finish(self, number: int, target: Tier) -> list[ev.Instruction]:
-        """The copy that was asked for last is done; it must be this one."""
+        """Finish the last requested copy, which must be this one."""
         copy = self.world.copies.pop()
         assert (copy.key, copy.target) == (key_of(number), target)
         return self.tell(ev.Copied(copy.key, self.world.place(target, copy.key)))
 
     def demote(self, number: int, target: Tier = DISK) -> None:
-        """Let the oldest leaf in host memory, which must be `number`, go down."""
+        """Demote the oldest leaf in host memory, which must be `number`."""
         self.need()
         self.finish(number, target)
 

@@ -1,4 +1,4 @@
-"""Links between blocks: whatever is claimed of parents and depths, following them ends, and no tier keeps a block for ever."""
+"""Links between blocks: for any claimed parents and depths, following the links ends, and every tier can evict every block."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +28,7 @@ def linked(chains: Chains) -> dict[bytes, bytes | None]:
     return {key: block.link for key, block in chains._blocks.items()}
 
 
-def test_a_chain_is_linked_in_whatever_order_it_is_told(chains: Chains) -> None:
+def test_a_chain_is_linked_in_any_order_of_events(chains: Chains) -> None:
     chains.add(C, B, ROOT, 2)
     assert linked(chains) == {C: B}, "the parent may come later"
     chains.add(A, None, ROOT, 0)
@@ -37,7 +37,7 @@ def test_a_chain_is_linked_in_whatever_order_it_is_told(chains: Chains) -> None:
     assert chains.to(C) == {A, B, C}
 
 
-def test_depths_that_nobody_has_said_follow_once_the_first_block_is_known(chains: Chains) -> None:
+def test_unknown_depths_follow_once_the_first_block_is_known(chains: Chains) -> None:
     for key, parent in ((D, C), (C, B), (B, A)):
         chains.add(key, parent, ROOT, None)
     assert linked(chains) == dict.fromkeys((D, C, B))
@@ -48,20 +48,20 @@ def test_depths_that_nobody_has_said_follow_once_the_first_block_is_known(chains
     assert [chains._blocks[key].depth for key in (A, B, C, D)] == [0, 1, 2, 3]
 
 
-def test_a_cycle_of_unknown_depths_has_no_link(chains: Chains) -> None:
+def test_a_cycle_of_unknown_depths_is_not_linked(chains: Chains) -> None:
     for key, parent in ((A, B), (B, C), (C, A)):
         chains.add(key, parent, ROOT, None)
     assert linked(chains) == dict.fromkeys((A, B, C))
 
 
-def test_a_parent_that_does_not_fit_its_children_gets_no_link_itself(chains: Chains) -> None:
+def test_a_parent_inconsistent_with_its_children_is_not_linked(chains: Chains) -> None:
     chains.add(A, B, ROOT, 5)
     chains.add(B, A, ROOT, 6)
     assert linked(chains) == {A: B, B: None}
     assert chains.to(A) == {A, B}
 
 
-def test_a_child_that_is_no_deeper_than_its_parent_or_its_siblings_gets_no_link(chains: Chains) -> None:
+def test_a_child_with_a_depth_inconsistent_with_parent_or_siblings_is_not_linked(chains: Chains) -> None:
     chains.add(A, None, ROOT, 0)
     chains.add(B, A, ROOT, 0)
     chains.add(C, key_of(9), ROOT, 7)
@@ -70,7 +70,7 @@ def test_a_child_that_is_no_deeper_than_its_parent_or_its_siblings_gets_no_link(
     assert linked(chains) == {A: None, B: None, C: key_of(9), D: None, key_of(5): None}
 
 
-def test_a_place_that_is_known_stays_though_another_is_claimed(chains: Chains) -> None:
+def test_a_known_parent_stays_when_another_is_claimed(chains: Chains) -> None:
     chains.add(A, None, ROOT, 0)
     chains.add(B, A, ROOT, 1)
     chains.add(A, B, ROOT, 2)
@@ -78,7 +78,7 @@ def test_a_place_that_is_known_stays_though_another_is_claimed(chains: Chains) -
     assert linked(chains) == {A: None, B: A}
 
 
-def test_a_block_that_comes_again_is_linked_only_if_it_fits_the_children_that_stayed(chains: Chains) -> None:
+def test_a_block_stored_again_is_linked_only_if_consistent_with_its_children(chains: Chains) -> None:
     for key, parent, depth in ((A, None, 0), (B, A, 1), (C, B, 2)):
         chains.add(key, parent, ROOT, depth)
     chains.remove(B, chains._blocks.pop(B))
@@ -103,7 +103,7 @@ def test_a_block_that_comes_again_is_linked_only_if_it_fits_the_children_that_st
         ([(C, key_of(8), 9)], "must be 5, got 9"),
     ],
 )
-def test_what_a_worker_commits_must_be_one_deeper_than_its_parent(chains: Chains, claims: list, wrong: str | None) -> None:
+def test_committed_blocks_must_be_one_deeper_than_their_parents(chains: Chains, claims: list, wrong: str | None) -> None:
     chains._blocks[key_of(8)] = Block(None, ROOT, 4)
     said = chains.misplaced(claims)
     assert (said is None) if wrong is None else (wrong in said)
@@ -112,7 +112,7 @@ def test_what_a_worker_commits_must_be_one_deeper_than_its_parent(chains: Chains
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive"])
 @settings(max_examples=60, deadline=None)
 @given(claims=st.lists(CLAIMS, max_size=25))
-def test_whatever_is_claimed_nothing_hangs_and_every_block_can_go(policy: str, claims: list) -> None:
+def test_for_any_claims_nothing_hangs_and_every_block_can_be_evicted(policy: str, claims: list) -> None:
     machine, world = machine_of({HOST: 100 * HOST_BYTES, DISK: 10_000}, policy), World()
 
     def tell(event: ev.Event) -> None:

@@ -1,4 +1,4 @@
-"""The engine: the machine's instructions on a mover of dictionaries whose every step a test can hold or break."""
+"""The engine carries out the machine's instructions. Its mover uses dictionaries, and a test can delay or fail each step."""
 
 import threading
 
@@ -21,7 +21,7 @@ def in_thread(function, *arguments) -> tuple[threading.Thread, list]:
     return thread, answers
 
 
-def test_a_store_waits_for_room_that_a_demotion_makes(make) -> None:
+def test_a_store_waits_for_room_from_a_demotion(make) -> None:
     bench = make(DISK, slots=1)
     bench.mover.append_allowed[DISK].clear()
     bench.store(1)
@@ -34,7 +34,7 @@ def test_a_store_waits_for_room_that_a_demotion_makes(make) -> None:
     assert (bench.tier(1), bench.tier(2)) == (DISK, HOST)
 
 
-def test_without_waiting_it_is_refused_and_room_is_made_for_the_next(make) -> None:
+def test_a_store_without_a_wait_is_refused_and_makes_room_for_the_next(make) -> None:
     bench = make(DISK, slots=1)
     bench.store(1)
     bench.mover.append_allowed[DISK].clear()
@@ -54,7 +54,7 @@ def test_stores_that_wait_for_the_same_demotion_do_not_evict_for_each_other(make
     assert [bench.tier(number) for number in (1, 2, 3, 4)] == [DISK, HOST, HOST, HOST]
 
 
-def test_blocks_are_given_up_instead_of_those_that_a_disk_does_not_take(make) -> None:
+def test_other_blocks_are_evicted_if_the_disk_accepts_none(make) -> None:
     bench = make(DISK, slots=3)
     bench.store(1, 2, 3)
     bench.mover.append_allowed[DISK].clear()
@@ -63,7 +63,7 @@ def test_blocks_are_given_up_instead_of_those_that_a_disk_does_not_take(make) ->
     assert bench.engine.machine.counts["dropped_under_pressure"] == 2
 
 
-def test_a_promotion_gives_nothing_up_for_a_disk_that_is_slow(make) -> None:
+def test_a_promotion_drops_nothing_because_of_a_slow_disk(make) -> None:
     bench = make(DISK, OBJECTS, slots=2)
     bench.store(1)
     bench.engine.handle([ev.Needed(HOST, 1)])
@@ -77,7 +77,7 @@ def test_a_promotion_gives_nothing_up_for_a_disk_that_is_slow(make) -> None:
     assert bench.engine.machine.counts["dropped_under_pressure"] == 0
 
 
-def test_room_that_came_while_a_store_waited_drives_nobody_else_out(make) -> None:
+def test_a_store_uses_room_freed_during_its_wait_without_evicting_more(make) -> None:
     bench = make(DISK, slots=4)
     bench.store(1, 2, 3, 4)
     bench.mover.append_allowed[DISK].clear()
@@ -91,14 +91,14 @@ def test_room_that_came_while_a_store_waited_drives_nobody_else_out(make) -> Non
         bench.mover.free(Location(HOST, 0, 0, offset, NBYTES, NBYTES))
 
 
-def test_a_block_that_never_fits_drives_nobody_out(make) -> None:
+def test_a_block_that_can_never_fit_evicts_nothing(make) -> None:
     bench = make(slots=2)
     bench.store(1, 2)
     assert bench.engine.reserve(NBYTES + 1, [key_of(9)], None, PATIENCE_S) == []
     assert bench.tier(1) is bench.tier(2) is HOST
 
 
-def test_a_failing_disk_keeps_the_source_and_the_store_goes_on(make) -> None:
+def test_a_failed_demotion_keeps_the_source_and_stores_continue(make) -> None:
     bench = make(DISK, slots=1)
     bench.store(1)
     bench.mover.failure = OSError("the disk is gone")
@@ -111,7 +111,7 @@ def test_a_failing_disk_keeps_the_source_and_the_store_goes_on(make) -> None:
     assert bench.tier(1) is None, "dropped, for the disk did not want it"
 
 
-def test_a_full_disk_gives_up_its_oldest_segment(make) -> None:
+def test_a_full_disk_reclaims_its_oldest_segment(make) -> None:
     bench = make(DISK, slots=1, segments=2)
     bench.store(1, 2, 3, 4)
     bench.engine.settle()
@@ -119,7 +119,7 @@ def test_a_full_disk_gives_up_its_oldest_segment(make) -> None:
 
 
 def on_disk_with_room(make) -> Bench:
-    """Block 1 on disk only, and a free host extent."""
+    """Returns a bench with block 1 only on disk, and a free host extent."""
     bench = make(DISK, slots=2)
     bench.store(1, 2)
     bench.store(3)
@@ -131,7 +131,7 @@ def on_disk_with_room(make) -> Bench:
     return bench
 
 
-def test_a_touched_block_comes_back_from_disk(make) -> None:
+def test_a_touched_block_is_promoted_from_disk(make) -> None:
     bench = on_disk_with_room(make)
     bench.touch(1)
     assert bench.tier(1) is HOST
@@ -142,7 +142,7 @@ def test_a_touched_block_comes_back_from_disk(make) -> None:
     ("outcome", "failure", "left"),
     [(Filled.GONE, None, None), (Filled.LATER, None, DISK), (Filled.DONE, RuntimeError("nobody thought of it"), DISK)],
 )
-def test_a_promotion_that_fails_gives_its_extent_back(make, outcome: Filled, failure: Exception | None, left: Tier | None) -> None:
+def test_a_failed_promotion_releases_its_extent(make, outcome: Filled, failure: Exception | None, left: Tier | None) -> None:
     bench = on_disk_with_room(make)
     free = sorted(bench.mover.free_slots[HOST])
     bench.mover.failure, bench.mover.outcome = failure, outcome
@@ -151,7 +151,7 @@ def test_a_promotion_that_fails_gives_its_extent_back(make, outcome: Filled, fai
     assert bench.tier(1) is left, "only what is damaged is given up"
 
 
-def test_a_promotion_that_comes_late_does_no_harm(make) -> None:
+def test_a_late_promotion_does_no_harm(make) -> None:
     bench = on_disk_with_room(make)
     bench.mover.fill_allowed.clear()
     bench.index.touched = [key_of(1)]
@@ -179,7 +179,7 @@ def test_closing_ends_a_wait_for_room(make) -> None:
     bench.engine.settle()
 
 
-def test_the_journal_tells_what_came_and_went(make) -> None:
+def test_the_journal_lists_added_and_removed_blocks(make) -> None:
     bench = make(slots=2)
     bench.store(1, 2, 3)
     assert bench.engine.journal == {key_of(1): False, key_of(2): True, key_of(3): True}
@@ -205,7 +205,7 @@ def test_many_threads_store_and_touch_at_once(make) -> None:
     assert len(bench.mover.taken[HOST]) <= 4
 
 
-def test_blocks_used_again_go_to_the_device_and_make_room_there(make) -> None:
+def test_blocks_used_again_are_promoted_to_the_device_and_evict_others(make) -> None:
     bench = make(DEVICE, slots=2)
     bench.store(1, 2)
     bench.touch(1)
@@ -229,7 +229,7 @@ def test_beyond_the_queue_of_a_slow_disk_blocks_are_dropped_and_the_store_does_n
     assert [bench.tier(number) for number in (1, 2, 3, 4)] == [HOST, HOST, None, HOST]
 
 
-def test_a_disk_that_hangs_does_not_keep_blocks_from_coming_up(make) -> None:
+def test_a_hanging_disk_does_not_stop_promotions_from_other_tiers(make) -> None:
     bench = make(DISK, slots=3, io_threads=1)
     bench.store(1, 2, 3, 4)
     bench.engine.settle()
@@ -243,7 +243,7 @@ def test_a_disk_that_hangs_does_not_keep_blocks_from_coming_up(make) -> None:
         assert bench.engine.freed.wait_for(lambda: bench.tier(1) is HOST, PATIENCE_S)
 
 
-def test_what_is_wanted_of_objects_is_waited_for(make) -> None:
+def test_a_request_waits_for_blocks_from_objects(make) -> None:
     bench = make(OBJECTS, slots=2)
     bench.store(1, 2, 3)
     bench.engine.settle()
@@ -257,7 +257,7 @@ def test_what_is_wanted_of_objects_is_waited_for(make) -> None:
     assert bench.tier(1) is HOST
 
 
-def test_blocks_that_will_have_to_go_from_disk_are_copied_to_objects_in_time(make) -> None:
+def test_blocks_about_to_leave_the_disk_are_copied_to_objects_in_time(make) -> None:
     bench = make(DISK, OBJECTS, slots=1, segments=3)
     bench.mover.ages = True
     for number in range(1, 7):
@@ -268,7 +268,7 @@ def test_blocks_that_will_have_to_go_from_disk_are_copied_to_objects_in_time(mak
     assert bench.engine.machine.counts["lost"] == 0
 
 
-def test_a_slow_object_store_stops_nobody(make, monkeypatch) -> None:
+def test_a_slow_object_store_does_not_delay_stores(make, monkeypatch) -> None:
     monkeypatch.setattr(engine, "RECLAIM_WAIT_S", 0.0)
     bench = make(DISK, OBJECTS, slots=1, segments=2)
     bench.mover.ages = True

@@ -1,4 +1,4 @@
-"""The engine where blocks are coded: behind stores, on their way down, and when that fails."""
+"""The engine compresses blocks: after stores, during demotions, and with failures."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tiered_kv.blocks import Tier
 HOST, DISK = Tier.HOST, Tier.DISK
 
 
-def test_blocks_are_coded_behind_the_store_that_fills_memory(make) -> None:
+def test_blocks_are_compressed_after_the_store_that_fills_memory(make) -> None:
     bench = make(slots=8, io_threads=1, shrinks=True)
     assert all(bench.store(*range(1, 8)))
     bench.engine.settle()
@@ -19,7 +19,7 @@ def test_blocks_are_coded_behind_the_store_that_fills_memory(make) -> None:
 
 
 @pytest.mark.parametrize("why", ["it fails", "it gains nothing"])
-def test_a_block_that_cannot_be_coded_stays_as_it_was_and_is_tried_once(make, why: str) -> None:
+def test_a_block_that_cannot_be_compressed_stays_unchanged_and_is_tried_once(make, why: str) -> None:
     bench = make(slots=8, shrinks=True)
     bench.mover.coding_failure = ValueError("a codec with a fault") if why == "it fails" else None
     bench.mover.coded_bytes = NBYTES
@@ -30,14 +30,14 @@ def test_a_block_that_cannot_be_coded_stays_as_it_was_and_is_tried_once(make, wh
     assert len(bench.mover.codings) == len(set(bench.mover.codings)) > 2
 
 
-def test_a_block_that_cannot_be_coded_can_still_make_room(make) -> None:
+def test_a_block_that_cannot_be_compressed_can_still_be_evicted(make) -> None:
     bench = make(slots=4, shrinks=True)
     bench.mover.coding_failure = ValueError("a codec with a fault")
     assert all(bench.store(*range(1, 9)))
     assert sum(bench.tier(number) is HOST for number in range(1, 9)) == 4
 
 
-def test_what_cannot_be_coded_on_its_way_down_is_not_written_and_stays(make) -> None:
+def test_a_block_whose_demotion_cannot_be_encoded_stays_and_is_not_written(make) -> None:
     bench = make(DISK, slots=1)
     bench.store(1)
     bench.mover.coding_failure = ValueError("a codec with a fault")

@@ -8,8 +8,8 @@ from tiered_kv.store.engine import GIVING_UP_S
 
 
 @pytest.mark.parametrize("is_disk_slow", [True, False])
-def test_giving_blocks_up_one_by_one_ends_with_the_wait(make, is_disk_slow: bool) -> None:
-    """Where free room is in pieces no number of blocks that go may make one extent; each takes a while to choose."""
+def test_evicting_blocks_one_by_one_ends_with_the_wait(make, is_disk_slow: bool) -> None:
+    """If the free room is fragmented, evictions may never free one whole extent, and each takes a while to choose."""
     bench = make(*([DISK] if is_disk_slow else []), slots=40)
     bench.store(*range(40))
     clock, tries = ManualClock(), []

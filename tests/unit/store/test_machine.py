@@ -1,4 +1,4 @@
-"""Single decisions of the store machine for host and disk, each as one story."""
+"""Single decisions of the store machine for host and disk, one test each."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_a_demoted_block_is_shown_on_disk_before_its_host_bytes_are_free(story: 
     assert [type(each) for each in said] == [ev.Show, ev.Free]
 
 
-def test_a_promoted_block_keeps_its_disk_copy_so_that_it_leaves_for_nothing(story: Story) -> None:
+def test_a_promoted_block_keeps_its_disk_copy_so_that_its_eviction_writes_nothing(story: Story) -> None:
     story.commit(1)
     story.demote(1)
     story.use(1)
@@ -42,7 +42,7 @@ def test_a_block_on_disk_is_promoted_once_however_often_it_is_touched(story: Sto
     assert len(story.world.copies) == 1
 
 
-def test_a_block_that_the_disk_refused_stays_and_is_dropped_under_pressure(story: Story) -> None:
+def test_a_block_that_the_disk_refused_stays_until_memory_is_needed(story: Story) -> None:
     story.commit(1)
     story.need()
     story.tell(ev.CopyFailed(story.world.copies.pop().key, DISK))
@@ -53,7 +53,7 @@ def test_a_block_that_the_disk_refused_stays_and_is_dropped_under_pressure(story
     assert (story.machine.counts["demote_failed"], story.machine.counts["dropped"]) == (1, 1)
 
 
-def test_a_growing_chain_may_go_to_disk_but_is_not_dropped_for_itself(story: Story) -> None:
+def test_a_growing_chain_may_be_demoted_but_is_not_dropped_for_itself(story: Story) -> None:
     story.commit(2, 1)
     story.tell(ev.Needed(HOST, 1, key_of(2)))
     story.tell(ev.CopyFailed(story.world.copies.pop().key, DISK))
@@ -72,7 +72,7 @@ def test_a_block_that_is_read_keeps_its_host_bytes(story: Story) -> None:
     assert story.tiers(1) == {DISK}
 
 
-def test_a_block_may_go_from_disk_while_it_is_read_and_come_again(story: Story) -> None:
+def test_a_block_may_be_removed_from_disk_during_a_read_and_stored_again(story: Story) -> None:
     story.commit(1)
     story.demote(1)
     story.tell(ev.Pinned(key_of(1)))
@@ -82,7 +82,7 @@ def test_a_block_may_go_from_disk_while_it_is_read_and_come_again(story: Story) 
     assert len(story.world.copies) == 1, "no pin is left"
 
 
-def test_a_late_failure_does_not_take_the_copy_made_since(story: Story) -> None:
+def test_a_late_failure_does_not_remove_a_newer_copy(story: Story) -> None:
     story.commit(1)
     story.demote(1)
     story.use(1)
@@ -94,7 +94,7 @@ def test_a_late_failure_does_not_take_the_copy_made_since(story: Story) -> None:
     assert story.tiers(1) == {DISK}
 
 
-def test_a_late_promotion_of_a_block_committed_anew_is_thrown_away(story: Story) -> None:
+def test_a_late_promotion_of_a_recommitted_block_is_discarded(story: Story) -> None:
     story.commit(1)
     story.demote(1)
     story.use(1)
@@ -126,7 +126,7 @@ def test_a_block_found_on_disk_after_a_restart_learns_its_parent(story: Story) -
     assert (block.parent, block.root) == (key_of(1), ROOT)
 
 
-def test_crowding_drops_blocks_from_all_tiers_but_not_the_chain_that_grows(story: Story) -> None:
+def test_a_full_index_drops_blocks_of_all_tiers_but_not_the_growing_chain(story: Story) -> None:
     story.commit(2, 1, 3)
     story.demote(2)
     story.use(2)

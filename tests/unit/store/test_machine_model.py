@@ -1,5 +1,6 @@
-"""The store machine under random events for every combination of tiers, its instructions carried out in a world of
-dictionaries that checks each of them and is as small as the caps say."""
+"""The store machine under random events, for every combination of tiers.
+
+A world of dictionaries, as small as the caps, carries out and checks each instruction."""
 
 from collections import Counter
 
@@ -19,7 +20,7 @@ BLOCKS = {Tier.DEVICE: 2, Tier.HOST: 5, Tier.DISK: 6, Tier.OBJECTS: 8}
 
 
 class MachineModel(RuleBasedStateMachine):
-    """`may_end` has the blocks that something happened to which allows to drop them."""
+    """The state machine of the test. `may_end` has the blocks that the machine may drop, because of an earlier event."""
 
     @initialize(
         tiers=st.sampled_from(COMBINATIONS), policy=st.sampled_from(["lru", "gdsf", "s3fifo", "arc", "adaptive"]), shrinks=st.booleans()
@@ -37,7 +38,7 @@ class MachineModel(RuleBasedStateMachine):
             self.world.carry_out(self.machine.handle(event))
 
     def place(self, tier: Tier, key: bytes, coded: bool = False) -> Location | None:
-        """A place, if the tier is not full."""
+        """Returns a new location, or None if the tier is full."""
         nbytes = CODED_BYTES if coded else HOST_BYTES if tier in IN_MEMORY else FRAME_BYTES
         return self.world.place(tier, key, coded) if self.world.bytes_in(tier) + nbytes <= self.room[tier] else None
 
@@ -179,7 +180,7 @@ class MachineModel(RuleBasedStateMachine):
         return self.world.copies.pop(data.draw(st.integers(0, len(self.world.copies) - 1)))
 
     def chain_to(self, number: int | None) -> set[bytes]:
-        """The block and its ancestors, as far up as they are known without a gap."""
+        """Returns the block and its ancestors, up to the first unknown one."""
         chain = set()
         while number and key_of(number) in self.machine.blocks:
             chain.add(key_of(number))
@@ -206,7 +207,7 @@ class MachineModel(RuleBasedStateMachine):
         assert all(block.leaving is None or block.copying_to is not None for block in self.machine.blocks.values())
 
     def teardown(self) -> None:
-        """At the end all blocks can be given up, and nothing is left."""
+        """Evict all blocks at the end, and assert that none is left."""
         for copy in list(self.world.copies):
             self.world.copies.remove(copy)
             self.tell(ev.CopyFailed(copy.key, copy.target))

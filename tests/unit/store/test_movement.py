@@ -1,4 +1,4 @@
-"""What the store machine tells history and policies, and which way it sends blocks through four tiers: one story each."""
+"""The events that the store machine passes to history and policies, and its moves of blocks through four tiers: one test each."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from tiered_kv.store.machine import StoreMachine
 
 
 class Heard(History):
-    """Writes down what it is told."""
+    """A history that records its calls."""
 
     def __init__(self) -> None:
         self.said: list[tuple] = []
@@ -27,7 +27,7 @@ class Heard(History):
 
 
 class Watched(LRUPolicy):
-    """An LRU that writes down what it is told."""
+    """An LRU policy that records its calls."""
 
     def __init__(self, said: list[tuple]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def committed(story: Story, *numbers: int, now_s: float = 0.0) -> ev.Committed:
     return ev.Committed(ROOT, parent_of(numbers[0]), keys, [story.world.place(HOST, key) for key in keys], now_s, depth_of(numbers[0]))
 
 
-def test_history_and_policy_hear_of_a_request_what_a_replay_tells_them() -> None:
+def test_history_and_policy_get_the_same_events_as_in_a_replay() -> None:
     story, said = watched_story(HOST)
     story.tell(committed(story, 1, 2, 4, now_s=1.0))
     story.use(1, 2, 4, now_s=2.0)
@@ -78,7 +78,7 @@ def test_history_and_policy_hear_of_a_request_what_a_replay_tells_them() -> None
     ]
 
 
-def test_of_a_run_only_what_is_new_is_added() -> None:
+def test_only_the_new_blocks_of_a_run_are_added() -> None:
     story, said = watched_story(HOST)
     story.tell(committed(story, 2))
     said.clear()
@@ -87,7 +87,7 @@ def test_of_a_run_only_what_is_new_is_added() -> None:
     assert story.machine.counts["duplicate"] == 1
 
 
-def test_a_use_of_a_block_that_is_gone_counts_for_the_others() -> None:
+def test_a_use_of_an_evicted_block_counts_for_the_other_blocks() -> None:
     story, said = watched_story(HOST)
     story.tell(committed(story, 1))
     said.clear()
@@ -96,7 +96,7 @@ def test_a_use_of_a_block_that_is_gone_counts_for_the_others() -> None:
     assert said == [("seen", [key_of(1)], None, 0.0), ("use", [key_of(1)])]
 
 
-def test_the_policy_hears_how_near_another_copy_is() -> None:
+def test_the_policy_knows_the_nearest_other_copy_of_a_block() -> None:
     story, said = watched_story(HOST, DISK, OBJECTS)
     story.commit(1)
     assert not [each for each in said if each[0] == "weigh"], "without another copy nothing is said"
@@ -115,12 +115,12 @@ def test_the_policy_hears_how_near_another_copy_is() -> None:
 
 
 def hot(story: Story, number: int) -> None:
-    """Bring a block of host memory to the device."""
+    """Promote a block from host memory to the device."""
     story.use(number)
     story.finish(number, DEVICE)
 
 
-def test_a_block_used_again_goes_to_the_device_and_stays_in_memory() -> None:
+def test_a_block_used_again_is_promoted_to_the_device_and_stays_in_memory() -> None:
     story = Story(DEVICE, HOST)
     story.commit(1)
     hot(story, 1)
@@ -132,7 +132,7 @@ def test_a_block_used_again_goes_to_the_device_and_stays_in_memory() -> None:
     assert story.machine.counts["device_freed"] == 1
 
 
-def test_a_block_on_the_device_alone_comes_back_to_memory_when_it_must_go() -> None:
+def test_a_block_only_on_the_device_is_demoted_to_memory_on_eviction() -> None:
     story = Story(DEVICE, HOST)
     story.commit(1)
     hot(story, 1)
@@ -144,7 +144,7 @@ def test_a_block_on_the_device_alone_comes_back_to_memory_when_it_must_go() -> N
     assert story.tiers(1) == {HOST}
 
 
-def test_a_block_on_the_device_alone_is_dropped_if_memory_had_no_room_for_it() -> None:
+def test_a_block_only_on_the_device_is_dropped_if_memory_has_no_room() -> None:
     story = Story(DEVICE, HOST)
     story.commit(1)
     hot(story, 1)
@@ -156,7 +156,7 @@ def test_a_block_on_the_device_alone_is_dropped_if_memory_had_no_room_for_it() -
     assert story.tiers(1) == set()
 
 
-def test_a_worker_that_cannot_see_the_device_gets_the_block_in_memory() -> None:
+def test_a_worker_without_access_to_the_device_gets_the_block_in_memory() -> None:
     story = Story(DEVICE, HOST)
     story.commit(1, 2)
     hot(story, 1)
@@ -170,7 +170,7 @@ def test_a_worker_that_cannot_see_the_device_gets_the_block_in_memory() -> None:
 # Which way down
 
 
-def test_a_full_disk_takes_what_was_used_again_and_what_comes_again() -> None:
+def test_a_full_disk_admits_blocks_that_were_used_or_stored_again() -> None:
     story = Story(HOST, DISK, disk=1)
     story.commit(1)
     story.demote(1)
@@ -188,7 +188,7 @@ def test_a_full_disk_takes_what_was_used_again_and_what_comes_again() -> None:
     assert [copy.key for copy in story.world.copies] == [key_of(3)], "it was turned away once, and somebody stored it again"
 
 
-def test_the_past_beyond_the_machine_is_evidence_too() -> None:
+def test_uses_before_the_block_was_known_to_the_machine_count_for_admission() -> None:
     story = Story(HOST, DISK, disk=1)
     story.machine._movement._history.uses = lambda key: 2
     story.commit(1)
@@ -199,7 +199,7 @@ def test_the_past_beyond_the_machine_is_evidence_too() -> None:
 
 
 @pytest.mark.parametrize(("chance", "taken"), [(movement.CHANCE_FOR_FULL_TIER, [key_of(3)]), (movement.CHANCE_FOR_FULL_TIER / 2, [])])
-def test_a_full_disk_takes_what_is_likely_to_be_used_while_it_lies_there(chance, taken) -> None:
+def test_a_full_disk_admits_blocks_likely_to_be_used_while_stored_there(chance, taken) -> None:
     story, asked = Story(HOST, DISK, disk=1), []
     story.machine._movement._history.chance = lambda key, ahead: asked.append(ahead) or chance
     story.commit(1)
@@ -211,7 +211,7 @@ def test_a_full_disk_takes_what_is_likely_to_be_used_while_it_lies_there(chance,
     assert set(asked) == {caps[DISK] / caps[HOST]}, "as long as the disk keeps blocks, by what memory does"
 
 
-def test_what_a_slow_disk_cannot_take_is_dropped_and_counted() -> None:
+def test_blocks_that_a_slow_disk_cannot_accept_are_dropped_and_counted() -> None:
     story = Story(HOST, DISK)
     story.commit(4, 6, 10)
     story.need(3 * HOST_BYTES, queue_bytes=HOST_BYTES)
@@ -220,7 +220,7 @@ def test_what_a_slow_disk_cannot_take_is_dropped_and_counted() -> None:
     assert story.machine.counts["dropped_under_pressure"] == 2
 
 
-def test_a_slow_disk_does_not_make_a_growing_chain_eat_itself() -> None:
+def test_a_slow_disk_does_not_make_a_growing_chain_evict_itself() -> None:
     story = Story(HOST, DISK)
     story.commit(1, 2)
     story.need(2 * HOST_BYTES, tail=key_of(2), queue_bytes=HOST_BYTES)
@@ -228,7 +228,7 @@ def test_a_slow_disk_does_not_make_a_growing_chain_eat_itself() -> None:
     assert len(story.world.copies) == 1
 
 
-def test_without_a_disk_blocks_go_to_objects_and_come_back_when_wanted() -> None:
+def test_without_a_disk_blocks_are_demoted_to_objects_and_promoted_on_request() -> None:
     story = Story(HOST, OBJECTS)
     story.commit(1)
     story.demote(1, OBJECTS)
@@ -242,7 +242,7 @@ def test_without_a_disk_blocks_go_to_objects_and_come_back_when_wanted() -> None
 # Segments that go
 
 
-def test_blocks_of_an_old_segment_are_copied_down_in_time_and_survive_it() -> None:
+def test_blocks_of_an_old_segment_are_demoted_in_time() -> None:
     story = Story(HOST, DISK, OBJECTS)
     story.commit(1)
     story.demote(1)
@@ -256,7 +256,7 @@ def test_blocks_of_an_old_segment_are_copied_down_in_time_and_survive_it() -> No
     assert story.machine.counts["lost"] == 0
 
 
-def test_a_segment_that_goes_before_its_blocks_were_copied_down_is_counted() -> None:
+def test_a_segment_reclaimed_before_its_blocks_were_demoted_is_counted() -> None:
     story = Story(HOST, DISK, OBJECTS)
     story.commit(1)
     story.demote(1)
@@ -266,7 +266,7 @@ def test_a_segment_that_goes_before_its_blocks_were_copied_down_is_counted() -> 
     assert [type(each) for each in story.finish(1, OBJECTS)] == [ev.Free]
 
 
-def test_what_was_used_since_it_was_written_is_written_again_the_most_used_first() -> None:
+def test_blocks_used_since_their_write_are_reinserted_most_used_first() -> None:
     story = Story(HOST, DISK)
     story.machine.blocks.clear()
     locations = {}
@@ -291,7 +291,7 @@ def test_what_was_used_since_it_was_written_is_written_again_the_most_used_first
     assert story.machine.wanted_in(DISK, moved.segment, keys, 10_000) == [], "once for each use"
 
 
-def test_a_block_that_was_given_up_while_it_was_written_again_is_freed() -> None:
+def test_a_block_dropped_during_its_reinsertion_is_freed() -> None:
     story = Story(HOST, DISK)
     story.commit(1)
     story.demote(1)
@@ -303,7 +303,7 @@ def test_a_block_that_was_given_up_while_it_was_written_again_is_freed() -> None
 # Hints
 
 
-def test_a_chain_that_is_pinned_stays_until_its_time_is_over() -> None:
+def test_a_pinned_chain_stays_until_the_pin_expires() -> None:
     story = Story(HOST)
     story.commit(1, 2, 3)
     story.tell(ev.Hinted(key_of(2), Hint(pinned_s=10), 0.0))
@@ -338,14 +338,14 @@ def test_a_hint_for_an_unknown_chain_pins_nothing() -> None:
     assert not story.machine.held(key_of(9))
 
 
-def test_the_blocks_of_the_chain_that_grows_go_last() -> None:
+def test_the_blocks_of_the_growing_chain_are_evicted_last() -> None:
     story = Story(HOST, DISK)
     story.commit(1, 2, 4, 3, 6)
     story.need(3 * HOST_BYTES, tail=key_of(4), keys=[key_of(8)])
     assert [copy.key for copy in story.world.copies] == [key_of(6), key_of(3), key_of(4)], "though it was used longest ago"
 
 
-def test_a_commit_need_not_wait_for_the_policy_but_whatever_follows_does() -> None:
+def test_a_commit_does_not_wait_for_the_policy_but_later_events_do() -> None:
     story, said = watched_story(HOST)
     story.machine.handle(committed(story, 1, 2))
     assert story.machine.behind

@@ -1,4 +1,4 @@
-"""From touches of single blocks back to the uses of chains."""
+"""Reconstruction of the uses of chains from touches of single blocks."""
 
 from tests.unit.store.world import depth_of, key_of, parent_of
 from tiered_kv.store.movement import Block
@@ -9,7 +9,7 @@ NAMES = {key_of(number): number for number in range(1, 100)}
 
 
 def uses(*touched: tuple[int, int, int]) -> list[list[int]]:
-    """Runs by number for touches (number, how often, tick)."""
+    """Returns the runs, as block numbers, for touches (number, count, tick)."""
     found = list(uses_of([(key_of(number), count, tick) for number, count, tick in touched], BLOCKS, 3.0))
     assert all(use.now_s == 3.0 for use in found)
     return [[NAMES[key] for key in use.keys] for use in found]
@@ -28,14 +28,14 @@ def test_a_gap_in_time_or_in_the_chain_ends_a_run() -> None:
     assert uses((8, 1, 1), (2, 1, 2)) == [[8], [2]]
 
 
-def test_a_prefix_that_was_touched_more_often_was_used_by_itself_too() -> None:
+def test_a_prefix_touched_more_often_was_also_used_alone() -> None:
     assert uses((4, 1, 5), (2, 3, 6), (1, 3, 7)) == [[1, 2], [1, 2], [1, 2, 4]]
 
 
-def test_very_many_uses_of_a_prefix_count_as_some() -> None:
+def test_the_uses_counted_for_a_prefix_are_capped() -> None:
     assert uses((1, 1000, 1)) == [[1]] * REPEATS_MAX
 
 
-def test_blocks_that_nobody_knows_any_more_are_runs_of_their_own() -> None:
+def test_unknown_blocks_are_separate_runs() -> None:
     assert uses((64, 1, 1), (32, 1, 2)) == [[64], [32]]
     assert uses() == []

@@ -1,4 +1,4 @@
-"""Blocks that are coded where they lie in host memory: which ones, when, and what becomes of them."""
+"""Compressing blocks in place in host memory: the choice of blocks, the time, and the results."""
 
 import pytest
 
@@ -11,54 +11,54 @@ from tiered_kv.store.shrinking import FULL_SHARE, STAGING_BYTES_MAX, Shrinking, 
 
 @pytest.fixture
 def story() -> Story:
-    """Host memory for eight blocks, in which blocks are coded: from the seventh on, six being three quarters."""
+    """Host memory for eight blocks. Compression starts with the seventh block, because six are three quarters."""
     made = Story(HOST, host=8)
     made.machine = machine_of({HOST: 8 * HOST_BYTES}, shrinks=True)
     return made
 
 
 def asked(story: Story) -> list[int]:
-    """The blocks that are to be coded now, in the order in which they were asked for."""
+    """Returns the blocks for which compression is requested and not done, in the order of the requests."""
     numbers = {key_of(number): number for number in range(1, 64)}
     assert all(copy.target is copy.source.tier is Tier.HOST for copy in story.world.copies)
     return [numbers[copy.key] for copy in story.world.copies]
 
 
 def code(story: Story, number: int) -> list[ev.Instruction]:
-    """The copy of this block is done: it takes CODED_BYTES now."""
+    """Finish the compression of this block, which then takes CODED_BYTES."""
     (copy,) = (copy for copy in story.world.copies if copy.key == key_of(number))
     story.world.copies.remove(copy)
     return story.tell(ev.Copied(copy.key, story.world.place(HOST, copy.key, coded=True)))
 
 
-def test_nothing_is_coded_before_memory_fills_up(story: Story) -> None:
+def test_nothing_is_compressed_before_memory_fills_up(story: Story) -> None:
     story.commit(1, 2, 3, 4, 5, 6)
     assert asked(story) == []
     story.commit(7)
     assert asked(story) == [1, 2, 3], "fewer would not gain what is above three quarters: of a block 44 bytes are expected"
 
 
-def test_without_a_codec_nothing_is_ever_coded() -> None:
+def test_without_a_codec_nothing_is_compressed() -> None:
     story = Story(HOST, host=8)
     story.commit(*range(1, 9))
     story.need()
     assert asked(story) == []
 
 
-def test_what_was_used_is_coded_last(story: Story) -> None:
+def test_recently_used_blocks_are_compressed_last(story: Story) -> None:
     story.commit(1, 2, 3, 4, 5, 6)
     story.use(1, 2)
     story.commit(7)
     assert asked(story) == [3, 4, 5]
 
 
-def test_of_a_run_the_deepest_block_is_coded_first(story: Story) -> None:
+def test_the_deepest_block_of_a_run_is_compressed_first(story: Story) -> None:
     keys = [key_of(number) for number in (1, 2, 4, 8, 16, 32, 33)]
     story.tell(ev.Committed(bytes(32), None, keys, [story.world.place(HOST, key) for key in keys], 0.0))
     assert asked(story) == [33, 32, 16]
 
 
-def test_a_coded_block_takes_its_bytes_and_no_more(story: Story) -> None:
+def test_a_compressed_block_takes_only_its_own_bytes(story: Story) -> None:
     story.commit(1, 2, 3, 4, 5, 6, 7)
     shown = code(story, 2)
     assert [type(each) for each in shown] == [ev.Show, ev.Free]
@@ -69,7 +69,7 @@ def test_a_coded_block_takes_its_bytes_and_no_more(story: Story) -> None:
     assert 1 not in asked(story), "coded twice"
 
 
-def test_before_a_block_is_given_up_all_are_coded(story: Story) -> None:
+def test_all_blocks_are_compressed_before_one_is_evicted(story: Story) -> None:
     story.commit(1, 2, 3, 4)
     story.need(HOST_BYTES)
     assert asked(story) == [1, 2, 3]
@@ -83,13 +83,13 @@ def test_before_a_block_is_given_up_all_are_coded(story: Story) -> None:
     assert len(story.machine.blocks) == 2
 
 
-def test_room_for_what_is_coded_is_made_by_others_alone(story: Story) -> None:
+def test_room_for_compressed_blocks_is_made_by_other_blocks_only(story: Story) -> None:
     story.commit(1, 2, 3, 4)
     story.need(HOST_BYTES, shrink=False)
     assert (asked(story), len(story.machine.blocks)) == ([], 3)
 
 
-def test_a_block_that_is_being_read_stays_and_is_asked_for_again(story: Story) -> None:
+def test_a_block_that_is_being_read_stays_and_is_requested_again(story: Story) -> None:
     story.commit(1, 2, 3, 4, 5, 6, 7)
     story.tell(ev.Pinned(key_of(1)))
     story.world.pinned.append(key_of(1))
@@ -101,7 +101,7 @@ def test_a_block_that_is_being_read_stays_and_is_asked_for_again(story: Story) -
     assert 1 in asked(story)
 
 
-def test_after_a_try_without_room_none_is_made_until_there_is_some(story: Story) -> None:
+def test_after_a_failure_for_lack_of_room_nothing_is_tried_until_there_is_room(story: Story) -> None:
     story.commit(1, 2, 3, 4, 5, 6, 7)
     for copy in list(story.world.copies):
         story.world.copies.remove(copy)
@@ -125,7 +125,7 @@ def test_a_block_that_does_not_shrink_is_tried_once(story: Story) -> None:
     assert {1, 2, 3} & set(asked(story)), "another codec may do better"
 
 
-def test_the_gain_is_expected_from_what_was_gained_before() -> None:
+def test_the_expected_gain_follows_earlier_gains() -> None:
     books = Shrinking(1000)
     for number in range(4):
         books.add(key_of(number), 100)
@@ -136,7 +136,7 @@ def test_the_gain_is_expected_from_what_was_gained_before() -> None:
     books.check({key_of(2): 100, key_of(3): 100})
 
 
-def test_a_copy_says_where_in_its_chain_the_block_stands(story: Story) -> None:
+def test_a_copy_has_the_depth_of_its_block(story: Story) -> None:
     key, location = key_of(4), story.world.place(HOST, key_of(4))
     story.tell(ev.Committed(bytes(32), key_of(2), [key], [location], 0.0, 7))
     below = [key_of(8), key_of(16)]
@@ -149,7 +149,7 @@ def test_a_copy_says_where_in_its_chain_the_block_stands(story: Story) -> None:
     }
 
 
-def test_what_is_found_without_its_past_has_no_place_in_a_chain(story: Story) -> None:
+def test_blocks_recovered_without_parents_have_no_depth(story: Story) -> None:
     story.tell(ev.Recovered(key_of(4), key_of(2), bytes(32), story.world.place(HOST, key_of(4))))
     story.tell(ev.Needed(HOST, 8 * HOST_BYTES))
     assert [copy.depth for copy in story.world.copies] == [None]

@@ -1,4 +1,4 @@
-"""A world of dictionaries in which the machine's instructions come true, or break what readers rely on."""
+"""A world of dictionaries that carries out the machine's instructions, and asserts that readers can rely on its state."""
 
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -19,26 +19,26 @@ def key_of(number: int) -> bytes:
 
 
 def parent_of(number: int) -> bytes | None:
-    """Blocks 1, 2, … as one binary tree."""
+    """Returns the parent of a block. Blocks 1, 2, … form one binary tree."""
     return key_of(number // 2) if number > 1 else None
 
 
 def depth_of(number: int) -> int:
-    """How many blocks of the tree are before a block in its chain."""
+    """Returns how many ancestors a block of the tree has."""
     return number.bit_length() - 1
 
 
 def machine_of(
     capacities: Mapping[Tier, int], policy: str = "lru", history: History | None = None, *, shrinks: bool = False
 ) -> StoreMachine:
-    """A machine for these tiers."""
+    """Returns a machine for these tiers."""
     history = history or (create_history() if policy == "adaptive" else History())
     policies = {tier: create_policy(policy, history, nbytes) for tier, nbytes in capacities.items() if tier in IN_MEMORY}
     return StoreMachine(capacities, policies, history, shrinks=shrinks)
 
 
 class World:
-    """Places by location, what readers are shown, and copies that were asked for and are not done.
+    """The blocks by location, the locations shown to readers, and the requested copies that are not done.
 
     Every instruction is checked against what it may do at that moment. Lower tiers have segments of two blocks.
     """
@@ -51,7 +51,7 @@ class World:
         self._next = 0
 
     def place(self, tier: Tier, key: bytes, coded: bool = False) -> Location:
-        """A new place in a tier, with the block in it, or with its `coded` form."""
+        """Store a block, or its `coded` form, at a new location in a tier. Returns the location."""
         self._next += 1
         nbytes, segment = (HOST_BYTES, 0) if tier in IN_MEMORY else (FRAME_BYTES, self._next // 2)
         location = Location(tier, int(coded), segment, self._next, CODED_BYTES if coded else nbytes, HOST_BYTES)
@@ -62,7 +62,7 @@ class World:
         return sum(location.stored_bytes for location in self.content if location.tier is tier)
 
     def segments(self, tier: Tier) -> dict[int, list[bytes]]:
-        """The blocks of each segment of a lower tier."""
+        """Returns the blocks of each segment of a lower tier."""
         found: dict[int, list[bytes]] = {}
         for location, key in self.content.items():
             if location.tier is tier:
@@ -97,7 +97,7 @@ class World:
         assert self.content.pop(location) == key
 
     def is_elsewhere(self, key: bytes, location: Location) -> bool:
-        """Whether another place in memory holds the block: this one is not the one that is read."""
+        """Returns whether another location in memory has the block, so that readers do not use this one."""
         return any(other != location and other.tier in IN_MEMORY and held == key for other, held in self.content.items())
 
     def check_readers(self) -> None:

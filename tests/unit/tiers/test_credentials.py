@@ -91,7 +91,7 @@ aws_session_token = token
 
 @pytest.mark.parametrize("boto3", [True, False])
 @pytest.mark.parametrize(("variables", "key"), [({}, "of-default"), ({"AWS_PROFILE": "work"}, "of-work")])
-def test_a_profile_says_who_where_no_variable_does(proxy, tmp_path, monkeypatch, boto3, variables, key) -> None:
+def test_a_profile_gives_the_credentials_if_no_variable_does(proxy, tmp_path, monkeypatch, boto3, variables, key) -> None:
     if boto3:
         pytest.importorskip("boto3")
     else:
@@ -113,7 +113,7 @@ def test_a_profile_says_who_where_no_variable_does(proxy, tmp_path, monkeypatch,
     assert whom(proxy) == "of-variables"
 
 
-def test_profiles_lie_where_the_variables_say(proxy, tmp_path, monkeypatch) -> None:
+def test_profiles_are_read_from_the_files_that_variables_name(proxy, tmp_path, monkeypatch) -> None:
     (tmp_path / "elsewhere").write_text(PROFILES)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "elsewhere"))
     assert credentials(URL)["AWS_ACCESS_KEY_ID"] == "of-default"
@@ -124,7 +124,7 @@ def test_profiles_lie_where_the_variables_say(proxy, tmp_path, monkeypatch) -> N
     }
 
 
-def test_a_profile_that_is_not_there_is_said(tmp_path, monkeypatch) -> None:
+def test_a_missing_profile_is_an_error(tmp_path, monkeypatch) -> None:
     files_of_aws(tmp_path, PROFILES)
     monkeypatch.setenv("AWS_PROFILE", "none")
     for call in (lambda: open_store(URL), lambda: credentials(URL)):
@@ -133,7 +133,7 @@ def test_a_profile_that_is_not_there_is_said(tmp_path, monkeypatch) -> None:
         assert "'none'" in str(error)
 
 
-def test_a_file_that_is_damaged_and_a_profile_without_keys_say_nobody(tmp_path) -> None:
+def test_a_damaged_file_or_a_profile_without_keys_gives_no_credentials(tmp_path) -> None:
     files_of_aws(tmp_path, "aws_access_key_id without a section", "[default]\nregion = eu-north-1\n")
     assert access(URL).is_machines
     assert credentials(URL) == {}
@@ -159,7 +159,7 @@ def test_a_role_in_a_profile_needs_boto3(tmp_path, monkeypatch) -> None:
     assert "install boto3" in str(error_of(open_store, URL))
 
 
-def test_anothers_credentials_are_used_in_place_of_ones_own(proxy, monkeypatch) -> None:
+def test_given_credentials_are_used_instead_of_ones_own(proxy, monkeypatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-node")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of-the-node")
@@ -173,7 +173,7 @@ def test_anothers_credentials_are_used_in_place_of_ones_own(proxy, monkeypatch) 
     assert config["aws_endpoint_url"] == "https://s3.eu-north-1.amazonaws.com", "the endpoint of the node is not that of who asks"
 
 
-def test_who_sends_no_key_means_the_nodes_own_identity(proxy, monkeypatch, tmp_path) -> None:
+def test_without_a_given_key_the_nodes_own_identity_is_used(proxy, monkeypatch, tmp_path) -> None:
     files_of_aws(tmp_path, PROFILES)
     asked = {"AWS_ENDPOINT_URL": proxy.url, "AWS_ALLOW_HTTP": "true"}
     assert whom(proxy, asked) == "of-default"
@@ -182,7 +182,7 @@ def test_who_sends_no_key_means_the_nodes_own_identity(proxy, monkeypatch, tmp_p
     assert whom(proxy, asked) == "of-the-node"
 
 
-def test_a_server_that_cannot_be_replaced_is_said(monkeypatch) -> None:
+def test_a_server_that_cannot_be_replaced_is_an_error(monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     mine = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": SECRET}
     assert "AWS_ENDPOINT_URL_S3" in str(error_of(access, URL, mine))
@@ -190,7 +190,7 @@ def test_a_server_that_cannot_be_replaced_is_said(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("url", [URL, "gs://bucket/prefix", "az://container/prefix"])
-def test_the_library_knows_every_option_that_is_passed_on(url, tmp_path) -> None:
+def test_the_library_accepts_every_option_that_is_passed_on(url, tmp_path) -> None:
     (tmp_path / "key").write_text('{"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}')
     kind = _KINDS[url.partition(":")[0]]
     for name in _OPTIONS[kind]:
@@ -204,7 +204,7 @@ def test_the_library_knows_every_option_that_is_passed_on(url, tmp_path) -> None
         open_store(url, environ=environ).close()
 
 
-def test_credentials_show_their_names_only_and_go_to_their_own_kind_of_store() -> None:
+def test_credentials_show_only_their_names_and_are_used_only_for_their_kind_of_store() -> None:
     environ = {"AWS_ACCESS_KEY_ID": SECRET, "AWS_PROFILE": "", "GOOGLE_BEARER_TOKEN": SECRET, "AZURE_STORAGE_ACCOUNT_KEY": SECRET}
     of_s3, of_google, of_azure = (credentials(url, environ) for url in (URL, "gs://bucket", "az://container"))
     assert [list(each) for each in (of_s3, of_google, of_azure)] == [[name] for name in environ if environ[name]]
@@ -214,7 +214,7 @@ def test_credentials_show_their_names_only_and_go_to_their_own_kind_of_store() -
         assert credentials(url, environ) == {}
 
 
-def test_a_service_accounts_key_travels_as_what_is_in_its_file(tmp_path) -> None:
+def test_a_service_accounts_key_is_sent_as_the_content_of_its_file(tmp_path) -> None:
     (tmp_path / "key").write_text('{"type": "service_account"}')
     (tmp_path / "user").write_text('{"type": "authorized_user"}')
     given = credentials("gs://bucket", {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key")})
@@ -228,7 +228,7 @@ def test_a_service_accounts_key_travels_as_what_is_in_its_file(tmp_path) -> None
     ("url", "named"),
     [(URL, "AWS_ACCESS_KEY_ID"), ("gs://bucket", "GOOGLE_APPLICATION_CREDENTIALS"), ("az://c", "AZURE_STORAGE_ACCOUNT_KEY")],
 )
-def test_without_credentials_the_error_says_what_to_set(monkeypatch, url, named) -> None:
+def test_without_credentials_the_error_names_the_variables_to_set(monkeypatch, url, named) -> None:
     monkeypatch.setattr(remotestore, "machine_answers", lambda: False)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     with open_store(url, setting="url") as store:
@@ -238,13 +238,13 @@ def test_without_credentials_the_error_says_what_to_set(monkeypatch, url, named)
             assert f"there are no credentials: set {named}" in message
 
 
-def test_a_machine_that_says_nothing_of_itself_is_no_reason_to_wait(monkeypatch) -> None:
+def test_a_machine_without_a_metadata_service_causes_no_wait(monkeypatch) -> None:
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     with open_store(URL) as store:
         assert "there are no credentials" in str(error_of(store.sizes))
 
 
-def test_a_machine_without_a_role_is_told_from_a_store_that_refuses(monkeypatch) -> None:
+def test_the_error_for_a_machine_without_a_role_differs_from_a_refusal(monkeypatch) -> None:
     httpd = BadServer(404, b"no role")
     thread = Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -48,10 +48,10 @@ class TestDeviceTier(TierContract):
         assert len(offsets) == NBYTES // 512
         assert tier.used_bytes == tier.capacity_bytes == NBYTES
 
-    def test_blocks_of_a_run_lie_side_by_side(self, tier):
+    def test_blocks_of_a_run_are_contiguous(self, tier):
         assert tier.reserve(4096, 4) == [0, 4096, 8192, 12288]
 
     @pytest.mark.parametrize(("nbytes", "fits"), [(1, True), (NBYTES, True), (NBYTES + 1, False)])
-    def test_says_what_could_ever_fit(self, tier, nbytes, fits):
+    def test_the_tier_reports_what_can_ever_fit(self, tier, nbytes, fits):
         assert tier.fits(nbytes) is fits
         assert bool(tier.reserve(nbytes, 1)) is fits

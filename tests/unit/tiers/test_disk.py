@@ -58,13 +58,13 @@ def test_a_batch_is_one_write_per_segment(make) -> None:
         assert_holds(tier, number, location)
 
 
-def test_appends_go_on_where_the_last_one_ended(make) -> None:
+def test_appends_continue_where_the_last_one_ended(make) -> None:
     tier = make()
     first, second = put(tier, [1], 3 * KIB)[1], put(tier, [2], 3 * KIB)[2]
     assert (second.segment, second.offset) == (first.segment, 3 * KIB + 2 * ENTRY_BYTES)
 
 
-def test_takes_more_buffers_than_one_system_call_does(make) -> None:
+def test_more_buffers_than_one_system_call_allows_are_written(make) -> None:
     tier = make()
     number = 1
     record = record_of(number, 5000)
@@ -73,7 +73,7 @@ def test_takes_more_buffers_than_one_system_call_does(make) -> None:
     assert_holds(tier, number, answer.location)
 
 
-def test_large_frames_are_written_and_read_piece_by_piece(make) -> None:
+def test_large_frames_are_written_and_read_in_pieces(make) -> None:
     plan = Plan(pwritev={2: short(100_001)}, preadv={2: short(77)}, fadvise={1: fails(errno.EINVAL)})
     tier = make(64 << 20, 8 << 20, files=Faulty(Files(), plan))
     held = put(tier, range(2), 3 << 20)
@@ -84,7 +84,7 @@ def test_large_frames_are_written_and_read_piece_by_piece(make) -> None:
     assert plan.calls["preadv"] == 2 * 12 + 1
 
 
-def test_room_for_the_footer_is_taken_while_the_segment_grows(make) -> None:
+def test_room_for_the_footer_is_reserved_while_the_segment_grows(make) -> None:
     tier = make()
     for number in range(30):
         put(tier, [number], 200)
@@ -102,7 +102,7 @@ def test_segments_are_at_most_an_eighth_of_the_cap_and_whole_pages(make) -> None
     assert make(segment=5000).segment_bytes == 4 * KIB
 
 
-def test_a_frame_larger_than_a_segment_has_one_of_its_own(make) -> None:
+def test_a_frame_larger_than_a_segment_gets_its_own_segment(make) -> None:
     tier = make()
     held = put(tier, [0], KIB) | put(tier, [1], 2 * SEGMENT + 5) | put(tier, [2], KIB)
     assert held[0].segment == held[2].segment != held[1].segment
@@ -134,16 +134,16 @@ def test_a_batch_is_written_as_far_as_there_is_room(make, frame_size: int, fit: 
     assert [answer.refused for answer in answers] == [None] * fit + [Refused.FULL] * (7 - fit)
 
 
-def test_a_frame_without_bytes_is_a_mistake(make) -> None:
+def test_an_empty_frame_is_an_error(make) -> None:
     with pytest.raises(ValueError, match="without bytes"):
         make().append([Record(key_of(1), [b""], 0, 0)])
 
 
-def test_nothing_to_append_is_nothing(make) -> None:
+def test_appending_nothing_does_nothing(make) -> None:
     assert make().append([]) == []
 
 
-def test_room_is_made_by_the_oldest_segments(make) -> None:
+def test_the_oldest_segments_are_reclaimed_first(make) -> None:
     tier = make()
     held: dict[int, Location] = {}
     for number in range(200):
@@ -160,7 +160,7 @@ def test_room_is_made_by_the_oldest_segments(make) -> None:
         assert_holds(tier, number, location)
 
 
-def test_needs_reclaim_of_what_fits_is_none_and_then_it_fits(make) -> None:
+def test_no_reclaim_is_needed_for_a_batch_that_fits(make) -> None:
     tier = make()
     for batch, size in enumerate([5000, 200] * 25):
         while (segment := tier.needs_reclaim(10 * size, 10)) is not None:
@@ -168,7 +168,7 @@ def test_needs_reclaim_of_what_fits_is_none_and_then_it_fits(make) -> None:
         assert len(put(tier, range(10 * batch, 10 * batch + 10), size)) == 10
 
 
-def test_all_room_in_the_open_segment_can_be_made_free(make) -> None:
+def test_all_blocks_of_the_open_segment_can_be_freed(make) -> None:
     tier = make()
     put(tier, [1], KIB)
     segment = tier.needs_reclaim(tier.max_frame_bytes)
@@ -185,13 +185,13 @@ def test_the_open_segment_is_not_reclaimed(make) -> None:
         tier.reclaim(location.segment)
 
 
-def test_a_segment_that_is_gone_is_reclaimed_for_nothing(make) -> None:
+def test_reclaiming_a_removed_segment_does_nothing(make) -> None:
     tier = make()
     assert tier.reclaim(77) == 0
     assert tier.keys_in(77) == []
 
 
-def test_the_last_forgotten_block_takes_its_segment_along(make) -> None:
+def test_a_segment_is_removed_with_its_last_block(make) -> None:
     tier = make()
     held = put(tier, range(8), QUARTER)
     first = [location for location in held.values() if location.segment == 1]
@@ -207,7 +207,7 @@ def test_the_last_forgotten_block_takes_its_segment_along(make) -> None:
     tier.check()
 
 
-def test_a_segment_whose_blocks_are_all_forgotten_goes_when_it_is_full(make) -> None:
+def test_a_segment_without_blocks_is_removed_when_it_is_full(make) -> None:
     tier = make()
     location = put(tier, [1], 12 * KIB)[1]
     tier.forget(location)
@@ -216,14 +216,14 @@ def test_a_segment_whose_blocks_are_all_forgotten_goes_when_it_is_full(make) -> 
     assert location.segment not in segments_in(tier.folder)
 
 
-def test_keys_of_a_segment_are_those_still_wanted(make) -> None:
+def test_the_keys_of_a_segment_are_those_not_forgotten(make) -> None:
     tier = make()
     held = put(tier, range(4), KIB)
     tier.forget(held[1])
     assert tier.keys_in(held[0].segment) == [key_of(0), key_of(2), key_of(3)]
 
 
-def test_wanted_blocks_are_written_again_before_their_segment_goes(make) -> None:
+def test_blocks_in_use_are_reinserted_before_their_segment_is_removed(make) -> None:
     tier = make()
     held = put(tier, range(40), QUARTER)
     wanted = {key_of(number) for number in (0, 3, 39)}
@@ -256,7 +256,7 @@ def test_a_full_tier_has_room_to_reinsert_a_whole_segment(make) -> None:
         assert_holds(tier, number, location)
 
 
-def test_reinserting_reads_no_more_than_fits_and_says_what_it_left_out(make) -> None:
+def test_reinserting_reads_only_what_fits_and_reports_the_rest(make) -> None:
     tier = make()
     put(tier, range(100), QUARTER)
     everything = [len(tier.reinsert(segment, tier.keys_in(segment))) for segment in (1, 2, 3)]
@@ -265,7 +265,7 @@ def test_reinserting_reads_no_more_than_fits_and_says_what_it_left_out(make) -> 
     tier.check()
 
 
-def test_reinserting_skips_what_is_gone_or_forgotten_and_refuses_what_is_being_written(make) -> None:
+def test_reinserting_skips_removed_blocks_and_rejects_the_open_segment(make) -> None:
     tier = make()
     held = put(tier, range(6), QUARTER)
     tier.forget(held[1])
@@ -276,11 +276,11 @@ def test_reinserting_skips_what_is_gone_or_forgotten_and_refuses_what_is_being_w
         tier.reinsert(held[5].segment, [key_of(5)])
 
 
-def test_nothing_written_is_not_amplified(make) -> None:
+def test_the_write_amplification_without_writes_is_undefined(make) -> None:
     assert make().write_amplification == 1.0
 
 
-def test_what_is_on_disk_is_below_the_cap_as_the_file_system_counts(make) -> None:
+def test_disk_usage_stays_below_the_cap_as_the_file_system_counts(make) -> None:
     tier = make()
     put(tier, range(500), 3001)
     os.sync()
@@ -300,7 +300,7 @@ def test_closing_removes_the_folder_and_nothing_else(make) -> None:
     assert os.listdir(tier.folder) == ["notes.txt"]
 
 
-def test_after_closing_appends_and_reads_say_so(make) -> None:
+def test_appends_and_reads_after_closing_raise(make) -> None:
     tier = make()
     location = put(tier, [1], KIB)[1]
     tier.close()
@@ -310,7 +310,7 @@ def test_after_closing_appends_and_reads_say_so(make) -> None:
         assert caught.value.kind is Kind.CLOSED
 
 
-def test_a_cap_too_small_is_said_to_be(tmp_path: Path) -> None:
+def test_a_too_small_cap_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TieredKVError, match="disk: ") as caught:
         DiskTier(tmp_path / "disk", 1000, 1000, owner="me")
     assert caught.value.kind is Kind.CONFIG

@@ -71,7 +71,7 @@ def test_a_torn_write_keeps_whole_frames_only(make, torn_at: int) -> None:
         assert_holds(tier, number, answer.location)
 
 
-def test_a_segment_without_room_for_its_footer_is_read_and_found_again(make, tmp_path: Path) -> None:
+def test_a_segment_without_room_for_its_footer_is_read_and_recovered(make, tmp_path: Path) -> None:
     tier = make(pwritev={1: short(2 * PIECE + 9), 2: fails(errno.ENOSPC), 3: short(30), 4: fails(errno.ENOSPC)})
     answers = tier.append([record_of(number, QUARTER) for number in range(3)])
     assert segments_in(tier.folder) == {1: 2 * PIECE}
@@ -83,7 +83,7 @@ def test_a_segment_without_room_for_its_footer_is_read_and_found_again(make, tmp
     assert [block.location for block in again.recovered()] == [answer.location for answer in answers[:2]]
 
 
-def test_a_footer_that_can_be_neither_written_nor_cut_goes_on_counting(make) -> None:
+def test_a_footer_that_can_be_neither_written_nor_truncated_still_counts(make) -> None:
     tier = make(pwritev={2: short(100), 3: fails(errno.EIO)}, truncate={1: fails(errno.EIO)})
     held = put(tier, range(8), QUARTER)
     assert segments_in(tier.folder)[1] == 4 * PIECE + 100
@@ -92,7 +92,7 @@ def test_a_footer_that_can_be_neither_written_nor_cut_goes_on_counting(make) -> 
         assert_holds(tier, number, location)
 
 
-def test_a_segment_that_cannot_be_synced_is_used_and_found_again(make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_segment_that_cannot_be_synced_is_used_and_recovered(make, caplog: pytest.LogCaptureFixture) -> None:
     tier = make(fdatasync={1: fails(errno.EIO)})
     held = put(tier, range(8), QUARTER)
     assert "segment 1 may be lost" in caplog.text
@@ -108,12 +108,12 @@ def test_a_short_write_is_continued(make) -> None:
         assert_holds(tier, number, location)
 
 
-def test_a_write_that_moves_nothing_is_an_error_not_a_loop(make) -> None:
+def test_a_write_of_zero_bytes_is_an_error_not_a_loop(make) -> None:
     tier = make(pwritev={EVERY: short(0)})
     assert tier.append([record_of(1, KIB)])[0].refused is Refused.IO_ERROR
 
 
-def test_a_torn_tail_that_cannot_be_cut_goes_on_counting(make) -> None:
+def test_a_torn_tail_that_cannot_be_truncated_still_counts(make) -> None:
     tier = make(pwritev={1: short(9 * KIB), 2: fails(errno.EIO)}, truncate={1: fails(errno.EIO)})
     answers = tier.append([record_of(number, QUARTER) for number in range(3)])
     assert [answer.refused for answer in answers] == [None, None, Refused.IO_ERROR]
@@ -130,7 +130,7 @@ def test_a_segment_that_cannot_be_created_is_a_refusal(make) -> None:
     assert put(tier, [1], KIB)
 
 
-def test_a_segment_that_cannot_be_removed_goes_on_counting(make) -> None:
+def test_a_segment_that_cannot_be_removed_still_counts(make) -> None:
     tier = make(truncate={1: fails(errno.EIO)}, unlink={1: fails(errno.EIO)})
     put(tier, range(12), QUARTER)
     before = tier.used_bytes
@@ -151,7 +151,7 @@ def test_segments_removed_by_others_are_misses(make) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 8, 70, 100, 130, 3000, QUARTER - 1])
-def test_a_flipped_byte_is_an_error_and_the_block_can_be_forgotten(make, at: int) -> None:
+def test_a_flipped_byte_is_an_error_and_the_block_can_be_removed(make, at: int) -> None:
     tier = make()
     held = put(tier, range(3), QUARTER)
     with segment_path(tier.folder, 1).open("r+b") as file:
@@ -165,7 +165,7 @@ def test_a_flipped_byte_is_an_error_and_the_block_can_be_forgotten(make, at: int
     assert tier.forget(held[1])
 
 
-def test_a_file_cut_from_outside_is_an_error(make) -> None:
+def test_a_file_truncated_by_others_is_an_error(make) -> None:
     tier = make()
     held = put(tier, range(5), QUARTER)
     os.truncate(segment_path(tier.folder, 1), 5 * KIB)
@@ -182,7 +182,7 @@ def test_read_errors_and_short_reads(make) -> None:
     assert_holds(tier, 1, location)  # in three pieces
 
 
-def test_a_location_that_says_something_else_is_an_error(make) -> None:
+def test_a_location_that_does_not_match_its_frame_is_an_error(make) -> None:
     tier = make()
     first, second = put(tier, range(2), QUARTER).values()
     wrong = [first._replace(offset=1), first._replace(offset=second.offset), first._replace(codec=9), first._replace(raw_bytes=1)]
@@ -209,7 +209,7 @@ def test_a_reader_keeps_few_files_open(make) -> None:
     reader.close()
 
 
-def test_room_is_free_at_once_though_a_reader_has_the_file_open(make) -> None:
+def test_room_is_freed_at_once_even_if_a_reader_has_the_file_open(make) -> None:
     tier = make()
     held = put(tier, range(8), QUARTER)
     fd = os.open(segment_path(tier.folder, 1), os.O_RDONLY)
@@ -222,7 +222,7 @@ def test_room_is_free_at_once_though_a_reader_has_the_file_open(make) -> None:
     reader.close()
 
 
-def test_a_number_that_is_given_again_is_not_read_from_the_old_file(tmp_path: Path) -> None:
+def test_a_reused_segment_number_is_not_read_from_the_old_file(tmp_path: Path) -> None:
     reader = SegmentReader(tmp_path / "disk")
     for number in range(3):
         with DiskTier(tmp_path / "disk", CAPACITY, SEGMENT, owner=f"owner {number}") as tier:
@@ -232,7 +232,7 @@ def test_a_number_that_is_given_again_is_not_read_from_the_old_file(tmp_path: Pa
     reader.close()
 
 
-def test_reading_goes_on_while_an_append_is_slow(make) -> None:
+def test_reads_continue_during_a_slow_append(make) -> None:
     entered, gate = threading.Event(), threading.Event()
     tier = make(pwritev={3: waits(entered, gate)})
     held = put(tier, range(4), QUARTER)
@@ -249,7 +249,7 @@ def test_reading_goes_on_while_an_append_is_slow(make) -> None:
     assert_holds(tier, 9, written[9])
 
 
-def test_a_segment_reclaimed_in_the_middle_of_a_read_gives_the_block_or_an_error(make) -> None:
+def test_a_read_of_a_segment_being_reclaimed_gives_the_block_or_an_error(make) -> None:
     entered, gate = threading.Event(), threading.Event()
     tier = make(preadv={1: short(1000), 2: waits(entered, gate)})
     held = put(tier, range(8), QUARTER)
@@ -270,7 +270,7 @@ def test_a_segment_reclaimed_in_the_middle_of_a_read_gives_the_block_or_an_error
     assert outcome in ([Kind.CORRUPT], [Kind.STORAGE])
 
 
-def test_many_readers_never_get_wrong_bytes_while_segments_come_and_go(make) -> None:
+def test_many_readers_never_get_wrong_bytes_while_segments_are_replaced(make) -> None:
     tier = make()
     reader = SegmentReader(tier.folder, max_open=2)
     held = put(tier, range(40), QUARTER)

@@ -44,7 +44,7 @@ def left_behind(folder: Path, count: int = 10) -> dict[int, Location]:
 
 
 @pytest.mark.parametrize("owner", ["me", "another"])
-def test_a_live_owners_folder_is_refused(folder: Path, owner: str) -> None:
+def test_a_live_owners_folder_is_rejected(folder: Path, owner: str) -> None:
     with disk(folder) as tier:
         held = put(tier, [1], KIB)
         assert_refused(folder, "in use by a live cluster .me.", owner)
@@ -71,7 +71,7 @@ def test_the_lock_of_a_killed_process_is_free(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("owner", ["me", "another"])
-def test_whoever_comes_next_has_the_content(folder: Path, owner: str) -> None:
+def test_the_next_owner_has_the_content(folder: Path, owner: str) -> None:
     held = left_behind(folder)
     (folder / "notes.txt").write_text("mine")
     with disk(folder, owner) as tier:
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_segments_of_another_secret_are_refused_and_left_alone(folder: Path) -> None:
+def test_segments_of_another_secret_are_rejected_and_left_unchanged(folder: Path) -> None:
     with DiskTier(folder, CAPACITY, SEGMENT, owner="me", secret="a") as tier:
         held = put(tier, range(5), QUARTER)
         tier.close(remove=False)
@@ -102,7 +102,7 @@ def test_segments_of_another_secret_are_refused_and_left_alone(folder: Path) -> 
         assert len(tier.recovered()) == len(held)
 
 
-def test_a_segment_put_there_from_another_store_is_refused_too(folder: Path, tmp_path: Path) -> None:
+def test_a_segment_copied_from_another_store_is_rejected(folder: Path, tmp_path: Path) -> None:
     left_behind(folder)
     with DiskTier(tmp_path / "other", CAPACITY, SEGMENT, owner="me", secret="a") as other:
         put(other, range(5), QUARTER)
@@ -124,9 +124,7 @@ def test_a_segment_put_there_from_another_store_is_refused_too(folder: Path, tmp
         (b'{"format": 2, "owner": "me", "store": "00"}', "another secret"),
     ],
 )
-def test_segments_of_unknown_origin_or_another_version_are_refused_and_left_alone(
-    folder: Path, owner_file: bytes | None, what: str
-) -> None:
+def test_segments_of_unknown_origin_or_version_are_rejected_and_left_unchanged(folder: Path, owner_file: bytes | None, what: str) -> None:
     left_behind(folder)
     (folder / "owner").unlink()
     if owner_file is not None:
@@ -149,7 +147,7 @@ def test_a_smaller_cap_holds_from_the_start(folder: Path, capacity: int) -> None
         assert sorted(set(left)) == list(range(left[0], held[49].segment + 1))  # the newest
 
 
-def test_what_cannot_be_brought_below_the_cap_is_refused(folder: Path) -> None:
+def test_a_folder_that_cannot_be_shrunk_below_the_cap_is_rejected(folder: Path) -> None:
     left_behind(folder, 50)
     files = Faulty(Files(), Plan(truncate={EVERY: fails(errno.EIO)}))
     with pytest.raises(TieredKVError, match="disk_path") as caught:
@@ -158,7 +156,7 @@ def test_what_cannot_be_brought_below_the_cap_is_refused(folder: Path) -> None:
     disk(folder).close()
 
 
-def test_a_full_disk_does_not_keep_the_heir_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_stop_the_next_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = left_behind(folder)
 
     def full(fd: int) -> None:
@@ -174,7 +172,7 @@ def claim(root: Path, owner: str, secret: str = "") -> DiskTier:
     return claim_folder(root, owner, lambda path: DiskTier(path, CAPACITY, SEGMENT, owner=owner, secret=secret))
 
 
-def test_a_new_cluster_claims_what_the_last_one_left(tmp_path: Path) -> None:
+def test_a_new_cluster_claims_the_folders_of_the_last_one(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("")
     with claim(tmp_path, "one") as first:
         assert first.folder.name == "node-0"
@@ -196,7 +194,7 @@ def test_a_restarted_node_claims_its_own_folder_again(tmp_path: Path) -> None:
             claim(tmp_path, "c")
 
 
-def test_a_folder_of_another_secret_is_not_claimed_nor_passed_over(tmp_path: Path) -> None:
+def test_a_folder_of_another_secret_is_an_error_and_not_claimed(tmp_path: Path) -> None:
     with claim(tmp_path, "one", secret="a") as tier:
         put(tier, [1], KIB)
         claim(tmp_path, "two", secret="b").close()  # a live one is none of ours
@@ -205,7 +203,7 @@ def test_a_folder_of_another_secret_is_not_claimed_nor_passed_over(tmp_path: Pat
         claim(tmp_path, "two", secret="b")
 
 
-def test_folders_claimed_by_others_meanwhile_are_passed_over(tmp_path: Path) -> None:
+def test_folders_claimed_by_others_meanwhile_are_skipped(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def make(path: Path) -> str:
@@ -218,7 +216,7 @@ def test_folders_claimed_by_others_meanwhile_are_passed_over(tmp_path: Path) -> 
     assert asked == ["node-0", "node-1", "node-2"]
 
 
-def test_folders_that_nobody_uses_are_told_with_their_bytes(tmp_path: Path) -> None:
+def test_unused_folders_are_listed_with_their_bytes(tmp_path: Path) -> None:
     with claim(tmp_path, "one") as one, claim(tmp_path, "two") as two:
         for tier in (one, two):
             put(tier, [1], KIB)
@@ -233,7 +231,7 @@ def test_folders_that_nobody_uses_are_told_with_their_bytes(tmp_path: Path) -> N
         assert unused["node-1"] > KIB
 
 
-def test_when_every_folder_is_taken_it_is_said(tmp_path: Path) -> None:
+def test_an_error_is_raised_if_every_folder_is_in_use(tmp_path: Path) -> None:
     def make(path: Path) -> None:
         raise TieredKVError(Kind.STORAGE, "disk_path: taken", in_use=True)
 
@@ -241,29 +239,29 @@ def test_when_every_folder_is_taken_it_is_said(tmp_path: Path) -> None:
         claim_folder(tmp_path, "me", make)
 
 
-def test_a_missing_parent_is_said_to_be(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_parent(tmp_path: Path) -> None:
     assert_refused(tmp_path / "no" / "disk", "does not exist")
 
 
-def test_a_file_in_the_place_of_the_folder_is_said_to_be(tmp_path: Path) -> None:
+def test_the_error_names_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "disk").write_text("")
     assert_refused(tmp_path / "disk", "cannot be used")
     assert_refused(tmp_path / "disk" / "below", "cannot be used")
 
 
-def test_a_folder_that_cannot_be_written_is_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_an_unwritable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert_refused(folder, "not writable")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_said_to_be(folder: Path) -> None:
+def test_the_error_names_a_read_only_folder(folder: Path) -> None:
     folder.mkdir(mode=0o500)
     assert_refused(folder, "Permission denied")
 
 
-def test_files_are_for_their_owner_alone(folder: Path) -> None:
+def test_only_their_owner_may_read_the_files(folder: Path) -> None:
     with disk(folder) as tier:
         put(tier, [1], KIB)
         assert folder.stat().st_mode & 0o077 == 0

@@ -59,7 +59,7 @@ def reads_of(folder: Path) -> int:
     return plan.calls["preadv"]
 
 
-def test_everything_is_found_where_it_was_with_its_lineage(left) -> None:
+def test_every_block_is_recovered_at_its_location_with_its_parents(left) -> None:
     folder, held = left
     assert segments_in(folder) == {1: FULL, 2: FULL, 3: 2 * PIECE + footer_bytes(2)}
     assert reads_of(folder) == 6
@@ -72,7 +72,7 @@ def test_everything_is_found_where_it_was_with_its_lineage(left) -> None:
         tier.check()
 
 
-def test_blocks_appended_after_a_restart_are_found_with_the_old_ones(left) -> None:
+def test_blocks_appended_after_a_restart_are_recovered_with_the_old_ones(left) -> None:
     folder, _ = left
     for turn in range(3):
         with disk(folder) as tier:
@@ -81,7 +81,7 @@ def test_blocks_appended_after_a_restart_are_found_with_the_old_ones(left) -> No
     assert found_in(folder) == {*range(10), 20, 21, 22}
 
 
-def test_another_files_reader_sees_recovered_blocks(left) -> None:
+def test_a_reader_with_its_own_files_reads_recovered_blocks(left) -> None:
     folder, held = left
     with disk(folder) as tier:
         for number, location in held.items():
@@ -117,7 +117,7 @@ sys.stdin.read()
 """
 
 
-def test_what_a_killed_process_has_written_is_found(tmp_path: Path) -> None:
+def test_blocks_written_by_a_killed_process_are_recovered(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path / "disk")]
     with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"11\n"
@@ -130,7 +130,7 @@ CUTS = [0, 1, ENTRY_BYTES - 1, ENTRY_BYTES, ENTRY_BYTES + 1, ENTRY_BYTES + 300, 
 
 
 @pytest.mark.parametrize("at", [*(frames * PIECE + cut for frames in range(4) for cut in CUTS)])
-def test_a_tail_torn_anywhere_costs_the_torn_frame_only(tmp_path: Path, at: int) -> None:
+def test_a_tail_torn_anywhere_loses_only_the_torn_frame(tmp_path: Path, at: int) -> None:
     folder = crashed(tmp_path, 4)
     with segment_path(folder, 1).open("r+b") as file:
         file.truncate(at)
@@ -143,7 +143,7 @@ FOOTER_CUTS = [1, TRAILER_BYTES - 1, TRAILER_BYTES, TRAILER_BYTES + 1, TRAILER_B
 
 
 @pytest.mark.parametrize("missing", FOOTER_CUTS)
-def test_a_torn_footer_costs_nothing(left, missing: int) -> None:
+def test_a_torn_footer_loses_nothing(left, missing: int) -> None:
     folder, _ = left
     with segment_path(folder, 1).open("r+b") as file:
         file.truncate(FULL - missing)
@@ -152,7 +152,7 @@ def test_a_torn_footer_costs_nothing(left, missing: int) -> None:
 
 
 @pytest.mark.parametrize("at", [*range(-1, -TRAILER_BYTES - 1, -5), -TRAILER_BYTES - 1, -TRAILER_BYTES - ROW_BYTES, -footer_bytes(4)])
-def test_a_flipped_byte_in_the_footer_costs_a_scan(left, at: int) -> None:
+def test_a_flipped_byte_in_the_footer_only_requires_a_scan(left, at: int) -> None:
     folder, _ = left
     flip(segment_path(folder, 1), at)
     assert found_in(folder) == set(range(10))
@@ -160,7 +160,7 @@ def test_a_flipped_byte_in_the_footer_costs_a_scan(left, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 40, 127, ENTRY_BYTES, ENTRY_BYTES + 9, ENTRY_BYTES + 500, PIECE - 1])
-def test_a_flipped_byte_in_a_frame_is_a_miss_and_costs_no_other_block(left, at: int) -> None:
+def test_a_flipped_byte_in_a_frame_loses_only_its_block(left, at: int) -> None:
     folder, held = left
     flip(segment_path(folder, 1), PIECE + at)
     with disk(folder) as tier:
@@ -176,13 +176,13 @@ def test_a_flipped_byte_in_a_frame_is_a_miss_and_costs_no_other_block(left, at: 
 
 
 @pytest.mark.parametrize(("at", "left_over"), [(ENTRY_BYTES + 500, {0, 2, 3}), (PIECE - 1, {0, 2, 3}), (3, {0}), (20, {0})])
-def test_a_scan_goes_on_behind_a_damaged_frame_and_ends_at_a_damaged_entry(tmp_path: Path, at: int, left_over: set[int]) -> None:
+def test_a_scan_continues_after_a_damaged_frame_and_ends_at_a_damaged_entry(tmp_path: Path, at: int, left_over: set[int]) -> None:
     folder = crashed(tmp_path, 4)
     flip(segment_path(folder, 1), PIECE + at)
     assert found_in(folder) == left_over
 
 
-def test_frames_of_another_place_or_secret_are_not_found_by_a_scan(tmp_path: Path) -> None:
+def test_a_scan_ignores_frames_of_another_place_or_secret(tmp_path: Path) -> None:
     folder = crashed(tmp_path)
     shutil.copy(segment_path(folder, 2), segment_path(folder, 7))
     assert len(frames_in(folder, 2, store_tag(""), Files()).entries) == 2
@@ -190,7 +190,7 @@ def test_frames_of_another_place_or_secret_are_not_found_by_a_scan(tmp_path: Pat
     assert frames_in(folder, 2, store_tag("another"), Files()).entries == []
 
 
-def test_a_block_that_lies_twice_is_found_once_where_it_was_written_last(tmp_path: Path) -> None:
+def test_a_block_stored_twice_is_recovered_once_at_its_last_location(tmp_path: Path) -> None:
     with disk(tmp_path / "disk") as tier:
         put(tier, range(8), QUARTER)
         moved = dict(tier.reinsert(1, tier.keys_in(1)[:2]))
@@ -204,7 +204,7 @@ def test_a_block_that_lies_twice_is_found_once_where_it_was_written_last(tmp_pat
         tier.check()
 
 
-def test_a_segment_of_which_everything_was_written_again_goes(tmp_path: Path) -> None:
+def test_a_segment_whose_blocks_were_all_reinserted_is_removed(tmp_path: Path) -> None:
     with disk(tmp_path / "disk") as tier:
         put(tier, range(5), QUARTER)
         tier.reinsert(1, tier.keys_in(1))
@@ -213,7 +213,7 @@ def test_a_segment_of_which_everything_was_written_again_goes(tmp_path: Path) ->
     assert 1 not in segments_in(tmp_path / "crashed")
 
 
-def test_what_was_forgotten_before_its_segment_was_sealed_stays_forgotten(tmp_path: Path) -> None:
+def test_blocks_removed_before_their_segment_was_sealed_are_not_recovered(tmp_path: Path) -> None:
     with disk(tmp_path / "disk") as tier:
         held = put(tier, range(3), QUARTER)
         tier.forget(held[1])
@@ -222,7 +222,7 @@ def test_what_was_forgotten_before_its_segment_was_sealed_stays_forgotten(tmp_pa
 
 
 @pytest.mark.parametrize("call", ["open", "preadv"])
-def test_a_segment_that_cannot_be_read_counts_and_is_there_when_it_can(left, call: str) -> None:
+def test_an_unreadable_segment_counts_and_is_recovered_once_readable(left, call: str) -> None:
     folder, _ = left
     with disk(folder, files=Faulty(Files(), Plan(**{call: {1: fails(errno.EIO)}}))) as tier:
         assert {block.location.segment for block in tier.recovered()} == {2, 3}
@@ -233,7 +233,7 @@ def test_a_segment_that_cannot_be_read_counts_and_is_there_when_it_can(left, cal
     assert found_in(folder) == {*range(10), 20}
 
 
-def test_a_scan_that_meets_an_error_gives_up_nothing_behind_it(tmp_path: Path) -> None:
+def test_a_scan_with_a_read_error_loses_no_later_blocks(tmp_path: Path) -> None:
     folder = crashed(tmp_path, 3)
     # footer: 1; then entry and frame in turn: the second frame cannot be read
     with disk(folder, files=Faulty(Files(), Plan(preadv={5: fails(errno.EIO)}))) as tier:
@@ -244,7 +244,7 @@ def test_a_scan_that_meets_an_error_gives_up_nothing_behind_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("call", ["truncate", "pwritev"])
-def test_a_tail_that_cannot_be_cut_or_get_its_footer_counts(tmp_path: Path, call: str) -> None:
+def test_a_tail_that_can_be_neither_truncated_nor_sealed_counts(tmp_path: Path, call: str) -> None:
     folder = crashed(tmp_path, 3)
     with segment_path(folder, 1).open("r+b") as file:
         file.truncate(3 * PIECE - 5)
@@ -255,7 +255,7 @@ def test_a_tail_that_cannot_be_cut_or_get_its_footer_counts(tmp_path: Path, call
     assert found_in(folder) == {0, 1}
 
 
-def test_a_footer_without_room_below_the_cap_is_left_out(tmp_path: Path) -> None:
+def test_a_footer_without_room_below_the_cap_is_not_written(tmp_path: Path) -> None:
     with DiskTier(tmp_path / "disk", 1 << 20, 128 * KIB, owner="me") as tier:
         size = 7 * 4 * KIB - ENTRY_BYTES
         put(tier, range(2), size)
@@ -266,7 +266,7 @@ def test_a_footer_without_room_below_the_cap_is_left_out(tmp_path: Path) -> None
         tier.check()
 
 
-def test_a_footer_with_nonsense_around_it_is_none() -> None:
+def test_a_footer_with_invalid_surroundings_is_rejected() -> None:
     rows = footer.pack_row(Entry(key_of(1), None, None, 3, ENTRY_BYTES, 700, 900))
     trailer = memoryview(footer.pack_trailer(rows, store_tag(""), 1, 828))
     assert footer.unpack_rows(memoryview(rows)) == [Entry(key_of(1), None, None, 3, ENTRY_BYTES, 700, 900)]

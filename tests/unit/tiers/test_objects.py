@@ -104,7 +104,7 @@ class TestInAFolder(ObjectsContract):
     def make(self, folder: Path) -> ObjectsTier:
         return ObjectsTier(FolderStore(folder / "objects"), CAP)
 
-    def test_a_block_comes_back_after_a_restart(self, tmp_path, checked):
+    def test_a_block_is_recovered_after_a_restart(self, tmp_path, checked):
         first = ObjectsTier(FolderStore(tmp_path), CAP)
         location = put(first, [1], FRAME)[1]
         first.close(remove=False)
@@ -124,7 +124,7 @@ def test_a_batch_becomes_packs_of_the_given_size(tier, store):
         assert_holds(tier, number, location)
 
 
-def test_a_frame_above_the_size_of_a_pack_has_its_own(tier):
+def test_a_frame_larger_than_a_pack_gets_its_own_pack(tier):
     placed = put(tier, [0], 2000) | put(tier, [1], tier.segment_bytes * 2) | put(tier, [2], 2000)
     assert [location.segment for location in placed.values()] == [1, 2, 3]
     assert_holds(tier, 1, placed[1])
@@ -137,7 +137,7 @@ def test_the_largest_frame_fits_exactly(tier):
     assert refusals(tier, [2], 200) == [Refused.FULL]
 
 
-def test_the_last_byte_of_the_cap_is_used_and_not_one_more(tier):
+def test_the_cap_is_used_to_its_last_byte_and_not_exceeded(tier):
     put(tier, [1], 20_000)
     left = tier.capacity_bytes - tier.used_bytes - ROW_BYTES - TRAILER_BYTES
     assert refusals(tier, [2], left + 1) == [Refused.FULL]
@@ -173,7 +173,7 @@ def test_a_read_does_not_wait_for_an_append(tier, store):
     assert held == [key_of(1)]
 
 
-def test_a_cap_too_small_names_the_setting(store):
+def test_the_error_for_a_too_small_cap_names_the_setting(store):
     error = error_of(ObjectsTier, store, 1000)
     assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "objects")
 
@@ -194,7 +194,7 @@ def test_a_batch_that_can_never_fit_empties_the_tier_and_ends(tier):
     assert tier.used_bytes == 0
 
 
-def test_reading_what_was_reclaimed_is_a_miss(tier):
+def test_reading_a_reclaimed_block_is_a_miss(tier):
     location = put(tier, [1], FRAME)[1]
     assert tier.reclaim(location.segment) == FRAME + ROW_BYTES + TRAILER_BYTES
     error = error_of(tier.read, location, key_of(1), ROOT)
@@ -202,7 +202,7 @@ def test_reading_what_was_reclaimed_is_a_miss(tier):
     assert error.context["missing"]
 
 
-def test_forgetting_asks_the_store_for_nothing_and_the_pack_goes_with_the_next_append(tier, store):
+def test_removing_blocks_makes_no_request_until_the_next_append_deletes_the_pack(tier, store):
     placed = put(tier, [1, 2], 2000)
     store.down = {"delete", "put", "list", "get"}
     assert tier.forget(placed[1])
@@ -217,7 +217,7 @@ def test_forgetting_asks_the_store_for_nothing_and_the_pack_goes_with_the_next_a
     assert tier.used_bytes < used
 
 
-def test_a_location_that_describes_another_frame_is_refused(tier):
+def test_a_location_that_describes_another_frame_is_rejected(tier):
     location = put(tier, [1], FRAME)[1]
     for wrong in (
         location._replace(raw_bytes=7),
@@ -229,7 +229,7 @@ def test_a_location_that_describes_another_frame_is_refused(tier):
     assert error_of(tier.read, location, key_of(2), ROOT).kind is Kind.CORRUPT
 
 
-def test_a_store_that_is_down_refuses_and_loses_nothing(tier, store, caplog):
+def test_a_store_that_is_down_refuses_appends_and_loses_nothing(tier, store, caplog):
     location = put(tier, [1], FRAME)[1]
     store.down = {"delete", "put", "list", "get"}
     assert refusals(tier, [2, 3]) == [Refused.IO_ERROR] * 2
@@ -241,7 +241,7 @@ def test_a_store_that_is_down_refuses_and_loses_nothing(tier, store, caplog):
     assert_holds(tier, 1, location)
 
 
-def test_a_put_that_fails_but_arrives_is_counted_until_it_is_deleted(tier, store):
+def test_a_failed_put_that_arrived_counts_until_it_is_deleted(tier, store):
     store.down, store.arrives = {"put", "delete"}, True
     assert refusals(tier, [1]) == [Refused.IO_ERROR]
     assert tier.used_bytes == sum(store.sizes().values()) > 0
@@ -252,18 +252,18 @@ def test_a_put_that_fails_but_arrives_is_counted_until_it_is_deleted(tier, store
     assert tier.used_bytes == sum(store.sizes().values())
 
 
-def test_a_failed_put_gives_its_room_back_at_once_if_the_store_deletes(tier, store):
+def test_a_failed_put_frees_its_room_at_once_if_the_store_deletes_it(tier, store):
     store.down, store.arrives = {"put"}, True
     assert refusals(tier, range(15)) == [Refused.IO_ERROR] * 15
     assert (tier.used_bytes, store.sizes()) == (0, {})
 
 
-def test_a_full_file_system_is_told_apart(tier, store):
+def test_a_full_file_system_is_a_separate_error(tier, store):
     store.down, store.errno = {"put"}, 28
     assert refusals(tier, [1]) == [Refused.NO_SPACE]
 
 
-def test_a_pack_that_cannot_be_deleted_counts_on(tier, store):
+def test_a_pack_that_cannot_be_deleted_still_counts(tier, store):
     location = put(tier, [1], FRAME)[1]
     store.down = {"delete"}
     assert tier.reclaim(location.segment) == 0
@@ -302,7 +302,7 @@ def test_a_restart_with_a_lower_cap_keeps_the_newest(store, checked):
     assert again.used_bytes == sum(store.sizes().values()) <= CAP
 
 
-def test_a_restart_that_cannot_shrink_to_its_cap_says_so(store, checked):
+def test_a_restart_that_cannot_shrink_to_its_cap_raises(store, checked):
     first = checked(ObjectsTier(store, 2 * CAP))
     put(first, range(20), FRAME)
     first.close(remove=False)
@@ -327,7 +327,7 @@ def test_a_restart_deletes_packs_with_a_damaged_footer_and_keeps_the_rest(store,
     assert name in caplog.text
 
 
-def test_what_is_not_this_tiers_is_left_alone(store, checked):
+def test_objects_of_others_are_left_unchanged(store, checked):
     store.put("notes.txt", [b"mine"])
     store.put("9999999999-" + "0" * 64 + ".pack", [b"no number of ours"])
     tier = checked(ObjectsTier(store, CAP))
@@ -337,7 +337,7 @@ def test_what_is_not_this_tiers_is_left_alone(store, checked):
     assert len(store.objects) == 2
 
 
-def test_two_packs_of_one_number_keep_one(store, checked):
+def test_of_two_packs_with_one_number_one_is_kept(store, checked):
     """A put of a dead owner may arrive after its successor has used the number."""
     for number in (1, 2):
         other = ObjectsTier(MemoryStore(), CAP)
@@ -350,7 +350,7 @@ def test_two_packs_of_one_number_keep_one(store, checked):
 
 
 @pytest.mark.parametrize("call", ["list", "get"])
-def test_a_store_that_is_down_at_the_start_says_so_and_may_be_asked_again(store, checked, call):
+def test_a_store_that_is_down_at_the_start_raises_and_may_be_retried(store, checked, call):
     first = checked(ObjectsTier(store, CAP))
     placed = put(first, range(3), FRAME)
     first.close(remove=False)
@@ -363,7 +363,7 @@ def test_a_store_that_is_down_at_the_start_says_so_and_may_be_asked_again(store,
     assert [block.location for block in again.recovered()] == list(placed.values())
 
 
-def test_blocks_that_no_owner_asks_for_make_room(store, checked):
+def test_recovered_blocks_that_no_owner_claims_are_reclaimed(store, checked):
     first = checked(ObjectsTier(store, CAP))
     put(first, range(14), FRAME)
     first.close(remove=False)
@@ -372,7 +372,7 @@ def test_blocks_that_no_owner_asks_for_make_room(store, checked):
     assert again.recovered() == []
 
 
-def test_a_closed_tier_says_so(tier, store):
+def test_a_closed_tier_raises(tier, store):
     location = put(tier, [1], FRAME)[1]
     tier.close()
     assert store.sizes() == {}

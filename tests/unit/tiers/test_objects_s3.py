@@ -52,7 +52,7 @@ def error_of(call, *arguments) -> TieredKVError:
     return caught.value
 
 
-def test_objects_come_and_go(s3):
+def test_objects_are_put_read_and_deleted(s3):
     s3.put("one", [b"abc", b"def"])
     assert bytes(s3.get("one")) == b"abcdef"
     assert bytes(s3.get_range("one", 2, 3)) == b"cde"
@@ -63,7 +63,7 @@ def test_objects_come_and_go(s3):
     assert error_of(s3.get, "one").context["missing"]
 
 
-def test_a_prefix_lists_its_own_objects_only(s3):
+def test_a_prefix_lists_only_its_own_objects(s3):
     s3.put("one", [b"1"])
     deeper = s3.url.removeprefix("s3://bucket/")
     with open_store(f"s3://bucket/{deeper}", "deeper") as other, open_store("s3://bucket/caches") as above:
@@ -99,7 +99,7 @@ def test_a_flipped_byte_on_the_server_is_a_miss_for_that_block(s3, checked):
     assert_holds(tier, 2, placed[2])
 
 
-def test_an_object_that_was_cut_is_a_miss(s3):
+def test_a_truncated_object_is_a_miss(s3):
     with ObjectsTier(s3, CAP) as tier:
         location = put(tier, [1], FRAME)[1]
         (name,) = s3.sizes()
@@ -107,7 +107,7 @@ def test_an_object_that_was_cut_is_a_miss(s3):
         assert error_of(tier.read, location, key_of(1), ROOT).kind is Kind.CORRUPT
 
 
-def test_a_bucket_that_does_not_exist_is_said_and_takes_nothing(server, caplog):
+def test_a_missing_bucket_is_an_error_and_stores_nothing(server, caplog):
     with ObjectsTier(open_store("s3://nowhere/prefix", write_deadline_s=4), CAP) as tier:
         error = error_of(tier.recovered)
         assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "objects")
@@ -116,7 +116,7 @@ def test_a_bucket_that_does_not_exist_is_said_and_takes_nothing(server, caplog):
         assert "s3://nowhere/prefix" in caplog.text
 
 
-def test_a_server_killed_midway_costs_misses_and_refusals(credentials, server):
+def test_a_server_killed_midway_causes_only_misses_and_refusals(credentials, server):
     doomed = start_server()
     credentials.setenv("AWS_ENDPOINT_URL", doomed.url)
     store = open_store("s3://bucket/doomed", read_deadline_s=1, write_deadline_s=1)
@@ -163,7 +163,7 @@ FORBIDDEN = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></
 
 
 @pytest.mark.parametrize(("status", "retried"), [(503, True), (500, True), (403, False)])
-def test_errors_of_the_server_are_said_and_retried_where_that_helps(bad, status, retried):
+def test_server_errors_are_reported_and_retried_if_that_can_help(bad, status, retried):
     httpd, store = bad(status, FORBIDDEN)
     for call, *arguments in ((store.put, "one", [b"1"]), (store.get_range, "one", 0, 1), (store.sizes,), (store.delete, ["one"])):
         before = httpd.requests
@@ -173,7 +173,7 @@ def test_errors_of_the_server_are_said_and_retried_where_that_helps(bad, status,
         assert httpd.requests - before <= 5, "retries are bounded"
 
 
-def test_a_body_that_ends_early_is_never_taken_for_the_block(bad):
+def test_a_body_that_ends_early_is_never_used_as_the_block(bad):
     _, store = bad(206, b"half", 64)
     assert error_of(store.get_range, "one", 0, 64).kind is Kind.STORAGE
 

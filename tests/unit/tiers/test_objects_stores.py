@@ -26,7 +26,7 @@ def store(request, tmp_path):
         yield store
 
 
-def test_what_was_put_is_read_whole_and_by_range(store):
+def test_objects_are_read_whole_and_by_range(store):
     store.put("one", [b"abc", memoryview(b"def"), b""])
     assert bytes(store.get("one")) == b"abcdef"
     assert bytes(store.get_range("one", 2, 3)) == b"cde"
@@ -42,7 +42,7 @@ def test_objects_are_listed_by_name_with_their_bytes(store):
     assert list(store.sizes().items()) == [("a", 0), ("b", 2)]
 
 
-def test_an_object_that_is_not_there_is_told_apart(store):
+def test_a_missing_object_is_a_separate_error(store):
     for call, *arguments in ((store.get, "gone"), (store.get_range, "gone", 0, 1)):
         error = error_of(call, *arguments)
         assert error.kind is Kind.STORAGE
@@ -51,24 +51,24 @@ def test_an_object_that_is_not_there_is_told_apart(store):
 
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 4), (3, 1), (9, 1)])
-def test_an_object_that_ends_before_what_is_looked_for_is_corrupt(store, offset, nbytes):
+def test_an_object_shorter_than_the_requested_range_is_corrupt(store, offset, nbytes):
     store.put("one", [b"abc"])
     assert error_of(store.get_range, "one", offset, nbytes).kind is Kind.CORRUPT
 
 
-def test_deleting_what_is_not_there_is_done_already(store):
+def test_deleting_a_missing_object_does_nothing(store):
     for name in ("a", "b", "c"):
         store.put(name, [b"1"])
     store.delete(["a", "gone", "b"])
     assert list(store.sizes()) == ["c"]
 
 
-def test_a_folders_name_says_nothing_of_deeper_folders(tmp_path):
+def test_listing_a_folder_leaves_out_deeper_folders(tmp_path):
     FolderStore(tmp_path / "deep").put("one", [b"1"])
     assert FolderStore(tmp_path).sizes() == {}
 
 
-def test_many_buffers_and_short_writes_arrive_whole(tmp_path, monkeypatch):
+def test_many_buffers_and_short_writes_are_written_whole(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
     really = os.writev
     monkeypatch.setattr(folderstore.os, "writev", lambda fd, views: really(fd, [views[0][:7]]))
@@ -78,7 +78,7 @@ def test_many_buffers_and_short_writes_arrive_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["writev", "fsync"])
-def test_a_put_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
+def test_a_failed_put_keeps_the_old_object(tmp_path, monkeypatch, call):
     store = FolderStore(tmp_path)
     store.put("one", [b"old"])
 
@@ -101,7 +101,7 @@ folderstore.FolderStore(sys.argv[1]).put("one", [b"half"])
 """
 
 
-def test_what_a_killed_writer_leaves_is_no_object_and_is_removed(tmp_path):
+def test_the_remains_of_a_killed_writer_are_no_objects_and_are_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=False)
     assert done.returncode == -9
     assert [name.endswith(".part") for name in os.listdir(tmp_path)] == [True]
@@ -110,7 +110,7 @@ def test_what_a_killed_writer_leaves_is_no_object_and_is_removed(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_another_opener_does_not_remove_what_is_being_written(tmp_path, monkeypatch):
+def test_opening_a_store_does_not_remove_objects_being_written(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
     monkeypatch.setattr(folderstore.os, "fsync", lambda fd: FolderStore(tmp_path))
     store.put("one", [b"whole"])
@@ -118,7 +118,7 @@ def test_another_opener_does_not_remove_what_is_being_written(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("place", ["file/below", "file", "/proc/nothing"])
-def test_a_folder_that_cannot_be_used_names_the_setting(tmp_path, place):
+def test_the_error_for_an_unusable_folder_names_the_setting(tmp_path, place):
     (tmp_path / "file").touch()
     error = error_of(open_store, str(tmp_path / place))
     assert error.kind is Kind.STORAGE
@@ -135,12 +135,12 @@ def test_urls_of_folders_and_memory(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["", "s3://", "ftp://host/path", "file://host/path", "http://host/path", "gs:///nothing", "  "])
-def test_a_url_that_means_nothing_names_the_setting(url):
+def test_the_error_for_an_invalid_url_names_the_setting(url):
     error = error_of(open_store, url)
     assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "objects")
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+def test_without_the_library_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     error = error_of(open_store, "s3://bucket/prefix")
     assert error.kind is Kind.CONFIG
@@ -158,7 +158,7 @@ def test_a_folder_needs_no_library():
     "url",
     ["s3:/x", "s3:bucket/x", "S3:x", "http://host/x", "https:/x", "file:x", "file:///a?b", "file:///a#b", "gs:b", "memory://", "C:x"],
 )
-def test_what_looks_like_a_url_is_never_taken_for_a_folder(url, tmp_path, monkeypatch):
+def test_a_text_that_looks_like_a_url_is_never_used_as_a_folder(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = error_of(lambda: open_store(url, setting="url"))
     assert (error.kind, error.context["setting"]) == (Kind.CONFIG, "url")
@@ -168,13 +168,13 @@ def test_what_looks_like_a_url_is_never_taken_for_a_folder(url, tmp_path, monkey
     assert os.listdir(tmp_path) == []
 
 
-def test_credentials_in_a_url_are_refused_and_not_repeated():
+def test_credentials_in_a_url_are_rejected_and_not_shown():
     error = error_of(open_store, "s3://key:secret@bucket/prefix")
     assert error.kind is Kind.CONFIG
     assert "secret" not in str(error)
 
 
-def test_what_a_store_is_called_opens_it_again(tmp_path, monkeypatch):
+def test_a_stores_url_opens_it_again(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("~/a", "./b:c", "d e", "50%", "a%20b", "what?", "n#1", "ü"):
@@ -183,7 +183,7 @@ def test_what_a_store_is_called_opens_it_again(tmp_path, monkeypatch):
         assert store.folder.is_relative_to(tmp_path)
 
 
-def test_who_only_reads_makes_no_folder_and_needs_none_that_can_be_written_to(tmp_path, monkeypatch):
+def test_reading_creates_no_folder_and_needs_no_writable_one(tmp_path, monkeypatch):
     def read_only(place: str):
         return open_store(str(tmp_path / place), setting="url", create=False)
 

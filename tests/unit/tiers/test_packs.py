@@ -44,7 +44,7 @@ def assert_has_blocks(store, info: PackInfo, numbers) -> None:
         assert bytes(frame.payload) == content_of(number, frame.raw_bytes).numpy().tobytes()
 
 
-def test_a_pack_says_itself_what_is_in_it(store):
+def test_a_pack_describes_its_own_content(store):
     info = written(store)
     assert store.sizes() == {info.name: info.nbytes}
     assert info.nbytes == sum(SIZES) + footer_bytes(len(SIZES))
@@ -53,7 +53,7 @@ def test_a_pack_says_itself_what_is_in_it(store):
     assert_has_blocks(store, info, range(3))
 
 
-def test_the_writer_knows_its_bytes_before_it_writes(store):
+def test_the_writer_knows_the_packs_size_before_writing(store):
     writer = PackWriter(store)
     for number, nbytes in enumerate(SIZES):
         before = writer.nbytes
@@ -65,7 +65,7 @@ def test_the_writer_knows_its_bytes_before_it_writes(store):
     assert store.sizes() == {sealed.name: sealed.nbytes}
 
 
-def test_a_name_is_the_digest_of_the_footer_behind_the_prefix(store):
+def test_a_name_is_the_prefix_and_the_digest_of_the_footer(store):
     info = written(store, prefix="0000000007-")
     footer = store.objects[info.name][-footer_bytes(len(SIZES)) :]
     assert info.name == f"0000000007-{blake2b(footer, digest_size=32).hexdigest()}.pack"
@@ -73,7 +73,7 @@ def test_a_name_is_the_digest_of_the_footer_behind_the_prefix(store):
     assert pack_prefix("LATEST") is None
 
 
-def test_equal_content_has_an_equal_name_and_other_content_another(store):
+def test_names_are_equal_exactly_for_equal_content(store):
     assert written(store).name == written(store).name
     names = {written(store).name, written(store, first=1).name, written(store, SIZES[::-1]).name, written(store, SIZES[:2]).name}
     assert len(names) == 4
@@ -106,14 +106,14 @@ def test_an_empty_pack_and_an_empty_frame_are_no_packs(store):
 
 @given(st.lists(st.integers(160, 2000), min_size=1, max_size=12))
 @settings(max_examples=30, deadline=None)
-def test_any_frames_come_back(sizes):
+def test_any_frames_are_read_as_written(sizes):
     store = MemoryStore()
     info = written(store, sizes)
     assert read_footer(store, info.name, info.nbytes) == info
     assert_has_blocks(store, info, range(len(sizes)))
 
 
-def test_every_flipped_byte_is_found(store):
+def test_every_flipped_byte_is_detected(store):
     """In the footer the pack is refused; in a frame that frame is, and the others are read."""
     info = written(store, [200, 200])
     whole = store.objects[info.name]
@@ -132,7 +132,7 @@ def test_every_flipped_byte_is_found(store):
                 assert read_frame(*reading).key == entry.key
 
 
-def test_every_truncation_is_found(store):
+def test_every_truncation_is_detected(store):
     info = written(store, [200, 200])
     whole = store.objects[info.name]
     for nbytes in range(len(whole)):
@@ -141,7 +141,7 @@ def test_every_truncation_is_found(store):
         assert error_of(read_footer, store, info.name, info.nbytes).kind is Kind.CORRUPT
 
 
-def test_a_footer_that_leaves_gaps_is_refused(store):
+def test_a_footer_with_gaps_is_rejected(store):
     writer = PackWriter(store)
     for number in (0, 1):
         writer.add(record_of(number, 300))
@@ -150,7 +150,7 @@ def test_a_footer_that_leaves_gaps_is_refused(store):
     assert error_of(read_footer, store, info.name, info.nbytes).kind is Kind.CORRUPT
 
 
-def test_a_pack_under_the_name_of_another_is_refused(store):
+def test_a_pack_under_the_name_of_another_is_rejected(store):
     one, two = written(store, SIZES), written(store, SIZES, first=5)
     store.put(one.name, [store.get(two.name)])
     assert error_of(read_footer, store, one.name, one.nbytes).kind is Kind.CORRUPT
@@ -158,7 +158,7 @@ def test_a_pack_under_the_name_of_another_is_refused(store):
     assert error_of(read_footer, store, "any.pack", two.nbytes).kind is Kind.CORRUPT
 
 
-def test_a_frame_is_given_for_its_key_and_namespace_only(store):
+def test_a_frame_is_returned_only_for_its_key_and_namespace(store):
     info = written(store)
     at = info.entries[0].offset, info.entries[0].stored_bytes
     assert error_of(read_frame, store, info.name, *at, key_of(1), ROOT).kind is Kind.CORRUPT
@@ -174,6 +174,6 @@ def test_packs_of_every_version_are_read(store, path: Path):
     assert_has_blocks(store, info, range(3))
 
 
-def test_version_1_is_written_as_it_always_was(store):
+def test_version_1_is_written_with_the_same_bytes_as_ever(store):
     """The committed bytes are those that this code writes: a change of the format needs a new version and a new file."""
     assert (DATA / written(store).name).read_bytes() == bytes(store.get(written(store).name))
