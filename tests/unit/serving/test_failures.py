@@ -1,4 +1,4 @@
-"""What fails on one machine, and what of it a worker sees (design, section 7): workers, the node itself, the disk."""
+"""What fails on one machine, and what of it a worker sees (docs/failures.md): workers, the node itself, the disk."""
 
 import errno
 import os
