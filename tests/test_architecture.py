@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md (section 8) and the habits of STYLE that a program can see."""
+"""The import rules of docs/architecture.md (the map of packages) and the habits of STYLE that a program can see."""
 
 import ast
 import os

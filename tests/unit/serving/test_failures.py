@@ -1,4 +1,4 @@
-"""Failures on one machine, and their effect on a worker (design, section 7): of workers, the node, and the disk."""
+"""Failures on one machine, and their effect on a worker (docs/failures.md): of workers, the node, and the disk."""
 
 import errno
 import os
