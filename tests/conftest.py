@@ -320,6 +320,16 @@ def _settle(node: Any) -> None:
         node.engine.settle()
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Any]:
+    """A process that has imported everything: programs of tests are forked from it. `NodeProcess` uses it."""
+    from tests.hostile.nursery import Nursery
+    from tests.unit.serving.processes import NodeProcess
+
+    with Nursery() as NodeProcess.nursery:
+        yield NodeProcess.nursery
+
+
 @pytest.fixture
 def client_factory(checked: Callable) -> Callable:
     """`client_factory(node, layout, namespace)` is a client of a node by direct calls; closed before its node."""

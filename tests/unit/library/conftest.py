@@ -1,4 +1,4 @@
-"""The tiny models of the integrations' tests, and transformers' log out of the way, one thread."""
+"""The tiny models of the integrations' tests, and transformers' log out of the way."""
 
 import sys
 from pathlib import Path
@@ -10,15 +10,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "int
 
 @pytest.fixture(autouse=True)
 def quiet():
-    import torch
     import transformers
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models on cores that others use as well: threads would wait for each other
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(before)
 
 
