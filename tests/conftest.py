@@ -7,7 +7,6 @@ for a leak of ours. `make test` runs two pytest processes side by side (pytest-x
 
 import gc
 import os
-import sys
 import threading
 import time
 import uuid
@@ -180,7 +179,12 @@ class AfterAllWorkers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the marks. A worker of pytest-xdist has inherited that of its run."""
+    """Set the marks, of which a worker of pytest-xdist has inherited that of its run; and give torch one thread.
+
+    This holds for all programs that tests start. Their tensors are small and the cores are few: while other processes use
+    these, a second thread costs several times the processor time, because each thread spins while it waits for the other.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[WORKER] = f"{os.getpid()}-{uuid.uuid4().hex}"
     if hasattr(config, "workerinput"):
         config.workeroutput["seen"] = SEEN
@@ -203,12 +207,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
-
-
-def pytest_collection_finish() -> None:
-    """One thread for torch: tests use small tensors, on few cores that other processes use as well."""
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
