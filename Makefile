@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## two replicas share the prefixes of long documents on a local cluster; DEMO_ARGS="--dtype bfloat16"
 	$(BIN)/tiered-kv demo $(DEMO_ARGS)
 
-test: $(STAMP)  ## all tests; TEST_ARGS="-k name"
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(STAMP)  ## all tests, two processes side by side; with TEST_ARGS="-k name" one process, which starts sooner
+	$(BIN)/python -m pytest $(or $(TEST_ARGS),-n 2 --dist loadfile)
 
 fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)

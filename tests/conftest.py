@@ -1,7 +1,8 @@
 """For every test: what it started has ended and what it opened is closed; and makers of nodes and clients that end checked.
 
-A process of a test run is known by a mark in its environment, so that whatever others do on this machine at the same
-time (their clusters are in the same /dev/shm) is not taken for a leak of ours.
+Every process that tests start inherits two marks in its environment: one of the run, and one of the pytest process that
+started it. So nothing that others do on this machine at the same time (their clusters are in the same /dev/shm) is taken
+for a leak of ours. `make test` runs two pytest processes side by side (pytest-xdist); each looks for its own leaks.
 """
 
 import gc
@@ -22,7 +23,8 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory import words
 
 SHM = Path("/dev/shm")
-MARK = f"TIERED_KV_TEST_RUN={uuid.uuid4().hex}"
+RUN, WORKER = "TIERED_KV_TEST_RUN", "TIERED_KV_TEST_WORKER"
+"""The variables with the marks of the run and of the pytest process, which is a worker of pytest-xdist or the only one."""
 SETTLE_S = 3.0
 # Files that a library opens once and keeps: devices, its own files, the kernel's tables.
 KEPT_FILES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/nvidia", "/proc/", "/sys/", "/usr/", "/etc/")
@@ -30,6 +32,13 @@ KEPT_IN_PATHS = ("site-packages", "/.pytest_cache/")
 KEPT_THREADS = ("tqdm",)
 FAILED = pytest.StashKey[bool]()
 RAY_FIXTURES = {"ray_cluster", "running_cluster"}
+ONE_AT_A_TIME = (
+    "tests/cluster_tests/",
+    "tests/hostile/",
+    "tests/stress/",
+    "tests/test_examples.py",
+)
+"""Tests that keep both cores of a small machine busy, or start Ray: one process runs them all, one after another."""
 
 
 class Held(NamedTuple):
@@ -65,42 +74,62 @@ def _files() -> Iterator[str]:
 
 
 def _processes() -> Iterator[str]:
-    """Children of this process, and processes started by one of this run that have another parent by now."""
+    """Children of this process, and processes started by it or its children that have another parent by now."""
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with suppress(OSError):
-                parent = int(Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-                if parent == os.getpid() or _marked(name):
+                fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == os.getpid() or _marked(name, started=fields[19]):
                     command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     if "resource_tracker" not in command:  # Python's own; it ends with the process
                         yield f"{name} {command[:100] or 'ended, not waited for'}"
 
 
-def _marked(pid: str | int) -> bool:
+UNMARKED: set[tuple[str, str]] = set()
+"""Pid and start time of processes that had no mark: they never get one, and reading an environment is slow."""
+
+
+def _marked(pid: str | int, mark: str = WORKER, started: str | None = None) -> bool:
+    if (pid, started) in UNMARKED:
+        return False
     try:
-        return MARK.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except (PermissionError, ProcessLookupError):  # somebody else's, or it ended just now
         return False
+    is_ours = f"{mark}={os.environ[mark]}".encode() in environment
+    if started and not is_ours and environment != [b""]:
+        UNMARKED.add((str(pid), started))
+    return is_ours
 
 
 def _shared_memory() -> Iterator[str]:
-    """Nodes' directories that this run has made: their writer is one of our processes.
+    """Nodes' directories that this process or its children have made: their writer is one of them.
 
-    One whose writer has ended may be anybody's; it is taken for ours where no Python but ours runs.
+    Those whose writer has ended are added only where no other pytest process runs tests: a test there may be about to
+    restart its node. Where one does, `AfterAllWorkers` looks for them at the end.
     """
     for directory in SHM.glob("tkv-*"):
         pid = _writer(directory)
-        ended = pid is None or not os.path.exists(f"/proc/{pid}")
-        if _alone() if ended else pid == os.getpid() or _marked(pid):
+        if pid is not None and os.path.exists(f"/proc/{pid}") and (pid == os.getpid() or _marked(pid)):
             yield str(directory)
+    if os.environ[WORKER] == os.environ[RUN]:
+        yield from _abandoned()
+
+
+def _abandoned() -> Iterator[str]:
+    """Nodes' directories whose writer has ended. They may be anybody's: none is ours where another Python runs than our run's."""
+    found = [directory for directory in SHM.glob("tkv-*") if not os.path.exists(f"/proc/{_writer(directory) or 'none'}")]
+    if found and _alone():
+        yield from map(str, found)
 
 
 def _alone() -> bool:
     """Whether all Python processes on this machine are of this run."""
+    first = os.environ[RUN].partition("-")[0]  # the process that set the mark does not have it in /proc
     for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+        if name.isdigit() and name != first:
             with suppress(OSError):
-                if "python" in os.readlink(f"/proc/{name}/exe") and not _marked(name):
+                if "python" in os.readlink(f"/proc/{name}/exe") and not _marked(name, RUN):
                     return False
     return True
 
@@ -118,12 +147,71 @@ settings.register_profile("fuzz", settings.get_profile("steady"), derandomize=Fa
 settings.load_profile("steady")
 
 
-def pytest_configure() -> None:
-    os.environ.update([MARK.split("=")])
+SEEN: dict[str, str] = {}
+"""Directories whose writer has ended, and the first test after which this process saw each."""
+
+
+class AfterAllWorkers:
+    """A plugin of the process that leads the workers of pytest-xdist: looks for directories whose writer has ended.
+
+    One that is left when all workers have ended is an error of the run.
+    """
+
+    def __init__(self) -> None:
+        self._before = set(_abandoned())
+        self._seen: dict[str, list[str]] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Collects what each worker saw."""
+        for directory, test in getattr(node, "workeroutput", {}).get("seen", {}).items():
+            self._seen.setdefault(directory, []).append(test)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Reports what is left as an error, as if the last test had made it."""
+        left = [f"{found}, first seen after {self._seen.get(found, 'no test')}" for found in set(_abandoned()) - self._before]
+        if left:
+            where = ("tests", None, "the run")
+            report = pytest.TestReport("tests", where, {}, "failed", f"left behind by the run: {left}", "teardown")
+            session.config.hook.pytest_runtest_logreport(report=report)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the marks, of which a worker of pytest-xdist has inherited that of its run; and give torch one thread.
+
+    This holds for all programs that tests start. Their tensors are small and the cores are few: while other processes use
+    these, a second thread costs several times the processor time, because each thread spins while it waits for the other.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[WORKER] = f"{os.getpid()}-{uuid.uuid4().hex}"
+    if hasattr(config, "workerinput"):
+        config.workeroutput["seen"] = SEEN
+        return
+    os.environ[RUN] = os.environ[WORKER]
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(AfterAllWorkers())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a worker takes a whole file at a time; one worker begins with all files of `ONE_AT_A_TIME`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "one at a time" if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Who uses a Ray cluster is marked `ray`; who is marked `gpu` is skipped where there is none (torch is imported only then)."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_AT_A_TIME))
     for item in items:
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
@@ -177,6 +265,7 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     kinds = (
         ("shared_memory",) if request.node.get_closest_marker("ray") else tuple(k for k in Held._fields if not (failed and k == "files"))
     )
+    SEEN.update((directory, request.node.nodeid) for directory in _abandoned() if directory not in SEEN)
     assert not (leaked := leaks_since(before, kinds)), f"leaked: {leaked}"
 
 
@@ -227,6 +316,16 @@ def _settle(node: Any) -> None:
     with suppress(TieredKVError):  # closed by the test
         node.engine.drain_touches()
         node.engine.settle()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Any]:
+    """A process that has imported everything: programs of tests are forked from it. `NodeProcess` uses it."""
+    from tests.hostile.nursery import Nursery
+    from tests.unit.serving.processes import NodeProcess
+
+    with Nursery() as NodeProcess.nursery:
+        yield NodeProcess.nursery
 
 
 @pytest.fixture

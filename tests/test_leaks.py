@@ -1,8 +1,11 @@
 """The leak fixtures of conftest.py find what they are for: a run of its own, with tests that leak on purpose."""
 
+import ast
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,16 +64,72 @@ FOUND = {
 }
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest says about the leaking tests."""
-    folder = tmp_path_factory.mktemp("leaking")
+MEETING = """
+import os, time
+from pathlib import Path
+
+def meet(word, other):
+    Path(word).touch()
+    deadline_s = time.monotonic() + 60
+    while not Path(other).exists():
+        assert time.monotonic() < deadline_s, f"{other} has not come"
+        time.sleep(0.01)
+"""
+HOLDING = (
+    MEETING
+    + """
+import struct, subprocess
+from tiered_kv.memory import words
+
+def directory_of(pid, name):
+    folder = Path(f"/dev/shm/tkv-leaktest{os.getpid()}-{name}")
+    folder.mkdir()
+    (folder / "index").write_bytes(b"".join(struct.pack("@Q", pid * (word == words.WRITER_PID)) for word in range(512)))
+    return folder
+
+def test_holds_while_the_other_worker_begins_and_ends_a_test(request):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    child = subprocess.Popen(["sleep", "100"])
+    folders = [directory_of(pid, name) for pid, name in ((os.getpid(), "own"), (child.pid, "child"), (ended.pid, "ended"))]
+    try:
+        meet("held", "begun")
+        meet("go on", "done")
+    finally:
+        child.kill()
+        child.wait()
+        for folder in folders[:-1 if ABANDONS else None]:
+            (folder / "index").unlink()
+            folder.rmdir()
+"""
+)
+BESIDE = (
+    MEETING
+    + """
+def test_runs_beside_it():
+    meet("begun", "held")
+
+def test_begins_and_ends_beside_it():
+    meet("done", "go on")
+"""
+)
+
+
+def run(folder: Path, tests: dict[str, str], *options: str) -> str:
+    """Runs tests with a copy of conftest.py that does not wait long for what is ending; returns what pytest says."""
     conftest = (ROOT / "tests" / "conftest.py").read_text()
     (folder / "conftest.py").write_text(re.sub(r"^SETTLE_S = .*$", "SETTLE_S = 0.05", conftest, flags=re.MULTILINE))
-    (folder / "test_leaking.py").write_text(LEAKING)
+    for name, source in tests.items():
+        (folder / f"test_{name}.py").write_text(source)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  ray\n")
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(folder), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder).stdout
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=folder).stdout
+
+
+@pytest.fixture(scope="module", params=[(), ("-n", "2", "--dist", "loadfile")], ids=["one process", "two workers"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest says about the leaking tests."""
+    return run(tmp_path_factory.mktemp("leaking"), {"leaking": LEAKING}, *request.param)
 
 
 @pytest.mark.parametrize("leak", FOUND)
@@ -94,3 +153,28 @@ def test_a_gpu_test_is_skipped_where_there_is_none(report):
     import torch
 
     assert ("needs a GPU" in report) is not torch.cuda.is_available()
+
+
+def test_what_another_worker_holds_is_no_leak(tmp_path):
+    """Its processes and the shared memory of them, of itself, and of a node that it may be about to restart."""
+    said = run(tmp_path, {"holding": f"ABANDONS = False\n{HOLDING}", "beside": BESIDE}, "-n", "2", "--dist", "loadfile")
+    assert "3 passed" in said and "error" not in said, said
+
+
+def test_shared_memory_of_an_ended_process_is_an_error_at_the_end_of_the_workers(tmp_path):
+    """Nobody can say which worker's it is before, but the error names the tests after which it was seen."""
+    try:
+        said = run(tmp_path, {"holding": f"ABANDONS = True\n{HOLDING}", "beside": BESIDE}, "-n", "2", "--dist", "loadfile")
+    finally:
+        for folder in Path("/dev/shm").glob("tkv-leaktest*-ended"):
+            shutil.rmtree(folder)
+    assert "3 passed, 1 error" in said, said
+    assert re.search("left behind by the run: .*leaktest.*-ended, first seen after .*test_", said)
+
+
+def test_all_tests_with_ray_are_run_by_one_worker():
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    one_at_a_time = ast.literal_eval(re.search(r"^ONE_AT_A_TIME = (\(.*?^\))", conftest, re.MULTILINE | re.DOTALL)[1])
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if "mark.ray" in path.read_text() and path != Path(__file__):
+            assert str(path.relative_to(ROOT)).startswith(one_at_a_time), path

@@ -7,6 +7,8 @@ of that name in this module's `ROLES`, and answers with the child's pid. It ends
 import ctypes
 import json
 import os
+import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 from tests.sources import ROOT
@@ -58,6 +61,66 @@ class Child:
         wait_until(lambda: not self.is_alive(), within_s, f"the end of process {self.pid}")
 
 
+class Program:
+    """A Python module run as a program in a child, with its standard input and output as pipes.
+
+    It is used as `subprocess.Popen`. It begins at once, while a new interpreter imports torch for two seconds.
+    """
+
+    def __init__(self, nursery: "Nursery", module: str, *arguments: str) -> None:
+        (stdin, ours_in), (ours_out, stdout), (self._status, status) = os.pipe(), os.pipe(), os.pipe()
+        files = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (stdin, stdout, status)]
+        self._child = nursery.start("program", module=module, arguments=arguments, files=files)
+        self.pid = self._child.pid
+        self.stdin, self.stdout = os.fdopen(ours_in, "w"), os.fdopen(ours_out)
+        self.returncode: int | None = None
+        if select.select([self._status], [], [], 30)[0]:
+            os.read(self._status, 1)  # the child has opened the pipes
+        for fd in (stdin, stdout, status):
+            os.close(fd)
+
+    def poll(self) -> int | None:
+        """Returns its exit status if it has ended, else None."""
+        return self._ended_within(0)
+
+    def wait(self, within_s: float = 30.0) -> int:
+        """Waits for its end. Returns its exit status, which is -9 if a signal has ended it."""
+        if self._ended_within(within_s) is None:
+            raise TimeoutError(f"program {self.pid} has not ended within {within_s} s")
+        self._child.wait(within_s)
+        return self.returncode
+
+    def _ended_within(self, seconds: float) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], seconds)[0]:
+            self.returncode = int(os.read(self._status, 10) or -signal.SIGKILL)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to it, unless it has ended."""
+        self._child.signal(number)
+
+    def kill(self) -> None:
+        """Sends SIGKILL, unless it has ended."""
+        self._child.signal(signal.SIGKILL)
+
+    def wait_until_stopped(self) -> None:
+        """Waits until a SIGSTOP has stopped it."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 10.0, f"the stop of process {self.pid}")
+
+    def close(self) -> None:
+        """Waits for its end and closes the pipes."""
+        if not self.stdin.closed:
+            self.stdin.close()
+        try:
+            self.wait()
+        finally:
+            self.stdout.close()
+            if self._status >= 0:
+                os.close(self._status)
+                self._status = -1
+
+
 class Nursery:
     """The parent's end. A context manager: leaving it ends all children."""
 
@@ -83,7 +146,7 @@ class Nursery:
         for child in self.children:
             child.signal(signal.SIGKILL)
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
         self._process.stdout.close()
         for child in self.children:
             child.wait(10)
@@ -98,7 +161,27 @@ def _roles() -> dict[str, Callable[..., None]]:
     from tests.hostile.node import run_node
     from tests.hostile.worker import run_worker
 
-    return {"node": run_node, "worker": run_worker}
+    return {"node": run_node, "worker": run_worker, "program": _run_program}
+
+
+def _run_program(module: str, arguments: list[str], files: list[str]) -> None:
+    """Runs a module as `python -m` does, with files for standard input, standard output, and its exit status."""
+    for fd, (path, flags) in enumerate(zip(files[:2], (os.O_RDONLY, os.O_WRONLY), strict=True)):
+        opened = os.open(path, flags)
+        os.dup2(opened, fd)
+        os.close(opened)
+    status = os.open(files[2], os.O_WRONLY)
+    os.write(status, b"+")
+    sys.stdin, sys.stdout, sys.argv = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False), [module, *arguments]
+    code = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        os.write(status, str(code).encode())
 
 
 def _be_a_child(role: Callable[..., None], arguments: dict[str, Any], parent: int) -> None:

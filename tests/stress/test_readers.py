@@ -7,8 +7,6 @@ The host tier holds a fifth of the documents, so every store evicts, and every e
 import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.sources import ROOT
+from tests.hostile.nursery import Nursery, Program
 from tests.stress.content import DOCUMENTS, LAYOUT, NAMESPACE, mark_of, places_L2HND, tokens_of
 from tiered_kv.client.client import Client
 from tiered_kv.node.node import Node
@@ -31,13 +29,10 @@ EVICTED_PER_S = 10
 
 
 @contextmanager
-def readers(node: Node, seconds: float, *options: str) -> Iterator[list[subprocess.Popen]]:
+def readers(nursery: Nursery, node: Node, seconds: float, *options: str) -> Iterator[list[Program]]:
     """Reader processes that are attached and wait for their start; none outlives the block."""
-    command = [sys.executable, "-m", "tests.stress.reader", json.dumps(node.info()), str(seconds)]
-    started = [
-        subprocess.Popen([*command, str(seed), *options], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for seed in range(READERS)
-    ]
+    arguments = (json.dumps(node.info()), str(seconds))
+    started = [Program(nursery, "tests.stress.reader", *arguments, str(seed), *options) for seed in range(READERS)]
     try:
         for reader in started:
             assert reader.stdout.readline() == "ready\n"
@@ -45,7 +40,7 @@ def readers(node: Node, seconds: float, *options: str) -> Iterator[list[subproce
     finally:
         for reader in started:
             reader.kill()
-            reader.communicate()
+            reader.close()
 
 
 def write_until(client: Client, ended: Callable[[], bool]) -> Counter[str]:
@@ -60,12 +55,12 @@ def write_until(client: Client, ended: Callable[[], bool]) -> Counter[str]:
     return written
 
 
-def race(node: Node, client: Client, seconds: float, *options: str) -> Counter[str]:
+def race(nursery: Nursery, node: Node, client: Client, seconds: float, *options: str) -> Counter[str]:
     """Write while the readers read; the sum of all counts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with readers(node, seconds, *options) as started:
+        with readers(nursery, node, seconds, *options) as started:
             for reader in started:
                 reader.stdin.write("go\n")
                 reader.stdin.flush()
@@ -98,9 +93,9 @@ def tell(counts: Counter[str], record_property: Callable, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_readers_never_see_a_wrong_byte(start, record_property, capsys):
+def test_readers_never_see_a_wrong_byte(nursery, start, record_property, capsys):
     node, client = start()
-    counts = race(node, client, SECONDS)
+    counts = race(nursery, node, client, SECONDS)
     tell(counts, record_property, capsys)
     assert counts["wrong_blocks"] == counts["wrong_bytes"] == 0
     assert counts["retries"] > 0, "the race was not met"
@@ -110,10 +105,10 @@ def test_readers_never_see_a_wrong_byte(start, record_property, capsys):
 
 
 @pytest.mark.slow
-def test_readers_never_see_a_wrong_byte_of_a_block_that_moves_to_disk_and_back(start, tmp_path, record_property, capsys):
+def test_readers_never_see_a_wrong_byte_of_a_block_that_moves_to_disk_and_back(nursery, start, tmp_path, record_property, capsys):
     seconds = SECONDS / 4
     node, client = start(disk="96MiB", disk_path=str(tmp_path), disk_segment="32MiB", codec="disk=raw")
-    counts = race(node, client, seconds)
+    counts = race(nursery, node, client, seconds)
     tell(counts, record_property, capsys)
     assert counts["wrong_blocks"] == counts["wrong_bytes"] == 0
     assert counts["verified_blocks"] > VERIFIED_PER_S * seconds
@@ -121,10 +116,10 @@ def test_readers_never_see_a_wrong_byte_of_a_block_that_moves_to_disk_and_back(s
 
 
 @pytest.mark.slow
-def test_readers_never_see_a_wrong_byte_of_a_block_that_is_coded_meanwhile(start, record_property, capsys):
+def test_readers_never_see_a_wrong_byte_of_a_block_that_is_coded_meanwhile(nursery, start, record_property, capsys):
     seconds = SECONDS / 4
     node, client = start(codec="host=lossless")
-    counts = race(node, client, seconds)
+    counts = race(nursery, node, client, seconds)
     tell(counts, record_property, capsys)
     assert counts["wrong_blocks"] == counts["wrong_bytes"] == 0
     assert counts["verified_blocks"] > 0
@@ -132,11 +127,11 @@ def test_readers_never_see_a_wrong_byte_of_a_block_that_is_coded_meanwhile(start
 
 
 @pytest.mark.slow
-def test_without_validation_the_same_readers_see_wrong_bytes(start, record_property, capsys):
+def test_without_validation_the_same_readers_see_wrong_bytes(nursery, start, record_property, capsys):
     """The canary: a defect of the kind that the test above is for, which it must be able to find."""
     node, client = start()
     for _ in range(CANARY_ROUNDS):
-        counts = race(node, client, min(SECONDS / 4, 5), "--trusting")
+        counts = race(nursery, node, client, min(SECONDS / 4, 5), "--trusting")
         tell(counts, record_property, capsys)
         if counts["wrong_bytes"]:
             return

@@ -20,6 +20,8 @@ from tiered_kv.cluster.state import ClusterState, remove
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol.node_record import FILE_NAME, NodeRecord, read_record, write_record
 
+pytestmark = pytest.mark.usefixtures("nursery")
+
 PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)
 

@@ -1,4 +1,4 @@
-"""Imports the tiny models of the integrations' tests, silences transformers' log, and sets torch to one thread."""
+"""Imports the tiny models of the integrations' tests, and silences transformers' log."""
 
 import sys
 from pathlib import Path
@@ -10,15 +10,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "int
 
 @pytest.fixture(autouse=True)
 def quiet():
-    import torch
     import transformers
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with tiny models on shared cores, several threads only wait for each other
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(before)
 
 

@@ -1,19 +1,23 @@
 """A node in a separate process, which a test can stop, kill, and start again."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
+
+from tests.hostile.nursery import Nursery, Program
 
 PATIENCE_S = 30.0
 
 
 class NodeProcess:
-    """Runs `tiered_kv.tools.bench.node` with these settings, and with the same ids after `kill`. `info`: as `Node.info`."""
+    """Runs `tiered_kv.tools.bench.node` with these settings, and with the same ids after `kill`. `info`: as `Node.info`.
+
+    It is a child of `nursery`, which the fixture of this name sets.
+    """
+
+    nursery: Nursery | None = None
 
     def __init__(self, cluster: str | None = None, cluster_id: str | None = None, **settings: object) -> None:
         self.cluster_id = cluster_id or uuid.uuid4().hex[:8]
@@ -24,14 +28,14 @@ class NodeProcess:
     def start(self, **settings: object) -> None:
         """Start the node, with these settings changed."""
         self.settings |= settings
-        command = [sys.executable, "-m", "tiered_kv.tools.bench.node", json.dumps(self.settings), self.cluster_id, self.cluster]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        arguments = (json.dumps(self.settings), self.cluster_id, self.cluster)
+        self.process = Program(self.nursery, "tiered_kv.tools.bench.node", *arguments)
         self.info = json.loads(self.process.stdout.readline())
 
     def stop(self) -> None:
         """Make the node hang with SIGSTOP. Returns once its running calls have ended."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitpid(self.process.pid, os.WUNTRACED)
+        self.process.wait_until_stopped()
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -39,19 +43,13 @@ class NodeProcess:
     def kill(self) -> None:
         """Kill the node with SIGKILL. Its files stay."""
         self.process.kill()
-        self._reap()
+        self.process.close()
 
     def close(self) -> None:
         """Shut the node down, which removes its files. A second call does nothing."""
         if self.process.poll() is None:
             self.go_on()
-            self.process.stdin.close()
-        self._reap()
-
-    def _reap(self) -> None:
-        self.process.wait(PATIENCE_S)
-        for pipe in (self.process.stdin, self.process.stdout):
-            pipe.close()
+        self.process.close()
 
     def __enter__(self) -> "NodeProcess":
         return self

@@ -16,6 +16,8 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol.node_record import FILE_NAME, read_record
 from tiered_kv.protocol.unix_socket import SocketSession
 
+pytestmark = pytest.mark.usefixtures("nursery")
+
 PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)
 OTHER = (5, 6, 7)

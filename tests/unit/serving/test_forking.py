@@ -18,6 +18,8 @@ from tiered_kv.blocks import Stored
 from tiered_kv.client.connect import client_of
 from tiered_kv.memory.locks import locked_ranges
 
+pytestmark = pytest.mark.usefixtures("nursery")
+
 CHILDREN = 3
 ROUNDS = 60
 PATIENCE_S = 60.0
