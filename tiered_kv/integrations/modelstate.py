@@ -57,11 +57,19 @@ class ModelState:
     """Follows the state of one model. Thread-safe.
 
     `given`: the namespace that the model has in its present state, where that is known; else it is read when it is first asked for:
-    a pass over the weights, and three runs of a few tokens. Later changes read what has changed. `generates`: as for
+    a pass over the weights, and three runs of a few tokens. `probe`: its probe in that state, which tells it from later ones. Later changes read what has changed. `generates`: as for
     `check_supported`.
     """
 
-    def __init__(self, model: Any, given: Namespace | None = None, shape: CacheShape | None = None, *, generates: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        given: Namespace | None = None,
+        shape: CacheShape | None = None,
+        probe: Probe | None = None,
+        *,
+        generates: bool = True,
+    ) -> None:
         self.model = model
         self._generates = generates
         self._sums = Sums()
@@ -71,7 +79,8 @@ class ModelState:
         self._said: set[str] = set()
         if shape is not None:
             content = given and {name: getattr(given, name) for name in ("weights", "adapter", "architecture", "rope", "dtype")}
-            self._states.append(State(Watch(model), shape, content, variant=given.variant if given else None))
+            variant = (given.variant or (None if probe else "")) if given else None
+            self._states.append(State(Watch(model), shape, content, probe, variant))
 
     def now(self) -> State:
         """The model's present state. Cost: 0.15 ms for a model of 300 tensors that is as it was at the last request."""

@@ -5,6 +5,7 @@ Shapes: kv (L, 2, H, T, D) as in `layout`; a cache layer has keys and values (1,
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,9 +19,11 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import check_request
 from tiered_kv.integrations.modelstate import ModelState, State
-from tiered_kv.integrations.support import CacheShape, check_supported, layout_of
-from tiered_kv.keys import as_token_ids
+from tiered_kv.integrations.probing import probe_of
+from tiered_kv.integrations.support import CacheShape, check_supported, examine, layout_of
+from tiered_kv.keys import Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
+from tiered_kv.service.probes import Probe
 
 __all__ = ["CacheShape", "CachedModel", "GenerateReport", "cache_from_kv", "check_supported", "kv_from_cache", "kv_pairs", "layout_of"]
 
@@ -39,7 +42,10 @@ class Client(Protocol):
         """The longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
-        """Keep the whole blocks of token_ids[start:], given as one (k, v) of (H, n, D) a layer."""
+        """Keep the whole blocks of token_ids[start:], given as one (k, v) of (H, n, D) a layer.
+
+        A client that has `use` (`modelstate.MovingClient`) is given `namespace=` by both: whose KV it is.
+        """
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """So many tokens of a prompt were computed in so many seconds."""
@@ -115,7 +121,11 @@ class CachedModel:
         self.model = model
         self.client = client
         self.last_report: GenerateReport | None = None
-        self._shape = shape or check_supported(model)
+        probe = None
+        if shape is None:
+            shape, computed = examine(model)
+            probe = probe_of(computed)
+        self._shape = shape
         self._layout = self._shape.layout(client.layout.block_tokens)
         if client.layout != self._layout:
             raise TieredKVError(
@@ -123,9 +133,7 @@ class CachedModel:
             )
         self.reshaped = False
         """Whether the model's KV has another layout by now than the client's."""
-        followed = getattr(client, "followed", None)
-        is_of_this = isinstance(followed, ModelState) and followed.model is model
-        self._state = followed if is_of_this else ModelState(model, getattr(client, "namespace", None), self._shape)
+        self._state = _state_of(model, client, shape, probe)
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()
@@ -171,7 +179,8 @@ class CachedModel:
     ) -> tuple[Any, GenerateReport]:
         ids = as_token_ids(prompt)
         state = self.ready()
-        fetched = self._fetch(ids, scratch) if state else self.nothing()
+        of = _of(state)
+        fetched = self._fetch(ids, scratch, of) if state else self.nothing()
         reused = min(fetched.tokens, len(ids) - 1)  # the last token has to run: its logits choose the first new one
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
@@ -184,7 +193,7 @@ class CachedModel:
         stop = len(sequence) if self._store_generated else len(ids)
         stored = Stored(0, 0, 0)
         if state and state.watch.is_unwritten():
-            stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)))
+            stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)), of)
         report = GenerateReport(
             prompt_tokens=len(ids),
             reused_tokens=reused,
@@ -213,25 +222,25 @@ class CachedModel:
         self.reshaped = state is not None and state.shape != self._shape
         return None if self.reshaped else state
 
-    def found(self, ids: np.ndarray) -> Fetched:
-        """The longest prefix of a prompt that the cache has, in memory of its own; nothing where the cache fails."""
-        return self._fetch(ids, None)
+    def found(self, ids: np.ndarray, state: State) -> Fetched:
+        """The longest prefix of a prompt that the cache has of this state, in memory of its own; nothing where the cache fails."""
+        return self._fetch(ids, None, _of(state))
 
     def nothing(self) -> Fetched:
         """What is found where nothing is looked for."""
         return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
 
-    def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int) -> Stored:
-        """Keep the KV of ids[start:], one (key, value) of (H, n, D) a layer; refused where the cache fails."""
+    def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int, state: State) -> Stored:
+        """Keep the KV of ids[start:] in this state, one (key, value) of (H, n, D) a layer; refused where the cache fails."""
         try:
-            return self.client.store(ids, pairs, start=start)
+            return self.client.store(ids, pairs, start=start, **_of(state))
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("store", error)
             return Stored(0, 0, 0)
 
-    def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None) -> Fetched:
+    def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None, of: dict[str, Namespace]) -> Fetched:
         try:
-            fetched = self.client.fetch(ids, scratch)
+            fetched = self.client.fetch(ids, scratch, **of)
             self._layout.check_kv(fetched.kv, fetched.tokens, "fetched kv")
             if fetched.tokens > len(ids):
                 raise TieredKVError(Kind.LAYOUT, f"fetched {fetched.tokens} tokens for a prompt of {len(ids)}")
@@ -240,12 +249,12 @@ class CachedModel:
             return self.nothing()
         return fetched
 
-    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint) -> Stored:
+    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint, of: dict[str, Namespace]) -> Stored:
         stop = min(len(sequence), cache.get_seq_length())  # the last token of the sequence never ran
         if start >= stop:
             return Stored(0, 0, 0)
         try:
-            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start, hint=hint)
+            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start, hint=hint, **of)
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("store", error)
             return Stored(0, 0, 0)
@@ -255,6 +264,27 @@ class CachedModel:
         if seen not in self._logged:
             self._logged.add(seen)
             log.warning("%s failed, going on without the cache (said once): %s: %s", verb, type(error).__name__, error)
+
+
+def _state_of(model: Any, client: Client, shape: CacheShape, probe: Probe | None) -> ModelState:
+    """What follows the model's state. The namespace that a client was given is that of the first model it serves, as that is now;
+    any other model is read when it is first asked for.
+    """
+    followed = getattr(client, "followed", None)
+    if isinstance(followed, ModelState) and followed.model is model:
+        return followed
+    if isinstance(followed, ModelState) and hasattr(client, "use"):
+        state = ModelState(model)
+    else:
+        state = ModelState(model, getattr(client, "namespace", None), shape, probe)
+    with suppress(AttributeError):  # a client of another make may have no room for it
+        client.followed = state
+    return state
+
+
+def _of(state: State | None) -> dict[str, Namespace]:
+    """Whose KV a call is about, for a client that follows models; a client may serve several models at the same time."""
+    return {"namespace": state.used} if state is not None and state.used is not None else {}
 
 
 def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:

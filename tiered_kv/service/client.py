@@ -87,7 +87,7 @@ class Client:
     ) -> None:
         self.layout = layout
         self.followed: object | None = None
-        """What follows the state of the model that the client was attached to (`integrations.modelstate`)."""
+        """What follows the state of the model that the client serves (`integrations.modelstate`); of several the last one."""
         self._timed: Callable[[str, Callable], Callable] = lambda _, function: function
         self._names = self._names_of(namespace)
         self._introduce = introduce
@@ -148,15 +148,18 @@ class Client:
         return Match(sum(by_tier.values()), by_tier)
 
     @_while_open
-    def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None) -> Fetched:
+    def fetch(
+        self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None, namespace: Namespace | None = None
+    ) -> Fetched:
         """The KV of the longest prefix of whole blocks that could be had in time.
 
         `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, N as you like; as many whole blocks of the prefix
         as fit are written to its first tokens, the rest of it is undefined. Without it the KV is newly allocated on the CPU.
         `deadline_ms` bounds the waiting for other nodes and disks (default: the cluster's setting); blocks past it are misses.
+        `namespace`: whose KV is meant (default: the one of the client at this moment, which another thread may change by `use`).
         """
         begun_s = self._clock.now_s()
-        names, access = self._names, self._holder.take()
+        names, access = self._names_for(namespace), self._holder.take()
         keys, source = self._keys(token_ids, names), access.source
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
@@ -190,14 +193,22 @@ class Client:
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
-    def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0, hint: Hint | None = None) -> Stored:
+    def store(
+        self,
+        token_ids: TokenIds,
+        kv: torch.Tensor | LayerPairs,
+        *,
+        start: int = 0,
+        hint: Hint | None = None,
+        namespace: Namespace | None = None,
+    ) -> Stored:
         """Keep the whole blocks of `kv`, the KV of `token_ids[start:]`; visible to every worker of the node on return.
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer its pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that began before `start` is left out, as is what follows the last whole
         one. Waits for room no longer than the setting `store_wait_ms`, however often it asks; what found none is `refused`.
         A store is no use of blocks that were there before: the fetch was. `hint`: what is known of the chain's future, also
-        with `kv` of no tokens where all of it is there; costs one more small call.
+        with `kv` of no tokens where all of it is there; costs one more small call. `namespace`: as for `fetch`.
         """
         begun_s = self._clock.now_s()
         ids = as_token_ids(token_ids)
@@ -206,7 +217,7 @@ class Client:
         deadline_s = begun_s + access.store_wait_s
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: a tiered_kv.Hint is needed, got {type(hint).__name__}", setting="hint")
-        names = self._names
+        names = self._names_for(namespace)
         keys = names.keys(ids)
         kv = access.writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
@@ -350,6 +361,10 @@ class Client:
     def _names_of(self, namespace: Namespace) -> Names:
         chain = namespace.chain(self.layout)
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
+
+    def _names_for(self, namespace: Namespace | None) -> Names:
+        present = self._names
+        return present if namespace is None or namespace is present.namespace else self._names_of(namespace)
 
     def _keys(self, token_ids: TokenIds, names: Names | None = None) -> list[BlockKey]:
         self._check_open()
