@@ -101,7 +101,7 @@ class Client:
     ) -> None:
         self.layout = layout
         self.followed: object | None = None
-        """The `integrations.modelstate.ModelState` of the model that the client was attached to; None without one."""
+        """The `integrations.modelstate.ModelState` of the model that the client serves; None without one. Of several models, the last."""
         self._timed: Timed = untimed
         self._names = self._names_of(namespace)
         self._introduce = introduce
@@ -161,15 +161,18 @@ class Client:
         return Match(sum(by_tier.values()), by_tier)
 
     @_while_open
-    def fetch(self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None) -> Fetched:
+    def fetch(
+        self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None, namespace: Namespace | None = None
+    ) -> Fetched:
         """Returns the KV of the longest prefix of whole blocks that can be read in time.
 
         `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, with any N. As many whole blocks of the prefix as fit are
         written to its first tokens; the rest of it is undefined. Without `out`, the KV is newly allocated on the CPU.
         `deadline_ms` bounds the wait for other nodes and disks (default: the cluster's setting). Later blocks are misses.
+        `namespace`: the namespace to read (default: the client's current one, which another thread may change with `use`).
         """
         begun_s = self._clock.now_s()
-        names, access = self._names, self._holder.take()
+        names, access = self._names_for(namespace), self._holder.take()
         keys, source = self._keys(token_ids, names), access.source
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
@@ -205,14 +208,22 @@ class Client:
         return Fetched(tokens, kv[..., :tokens, :], by_tier)
 
     @_while_open
-    def store(self, token_ids: TokenIds, kv: torch.Tensor | LayerPairs, *, start: int = 0, hint: Hint | None = None) -> Stored:
+    def store(
+        self,
+        token_ids: TokenIds,
+        kv: torch.Tensor | LayerPairs,
+        *,
+        start: int = 0,
+        hint: Hint | None = None,
+        namespace: Namespace | None = None,
+    ) -> Stored:
         """Store the whole blocks of `kv`, the KV of `token_ids[start:]`. They are visible to every worker of the node on return.
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer a pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that starts before token `start` is left out, as are tokens after the last whole block.
         Waits for room at most for the setting `store_wait_ms` in all. Blocks that get no room are `refused`. Storing does not count
         as a use of blocks that already exist; fetching them did. `hint`: expectations about the chain's future, also possible with
-        `kv` of no tokens if the whole prompt is stored already. It costs one more small call.
+        `kv` of no tokens if the whole prompt is stored already. It costs one more small call. `namespace`: as for `fetch`.
         """
         begun_s = self._clock.now_s()
         ids = as_token_ids(token_ids)
@@ -221,7 +232,7 @@ class Client:
         deadline_s = begun_s + access.store_wait_s
         if not isinstance(hint, Hint | None):
             raise TieredKVError(Kind.CONFIG, f"hint: must be a tiered_kv.Hint or None, got {type(hint).__name__}", setting="hint")
-        names = self._names
+        names = self._names_for(namespace)
         keys = names.keys(ids)
         kv = access.writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
@@ -369,6 +380,10 @@ class Client:
     def _names_of(self, namespace: Namespace) -> Names:
         chain = namespace.chain(self.layout)
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
+
+    def _names_for(self, namespace: Namespace | None) -> Names:
+        present = self._names
+        return present if namespace is None or namespace is present.namespace else self._names_of(namespace)
 
     def _keys(self, token_ids: TokenIds, names: Names | None = None) -> list[BlockKey]:
         self._check_open()

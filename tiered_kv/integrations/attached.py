@@ -269,7 +269,7 @@ class Rows(NamedTuple):
         ends = [input_ids.shape[1]] * len(pads) if lengths is None else [a + b for a, b in zip(pads, lengths, strict=True)]
         ids = [whole[row, start:end] for row, (start, end) in enumerate(zip(pads, ends, strict=True))]
         state = cached.ready()
-        found = [cached.found(each) if fetch and state else cached.nothing() for each in ids]
+        found = [cached.found(each, state) if fetch and state else cached.nothing() for each in ids]
         return cls(cached, input_ids.shape[1], ids, pads, found, state)
 
     def common(self, most: int) -> int:
@@ -301,4 +301,4 @@ class Rows(NamedTuple):
             start, held = each.tokens, cache.get_seq_length()
             if start < len(ids) and pads + len(ids) <= held:
                 at, span = row * copies, slice(pads + start, pads + len(ids))
-                self.cached.keep(ids, [(layer.keys[at, :, span], layer.values[at, :, span]) for layer in cache.layers], start)
+                self.cached.keep(ids, [(layer.keys[at, :, span], layer.values[at, :, span]) for layer in cache.layers], start, self.state)

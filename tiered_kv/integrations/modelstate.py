@@ -58,11 +58,20 @@ class ModelState:
     """Follows the state of one model. Thread-safe.
 
     `given`: the namespace of the model's current state, if it is known. Otherwise the first request reads it, with one pass over
-    the weights and three runs of a few tokens. After a change, only what has changed is read. `generates`: as for
+    the weights and three runs of a few tokens. `probe`: the model's probe in that state, which later states are compared with.
+    After a change, only what has changed is read. `generates`: as for
     `check_supported`.
     """
 
-    def __init__(self, model: Any, given: Namespace | None = None, shape: CacheShape | None = None, *, generates: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        given: Namespace | None = None,
+        shape: CacheShape | None = None,
+        probe: Probe | None = None,
+        *,
+        generates: bool = True,
+    ) -> None:
         self.model = model
         self._generates = generates
         self._sums = Sums()
@@ -72,7 +81,8 @@ class ModelState:
         self._logged: set[str] = set()
         if shape is not None:
             content = given and {name: getattr(given, name) for name in ("weights", "adapter", "architecture", "rope", "dtype")}
-            self._states.append(State(Watch(model), shape, content, variant=given.variant if given else None))
+            variant = (given.variant or (None if probe else "")) if given else None
+            self._states.append(State(Watch(model), shape, content, probe, variant))
 
     def now(self) -> State:
         """Returns the model's current state. Cost: 0.15 ms for a model of 300 tensors that has not changed since the last request."""

@@ -5,6 +5,7 @@ Shapes: kv (L, 2, H, T, D) as in `layout`. A cache layer has keys and values (1,
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,9 +19,11 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.arguments import check_request
 from tiered_kv.integrations.modelstate import ModelState, State
-from tiered_kv.integrations.support import CacheShape, check_supported, layout_of
-from tiered_kv.keys import as_token_ids
+from tiered_kv.integrations.probing import probe_of
+from tiered_kv.integrations.support import CacheShape, check_supported, examine, layout_of
+from tiered_kv.keys import Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
+from tiered_kv.protocol.probes import Probe
 
 __all__ = ["CacheShape", "CachedModel", "GenerateReport", "cache_from_kv", "check_supported", "kv_from_cache", "kv_pairs", "layout_of"]
 
@@ -39,7 +42,10 @@ class Client(Protocol):
         """Returns the longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
-        """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer."""
+        """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer.
+
+        To a client that has `use` (`modelstate.MovingClient`), both methods are given `namespace=`: the one of the model's state.
+        """
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """Record that the model computed `tokens` tokens of a prompt in `seconds`."""
@@ -126,7 +132,11 @@ class CachedModel:
         self.model = model
         self.client = client
         self.last_report: GenerateReport | None = None
-        self._shape = shape or check_supported(model)
+        probe = None
+        if shape is None:
+            shape, computed = examine(model)
+            probe = probe_of(computed)
+        self._shape = shape
         self._layout = self._shape.layout(client.layout.block_tokens)
         if client.layout != self._layout:
             raise TieredKVError(
@@ -135,9 +145,7 @@ class CachedModel:
             )
         self.reshaped = False
         """Whether the layout of the model's KV has changed, and differs from the client's."""
-        followed = getattr(client, "followed", None)
-        is_of_this = isinstance(followed, ModelState) and followed.model is model
-        self._state = followed if is_of_this else ModelState(model, getattr(client, "namespace", None), self._shape)
+        self._state = _state_of(model, client, shape, probe)
         self._store_generated = store_generated
         self._clock = clock or SystemClock()
         self._logged: set[tuple[str, str]] = set()
@@ -184,7 +192,8 @@ class CachedModel:
     ) -> tuple[Any, GenerateReport]:
         ids = as_token_ids(prompt)
         state = self.ready()
-        fetched = self._fetch(ids, scratch) if state else self.nothing()
+        of = _of(state)
+        fetched = self._fetch(ids, scratch, of) if state else self.nothing()
         reused = min(fetched.tokens, len(ids) - 1)  # the last token must be computed: its logits choose the first new token
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
@@ -197,7 +206,7 @@ class CachedModel:
         stop = len(sequence) if self._store_generated else len(ids)
         stored = Stored(0, 0, 0)
         if state and state.watch.is_unwritten():
-            stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)))
+            stored = self._store(sequence[:stop], cache, fetched.tokens, Hint(answer_tokens=len(sequence) - len(ids)), of)
         report = GenerateReport(
             prompt_tokens=len(ids),
             reused_tokens=reused,
@@ -229,25 +238,25 @@ class CachedModel:
         self.reshaped = state is not None and state.shape != self._shape
         return None if self.reshaped else state
 
-    def found(self, ids: np.ndarray) -> Fetched:
-        """Returns the longest cached prefix of a prompt, in new memory. It is empty if the cache fails."""
-        return self._fetch(ids, None)
+    def found(self, ids: np.ndarray, state: State) -> Fetched:
+        """Returns the longest cached prefix of a prompt for this state of the model, in new memory. It is empty if the cache fails."""
+        return self._fetch(ids, None, _of(state))
 
     def nothing(self) -> Fetched:
         """Returns an empty prefix, for requests without a look-up."""
         return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
 
-    def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int) -> Stored:
-        """Store the KV of ids[start:], one (key, value) of shape (H, n, D) for each layer. Stores nothing if the cache fails."""
+    def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int, state: State) -> Stored:
+        """Store the KV of ids[start:] in this state, one (key, value) of shape (H, n, D) a layer. Stores nothing if the cache fails."""
         try:
-            return self.client.store(ids, pairs, start=start)
+            return self.client.store(ids, pairs, start=start, **_of(state))
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("store", error)
             return Stored(0, 0, 0)
 
-    def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None) -> Fetched:
+    def _fetch(self, ids: np.ndarray, scratch: torch.Tensor | None, of: dict[str, Namespace]) -> Fetched:
         try:
-            fetched = self.client.fetch(ids, scratch)
+            fetched = self.client.fetch(ids, scratch, **of)
             self._layout.check_kv(fetched.kv, fetched.tokens, "fetched kv")
             if fetched.tokens > len(ids):
                 raise TieredKVError(Kind.LAYOUT, f"fetch must return at most the prompt's {len(ids)} tokens, got {fetched.tokens}")
@@ -256,12 +265,12 @@ class CachedModel:
             return self.nothing()
         return fetched
 
-    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint) -> Stored:
+    def _store(self, sequence: np.ndarray, cache: DynamicCache, start: int, hint: Hint, of: dict[str, Namespace]) -> Stored:
         stop = min(len(sequence), cache.get_seq_length())  # the model has not computed the KV of the last token
         if start >= stop:
             return Stored(0, 0, 0)
         try:
-            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start, hint=hint)
+            return self.client.store(sequence[:stop], kv_pairs(cache, start, stop), start=start, hint=hint, **of)
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
             self._log_once("store", error)
             return Stored(0, 0, 0)
@@ -271,6 +280,27 @@ class CachedModel:
         if seen not in self._logged:
             self._logged.add(seen)
             log.warning("%s failed; the request goes on without the cache (logged once): %s: %s", verb, type(error).__name__, error)
+
+
+def _state_of(model: Any, client: Client, shape: CacheShape, probe: Probe | None) -> ModelState:
+    """What follows the model's state. The namespace that a client was given is that of the first model it serves, as that is now;
+    any other model is read when it is first asked for.
+    """
+    followed = getattr(client, "followed", None)
+    if isinstance(followed, ModelState) and followed.model is model:
+        return followed
+    if isinstance(followed, ModelState) and hasattr(client, "use"):
+        state = ModelState(model)
+    else:
+        state = ModelState(model, getattr(client, "namespace", None), shape, probe)
+    with suppress(AttributeError):  # a client of another make may have no room for it
+        client.followed = state
+    return state
+
+
+def _of(state: State | None) -> dict[str, Namespace]:
+    """Whose KV a call is about, for a client that follows models; a client may serve several models at the same time."""
+    return {"namespace": state.used} if state is not None and state.used is not None else {}
 
 
 def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:

@@ -5,22 +5,26 @@ torch does not record are not detected: writes through `tensor.data`, numpy or a
 that starts to behave differently.
 """
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from copy import copy
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.nn.modules import module as torchs
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tiered_kv.identity import is_door, watched_attributes
 
 _version = attrgetter("_version")
 _training = itemgetter("training")
-_storage = torch.Tensor.untyped_storage
+_address, _stride, _storage = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.untyped_storage
 _HOOKS_OF_ALL = (torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
 
 
@@ -38,7 +42,11 @@ class Watch:
         self._dicts = [vars(module) for module in self.modules]
         self._kinds = list(map(type, self.modules))
         classes = list(dict.fromkeys(self._kinds))
-        self._classes, self._forwards = classes, [getattr(kind, "forward", None) for kind in classes]
+        self._classes, self._forwards = classes, list(map(_code, classes))
+        self._code = _columns(
+            (vars(sys.modules.get(name, sys)), _functions(name)) for name in dict.fromkeys(kind.__module__ for kind in classes)
+        )
+        self._code_then = [list(map(get, dicts)) for get, dicts in self._code]
         self._children = [each for module in self.modules if (each := module._modules)]
         self._children_then = [dict(each) for each in self._children]
         self._hooks = [*_HOOKS_OF_ALL, *(hooks for module in self.modules for hooks in (module._forward_pre_hooks, module._forward_hooks))]
@@ -63,10 +71,9 @@ class Watch:
         self._versioned = [each for each in self.tensors if not each.is_inference()]
         self._versions = list(map(_version, self._versioned))
         self._stored = list(chain.from_iterable(map(_parts, self.tensors)))
-        storages = list(map(_storage, self._stored))
-        self._lost: list = []  # gets the storages that are freed, because a new storage may then have the same id
-        self._storages = [weakref.ref(each, self._lost.append) for each in storages]
-        self._storage_ids = list(map(id, storages))
+        self._addresses, self._strides = list(map(_address, self._stored)), list(map(_stride, self._stored))
+        self._lost: list = []  # gets the storages that are freed, because a new storage may then have the same address
+        self._storages = [weakref.ref(each, self._lost.append) for each in map(_storage, self._stored)]
 
     def holds(self) -> bool:
         """Returns whether the model has not changed since this object was created."""
@@ -79,7 +86,8 @@ class Watch:
         return (
             not self._lost
             and list(map(_version, self._versioned)) == self._versions
-            and list(map(id, map(_storage, self._stored))) == self._storage_ids
+            and list(map(_address, self._stored)) == self._addresses
+            and list(map(_stride, self._stored)) == self._strides
             and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._there, self._there_then, strict=True))
             and not any(any(map(get, dicts)) for get, dicts in self._absent)
             and list(map(len, self._counted)) == self._counts
@@ -87,7 +95,8 @@ class Watch:
             and (self._hooks == self._hooks_then if self._hooks_then else not any(self._hooks))
             and self._children == self._children_then
             and list(map(type, self.modules)) == self._kinds
-            and all(getattr(kind, "forward", None) is forward for kind, forward in zip(self._classes, self._forwards, strict=True))
+            and list(map(_code, self._classes)) == self._forwards
+            and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._code, self._code_then, strict=True))
             and all(list(map(get, dicts)) == then for (get, dicts), then in zip(self._attributes, self._attributes_then, strict=True))
             and self._configs == self._configs_then
         )
@@ -117,6 +126,30 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _own_count(values: dict) -> int:
     """Returns how many attributes a model has, without this library's method hooks (`attached.MethodHook`)."""
     return len(values) - sum(is_door(values.get(name)) for name in ("forward", "generate"))
+
+
+def _code(kind: type) -> tuple[Any, Any]:
+    """What runs when a module of this class is called."""
+    return kind.__call__, getattr(kind, "forward", None)
+
+
+def _functions(module: str) -> list[str]:
+    """The functions of a module of code that a model's classes are in, by name; torch's own are many, and nobody replaces them."""
+    if module not in sys.modules or module.split(".")[0] == "torch":
+        return []
+    return [name for name, value in vars(sys.modules[module]).items() if isinstance(value, FunctionType)]
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Have the versions of what an optimizer has written say so: fused ones write past autograd."""
+    if torch.compiler.is_compiling():
+        return
+    stepped = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None and not each.is_inference()]
+    if stepped:
+        increment_version(stepped)
+
+
+register_optimizer_step_post_hook(_count_writes)
 
 
 def _configs(dicts: list[dict]) -> list[dict]:

@@ -1,5 +1,6 @@
 """Functions that change the KV of a tiny llama. Each returns a function that reverts the change, or None."""
 
+import sys
 import types
 from contextlib import contextmanager
 
@@ -13,6 +14,13 @@ def layer(model, number=0):
 
 def training_step(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimizer.step()
+
+
+def fused_training_step(model):
+    """Which writes past autograd."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     optimizer.step()
 
@@ -41,6 +49,16 @@ def other_memory(model):
 
     def undo():
         weight.data = before
+
+    return undo
+
+
+def turned_memory(model):
+    weight = layer(model).self_attn.q_proj.weight
+    weight.data = weight.data.t()
+
+    def undo():
+        weight.data = weight.data.t()
 
     return undo
 
@@ -135,6 +153,20 @@ def patched_class(model):
     return lambda: setattr(kind, "forward", plain)
 
 
+def patched_call(model):
+    kind = type(layer(model).mlp)
+    plain = kind.__call__
+    kind.__call__ = lambda self, *given: plain(self, *given) * 2
+    return lambda: delattr(kind, "__call__")
+
+
+def patched_function(model):
+    code = sys.modules[type(model).__module__]
+    plain = code.rotate_half
+    code.rotate_half = lambda x: -plain(x)
+    return lambda: setattr(code, "rotate_half", plain)
+
+
 def part_in_training(model):
     layer(model).self_attn.attention_dropout = 0.5
     layer(model).self_attn.train()
@@ -153,6 +185,10 @@ STATIC = {
 
 CHANGES = STATIC | {
     "a training step": training_step,
+    "a training step, fused": fused_training_step,
+    "memory turned": turned_memory,
+    "a patched call": patched_call,
+    "a patched function": patched_function,
     "load_state_dict": loaded_weights,
     "load_state_dict, assigned": assigned_weights,
     "in place": in_place,

@@ -118,7 +118,7 @@ def test_fetched_kv_is_never_written():
     prompt = prompt_of(3 * BLOCK + 2)
     cached.generate(prompt, **GREEDY)
     kept = client.fetch(prompt)
-    client.fetch = lambda ids, out=None: kept
+    client.fetch = lambda ids, out=None, **_: kept
     before = kept.kv.clone()
     cached.generate(prompt, max_new_tokens=20, do_sample=False)
     assert cached.last_report.reused_tokens == 3 * BLOCK
@@ -199,7 +199,7 @@ def test_the_report_measures_the_first_token_and_the_fetch():
     model.register_forward_pre_hook(lambda module, args: clock.advance(1.0))
     cached, client = served(model, clock=clock)
     fetch, store = client.fetch, client.store
-    client.fetch = lambda ids, out=None: clock.advance(0.5) or fetch(ids)
+    client.fetch = lambda ids, out=None, **_: clock.advance(0.5) or fetch(ids)
     client.store = lambda *given, **named: clock.advance(4.0) or store(*given, **named)
     _, report = cached.run(prompt_of(BLOCK), **GREEDY)
     assert (report.seconds_fetch, report.seconds_to_first_token, report.seconds_store) == (0.5, 1.5, 4.0)
@@ -268,7 +268,7 @@ def test_an_invalid_fetch_result_is_a_miss(case):
     prompt = prompt_of(BLOCK + 1)
     plain = cached.generate(prompt, **GREEDY)
     answer = LAYOUT_ERRORS[case](client.fetch(prompt).kv)
-    client.fetch = lambda ids, out=None: answer
+    client.fetch = lambda ids, out=None, **_: answer
     assert torch.equal(cached.generate(prompt, **GREEDY), plain)
     assert cached.last_report.reused_tokens == 0
 
@@ -286,7 +286,7 @@ def test_recomputed_tokens_do_not_count_as_reused():
     prompt = prompt_of(2 * BLOCK)
     cached.generate(prompt, **GREEDY)
     found = client.fetch(prompt)
-    client.fetch = lambda ids, out=None: Fetched(found.tokens, found.kv, {"host": 2 * BLOCK - 1, "disk": 1})
+    client.fetch = lambda ids, out=None, **_: Fetched(found.tokens, found.kv, {"host": 2 * BLOCK - 1, "disk": 1})
     cached.generate(prompt, **GREEDY)
     assert cached.last_report.reused_tokens_by_tier == {"host": 2 * BLOCK - 1}
 

@@ -65,6 +65,27 @@ def test_a_changed_model_never_reuses_its_old_kv(change, served):
         assert cached.client.namespace == before
 
 
+@pytest.mark.parametrize("moment", ["fetch", "store"])
+def test_two_models_on_one_client_never_meet_each_others_kv(moment, served, monkeypatch):
+    """Also where the other one's request, of another thread, comes between the check of the model and the fetch or the store."""
+    first = served(tiny())
+    second = CachedModel(tiny(seed=5), first.client)
+    for cached in (first, second):
+        assert_as_plain(cached, 0)
+        assert_as_plain(cached, 3 * BLOCK)
+    first.client.new_epoch()
+    call = getattr(first.client, moment)
+
+    def late(*arguments, **options):
+        (second if late.cached is first else first).ready()
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(first.client, moment, late)
+    for reused in (0, 3 * BLOCK):
+        for late.cached in (first, second):
+            assert_as_plain(late.cached, reused)
+
+
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_switching_adapters_at_every_request(adapters, served, monkeypatch):
     lora = adapters(tiny())

@@ -63,12 +63,13 @@ class DictClient:
     def note_prefill(self, tokens, seconds):
         self.prefills.append((tokens, seconds))
 
-    def keys(self, ids):
-        return self.chain.keys(as_token_ids(ids))
+    def keys(self, ids, namespace=None):
+        chain = self.chain if namespace is None else namespace.chain(self.layout)
+        return chain.keys(as_token_ids(ids))
 
-    def fetch(self, ids, out=None):
+    def fetch(self, ids, out=None, *, namespace=None):
         held = []
-        for key in self.keys(ids):
+        for key in self.keys(ids, namespace):
             if key not in self.blocks:
                 break
             held.append(self.blocks[key])
@@ -76,14 +77,14 @@ class DictClient:
         kv = torch.cat(held, dim=3) if held else torch.empty(self.layout.kv_shape(0), dtype=self.layout.torch_dtype)
         return Fetched(tokens, kv, {"host": tokens} if tokens else {})
 
-    def store(self, ids, kv, *, start=0, hint=None):
+    def store(self, ids, kv, *, start=0, hint=None, namespace=None):
         self.hints.append(hint)
         assert start % self.layout.block_tokens == 0
         stacked = torch.stack([torch.stack(pair) for pair in kv])
         assert stacked.shape[3] == len(ids) - start
         new = present = 0
         step = self.layout.block_tokens
-        for number, key in enumerate(self.keys(ids)[start // step :]):
+        for number, key in enumerate(self.keys(ids, namespace)[start // step :]):
             if key in self.blocks:
                 present += 1
             else:
