@@ -1,4 +1,4 @@
-"""Counts that the processes of a hostile run share: words in a mapped file, so that also a killed process leaves its own."""
+"""Counts that the processes of a hostile run share: words in a mapped file, so that even a killed process leaves its counts."""
 
 import mmap
 import os
@@ -20,7 +20,7 @@ class Board:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the file, and makes it where it is not there."""
+        """Maps the file, and creates it if it does not exist."""
         names = [*_CONTROL, *(f"{worker}.{count}" for worker in range(WORKERS_MAX) for count in COUNTS)]
         self._at = {name: number * _WORD.size for number, name in enumerate(names)}
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -45,7 +45,7 @@ class Board:
         self[f"{worker}.{count}"] = max(self[f"{worker}.{count}"], value)
 
     def totals(self) -> dict[str, int]:
-        """Each count over all workers: the sum, of maxima the largest."""
+        """Returns each count over all workers: the sum, or for maxima the largest."""
         found = {}
         for count in COUNTS:
             values = [self[f"{worker}.{count}"] for worker in range(WORKERS_MAX)]

@@ -1,4 +1,4 @@
-"""What the KV of each block must be: a function of its key, so that a block under another key is always told apart.
+"""The expected KV of each block: a function of its key, so that a block under another key is always detected.
 
 Axes: L layers, 2 (key, value), H KV heads, N tokens, T tokens of a block, D head dim.
 """
@@ -23,14 +23,14 @@ def namespace(tenant: str = "default") -> Namespace:
 
 
 def tokens_of(document: int) -> list[int]:
-    """The prompt of a document. Documents 2n and 2n + 1 share their first half."""
+    """Returns the prompt of a document. Documents 2n and 2n + 1 share their first half."""
     half = TOKENS // 2
     own = [1_000_000 + document * half + at for at in range(half)]
     return [document // 2 * half + at for at in range(half)] + own
 
 
 def keys_of(document: int, tenant: str = "default", layout: KVLayout = LAYOUT) -> list[BlockKey]:
-    """The keys of a document's blocks, the first block first."""
+    """Returns the keys of a document's blocks, the first block first."""
     return namespace(tenant).chain(layout).keys(as_token_ids(tokens_of(document)))
 
 
@@ -40,18 +40,18 @@ def _noise(layout: KVLayout) -> torch.Tensor:
 
 
 def block_of(key: BlockKey, layout: KVLayout = LAYOUT) -> torch.Tensor:
-    """(L, 2, H, T, D): the KV that belongs to a key."""
+    """Returns the KV (L, 2, H, T, D) of a key."""
     scale, shift = (1 + int.from_bytes(key[at : at + 4]) / 2**32 for at in (0, 4))
     return ((_noise(layout) * (97 * scale) + shift).frac() - 0.5).to(layout.torch_dtype)
 
 
 def kv_of(keys: list[BlockKey], layout: KVLayout = LAYOUT) -> torch.Tensor:
-    """(L, 2, H, N, D): the KV of consecutive blocks."""
+    """Returns the KV (L, 2, H, N, D) of consecutive blocks."""
     return torch.cat([block_of(key, layout) for key in keys], dim=-2)
 
 
 def is_right(block: torch.Tensor, key: BlockKey, *, exactly: bool, layout: KVLayout = LAYOUT) -> bool:
-    """Whether a block (L, 2, H, T, D) is the one of its key: bit for bit, or within the error of a lossy codec."""
+    """Returns whether a block (L, 2, H, T, D) is that of its key: bit for bit, or within the error of a lossy codec."""
     expected = block_of(key, layout)
     if exactly:
         return torch.equal(block, expected)

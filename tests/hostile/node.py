@@ -1,4 +1,4 @@
-"""A node in a process of its own, as the node actor runs one, but without Ray: it can be killed, stopped and started again."""
+"""A node in a separate process, run as by the node actor, but without Ray. It can be killed, stopped and started again."""
 
 import json
 import os
@@ -52,7 +52,7 @@ class NodeProcess:
         self.directory: Path | None = None
 
     def start(self, within_s: float = 60.0, **settings: Any) -> dict[str, Any]:
-        """Starts it, with settings that differ from the usual ones, and returns what it says of itself (`Node.info`)."""
+        """Start the node, with settings that differ from the usual ones. Returns its `Node.info`."""
         self._ready.unlink(missing_ok=True)
         self.child = self._nursery.start("node", config=self.settings | settings, ready=str(self._ready), **self.ids)
         wait_until(lambda: self._ready.exists() or not self.child.is_alive(), within_s, "the node's start")
@@ -67,15 +67,15 @@ class NodeProcess:
         self.child.kill()
 
     def freeze(self) -> None:
-        """The node hangs from here on (SIGSTOP)."""
+        """Make the node hang (SIGSTOP)."""
         self.child.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """The node goes on (SIGCONT)."""
+        """Let the node continue (SIGCONT)."""
         self.child.signal(signal.SIGCONT)
 
     def end(self, within_s: float = 30.0) -> None:
-        """Has it close and remove its files, as `tiered-kv down` does."""
+        """Make the node close and remove its files, as `tiered-kv down` does."""
         self.child.signal(signal.SIGCONT)
         self.child.signal(signal.SIGTERM)
         self.child.wait(within_s)

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks others: a node is there in a tenth of the time of a new interpreter.
+"""A process that has imported everything and forks others. A node starts in a tenth of the time of a new interpreter.
 
 It reads one JSON object a line from its standard input, `{"run": NAME, "arguments": {...}}`, forks a child that calls the function
 of that name in this module's `ROLES`, and answers with the child's pid. It ends, and its children with it, when its input ends.
@@ -52,7 +52,7 @@ class Child:
         return not self._has_ended
 
     def kill(self, within_s: float = 10.0) -> None:
-        """Ends it at once, and waits until it has ended."""
+        """Kill the process, and wait until it has ended."""
         self.signal(signal.SIGKILL)
         self.wait(within_s)
 
@@ -153,7 +153,7 @@ class Nursery:
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when its parent has ended. A process that it forks later has to ask for itself."""
+    """Make the kernel kill this process when its parent ends. Each process forked later must call this itself."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -204,7 +204,7 @@ def _be_a_child(role: Callable[..., None], arguments: dict[str, Any], parent: in
 
 
 def main() -> None:
-    """Forks what it is asked for until its input ends."""
+    """Fork the requested children until the input ends."""
     roles = _roles()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here
     me = os.getpid()

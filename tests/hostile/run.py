@@ -1,4 +1,4 @@
-"""A hostile run: workers store and fetch at full speed while their node is killed, hung, and robbed of its files.
+"""A hostile run: workers store and fetch at full speed while their node is killed, stopped, and its files deleted.
 
     make hostile MINUTES=20
     python -m tests.hostile.run --minutes 20 --seed 7
@@ -81,7 +81,7 @@ class Run:
         ]
 
     def go(self, seconds: float) -> None:
-        """Kills and restarts until the time is over."""
+        """Kill and restart the node until the time is over."""
         begun_s = time.monotonic()
         removals = [seconds * (at + 1) / (REMOVALS + 1) for at in range(REMOVALS)]
         while (past_s := time.monotonic() - begun_s) < seconds:
@@ -139,7 +139,7 @@ class Run:
             worker.signal(number)
 
     def result(self) -> dict[str, Any]:
-        """What happened, ready for JSON."""
+        """Returns the counts of the run, ready for JSON."""
         before, after = self.counts["shown_before"], self.counts["shown_after"]
         return self._board.totals() | dict(self.counts) | {"kept": after / before if before else None}
 
@@ -157,7 +157,7 @@ def hostile_run(seconds: float, seed: int) -> dict[str, Any]:
 
 
 def faults_of(result: dict[str, Any]) -> list[str]:
-    """What of a result is not as it must be, in words."""
+    """Returns a text for each way in which a result is wrong."""
     faults = [f"{name} is {result[name]}, must be 0" for name in ("wrong_blocks", "exceptions") if result[name]]
     if result["kept"] is not None and result["kept"] < KEPT_MIN:
         faults.append(f"only {result['kept']:.4%} of the shown blocks were shown after a restart, must be {KEPT_MIN:.1%}")

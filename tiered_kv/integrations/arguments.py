@@ -119,7 +119,7 @@ def _check_model(model: Any) -> None:
 def _check_arguments(model: Any, arguments: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, value in arguments.items():
         if value is not None and name not in _SETTINGS and name not in _NAMED and name not in _BESIDE:
-            raise _refusal(name, "KV must depend on token ids alone, and may depend on this argument")
+            raise _refusal(name, "the KV may depend on this argument, but must depend on token ids alone")
     for name, rule in rules.items():
         value = effective(model, arguments, name)
         if not rule.allows(value):

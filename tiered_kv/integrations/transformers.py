@@ -304,7 +304,7 @@ def _of(state: State | None) -> dict[str, Namespace]:
 
 
 def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:
-    """Returns the counts without the last `tokens`, which are subtracted from the last tiers first."""
+    """Returns the token counts by tier, reduced by `tokens` in all. The last tiers are reduced first."""
     left = {}
     for tier, count in reversed(tokens_by_tier.items()):
         taken = min(count, tokens)

@@ -1,4 +1,4 @@
-"""Every test of a tier ends with as many open files as it began with."""
+"""Asserts that every test of a tier ends with as many open files as at its start."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Blocks by number for the tests of tiers: the same number is always the same key and content."""
+"""Blocks by number, for the tests of tiers. The same number always has the same key and content."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +15,7 @@ from tiered_kv.tiers.log import Record
 ROOT = bytes([7]) * 32
 KIB = 1024
 QUARTER = 3584
-"""A frame of which four, with all that belongs to them, fit into a segment of 16 KiB and five do not."""
+"""The size of a frame of which four, with headers and footer, fit in a segment of 16 KiB, and five do not."""
 OVERHEAD_BYTES = frame_bytes(RawCodec(), 0)
 
 
@@ -28,14 +28,14 @@ def content_of(number: int, nbytes: int) -> torch.Tensor:
 
 
 def record_of(number: int, frame_size: int) -> Record:
-    """A record whose frame has exactly `frame_size` bytes; its parent is the block before it."""
+    """Returns a record whose frame has exactly `frame_size` bytes. Its parent is the block with the previous number."""
     raw = content_of(number, frame_size - OVERHEAD_BYTES)
     frame = encode_frame(key_of(number), ROOT, RawCodec(), raw)
     return Record(key_of(number), frame, RawCodec.id, raw.numel(), key_of(number - 1) if number else None, ROOT)
 
 
 def assert_holds(reader, number: int, location: Location) -> None:
-    """The reader (or tier) gives exactly block `number` at `location`."""
+    """Assert that a reader (or tier) returns exactly block `number` at `location`."""
     frame = reader.read(location, key_of(number), ROOT)
     out = torch.empty(location.raw_bytes, dtype=torch.uint8)
     frame.decode(out)
@@ -43,13 +43,13 @@ def assert_holds(reader, number: int, location: Location) -> None:
 
 
 def put(tier: DiskTier, numbers, frame_size: int) -> dict[int, Location]:
-    """Append blocks in one batch; the locations of those that were written."""
+    """Append blocks in one batch. Returns the locations of those that were written."""
     answers = tier.append([record_of(number, frame_size) for number in numbers])
     return {number: answer.location for number, answer in zip(numbers, answers, strict=True) if answer.location}
 
 
 def flip(path: Path, at: int) -> None:
-    """Change one bit of a file; a negative byte counts from the end."""
+    """Flip one bit of a file. A negative byte position counts from the end."""
     content = bytearray(path.read_bytes())
     content[at] ^= 0x10
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""S3 servers of the tests' own: a real one in a process, one that answers as badly as told, and a proxy that spoils what it is told."""
+"""S3 servers for the tests: a real one in a process, one with configurable bad answers, and a proxy that injects faults."""
 
 import http.client
 import os
@@ -22,7 +22,7 @@ from tiered_kv.tiers.objects.open_store import open_store
 
 
 class Server(NamedTuple):
-    """An S3 server of this test's own."""
+    """A separate S3 server for one test."""
 
     process: subprocess.Popen
     url: str
@@ -54,7 +54,7 @@ def start_server() -> Server:
 
 
 class BadServer(ThreadingHTTPServer):
-    """Answers each request with `status` and `body`, of which `promised` bytes are announced; not at all before `answers`."""
+    """Answers each request with `status` and `body`, with `promised` as the announced length. Waits until `answers` is set."""
 
     daemon_threads = True
     request_queue_size = 128  # of the few that are the default some would wait for a second
@@ -99,7 +99,7 @@ class Request(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is answered instead. `passed_on`: the server has done it all the same. `cut`: bytes of the answer that do not come."""
+    """The answer to send instead. `passed_on`: the server executes the request anyway. `cut`: the number of bytes left off the answer."""
 
     status: int = 0
     code: str = ""
@@ -111,7 +111,7 @@ class Fault(NamedTuple):
 
 
 class Proxy(ThreadingHTTPServer):
-    """Before an S3 server: passes requests on, unless `spoil` (of a request) gives a fault.
+    """A proxy for an S3 server: passes requests on, unless `spoil(request)` returns a fault.
 
     `seen`: all requests; `keys`: of whom; `written`: objects that were put behind it.
     """
@@ -196,7 +196,7 @@ def _said(code: str) -> bytes:
 
 @contextmanager
 def environment(**values: str) -> Iterator[pytest.MonkeyPatch]:
-    """The usual variables of that ecosystem, `AWS_` in front of each name, and no others."""
+    """Sets the usual environment variables, each name with the prefix `AWS_`, and removes all others of them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -207,7 +207,7 @@ def environment(**values: str) -> Iterator[pytest.MonkeyPatch]:
 
 @contextmanager
 def served(patch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that the environment names."""
+    """A server whose address is set in the environment."""
     server = start_server()
     try:
         patch.setenv("AWS_ENDPOINT_URL", server.url)

@@ -1,4 +1,4 @@
-"""Whose credentials a store uses, and that nobody reads them in a message."""
+"""The choice of a store's credentials, which no message ever shows."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FORBIDDEN = Fault(403, "AccessDenied")
 
 @pytest.fixture(scope="module", autouse=True)
 def what_the_library_keeps_open():
-    """It is opened at the first request."""
+    """Open the library's files, which it opens at the first request, before the test counts open files."""
     given = {"AWS_ACCESS_KEY_ID": "of-nobody", "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ALLOW_HTTP": "true"}
     with open_store(URL, environ=given, write_deadline_s=0.1) as store:
         error_of(store.sizes)
@@ -33,7 +33,7 @@ def what_the_library_keeps_open():
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch, tmp_path):
-    """No credentials at all."""
+    """An environment without any credentials."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -47,7 +47,7 @@ def no_leaked_files():
 
 @pytest.fixture
 def proxy():
-    """Refuses everybody, and knows whom."""
+    """A proxy that rejects all requests, and records their keys."""
     running = Proxy(Server(None, "http://127.0.0.1:9"))
     running.spoil = lambda _: FORBIDDEN
     yield running
@@ -67,7 +67,7 @@ def error_of(call, *arguments) -> TieredKVError:
 
 
 def whom(proxy: Proxy, environ=None) -> str:
-    """Whose key a request is signed with, over a store of this process's environment or of another one."""
+    """Returns the key that signs a store's request, with the credentials of this process's environment or with given ones."""
     proxy.keys.clear()
     with open_store(URL, setting="url", environ=environ) as store:
         message = str(error_of(store.sizes))
@@ -140,7 +140,7 @@ def test_a_damaged_file_or_a_profile_without_keys_gives_no_credentials(tmp_path)
 
 
 def test_keys_of_a_process_are_renewed_before_they_end(proxy, tmp_path, monkeypatch) -> None:
-    """boto3 renews keys when they have less than ten minutes left: what it gives is used for no longer."""
+    """boto3 renews keys that expire in less than ten minutes, so the keys that it returns are not used for longer."""
     pytest.importorskip("boto3")
     ends = datetime.now(UTC) + timedelta(minutes=16)
     keys = {"Version": 1, "AccessKeyId": "of-a-process", "SecretAccessKey": SECRET, "SessionToken": "token", "Expiration": ends.isoformat()}

@@ -1,4 +1,4 @@
-"""The device tier on a CPU pool: extents of the pool, a hard cap, payloads that the pool's readers see."""
+"""The device tier on a CPU pool: extents of the pool, a hard cap, and payloads that the pool's readers can read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The disk tier: batches, the cap, room by whole segments, and its books."""
+"""The disk tier: batches, the cap, reclaiming whole segments, and its bookkeeping."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ class TestDiskTier(LogTierContract):
 
 @pytest.fixture
 def make(tmp_path: Path):
-    """Makes tiers in one folder; each is checked and closed at the end."""
+    """A function that creates tiers in one folder. Each is checked and closed at the end."""
     tiers: list[DiskTier] = []
 
     def make_tier(capacity: int = CAPACITY, segment: int = SEGMENT, owner: str = "me", files: Files | None = None) -> DiskTier:
@@ -276,7 +276,7 @@ def test_reinserting_skips_removed_blocks_and_rejects_the_open_segment(make) -> 
         tier.reinsert(held[5].segment, [key_of(5)])
 
 
-def test_the_write_amplification_without_writes_is_undefined(make) -> None:
+def test_the_write_amplification_without_writes_is_one(make) -> None:
     assert make().write_amplification == 1.0
 
 

@@ -1,4 +1,4 @@
-"""What the disk does to the tier: no space, errors, torn writes, flipped bytes; and readers while segments go."""
+"""The disk tier with a failing disk: no space, errors, torn writes, flipped bytes; and readers while segments are removed."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
 @pytest.fixture
 def make(tmp_path: Path):
-    """Makes a tier whose system calls meet the faults planned for them."""
+    """A function that creates a tier whose system calls fail as planned."""
     tiers: list[DiskTier] = []
 
     def make_tier(**faults) -> DiskTier:

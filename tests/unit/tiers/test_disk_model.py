@@ -1,4 +1,4 @@
-"""The disk tier against a dict, with faults, restarts and crashes: nothing wrong, nothing lost, never above the cap at any moment."""
+"""The disk tier compared with a dict, with faults, restarts and crashes: no wrong or lost block, and never above the cap."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ FAULTS = st.sampled_from([None, fails(errno.ENOSPC), fails(errno.EIO), short(1),
 
 
 class WatchedFiles:
-    """System calls that look at the whole folder after every one that can make it larger."""
+    """System calls that check the folder's size after each call that can enlarge it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,7 +45,7 @@ class WatchedFiles:
 
 
 class DiskModel(RuleBasedStateMachine):
-    """Blocks by number are in `held` exactly while the tier must have them; in `forgotten` if they may come back."""
+    """The state machine of the test. `held` has the blocks that the tier must have, and `forgotten` those that a restart may recover."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class DiskModel(RuleBasedStateMachine):
         return DiskTier(self.folder, CAPACITY, SEGMENT, owner="model", files=Faulty(WatchedFiles(self.folder), self.plan))
 
     def planned(self, **faults) -> None:
-        """From now on the next call of an operation meets the fault, if one is given."""
+        """Make the next call of an operation fail with the fault, if one is given."""
         self.plan.__init__(**{name: {1: fault} for name, fault in faults.items() if fault})
 
     @rule(sizes=st.lists(FRAME_SIZES, min_size=1, max_size=6), make_room=st.booleans(), write=FAULTS, sync=FAULTS)
@@ -117,7 +117,7 @@ class DiskModel(RuleBasedStateMachine):
 
     @rule(is_crash=st.booleans())
     def restart(self, is_crash: bool) -> None:
-        """A crash leaves the files as they are in the middle of things, which is where they are copied."""
+        """Restart the tier. For a crash, the new tier gets a copy of the files made before the old one closes."""
         if is_crash:
             shutil.copytree(self.folder, self.folder.with_name("copy"))
         self.tier.close(remove=is_crash)

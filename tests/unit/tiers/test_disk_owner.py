@@ -1,4 +1,4 @@
-"""Whose folder it is: locks, other stores' segments, folders that are claimed, and folders that cannot be used."""
+"""The owner of a folder: locks, other stores' segments, claiming folders, and unusable folders."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def left_behind(folder: Path, count: int = 10) -> dict[int, Location]:
-    """What an owner called "me" has left."""
+    """Creates a folder with blocks of an owner called "me"."""
     tier = disk(folder)
     held = put(tier, range(count), QUARTER)
     tier.close(remove=False)

@@ -1,4 +1,4 @@
-"""What a restart finds: by footers, by scanning what a crash or damage has left, and never anything else."""
+"""Recovery at a restart: from footers, and by scanning after a crash or damage. It never finds anything else."""
 
 import errno
 import shutil
@@ -31,7 +31,7 @@ def disk(folder: Path, capacity: int = CAPACITY, files: Files | None = None) -> 
 
 @pytest.fixture
 def left(tmp_path: Path) -> tuple[Path, dict[int, Location]]:
-    """A folder that a tier was closed on, and the blocks in it: segments of 4, 4 and 2."""
+    """A folder of a closed tier, and its blocks, in segments of 4, 4 and 2."""
     with disk(tmp_path / "disk") as tier:
         held = put(tier, range(10), QUARTER)
         tier.close(remove=False)
@@ -39,7 +39,7 @@ def left(tmp_path: Path) -> tuple[Path, dict[int, Location]]:
 
 
 def found_in(folder: Path, **options) -> set[int]:
-    """The numbers of the blocks that a new tier finds, every one of which it reads; the tier is checked."""
+    """Returns the numbers of the blocks that a new tier recovers. Reads each of them, and checks the tier."""
     with disk(folder, **options) as tier:
         recovered = {block.key: block.location for block in tier.recovered()}
         tier.check()
@@ -52,7 +52,7 @@ def found_in(folder: Path, **options) -> set[int]:
 
 
 def reads_of(folder: Path) -> int:
-    """How many reads it takes to open the folder: two a segment if all have their footers."""
+    """Returns how many reads opening the folder takes: two for each segment if all have footers."""
     plan = Plan()
     with disk(folder, files=Faulty(Files(), plan)) as tier:
         tier.close(remove=False)
@@ -90,7 +90,7 @@ def test_a_reader_with_its_own_files_reads_recovered_blocks(left) -> None:
 
 
 def crashed(tmp_path: Path, count: int = 6) -> Path:
-    """A folder as it lies there when its tier's process is killed."""
+    """A folder as a killed process leaves it."""
     with disk(tmp_path / "disk") as tier:
         put(tier, range(count), QUARTER)
         shutil.copytree(tier.folder, tmp_path / "crashed")

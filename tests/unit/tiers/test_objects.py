@@ -1,4 +1,4 @@
-"""The objects tier on stores that fail when told to: caps, packs, restarts, and what is lost when the store does not answer."""
+"""The objects tier on stores that fail on demand: caps, packs, restarts, and losses when the store does not answer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ FRAME = 4096 - ROW_BYTES  # two of them and a trailer do not fit a pack of 8 KiB
 
 
 class FaultyStore(MemoryStore):
-    """A store whose calls named in `down` fail; of a failing put the object arrives all the same if `arrives`."""
+    """A store whose calls named in `down` fail. With `arrives`, a failing put still stores its object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def refusals(tier, numbers, frame_size=FRAME) -> list[Refused | None]:
 
 
 def make_room(tier, nbytes: int) -> list[bytes]:
-    """What an engine does before it appends; keys of the blocks that were lost."""
+    """Make room as the engine does before it appends. Returns the keys of the lost blocks."""
     lost = []
     while (segment := tier.needs_reclaim(nbytes)) is not None:
         lost += tier.keys_in(segment)
@@ -338,7 +338,7 @@ def test_objects_of_others_are_left_unchanged(store, checked):
 
 
 def test_of_two_packs_with_one_number_one_is_kept(store, checked):
-    """A put of a dead owner may arrive after its successor has used the number."""
+    """A put of a previous owner may arrive after its successor has used the number."""
     for number in (1, 2):
         other = ObjectsTier(MemoryStore(), CAP)
         put(other, [number], FRAME)
@@ -381,7 +381,7 @@ def test_a_closed_tier_raises(tier, store):
 
 
 class ObjectsModel(RuleBasedStateMachine):
-    """The tier against a dict, on a store that fails now and then: never another block, never above the cap, nothing forgotten lost."""
+    """The tier compared with a dict, on a store that sometimes fails: no wrong block, never above the cap, and no block lost."""
 
     @initialize()
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The objects tier over the network: a real S3 server in a process of its own, and one that answers as badly as it is told."""
+"""The objects tier over the network: with a real S3 server in a separate process, and with one that gives bad answers."""
 
 import uuid
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ FRAME = 50_000
 
 @pytest.fixture(scope="module", autouse=True)
 def credentials():
-    """The usual way of that ecosystem."""
+    """Credentials in the usual environment variables."""
     with environment(ACCESS_KEY_ID="test", SECRET_ACCESS_KEY="test", REGION="us-east-1", ALLOW_HTTP="true") as patch:
         yield patch
 
@@ -41,7 +41,7 @@ def no_leaked_files():
 
 @pytest.fixture
 def s3(server):
-    """A store under a prefix of its own."""
+    """A store under a separate prefix."""
     with open_store("s3://bucket/caches", uuid.uuid4().hex, read_deadline_s=4, write_deadline_s=8) as store:
         yield store
 
@@ -137,7 +137,7 @@ def test_a_server_killed_midway_causes_only_misses_and_refusals(credentials, ser
 
 @pytest.fixture
 def bad(server, credentials):
-    """Call it for a store whose server answers that badly."""
+    """A function that returns a store whose server gives the bad answer."""
     running = []
 
     def start(*answer, deadline_s: float = 1.0):

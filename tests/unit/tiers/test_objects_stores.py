@@ -1,4 +1,4 @@
-"""Stores of objects: which URL means which, one contract for all, and what a folder does when things go wrong."""
+"""Object stores: their URLs, one contract for all, and folders with failures."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Packs: what is put in comes out, damage anywhere is found, equal content has an equal name, old bytes are read for ever."""
+"""Packs: frames are read as written, all damage is detected, equal content has an equal name, and old versions stay readable."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_names_are_equal_exactly_for_equal_content(store):
 
 
 def test_the_same_key_with_other_bytes_has_another_name(store):
-    """Another codec may keep a block under the same key in as many bytes."""
+    """Another codec may store a block under the same key in the same number of bytes."""
     other = record_of(0, 300)._replace(buffers=record_of(1, 300).buffers)
     writers = PackWriter(store), PackWriter(store)
     for writer, record in zip(writers, (record_of(0, 300), other), strict=True):
@@ -114,7 +114,7 @@ def test_any_frames_are_read_as_written(sizes):
 
 
 def test_every_flipped_byte_is_detected(store):
-    """In the footer the pack is refused; in a frame that frame is, and the others are read."""
+    """A flip in the footer rejects the pack. A flip in a frame rejects that frame only."""
     info = written(store, [200, 200])
     whole = store.objects[info.name]
     for at in range(len(whole)):
@@ -175,5 +175,5 @@ def test_packs_of_every_version_are_read(store, path: Path):
 
 
 def test_version_1_is_written_with_the_same_bytes_as_ever(store):
-    """The committed bytes are those that this code writes: a change of the format needs a new version and a new file."""
+    """This code writes exactly the committed bytes. A change of the format needs a new version and a new file."""
     assert (DATA / written(store).name).read_bytes() == bytes(store.get(written(store).name))
