@@ -220,6 +220,7 @@ def test_callers_epochs_are_shared_and_random_epochs_are_not(served):
     cached = served(model)
     second = CachedModel(other, cached.client)
     assert_as_plain(cached, 0)
+    assert_as_plain(second, 3 * BLOCK)
     layer(model).self_attn.k_proj.weight.data.mul_(2)  # torch does not record this write
     assert cached.client.new_epoch(7) == 7
     assert_as_plain(cached, 0)
