@@ -37,7 +37,7 @@ class Rebuilt(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    Creating one bumps the generation before anything else, and sets the state to live. After attaching to files that
+    Creating one gives the files a new identity and bumps the generation before anything else, and sets the state to live. After attaching to files that
     were there, call `rebuild` before any change. Beside the file it keeps 12 bytes a slot of private memory.
     """
 
@@ -46,6 +46,7 @@ class IndexWriter:
             raise TieredKVError(Kind.MEMORY, f"{files.directory} is not open for writing")
         self._views = w.IndexViews(files.index.map, files.slots)
         self._header, self._words = self._views.header, self._views.slot_words
+        self._header[w.IDENTITY] = w.new_identity()  # who maps the files that these are a copy of keeps the former one
         self._header[w.GENERATION] += 1
         w.fence()
         self._slots, self._mask, self._arena_bytes = files.slots, files.slots - 1, files.arena_bytes
@@ -70,7 +71,7 @@ class IndexWriter:
 
     @property
     def identity(self) -> int:
-        """The random number of these files, which no others have."""
+        """The random number of these files and this writer, which no others have."""
         return self._header[w.IDENTITY]
 
     @property

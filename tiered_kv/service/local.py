@@ -224,7 +224,9 @@ class SocketSession:
         Ends with what `allow` gave, at most `late_s` after it where that is over, else within the session's own `wait_s` and this one's.
         """
         now_s = time.monotonic()
-        until_s = now_s + self._wait_s + wait_s if self._until_s is None else max(self._until_s + GRACE_S, now_s + late_s)
+        until_s = now_s + self._wait_s + wait_s if self._until_s is None else self._until_s + GRACE_S
+        if self._until_s is not None and now_s > self._until_s:
+            until_s = now_s + late_s
         number = next(self._numbers)
         try:
             self._connection.settimeout(until_s - now_s)
