@@ -57,7 +57,8 @@ class ModelState:
     """Follows the state of one model. Thread-safe.
 
     `given`: the namespace that the model has in its present state, where that is known; else it is read when it is first asked for:
-    a pass over the weights, and three runs of a few tokens. `probe`: its probe in that state, which tells it from later ones. Later changes read what has changed. `generates`: as for
+    a pass over the weights, and three runs of a few tokens.
+    `probe`: its probe in that state, which tells it from later ones. Later changes read what has changed. `generates`: as for
     `check_supported`.
     """
 

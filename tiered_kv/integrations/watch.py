@@ -41,7 +41,9 @@ class Watch:
         self._kinds = list(map(type, self.modules))
         classes = list(dict.fromkeys(self._kinds))
         self._classes, self._forwards = classes, list(map(_code, classes))
-        self._code = _columns((vars(sys.modules.get(name, sys)), _functions(name)) for name in dict.fromkeys(kind.__module__ for kind in classes))
+        self._code = _columns(
+            (vars(sys.modules.get(name, sys)), _functions(name)) for name in dict.fromkeys(kind.__module__ for kind in classes)
+        )
         self._code_then = [list(map(get, dicts)) for get, dicts in self._code]
         self._children = [each for module in self.modules if (each := module._modules)]
         self._children_then = [dict(each) for each in self._children]

@@ -37,8 +37,8 @@ class Rebuilt(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    Creating one gives the files a new identity and bumps the generation before anything else, and sets the state to live. After attaching to files that
-    were there, call `rebuild` before any change. Beside the file it keeps 12 bytes a slot of private memory.
+    Creating one gives the files a new identity and bumps the generation before anything else, and sets the state to live.
+    After attaching to files that were there, call `rebuild` before any change. Beside the file it keeps 12 bytes a slot of private memory.
     """
 
     def __init__(self, files: NodeFiles) -> None:

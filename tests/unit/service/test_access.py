@@ -65,7 +65,7 @@ def test_a_worker_never_stores_through_files_that_the_node_does_not_have(node, c
 
 @pytest.mark.parametrize("how", ["a copy", "an older copy", "another arena", "no arena", "no index"])
 def test_a_worker_never_stores_beside_a_copy_of_its_files(node, client, checked, how: str) -> None:
-    """A backup of the directory, or of a file in it, takes its place while the node is dead: who maps the former files finds the new ones."""
+    """A backup of the directory, or of a file, takes its place while the node is dead: who maps the former ones finds the new ones."""
     directory = Path(node.info["directory"])
     backup = directory.with_name(f"{directory.name}.backup")
     client.store(TOKENS, KV)
