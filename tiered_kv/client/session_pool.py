@@ -106,9 +106,11 @@ class SessionPool:
         return None, ended
 
     def _opened(self, wait_s: float) -> Session:
+        until_s = self._clock.now_s() + wait_s
         try:
             session = self._connect(wait_s)
             try:
+                session.allow(until_s - self._clock.now_s())
                 if session.life.identity != self._view.identity:
                     raise TieredKVError(
                         Kind.TRANSPORT, f"the node at {self._view.directory} has new files; this client still maps the old ones"

@@ -39,8 +39,8 @@ class Rebuilt(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    Creating one increments the generation before anything else, and sets the state to live. After attaching to existing
-    files, call `rebuild` before any change. Besides the file it uses 12 bytes of private memory a slot.
+    Creating one gives the files a new identity and increments the generation before anything else, and sets the state to live.
+    After attaching to existing files, call `rebuild` before any change. Besides the file it uses 12 bytes of private memory a slot.
     """
 
     def __init__(self, files: NodeFiles) -> None:
@@ -48,6 +48,7 @@ class IndexWriter:
             raise TieredKVError(Kind.MEMORY, f"IndexWriter: the files of {files.directory} are not open for writing")
         self._views = w.IndexViews(files.index.map, files.slots)
         self._header, self._words = self._views.header, self._views.slot_words
+        self._header[w.IDENTITY] = w.new_identity()  # who maps the files that these are a copy of keeps the former one
         self._header[w.GENERATION] += 1
         w.fence()
         self._slots, self._mask, self._arena_bytes = files.slots, files.slots - 1, files.arena_bytes
@@ -72,7 +73,7 @@ class IndexWriter:
 
     @property
     def identity(self) -> int:
-        """A random number that identifies these files."""
+        """A random number that identifies these files together with this writer."""
         return self._header[w.IDENTITY]
 
     @property

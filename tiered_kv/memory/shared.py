@@ -10,7 +10,6 @@ import fcntl
 import mmap
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -80,7 +79,7 @@ class NodeFiles:
         self.slots = slots
         self.arena_bytes = arena_bytes
         self.writer = writer
-        self._inode = os.fstat(directory_fd).st_ino
+        self._inodes = [os.fstat(directory_fd).st_ino, *(os.stat(name, dir_fd=directory_fd).st_ino for name in (_INDEX, _ARENA))]
         with ExitStack() as undo:
             self.index = self._mapped(undo, directory_fd, _INDEX, w.index_bytes(slots))
             self.arena = self._mapped(undo, directory_fd, _ARENA, arena_bytes)
@@ -187,9 +186,9 @@ class NodeFiles:
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def is_in_place(self) -> bool:
-        """Whether these files are still in their directory, and not replaced by newer ones."""
+        """Whether directory, index and arena still have their names, so that other processes find them there."""
         try:
-            return os.stat(self.directory).st_ino == self._inode
+            return [os.stat(path).st_ino for path in (self.directory, self.index_path, self.arena_path)] == self._inodes
         except FileNotFoundError:
             return False
 
@@ -219,7 +218,7 @@ class NodeFiles:
         with suppress(ValueError), memoryview(mapped) as whole, whole.cast("Q") as header:  # another thread may have closed it
             header[w.STATE] = w.CLOSED
         with suppress(FileNotFoundError):
-            if os.stat(self.directory).st_ino == self._inode:
+            if os.stat(self.directory).st_ino == self._inodes[0]:
                 shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -297,13 +296,31 @@ def _age_s(directory: Path, now_ns: int) -> float:
 
 
 def _reclaim_unusable(directory: Path) -> bool:
-    """Delete files that no writer can attach to, unless a process uses them. Returns whether the directory is gone."""
+    """Delete files that no writer can attach to. Returns whether the directory is gone.
+
+    Files that a process uses are kept, unless the index or the arena was removed or replaced: a process that maps the former one
+    has no use for what is here now. Then only a writer that is about to create them keeps them.
+    """
     with suppress(FileNotFoundError), _unused(directory) as unused:
         header = _header_words(directory / _INDEX)
         usable = header is not None and header[w.MAGIC] == w.MAGIC_WORD and header[w.VERSION] == w.FORMAT_VERSION
-        if unused and not usable:
+        whole = (directory / _ARENA).exists() and (header is not None) and _is_its_arena(header, os.stat(directory / _ARENA))
+        if (unused and not usable) or not (whole or _has_writer(directory)):
             shutil.rmtree(directory, ignore_errors=True)
     return not directory.exists()
+
+
+def _has_writer(directory: Path) -> bool:
+    fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return not try_exclusive(fd, 0, 1)
+    finally:
+        os.close(fd)
+
+
+def _is_its_arena(header: memoryview, facts: os.stat_result) -> bool:
+    """Whether a file is the arena that was made with this index, and no copy; older indexes do not say."""
+    return header[w.ARENA_INODE] in (0, facts.st_ino)
 
 
 def _header_words(path: Path) -> memoryview | None:
@@ -389,7 +406,8 @@ def _write_header(files: NodeFiles, cluster_id: str, node_id: str) -> None:
         header[w.NODE] = w.name_hash(node_id)
         header[w.SLOTS] = files.slots
         header[w.ARENA_BYTES] = files.arena_bytes
-        header[w.IDENTITY] = secrets.randbits(64) | 1  # never 0
+        header[w.IDENTITY] = w.new_identity()
+        header[w.ARENA_INODE] = os.fstat(files.arena_fd).st_ino
         w.fence()
         header[w.MAGIC] = w.MAGIC_WORD  # last: files without it are unfinished
 
@@ -412,9 +430,12 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
         if name is not None and header[word] != w.name_hash(name):
             raise refuse(f"the index belongs to another cluster or node than {name!r}")
     slots, arena_bytes = header[w.SLOTS], header[w.ARENA_BYTES]
-    sizes = [os.stat(name, dir_fd=directory_fd).st_size for name in (_INDEX, _ARENA)]
+    facts = [os.stat(name, dir_fd=directory_fd) for name in (_INDEX, _ARENA)]
+    sizes = [each.st_size for each in facts]
     if slots < w.SLOTS_MIN or slots & slots - 1 or sizes != [w.index_bytes(slots), arena_bytes]:
         raise refuse(f"index and arena must have the sizes of {slots} slots and {arena_bytes} bytes, got {sizes}")
+    if not _is_its_arena(header, facts[1]):
+        raise refuse("the arena must be the file that the index was created with, got another file in its place")
     return slots, arena_bytes
 
 

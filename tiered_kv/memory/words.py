@@ -8,6 +8,7 @@ so that a reader loads it before the key. Words are loaded and stored through `m
 
 import os
 import platform
+import secrets
 import struct
 import threading
 from hashlib import blake2b
@@ -28,7 +29,7 @@ KEY_OFFSET = 8
 
 # Words of the header. The tick has a cache line of its own, because every reader writes it.
 MAGIC, VERSION, CLUSTER, NODE, SLOTS, ARENA_BYTES, GENERATION, STATE = range(8)
-HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY = range(8, 13)
+HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY, ARENA_INODE = range(8, 14)
 TICK = 16
 ASKED, HIT, SAVED_TOKENS, SAVED_US = range(24, 28)
 
@@ -75,6 +76,11 @@ def _renew_fence() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_fence)
+
+
+def new_identity() -> int:
+    """A random number for the header's word IDENTITY; never 0."""
+    return secrets.randbits(64) | 1
 
 
 def name_hash(name: str) -> int:

@@ -71,7 +71,8 @@ def _is_hello(answer: object) -> bool:
 def _is_introduction(answer: object) -> bool:
     if type(answer) is not dict or type(answer.get("plan")) is not dict:
         return False
-    return "calibration" in answer and type(answer["calibration"]) in (str, type(None))
+    path = answer.get("calibration", 0)
+    return path is None or (type(path) is str and "\0" not in path)
 
 
 def _is_text(answer: object) -> bool:

@@ -227,7 +227,9 @@ class SocketSession:
         within the session's `wait_s` plus this call's.
         """
         now_s = time.monotonic()
-        until_s = now_s + self._wait_s + wait_s if self._until_s is None else max(self._until_s + GRACE_S, now_s + late_s)
+        until_s = now_s + self._wait_s + wait_s if self._until_s is None else self._until_s + GRACE_S
+        if self._until_s is not None and now_s > self._until_s:
+            until_s = now_s + late_s
         number = next(self._numbers)
         try:
             self._connection.settimeout(until_s - now_s)

@@ -65,6 +65,46 @@ def test_a_worker_never_stores_through_files_that_the_node_does_not_have(node, c
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == len(PATH)
 
 
+@pytest.mark.parametrize("how", ["a copy", "an older copy", "another arena", "no arena", "no index"])
+def test_a_worker_never_stores_beside_a_copy_of_its_files(node, client, checked, how: str) -> None:
+    """A backup of the directory, or of a file, takes its place while the node is dead: who maps the former ones finds the new ones."""
+    directory = Path(node.info["directory"])
+    backup = directory.with_name(f"{directory.name}.backup")
+    client.store(TOKENS, KV)
+    if how == "an older copy":
+        shutil.copytree(directory, backup, ignore=shutil.ignore_patterns("sock"))
+        node.kill()
+        node.start()
+    node.kill()
+    if how == "a copy":
+        shutil.copytree(directory, backup, ignore=shutil.ignore_patterns("sock"))
+    if backup.exists():
+        shutil.rmtree(directory)
+        backup.rename(directory)
+    elif how == "another arena":
+        shutil.copy(directory / "arena", directory / "new")
+        (directory / "new").rename(directory / "arena")
+    else:
+        (directory / how.removeprefix("no ")).unlink()
+    node.start()
+    other = checked(client_of(node.info, LAYOUT, NAMESPACE))
+    for path in [(number, 1, 2) for number in range(50, 60)]:
+        client.store(tokens_of(path), kv_of(path))
+        assert_is_prefix(other.fetch(tokens_of(path)), path)
+    stored_again(client, OTHER)
+    assert assert_is_prefix(other.fetch(tokens_of(OTHER)), OTHER) == len(OTHER)
+
+
+def test_files_are_in_place_only_with_all_their_names(node_factory) -> None:
+    node = node_factory()
+    arena = Path(node.directory) / "arena"
+    assert node.place._files.is_in_place()
+    arena.rename(arena.with_name("aside"))
+    assert not node.place._files.is_in_place()
+    arena.with_name("aside").rename(arena)
+    assert node.place._files.is_in_place()
+
+
 def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> None:
     node = node_factory()
     client = client_factory(node, LAYOUT, NAMESPACE)
