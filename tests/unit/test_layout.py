@@ -70,12 +70,12 @@ def test_kv_that_fits():
 @pytest.mark.parametrize(
     ("kv", "reason"),
     [
-        (kv_of(6), r"\(3, 2, 2, 5, 8\) is needed"),
+        (kv_of(6), r"must have the shape \(3, 2, 2, 5, 8\) .*, got \(3, 2, 2, 6, 8\)"),
         (kv_of()[0], "shape"),
         (kv_of(dtype=torch.float16), "float16"),
         (kv_of(device="meta"), "meta"),
         (kv_of().to_sparse(), "sparse"),
-        (np.zeros(LAYOUT.kv_shape(5), "float32"), "torch tensor, not ndarray"),
+        (np.zeros(LAYOUT.kv_shape(5), "float32"), "torch tensor, got ndarray"),
         (None, "NoneType"),
         ([1, 2], "list"),
     ],
@@ -88,7 +88,7 @@ def test_kv_that_does_not_fit_is_refused(kv, reason):
 
 def test_a_part_is_held_to_the_shape_that_is_given():
     LAYOUT.check_part(kv_of()[0, 0], (2, 5, 8), "keys of layer 0")
-    with pytest.raises(TieredKVError, match=r"keys of layer 0 has the shape \(2, 5, 8\); \(2, 4, 8\)"):
+    with pytest.raises(TieredKVError, match=r"keys of layer 0 must have the shape \(2, 4, 8\) .*, got \(2, 5, 8\)"):
         LAYOUT.check_part(kv_of()[0, 0], (2, 4, 8), "keys of layer 0")
 
 
