@@ -92,7 +92,7 @@ def test_a_node_records_whole_requests_while_it_is_told_to(make_cluster, checked
     node.record(False)
     request((6, 6))
     assert node.stats()["recording"] is False
-    with pytest.raises(TieredKVError, match="does not record") as caught:
+    with pytest.raises(TieredKVError, match="is not recording") as caught:
         node.recorded()
     assert caught.value.kind is Kind.CLOSED
 
@@ -115,7 +115,7 @@ def test_one_who_records_keeps_others_out_until_it_is_gone(make_cluster, clock) 
     assert node.record(True, SALT) == 0.0
     clock.advance(2.0)
     assert node.record(True, SALT) == 2.0, "the same one goes on"
-    with pytest.raises(TieredKVError, match="somebody records"):
+    with pytest.raises(TieredKVError, match="another recording"):
         node.record(True, b"other")
     clock.advance(UNREAD_S)
     node.recorded()
@@ -270,7 +270,7 @@ def test_with_no_node_to_record_it_says_why(make_cluster, clock) -> None:
     for node in cluster.nodes.values():
         node.record(True, b"other")
     recording, _, said = recording_of(cluster, clock)
-    with pytest.raises(TieredKVError, match="somebody records"):
+    with pytest.raises(TieredKVError, match="another recording"):
         recording.start()
     assert len(said) == 2
     assert not recording.nobody_answers
