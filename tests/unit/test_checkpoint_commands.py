@@ -84,8 +84,8 @@ def test_a_missing_url_is_an_error_and_is_not_created(command: list[str], tmp_pa
     for url, words, expected in (
         (str(tmp_path / "nowhere"), f"checkpoint: file://{tmp_path}/nowhere cannot be used: there is no such folder", 1),
         (f"file://{tmp_path}/no%20where", f"checkpoint: file://{tmp_path}/no where cannot be used: there is no such folder", 1),
-        ("s4://bucket/kv", "checkpoint: 's4://bucket/kv' is no place", 2),
-        ("s3://", "checkpoint: 's3://' is no place", 2),
+        ("s4://bucket/kv", "checkpoint: 's4://bucket/kv' is not the URL of an object store", 2),
+        ("s3://", "checkpoint: 's3://' is not the URL of an object store", 2),
     ):
         status, out, _ = run(capsys, *command, url)
         assert (status, words in out) == (expected, True), out

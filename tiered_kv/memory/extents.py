@@ -55,7 +55,7 @@ class ExtentAllocator:
         """Returns the bytes of the extent at `offset`, rounded up to the alignment."""
         size = self._taken.get(offset)
         if size is None:
-            raise TieredKVError(Kind.MEMORY, f"no extent starts at byte {offset}", offset=offset)
+            raise TieredKVError(Kind.MEMORY, f"size_of: offset must be that of an allocated extent, got {offset}", offset=offset)
         return size
 
     def offsets(self) -> list[int]:
@@ -125,7 +125,9 @@ class ExtentAllocator:
         """Free the extent at `offset`. It merges with free neighbours."""
         size = self._taken.pop(offset, None)
         if size is None:
-            raise TieredKVError(Kind.MEMORY, f"no extent starts at byte {offset}; freed twice?", offset=offset)
+            raise TieredKVError(
+                Kind.MEMORY, f"free: offset must be that of an allocated extent, got {offset}; was it freed twice?", offset=offset
+            )
         self.used_bytes -= size
         after = self._size_by_start.get(offset + size)
         if after is not None:

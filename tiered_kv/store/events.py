@@ -27,7 +27,7 @@ class Committed(NamedTuple):
 class Recovered(NamedTuple):
     """A block was found at `location`, in the files of a former node or in a checkpoint. Report the least recently used block first.
 
-    Finding it is not a use. `uses` counts its former uses; its store was the first of them.
+    This is not a use of the block. `uses` is the number of its former uses, including its store.
     """
 
     key: BlockKey

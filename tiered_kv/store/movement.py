@@ -72,7 +72,7 @@ class Block:
 
 
 class Movement:
-    """The rules for tiers of these capacities. The machine keeps `bytes_by_tier`, the bytes in each tier, up to date."""
+    """The rules of demotion and promotion. `bytes_by_tier`: the bytes in each tier now; the machine updates it in place."""
 
     def __init__(self, capacities: Mapping[Tier, int], bytes_by_tier: Mapping[Tier, int], history: History) -> None:
         self._capacities = capacities

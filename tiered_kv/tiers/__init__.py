@@ -1,5 +1,5 @@
-"""Tiers: places that hold blocks under a hard byte cap, and wrappers round them.
+"""Tiers: kinds of storage for blocks, each under a hard cap in bytes, and wrappers around them.
 
-Owns: where in a tier a block's bytes lie, and their way in and out. May import: memory, codecs, blocks, keys, errors.
-Must never know: policy, store; which block deserves its place is decided elsewhere.
+Owns: where the bytes of a block are in a tier, and reading and writing them. May import: memory, codecs, blocks, keys, errors.
+Must never know: policy, store; which blocks a tier keeps is decided elsewhere.
 """

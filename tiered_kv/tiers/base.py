@@ -1,11 +1,11 @@
-"""What every tier is, whatever it is made of: a name, a cap that holds at every moment, and books that can be checked."""
+"""The interface of every tier: a name, a cap that is never exceeded, and bookkeeping that can be checked."""
 
 from abc import ABC, abstractmethod
 from typing import Self
 
 
 class Tier(ABC):
-    """A place for blocks. A context manager that closes itself."""
+    """Storage for blocks. A context manager that closes itself."""
 
     name: str
     """The label of the tier, as in `blocks.Tier`."""
@@ -13,7 +13,7 @@ class Tier(ABC):
     @property
     @abstractmethod
     def capacity_bytes(self) -> int:
-        """The cap, headers and rounding included."""
+        """The cap in bytes, which includes headers and rounding."""
 
     @property
     @abstractmethod
@@ -22,11 +22,11 @@ class Tier(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Recount from what is really there and assert that the books agree and the cap holds. Slow; for tests."""
+        """Recount the stored bytes and assert that the bookkeeping agrees and the cap holds. Slow; for tests."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of memory, files and locks; a second time does nothing."""
+        """Release memory, files and locks. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The device tier (hot): extents of a device pool, raw, without headers, for nothing of it outlives the node."""
+"""The device tier (hot): raw extents of a device pool. They need no headers, because no block in it outlives the node."""
 
 import torch
 
@@ -8,10 +8,10 @@ from tiered_kv.tiers.extent import ExtentTier
 
 
 class DeviceTier(ExtentTier):
-    """Extents for payloads in a pool, which is the caller's to close. Offsets are those of payloads in the pool's tensor.
+    """Extents for payloads in a device pool. The caller closes the pool. Offsets are of payloads in the pool's tensor.
 
-    The cap is the pool's size and cannot be passed. A restarted node starts with an empty tier. Copies from or to an
-    extent must have been waited for before it is freed.
+    The cap is the pool's size and cannot be exceeded. A restarted node starts with an empty tier. Wait for copies from or to
+    an extent before you free it.
     """
 
     name = blocks.Tier.DEVICE.label
@@ -21,8 +21,8 @@ class DeviceTier(ExtentTier):
         super().__init__(pool.nbytes)
 
     def payload(self, offset: int, nbytes: int) -> torch.Tensor:
-        """The payload as a uint8 tensor on the device; shares the pool's memory."""
+        """Returns the payload as a uint8 tensor on the device that shares the pool's memory."""
         return self.pool.extent(offset, nbytes)
 
     def close(self) -> None:
-        """Nothing to let go of: the pool is closed by whoever opened it."""
+        """Does nothing: the caller that opened the pool closes it."""

@@ -1,14 +1,14 @@
-"""What host and device tier have in common: payloads in extents of one piece of memory, behind headers or without."""
+"""Shared base of host and device tier: payloads in extents of one memory, with or without a header before each."""
 
 from tiered_kv.memory.extents import ExtentAllocator
 from tiered_kv.tiers.base import Tier
 
 
 class ExtentTier(Tier):
-    """Extents for payloads. Offsets are those of payloads. Not thread-safe: the engine's lock guards it."""
+    """Extents for payloads. Offsets are of payloads. Not thread-safe: the engine's lock guards it."""
 
     header_bytes = 0
-    """What lies in front of each payload."""
+    """Bytes of the header before each payload."""
 
     def __init__(self, nbytes: int) -> None:
         self.extents = ExtentAllocator(nbytes)
@@ -23,18 +23,18 @@ class ExtentTier(Tier):
         return self.extents.used_bytes
 
     def fits(self, nbytes: int) -> bool:
-        """Whether a payload of `nbytes` could be held by the tier if it were empty."""
+        """Whether a payload of `nbytes` would fit into the empty tier."""
         return self.header_bytes + nbytes <= self.capacity_bytes
 
     def reserve(self, nbytes: int, count: int) -> list[int]:
-        """Payload offsets of up to `count` extents of `nbytes` each, side by side where possible."""
+        """Reserve up to `count` extents of `nbytes` each, side by side if possible. Returns their payload offsets."""
         return [offset + self.header_bytes for offset in self.extents.allocate_run(self.header_bytes + nbytes, count)]
 
     def free(self, offset: int) -> None:
-        """Give the extent of the payload at `offset` back."""
+        """Free the extent of the payload at `offset`."""
         self.extents.free(offset - self.header_bytes)
 
     def check(self) -> None:
-        """Assert that the allocator's books agree, and that the cap holds."""
+        """Assert that the allocator is consistent and the cap holds."""
         self.extents.check()
         assert 0 <= self.used_bytes <= self.capacity_bytes

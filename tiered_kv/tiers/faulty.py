@@ -1,9 +1,9 @@
-"""Faults on purpose: wrap a tier, or the system calls it is given, and plan what goes wrong and when.
+"""Fault injection: wraps a tier, or the system calls it uses, and plans which calls fail and how.
 
     files = Faulty(Files(), Plan(pwritev={2: fails(errno.ENOSPC)}))          # the second write finds the disk full
     tier = Faulty(DiskTier(folder, cap, segment, owner="a"), Plan(read={EVERY: waits(entered, gate)}))
 
-A fault is a function `fault(call, *arguments)` that is run in the place of `call` and may make the call itself.
+A fault is a function `fault(call, *arguments)` that runs instead of `call` and may make the call itself.
 """
 
 import os
@@ -16,13 +16,13 @@ from tiered_kv.tiers.log import Appended, Record, Refused
 
 Fault = Callable[..., Any]
 EVERY = 0
-"""In a plan, instead of a call's number: every call that has no fault of its own."""
+"""In a plan, in place of a call's number: every call that has no fault of its own."""
 
 _PATIENCE_S = 60.0
 
 
 class Plan:
-    """For each operation by name: which of its calls, counted from 1, meets which fault. Thread-safe."""
+    """The planned faults: for each operation by name, a fault by number of the call, from 1. Thread-safe."""
 
     def __init__(self, **faults: Mapping[int, Fault]) -> None:
         self._faults = faults
@@ -30,7 +30,7 @@ class Plan:
         self.calls: Counter[str] = Counter()
 
     def run(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Make one call of the operation `name`, with the fault that is planned for it."""
+        """Make one call of the operation `name`, with the fault planned for it, if any. Returns the result."""
         with self._lock:
             self.calls[name] += 1
             number = self.calls[name]
@@ -40,7 +40,7 @@ class Plan:
 
 
 class Faulty:
-    """Stands in for `wrapped`: the same attributes, its methods run as `plan` says."""
+    """Stands in for `wrapped`: has the same attributes, and runs its methods as `plan` says."""
 
     def __init__(self, wrapped: Any, plan: Plan) -> None:
         self._wrapped = wrapped
@@ -54,27 +54,27 @@ class Faulty:
 
 
 def fails(code: int) -> Fault:
-    """The system call fails with an errno."""
+    """A system call that fails with an errno."""
 
-    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+    def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
     return fault
 
 
 def raises(error: Exception) -> Fault:
-    """The call raises."""
+    """A call that raises `error`."""
 
-    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+    def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise error
 
     return fault
 
 
 def short(nbytes: int) -> Fault:
-    """A `pwritev` or `preadv` that moves the first `nbytes` bytes and leaves it at that."""
+    """A `pwritev` or `preadv` that moves only the first `nbytes` bytes."""
 
-    def fault(call: Callable, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def fault(call: Callable[..., int], fd: int, buffers: list[memoryview], offset: int) -> int:
         first, left = [], nbytes
         for buffer in buffers:
             first.append(buffer[:left])
@@ -85,21 +85,21 @@ def short(nbytes: int) -> Fault:
 
 
 def waits(entered: threading.Event, gate: threading.Event) -> Fault:
-    """A slow call: it says that it was `entered`, and is made when `gate` opens."""
+    """A slow call: sets `entered`, and is made when `gate` is set."""
 
-    def fault(call: Callable, *arguments: Any, **options: Any) -> Any:
+    def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         entered.set()
         if not gate.wait(_PATIENCE_S):
-            raise TimeoutError("nobody opened the gate")
+            raise TimeoutError(f"waits: the gate must be set within {_PATIENCE_S} s")
         return call(*arguments, **options)
 
     return fault
 
 
 def refuses(reason: Refused) -> Fault:
-    """An `append` that writes nothing."""
+    """An `append` that writes nothing and answers every record with `reason`."""
 
-    def fault(call: Callable, records: list[Record]) -> list[Appended]:
+    def fault(call: Callable[..., Any], records: list[Record]) -> list[Appended]:
         return [Appended(None, reason) for _ in records]
 
     return fault

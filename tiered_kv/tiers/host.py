@@ -1,10 +1,10 @@
-"""The host tier: blocks in a shared-memory arena, each behind a small header that says whose bytes they are.
+"""The host tier: blocks in a shared-memory arena, each with a small header that identifies it.
 
-An extent is `header (128 bytes) ‖ payload`. The header holds key, parent and root, so that a restarted node knows the
-chain again, and can tell an extent that does not belong to its index entry. The payload is the block's raw bytes, or its frame.
+An extent is `header (128 bytes) ‖ payload`. The header contains key, parent and root. From them a restarted node knows the chain, and
+detects an extent that does not match its index entry. The payload is the block's raw bytes, or its frame.
 
-The last 8 bytes of the header are the extent's seal: xxh3-64 over the header before them and the payload's digest, which is
-xxh3-64 of raw bytes, and 0 for a frame, whose checksum is its own. A seal of 0 means that the payload was not hashed yet.
+The last 8 bytes of the header are the extent's seal: xxh3-64 over the rest of the header and the payload's digest. The digest is
+xxh3-64 of raw bytes; it is 0 for a frame, which has a checksum of its own. A seal of 0 means that the payload is not hashed yet.
 """
 
 import math
@@ -25,23 +25,23 @@ from tiered_kv.tiers.extent import ExtentTier
 HEADER_BYTES = 128
 _MAGIC = b"TKVE"
 _HEADER = struct.Struct(f"<4sHH{KEY_BYTES}s{KEY_BYTES}s{KEY_BYTES}sIIfI")
-_SEAL = struct.Struct("<Q")  # behind the header
+_SEAL = struct.Struct("<Q")  # after the header
 _SIGNED = struct.Struct(_HEADER.format + "Q")
 _OWNER = struct.Struct(f"<4s4x{KEY_BYTES}s")
-_NOBODYS = struct.Struct("<I")  # over the magic
+_ERASED = struct.Struct("<I")  # overwrites the magic
 _VERSION, _UNSEALED_VERSION = 3, 2
 _UNSEALED = 0
 FRAME_DIGEST = 0
-"""Stands for the digest of a payload that is a frame: its own checksum covers it."""
+"""In place of the digest of a frame, which has a checksum of its own."""
 _NONE = bytes(KEY_BYTES)
 _UNKNOWN_DEPTH = (1 << 32) - 1
 
 
 class Lineage(NamedTuple):
-    """Who a block is: its key, its parent's key and the root of its chain (None: not known), and how its bytes lie in the extent.
+    """Content of an extent's header: a block's key, its parent's key and the root of its chain (None if unknown), and its encoding.
 
-    `depth`: how many blocks stand before it. `nbytes` of payload hold `raw_bytes` by the codec of that id (0: as they were stored).
-    `error`: what raw bytes carry of it (see `codecs.Encoded`); a frame says it itself.
+    `depth`: its number of ancestors. The payload has `nbytes`, which encode `raw_bytes` with the codec of id `codec` (0: raw).
+    `error`: the coding error that raw bytes already contain (see `codecs.Encoded`); a frame records its own.
     """
 
     key: BlockKey
@@ -55,32 +55,32 @@ class Lineage(NamedTuple):
 
 
 class ExtentHeaders:
-    """The headers and seals in an arena (1-D uint8 tensor over mapped memory), as the node and its workers read them.
+    """Headers and seals in an arena (1-D uint8 tensor over mapped memory), as the node and its workers read them.
 
-    Offsets are those of payloads. Reads never raise for what the bytes say; an offset must lie in the arena.
+    Offsets are of payloads and must be in the arena. Reads never raise, whatever the bytes contain.
     """
 
     def __init__(self, arena: torch.Tensor) -> None:
         self.bytes = memoryview(arena.numpy())
 
     def names(self, offset: int, key: BlockKey) -> bool:
-        """Whether the header says that the payload is the block of `key`."""
+        """Whether the header names `key` as the block in the payload."""
         return self.name_all([offset], [key])
 
     def name_all(self, offsets: Sequence[int], keys: Sequence[BlockKey]) -> bool:
-        """Whether each header says that its payload is the block of its key. About 0.2 µs a block.
+        """Whether each header names its key. About 0.2 µs a block.
 
-        An offset that has no room for a header has bytes of the arena's end for one, which name nobody's key.
+        For an offset too small to have a header, bytes at the arena's end are compared; they contain no header.
         """
         unpack, memory = _OWNER.unpack_from, self.bytes
         return [unpack(memory, offset - HEADER_BYTES) for offset in offsets] == [(_MAGIC, key) for key in keys]
 
     def digest(self, offset: int, nbytes: int) -> int:
-        """xxh3-64 of a raw payload. About 20 GB/s, without the interpreter's lock."""
+        """Returns xxh3-64 of a raw payload. About 20 GB/s; releases the interpreter's lock."""
         return xxhash.xxh3_64_intdigest(self.bytes[offset : offset + nbytes])
 
     def matches(self, offset: int, digest: int) -> bool | None:
-        """Whether the seal is that of this header and of a payload with this digest; None where there is no seal yet."""
+        """Whether the seal fits this header and a payload with this digest. Returns None if there is no seal yet."""
         seal = self._seal(offset)
         return None if seal == _UNSEALED else seal == self._seal_for(offset, digest)
 
@@ -90,13 +90,13 @@ class ExtentHeaders:
 
     def seal(self, offset: int, digest: int) -> None:
         """Write the seal of a payload with this digest over the present header."""
-        self.bytes[offset - HEADER_BYTES + 4] = _VERSION  # what a node of an older version left becomes a header of this one
+        self.bytes[offset - HEADER_BYTES + 4] = _VERSION  # turns a header of an older version into one of this version
         _SEAL.pack_into(self.bytes, offset - _SEAL.size, self._seal_for(offset, digest))
 
     def _seal(self, offset: int) -> int:
         if self.bytes[offset - HEADER_BYTES + 4] == _UNSEALED_VERSION:
             return _UNSEALED
-        return _SEAL.unpack_from(self.bytes, offset - _SEAL.size)[0]
+        return int(_SEAL.unpack_from(self.bytes, offset - _SEAL.size)[0])
 
     def _seal_for(self, offset: int, digest: int) -> int:
         header = bytes(self.bytes[offset - HEADER_BYTES : offset - _SEAL.size])
@@ -104,9 +104,9 @@ class ExtentHeaders:
 
 
 class HostTier(ExtentTier):
-    """Extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Offsets are those of payloads.
+    """Extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Offsets are of payloads.
 
-    The cap is the arena's size and cannot be passed.
+    The cap is the arena's size and cannot be exceeded.
     """
 
     name = blocks.Tier.HOST.label
@@ -119,9 +119,9 @@ class HostTier(ExtentTier):
         super().__init__(len(arena))
 
     def stage(self, nbytes: int, count: int, staging_bytes: int, roomy_bytes: int) -> list[int]:
-        """Payload offsets of up to `count` extents in the first `staging_bytes`; anywhere as long as no more than `roomy_bytes` are used.
+        """Reserve up to `count` extents in the first `staging_bytes`, or anywhere while at most `roomy_bytes` are used.
 
-        What is larger than the staging area may lie anywhere at any time.
+        Extents larger than the staging area may be anywhere at any time. Returns the payload offsets.
         """
         size = HEADER_BYTES + nbytes
         offsets = self.extents.allocate_below(size, count, staging_bytes)
@@ -131,33 +131,33 @@ class HostTier(ExtentTier):
         return [offset + HEADER_BYTES for offset in offsets + self.extents.allocate_run(size, more)]
 
     def reserve_apart(self, nbytes: int, staging_bytes: int) -> list[int]:
-        """The payload offset of one extent behind the first `staging_bytes`, away from larger ones; none if there is no room."""
+        """Reserve one extent after the first `staging_bytes`, apart from larger ones. Returns its payload offset, or [] without room."""
         offset = self.extents.allocate_apart(HEADER_BYTES + nbytes, staging_bytes)
         return [] if offset is None else [offset + HEADER_BYTES]
 
     def free(self, offset: int) -> None:
-        """Give the extent of the payload at `offset` back, and make it nobody's."""
+        """Free the extent of the payload at `offset` and erase its header."""
         super().free(offset)
         self.disown(offset)
 
     def disown(self, offset: int) -> None:
-        """Take the header of the payload at `offset` back."""
-        _NOBODYS.pack_into(self._bytes, offset - HEADER_BYTES, 0)
+        """Erase the header of the payload at `offset`."""
+        _ERASED.pack_into(self._bytes, offset - HEADER_BYTES, 0)
 
     def claim(self, offset: int, nbytes: int) -> None:
-        """Take exactly the extent of a payload of `nbytes` at `offset`: a restarted node's blocks."""
+        """Allocate exactly the extent of a payload of `nbytes` at `offset`: for blocks found after a restart."""
         self.extents.claim(offset - HEADER_BYTES, HEADER_BYTES + nbytes)
 
     def extent_range(self, offset: int, nbytes: int) -> tuple[int, int]:
-        """(offset, length) in the arena of the whole extent of a payload."""
+        """Returns (offset, length) in the arena of the whole extent of a payload."""
         return offset - HEADER_BYTES, HEADER_BYTES + nbytes
 
     def payload(self, offset: int, nbytes: int) -> torch.Tensor:
-        """The payload as a uint8 tensor; shares the arena's memory."""
+        """Returns the payload as a uint8 tensor that shares the arena's memory."""
         return self._arena[offset : offset + nbytes]
 
     def sign(self, offset: int, lineage: Lineage, digest: int | None = None) -> None:
-        """Write the header of the extent whose payload is at `offset`, and its seal where the payload's digest is known."""
+        """Write the header of the extent whose payload is at `offset`; and its seal, if the payload's `digest` is given."""
         key, parent, root, depth, codec, nbytes, raw_bytes, error = lineage
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
         fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
@@ -166,23 +166,23 @@ class HostTier(ExtentTier):
             self.headers.seal(offset, digest)
 
     def lineage(self, offset: int) -> Lineage:
-        """Whose payload lies at `offset`; raises (kind `corrupt`) where no header is, or one that cannot be right."""
+        """Read the header of the payload at `offset`. Raises (kind `corrupt`) if there is no valid header."""
         magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
         if magic != _MAGIC or version not in (_VERSION, _UNSEALED_VERSION) or not 0 <= error < math.inf:
-            raise TieredKVError(Kind.CORRUPT, f"no block header before byte {offset} of the arena", offset=offset)
+            raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {offset}", offset=offset)
         parent, root = (each if each != _NONE else None for each in chain)
         return Lineage(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
 
     def describes(self, key: BlockKey, location: blocks.Location) -> bool:
-        """Whether the header at a location says that exactly this lies there."""
+        """Whether the header at a location matches the key and the location."""
         try:
-            held = self.lineage(location.offset)
+            found = self.lineage(location.offset)
         except TieredKVError:
             return False
-        return (held.key, held.codec, held.nbytes, held.raw_bytes) == (key, location.codec, location.stored_bytes, location.raw_bytes)
+        return (found.key, found.codec, found.nbytes, found.raw_bytes) == (key, location.codec, location.stored_bytes, location.raw_bytes)
 
     def judge(self, key: BlockKey, location: blocks.Location) -> tuple[bool, int | None]:
-        """Whether header, seal, payload and `location` agree, and the digest of a payload that has no seal yet. Reads only."""
+        """Check that header, seal, payload and `location` agree. Returns (agree, digest if there is no seal yet). Writes nothing."""
         if not self.describes(key, location):
             return False, None
         if location.codec:
@@ -195,18 +195,21 @@ class HostTier(ExtentTier):
         return matches is not False, digest if matches is None else None
 
     def verify(self, key: BlockKey, location: blocks.Location) -> None:
-        """Raise (kind `corrupt`) unless a payload is what was stored; seal it if it has no seal yet. Nobody may free it meanwhile."""
+        """Verify a payload, and seal it if it has no seal yet. Raises (kind `corrupt`) if its bytes changed since it was stored.
+
+        The block must stay pinned during the call.
+        """
         is_sound, digest = self.judge(key, location)
         if not is_sound:
-            raise TieredKVError(Kind.CORRUPT, "its bytes in host memory are not those that were stored", offset=location.offset)
+            raise TieredKVError(Kind.CORRUPT, "its bytes in host memory are not the bytes that were stored", offset=location.offset)
         if digest is not None:
             self.headers.seal(location.offset, digest)
 
     def orphans(self) -> Iterator[tuple[int, Lineage | None]]:
-        """Payload offset and lineage of what is signed within bytes that are free: blocks of a former node; None if it is damaged.
+        """Yields (payload offset, header) for each block of a former node in free memory; None for a damaged header.
 
-        A header is written when its payload is complete, and taken back before the bytes are given to others.
-        Cost: one word read for each 512 bytes that are free.
+        This finds complete blocks only: a header is written when its payload is complete, and erased before the bytes are
+        reused. Cost: reads one word for each 512 free bytes.
         """
         step = self.extents.alignment
         magic = np.frombuffer(_MAGIC, np.uint32)[0]
@@ -221,6 +224,6 @@ class HostTier(ExtentTier):
                 yield offset, lineage
 
     def close(self) -> None:
-        """Let go of the mapped memory."""
+        """Release the mapped memory."""
         self._bytes.release()
         self._arena = torch.empty(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What disk and object storage have in common: frames appended to large segments, removed by whole segments."""
+"""The interface of disk and objects tier: frames are appended to large segments and removed by whole segments."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from tiered_kv.tiers.base import Tier
 
 
 class Record(NamedTuple):
-    """A frame to be written: its bytes in any number of buffers (see `encode_frame`), and what must be known to find it again.
+    """A frame to write: its bytes in any number of buffers (see `encode_frame`), and the facts needed to find it again.
 
-    `parent` and `root` (None: not known) let a restarted node know the chain.
+    `parent` and `root` (None if unknown) let a restarted node rebuild the chain.
     """
 
     key: BlockKey
@@ -27,23 +27,23 @@ class Record(NamedTuple):
 
 
 class Refused(StrEnum):
-    """Why a frame was not written."""
+    """The reason why a frame was not written."""
 
-    FULL = "full"  # under the cap there is no room now
-    TOO_LARGE = "too large"  # under the cap there can never be room
-    NO_SPACE = "no space"  # the file system is full, or the user's quota
+    FULL = "full"  # no room under the cap now
+    TOO_LARGE = "too large"  # larger than the cap allows at any time
+    NO_SPACE = "no space"  # the file system or the user's quota is full
     IO_ERROR = "i/o error"
 
 
 class Appended(NamedTuple):
-    """Where a frame lies now, or why it does not: exactly one of the two is None."""
+    """The answer for one appended frame: its location, or why it was refused. Exactly one of the two is None."""
 
     location: Location | None
     refused: Refused | None
 
 
 class Recovered(NamedTuple):
-    """A block that was found in the segments of a former owner, and the error that it carries (0: none, or not known)."""
+    """A block found in the segments of a former owner, and its coding error (0 if none or unknown)."""
 
     key: BlockKey
     parent: BlockKey | None
@@ -53,51 +53,51 @@ class Recovered(NamedTuple):
 
 
 class LogTier(Tier):
-    """A tier of append-only segments. `append` takes turns; `read` never waits for it."""
+    """A tier of append-only segments. Calls of `append` run one at a time; `read` never waits for them."""
 
     segment_bytes: int
-    """About how large a segment becomes."""
+    """Approximate size of a full segment."""
 
     @property
     @abstractmethod
     def max_frame_bytes(self) -> int:
-        """The largest frame that there can ever be room for."""
+        """Size of the largest frame that the tier can ever take."""
 
     @abstractmethod
     def append(self, records: Sequence[Record]) -> list[Appended]:
-        """Write frames; one answer for each, in order. Nothing of a refused frame can ever be read."""
+        """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read."""
 
     @abstractmethod
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """The verified frame at `location`; raises (kinds `storage`, `corrupt`) where it is not. Either is a miss."""
+        """Read and verify the frame at `location`. Raises (kinds `storage`, `corrupt`) if it is missing or damaged; both are a miss."""
 
     def carried(self, location: Location) -> float | None:
-        """The error that the header at `location` says its block carries, not verified; None where that would take a request."""
+        """Returns the coding error in the header at `location`, not verified; None if reading it would take a network request."""
         return None
 
     @abstractmethod
     def forget(self, location: Location) -> bool:
-        """The block at `location` is not wanted any more; False if it had not been there."""
+        """Drop the block at `location`. Returns False if it was not there."""
 
     @abstractmethod
     def recovered(self) -> list[Recovered]:
-        """Blocks of a former owner, oldest first; once, before anything else. They are live until `forget`."""
+        """Returns the blocks of a former owner, oldest first. Call it once, before any other method. They are live until `forget`."""
 
     @abstractmethod
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """The segment that must go before `count` frames of `nbytes` in all are sure to fit; None if they do, or nothing is left to go.
+        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit.
 
-        Without `count` they are taken to be of 1 KiB or more each.
+        Returns None if they fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
         """
 
     @abstractmethod
     def oldest_sealed(self) -> int | None:
-        """The oldest segment that is not being written; None if there is none."""
+        """Returns the oldest segment that is not being written, or None."""
 
     @abstractmethod
     def keys_in(self, segment: int) -> list[BlockKey]:
-        """Keys of the live blocks of a segment, in the order written; none for a segment that is gone."""
+        """Returns the keys of a segment's live blocks, in the order written; [] if the segment no longer exists."""
 
     @abstractmethod
     def reclaim(self, segment: int) -> int:
-        """Remove a sealed segment with all its blocks; gives the bytes that are free now."""
+        """Remove a sealed segment with all its blocks. Returns the bytes that this freed."""

@@ -192,7 +192,7 @@ def test_reading_creates_no_folder_and_needs_no_writable_one(tmp_path, monkeypat
     assert str(error) == f"checkpoint: file://{tmp_path}/typo cannot be used: there is no such folder on this machine"
     assert not (tmp_path / "typo").exists()
     (tmp_path / "file").touch()
-    assert "it is no folder" in str(error_of(read_only, "file"))
+    assert "it is not a folder" in str(error_of(read_only, "file"))
     open_store(str(tmp_path / "there")).put("one", [b"1"])
     (tmp_path / "there" / "two.part").touch()
     monkeypatch.setattr(os, "access", lambda *_: False)  # a test may run as root, whom no folder refuses

@@ -1,4 +1,4 @@
-"""The books of a disk tier: what a segment holds, and what it takes from the cap."""
+"""Bookkeeping of a disk tier: the blocks in each segment, and the bytes that it takes from the cap."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter
 
 
 class Live(NamedTuple):
-    """A block that is wanted."""
+    """A block that was not forgotten."""
 
     key: BlockKey
     stored_bytes: int
@@ -21,7 +21,7 @@ class Live(NamedTuple):
 class Segment:
     """A segment file of `nbytes`, and its live blocks by offset, in the order written.
 
-    While it is being written it has a `writer`, and for each of its frames by offset the row that the footer will have.
+    While it is being written it has a `writer`, and `rows`: by offset of each frame, the row that the footer will contain.
     """
 
     id: int
@@ -32,19 +32,19 @@ class Segment:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that it takes from the cap, those of the footer to come included."""
+        """Bytes that it takes from the cap, including a footer that is still to be written."""
         return pages(self.nbytes) if self.writer is None else room(self.nbytes, len(self.rows))
 
     def place(self, entry: Entry) -> Location:
-        """A frame was written: its block is live. Gives its location."""
+        """Record a written frame: its block is live now. Returns its location."""
         self.live[entry.offset] = Live(entry.key, entry.stored_bytes)
         self.rows[entry.offset] = pack_row(entry)
         return location_of(self.id, entry)
 
     def check(self) -> None:
-        """Assert that blocks lie apart, each behind its entry, and that a segment that is done holds any."""
+        """Assert that blocks and their entries do not overlap, and that a sealed segment has live blocks."""
         if self.writer is None:
-            assert self.live, f"segment {self.id} is of no use"
+            assert self.live, f"segment {self.id} is sealed and has no live block"
             assert not self.rows, f"segment {self.id} is sealed and keeps its rows"
         else:
             assert self.rows.keys() >= self.live.keys(), f"segment {self.id} has blocks without a row"
@@ -52,19 +52,19 @@ class Segment:
         for offset, live in sorted(self.live.items()):
             assert offset >= end + ENTRY_BYTES, f"blocks overlap at byte {offset} of segment {self.id}"
             end = offset + live.stored_bytes
-        assert end <= self.nbytes, f"a block ends behind segment {self.id}"
+        assert end <= self.nbytes, f"a block ends after segment {self.id}"
 
 
 def pages(nbytes: int) -> int:
-    """Bytes that a file of `nbytes` takes from the cap."""
+    """Returns the bytes that a file of `nbytes` takes from the cap."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def room(end: int, rows: int) -> int:
-    """Bytes that a segment with so many frames, the last of which ends at `end`, takes from the cap."""
+    """Returns the bytes that a segment takes from the cap, with `rows` frames of which the last ends at `end`."""
     return pages(end + footer_bytes(rows))
 
 
 def location_of(segment: int, entry: Entry) -> Location:
-    """Where the frame of an entry lies."""
+    """Returns the location of an entry's frame."""
     return Location(blocks.Tier.DISK, entry.codec, segment, entry.offset, entry.stored_bytes, entry.raw_bytes)

@@ -1,4 +1,4 @@
-"""The folder of a disk tier: who owns it, that nobody else does, and which store its segments belong to."""
+"""Ownership of a disk tier's folder: one owner at a time, and the store that its segments belong to."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ from tiered_kv.tiers.disk.recover import foreign
 from tiered_kv.tiers.disk.segments import segments_in
 
 FORMAT = 2
-"""Version of what lies in a folder. Segments of another one are not read, and not removed either."""
+"""Version of a folder's contents. Segments of another version are neither read nor removed."""
 
 _ATTEMPTS = 16
 _NAME = re.compile(r"node-(\d+)")
@@ -22,7 +22,7 @@ Claimed = TypeVar("Claimed")
 
 
 class _Facts(NamedTuple):
-    """What the owner file says; None for what it does not say."""
+    """Content of the owner file; None for each missing value."""
 
     format: object = None
     owner: object = None
@@ -30,16 +30,16 @@ class _Facts(NamedTuple):
 
 
 class OwnedFolder:
-    """A folder for segments, locked while this object is open. Its file `lock` is locked, its file `owner` says for whom.
+    """A folder for segments, locked while this object is open: its file `lock` is locked, its file `owner` names the owner.
 
-    The lock (flock) ends with the process and those forked from it. Segments of the same format and `tag` (see
-    `footer.store_tag`) are kept, whoever has written them: `inherited` has the bytes of each. Nothing is ever removed here.
+    The lock (flock) ends with the process and its forked children. Segments of the same format and `tag` (see
+    `footer.store_tag`) are kept, whoever wrote them: `inherited` has the bytes of each. No segment is removed here.
 
-    Raises `TieredKVError` (kind `storage`) that names `disk_path` when the folder is in use by others (context `in_use`),
-    holds segments of another format or secret, or cannot be used.
+    Raises `TieredKVError` (kind `storage`) that names `disk_path` if the folder is in use by another process (context
+    `in_use`), holds segments of another format or secret, or cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike, owner: str, tag: bytes) -> None:
+    def __init__(self, path: str | os.PathLike[str], owner: str, tag: bytes) -> None:
         self.path = Path(path)
         self._lock_fd = self._locked()
         try:
@@ -53,7 +53,7 @@ class OwnedFolder:
             raise
 
     def close(self, remove: bool) -> None:
-        """Unlock the folder; with `remove`, delete it unless other files are in it. A second time does nothing."""
+        """Unlock the folder. With `remove`, also delete it, unless it has other files. A second call does nothing."""
         if self._lock_fd < 0:
             return
         with suppress(OSError):
@@ -65,7 +65,7 @@ class OwnedFolder:
         self._lock_fd = -1
 
     def _locked(self) -> int:
-        """The locked lock file; made anew if an owner who just left has removed it meanwhile."""
+        """Lock the lock file, and return its descriptor. Creates the file again if a closing owner has just removed it."""
         try:
             for _ in range(_ATTEMPTS):
                 self.path.mkdir(mode=0o700, exist_ok=True)
@@ -74,17 +74,19 @@ class OwnedFolder:
                     return fd
         except OSError as error:
             raise _unusable(self.path, error) from error
-        raise TieredKVError(Kind.STORAGE, f"disk_path: {self.path} is being removed again and again", setting="disk_path")
+        raise TieredKVError(
+            Kind.STORAGE, f"disk_path: {self.path} was removed by other processes {_ATTEMPTS} times while locking it", setting="disk_path"
+        )
 
     def _is_ours(self, fd: int) -> bool:
-        """Lock an open lock file that is still the folder's; otherwise close it."""
+        """Lock an open lock file. Returns whether it is still the folder's; otherwise it is closed."""
         is_ours = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = os.path.samestat(os.fstat(fd), os.stat(self.path / "lock"))
         except BlockingIOError as error:
             owner = _facts_of(self.path).owner or "owner unknown"
-            message = f"disk_path: {self.path} is in use by a live cluster ({owner}); name a folder of its own"
+            message = f"disk_path: {self.path} is in use by a live cluster ({owner}); name another folder"
             raise TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(self.path), in_use=True) from error
         except FileNotFoundError:
             pass
@@ -103,11 +105,11 @@ class OwnedFolder:
         if not is_same_store and any(self.inherited.values()):
             what = "unknown origin" if old.format is None else "another version" if old.format != FORMAT else "another secret"
             raise foreign(self.path, what)
-        with suppress(OSError) if is_same_store else nullcontext():  # a full disk must not keep its owner's heir out
+        with suppress(OSError) if is_same_store else nullcontext():  # a full disk must not keep the next owner out
             self._sign(new)
 
     def _sign(self, facts: _Facts) -> None:
-        """Write the owner file, so that it is on the disk before any segment is."""
+        """Write and sync the owner file, so that it is on disk before any segment."""
         fresh = self.path / "owner.new"
         with open(fresh, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(json.dumps(facts._asdict()))
@@ -116,17 +118,18 @@ class OwnedFolder:
         fresh.replace(self.path / "owner")
 
 
-def claim_folder(root: str | os.PathLike, owner: str, make: Callable[[Path], Claimed]) -> Claimed:
-    """What `make` makes of a node's folder below `root`: the one that `owner` had, else the first that is free, else a new one.
+def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path], Claimed]) -> Claimed:
+    """Choose a node's folder below `root` and call `make` on it. Returns the result of `make`.
 
-    `make` is to lock the folder, as `DiskTier` does; what its former owner left is found again under any new owner of the
-    same secret. Folders are called `node-0`, `node-1` and so on; those in use by others are passed over. Raises what `make`
-    raises: it is an error if the owner's own folder is in use still, and if a free one holds segments of another secret or
-    version, or cannot be used. Raises OSError where `root` cannot be listed.
+    Tries the former folder of `owner` first, then free folders, then a new one. `make` must lock the folder, as `DiskTier`
+    does. Blocks of the folder's former owner are found again by any new owner with the same secret. Folders are named
+    `node-0`, `node-1` and so on; folders in use by other owners are skipped. Raises what `make` raises if the owner's own
+    folder is still in use, or if a free folder has segments of another secret or version, or cannot be used. Raises OSError
+    if `root` cannot be listed.
     """
     found = {int(name[1]): _facts_of(path).owner for path in Path(root).iterdir() if (name := _NAME.fullmatch(path.name))}
     old = sorted(found, key=lambda number: (found[number] != owner, number))
-    new = [number for number in range(len(found) + _ATTEMPTS) if number not in found]  # several, for others may start now too
+    new = [number for number in range(len(found) + _ATTEMPTS) if number not in found]  # several, because other nodes may be starting too
     for number in [*old, *new]:
         try:
             return make(Path(root) / f"node-{number}")
@@ -136,11 +139,11 @@ def claim_folder(root: str | os.PathLike, owner: str, make: Callable[[Path], Cla
     raise TieredKVError(Kind.STORAGE, f"disk_path: all folders in {root} are in use", setting="disk_path", path=str(root))
 
 
-def unused_below(root: str | os.PathLike) -> dict[str, int]:
-    """Node folders below `root`, of this format or older ones (`tkv-…`), that nobody uses now, and the bytes in each.
+def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:
+    """Returns the node folders below `root` that no process uses, with the bytes in each. Includes older formats (`tkv-…`).
 
-    They count against no cap. Nothing is locked to find out: a node that starts now could take that for an owner.
-    Raises OSError where they cannot be read.
+    These bytes count against no cap. The check takes no lock, which a starting node could mistake for an owner. Raises
+    OSError if the folders cannot be read.
     """
     folders = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) or path.name.startswith("tkv-")]
     lines = map(str.split, Path("/proc/locks").read_text().splitlines())
@@ -150,7 +153,7 @@ def unused_below(root: str | os.PathLike) -> dict[str, int]:
 
 
 def _facts_of(path: Path) -> _Facts:
-    """What the folder says of itself; nothing where it says nothing sensible."""
+    """Read the owner file of a folder. Returns empty facts if it is missing or invalid."""
     try:
         facts = json.loads((path / "owner").read_text())
         return _Facts(facts["format"], facts["owner"], facts.get("store"))

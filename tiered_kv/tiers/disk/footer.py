@@ -1,18 +1,18 @@
-"""What a segment file says of itself: an entry in front of each frame, and one footer at its end.
+"""Metadata in a segment file: an entry before each frame, and one footer at its end.
 
     segment = (entry ‖ frame)* ‖ footer        footer = row per frame ‖ trailer
 
-The trailer is the last bytes of a sealed segment, so that the footer is found without looking at the frames. Where there
-is none (the writer was killed) the entries give the same facts, frame by frame. All numbers are little-endian; a key of
-zeros is one that is not known. Version 1:
+The trailer is the last bytes of a sealed segment, so the footer is found without reading the frames. If there is no trailer
+(the writer was killed), the entries give the same facts, frame by frame. All numbers are little-endian; a key of zeros means
+unknown. Version 1:
 
     entry    128  magic "TKVB" | version u16 | codec u16 | frame bytes u32 | raw bytes u32 | key | parent | root | checksum 16
     row      120  key | parent | root | offset of the frame u64 | frame bytes u32 | raw bytes u32 | codec u16 | error f32 | 2 zeros
     trailer   64  magic "TKVSEGMT" | version u32 | rows u32 | segment u64 | offset of the first row u64 | store 16 | checksum 16
 
-The checksum is that of frames, xxh3-128. An entry's is over store, segment and its own offset too, a trailer's over its
-own first 48 bytes and the rows: none counts in another place. The error is what the block carries by its frame. It is zero also in rows
-that were written before it was kept there; the frame knows. `store` is the digest of a format and a secret (`store_tag`).
+The checksum is xxh3-128, as in frames. An entry's checksum also covers store, segment and the frame's offset; a trailer's covers its
+first 48 bytes and the rows. So neither is valid in another place. The error is the coding error of the frame; older rows have zero
+there, then only the frame has it. `store` is the digest of a format and a secret (`store_tag`).
 """
 
 import struct
@@ -35,13 +35,13 @@ _PLACE = struct.Struct("<QQ")
 _ENTRY_MAGIC = b"TKVB"
 _TRAILER_MAGIC = b"TKVSEGMT"
 _NONE = bytes(KEY_BYTES)
-_LEAST_ERROR = 2.0**-126  # that f32 has in full
+_LEAST_ERROR = 2.0**-126  # the smallest normal f32
 
 
 class Entry(NamedTuple):
-    """One frame of a segment: whose it is, how it is coded, where it begins, and the error that its block carries.
+    """One frame of a segment: its block, its codec, its offset, and the block's coding error.
 
-    An error of 0 is none; of a lossy codec it is one that is not known.
+    An error of 0 means none; for a lossy codec, it means unknown.
     """
 
     key: BlockKey
@@ -55,12 +55,12 @@ class Entry(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The byte behind the frame."""
+        """The offset after the frame's last byte."""
         return self.offset + self.stored_bytes
 
 
 class Trailer(NamedTuple):
-    """The end of a sealed segment, as it says of itself."""
+    """The trailer at the end of a sealed segment."""
 
     version: int
     rows: int
@@ -70,25 +70,25 @@ class Trailer(NamedTuple):
 
 
 def store_tag(secret: str) -> bytes:
-    """What the segments of one secret have in common: 16 bytes from which the secret cannot be computed."""
+    """Returns 16 bytes that identify a secret, written to all its segments. The secret cannot be computed from them."""
     key = blake2b(secret.encode()).digest()
     return blake2b(b"tiered-kv segments", key=key, digest_size=TAG_BYTES).digest()
 
 
 def footer_bytes(rows: int) -> int:
-    """Bytes of the footer of a segment with so many frames."""
+    """Returns the bytes of the footer of a segment with `rows` frames."""
     return rows * ROW_BYTES + TRAILER_BYTES
 
 
 def pack_entry(entry: Entry, tag: bytes, segment: int) -> bytes:
-    """The bytes in front of a frame."""
+    """Returns an entry as the bytes that precede its frame."""
     key, parent, root, codec, _, stored_bytes, raw_bytes, _ = entry
     head = _ENTRY.pack(_ENTRY_MAGIC, VERSION, codec, stored_bytes, raw_bytes, key, parent or _NONE, root or _NONE)
     return head + _entry_sum(head, tag, segment, entry.offset)
 
 
 def unpack_entry(view: memoryview, tag: bytes, segment: int, offset: int) -> Entry | None:
-    """The entry in front of the frame at `offset`; None unless it was written for this store, segment and offset."""
+    """Returns the entry before the frame at `offset`; None unless it was written for this store, segment and offset."""
     if len(view) < ENTRY_BYTES:
         return None
     head = bytes(view[: _ENTRY.size])
@@ -99,13 +99,13 @@ def unpack_entry(view: memoryview, tag: bytes, segment: int, offset: int) -> Ent
 
 
 def pack_row(entry: Entry) -> bytes:
-    """The row of a frame in the footer."""
+    """Returns the row of a frame in the footer."""
     key, parent, root, codec, offset, stored_bytes, raw_bytes, error = entry
     return _ROW.pack(key, parent or _NONE, root or _NONE, offset, stored_bytes, raw_bytes, codec, error and max(error, _LEAST_ERROR))
 
 
 def unpack_rows(rows: memoryview) -> list[Entry]:
-    """The frames that verified rows list, in the order written. Cost: about 1 µs each."""
+    """Returns the frames listed by verified rows, in the order written. Cost: about 1 µs each."""
     return [
         Entry(key, _known(parent), _known(root), codec, offset, stored_bytes, raw_bytes, error)
         for key, parent, root, offset, stored_bytes, raw_bytes, codec, error in _ROW.iter_unpack(rows)
@@ -113,13 +113,13 @@ def unpack_rows(rows: memoryview) -> list[Entry]:
 
 
 def pack_trailer(rows: bytes, tag: bytes, segment: int, rows_offset: int) -> bytes:
-    """The end of a footer whose packed rows begin at `rows_offset` of the segment."""
+    """Returns the trailer of a footer whose packed rows begin at `rows_offset` of the segment."""
     head = _TRAILER.pack(_TRAILER_MAGIC, VERSION, len(rows) // ROW_BYTES, segment, rows_offset, tag)
     return head + checksum(head, [rows])
 
 
 def unpack_trailer(view: memoryview) -> Trailer | None:
-    """What the last bytes of a file say, not verified yet; None if they are no trailer."""
+    """Unpack the last bytes of a file, without verifying them. Returns None if they are not a trailer."""
     if len(view) != TRAILER_BYTES:
         return None
     magic, *facts = _TRAILER.unpack(view[: _TRAILER.size])
@@ -127,7 +127,7 @@ def unpack_trailer(view: memoryview) -> Trailer | None:
 
 
 def is_footer(trailer: memoryview, rows: memoryview) -> bool:
-    """Whether these rows are those that the trailer was made for, undamaged."""
+    """Whether the trailer's checksum fits these rows."""
     return trailer[_TRAILER.size :] == checksum(bytes(trailer[: _TRAILER.size]), [rows])
 
 

@@ -1,4 +1,4 @@
-"""Which frames a segment of a former owner holds: what its footer lists, or what a scan of it finds."""
+"""Finds the frames in a segment of a former owner: by its footer, or else by a scan."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
-    """The frames of a segment in the order written, the byte behind the last one, and whether a footer ought to follow it."""
+    """The frames of a segment in the order written, the offset after the last one, and whether a footer is missing."""
 
     entries: list[Entry]
     data_end: int
@@ -23,10 +23,10 @@ class Found(NamedTuple):
 
 
 def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> Found:
-    """The frames of a segment. Cost: two reads with a footer; without one every byte is read and verified.
+    """Find the frames of a segment. Cost: two reads with a footer; without one, every byte is read and verified.
 
-    Raises OSError where the file cannot be read, `TieredKVError` (kind `storage`, naming `disk_path`) for a segment of
-    another version or secret. A frame that a footer lists is verified when it is read.
+    Raises OSError if the file cannot be read, `TieredKVError` (kind `storage`, naming `disk_path`) for a segment of another
+    version or secret. A frame listed by a footer is not verified here, but when it is read.
     """
     fd = files.open(segment_path(folder, segment), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -37,7 +37,7 @@ def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> Found:
 
 
 def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, files: Files) -> Found | None:
-    """What the footer lists; None if there is none that can be trusted."""
+    """Returns the frames listed by the footer, or None if there is no valid footer."""
     end = read_at(fd, max(0, nbytes - TRAILER_BYTES), TRAILER_BYTES, files)
     trailer = footer.unpack_trailer(end)
     if trailer is None or trailer.rows_offset + trailer.rows * ROW_BYTES + TRAILER_BYTES != nbytes:
@@ -51,9 +51,9 @@ def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, fil
 
 
 def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Found:
-    """What lies there frame by frame, as far as entries follow each other; damaged frames are left out.
+    """Scan a segment frame by frame, as far as entries follow each other. Leaves out damaged frames.
 
-    A disk that cannot be read any further ends the scan; a later one may find more, so there is no footer yet.
+    A read error ends the scan. A later scan may find more, so no footer is requested then.
     """
     entries: list[Entry] = []
     at = end = 0
@@ -65,13 +65,13 @@ def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Fo
                 entries.append(entry._replace(error=frame.error))
                 end = at
     except OSError as error:
-        log.warning("disk segment %d cannot be read behind byte %d: %s", segment, at, error.strerror)
+        log.warning("disk segment %d cannot be read after byte %d: %s", segment, at, error.strerror)
         return Found(entries, end, False)
     return Found(entries, end, True)
 
 
 def _whole(view: memoryview, entry: Entry) -> Frame | None:
-    """The frame that an entry announces; None if another one lies there, or a damaged one."""
+    """Returns the frame described by an entry, or None if the bytes are another frame or damaged."""
     try:
         frame = open_frame(view, entry.key)
     except TieredKVError:
@@ -80,7 +80,10 @@ def _whole(view: memoryview, entry: Entry) -> Frame | None:
 
 
 def newest(entries_by_segment: dict[int, list[Entry]]) -> dict[int, list[Entry]]:
-    """Of a block that lies in several places (its segment was being rewritten) only the last one, which is kept the longest."""
+    """Returns the entries by segment with duplicates removed.
+
+    A block is found twice if its segment was being rewritten. The last copy is kept, as its segment is removed last.
+    """
     last = {entry.key: (segment, entry.offset) for segment, entries in sorted(entries_by_segment.items()) for entry in entries}
     return {
         segment: [entry for entry in entries if last[entry.key] == (segment, entry.offset)]
@@ -89,6 +92,6 @@ def newest(entries_by_segment: dict[int, list[Entry]]) -> dict[int, list[Entry]]
 
 
 def foreign(folder: Path, what: str) -> TieredKVError:
-    """The error for segments that are not this store's: nothing of them is touched."""
+    """Returns the error for segments of another store. They are neither read nor removed."""
     message = f"disk_path: {folder} holds segments of {what}; remove them or name another folder"
     return TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(folder))

@@ -1,4 +1,4 @@
-"""What is appended in one go: records that become frames side by side in one segment."""
+"""Runs: records that are appended together, as neighbouring frames of one segment."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,26 +20,29 @@ class Unwritten(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the segment: the frame and the entry in front of it."""
+        """Bytes in the segment: the entry and its frame."""
         return ENTRY_BYTES + self.stored_bytes
 
     def entry(self, offset: int) -> Entry:
-        """What is said of the frame where it will begin at `offset`."""
+        """Returns the frame's entry if the frame begins at `offset`."""
         key, _, codec, raw_bytes, parent, root = self.record
         return Entry(key, parent, root, codec, offset, self.stored_bytes, raw_bytes, carried_error(self.views[0]) or 0.0)
 
 
 def unwritten(record: Record) -> Unwritten:
-    """A record as it will be written; raises ValueError for one without bytes."""
+    """Prepare a record for writing. Raises ValueError if it has no bytes."""
     views = [byte_view(buffer) for buffer in record.buffers]
     nbytes = sum(map(len, views))
     if not nbytes:
-        raise ValueError("a frame without bytes")
+        raise ValueError(f"append: a record must have bytes, got a frame without bytes for block {record.key.hex()}")
     return Unwritten(record, [view for view in views if len(view)], nbytes)
 
 
 def that_fit(frames: Sequence[Unwritten], start: int, rows: int, file_bytes: int) -> list[Unwritten]:
-    """The first frames that fit behind byte `start` of a segment with so many rows, which may take `file_bytes` from the cap."""
+    """Returns the leading frames that fit into a segment from byte `start` on.
+
+    The segment has `rows` frames already and may take `file_bytes` from the cap.
+    """
     ends = accumulate((frame.nbytes for frame in frames), initial=start)
     next(ends)
     fitting = 0

@@ -1,7 +1,7 @@
-"""Segment files of the disk tier: their names, the system calls on them, and the reader that any process may have.
+"""Segment files of the disk tier: their names, the system calls on them, and a reader that any process may use.
 
-A segment is one frame after the other, each behind an entry, written once from start to end (see `footer`). A reader
-needs none of that: a location says where a frame is, and the frame's checksum that it is the one.
+A segment is a sequence of frames, each after its entry, written once from start to end (see `footer`). A reader does not need the
+entries: a location says where a frame is, and the frame's checksum proves that it is the right one.
 """
 
 import os
@@ -24,7 +24,7 @@ _NAME = re.compile(r"segment-(\d{10})\.tkv")
 
 
 class Files:
-    """The system calls of the disk tier. An argument, so that tests can put failing ones in their place."""
+    """The system calls of the disk tier. Passed as an argument, so that tests can replace them by failing ones."""
 
     open = staticmethod(os.open)
     pwritev = staticmethod(os.pwritev)
@@ -36,18 +36,18 @@ class Files:
 
 
 def segment_path(folder: Path, segment: int) -> Path:
-    """The file of a segment."""
+    """Returns the path of a segment's file."""
     return folder / f"segment-{segment:010d}.tkv"
 
 
 def segments_in(folder: Path) -> dict[int, int]:
-    """Segments that lie in a folder, oldest first, and the bytes of each."""
+    """Returns the segments in a folder, oldest first, with the bytes of each."""
     named = [(_NAME.fullmatch(entry.name), entry) for entry in os.scandir(folder)]
     return dict(sorted((int(name[1]), entry.stat().st_size) for name, entry in named if name))
 
 
 class _OpenFile:
-    """A file descriptor, how many read from it now, and whether to close it once nobody does."""
+    """A file descriptor, the number of reads under way, and whether to close it when there are none."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -60,14 +60,14 @@ class _OpenFile:
 
 
 class SegmentReader:
-    """Reads blocks from the segments in `folder`; needs nothing of the tier but the folder and a location. Thread-safe.
+    """Reads blocks from the segments in `folder`. It needs only the folder and a location, not the tier. Thread-safe.
 
-    Keeps at most `max_open` files open, the most recently used, besides those that are being read from.
+    Keeps the `max_open` most recently used files open, besides files that are being read from.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_open: int = 64, files: Files | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, max_open: int = 64, files: Files | None = None) -> None:
         if max_open < 1:
-            raise ValueError("a reader needs at least one open file")
+            raise ValueError(f"max_open: must be at least 1, got {max_open}")
         self._folder = Path(folder)
         self._max_open = max_open
         self._files = files or Files()
@@ -77,16 +77,16 @@ class SegmentReader:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """In a child process: a thread of the parent may have held the lock, and its reads are not ours."""
+        """Reset a forked child: a thread of the parent may have held the lock, and the parent's reads do not count here."""
         self._lock = threading.Lock()
         for file in self._open.values():
             file.readers = 0
 
     def read(self, location: Location, key: bytes, namespace: bytes | None = None) -> Frame:
-        """The verified frame at `location`: one allocation, one read, one pass over the bytes.
+        """Read and verify the frame at `location`: one allocation, one read, one pass over the bytes.
 
-        Raises `TieredKVError`: kind `storage` when the segment is gone or cannot be read, kind `corrupt` when what
-        lies there is not the block stored under `key`. Either is a miss to the caller. Never gives other bytes.
+        Raises `TieredKVError`: kind `storage` if the segment is missing or cannot be read, kind `corrupt` if the bytes are
+        not the block stored under `key`. Both are a miss to the caller. Never returns other bytes.
         """
         with self._borrowed(location.segment) as (file, was_open):
             try:
@@ -94,19 +94,19 @@ class SegmentReader:
             except TieredKVError:
                 if not was_open:
                     raise
-        # The open file may be one that was removed since, and the number given to another: look at what is there now.
+        # The open file may have been removed since, and its number reused: open the file that exists now.
         self.drop(location.segment, file)
         with self._borrowed(location.segment) as (file, _):
             return self._frame(file.fd, location, key, namespace)
 
     def read_bytes(self, location: Location, key: bytes) -> memoryview:
-        """The bytes of the verified frame at `location`, to be copied elsewhere as they are; raises as `read`."""
+        """Returns the bytes of the verified frame at `location`, for copying them unchanged. Raises as `read` does."""
         with self._borrowed(location.segment) as (file, _):
             buffer, _ = self._verified(file.fd, location, key, None)
             return buffer
 
     def head(self, location: Location) -> memoryview:
-        """The first bytes at `location`, as many as a header may have, not verified; raises (kind `storage`) where they cannot be read."""
+        """Returns the first bytes at `location`, enough for any frame header, unverified. Raises (kind `storage`) if unreadable."""
         with self._borrowed(location.segment) as (file, _):
             try:
                 return read_at(file.fd, location.offset, min(location.stored_bytes, MAX_HEADER_BYTES), self._files)
@@ -115,20 +115,20 @@ class SegmentReader:
                 raise TieredKVError(Kind.STORAGE, message, segment=location.segment) from error
 
     def drop(self, segment: int, file: _OpenFile | None = None) -> None:
-        """Close a segment's file, if it is open (and is `file`, when given)."""
+        """Close a segment's file if it is open. If `file` is given, close it only if it is that file."""
         with self._lock:
             if segment in self._open and file in (None, self._open[segment]):
                 self._retire(segment)
 
     def close(self) -> None:
-        """Close all files; reads under way finish, later ones raise (kind `closed`)."""
+        """Close all files. Reads under way finish; later ones raise (kind `closed`)."""
         with self._lock:
             self._closed = True
             for segment in list(self._open):
                 self._retire(segment)
 
     def check(self) -> None:
-        """Assert that no more files are open than may be, and all of them are."""
+        """Assert that at most `max_open` files are kept, and that each of them is open."""
         with self._lock:
             assert len(self._open) <= self._max_open, f"{len(self._open)} files are open, {self._max_open} may be"
             for segment, file in self._open.items():
@@ -138,10 +138,12 @@ class SegmentReader:
 
     @contextmanager
     def _borrowed(self, segment: int) -> Iterator[tuple[_OpenFile, bool]]:
-        """A segment's file, which stays open meanwhile, and whether it had been open before."""
-        file, was_open = self._lent(segment), True
+        """Yields a segment's file, which stays open during the `with` block, and whether it was open before."""
+        file = self._lent(segment)
+        was_open = file is not None
         if file is None:
-            file, was_open = self._lent(segment, self._opened(segment)), False
+            file = self._lent(segment, self._opened(segment))
+            assert file is not None, "an opened file is lent"
         try:
             yield file, was_open
         finally:
@@ -150,7 +152,10 @@ class SegmentReader:
                 file.close_if_done()
 
     def _lent(self, segment: int, opened: _OpenFile | None = None) -> _OpenFile | None:
-        """A segment's file, with one reader more; if none is open, `opened` is from now on, which otherwise is closed again."""
+        """Returns a segment's open file, or None if it is not open; counts one more reader of it.
+
+        If `opened` is given, keeps it as the segment's file, or closes it if there already is one.
+        """
         with self._lock:
             if self._closed or (opened and segment in self._open):
                 _close(opened)
@@ -165,12 +170,12 @@ class SegmentReader:
             return file
 
     def _opened(self, segment: int) -> _OpenFile:
-        """Open a segment's file. Takes no lock: on a disk that hangs this never returns."""
+        """Open a segment's file. Takes no lock, because on a hung disk this never returns."""
         path = segment_path(self._folder, segment)
         try:
             fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise TieredKVError(Kind.STORAGE, f"disk segment {segment} is gone", segment=segment) from error
+            raise TieredKVError(Kind.STORAGE, f"disk segment {segment} no longer exists", segment=segment) from error
         except OSError as error:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment}: {error.strerror}", segment=segment) from error
         return _OpenFile(fd)
@@ -184,7 +189,7 @@ class SegmentReader:
         return self._verified(fd, location, key, namespace)[1]
 
     def _verified(self, fd: int, location: Location, key: bytes, namespace: bytes | None) -> tuple[memoryview, Frame]:
-        """What lies at a location, as bytes and as the frame that they are."""
+        """Read and verify the frame at a location. Returns its bytes and the frame."""
         where = {"segment": location.segment, "offset": location.offset}
         try:
             buffer = read_at(fd, location.offset, location.stored_bytes, self._files)
@@ -196,21 +201,21 @@ class SegmentReader:
             message = f"disk segment {location.segment} at byte {location.offset}: {error}"
             raise TieredKVError(Kind.CORRUPT, message, **where) from error
         if (location.tier, location.codec, location.raw_bytes) != (Tier.DISK, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not describe the frame that lies there", **where)
+            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", **where)
         return buffer, frame
 
 
 def _close(file: _OpenFile | None) -> None:
-    """Close a file that nobody reads."""
+    """Close a file that has no readers, if one is given."""
     if file is not None:
         os.close(file.fd)
 
 
 def read_at(fd: int, offset: int, nbytes: int, files: Files) -> memoryview:
-    """What a file holds there, which is less than `nbytes` if it ends before; raises OSError.
+    """Returns `nbytes` of a file from `offset` on, or fewer if the file ends before. Raises OSError.
 
-    A piece at a time: while one is copied the kernel reads the next ones ahead, so that a cold block comes faster than by
-    one call (measured: docs/design/007).
+    Reads a piece at a time: while one piece is copied the kernel reads ahead, which is faster for a cold block than one
+    call (measured: docs/design/007).
     """
     buffer = memoryview(np.empty(nbytes, np.uint8))
     done = 0
@@ -223,7 +228,7 @@ def read_at(fd: int, offset: int, nbytes: int, files: Files) -> memoryview:
 
 
 def remove_segment(folder: Path, segment: int, files: Files) -> None:
-    """Remove a segment's file and give its room back at once, even while other processes have it open; raises OSError."""
+    """Remove a segment's file and free its room at once, even if other processes have it open. Raises OSError."""
     path = segment_path(folder, segment)
     with suppress(FileNotFoundError):
         files.truncate(path, 0)

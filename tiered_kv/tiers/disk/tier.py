@@ -1,12 +1,12 @@
-"""The disk tier: frames in append-only segment files, under a hard byte cap, that are found again after a restart.
+"""The disk tier: frames in append-only segment files, under a hard byte cap, found again after a restart.
 
-A batch of blocks is written side by side, 2 MiB a system call. A segment that is full gets a footer and is synced, once.
-Room is made by whole segments, oldest first, as in flash caches: no file per block, no holes; what is still wanted of a
-segment that goes is written again first (`reinsert`).
+A batch of blocks is written side by side, 2 MiB a system call. A full segment gets a footer and is synced, once. Room is made by
+removing whole segments, oldest first, as in flash caches: no file per block, no holes. Useful blocks of a segment are written again
+before it is removed (`reinsert`).
 
-Counted against the cap are the folder, its owner file and every segment with its footer, each rounded up to whole pages of
-4 KiB as a file system gives them out. A segment is emptied before it is unlinked, so that its room is free even while
-readers in other processes still have it open; such a reader finds less than it looked for, which is a miss.
+The folder, its owner file and every segment with its footer count against the cap, each rounded up to whole pages of 4 KiB as file
+systems allocate them. A segment is emptied before it is unlinked, so that its room is free even while readers in other processes
+have it open. Such a reader finds fewer bytes than expected, which is a miss.
 """
 
 import logging
@@ -39,25 +39,25 @@ _REINSERT_BATCH_BYTES = 8 << 20
 
 
 class DiskTier(LogTier):
-    """Blocks in segment files of about `segment_bytes` in `folder`, which is this tier's alone; all below `capacity_bytes`.
+    """Blocks in segment files of about `segment_bytes` in `folder`, which no other tier uses; in all at most `capacity_bytes`.
 
-    Thread-safe: appends take turns, reads never wait for them. A segment is at most an eighth of the cap; a frame larger
-    than that has a segment of its own. The room of one segment is kept for `reinsert`.
+    Thread-safe: appends run one at a time, reads never wait for them. A segment is at most an eighth of the cap; a larger
+    frame has a segment of its own. The room of one segment is reserved for `reinsert`.
 
-    What is appended is found again by the next tier on the folder, whoever its owner is and however this one ended:
-    `recovered`. Only a block that was forgotten may come back. The folder is locked, and its segments are bound to
-    `secret`: under another one they are neither read nor removed. A cap below what is there removes the oldest segments.
+    The next tier on the folder finds the appended blocks again (`recovered`), whoever its owner is and however this one
+    ended. It may also find forgotten blocks again. The folder is locked, and its segments are bound to `secret`: with another
+    secret they are neither read nor removed. If the cap is smaller than what is there, the oldest segments are removed.
 
-    Raises `TieredKVError`: kind `storage`, naming `disk_path`, for a folder that is in use, holds segments of another
+    Raises `TieredKVError`: kind `storage`, naming `disk_path`, for a folder that is in use, has segments of another
     secret or version, or cannot be used; kind `config` for a cap too small. Cost of opening: two reads a segment, and a
-    pass over every byte of one without a footer, usually the last.
+    pass over every byte of a segment without a footer, usually the last.
     """
 
     name = blocks.Tier.DISK.label
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         capacity_bytes: int,
         segment_bytes: int,
         *,
@@ -77,7 +77,7 @@ class DiskTier(LogTier):
         self._reader = SegmentReader(self.folder, files=self._files)
         self._writing = threading.RLock()  # held while files are written; taken before _state
         self._removing = threading.RLock()  # held while files are removed; taken before _state
-        self._state = threading.RLock()  # held while the books change, never while the disk works
+        self._state = threading.RLock()  # held while the bookkeeping changes, never during a system call on the disk
         self._segments: dict[int, Segment] = {}
         self._unwanted: list[Segment] = []  # to be removed; their bytes count until then
         self._stuck: list[Segment] = []  # could not be read or removed; their bytes count for ever
@@ -102,7 +102,7 @@ class DiskTier(LogTier):
 
     @property
     def max_frame_bytes(self) -> int:
-        """The largest frame that there can ever be room for."""
+        """Size of the largest frame that the tier can ever take."""
         file_bytes = (self._append_limit_bytes - _FOLDER_BYTES) // PAGE_BYTES * PAGE_BYTES
         return min(MAX_FRAME_BYTES, file_bytes - ENTRY_BYTES - footer_bytes(1))
 
@@ -113,20 +113,20 @@ class DiskTier(LogTier):
 
     @property
     def reinserted_bytes(self) -> int:
-        """Those of `written_bytes` that are frames which `reinsert` wrote again."""
+        """The part of `written_bytes` that `reinsert` wrote."""
         return self._reinserted_bytes
 
     @property
     def write_amplification(self) -> float:
-        """`written_bytes` for every byte of the frames that `append` took; 1.0 before there are any."""
+        """`written_bytes` divided by the bytes of frames taken by `append`; 1.0 before the first."""
         return self._written_bytes / self._new_bytes if self._new_bytes else 1.0
 
     def append(self, records: Sequence[Record]) -> list[Appended]:
-        """Write frames; one answer for each, in order. Nothing of a refused frame can ever be read.
+        """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read.
 
-        Where the file system refuses, the rest of the batch is refused with the same reason, and the segment is cut
-        to its last whole frame and closed. Cost: a write to the page cache, and the sync of each segment that is full; blocks
-        other appends meanwhile.
+        If the file system fails, the rest of the batch is refused with the same reason, and the segment is cut to its last
+        whole frame and closed. Cost: a write to the page cache, and a sync of each segment that becomes full. Other appends
+        wait meanwhile.
         """
         answers = self._append(records, self._append_limit_bytes)
         with self._state:
@@ -134,11 +134,11 @@ class DiskTier(LogTier):
         return answers
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """The verified frame at `location`, as `SegmentReader.read`."""
+        """Read and verify the frame at `location`, as `SegmentReader.read` does."""
         return self._reader.read(location, key, namespace)
 
     def carried(self, location: Location) -> float | None:
-        """As of every log; one small read."""
+        """Returns the coding error in the header at `location`, or None. Cost: one small read."""
         try:
             return carried_error(self._reader.head(location))
         except TieredKVError as error:
@@ -146,32 +146,32 @@ class DiskTier(LogTier):
             return None
 
     def forget(self, location: Location) -> bool:
-        """The block at `location` is not wanted any more; False if it had not been there. Waits for no disk.
+        """Drop the block at `location`. Returns False if it was not there. Never waits for the disk.
 
-        A segment whose last block this was is removed by the next append or reclaim, and counts until then. A block
-        forgotten after its segment was sealed may be there again after a restart.
+        If it was the last block of its segment, the next append or reclaim removes the segment; until then its bytes count. A
+        block dropped after its segment was sealed may be found again after a restart.
         """
         with self._state:
             segment = self._segments.get(location.segment)
             if segment is None or segment.live.pop(location.offset, None) is None:
                 return False
             if not segment.live and segment.writer is None:
-                self._give_up(segment)
+                self._discard(segment)
             return True
 
     def recovered(self) -> list[Recovered]:
-        """Blocks of a former owner, oldest first; given once. They are live until `forget`; none is there twice."""
+        """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They are live until `forget`."""
         with self._state:
             found, self._recovered = self._recovered, []
             return found
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """The segment that must go before `count` frames of `nbytes` in all are sure to fit; None if they do, or nothing is left to go.
+        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit: the oldest.
 
-        Without `count` they are taken to be of 1 KiB or more each. Ask, `reinsert` what is wanted of `keys_in`, report the
-        others lost, `reclaim`, and ask again; who wants everything never gets room. Of many segments it is the oldest. May
-        close the segment being written, if all room is in that one. Do not ask for a frame above `max_frame_bytes`: for a
-        batch that is larger than the tier everything goes.
+        Returns None if they fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
+        Usage: ask, `reinsert` the useful blocks of `keys_in`, report the others lost, `reclaim`, and ask again. If every block
+        is reinserted, no room is ever made. May close the segment being written, if all room is in that one. Do not ask for a
+        frame above `max_frame_bytes`: a batch larger than the tier would remove every segment.
         """
         if self._unwanted:
             self._sweep()
@@ -184,26 +184,26 @@ class DiskTier(LogTier):
         return self._seal_open() if oldest is None else oldest
 
     def oldest_sealed(self) -> int | None:
-        """The oldest segment that is not being written; None if there is none."""
+        """Returns the oldest segment that is not being written, or None."""
         with self._state:
             return next((segment.id for segment in self._segments.values() if segment.writer is None), None)
 
     def keys_in(self, segment: int) -> list[BlockKey]:
-        """Keys of the live blocks of a segment, in the order written; none for a segment that is gone."""
+        """Returns the keys of a segment's live blocks, in the order written; [] if the segment no longer exists."""
         with self._state:
             return [live.key for live in self._segments[segment].live.values()] if segment in self._segments else []
 
     def reinsert(self, segment: int, wanted: Collection[BlockKey]) -> list[tuple[BlockKey, Location]]:
-        """Write live blocks of a sealed segment again, as they are, at the head of the log; where each of them lies now.
+        """Write live blocks of a sealed segment again, unchanged, at the end of the log. Returns their keys and new locations.
 
-        Verified while they are copied; missing from the answer is what is damaged, not live, or has no room. There is room
-        for all if the last segment treated so was reclaimed and is no larger than `segment_bytes`. The old locations hold until
-        `reclaim`. Cost: a read and a write of the frames, nothing decoded.
+        Frames are verified while they are copied. A block is left out if it is damaged, not live, or has no room. There is
+        room for all if the last segment so treated was reclaimed and is no larger than `segment_bytes`. The old locations
+        stay valid until `reclaim`. Cost: a read and a write of the frames, without decoding.
         """
         wanted, moved = set(wanted), []
         batch: list[Record] = []
         for entry in self._live_entries(segment):
-            if entry.key in wanted and (record := self._as_it_is(segment, entry)):
+            if entry.key in wanted and (record := self._record_of(segment, entry)):
                 batch.append(record)
                 if sum(len(record.buffers[0]) for record in batch) >= _REINSERT_BATCH_BYTES:
                     moved += self._rewrite(batch)
@@ -211,14 +211,14 @@ class DiskTier(LogTier):
         return moved + self._rewrite(batch)
 
     def reclaim(self, segment: int) -> int:
-        """Remove a sealed segment with all its blocks, and those that nobody wants; gives the bytes that are free now.
+        """Remove a sealed segment with all its blocks, and segments without live blocks. Returns the bytes that this freed.
 
-        None if it was gone already. A file that cannot be removed is given up, and its bytes go on counting. Cost: the
-        file system's, some milliseconds for 64 MiB.
+        A segment that no longer exists frees nothing. If a file cannot be removed, its bytes still count. Cost: that of the
+        file system, some milliseconds for 64 MiB.
         """
         with self._state:
             if segment in self._segments:
-                self._give_up(self._sealed(segment))
+                self._discard(self._sealed(segment))
         return self._sweep()
 
     def close(self, remove: bool = True) -> None:
@@ -232,20 +232,20 @@ class DiskTier(LogTier):
                     self._open.live.clear()  # it needs no footer then
                 self._seal(self._open)
             for segment in list(self._segments.values()) if remove else ():
-                self._give_up(segment)
+                self._discard(segment)
             self._sweep()
             self._reader.close()
             self._folder.close(remove)
 
     def check(self) -> None:
-        """Assert that the books agree with the files themselves, that no blocks overlap, and that the cap holds."""
+        """Assert that the bookkeeping agrees with the files, that no blocks overlap, and that the cap holds."""
         with self._writing, self._removing, self._state:
             assert self._used_bytes <= self._capacity_bytes, f"{self._used_bytes} bytes used of {self._capacity_bytes}"
             if self._closed:
                 return
             known = {segment.id: segment for segment in [*self._segments.values(), *self._unwanted, *self._stuck]}
             sizes = {id: known[id].nbytes for id in sorted(known)}
-            assert segments_in(self.folder) == sizes, f"{segments_in(self.folder)} on disk, {sizes} in the books"
+            assert segments_in(self.folder) == sizes, f"{segments_in(self.folder)} on disk, {sizes} recorded"
             assert self._used_bytes == _FOLDER_BYTES + sum(segment.room_bytes for segment in known.values())
             for segment in self._segments.values():
                 assert (segment.writer is not None) == (segment is self._open), f"segment {segment.id} is open by mistake"
@@ -253,7 +253,7 @@ class DiskTier(LogTier):
             self._reader.check()
 
     def _append(self, records: Sequence[Record], limit_bytes: int) -> list[Appended]:
-        """As `append`, up to a limit of its own."""
+        """Append as `append` does, up to `limit_bytes` instead of its limit."""
         frames = [unwritten(record) for record in records]
         answers: list[Appended] = []
         with self._writing:
@@ -287,7 +287,10 @@ class DiskTier(LogTier):
         return self._write_run(run, target, own, growth)
 
     def _write_run(self, run: Sequence[Unwritten], target: Segment | None, own: bool, growth: int) -> list[Appended]:
-        """Write a run at the end of a segment or into a new one; `growth` bytes of the cap are taken for it already."""
+        """Write a run at the end of `target` or into a new segment. `growth` bytes of the cap are already reserved for it.
+
+        Returns an answer for each frame.
+        """
         try:
             segment = target or self._new_segment()
         except OSError as error:
@@ -301,9 +304,11 @@ class DiskTier(LogTier):
         entries = [frame.entry(offset + ENTRY_BYTES) for frame, offset in zip(run, ends, strict=False)]
         pieces = zip(entries, run, strict=True)
         views = [view for entry, frame in pieces for view in (memoryview(pack_entry(entry, self._tag, segment.id)), *frame.views)]
-        written, refused = segment.writer.write(views, start)
+        writer = segment.writer
+        assert writer is not None, "a sealed segment is not written"
+        written, refused = writer.write(views, start)
         whole = sum(end <= start + written for end in ends[1:])
-        file_end = segment.writer.cut(ends[whole]) if refused else ends[whole]
+        file_end = writer.cut(ends[whole]) if refused else ends[whole]
         with self._state:
             self._written_bytes += written
             segment.nbytes = file_end
@@ -321,12 +326,13 @@ class DiskTier(LogTier):
             return segment
 
     def _seal(self, segment: Segment) -> None:
-        """End a segment that is written no further with its footer, or remove it if nothing in it is wanted.
+        """Finish a segment with its footer, or remove it if it has no live block.
 
-        The books are free while the disk works; forgotten meanwhile is not forgotten in the footer.
+        `_state` is free while the disk works. A block dropped during that time is still in the footer.
         """
         with self._state:
             rows = b"".join(row for offset, row in segment.rows.items() if offset in segment.live)
+        assert segment.writer is not None, "a segment is sealed once"
         nbytes = segment.writer.finish(rows, self._tag, segment.nbytes) if rows else segment.nbytes
         segment.writer.close()
         with self._state:
@@ -338,11 +344,11 @@ class DiskTier(LogTier):
             if segment is self._open:
                 self._open = None
             if not segment.live:
-                self._give_up(segment)
+                self._discard(segment)
         self._sweep()
 
     def _seal_open(self) -> int | None:
-        """Close the segment being written; its id, unless there is none, or nothing is left of it."""
+        """Seal the segment being written. Returns its id, or None if there was none or it had no live block."""
         with self._writing:
             segment = self._open
             if segment is None:
@@ -351,18 +357,18 @@ class DiskTier(LogTier):
             return segment.id if segment.id in self._segments else None
 
     def _sealed(self, id: int) -> Segment:
-        """A segment that is not being written, as it must be."""
+        """Returns a segment. Raises ValueError if it is being written."""
         if self._segments[id].writer is not None:
-            raise ValueError(f"segment {id} is being written")
+            raise ValueError(f"segment {id} must be sealed, but it is being written")
         return self._segments[id]
 
-    def _give_up(self, segment: Segment) -> None:
-        """Take a segment out of those that have blocks; `_state` is held. Its file goes, and its bytes count, until `_sweep`."""
+    def _discard(self, segment: Segment) -> None:
+        """Mark a segment for removal by `_sweep`; until then its bytes count. The caller holds `_state`."""
         del self._segments[segment.id]
         self._unwanted.append(segment)
 
     def _sweep(self) -> int:
-        """Remove the files of what was given up; the bytes that are free now. Nobody who forgets a block waits for it."""
+        """Remove the files of segments marked for removal. Returns the bytes that this freed. `forget` never waits for it."""
         freed = 0
         with self._removing:
             while self._unwanted:
@@ -372,7 +378,7 @@ class DiskTier(LogTier):
         return freed
 
     def _remove(self, segment: Segment) -> int:
-        """Remove the file of a segment that was given up; the bytes that are free now."""
+        """Remove the file of a segment marked for removal. Returns the bytes that this freed."""
         self._reader.drop(segment.id)
         left = 0
         try:
@@ -387,7 +393,7 @@ class DiskTier(LogTier):
         return freed
 
     def _live_entries(self, id: int) -> list[Entry]:
-        """The live blocks of a sealed segment as the segment itself describes them."""
+        """Returns the live blocks of a sealed segment, with the metadata in its file."""
         with self._state:
             live = dict(self._sealed(id).live) if id in self._segments else {}
         try:
@@ -397,12 +403,12 @@ class DiskTier(LogTier):
             return []
         return [entry for entry in entries if live.get(entry.offset) == (entry.key, entry.stored_bytes)]
 
-    def _as_it_is(self, segment: int, entry: Entry) -> Record | None:
-        """A block to be written again; None if it is damaged."""
+    def _record_of(self, segment: int, entry: Entry) -> Record | None:
+        """Read a block so that it can be written again. Returns None if it is damaged."""
         try:
             frame = self._reader.read_bytes(location_of(segment, entry), entry.key)
         except TieredKVError as error:
-            log.warning("block %s is not kept: %s", entry.key.hex(), error)
+            log.warning("block %s is dropped: %s", entry.key.hex(), error)
             return None
         return Record(entry.key, [frame], entry.codec, entry.raw_bytes, entry.parent, entry.root)
 
@@ -413,7 +419,7 @@ class DiskTier(LogTier):
         return [(record.key, answer.location) for record, answer in zip(records, answers, strict=True) if answer.location]
 
     def _recover(self) -> list[Recovered]:
-        """Take over what a former owner left: the blocks in it, oldest first."""
+        """Take over the segments of a former owner. Returns their blocks, oldest first."""
         found: dict[int, Found] = {}
         for id, nbytes in self._folder.inherited.items():
             self._used_bytes += pages(nbytes)
@@ -427,7 +433,7 @@ class DiskTier(LogTier):
             live = {entry.offset: Live(entry.key, entry.stored_bytes) for entry in entries[id]}
             self._segments[id] = Segment(id, self._folder.inherited[id], live=live)
         for segment in [segment for segment in self._segments.values() if not segment.live]:
-            self._give_up(segment)
+            self._discard(segment)
         self._sweep()
         for id in [id for id in self._segments if found[id].needs_footer]:
             self._cut_tail(self._segments[id], found[id].data_end)
@@ -441,7 +447,7 @@ class DiskTier(LogTier):
         ]
 
     def _cut_tail(self, segment: Segment, end: int) -> None:
-        """Cut what a crash has left behind the last whole frame."""
+        """Cut off the partial frame that a crash left after the last whole frame."""
         log.info("disk segment %d has no footer: %d blocks in %d bytes, of %d", segment.id, len(segment.live), end, segment.nbytes)
         try:
             self._files.truncate(segment_path(self.folder, segment.id), end)
@@ -451,7 +457,7 @@ class DiskTier(LogTier):
         segment.nbytes = end
 
     def _add_footer(self, segment: Segment, entries: Sequence[Entry]) -> None:
-        """Give a segment the footer that a crash kept it from getting, so that it is scanned only once, if there is room."""
+        """Write the footer that a crash prevented, if there is room, so that the segment is scanned only once."""
         growth = room(segment.nbytes, len(entries)) - pages(segment.nbytes)
         if self._used_bytes + growth > self._capacity_bytes:
             return
@@ -466,12 +472,12 @@ class DiskTier(LogTier):
         self._used_bytes += segment.room_bytes - before
 
     def _shrink_to_cap(self) -> None:
-        """Bring what an owner with a larger cap has left below this one, the oldest segments first."""
+        """Remove the oldest segments until all fit under the cap, which may have been larger for the former owner."""
         while self._used_bytes > self._capacity_bytes and self._segments:
-            self._give_up(next(iter(self._segments.values())))
+            self._discard(next(iter(self._segments.values())))
             self._sweep()
         if self._used_bytes > self._capacity_bytes:
-            message = f"disk_path: {self._used_bytes} bytes in {self.folder} cannot be removed, disk allows {self._capacity_bytes}"
+            message = f"disk_path: {self._used_bytes} bytes in {self.folder} cannot be removed, disk allows at most {self._capacity_bytes}"
             raise TieredKVError(Kind.STORAGE, message, setting="disk_path")
 
 

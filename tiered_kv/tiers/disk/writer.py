@@ -1,7 +1,7 @@
-"""A segment file while it is written: runs of bytes at its end, and at last its footer.
+"""Writing a segment file: appends runs of bytes, and at last the footer.
 
-Written through the page cache, 2 MiB at a time, and after each the kernel is told to begin with the writing back: the disk
-works while the next piece is made, and little is left for the one sync when the segment is sealed (docs/design/007).
+Writes go through the page cache, 2 MiB at a time. After each, the kernel is asked to start writing back, so the disk works while the
+next piece is prepared, and the one sync at the end has little left to do (docs/design/007).
 """
 
 import errno
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4096
 _PIECE_BYTES = 2 << 20
-_WRITE_BACK_BYTES = 1 << 20  # less at a time would only make the disk's work small
+_WRITE_BACK_BYTES = 1 << 20  # smaller pieces would make the disk slower
 _BUFFERS_PER_CALL = os.sysconf("SC_IOV_MAX")
 
 
 class SegmentWriter:
-    """The file of one segment, open for writing: a new one, or one of a former owner that is to have its footer.
+    """The file of one segment, open for writing: a new one, or one of a former owner that lacks its footer.
 
-    Not thread-safe. The constructor raises OSError; what follows gives reasons as values.
+    Not thread-safe. The constructor raises OSError; the methods return failures as values.
     """
 
     def __init__(self, folder: Path, segment: int, files: Files, *, is_new: bool = True) -> None:
@@ -36,7 +36,7 @@ class SegmentWriter:
         self._fd = files.open(segment_path(folder, segment), os.O_WRONLY | os.O_CLOEXEC | is_new * (os.O_CREAT | os.O_EXCL), 0o600)
 
     def write(self, views: Sequence[memoryview], offset: int) -> tuple[int, Refused | None]:
-        """Bytes written at `offset`, and why not all of them were."""
+        """Write bytes at `offset`. Returns how many were written, and the reason if not all were."""
         written, left = 0, list(views)
         while left:
             try:
@@ -46,12 +46,12 @@ class SegmentWriter:
             if not count:
                 return written, Refused.IO_ERROR
             written += count
-            left = _behind(left, count)
+            left = _after(left, count)
             self._write_back(offset + written)
         return written, None
 
     def cut(self, end: int) -> int:
-        """Cut the file to `end` bytes; gives the bytes it has then, which are more if it cannot be cut."""
+        """Cut the file to `end` bytes. Returns its size afterwards, which is larger if cutting failed."""
         try:
             self._files.truncate(self._fd, end)
         except OSError:
@@ -59,10 +59,10 @@ class SegmentWriter:
         return end
 
     def finish(self, rows: bytes, tag: bytes, end: int) -> int:
-        """Write the footer behind byte `end`, have everything on the disk, and give the bytes of the whole file.
+        """Write the footer at byte `end` and sync the file. Returns the size of the file.
 
-        Where that fails it is logged and the segment has no footer, or one that a crash of the machine may take away:
-        a restart then scans it.
+        A failure is logged. The segment then has no footer, or one that a crash of the machine may lose; a restart then
+        scans it.
         """
         trailer = pack_trailer(rows, tag, self._segment, end)
         written, refused = self.write([memoryview(rows), memoryview(trailer)], end)
@@ -80,7 +80,7 @@ class SegmentWriter:
         os.close(self._fd)
 
     def _write_back(self, end: int) -> None:
-        """Have the kernel begin to write what lies before `end`; whole pages, so that none is written twice."""
+        """Ask the kernel to write back the bytes before `end`, in whole pages so that no page is written twice."""
         start, stop = self._written_back, end // PAGE_BYTES * PAGE_BYTES
         if stop - start >= _WRITE_BACK_BYTES:
             with suppress(OSError):  # it is a hint
@@ -89,13 +89,13 @@ class SegmentWriter:
 
 
 def reason_of(error: OSError) -> Refused:
-    """Why a system call did not write."""
+    """Returns the reason for refusing a frame after a failed system call."""
     return Refused.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Refused.IO_ERROR
 
 
 def _first(views: list[memoryview], nbytes: int) -> list[memoryview]:
-    """The first `nbytes` bytes of views, or as many as one call takes."""
-    first = []
+    """Returns the first `nbytes` of views, or as many as one call takes."""
+    first: list[memoryview] = []
     for view in views[:_BUFFERS_PER_CALL]:
         first.append(view[:nbytes])
         nbytes -= len(first[-1])
@@ -104,8 +104,8 @@ def _first(views: list[memoryview], nbytes: int) -> list[memoryview]:
     return first
 
 
-def _behind(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of views of which the first `count` bytes are written."""
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """Returns the rest of views after their first `count` bytes, which are written."""
     for index, view in enumerate(views):
         if count < len(view):
             return [view[count:], *views[index + 1 :]]

@@ -1,10 +1,10 @@
 """Credentials for object storage over the network: from environment variables and AWS profiles, as options of a connection.
 
-What the library finds by itself, such as the identity of a machine or of a pod, is left to it. Values are in no message.
+obstore itself finds the identity of a machine or of a pod. No message contains a secret value.
 
-obstore's providers (`obstore.auth`) do what they can: the one for boto3 reads and renews the keys of a profile. Ours stay where
-they do not reach: a provider lives in one process, and options are sent to others; a profile that holds plain keys is read without
-boto3; those for Google and Azure need a further library each, for identities that obstore finds without one.
+obstore's providers (`obstore.auth`) are used where they suffice: the one for boto3 reads and renews the keys of a profile. This module
+covers the rest. A provider exists in one process, but options can be sent to others. A profile with plain keys is read without boto3.
+The providers for Google and Azure each need another library, for identities that obstore finds without one.
 """
 
 import json
@@ -15,16 +15,16 @@ from configparser import ConfigParser, Error
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from tiered_kv.errors import Kind, TieredKVError
 
 METADATA = "169.254.169.254"
-"""Where machines of all three clouds tell who they are."""
+"""Address of the metadata service that gives a machine's identity, in all three clouds."""
 _METADATA_WITHIN_S = 1.5
 _VALID_FOR = timedelta(minutes=10)
-"""How long keys of boto3 are used: it renews them when they have less than this left. obstore would use them for 30 minutes."""
+"""How long keys from boto3 are used: boto3 renews them when they have less than this left. obstore's default is 30 minutes."""
 _KINDS = {"s3": "AWS_", "s3a": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "azure": "AZURE_", "abfs": "AZURE_", "abfss": "AZURE_"}
 _GOOGLE_FILES = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -63,7 +63,7 @@ Provider = Callable[[], dict[str, Any]]
 
 
 class Credentials(dict[str, str]):
-    """Environment variables of whoever asked for something, for processes that do it elsewhere. Shows the names only."""
+    """Environment variables of a caller, sent to other processes that act for it. Its `repr` shows the names only."""
 
     def __repr__(self) -> str:
         return f"Credentials of {', '.join(self) or 'nobody'}"
@@ -72,9 +72,9 @@ class Credentials(dict[str, str]):
 
 
 class Access(NamedTuple):
-    """How to connect. `config`: options of the library. `provider`: gives the keys of S3. `allows_http`: whether TLS may be missing.
+    """How to connect. `config`: options of obstore. `provider`: returns the keys of S3. `allows_http`: whether TLS is optional.
 
-    `is_machines`: nobody has said who this is, so that it is whom the machine is taken for.
+    `is_machines`: no credentials are given, so the machine's own identity is used.
     """
 
     config: dict[str, str]
@@ -84,10 +84,11 @@ class Access(NamedTuple):
 
 
 def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credentials:
-    """What a process elsewhere needs to use the store at `url` as this one does; nothing for folders, and for a machine's identity.
+    """Returns the credentials that another process needs to use the store at `url` as this process does.
 
-    Keys of an AWS profile and of a Google service account are read here, for their files are here: should they be temporary, they
-    end when they end. Raises (kind `config`) for a profile that is not there.
+    They are empty for folders, and if this process uses its machine's identity. Keys of an AWS profile and of a Google service
+    account are read here, because their files are here; temporary keys are not renewed then. Raises (kind `config`) if
+    AWS_PROFILE names a profile that does not exist.
     """
     kind = _KINDS.get(urlsplit(url).scheme)
     if kind is None:
@@ -109,17 +110,17 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
 
 
 def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
-    """How to connect to the remote store at `url`, as the one who has these variables (None: as this process does)."""
+    """Returns how to connect to the remote store at `url` with the credentials in `environ` (None: those of this process)."""
     kind = _KINDS[urlsplit(url).scheme]
     given = os.environ if environ is None else environ
     config = {} if environ is None else {name.lower(): environ[name] for name in _OPTIONS[kind] if environ.get(name)}
-    known = {**os.environ, **given}  # who says nothing of who he is means each process's own identity
+    known = {**os.environ, **given}  # a caller without credentials means the identity of each process
     says_who = any(known.get(name) for name in _SAY_WHO[kind])
     provider = None
     if kind == "AWS_" and environ is not None:
         config |= _server(environ)
     if kind == "AWS_" and environ and environ.get(_KEYS[0]):
-        provider = _given(environ)  # as options they would be mixed with a session token of this process's
+        provider = _given(environ)  # as options they would be mixed with a session token of this process
     elif kind == "AWS_" and not says_who and (profile := Profile.of(os.environ)):
         provider, says_who = profile.provider(), True
         if environ is None:
@@ -131,12 +132,12 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
 
 
 def what_to_set(url: str) -> str:
-    """What is said to somebody who has no credentials for the store at `url`."""
+    """Returns the message for a user without credentials for the store at `url`."""
     return f"there are no credentials: {_WHAT_TO_SET[_KINDS[urlsplit(url).scheme]]}"
 
 
 def machine_answers() -> bool:
-    """Whether this machine can be asked who it is, within a moment."""
+    """Whether the metadata service of this machine answers within 1.5 s."""
     said = os.environ.get("AWS_METADATA_ENDPOINT", "")
     at = urlsplit(said if "//" in said else f"//{said or METADATA}")
     with suppress(OSError, ValueError), socket.create_connection((at.hostname, at.port or 80), _METADATA_WITHIN_S):
@@ -145,7 +146,7 @@ def machine_answers() -> bool:
 
 
 class Profile(NamedTuple):
-    """A profile of AWS's files: its settings, and the variables that name it."""
+    """A profile of the AWS configuration files: its settings, and the environment variables that select it."""
 
     name: str
     settings: dict[str, str]
@@ -153,32 +154,33 @@ class Profile(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Profile | None":
-        """The profile that applies, None where there is none; raises (kind `config`) if AWS_PROFILE names one that is not there."""
+        """Returns the selected profile, or None. Raises (kind `config`) if AWS_PROFILE names one that does not exist."""
         name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or ""
         settings = _section(environ, "AWS_CONFIG_FILE", "~/.aws/config", {"profile " + name, name} if name else {"default"})
         settings |= _section(environ, "AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", {name or "default"})
         if name and not settings:
-            message = f"AWS_PROFILE: there is no profile {name!r} in ~/.aws/config and ~/.aws/credentials, or where these are said to be"
+            message = f"AWS_PROFILE: there is no profile {name!r} in ~/.aws/config, ~/.aws/credentials or the files set in place of them"
             raise TieredKVError(Kind.CONFIG, message, setting="AWS_PROFILE")
         says_who = settings.keys() & {"aws_access_key_id", "role_arn", "sso_session", "sso_start_url", "credential_process"}
         return cls(name or "default", settings, environ) if says_who else None
 
     def options(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Returns its region and its server, each only if the profile names one and these variables do not."""
+        """Returns the profile's region and server as options, each only if `environ` does not set it."""
         region = "" if environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") else self.settings.get("region")
         server = "" if _endpoint(environ) else self.settings.get("endpoint_url")
         return {name: value for name, value in (("aws_region", region), ("aws_endpoint_url", server)) if value}
 
     def provider(self) -> Provider:
-        """Returns what gives its keys whenever they are needed: obstore's provider, which renews them, or the keys in the files."""
-        if self.environ is os.environ:  # boto3 reads no other
+        """Returns a function that returns the profile's keys: obstore's provider, which renews them, or the keys in the files."""
+        if self.environ is os.environ:  # boto3 reads the environment of this process only
             with suppress(ImportError):
-                from botocore.exceptions import BotoCoreError
-                from botocore.session import Session
+                from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+                from botocore.session import Session  # type: ignore[import-untyped]
                 from obstore.auth.boto3 import Boto3CredentialProvider
 
                 try:
-                    return Boto3CredentialProvider(Session(), ttl=_VALID_FOR)  # boto3's own session would set the region, too
+                    # boto3's own session would also set the region
+                    return cast("Provider", Boto3CredentialProvider(Session(), ttl=_VALID_FOR))
                 except (BotoCoreError, ValueError) as error:
                     raise self._unusable(f"{type(error).__name__} in boto3") from error
         if "aws_access_key_id" not in self.settings or "aws_secret_access_key" not in self.settings:
@@ -187,7 +189,7 @@ class Profile(NamedTuple):
         return lambda: {**keys, "token": self.settings.get("aws_session_token"), "expires_at": None}
 
     def keys(self) -> dict[str, Any]:
-        """Its keys as they are now."""
+        """Returns the current keys of the profile. Raises (kind `config`) if they cannot be had."""
         provider = self.provider()
         try:
             return provider()
@@ -199,7 +201,7 @@ class Profile(NamedTuple):
 
 
 def _section(environ: Mapping[str, str], variable: str, default: str, names: set[str]) -> dict[str, str]:
-    """The settings of a profile in one file; none where there is no such file or it cannot be read."""
+    """Returns the settings of a profile in one file; {} if there is no such file or it cannot be read."""
     parser = ConfigParser(interpolation=None, default_section="\0", strict=False)
     with suppress(OSError, Error, UnicodeDecodeError):
         parser.read(Path(environ.get(variable) or default).expanduser())
@@ -215,11 +217,14 @@ def _endpoint(environ: Mapping[str, str]) -> str | None:
 
 
 def _server(environ: Mapping[str, str]) -> dict[str, str]:
-    """Options for the server and region of these variables, whatever this process's own say. Raises (kind `config`) if that cannot be."""
+    """Returns options for server and region from `environ`, which override the variables of this process.
+
+    Raises (kind `config`) if a variable of this process cannot be overridden.
+    """
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     wanted, own = _endpoint(environ), _endpoint(os.environ)
-    if wanted != own and os.environ.get(_ENDPOINTS[0]):  # which the library prefers to every option
-        message = f"{_ENDPOINTS[0]} is set where a node runs, and names another server than the one that was asked for; use {_ENDPOINTS[1]}"
+    if wanted != own and os.environ.get(_ENDPOINTS[0]):  # obstore prefers it to every option
+        message = f"{_ENDPOINTS[0]}: where a node runs it must name the requested server, but names another; use {_ENDPOINTS[1]} instead"
         raise TieredKVError(Kind.CONFIG, message, setting=_ENDPOINTS[0])
     if wanted or own:
         return {"aws_region": region, "aws_endpoint_url": wanted or f"https://s3.{region}.amazonaws.com"}
@@ -232,7 +237,7 @@ def _given(environ: Mapping[str, str]) -> Provider:
 
 
 def _service_account(path: str) -> str | None:
-    """The content of a Google service account's key file."""
+    """Returns the content of a Google service account's key file, or None if it is not one."""
     with suppress(OSError, ValueError, AttributeError):
         content = Path(path).read_text()
         if json.loads(content).get("type") == "service_account":

@@ -1,4 +1,4 @@
-"""A folder as object storage: one file an object, synced and renamed into place, so that a crash leaves no half object."""
+"""A folder as object storage: one file an object, synced and renamed into place, so that a crash leaves no partial object."""
 
 import fcntl
 import os
@@ -14,19 +14,19 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.tiers.objects.store import OBJECTS, ObjectStore
 
 _PART = ".part"
-_QUOTED = {ord(char): f"%{ord(char):02X}" for char in "%?#\t\n\r"}  # what would end the path of a URL, or be lost in it
+_QUOTED = {ord(char): f"%{ord(char):02X}" for char in "%?#\t\n\r"}  # these would end the path of a URL, or be lost in it
 _BUFFERS_PER_CALL = os.sysconf("SC_IOV_MAX")
 
 
 class FolderStore(ObjectStore):
-    """Objects as files of `folder`, which is made if it is not there, unless `create` is False. Needs no library beside Python's.
+    """Objects as files of `folder`, which is created if missing, unless `create` is False. Needs Python's standard library only.
 
-    An object is written under another name first; what a killed writer has left of that is removed when the folder is
-    opened next, unless a live writer holds its lock. Folders within the folder are left alone. With `create=False` opening
-    changes nothing, so that a folder which cannot be written to can be read.
+    An object is first written under a temporary name. Temporary files of a killed writer are removed when the folder is next
+    opened; those of a live writer are locked and stay. Subfolders are ignored. With `create=False` opening changes nothing,
+    so that a read-only folder can be read.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, setting: str = OBJECTS, create: bool = True) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, setting: str = OBJECTS, create: bool = True) -> None:
         self.folder = Path(folder).absolute()
         self.url = f"file://{str(self.folder).translate(_QUOTED)}"
         self.setting = setting
@@ -34,7 +34,7 @@ class FolderStore(ObjectStore):
             if create:
                 self._make()
             elif not self.folder.is_dir():
-                reason = "it is no folder" if self.folder.exists() else "there is no such folder on this machine"
+                reason = "it is not a folder" if self.folder.exists() else "there is no such folder on this machine"
                 raise self.failed("cannot be used", reason, missing=True)
         except OSError as error:
             raise self.failed("cannot be used", error.strerror) from error
@@ -86,7 +86,7 @@ class FolderStore(ObjectStore):
             raise self.failed(f"delete {error.filename}", error.strerror) from error
 
     def close(self) -> None:
-        """Nothing to let go of: no file stays open between calls."""
+        """Does nothing: no file stays open between calls."""
 
     def _make(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class FolderStore(ObjectStore):
             fcntl.flock(fd, fcntl.LOCK_EX)
             while views := [view for view in views if len(view)]:
                 count = os.writev(fd, views[:_BUFFERS_PER_CALL])
-                while count:  # a disk that is nearly full takes less than it was given
+                while count:  # a nearly full disk writes fewer bytes than requested
                     step = min(count, len(views[0]))
                     count -= step
                     views[0] = views[0][step:]
@@ -127,7 +127,7 @@ class FolderStore(ObjectStore):
 
 
 def _read(fd: int, offset: int, nbytes: int) -> memoryview:
-    """What the file holds there, which is less than `nbytes` if it ends before."""
+    """Returns `nbytes` of the file from `offset` on, or fewer if the file ends before."""
     buffer = memoryview(np.empty(nbytes, np.uint8))
     done = 0
     while done < nbytes:

@@ -1,4 +1,4 @@
-"""Blocks that lie in the packs of a checkpoint and are read from there: the coldest tier, to which nothing is ever written."""
+"""The checkpoint tier: blocks read from the packs of mounted checkpoints. It is the coldest tier, and never written to."""
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,11 +12,11 @@ from tiered_kv.tiers.objects.packs import read_frame
 from tiered_kv.tiers.objects.store import ObjectStore
 
 READ_BYTES = 32 << 20  # a whole pack: some servers read all of an object for any range of it
-_GAP_BYTES = 256 << 10  # of other blocks between two that are wanted: reading them costs less than a second request
+_GAP_BYTES = 256 << 10  # reading so many unneeded bytes between two blocks costs less than a second request
 
 
 class MountedBlock(NamedTuple):
-    """A block of a checkpoint: its place in its chain, where it lies, and its uses. `location.segment` is its pack's number."""
+    """A block of a checkpoint: its place in its chain, its location, and its uses. `location.segment` is its pack's number."""
 
     key: BlockKey
     parent: BlockKey | None
@@ -27,7 +27,7 @@ class MountedBlock(NamedTuple):
 
 
 class MountedPacks:
-    """The packs of any number of checkpoints by numbers of their own. Thread-safe; only reads what it is told is there."""
+    """The packs of all mounted checkpoints, numbered in the order of mounting. Thread-safe."""
 
     def __init__(self) -> None:
         self._packs: list[tuple[ObjectStore, str]] = []
@@ -42,10 +42,10 @@ class MountedPacks:
         return self._used_bytes
 
     capacity_bytes = used_bytes
-    """What is mounted; there is no cap."""
+    """The mounted bytes; this tier has no cap."""
 
     def mount(self, store: ObjectStore, names: Sequence[str]) -> int:
-        """Add packs of a store, which is closed with this tier; the number of the first, the others follow."""
+        """Add packs of a store. Returns the number of the first; the others follow. The store is closed with this tier."""
         with self._lock:
             if self._closed:
                 store.close()
@@ -56,25 +56,25 @@ class MountedPacks:
             return first
 
     def hold(self, nbytes: int) -> None:
-        """Count frames that are shown from now on."""
+        """Add the bytes of frames that become visible to `used_bytes`."""
         with self._lock:
             self._used_bytes += nbytes
 
     def forget(self, location: Location) -> None:
-        """The block at `location` is not shown any more; its bytes stay where they are, they are somebody else's."""
+        """Subtract a block that is no longer visible from `used_bytes`. Its bytes stay, as they belong to the checkpoint."""
         self.hold(-location.stored_bytes)
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """The verified frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) where it is not."""
+        """Read and verify the frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) if missing or damaged."""
         store, name = self._pack(location.segment)
         frame = read_frame(store, name, location.offset, location.stored_bytes, key, namespace)
         _check(frame, location, name)
         return frame
 
     def read_run(self, run: "Run") -> list[Frame | TieredKVError]:
-        """The verified frames of a run by one ranged read: for each block its frame, or what is wrong with it.
+        """Read and verify the frames of a run by one ranged read. Returns for each block its frame, or the error found in it.
 
-        Raises (kinds `storage`, `corrupt`) where the range cannot be had.
+        Raises (kinds `storage`, `corrupt`) if the range cannot be read.
         """
         store, name = self._pack(run.segment)
         data = store.get_range(name, run.offset, run.nbytes)
@@ -90,7 +90,7 @@ class MountedPacks:
         return found
 
     def close(self) -> None:
-        """Let go of the stores."""
+        """Close the stores."""
         with self._lock:
             self._closed = True
             for store in self._stores:
@@ -98,12 +98,12 @@ class MountedPacks:
 
     def _pack(self, segment: int) -> tuple[ObjectStore, str]:
         if self._closed:
-            raise TieredKVError(Kind.CLOSED, "the checkpoint is not mounted any more")
+            raise TieredKVError(Kind.CLOSED, "the checkpoint is no longer mounted")
         return self._packs[segment]
 
 
 class Run(NamedTuple):
-    """Blocks that lie near each other in one pack, in the order of their offsets, and the range that holds them."""
+    """Neighbouring blocks of one pack, in the order of their offsets, and the range that contains them."""
 
     segment: int
     offset: int
@@ -112,14 +112,14 @@ class Run(NamedTuple):
 
 
 def runs_of(blocks: Iterable[MountedBlock], most_bytes: int = READ_BYTES) -> Iterator[Run]:
-    """The blocks as few runs of at most `most_bytes` each, those of one pack together."""
+    """Yields the blocks as few runs of at most `most_bytes` each. Runs of one pack are consecutive."""
     by_pack: dict[int, list[MountedBlock]] = {}
     for block in blocks:
         by_pack.setdefault(block.location.segment, []).append(block)
-    for segment, lying in by_pack.items():
-        lying.sort(key=lambda block: block.location.offset)
-        start, run = lying[0].location.offset, [lying[0]]
-        for block in lying[1:]:
+    for segment, in_pack in by_pack.items():
+        in_pack.sort(key=lambda block: block.location.offset)
+        start, run = in_pack[0].location.offset, [in_pack[0]]
+        for block in in_pack[1:]:
             end, (_, _, _, offset, nbytes, _) = _end(run[-1]), block.location
             if offset - end > _GAP_BYTES or offset + nbytes - start > most_bytes:
                 yield Run(segment, start, end - start, run)
@@ -134,4 +134,4 @@ def _end(block: MountedBlock) -> int:
 
 def _check(frame: Frame, location: Location, name: str) -> None:
     if (location.tier, location.codec, location.raw_bytes) != (Tier.CHECKPOINT, frame.codec.id, frame.raw_bytes):
-        raise TieredKVError(Kind.CORRUPT, f"pack {name}: {location} does not describe the frame that lies there", object=name)
+        raise TieredKVError(Kind.CORRUPT, f"pack {name}: {location} does not match the frame that is stored there", object=name)

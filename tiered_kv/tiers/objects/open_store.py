@@ -1,4 +1,4 @@
-"""Which object store a URL means."""
+"""Opens the object store of a URL."""
 
 import re
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ def open_store(
     read_deadline_s: float = READ_DEADLINE_S,
     write_deadline_s: float = WRITE_DEADLINE_S,
 ) -> ObjectStore:
-    """The store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a plain folder path, or `memory://` (a new one).
+    """Open the store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
 
-    `below`: a further part of the prefix, such as a node's own. `setting`: what errors name, and whose place this is
-    (`objectstore.role_of`); memory is no place for checkpoints. `create`: whether a folder that is not there is made, and must be
-    writable. `environ`: credentials of somebody else (`credentials.credentials`), instead of this process's. The deadlines hold for
-    what is reached over the network.
+    `below`: appended to the prefix, for example a node's name. `setting`: the setting that errors name, which also decides what
+    the store is for (`store.role_of`); a checkpoint cannot be in memory. `create`: whether to create a missing folder, which
+    must be writable. `environ`: credentials of another process (`credentials.credentials`), used instead of this process's own.
+    The deadlines apply to remote stores.
 
-    Raises (kind `config`) for other URLs, and without the library that a remote one needs; (kind `storage`) for a folder that
-    cannot be used.
+    Raises (kind `config`) for other URLs, or if a remote URL needs a library that is not installed; (kind `storage`) for a
+    folder that cannot be used.
     """
     named = _SCHEME.match(url)
     scheme = named["scheme"].lower() if named else ""
@@ -43,7 +43,7 @@ def open_store(
         if not url[len(scheme) :].startswith("://") or not parts.netloc:
             raise _unknown(url, setting)
         if "@" in parts.netloc and not scheme.startswith("abfs"):
-            message = f"{role_of(setting)}: no credentials in a URL, please: everybody would see them; they belong into the environment"
+            message = f"{role_of(setting)}: the URL must contain no credentials, as URLs are shown to everyone; set them in the environment"
             raise TieredKVError(Kind.CONFIG, message, setting=setting)
         whole = scheme + url[len(scheme) :].rstrip("/") + (f"/{below}" if below else "")
         deadlines = {"read_deadline_s": read_deadline_s, "write_deadline_s": write_deadline_s}
@@ -61,5 +61,5 @@ def open_store(
 def _unknown(url: str, setting: str) -> TieredKVError:
     places = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder, or a folder's path"
     meant = _SCHEME.match(url) and f" (a folder of that name: ./{url})"
-    message = f"{role_of(setting)}: {url!r} is no place for objects; possible are {places}{meant or ''}"
+    message = f"{role_of(setting)}: {url!r} is not the URL of an object store; expected {places}{meant or ''}"
     return TieredKVError(Kind.CONFIG, message, setting=setting)

@@ -1,11 +1,10 @@
-"""Packs: immutable objects of many frames that say themselves what is in them. Of the objects tier, and of checkpoints.
+"""Packs: immutable objects of many frames, with a list of their contents. Used by the objects tier and by checkpoints.
 
     pack = frame* ‖ footer        footer = row per frame ‖ trailer
 
-The footer is that of disk segments (`tiers.footer`), with segment 0, and with a digest of all frames' checksums where a
-segment has its store's tag. A pack's name is the BLAKE2b-256 of its footer, so that equal names mean equal content, and a
-pack of many MiB is verified to be what its name says from the footer alone; each frame is verified when it is read.
-`docs/pack-format.md` has the bytes.
+The footer is that of disk segments (`tiers.disk.footer`), with segment 0, and with a digest of all frames' checksums in place of the
+store's tag. A pack's name is the BLAKE2b-256 of its footer. So equal names mean equal content, and the footer alone shows whether a
+pack of many MiB matches its name. Each frame is verified when it is read. `docs/pack-format.md` describes the bytes.
 """
 
 import re
@@ -31,13 +30,13 @@ from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.store import ObjectStore
 
 DIGEST_BYTES = 32
-_SEGMENT = 0  # a pack may come to lie under any number
-_TAIL_BYTES = 64 << 10  # one read of so many bytes has nearly every footer: that of 545 frames
+_SEGMENT = 0  # the number of a pack may change
+_TAIL_BYTES = 64 << 10  # one read of so many bytes contains nearly every footer: up to 545 frames
 _NAME = re.compile(r"(?P<prefix>.*?)(?P<digest>[0-9a-f]{64})\.pack")
 
 
 class PackInfo(NamedTuple):
-    """A pack: its object's name and bytes, and what is in it, in the order written."""
+    """A pack: the name and size of its object, and its entries in the order written."""
 
     name: str
     nbytes: int
@@ -45,9 +44,9 @@ class PackInfo(NamedTuple):
 
 
 class PackWriter:
-    """One pack in the making. Keeps views of the records' buffers, which must not change until `finish` has returned.
+    """Builds one pack. Keeps views of the records' buffers, which must not change until `finish` has returned.
 
-    `prefix` stands in front of the digest in the object's name.
+    `prefix` precedes the digest in the object's name.
     """
 
     def __init__(self, store: ObjectStore, prefix: str = "") -> None:
@@ -59,16 +58,16 @@ class PackWriter:
         self._end = 0
 
     def __len__(self) -> int:
-        """Frames so far."""
+        """Number of frames added so far."""
         return len(self._entries)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pack as it is now, its footer included."""
+        """Bytes of the pack so far, including its footer."""
         return self._end + footer_bytes(len(self._entries))
 
     def add(self, record: Record) -> Entry:
-        """Put a frame behind the others; where in the pack it will lie. The pack grows by `grown_bytes`."""
+        """Append a frame. Returns its entry. The pack grows by `grown_bytes`."""
         nbytes, views = record_bytes(record), [byte_view(buffer) for buffer in record.buffers]
         error = carried_error(views[0]) or 0.0
         entry = Entry(record.key, record.parent, record.root, record.codec, self._end, nbytes, record.raw_bytes, error)
@@ -79,43 +78,43 @@ class PackWriter:
         return entry
 
     def seal(self) -> PackInfo:
-        """What `finish` would write now, without writing it: a pack of this name that exists need not be written again."""
+        """Returns what `finish` would write now, without writing it. A pack of that name that exists need not be written again."""
         return self._sealed()[0]
 
     def finish(self) -> PackInfo:
-        """Write the pack: one durable put, whole or not at all. Raises (kind `storage`) when the store does; may be tried again."""
+        """Write the pack by one put, durable and atomic. Raises (kind `storage`) if the store does; it may be called again then."""
         info, footer = self._sealed()
         self._store.put(info.name, [*self._views, footer])
         return info
 
     def _sealed(self) -> tuple[PackInfo, bytes]:
         if not self._entries:
-            raise ValueError("a pack without frames")
+            raise ValueError("finish: a pack must have at least one frame, got a pack without frames")
         rows = b"".join(map(pack_row, self._entries))
         footer = rows + pack_trailer(rows, self._sums.digest(), _SEGMENT, self._end)
         return PackInfo(f"{self._prefix}{_digest(footer)}.pack", self.nbytes, tuple(self._entries)), footer
 
 
 def grown_bytes(frame_bytes: int, frames: int = 1) -> int:
-    """Bytes by which frames of `frame_bytes` in all make a pack larger."""
+    """Returns by how many bytes a pack grows for `frames` frames of `frame_bytes` in all."""
     return frame_bytes + frames * ROW_BYTES
 
 
 def record_bytes(record: Record) -> int:
-    """Bytes of a record's frame; raises ValueError for what can be none."""
+    """Returns the bytes of a record's frame. Raises ValueError if they are too few for a frame."""
     nbytes = sum(byte_view(buffer).nbytes for buffer in record.buffers)
     if nbytes <= CHECKSUM_BYTES:
-        raise ValueError(f"a frame of {nbytes} bytes")
+        raise ValueError(f"a frame must have more than {CHECKSUM_BYTES} bytes, got a frame of {nbytes} bytes")
     return nbytes
 
 
 def read_footer(store: ObjectStore, name: str, nbytes: int) -> PackInfo:
-    """What is in the pack of `nbytes` (as the store lists it), from its footer alone: one ranged read, two for many small frames.
+    """Read the contents of a pack of `nbytes` (as listed by the store) from its footer: one ranged read, or two for many frames.
 
-    Raises (kind `corrupt`) when that is not the footer that the name stands for, or does not describe so many bytes; the
-    frames may still be damaged, which is found when they are read.
+    Raises (kind `corrupt`) if the footer does not match the pack's name or size. Frames may still be damaged; that is
+    detected when they are read.
     """
-    if nbytes < TRAILER_BYTES:  # not every store gives a range of no bytes
+    if nbytes < TRAILER_BYTES:  # not every store supports an empty range
         raise _corrupt(name, f"its {nbytes} bytes do not end in a footer")
     tail = store.get_range(name, max(nbytes - _TAIL_BYTES, 0), min(nbytes, _TAIL_BYTES))
     trailer = unpack_trailer(tail[-TRAILER_BYTES:])
@@ -128,19 +127,19 @@ def read_footer(store: ObjectStore, name: str, nbytes: int) -> PackInfo:
         raise _corrupt(name, f"its footer describes {trailer.rows_offset + size} bytes, it has {nbytes}")
     footer = tail[-size:] if size <= len(tail) else store.get_range(name, trailer.rows_offset, size)
     named = _NAME.fullmatch(name)
-    if not named or named["digest"] != _digest(footer):  # finds more than the trailer's own checksum
-        raise _corrupt(name, "its footer is not the one that it was named for")
+    if not named or named["digest"] != _digest(footer):  # detects more than the trailer's own checksum
+        raise _corrupt(name, "its footer does not match the digest in its name")
     entries = unpack_rows(footer[:-TRAILER_BYTES])
     if [entry.offset for entry in entries] + [trailer.rows_offset] != [0, *(entry.end for entry in entries)]:
-        raise _corrupt(name, "its frames do not lie side by side")
+        raise _corrupt(name, "its frames are not contiguous")
     return PackInfo(name, nbytes, tuple(entries))
 
 
 def read_frame(store: ObjectStore, name: str, offset: int, nbytes: int, key: bytes, namespace: bytes | None = None) -> Frame:
-    """The verified frame of `nbytes` at `offset` of a pack: one ranged read, one pass over the bytes.
+    """Read and verify the frame of `nbytes` at `offset` of a pack: one ranged read, one pass over the bytes.
 
-    Raises (kind `storage`) when the store cannot give it in time or has no such pack, (kind `corrupt`) when what lies
-    there is not the block stored under `key`.
+    Raises (kind `storage`) if the store does not answer in time or has no such pack, (kind `corrupt`) if the bytes are not
+    the block stored under `key`.
     """
     try:
         return open_frame(store.get_range(name, offset, nbytes), key, namespace)
@@ -151,7 +150,7 @@ def read_frame(store: ObjectStore, name: str, offset: int, nbytes: int, key: byt
 
 
 def pack_prefix(name: str) -> str | None:
-    """What stands in front of the digest in a pack's name; None for an object that is no pack."""
+    """Returns the part of a pack's name before the digest, or None if the object is not a pack."""
     named = _NAME.fullmatch(name)
     return named["prefix"] if named else None
 

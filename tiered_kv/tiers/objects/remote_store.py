@@ -1,7 +1,7 @@
 """Object storage over the network: S3, Google Cloud Storage and Azure, through obstore (see design note 009 for why).
 
-Credentials come the usual way of those ecosystems: environment variables, the profiles of AWS, the machine's or the pod's
-identity (docs/object-storage.md). For other S3 servers set `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP=true` for one without TLS.
+Credentials are found as usual for these services: environment variables, AWS profiles, the identity of the machine or pod
+(docs/object-storage.md). For other S3 servers set `AWS_ENDPOINT_URL`, and `AWS_ALLOW_HTTP=true` for one without TLS.
 """
 
 import os
@@ -24,10 +24,10 @@ _LATE = re.compile(r"\bkind: Timeout\b|\bTimedOut\b")
 class RemoteStore(ObjectStore):
     """Objects below a URL `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
-    Every call ends within its deadline: half of it for one request, the other half for starting further ones with
-    growing pauses, when the server does not answer, or answers 5xx. `read_deadline_s` is that of `get_range`; all else
-    has `write_deadline_s`. Opening makes no request. `environ`: whose credentials are used instead of this process's. Raises
-    (kind `config`) without the library, or for a URL that it does not understand.
+    Every call ends within its deadline. One request may take half of it; in the other half, further requests are started
+    with growing pauses if the server does not answer, or answers 5xx. `read_deadline_s` applies to `get_range`,
+    `write_deadline_s` to all other calls. Opening makes no request. `environ`: credentials to use instead of this process's.
+    Raises (kind `config`) if obstore is not installed or does not understand the URL.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class RemoteStore(ObjectStore):
                     raise
 
     def close(self) -> None:
-        """Forget the connections; the library closes them."""
+        """Drop the connections; obstore closes them."""
         self._reading = self._writing = None
 
     def _connected(self, url: str, deadline_s: float) -> Any:
         half = timedelta(seconds=deadline_s / 2)
         pauses = {"init_backoff": half / 40, "max_backoff": half / 4}
-        options = {
+        options: dict[str, Any] = {
             "client_options": {"timeout": half, "connect_timeout": min(half, timedelta(seconds=5)), "allow_http": self._access.allows_http},
             "retry_config": {"max_retries": _RETRIES, "retry_timeout": half, "backoff": pauses},
         }
@@ -102,8 +102,8 @@ class RemoteStore(ObjectStore):
 
     @contextmanager
     def _naming(self, doing: str, **context: object) -> Iterator[None]:
-        """The library's errors as those of the store."""
-        if self._must_ask_machine:  # the library would try for as long as a request may take
+        """Turn errors of obstore into errors of this store."""
+        if self._must_ask_machine:  # obstore would try until the request's deadline
             if not machine_answers():
                 raise self.failed(doing, what_to_set(self.url), **context)
             self._must_ask_machine = False
@@ -119,7 +119,7 @@ class RemoteStore(ObjectStore):
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the library says, and the server's own word for it, such as NoSuchBucket."""
+    """Returns the first line of obstore's message, and the server's error code, such as NoSuchBucket."""
     said = str(error).strip()
     code = _CODE.search(said)
     before = "there is no such bucket: " if code and code[1] == "NoSuchBucket" else ""

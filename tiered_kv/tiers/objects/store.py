@@ -1,4 +1,4 @@
-"""Object storage as the objects tier and checkpoints need it: named bytes, written whole, read by range."""
+"""The interface of object storage for the objects tier and checkpoints: named bytes, written whole, read by range."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,47 +11,47 @@ OBJECTS, CHECKPOINT = "objects", "checkpoint"
 
 
 def role_of(setting: str) -> str:
-    """What a store that was named by this setting is for, in messages: a tier's objects, or a checkpoint (all other settings)."""
+    """Returns what a store is for, by the setting that named it: "objects" for that tier, else "checkpoint". For messages."""
     return OBJECTS if setting == OBJECTS else CHECKPOINT
 
 
 class ObjectStore(ABC):
-    """Objects by name below one URL. Thread-safe. Failures are `TieredKVError` of kind `storage` that names the store's setting.
+    """Objects by name below one URL. Thread-safe. Failures raise `TieredKVError` of kind `storage` that names the store's setting.
 
-    A name is a file name without folders. What lies deeper below the URL belongs to other stores.
+    A name is a file name without folders. Objects in deeper folders belong to other stores.
     """
 
     url: str
-    """For people: where this is, without credentials. `open_store` opens the same place by it."""
+    """The store's URL without credentials. `open_store` opens the same store by it."""
     setting: str = OBJECTS
-    """What named the URL, and what to change when it cannot be used."""
+    """The setting that named the URL, for error messages."""
 
     @abstractmethod
     def put(self, name: str, buffers: Sequence[Buffer]) -> None:
-        """Write an object of these buffers, in place of one of that name. Atomic: others see all of it or nothing.
+        """Write an object of these buffers, and replace an object of that name. Atomic: readers see all of it or nothing.
 
-        Durable when it returns. When it raises, the object may be there or not.
+        The object is durable when this returns. If it raises, the object may exist or not.
         """
 
     @abstractmethod
     def get(self, name: str) -> memoryview:
-        """All bytes of an object; raises (with `missing=True` in the context) where there is none."""
+        """Returns all bytes of an object. Raises if there is none (with `missing=True` in the context)."""
 
     @abstractmethod
     def get_range(self, name: str, offset: int, nbytes: int) -> memoryview:
-        """Exactly `nbytes` bytes from `offset` on; raises as `get` does, and (kind `corrupt`) if the object ends before."""
+        """Returns exactly `nbytes` from `offset` on. Raises as `get` does, and (kind `corrupt`) if the object ends before."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Every object's name, in the order of the names, and its bytes."""
+        """Returns the size in bytes of every object by its name, in the order of the names."""
 
     @abstractmethod
     def delete(self, names: Sequence[str]) -> None:
-        """Remove objects; those that are not there are as good as removed."""
+        """Remove objects. Ignores names of missing objects."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections; a second time does nothing."""
+        """Close connections. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +60,11 @@ class ObjectStore(ABC):
         self.close()
 
     def failed(self, doing: str, reason: object, **context: object) -> TieredKVError:
-        """The error of this store for something that it could not do."""
+        """Returns the error for an operation that failed."""
         return TieredKVError(Kind.STORAGE, f"{role_of(self.setting)}: {self.url} {doing}: {reason}", setting=self.setting, **context)
 
     def short(self, name: str, offset: int, nbytes: int, found: int) -> TieredKVError:
-        """The error for an object that ends before what is looked for."""
+        """Returns the error for an object that ends before the requested range does."""
         message = f"{role_of(self.setting)}: {self.url} {name} has {found} of the {nbytes} bytes from byte {offset} on"
         return TieredKVError(Kind.CORRUPT, message, object=name, offset=offset)
 
@@ -98,4 +98,4 @@ class MemoryStore(ObjectStore):
             self.objects.pop(name, None)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing: there is no connection."""

@@ -1,11 +1,10 @@
 """The objects tier (cold): packs of frames on object storage, under a hard byte cap.
 
-A segment of this tier is a pack, an object of its own: nothing is written behind another, so that every pack is sealed. Its name is
-its number and its digest, which makes the table of numbers and names the listing of the store. An append is answered
-when its packs are durable. Objects are deleted by whoever appends or reclaims, never by who forgets a block, for that may
-hold locks that nobody should hold across a network.
+A segment of this tier is a pack, which is one object. Nothing is appended to a pack, so every pack is sealed. An object's name contains
+the pack's number and digest, so a listing of the store shows all packs. An append returns when its packs are durable. `append` and
+`reclaim` delete objects; `forget` never does, because its caller may hold locks that must not be held during a request.
 
-Counted against the cap are all bytes of all packs, footers included: from before the upload to after the deletion.
+All bytes of all packs, footers included, count against the cap from before the upload until after the deletion.
 """
 
 import errno
@@ -28,13 +27,14 @@ from tiered_kv.tiers.objects.packs import PackInfo, PackWriter, grown_bytes, pac
 from tiered_kv.tiers.objects.store import ObjectStore
 
 log = logging.getLogger(__name__)
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 PACK_BYTES = 32 << 20
 MIN_CAPACITY_BYTES = 64 << 10
 _PACKS_MIN = 8
 _PARALLEL = 4
-_FRAME_BYTES_MIN = 1024  # what `needs_reclaim` takes for the smallest frame when it leaves room for footers
+_FRAME_BYTES_MIN = 1024  # the smallest frame that `needs_reclaim` assumes when it reserves room for footers
 _NUMBERS = 1 << 32  # the shared index keeps a segment as u32
 _PREFIX = re.compile(r"(\d{10})-")
 
@@ -49,7 +49,7 @@ class _Pack:
 
 
 class _Planned(NamedTuple):
-    """A pack to be uploaded under `number`, with which of a batch's records; its bytes are taken from the cap already."""
+    """A pack to be uploaded under `number`. `records`: indexes in the batch. Its bytes are already reserved under the cap."""
 
     number: int
     writer: PackWriter
@@ -57,14 +57,14 @@ class _Planned(NamedTuple):
 
 
 class ObjectsTier(LogTier):
-    """Blocks in packs of up to `segment_bytes` in `store`, which is this tier's alone and is closed with it.
+    """Blocks in packs of up to `segment_bytes` in `store`, which no other tier uses and which is closed with this tier.
 
-    Thread-safe: appends take turns, reads never wait for them. A pack is at most an eighth of the cap; a frame larger
-    than that has a pack of its own. An append smaller than a pack is a smaller pack: append in batches. It takes memory
-    for four packs at most while it uploads.
+    Thread-safe: appends run one at a time, reads never wait for them. A pack is at most an eighth of the cap; a larger frame
+    has a pack of its own. Each append writes at least one pack, so append in large batches. An upload needs memory for at
+    most four packs.
 
-    The constructor asks the store for nothing. Where the store does not answer, appends are refused (`IO_ERROR`), reads
-    raise (kind `storage`, a miss) within the store's deadline, and nothing that is there is given up.
+    The constructor makes no request. If the store does not answer, appends are refused (`IO_ERROR`), reads raise (kind
+    `storage`, a miss) within the store's deadline, and no pack is dropped.
 
     Raises `TieredKVError` (kind `config`, setting `objects`) for a cap too small.
     """
@@ -79,7 +79,7 @@ class ObjectsTier(LogTier):
         self._capacity_bytes = capacity_bytes
         self.segment_bytes = min(segment_bytes, capacity_bytes // _PACKS_MIN)
         self._writing = threading.RLock()  # held while packs are uploaded or listed; taken before _state
-        self._state = threading.Lock()  # held while the books change, never across a request
+        self._state = threading.Lock()  # held while the bookkeeping changes, never during a request
         self._packs: dict[int, _Pack] = {}
         self._unwanted: dict[str, int] = {}  # to be deleted: the bytes of each, which count until it is gone
         self._used_bytes = 0
@@ -101,10 +101,10 @@ class ObjectsTier(LogTier):
         return min(MAX_FRAME_BYTES, self._capacity_bytes - footer_bytes(1))
 
     def append(self, records: Sequence[Record]) -> list[Appended]:
-        """Upload frames as one or several packs; one answer for each, in order, once its pack is durable.
+        """Upload frames as one or several packs. Returns one answer for each, in order, when the packs are durable.
 
-        Cost: one put a pack, four at a time, and a deletion of what was given up since; blocks other appends meanwhile.
-        A refusal with `IO_ERROR` or `NO_SPACE` is that of a whole pack, and is in the log.
+        Cost: one put a pack, four at a time, and the deletion of unwanted packs. Other appends wait meanwhile. A refusal with
+        `IO_ERROR` or `NO_SPACE` applies to a whole pack, and is logged.
         """
         sizes = [record_bytes(record) for record in records]
         with self._writing:
@@ -120,40 +120,40 @@ class ObjectsTier(LogTier):
         return [answers[index] for index in range(len(records))]
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """The verified frame at `location`, by one ranged read.
+        """Read and verify the frame at `location`, by one ranged read.
 
-        Raises (kinds `storage`, `corrupt`) where it is not; with `missing=True` in the context when it will not come back,
-        for its pack is gone.
+        Raises (kinds `storage`, `corrupt`) if it is missing or damaged, with `missing=True` in the context if its pack no
+        longer exists.
         """
         self._must_be_open()
         with self._state:
             pack = self._packs.get(location.segment)
         if pack is None:
-            raise TieredKVError(Kind.STORAGE, f"pack {location.segment} is gone", segment=location.segment, missing=True)
+            raise TieredKVError(Kind.STORAGE, f"pack {location.segment} no longer exists", segment=location.segment, missing=True)
         frame = read_frame(self._store, pack.name, location.offset, location.stored_bytes, key, namespace)
         if (location.tier, location.codec, location.raw_bytes) != (blocks.Tier.OBJECTS, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not describe the frame that lies there", segment=location.segment)
+            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", segment=location.segment)
         return frame
 
     def forget(self, location: Location) -> bool:
-        """The block at `location` is not wanted any more; False if it had not been there. Makes no request.
+        """Drop the block at `location`. Returns False if it was not there. Makes no request.
 
-        A pack whose last block this was is deleted by the next append or reclaim, and counts until then.
+        If it was the last block of its pack, the next append or reclaim deletes the pack; until then its bytes count.
         """
         with self._state:
             pack = self._packs.get(location.segment)
             if pack is None or pack.live.pop(location.offset, None) is None:
                 return False
             if not pack.live:
-                self._give_up(location.segment)
+                self._discard(location.segment)
             return True
 
     def recovered(self) -> list[Recovered]:
-        """Blocks in the packs of a former owner, oldest first; once, before anything else. They are live until `forget`.
+        """Returns the blocks in the packs of a former owner, oldest first. They are live until `forget`.
 
-        Of more packs than the cap allows the oldest are deleted; so are packs whose footer is damaged. Raises (kind
-        `storage`, setting `objects`) when the store cannot be listed or read: nothing is lost then, and it may be tried again.
-        Cost: a listing, and one small ranged read a pack, four at a time.
+        Call it once, before any other method. Deletes packs with a damaged footer, and the oldest packs if all exceed the cap.
+        Raises (kind `storage`, setting `objects`) if the store cannot be listed or read; nothing is lost then, and it may be
+        called again. Cost: a listing, and one small ranged read a pack, four at a time.
         """
         with self._writing:
             self._must_be_open()
@@ -173,10 +173,10 @@ class ObjectsTier(LogTier):
             ]
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """The segment that must go before `count` frames of `nbytes` in all are sure to fit.
+        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit.
 
-        Without `count` they are taken to be of 1 KiB or more each. None if they fit, or nothing is left to go, or the
-        store does not delete what it is asked to: then the append says so.
+        Returns None if they fit, if no segment is left, or if the store fails to delete; the append is refused then.
+        Without `count`, frames of at least 1 KiB are assumed.
         """
         whole = grown_bytes(nbytes, nbytes // _FRAME_BYTES_MIN + 1 if count is None else count) + footer_bytes(0) * (
             2 + 2 * nbytes // self.segment_bytes
@@ -188,7 +188,7 @@ class ObjectsTier(LogTier):
             return next(iter(self._packs), None)
 
     def oldest_sealed(self) -> int | None:
-        """The oldest pack; None if there is none."""
+        """Returns the oldest pack, or None."""
         with self._state:
             return next(iter(self._packs), None)
 
@@ -197,38 +197,38 @@ class ObjectsTier(LogTier):
             return list(self._packs[segment].live.values()) if segment in self._packs else []
 
     def reclaim(self, segment: int) -> int:
-        """Delete a pack with all its blocks; the bytes that are free now: none if it was gone already, or the store does not answer.
+        """Delete a pack with all its blocks. Returns the bytes that this freed, 0 if it no longer exists.
 
-        In the latter case its bytes count on, and the deletion is tried again before the next append.
+        If the store does not answer, returns 0; the pack's bytes still count, and the next append tries to delete it again.
         """
         with self._state:
             if segment not in self._packs:
                 return 0
-            pack = self._give_up(segment)
+            pack = self._discard(segment)
         return pack.nbytes if self._swept() else 0
 
     def close(self, remove: bool = True) -> None:
-        """Let go of the store. With `remove` all packs are deleted first, as far as it answers; else a restart finds them."""
+        """Close the store. With `remove`, delete all packs first if it answers; without, a restart finds them again."""
         with self._writing:
             if self._closed:
                 return
             if remove:
                 with self._state:
                     for number in list(self._packs):
-                        self._give_up(number)
+                        self._discard(number)
                 self._swept()
             self._closed = True
             self._store.close()
 
     def check(self) -> None:
-        """Assert that the books agree with a listing of the store, that no blocks overlap, and that the cap holds."""
+        """Assert that the bookkeeping agrees with a listing of the store, and that the cap holds."""
         with self._writing, self._state:
             assert self._used_bytes <= self._capacity_bytes, f"{self._used_bytes} bytes used of {self._capacity_bytes}"
             kept = {pack.name: pack.nbytes for pack in self._packs.values()}
             assert self._used_bytes == sum(kept.values()) + sum(self._unwanted.values())
             assert list(self._packs) == sorted(self._packs), "packs are not in the order of their numbers"
             for number, pack in self._packs.items():
-                assert pack.live, f"pack {number} is of no use"
+                assert pack.live, f"pack {number} has no live block"
                 assert _number(pack.name) == number, f"pack {number} has another one's name"
             if self._closed or not self._listed:
                 return
@@ -240,17 +240,20 @@ class ObjectsTier(LogTier):
             raise TieredKVError(Kind.CLOSED, "the objects tier is closed")
 
     def _ready(self) -> bool:
-        """Whether the store answers and what is there is known and counted; what nobody has asked for is given up."""
+        """Prepare for an append: find packs that `recovered` was not called for, and delete unwanted ones.
+
+        Returns whether the store answered. Blocks that no caller of `recovered` knows are dropped.
+        """
         try:
             for block in self.recovered():
                 self.forget(block.location)
         except TieredKVError as error:
-            log.warning("the objects tier takes nothing now: %s", error)
+            log.warning("the objects tier refuses blocks now: %s", error)
             return False
         return self._swept()
 
     def _planned(self, records: Sequence[Record], sizes: Sequence[int]) -> tuple[dict[int, Appended], list[_Planned]]:
-        """Packs for the records that fit, their bytes taken from the cap; and answers for those that do not."""
+        """Plan packs for the records that fit, and reserve their bytes. Returns answers for the other records, and the packs."""
         answers: dict[int, Appended] = {}
         planned: list[_Planned] = []
         for index, (record, nbytes) in enumerate(zip(records, sizes, strict=True)):
@@ -267,7 +270,7 @@ class ObjectsTier(LogTier):
         return answers, planned
 
     def _take(self, frame_bytes: int, nbytes: int) -> Refused | None:
-        """Take `nbytes` of the cap for a frame, or say why not."""
+        """Reserve `nbytes` of the cap for a frame. Returns the reason if that is not possible, else None."""
         if frame_bytes > self.max_frame_bytes:
             return Refused.TOO_LARGE
         with self._state:
@@ -282,16 +285,16 @@ class ObjectsTier(LogTier):
         return _Planned(number, PackWriter(self._store, f"{number:010d}-"), [])
 
     def _placed(self, number: int, info: PackInfo, refused: Refused | None) -> list[Appended]:
-        """Book a pack that was uploaded, or may have been."""
+        """Record a pack after its upload, which may have failed. Returns an answer for each frame."""
         with self._state:
             if refused:
-                self._unwanted[info.name] = info.nbytes  # a put that failed may have arrived all the same
+                self._unwanted[info.name] = info.nbytes  # a failed put may still have created the object
                 return [Appended(None, refused)] * len(info.entries)
             self._packs[number] = _Pack(info.name, info.nbytes, {entry.offset: entry.key for entry in info.entries})
         return [Appended(_location(number, entry), None) for entry in info.entries]
 
     def _footer(self, listed: tuple[str, int]) -> PackInfo | None:
-        """What is in a pack, nothing if it is damaged; None for one that is gone by now."""
+        """Read a pack's footer. Returns no entries if it is damaged, None if the pack no longer exists."""
         try:
             return read_footer(self._store, *listed)
         except TieredKVError as error:
@@ -299,17 +302,19 @@ class ObjectsTier(LogTier):
                 return None
             if error.kind is not Kind.CORRUPT:
                 raise
-            log.warning("given up: %s", error)
+            log.warning("a damaged pack will be deleted: %s", error)
             return PackInfo(*listed, ())
 
     def _adopt(self, packs: Sequence[PackInfo]) -> dict[int, PackInfo]:
-        """Make the books those of what was found; gives the packs to be kept by number: the newest that the cap allows."""
+        """Set the bookkeeping to the packs that were found. Returns the packs to keep by number: the newest that fit the cap."""
         kept: dict[int, PackInfo] = {}
-        for pack in sorted(packs, key=lambda pack: pack.name):
+        by_name = sorted(packs, key=lambda pack: pack.name)
+        numbered = [(number, pack) for pack in by_name if (number := _number(pack.name)) is not None]
+        for number, pack in numbered:
             if pack.entries:
-                kept.setdefault(_number(pack.name), pack)  # a second one of a number is the put of a dead owner that came late
+                kept.setdefault(number, pack)  # a second pack of a number is a late put of a dead owner
         self._used_bytes = sum(pack.nbytes for pack in packs)
-        self._next = max((_number(pack.name) for pack in packs), default=0) + 1
+        self._next = max((number for number, _ in numbered), default=0) + 1
         over_bytes = sum(pack.nbytes for pack in kept.values()) - self._capacity_bytes
         for number in list(kept):
             if over_bytes > 0:
@@ -317,17 +322,17 @@ class ObjectsTier(LogTier):
         self._packs = {
             number: _Pack(pack.name, pack.nbytes, {entry.offset: entry.key for entry in pack.entries}) for number, pack in kept.items()
         }
-        self._unwanted = {pack.name: pack.nbytes for pack in packs if kept.get(_number(pack.name)) is not pack}
+        self._unwanted = {pack.name: pack.nbytes for number, pack in numbered if kept.get(number) is not pack}
         return kept
 
-    def _give_up(self, number: int) -> _Pack:
-        """Take a pack out of those that are read from; `_state` is held."""
+    def _discard(self, number: int) -> _Pack:
+        """Mark a pack for deletion; it is not read from any more. The caller holds `_state`."""
         pack = self._packs.pop(number)
         self._unwanted[pack.name] = pack.nbytes
         return pack
 
     def _swept(self) -> bool:
-        """Whether all that is unwanted could be deleted."""
+        """Delete all packs marked for deletion. Returns whether the store did it."""
         with self._state:
             names = list(self._unwanted)
         try:
@@ -344,19 +349,19 @@ class ObjectsTier(LogTier):
 
 
 def _uploaded(writer: PackWriter) -> tuple[PackInfo, Refused | None]:
-    """A pack, and why it was not written if so."""
+    """Upload a pack. Returns it, and the reason if it was refused."""
     try:
         return writer.finish(), None
     except TieredKVError as error:
         if error.kind is not Kind.STORAGE:
             raise
-        log.warning("%d blocks are not kept: %s", len(writer), error)
+        log.warning("%d blocks are dropped: %s", len(writer), error)
         is_full = error.context.get("errno") in (errno.ENOSPC, errno.EDQUOT)
         return writer.seal(), Refused.NO_SPACE if is_full else Refused.IO_ERROR
 
 
 def _in_parallel(call: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The results for all items, in order; raises what the first to fail has raised, after all have ended."""
+    """Call `call` on all items in parallel. Returns the results in order. Raises the first error, after all calls have ended."""
     if len(items) < 2:
         return [call(item) for item in items]
     with DaemonThreads(_PARALLEL, "tkv-objects") as threads:
@@ -364,7 +369,7 @@ def _in_parallel(call: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def _number(name: str) -> int | None:
-    """The number in the name of one of this tier's packs; None for any other object."""
+    """Returns the number in the name of one of this tier's packs, or None for any other object."""
     prefix = _PREFIX.fullmatch(pack_prefix(name) or "")
     return int(prefix[1]) if prefix and int(prefix[1]) < _NUMBERS else None
 
