@@ -125,7 +125,7 @@ def test_only_nodes_of_the_ray_at_the_address_match(name: str, node: NodeProcess
     write_record(NodeRecord(name, node.cluster_id, "bench", record.info, ray_address="10.0.0.5:6379", pid=record.pid))
     assert LocalNodes(name, "10.0.0.5:6379").find() == node.info
     assert LocalNodes(name, "10.0.0.6:6379").find() is None
-    with pytest.raises(TieredKVError, match="write host:port"):
+    with pytest.raises(TieredKVError, match="--address: must be host:port"):
         LocalNodes(name, "nonsense").find()
 
 
