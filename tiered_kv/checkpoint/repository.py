@@ -95,7 +95,7 @@ class Repository:
         return sorted(filter(may_be_manifest, listed), key=lambda name: (created_of(name) is not None, name))
 
     def latest(self) -> str:
-        """Returns the name of the newest checkpoint: of the listed generated ones and the one that LATEST names.
+        """Returns the name of the newest checkpoint, from the generated names in the listing and the name in LATEST.
 
         Raises (kind `storage`) if there is none.
         """

@@ -1,4 +1,4 @@
-"""The node, as far as its parts for checkpoints use it."""
+"""The interface of a node that its checkpoint writer and loader use."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

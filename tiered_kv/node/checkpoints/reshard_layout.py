@@ -15,7 +15,10 @@ from tiered_kv.layout import ITEM_BYTES, KVLayout
 
 
 class Piece(NamedTuple):
-    """`heads` heads that a rank gets from rank `source` of the other world: from head `first` there, to head `target` here."""
+    """Consecutive KV heads that a rank takes from rank `source` of the other world.
+
+    first: number of the first head in the source. heads: how many. target: number of the first head in this rank.
+    """
 
     source: int
     first: int

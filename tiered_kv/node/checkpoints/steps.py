@@ -184,7 +184,7 @@ class LoadCapacityRequest(CheckpointRequest[LoadCapacity]):
 
 @dataclass(frozen=True)
 class MountRequest(CheckpointRequest[int]):
-    """Make blocks of packs hits, which are read from the packs on demand. The answer is the number of blocks that are hits.
+    """Mount blocks: they are hits at once, and are read from their packs on demand. The answer is the number of mounted blocks.
 
     packs: names of packs at `url`. blocks: hottest first, every parent before its children; `location.segment` is an index into
     `packs`. models: descriptions of the blocks' models. credentials: as in `WriteRequest`.
