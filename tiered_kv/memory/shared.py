@@ -407,6 +407,7 @@ def _write_header(files: NodeFiles, cluster_id: str, node_id: str) -> None:
         header[w.SLOTS] = files.slots
         header[w.ARENA_BYTES] = files.arena_bytes
         header[w.IDENTITY] = w.new_identity()
+        assert files.arena_fd is not None, "the files are open: they were created just now"
         header[w.ARENA_INODE] = os.fstat(files.arena_fd).st_ino
         w.fence()
         header[w.MAGIC] = w.MAGIC_WORD  # last: files without it are unfinished
