@@ -126,7 +126,7 @@ class Run:
     def _remove_folder(self) -> None:
         shutil.rmtree(self._node.directory)
         self.counts["folders_removed"] += 1
-        self._node.child.wait(10)  # a node whose files are gone ends by itself
+        self._node.child.wait(30)  # a node whose files are gone ends by itself
         self._start()
 
     def _start(self) -> None:
