@@ -20,7 +20,7 @@ from tiered_kv.threads import DaemonThreads
 
 WITHIN_S = 6.0
 JOIN_WITHIN_S = 3.0
-ANSWER_WITHIN_S = 2.0
+ANSWER_WITHIN_S = 3.0
 QUESTIONS_AT_ONCE = 16
 
 
@@ -88,6 +88,8 @@ def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
     here = directories(known, answers.coordinator)
     expected = expected_nodes(answers, here)
     elsewhere = [node for node in expected if node not in here] if not isinstance(joined, TieredKVError) else []
+    from tiered_kv.protocol import unix_socket  # noqa: F401  # it imports torch, which must not count as a node's time to answer
+
     questions = {node: lambda node=node: _stats_by_socket(here[node]) for node in expected if node in here}
     if elsewhere:
         questions[""] = lambda: asking(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")

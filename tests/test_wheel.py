@@ -55,7 +55,7 @@ def test_linked_folders_are_real_files(wheel, folder):
 
 
 def test_the_demos_documents_are_inside(wheel):
-    documents = [path for path in (ROOT / "tiered_kv" / "demo" / "documents").iterdir() if path.is_file()]
+    documents = [path for path in (ROOT / "tiered_kv" / "tools" / "demo" / "documents").iterdir() if path.is_file()]
     assert documents
     for path in documents:
         assert wheel.read(f"tiered_kv/tools/demo/documents/{path.name}") == path.read_bytes()

@@ -147,7 +147,7 @@ def test_other_models_are_not_mixed():
     [
         (dict(namespace=None), "its namespace is unknown"),
         (dict(namespace={"weight": "w"}), "its namespace is unknown"),
-        (dict(namespace={"weights": ""}), "must be a text"),
+        (dict(namespace={"weights": ""}), "must be a non-empty text"),
         (dict(layout=None), "opaque layout cannot be split"),
         (dict(namespace=asdict(replace(NAMESPACE, tenant="b", world=2))), "do not match the root of its blocks"),
         (dict(layout=replace(WHOLE, head_dim=8)), "do not match the root of its blocks"),

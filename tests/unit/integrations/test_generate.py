@@ -376,8 +376,8 @@ def test_a_request_reuses_the_previous_buffer_without_changing_its_output(monkey
     cached, client = served(model)
     inner, given = client.fetch, []
 
-    def fetch(ids, out=None):
-        found = inner(ids)
+    def fetch(ids, out=None, **options):
+        found = inner(ids, **options)
         given.append(out)
         out[..., : found.tokens, :].copy_(found.kv)
         out[..., found.tokens :, :].fill_(float("nan"))

@@ -98,11 +98,11 @@ def test_a_worker_never_stores_beside_a_copy_of_its_files(node, client, checked,
 def test_files_are_in_place_only_with_all_their_names(node_factory) -> None:
     node = node_factory()
     arena = Path(node.directory) / "arena"
-    assert node.place._files.is_in_place()
+    assert node.storage._files.is_in_place()
     arena.rename(arena.with_name("aside"))
-    assert not node.place._files.is_in_place()
+    assert not node.storage._files.is_in_place()
     arena.with_name("aside").rename(arena)
-    assert node.place._files.is_in_place()
+    assert node.storage._files.is_in_place()
 
 
 def test_a_view_that_is_not_live_never_stores(node_factory, client_factory) -> None:

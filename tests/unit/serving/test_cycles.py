@@ -75,7 +75,7 @@ def test_a_cycle_of_parents_does_not_hang_the_node(policy: str) -> None:
 @pytest.mark.parametrize(
     ("claims", "words"),
     [
-        ([(A, B, 0)], "has the parent"),
+        ([(A, B, 0)], "has parent"),
         ([(A, None, 4)], "its depth must be 0, got 4"),
         ([(A, B, 5), (B, A, 6)], "its depth must be 7, got 5"),
         ([(A, None, 0), (B, A, 1), (C, B, 1)], "its depth must be 2, got 1"),
