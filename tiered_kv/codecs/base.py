@@ -82,9 +82,9 @@ class Codec(ABC):
             kv.copy_(flat)
 
     def most_error(self) -> float:
-        """The greatest error that a block carries which this codec, or the one that it gives way to, made of an exact one.
+        """Returns the largest error that a block can carry after this codec, or the one it falls back to, has encoded exact KV.
 
-        Infinity if that depends on a calibration that is not there.
+        Infinity if that depends on a calibration that is not loaded.
         """
         return 0.0
 

@@ -44,7 +44,8 @@ class Client(Protocol):
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
         """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer.
 
-        To a client that has `use` (`modelstate.MovingClient`), both methods are given `namespace=`: the one of the model's state.
+        A client that has `use` (`modelstate.MovingClient`) must also accept `namespace=` in `fetch` and `store`: the namespace of the
+        model's current state.
         """
 
     def note_prefill(self, tokens: int, seconds: float) -> None:

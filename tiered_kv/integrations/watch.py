@@ -129,7 +129,7 @@ def _own_count(values: dict) -> int:
 
 
 def _code(kind: type) -> tuple[Any, Any]:
-    """What runs when a module of this class is called."""
+    """Returns the functions that a call of a module of this class runs: its `__call__` and `forward`."""
     return kind.__call__, getattr(kind, "forward", None)
 
 

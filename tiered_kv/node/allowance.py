@@ -84,7 +84,7 @@ class Allowance:
         return [key for key, error in known.items() if error > most]
 
     def stats(self) -> dict[str, int]:
-        """Returns by source the number of blocks that were not shown since the node started."""
+        """Returns, for each source, how many blocks carried more error than allowed and were left out, since the node started."""
         with self._lock:
             return dict(self._refused)
 
