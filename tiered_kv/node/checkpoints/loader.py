@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.codecs.frame import Frame
@@ -30,6 +30,7 @@ from tiered_kv.node.checkpoints.steps import (
 from tiered_kv.node.checkpoints.writer import Pace, outcome_of, stand_back
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.worker_session import NodeSession
+from tiered_kv.protocol.messages import LoadStats
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
@@ -53,17 +54,6 @@ _PROBLEMS_KEPT = 100
 Source = Frame | TieredKVError
 """A block's frame, or the error if it is damaged or missing."""
 _Placed = tuple[MountedBlock, Frame, Location]
-
-
-class LoadStats(TypedDict):
-    """The state of loading in a node's figures, ready for JSON. nearer: blocks copied to host memory or disk."""
-
-    blocks: int
-    nearer: int
-    damaged: int
-    too_lossy: int
-    is_done: bool
-    error: str | None
 
 
 class _Batch(NamedTuple):
