@@ -48,6 +48,11 @@ def _digest(*parts: bytes) -> bytes:
     return blake2b(b"".join(parts), digest_size=KEY_BYTES).digest()
 
 
+def _as_array(tensor: "torch.Tensor") -> np.ndarray:
+    array: np.ndarray = tensor.numpy(force=not tensor.is_cpu or tensor.requires_grad)  # `force` costs four more torch calls
+    return array
+
+
 def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.ndarray:
     """Returns the ids as a 1-D array of little-endian u32. A batch of one prompt, (1, n), is treated as that prompt.
 
@@ -55,7 +60,7 @@ def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.n
     """
     try:
         given: Any = token_ids
-        ids = np.asarray(given.numpy(force=True) if hasattr(given, "detach") else given)
+        ids = np.asarray(_as_array(given) if hasattr(given, "detach") else given)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: a torch tensor without content
         raise TieredKVError(Kind.TOKENS, f"token_ids: must be a list of whole numbers ({error})") from error
     if ids.ndim == 2 and ids.shape[0] == 1:
@@ -69,7 +74,7 @@ def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.n
     if ids.dtype != np.int64:
         ids = np.minimum(ids, 1 << 62).astype(np.int64) if ids.dtype == np.uint64 else ids.astype(np.int64)
     halves = np.ascontiguousarray(ids, dtype="<i8").view("<u4")
-    if halves[1::2].any():  # the upper half of a number from 0 to 2**32 - 1 is zero
+    if np.logical_or.reduce(halves[1::2]):  # the upper half of a number from 0 to 2**32 - 1 is zero
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise TieredKVError(Kind.TOKENS, f"token_ids: must be from 0 to {MAX_TOKEN_ID}, got {bad}", token=bad)
     return halves[::2].copy()

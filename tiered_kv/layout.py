@@ -70,7 +70,7 @@ class KVLayout:
         """Returns (L, 2, H, tokens, D), the shape of the KV of `tokens` tokens."""
         return (self.layers, 2, self.kv_heads, tokens, self.head_dim)
 
-    @property
+    @cached_property
     def torch_dtype(self) -> "torch.dtype":
         """The torch dtype."""
         import torch
@@ -94,5 +94,5 @@ class KVLayout:
             )
         if part.dtype != self.torch_dtype:
             raise TieredKVError(Kind.LAYOUT, f"{name} must be {self.dtype}, the layout's dtype, got {part.dtype}", dtype=str(part.dtype))
-        if part.device.type == "meta" or str(part.layout) != "torch.strided":
+        if part.device.type == "meta" or part.layout is not torch.strided:
             raise TieredKVError(Kind.LAYOUT, f"{name} must be a dense tensor with content, got {part.layout} on the device {part.device}")

@@ -177,7 +177,7 @@ class Client:
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
             self.layout.check_kv(out, room, "out")
-            if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+            if 0 in out.stride() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
                 raise TieredKVError(
                     Kind.LAYOUT, "out: must be a tensor that can be written to, got an expanded tensor, whose elements share memory"
                 )
@@ -205,7 +205,7 @@ class Client:
         self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
         saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
         source.tally(len(keys), len(read), tokens, int(saved_s * 1e6))
-        return Fetched(tokens, kv[..., :tokens, :], by_tier)
+        return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
 
     @_while_open
     def store(

@@ -66,18 +66,18 @@ class ArenaBlocks:
 
     def unpack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the run's blocks to their tokens of `kv`."""
-        self._columns(kv_L2HND.detach(), run).copy_(self.blocks(run))
+        self._columns(_detached(kv_L2HND), run).copy_(self.blocks(run))
 
     def pack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
         """Copy the tokens of the run's blocks out of `kv`."""
-        self.blocks(run).copy_(self._columns(kv_L2HND.detach(), run))
+        self.blocks(run).copy_(self._columns(_detached(kv_L2HND), run))
 
     def pack_layers(self, run: Run, pairs_HND: LayerPairs) -> None:
         """As `pack`, from one (key, value) pair for each layer, each (H, N, D), without stacking them first."""
         blocks = self.blocks(run)
         for layer, pair in enumerate(pairs_HND):
             for which, heads_HND in enumerate(pair):
-                blocks[:, layer, which].copy_(self._columns(heads_HND.detach(), run))
+                blocks[:, layer, which].copy_(self._columns(_detached(heads_HND), run))
 
     def _columns(self, kv: torch.Tensor, run: Run) -> torch.Tensor:
         """Returns the run's tokens of `kv`, (…, N, D), as a tensor (blocks, …, T, D) that shares its memory."""
@@ -91,3 +91,7 @@ class ArenaBlocks:
         strides = kv.stride()
         step = t * strides[-2]
         return kv.as_strided((run.blocks, *outer, t, d), (step, *strides), kv.storage_offset() + run.first * step)
+
+
+def _detached(kv: torch.Tensor) -> torch.Tensor:
+    return kv.detach() if kv.requires_grad else kv

@@ -397,5 +397,5 @@ class DeviceReader:
 
 def _settle(kv: torch.Tensor) -> None:
     """Wait until the copies into `kv` have finished. Copies on the CPU have finished already."""
-    if kv.device.type != "cpu":
+    if not kv.is_cpu:
         torch.accelerator.synchronize(kv.device)

@@ -96,8 +96,10 @@ class SessionPool:
 
     def _kept(self) -> tuple[Session | None, list[Session]]:
         """Returns an idle session of the node's present life (or None), and the idle sessions of earlier lives, for closing."""
-        present = Life(self._view.identity, self._view.generation)
         ended: list[Session] = []
+        if not self._idle:
+            return None, ended
+        present = Life(self._view.identity, self._view.generation)
         while self._idle:
             session = self._idle.pop()
             if session.life == present:

@@ -94,7 +94,7 @@ class BlockWriter:
             skip = taken[begin] * t - start  # tokens of kv that precede this block
             for run in runs_of(offsets[begin:end]):
                 if isinstance(kv, torch.Tensor):
-                    self._source.arena.pack(run, kv[..., skip:, :])
+                    self._source.arena.pack(run, kv[..., skip:, :] if skip else kv)
                 else:
                     self._source.arena.pack_layers(run, [(key[:, skip:], value[:, skip:]) for key, value in kv])
             begin = end

@@ -48,6 +48,27 @@ CLOSE_WITHIN_S = 5.0
 """How long `close` waits for running copies and for the disk, before it leaves them to a background thread."""
 
 
+class _Running:
+    """The context of `Node.running`. It may be entered again while it is held."""
+
+    __slots__ = ("_node",)
+
+    def __init__(self, node: "Node") -> None:
+        self._node = node
+
+    def __enter__(self) -> None:
+        lock = self._node.engine.lock
+        lock.acquire()
+        try:
+            self._node.check_open()
+        except BaseException:
+            lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._node.engine.lock.release()
+
+
 class Node:
     """One machine's part of the cache. `directory`: the folder in which its workers find index and arena.
 
@@ -128,13 +149,14 @@ class Node:
             self._sessions[session] = None
         return session
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Hold the engine's lock while the node is open. Raises (kind `transport`) if the node is closed."""
-        with self.engine.lock:
-            if self._stopped:
-                raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} {self._refusal}", node=self.node_id)
-            yield
+    def running(self) -> "_Running":
+        """A context that holds the engine's lock while the node is open. Raises (kind `transport`) if the node is closed."""
+        return _Running(self)
+
+    def check_open(self) -> None:
+        """Raise (kind `transport`) if the node is closed. Call with the engine's lock."""
+        if self._stopped:
+            raise TieredKVError(Kind.TRANSPORT, f"the node {self.node_id} {self._refusal}", node=self.node_id)
 
     def is_open(self, session: NodeSession) -> bool:
         """Returns whether the session is open."""
@@ -188,8 +210,9 @@ class Node:
                 self.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
             self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
             self.seals.committed([each.key for each in taken if each.digest is None])
-            self.seals.mend_slots(each.key for each, is_new in zip(taken, added, strict=True) if not is_new)
-            self.free_extents(each.location.offset for each in packed[len(taken) :])
+            self.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])
+            if len(taken) < len(packed):
+                self.free_extents(each.location.offset for each in packed[len(taken) :])
         if self._reporter:
             self._reporter.wake()
         return added

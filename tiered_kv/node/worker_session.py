@@ -1,8 +1,7 @@
 """The node's side of one worker's session: checks the worker's arguments, and keeps track of its reservations."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Hint, Location, Tier
@@ -56,14 +55,20 @@ class NodeSession:
             raise TieredKVError(
                 Kind.LAYOUT, f"reserve: nbytes must be a positive integer and keys a list of {KEY_BYTES}-byte keys, got nbytes={nbytes!r}"
             )
-        with self._running_within(wait_s) as left_s:
-            if left_s is None:
-                return []
+        begun_s = time.monotonic()
+        lock = self._node.engine.lock
+        if not lock.acquire(timeout=wait_s + LOCK_WAIT_S):
+            return []
+        try:
+            self._node.check_open()
+            left_s = max(begun_s + wait_s - time.monotonic(), 0.0)
             offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # releases the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "reserve: the session was closed while the reservation was made")
             self.reserved.update(dict.fromkeys(offsets, nbytes))
+        finally:
+            lock.release()
         return offsets
 
     def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
@@ -120,23 +125,6 @@ class NodeSession:
     def close(self) -> None:
         self._node.session_closed(self)
 
-    @contextmanager
-    def _running_within(self, wait_s: float) -> Iterator[float | None]:
-        """As `Node.running`, but waits for the lock no longer than `wait_s` plus LOCK_WAIT_S.
-
-        Yields the time left of `wait_s`, or None if it did not get the lock.
-        """
-        begun_s = time.monotonic()
-        lock = self._node.engine.lock
-        if not lock.acquire(timeout=wait_s + LOCK_WAIT_S):
-            yield None
-            return
-        try:
-            with self._node.running():
-                yield max(begun_s + wait_s - time.monotonic(), 0.0)
-        finally:
-            lock.release()
-
     def _take(self, sizes: Mapping[int, int | None], count: int) -> None:
         """Remove extents from the session. `sizes`: bytes by offset; None accepts any size. `count`: how many the worker named.
 
@@ -153,7 +141,7 @@ class NodeSession:
 
 def _check_chain(root: BlockKey, blocks: list[tuple[BlockKey, BlockKey | None]]) -> None:
     """Raise (kind `transport`) if a worker sent invalid keys: `root` and `blocks` (key, parent) must be keys of KEY_BYTES bytes."""
-    for key, parent in [(root, None), *blocks]:
+    for key, parent in ((root, None), *blocks):
         is_block = type(key) is bytes and len(key) == KEY_BYTES
         has_parent = parent is None or (type(parent) is bytes and len(parent) == KEY_BYTES)
         if not is_block or not has_parent or key == parent:

@@ -4,6 +4,7 @@ A node of another version, or damaged memory, must not make a worker pack over a
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 from tiered_kv.errors import Kind
@@ -12,6 +13,7 @@ from tiered_kv.protocol.session import PROTOCOL
 from tiered_kv.tiers.host import HEADER_BYTES
 
 U64_MAX = (1 << 64) - 1
+_PAYLOAD_ALIGNED = HEADER_BYTES % ALIGNMENT
 
 
 def is_answer(message: object, number: int) -> TypeGuard[list[Any]]:
@@ -35,13 +37,15 @@ def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -
 
     The extents must be aligned, within the arena, and must not overlap.
     """
-    if type(answer) is not list or len(answer) > requested or any(type(offset) is not int for offset in answer):
+    if type(answer) is not list or len(answer) > requested:
         return False
+    for offset in answer:
+        if type(offset) is not int or offset % ALIGNMENT != _PAYLOAD_ALIGNED or not 0 <= offset <= arena_bytes - nbytes:
+            return False
+    if len(answer) < 2:
+        return True
     ordered = sorted(answer)
-    ends = [offset + nbytes for offset in ordered]
-    apart = all(end <= following for end, following in zip(ends, ordered[1:], strict=False))
-    aligned = all(offset % ALIGNMENT == HEADER_BYTES % ALIGNMENT for offset in ordered)
-    return apart and aligned and (not ordered or (ordered[0] >= 0 and ends[-1] <= arena_bytes))
+    return all(following - offset >= nbytes for offset, following in pairwise(ordered))
 
 
 def are_booleans(answer: object, count_max: int) -> bool:

@@ -29,7 +29,9 @@ from tiered_kv.protocol.session import PROTOCOL, Life, Session
 log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
+LATE_S = 0.01  # a socket timeout that is too long by less than this stays as it is
 MESSAGE_BYTES_MAX = 64 << 20
+RECEIVE_BYTES = 64 << 10
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
@@ -38,7 +40,6 @@ GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
 COMMIT_GRACE_S = 0.25
 """The same for a commit whose deadline passed while the worker packed. The work is done, and a live node will accept it."""
-LATE_S = 0.01  # a socket timeout that is too long by less than this stays as it is
 
 
 def _send(connection: socket.socket, message: object) -> None:
@@ -46,39 +47,50 @@ def _send(connection: socket.socket, message: object) -> None:
     connection.sendall(_LENGTH.pack(len(body)) + body)
 
 
-def _receive(connection: socket.socket, until_s: float | None = None) -> Any:
-    """Returns the next message; None at the end of the stream. `until_s`: the deadline on the monotonic clock."""
-    head = _exactly(connection, _LENGTH.size, until_s)
-    if head is None:
-        return None
-    (length,) = _LENGTH.unpack(head)
+class _Messages:
+    """Receives the messages of one connection. A small message costs one system call."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = b""  # bytes of later messages
+
+    def next(self, until_s: float | None = None) -> Any:
+        """Returns the next message; None at the end of the stream.
+
+        `until_s`: the deadline on the monotonic clock. Raises `TimeoutError` then, even if bytes keep arriving slowly.
+        """
+        received: bytes | bytearray = self._received or self._part(RECEIVE_BYTES, until_s)
+        end = _end_of(received)
+        while len(received) < end:
+            more = self._part(max(RECEIVE_BYTES, end - len(received)), until_s) if received else b""
+            if not more:
+                return None
+            if type(received) is bytes:
+                received = bytearray(received)
+            received += more
+            end = _end_of(received)
+        self._received = bytes(received[end:])
+        return msgpack.unpackb(memoryview(received)[_LENGTH.size : end])
+
+    def _part(self, nbytes: int, until_s: float | None) -> bytes:
+        if until_s is not None:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("timed out")
+            timeout_s = self._connection.gettimeout()
+            if timeout_s is None or left_s < timeout_s - LATE_S:
+                self._connection.settimeout(left_s)
+        return self._connection.recv(nbytes)
+
+
+def _end_of(received: bytes | bytearray) -> int:
+    """Returns where the first message ends. Raises (kind `transport`) if it is too long."""
+    if len(received) < _LENGTH.size:
+        return _LENGTH.size
+    length: int = _LENGTH.unpack_from(received)[0]
     if length > MESSAGE_BYTES_MAX:
         raise TieredKVError(Kind.TRANSPORT, f"a message must be at most {MESSAGE_BYTES_MAX} bytes, got {length}")
-    body = _exactly(connection, length, until_s)
-    return None if body is None else msgpack.unpackb(body)
-
-
-def _exactly(connection: socket.socket, length: int, until_s: float | None) -> bytes | bytearray | None:
-    body = _part(connection, length, until_s)
-    if len(body) == length:
-        return body
-    whole = bytearray(body)
-    while body and len(whole) < length:
-        body = _part(connection, length - len(whole), until_s)
-        whole += body
-    return whole if len(whole) == length else None
-
-
-def _part(connection: socket.socket, length: int, until_s: float | None) -> bytes:
-    """Returns the next received bytes of a message. Raises `TimeoutError` at `until_s`, even if bytes keep arriving slowly."""
-    if until_s is not None:
-        left_s = until_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("timed out")
-        timeout_s = connection.gettimeout()
-        if timeout_s is None or left_s < timeout_s - LATE_S:
-            connection.settimeout(left_s)
-    return connection.recv(length)
+    return _LENGTH.size + length
 
 
 class SessionServer:
@@ -134,8 +146,9 @@ class SessionServer:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
+            messages = _Messages(connection)
             with closing(self._open_session()) as session:
-                while (message := _receive(connection)) is not None:
+                while (message := messages.next()) is not None:
                     _send(connection, self._answer(session, message))
                     self._afterwards()
         except (OSError, TieredKVError, ValueError) as error:
@@ -189,6 +202,7 @@ class SocketSession:
         self._numbers = itertools.count(1)
         self._arena_bytes = 0
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._messages = _Messages(self._connection)
         forking.register(self)
         self.allow(wait_s)
         self._connection.settimeout(wait_s + GRACE_S)
@@ -234,7 +248,7 @@ class SocketSession:
         try:
             self._connection.settimeout(until_s - now_s)
             _send(self._connection, [number, method, arguments])
-            answer = _receive(self._connection, until_s)
+            answer = self._messages.next(until_s)
         except (OSError, ValueError, TieredKVError) as error:
             raise self._broken(f"no answer from the node to {method!r}: {error}", method, isinstance(error, TimeoutError)) from error
         if answer is None:
