@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from tiered_kv import forking
@@ -220,3 +220,24 @@ def work_alone() -> None:
     restoring = threading.Thread(target=torch.set_num_threads, args=[others])
     restoring.start()
     restoring.join()
+
+
+class CheckedLock:
+    """A context that holds `lock` while its body runs. It calls `check` first, which may raise. Costs half as much as a generator."""
+
+    __slots__ = ("_check", "_lock")
+
+    def __init__(self, lock: AbstractContextManager[Any], check: Callable[[], None]) -> None:
+        self._lock = lock
+        self._check = check
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        try:
+            self._check()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.__exit__(None, None, None)

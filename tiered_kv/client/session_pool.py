@@ -95,7 +95,7 @@ class SessionPool:
         return session
 
     def _kept(self) -> tuple[Session | None, list[Session]]:
-        """Returns an idle session of the node's present life (or None), and the idle sessions of earlier lives, for closing."""
+        """Returns an idle session that was opened since the node last started (or None), and the older idle sessions, to be closed."""
         ended: list[Session] = []
         if not self._idle:
             return None, ended

@@ -1,7 +1,7 @@
 """Shared base of the codecs that encode a block of known shape and measure the error they cause.
 
-Shapes: kv (L, 2, H, T, D). The first tokens of a sequence stay exact, because all later tokens attend to them strongly
-(Xiao et al. 2023). They are at the start of the payload: (L, 2, H, sinks, D).
+Shapes: kv (L, 2, H, T, D). The first tokens of a sequence are stored unchanged, because all later tokens attend to them
+strongly (Xiao et al. 2023). They are at the start of the payload: (L, 2, H, sinks, D).
 """
 
 import math
@@ -135,7 +135,7 @@ class BlockCodec(Codec):
 
     @property
     def _exact(self) -> int:
-        """How many tokens of the block stay exact, because they are among the first of the sequence."""
+        """How many tokens of the block are stored unchanged, because they are among the first of the sequence."""
         return min(max(self.sinks - self.start, 0), self._dims[2])
 
     @property

@@ -33,7 +33,7 @@ class LowRankCodec(ReducedCodec):
     name: ClassVar[str] = "lowrank"
 
     def rank(self, tokens: int) -> int:
-        """Returns how many components are stored for a block with `tokens` tokens that do not stay exact."""
+        """Returns how many components are stored for a block of which `tokens` tokens are encoded. The others are stored unchanged."""
         _, heads, _, dim = self._dims
         component_bytes = tokens + heads * dim + SCALES_BYTES
         return min(max(int(self._budget_bytes(tokens * heads * dim) / component_bytes), 1), tokens, heads * dim)

@@ -1,7 +1,7 @@
 """Encodes a key and a value of a library user with a codec. The pair is one block to the codec, and two records to the user.
 
 Key and value are (B, H, T, D): batch, heads, tokens, head dim. The codec gets a block (B, 2, H, T, D), in which each sequence of
-the batch takes the place of a layer. Positions and rotation are unknown: K is encoded like V, and no token stays exact.
+the batch takes the place of a layer. Positions and rotation are unknown: K is encoded like V, and no token is stored unchanged.
 """
 
 from dataclasses import dataclass

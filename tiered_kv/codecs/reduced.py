@@ -14,7 +14,7 @@ from tiered_kv.layout import ITEM_BYTES
 
 @dataclass(frozen=True)
 class ReducedCodec(PartsCodec):
-    """A `PartsCodec` whose payload takes at most the part `keep` of the bytes of all tokens that do not stay exact.
+    """A `PartsCodec` whose payload takes at most the part `keep` of the bytes of the tokens that are encoded.
 
     `keep` is above 0 and at most 1. It covers scales and other side information as well. A payload has at least one component
     (lowrank) or one number of each head (sparse), even if that takes more.

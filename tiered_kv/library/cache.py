@@ -21,7 +21,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import MAX_TOKEN_ID, Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.config import CacheStrategy, KVCacheConfig
-from tiered_kv.library.opening import Engine
+from tiered_kv.library.opening import EmbeddedCache
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _EVICTED = ("dropped", "not_admitted", "dropped_under_pressure")
@@ -80,7 +80,7 @@ class BaseKVCache:
         self.rope = rope
         self._clock = clock
         self._lock = threading.RLock()
-        self._engine: Engine | None = None
+        self._engine: EmbeddedCache | None = None
         self._placed: dict[int, PositionEntry] = {}
         self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # random: counts from 0 would meet serials of loaded checkpoints
         self.origin = secrets.token_hex(8)
@@ -211,7 +211,7 @@ class BaseKVCache:
 
     # The whole cache
 
-    def engine(self, layout: KVLayout) -> Engine:
+    def engine(self, layout: KVLayout) -> EmbeddedCache:
         """Returns this cache's node. The first call creates it, with memory for `max_tokens` tokens of `layout`.
 
         Raises (kind `closed`) after `close`.
@@ -220,7 +220,7 @@ class BaseKVCache:
             if self._closed:
                 raise TieredKVError(Kind.CLOSED, "the cache is closed; create a new one")
             if self._engine is None:
-                self._engine = Engine(self.config, layout, self._clock, self.profile)
+                self._engine = EmbeddedCache(self.config, layout, self._clock, self.profile)
             return self._engine
 
     def get_stats(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class BaseKVCache:
             if self.profile is not None:
                 self.profile.reset()
 
-    def _counted(self, engine: Engine | None) -> Counter[str]:
+    def _counted(self, engine: EmbeddedCache | None) -> Counter[str]:
         """Returns the counts that only grow, without those of `rehearsing`."""
         if engine is None:
             return Counter(dict.fromkeys(_COUNTS, 0))

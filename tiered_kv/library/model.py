@@ -21,7 +21,7 @@ from tiered_kv.protocol.probes import Probe, ProbeBook
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelShape:
     """The figures of a model that were detected. `max_length` is None if the model's config has none."""
 
     num_layers: int
@@ -49,7 +49,7 @@ class TransformersKVCache:
         self.cache = BaseKVCache(config, clock=clock)
         self.config = self.cache.config
         self.model: Any = None
-        self.facts: ModelFacts | None = None
+        self.facts: ModelShape | None = None
         self.attachment: Attachment | None = None
         self._tokenizer = tokenizer
         self._clock = clock
@@ -87,7 +87,7 @@ class TransformersKVCache:
         shape = self._state.now().shape
         self.cache.layout, self.cache.namespace = shape.layout(self.config.block_tokens), namespace
         self.cache.rope = rope_of_model(model)
-        self.facts = ModelFacts(
+        self.facts = ModelShape(
             num_layers=shape.layers,
             num_attention_heads=config.num_attention_heads,
             num_heads=shape.kv_heads,

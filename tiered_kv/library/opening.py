@@ -16,7 +16,7 @@ from tiered_kv.node.node import Node
 from tiered_kv.node.sizing import extent_bytes, host_bytes_for
 
 
-class Engine:
+class EmbeddedCache:
     """A node with memory for `max_tokens` tokens of the first layout, and a client for each layout and namespace. Thread-safe."""
 
     def __init__(self, config: KVCacheConfig, layout: KVLayout, clock: Clock | None = None, profile: Profile | None = None) -> None:

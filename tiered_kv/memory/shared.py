@@ -298,7 +298,7 @@ def _age_s(directory: Path, now_ns: int) -> float:
 def _reclaim_unusable(directory: Path) -> bool:
     """Delete files that no writer can attach to. Returns whether the directory is gone.
 
-    Files that a process uses are kept, unless the index or the arena was removed or replaced: a process that maps the former one
+    Files that a process uses are kept, unless the index or the arena was removed or replaced: a process that maps the old file
     has no use for what is here now. Then only a writer that is about to create them keeps them.
     """
     with suppress(FileNotFoundError), _unused(directory) as unused:

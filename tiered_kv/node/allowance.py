@@ -36,7 +36,7 @@ class Allowance:
     def admits(
         self, key: BlockKey, root: BlockKey | None, codec: int, error: float | None, look: Callable[[], float | None] = lambda: None
     ) -> bool:
-        """Returns whether a block may be shown. `codec`: the id of its codec. `error`: its lossy error.
+        """Returns whether workers may read a block. `codec`: the id of its codec. `error`: its lossy error.
 
         The error is unknown if it is None, or 0 with a lossy codec. Then `look` is called and may find it. A block whose error stays
         unknown passes, unless no lossy block may; `check` sees its error when it is read.

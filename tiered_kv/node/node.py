@@ -38,35 +38,13 @@ from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
-from tiered_kv.threads import Closer
+from tiered_kv.threads import CheckedLock, Closer
 from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
-CLOSE_WITHIN_S = 5.0
-"""How long `close` waits for running copies and for the disk, before it leaves them to a background thread."""
-
-
-class _Running:
-    """The context of `Node.running`. It may be entered again while it is held."""
-
-    __slots__ = ("_node",)
-
-    def __init__(self, node: "Node") -> None:
-        self._node = node
-
-    def __enter__(self) -> None:
-        lock = self._node.engine.lock
-        lock.acquire()
-        try:
-            self._node.check_open()
-        except BaseException:
-            lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._node.engine.lock.release()
+CLOSE_WITHIN_S = 5.0  # after this time `close` leaves running copies and the disk to a background thread
 
 
 class Node:
@@ -149,9 +127,9 @@ class Node:
             self._sessions[session] = None
         return session
 
-    def running(self) -> "_Running":
+    def running(self) -> CheckedLock:
         """A context that holds the engine's lock while the node is open. Raises (kind `transport`) if the node is closed."""
-        return _Running(self)
+        return CheckedLock(self.engine.lock, self.check_open)
 
     def check_open(self) -> None:
         """Raise (kind `transport`) if the node is closed. Call with the engine's lock."""
@@ -278,8 +256,7 @@ class Node:
 
     def locate(self, keys: list[BlockKey], wait_s: float | None = None) -> list[list[str]]:
         """As `Link.locate`; [] without a coordinator. `wait_s` None stands for the deadline of a fetch."""
-        wait_s = self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s
-        return self._reporter.locate(keys, wait_s) if self._reporter else []
+        return self._reporter.locate(keys, self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s) if self._reporter else []
 
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:

@@ -63,7 +63,7 @@ class Recovery:
         return self._that_fit({key for key, _ in [*self._index.items(), *in_host]}, free) + host
 
     def _take_over(self) -> None:
-        """Repair the former node's index, and hide the blocks that it shows on the device."""
+        """Repair the index that the previous node left, and remove and note its entries for blocks on the device."""
         self._index.rebuild(self._host.describes)
         self._last_use = {key: tick for key, _, tick in self._index.harvest()}
         self._on_device = {key: location.raw_bytes for key, location in self._index.items() if location.tier is Tier.DEVICE}
@@ -71,9 +71,9 @@ class Recovery:
             self._index.remove(key)
 
     def _recovered_below(self) -> list[ev.Recovered]:
-        """Returns the blocks of the lower tiers that may be shown, the lowest tier first.
+        """Returns the blocks of the lower tiers that workers may read, the lowest tier first.
 
-        The others stay until their segment is dropped.
+        The bytes of the other blocks remain until their segment is removed.
         """
         found: list[ev.Recovered] = []
         for tier in sorted(self._logs, reverse=True):

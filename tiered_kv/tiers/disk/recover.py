@@ -14,7 +14,7 @@ from tiered_kv.tiers.disk.segments import Files, read_at, segment_path
 log = logging.getLogger(__name__)
 
 
-class Found(NamedTuple):
+class SegmentFrames(NamedTuple):
     """The frames of a segment in the order written, the offset after the last one, and whether a footer is missing."""
 
     entries: list[Entry]
@@ -22,7 +22,7 @@ class Found(NamedTuple):
     needs_footer: bool
 
 
-def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> Found:
+def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> SegmentFrames:
     """Find the frames of a segment. Cost: two reads with a footer; without one, every byte is read and verified.
 
     Raises OSError if the file cannot be read, `TieredKVError` (kind `storage`, naming `disk_path`) for a segment of another
@@ -36,7 +36,7 @@ def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> Found:
         os.close(fd)
 
 
-def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, files: Files) -> Found | None:
+def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, files: Files) -> SegmentFrames | None:
     """Returns the frames listed by the footer, or None if there is no valid footer."""
     end = read_at(fd, max(0, nbytes - TRAILER_BYTES), TRAILER_BYTES, files)
     trailer = footer.unpack_trailer(end)
@@ -47,10 +47,10 @@ def _by_footer(fd: int, folder: Path, segment: int, nbytes: int, tag: bytes, fil
         return None
     if (trailer.version, trailer.tag) != (footer.VERSION, tag):
         raise foreign(folder, "another version" if trailer.version != footer.VERSION else "another secret")
-    return Found(footer.unpack_rows(rows), trailer.rows_offset, False) if trailer.segment == segment else None
+    return SegmentFrames(footer.unpack_rows(rows), trailer.rows_offset, False) if trailer.segment == segment else None
 
 
-def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Found:
+def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> SegmentFrames:
     """Scan a segment frame by frame, as far as entries follow each other. Leaves out damaged frames.
 
     A read error ends the scan. A later scan may find more, so no footer is requested then.
@@ -66,8 +66,8 @@ def _by_scan(fd: int, segment: int, nbytes: int, tag: bytes, files: Files) -> Fo
                 end = at
     except OSError as error:
         log.warning("disk segment %d cannot be read after byte %d: %s", segment, at, error.strerror)
-        return Found(entries, end, False)
-    return Found(entries, end, True)
+        return SegmentFrames(entries, end, False)
+    return SegmentFrames(entries, end, True)
 
 
 def _whole(view: memoryview, entry: Entry) -> Frame | None:

@@ -23,7 +23,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.tiers.disk.books import Live, Segment, location_of, pages, room
 from tiered_kv.tiers.disk.folder import OwnedFolder
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, pack_entry, pack_row, store_tag
-from tiered_kv.tiers.disk.recover import Found, frames_in, newest
+from tiered_kv.tiers.disk.recover import SegmentFrames, frames_in, newest
 from tiered_kv.tiers.disk.run import Unwritten, that_fit, unwritten
 from tiered_kv.tiers.disk.segments import Files, SegmentReader, remove_segment, segment_path, segments_in
 from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter, reason_of
@@ -420,7 +420,7 @@ class DiskTier(LogTier):
 
     def _recover(self) -> list[Recovered]:
         """Take over the segments of a former owner. Returns their blocks, oldest first."""
-        found: dict[int, Found] = {}
+        found: dict[int, SegmentFrames] = {}
         for id, nbytes in self._folder.inherited.items():
             self._used_bytes += pages(nbytes)
             try:

@@ -101,7 +101,7 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
             if name in found and (key := _service_account(found[name])):
                 del found[name]
                 found["GOOGLE_SERVICE_ACCOUNT_KEY"] = key
-    if kind == "AWS_" and _KEYS[0] not in found and (profile := Profile.of(environ)):
+    if kind == "AWS_" and _KEYS[0] not in found and (profile := AwsProfile.of(environ)):
         keys = profile.keys()
         named = zip(_KEYS, (keys.get("access_key_id"), keys.get("secret_access_key"), keys.get("token")), strict=True)
         found |= {name: value for name, value in named if value}
@@ -121,7 +121,7 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
         config |= _server(environ)
     if kind == "AWS_" and environ and environ.get(_KEYS[0]):
         provider = _given(environ)  # as options they would be mixed with a session token of this process
-    elif kind == "AWS_" and not says_who and (profile := Profile.of(os.environ)):
+    elif kind == "AWS_" and not says_who and (profile := AwsProfile.of(os.environ)):
         provider, says_who = profile.provider(), True
         if environ is None:
             config |= profile.options(given)
@@ -145,7 +145,7 @@ def machine_answers() -> bool:
     return False
 
 
-class Profile(NamedTuple):
+class AwsProfile(NamedTuple):
     """A profile of the AWS configuration files: its settings, and the environment variables that select it."""
 
     name: str
@@ -153,7 +153,7 @@ class Profile(NamedTuple):
     environ: Mapping[str, str]
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> "Profile | None":
+    def of(cls, environ: Mapping[str, str]) -> "AwsProfile | None":
         """Returns the selected profile, or None. Raises (kind `config`) if AWS_PROFILE names one that does not exist."""
         name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or ""
         settings = _section(environ, "AWS_CONFIG_FILE", "~/.aws/config", {"profile " + name, name} if name else {"default"})

@@ -126,7 +126,7 @@ def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, A
 
 
 def _settled(client: tiered_kv.Client) -> dict[str, Any]:
-    """Wait until the node's figures no longer change, at most `SETTLE_S_MAX` seconds. Returns them."""
+    """Wait until the node's statistics no longer change, at most `SETTLE_S_MAX` seconds. Returns them."""
     end_s = time.monotonic() + SETTLE_S_MAX
     before, node = None, client.stats()["node"]
     while (node["tiers"], node["codecs"]["coded"]) != before and time.monotonic() < end_s:
