@@ -243,11 +243,21 @@ def leaks_since(before: Held, kinds: tuple[str, ...]) -> dict[str, list[str]]:
     return leaked
 
 
+INTERRUPTED = threading.Event()
+
+
+def pytest_keyboard_interrupt() -> None:
+    """Note that the run was interrupted: the test that was running could not clean up, so nothing more is checked for leaks."""
+    INTERRUPTED.set()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def run_leaves_nothing() -> Iterator[None]:
     """At the end of the run, after all clusters of fixtures: no process and no shared memory of ours is left."""
     before = Held.now()
     yield
+    if INTERRUPTED.is_set():
+        return
     assert not (leaked := leaks_since(before, ("processes", "shared_memory"))), f"left behind by the run: {leaked}"
 
 
@@ -261,6 +271,8 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     before = Held.now()
     yield
+    if INTERRUPTED.is_set():
+        return
     failed = request.node.stash.get(FAILED, False)
     kinds = (
         ("shared_memory",) if request.node.get_closest_marker("ray") else tuple(k for k in Held._fields if not (failed and k == "files"))

@@ -223,7 +223,7 @@ def work_alone() -> None:
 
 
 class CheckedLock:
-    """A context that holds `lock` while its body runs. It calls `check` first, which may raise. Costs half as much as a generator."""
+    """A context that holds `lock` while its body runs. It calls `check` first, which may raise."""
 
     __slots__ = ("_check", "_lock")
 

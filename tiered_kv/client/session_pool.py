@@ -96,10 +96,8 @@ class SessionPool:
 
     def _kept(self) -> tuple[Session | None, list[Session]]:
         """Returns an idle session that was opened since the node last started (or None), and the older idle sessions, to be closed."""
-        ended: list[Session] = []
-        if not self._idle:
-            return None, ended
         present = Life(self._view.identity, self._view.generation)
+        ended: list[Session] = []
         while self._idle:
             session = self._idle.pop()
             if session.life == present:

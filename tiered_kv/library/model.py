@@ -22,7 +22,7 @@ from tiered_kv.protocol.probes import Probe, ProbeBook
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The figures of a model that were detected. `max_length` is None if the model's config has none."""
+    """The sizes of a model, read from its config. `max_length` is None if the config has none."""
 
     num_layers: int
     num_attention_heads: int

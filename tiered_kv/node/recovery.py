@@ -63,7 +63,7 @@ class Recovery:
         return self._that_fit({key for key, _ in [*self._index.items(), *in_host]}, free) + host
 
     def _take_over(self) -> None:
-        """Repair the index that the previous node left, and remove and note its entries for blocks on the device."""
+        """Repair the index that the previous node left. Move its entries for blocks on the device to `_on_device`."""
         self._index.rebuild(self._host.describes)
         self._last_use = {key: tick for key, _, tick in self._index.harvest()}
         self._on_device = {key: location.raw_bytes for key, location in self._index.items() if location.tier is Tier.DEVICE}
