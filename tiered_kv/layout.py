@@ -1,4 +1,4 @@
-"""The layout of a KV block: its shape and dtype, hence its bytes.
+"""The layout of a KV block: its shape and dtype, hence its bytes; or only its bytes, for blocks that an engine packs in its own way.
 
 Axes, in this order everywhere: L layers, 2 (key, value), H KV heads, T tokens, D head dim.
 Importing this module does not import torch; dtypes are kept by name.
@@ -6,7 +6,7 @@ Importing this module does not import torch; dtypes are kept by name.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -22,9 +22,48 @@ ITEM_BYTES = {
     "float8_e5m2": 1,
 }
 
+DESCRIPTION_CHARS_MAX = 2000
+
+
+class _Blocks:
+    """What the layouts have in common: the check of tensors against `kv_shape` and `torch_dtype`."""
+
+    dtype: str
+    spec: str
+    torch_dtype: "torch.dtype"
+
+    def kv_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Returns the shape of the KV of `tokens` tokens."""
+        raise NotImplementedError
+
+    def check_kv(self, kv: "torch.Tensor", tokens: int, name: str = "kv") -> None:
+        """Raise (kind `layout`) unless `kv` is a tensor of the shape `kv_shape(tokens)` and this layout's dtype."""
+        self.check_part(kv, self.kv_shape(tokens), name)
+
+    def check_part(self, part: "torch.Tensor", shape: tuple[int, ...], name: str) -> None:
+        """Raise (kind `layout`) unless `part` is a dense tensor of this shape and the layout's dtype. The error names `name`."""
+        import torch
+
+        if not isinstance(part, torch.Tensor):  # a numpy array has shape, dtype and device as well
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor, got {type(part).__name__}")
+        if tuple(part.shape) != shape:
+            raise TieredKVError(
+                Kind.LAYOUT, f"{name} must have the shape {shape} ({self.spec}), got {tuple(part.shape)}", shape=tuple(part.shape)
+            )
+        if part.dtype != self.torch_dtype:
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be {self.dtype}, the layout's dtype, got {part.dtype}", dtype=str(part.dtype))
+        if part.device.type == "meta" or part.layout is not torch.strided:
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be a dense tensor with content, got {part.layout} on the device {part.device}")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for field, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise TieredKVError(Kind.LAYOUT, f"layout: {field} must be a whole number of at least 1, got {value!r}", field=field)
+
 
 @dataclass(frozen=True)
-class KVLayout:
+class KVLayout(_Blocks):
     """The canonical KV block of a model: a contiguous buffer `(layers, 2, kv_heads, block_tokens, head_dim)`.
 
     `dtype` is a torch dtype or its name ("bfloat16"), and is kept by name. Raises `TieredKVError` (kind `layout`) that names an
@@ -39,10 +78,7 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        for field in ("layers", "kv_heads", "head_dim", "block_tokens"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TieredKVError(Kind.LAYOUT, f"layout: {field} must be a whole number of at least 1, got {value!r}", field=field)
+        _check_sizes(layers=self.layers, kv_heads=self.kv_heads, head_dim=self.head_dim, block_tokens=self.block_tokens)
         if self.dtype not in ITEM_BYTES:
             raise TieredKVError(Kind.LAYOUT, f"layout: dtype must be one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}", field="dtype")
 
@@ -78,21 +114,68 @@ class KVLayout:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def check_kv(self, kv: "torch.Tensor", tokens: int, name: str = "kv") -> None:
-        """Raise (kind `layout`) unless `kv` is a tensor (L, 2, H, tokens, D) of this layout's dtype."""
-        self.check_part(kv, self.kv_shape(tokens), name)
 
-    def check_part(self, part: "torch.Tensor", shape: tuple[int, ...], name: str) -> None:
-        """Raise (kind `layout`) unless `part` is a dense tensor of this shape and the layout's dtype. The error names `name`."""
+@dataclass(frozen=True)
+class OpaqueLayout(_Blocks):
+    """A block of `block_bytes` bytes whose inner order only the engine that made it knows. It holds the KV of `block_tokens` tokens.
+
+    `description`: one line about what determines that order, such as backend, page shapes and dtype. Blocks with different descriptions
+    are never taken for each other. `item_bytes`: the width of the numbers in a block (1, 2, 4 or 8), which helps the lossless codec.
+    Only lossless codecs apply. As a tensor, the KV of N tokens is (1, 1, 1, N, block_bytes / block_tokens) of uint8, block after block.
+    Raises `TieredKVError` (kind `layout`) that names an invalid field.
+    """
+
+    block_bytes: int
+    block_tokens: int
+    description: str
+    item_bytes: int = 1
+
+    dtype = "uint8"
+
+    def __post_init__(self) -> None:
+        _check_sizes(block_bytes=self.block_bytes, block_tokens=self.block_tokens)
+        if self.block_bytes % self.block_tokens:
+            raise TieredKVError(
+                Kind.LAYOUT,
+                f"layout: block_bytes must be a multiple of block_tokens {self.block_tokens}, got {self.block_bytes}",
+                field="block_bytes",
+            )
+        if self.item_bytes not in (1, 2, 4, 8):
+            raise TieredKVError(Kind.LAYOUT, f"layout: item_bytes must be 1, 2, 4 or 8, got {self.item_bytes!r}", field="item_bytes")
+        text = self.description
+        if not isinstance(text, str) or not text or not text.isprintable() or len(text) > DESCRIPTION_CHARS_MAX:
+            raise TieredKVError(
+                Kind.LAYOUT,
+                f"layout: description must be one printable line of 1 to {DESCRIPTION_CHARS_MAX} characters, got {text!r:.100}",
+                field="description",
+            )
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes per token."""
+        return self.block_bytes // self.block_tokens
+
+    @cached_property
+    def spec(self) -> str:
+        """As `KVLayout.spec`. Begins with "opaque", so that it never equals that of a `KVLayout`."""
+        return f"opaque {self.block_bytes} bytes of {self.item_bytes} T{self.block_tokens} {self.description}"
+
+    @cached_property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """The shape of one block as a tensor."""
+        return self.kv_shape(self.block_tokens)
+
+    def kv_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Returns the shape of the bytes of `tokens` tokens."""
+        return (1, 1, 1, tokens, self.token_bytes)
+
+    @cached_property
+    def torch_dtype(self) -> "torch.dtype":
+        """The torch dtype."""
         import torch
 
-        if not isinstance(part, torch.Tensor):  # a numpy array has shape, dtype and device as well
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be a torch tensor, got {type(part).__name__}")
-        if tuple(part.shape) != shape:
-            raise TieredKVError(
-                Kind.LAYOUT, f"{name} must have the shape {shape} ({self.spec}), got {tuple(part.shape)}", shape=tuple(part.shape)
-            )
-        if part.dtype != self.torch_dtype:
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be {self.dtype}, the layout's dtype, got {part.dtype}", dtype=str(part.dtype))
-        if part.device.type == "meta" or part.layout is not torch.strided:
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be a dense tensor with content, got {part.layout} on the device {part.device}")
+        return torch.uint8
+
+
+Layout: TypeAlias = KVLayout | OpaqueLayout
+"""The layout of a client's blocks."""
