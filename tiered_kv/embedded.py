@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tiered_kv.client.client import Client
-from tiered_kv.client.connect import client_of
+from tiered_kv.client.connect import client_of, page_client_of
+from tiered_kv.client.page_client import PageClient
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
@@ -43,7 +44,7 @@ class InProcessCluster:
         self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
         return self.nodes[node_id]
 
-    def client(self, node_id: str, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
+    def client(self, node_id: str, layout: Layout, namespace: Namespace, **rope: Any) -> Client:
         """Returns a worker's client of one node, by direct calls. It follows a later node with the same id."""
         return client_of(
             self.nodes[node_id].info(),
@@ -52,6 +53,12 @@ class InProcessCluster:
             connect=lambda: self.nodes[node_id].open_session(),
             find=lambda: self.nodes[node_id].info(),
             **rope,
+        )
+
+    def page_client(self, node_id: str, layout: OpaqueLayout, namespace: Namespace) -> PageClient:
+        """As `client`, for an engine's pages."""
+        return page_client_of(
+            lambda: self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session(), clock=self._clock
         )
 
     def report_all(self) -> None:
@@ -137,10 +144,15 @@ class Embedded:
             raise
         atexit.register(self.close)
 
-    def client(self, layout: KVLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
+    def client(self, layout: Layout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
         """Returns a client of the node, by direct calls. Several clients of different layouts and namespaces may be open."""
         node = self.node
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
+
+    def page_client(self, layout: OpaqueLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None) -> PageClient:
+        """Returns a client of the node for an engine's pages, by direct calls."""
+        node = self.node
+        return page_client_of(node.info, layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close)
 
     def close(self) -> None:
         """End the node and remove its files. Close its clients first. A second call does nothing.
@@ -157,7 +169,7 @@ class Embedded:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
+def open_client(config: Config, layout: Layout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
     """Create a node in this process (`Embedded`). Returns a client that ends the node when it is closed."""
     embedded = Embedded(config, clock)
     try:
