@@ -16,7 +16,7 @@ from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
@@ -43,7 +43,7 @@ class InProcessCluster:
         self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
         return self.nodes[node_id]
 
-    def client(self, node_id: str, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
+    def client(self, node_id: str, layout: Layout, namespace: Namespace, **rope: Any) -> Client:
         """Returns a worker's client of one node, by direct calls. It follows a later node with the same id."""
         return client_of(
             self.nodes[node_id].info(),
@@ -137,7 +137,7 @@ class Embedded:
             raise
         atexit.register(self.close)
 
-    def client(self, layout: KVLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
+    def client(self, layout: Layout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
         """Returns a client of the node, by direct calls. Several clients of different layouts and namespaces may be open."""
         node = self.node
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
@@ -157,7 +157,7 @@ class Embedded:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def open_client(config: Config, layout: KVLayout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
+def open_client(config: Config, layout: Layout, namespace: Namespace, clock: Clock | None = None, **rope: Any) -> Client:
     """Create a node in this process (`Embedded`). Returns a client that ends the node when it is closed."""
     embedded = Embedded(config, clock)
     try:

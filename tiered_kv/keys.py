@@ -31,7 +31,7 @@ from tiered_kv.identity import (
     text_digest,
     tokenizer_digest,
 )
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout, OpaqueLayout
 
 if TYPE_CHECKING:
     import torch
@@ -184,14 +184,17 @@ class Namespace:
             del fields["variant"]
         return _digest(json.dumps(fields, sort_keys=True).encode())
 
-    def root(self, layout: KVLayout) -> BlockKey:
+    def root(self, layout: Layout) -> BlockKey:
         """Returns the common root of the blocks of one layout under this namespace. Each layout has its own root."""
         return _digest(self.digest, layout.spec.encode())
 
-    def chain(self, layout: KVLayout) -> "Chain":
-        """Returns the `Chain` that computes the keys of blocks of `layout`, which is the layout of this rank."""
+    def chain(self, layout: Layout) -> "Chain":
+        """Returns the `Chain` that computes the keys of blocks of `layout`, which is the layout of this rank.
+
+        The ranks of an opaque layout have no whole model in common, because nobody but their engine could join their blocks.
+        """
         root = self.root(layout)
-        if self.world == 1:
+        if self.world == 1 or isinstance(layout, OpaqueLayout):
             return Chain(root, root, layout.block_tokens)
         whole = replace(self, rank=0, world=1).root(replace(layout, kv_heads=layout.kv_heads * self.world))
         return Chain(root, whole, layout.block_tokens, int.from_bytes(_digest(b"tiered_kv rank\0", root)))

@@ -11,7 +11,7 @@ from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs.calibrated.tables import registered
 from tiered_kv.keys import Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 from tiered_kv.memory.view import NodeView
 from tiered_kv.protocol.messages import NodeInfo
 from tiered_kv.protocol.model_info import ModelFacts
@@ -25,7 +25,7 @@ GREET_WITHIN_S = 5.0
 
 def client_of(
     info: NodeInfo,
-    layout: KVLayout,
+    layout: Layout,
     namespace: Namespace,
     *,
     rope: bytes | None = None,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 
 LayerPairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,7 +40,7 @@ def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
 class ArenaBlocks:
     """The blocks of one layout in an arena (1-D uint8 tensor over mapped memory)."""
 
-    def __init__(self, arena: torch.Tensor, layout: KVLayout) -> None:
+    def __init__(self, arena: torch.Tensor, layout: Layout) -> None:
         self._layout = layout
         self._dtype = layout.torch_dtype
         with torch.inference_mode(False):  # a tensor created in inference mode cannot be written to outside of it

@@ -27,7 +27,7 @@ from tiered_kv.codecs import CODECS
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 from tiered_kv.memory.pool import DevicePool
 from tiered_kv.memory.view import NodeView, Slot
 from tiered_kv.threads import DaemonThreads
@@ -63,7 +63,7 @@ class BlockSource:
         self,
         view: NodeView,
         segments: SegmentReader | None,
-        layout: KVLayout,
+        layout: Layout,
         *,
         has_device: bool = False,
         verifies: bool = False,
@@ -337,7 +337,7 @@ def _outcome(future: Future[T], expired: Callable[[], bool]) -> T | None:
 class DeviceReader:
     """This process's mapping of the node's device pool. It is opened when first needed, and again after the node was restarted."""
 
-    def __init__(self, view: NodeView, layout: KVLayout) -> None:
+    def __init__(self, view: NodeView, layout: Layout) -> None:
         self._view = view
         self._layout = layout
         self._pool: DevicePool | None = None

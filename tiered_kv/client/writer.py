@@ -9,7 +9,7 @@ from tiered_kv.client.profile import Timed
 from tiered_kv.client.reader import BlockSource
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, Layout
 from tiered_kv.protocol.messages import PackedBlock
 from tiered_kv.protocol.session import Session
 
@@ -17,7 +17,7 @@ from tiered_kv.protocol.session import Session
 class BlockWriter:
     """Packs KV of one layout into the extents that a session reserves."""
 
-    def __init__(self, layout: KVLayout, source: BlockSource) -> None:
+    def __init__(self, layout: Layout, source: BlockSource) -> None:
         self._layout = layout
         self._source = source
 
@@ -39,6 +39,8 @@ class BlockWriter:
 
     def _check_pairs(self, pairs: LayerPairs, tokens: int) -> None:
         layout = self._layout
+        if not isinstance(layout, KVLayout):
+            raise TieredKVError(Kind.LAYOUT, "kv: must be one tensor, because the client's layout is opaque; got pairs of layers")
         if len(pairs) != layout.layers or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
             raise TieredKVError(
                 Kind.LAYOUT, f"kv: must be a (key, value) pair for each of {layout.layers} layers, got {len(pairs)} entries"
