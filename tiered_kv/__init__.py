@@ -11,7 +11,7 @@ from tiered_kv.blocks import Hint
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, Layout, OpaqueLayout
 
 if TYPE_CHECKING:
     from tiered_kv.client.client import Client
@@ -59,6 +59,7 @@ __all__ = [
     "MetricsExporter",
     "ModelCacheWrapper",
     "Namespace",
+    "OpaqueLayout",
     "PagedKVCache",
     "QuantizedTensor",
     "Quantizer",
@@ -123,7 +124,7 @@ def attach(
     tenant: str = "default",
     block_tokens: int | None = None,
     namespace: Namespace | None = None,
-    layout: KVLayout | None = None,
+    layout: Layout | None = None,
     rope: bytes | None = None,
     rope_halves: bool = True,
     cluster: str = "default",
@@ -132,11 +133,11 @@ def attach(
     """Connect to the cache node on this machine. Returns a client.
 
     Works in any process of the user who started the node, and does not join Ray (docs/design/020). Pass either a transformers `model`,
-    which determines namespace and layout, or the `namespace` and `layout` of your own engine. `block_tokens`: None for the cluster's
-    setting; only workers with equal blocks share. `rope`, `rope_halves`: how your own engine rotates its keys
-    (`tiered_kv.codecs.rotation`), for a cluster that stores blocks with a small error; a model determines them itself. Costs one pass
-    over the weights (several GB/s) and three runs of eight tokens. Their KV is compared with that of the namespace's first worker
-    (docs/design/021).
+    which determines namespace and layout, or the `namespace` and `layout` of your own engine. `layout`: a `KVLayout`, or an
+    `OpaqueLayout` for blocks whose inner order only the engine knows. `block_tokens`: None for the cluster's setting; only workers with
+    equal blocks share. `rope`, `rope_halves`: how your own engine rotates its keys (`tiered_kv.codecs.rotation`), for a cluster that
+    stores blocks with a small error; a model determines them itself. Costs one pass over the weights (several GB/s) and three runs of
+    eight tokens. Their KV is compared with that of the namespace's first worker (docs/design/021).
 
     Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared; `cluster` if there is no such cluster, or it has no node
     on this machine; `config` if the cluster's quality needs a calibration of the model that does not exist.
@@ -172,7 +173,7 @@ def attach(
 def open(
     config: Any = None,
     *,
-    layout: KVLayout,
+    layout: Layout,
     namespace: Namespace,
     clock: "Clock | None" = None,
     rope: bytes | None = None,
@@ -181,7 +182,7 @@ def open(
     """Create a cache in this process, without Ray or other processes. Returns its client; closing the client ends the cache.
 
     `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path`, the disk tier's content stays there,
-    and the next cache opened with that path hits it. `clock`: the cache's source of time, for tests and replays. `rope`,
+    and the next cache opened with that path hits it. `clock`: the cache's source of time, for tests and replays. `layout`, `rope`,
     `rope_halves`: as for `attach`.
     """
     from tiered_kv.embedded import open_client

@@ -31,7 +31,7 @@ from tiered_kv.identity import (
     text_digest,
     tokenizer_digest,
 )
-from tiered_kv.layout import KVLayout, Layout
+from tiered_kv.layout import Layout, OpaqueLayout
 
 if TYPE_CHECKING:
     import torch
@@ -191,10 +191,10 @@ class Namespace:
     def chain(self, layout: Layout) -> "Chain":
         """Returns the `Chain` that computes the keys of blocks of `layout`, which is the layout of this rank.
 
-        Keys of opaque blocks are not related to those of other ranks, because nobody can cut or join such blocks.
+        The ranks of an opaque layout have no whole model in common, because nobody but their engine could join their blocks.
         """
         root = self.root(layout)
-        if self.world == 1 or not isinstance(layout, KVLayout):
+        if self.world == 1 or isinstance(layout, OpaqueLayout):
             return Chain(root, root, layout.block_tokens)
         whole = replace(self, rank=0, world=1).root(replace(layout, kv_heads=layout.kv_heads * self.world))
         return Chain(root, whole, layout.block_tokens, int.from_bytes(_digest(b"tiered_kv rank\0", root)))

@@ -4,9 +4,10 @@ Axes, in this order everywhere: L layers, 2 (key, value), H KV heads, T tokens, 
 Importing this module does not import torch; dtypes are kept by name.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -82,10 +83,15 @@ class KVLayout(_Blocks):
         if self.dtype not in ITEM_BYTES:
             raise TieredKVError(Kind.LAYOUT, f"layout: dtype must be one of {', '.join(ITEM_BYTES)}, got {self.dtype!r}", field="dtype")
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return ITEM_BYTES[self.dtype]
+
     @cached_property
     def token_bytes(self) -> int:
         """Bytes of KV per token."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.item_bytes
 
     @cached_property
     def block_bytes(self) -> int:
@@ -133,7 +139,7 @@ class OpaqueLayout(_Blocks):
     dtype = "uint8"
 
     def __post_init__(self) -> None:
-        _check_sizes(block_bytes=self.block_bytes, block_tokens=self.block_tokens)
+        _check_sizes(block_bytes=self.block_bytes, block_tokens=self.block_tokens, item_bytes=self.item_bytes)
         if self.block_bytes % self.block_tokens:
             raise TieredKVError(
                 Kind.LAYOUT,
@@ -179,3 +185,11 @@ class OpaqueLayout(_Blocks):
 
 Layout: TypeAlias = KVLayout | OpaqueLayout
 """The layout of a client's blocks."""
+
+
+def layout_of(plain: Mapping[str, Any]) -> Layout:
+    """Returns the layout whose `dataclasses.asdict` is `plain`. Raises (kind `layout`) if there is none."""
+    for kind in (KVLayout, OpaqueLayout):
+        if isinstance(plain, Mapping) and plain.keys() == {each.name for each in fields(kind)}:
+            return kind(**plain)
+    raise TieredKVError(Kind.LAYOUT, f"layout: must have exactly the fields of a KVLayout or of an OpaqueLayout, got {plain!r:.200}")

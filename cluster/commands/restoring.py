@@ -12,6 +12,7 @@ from rich.console import Console
 from tiered_kv.cluster.commands.progress import bar, count, say
 from tiered_kv.config import Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from tiered_kv.checkpoint.call_nodes import CallNodes
@@ -103,7 +104,7 @@ def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
     picked = select(manifest, block_tokens=config.block_tokens)
     if not picked.rows:
         why = "; ".join(picked.skipped) or "it has no blocks"
-        sizes = {model.layout.block_tokens for model in manifest.models if model.layout}
+        sizes = {model.layout.block_tokens for model in manifest.models if isinstance(model.layout, KVLayout)}
         flag = f"; --block-tokens {sizes.pop()} would fit" if len(sizes) == 1 and config.block_tokens not in sizes else ""
         raise TieredKVError(Kind.MODEL, f"checkpoint {name}: none of its blocks can be restored: {why}{flag}", setting="block_tokens")
 

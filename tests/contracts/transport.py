@@ -11,7 +11,7 @@ import pytest
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, OpaqueLayout
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.probes import Probe
@@ -26,6 +26,7 @@ def key_of(number: int) -> bytes:
 
 
 ROOT = key_of(-1)
+OPAQUE = {"block_bytes": 4096, "block_tokens": 16, "description": "pages of a test", "item_bytes": 2}
 
 
 def keys_of(count: int, first: int = 0) -> list[bytes]:
@@ -157,11 +158,23 @@ class TransportContract:
             good | {"weights": 7},
             good | {"rope": "none"},
             good | {"layout": {}},
+            good | {"layout": None},
+            good | {"layout": good["layout"] | {"description": "of both kinds"}},
+            good | {"layout": OPAQUE | {"block_bytes": 4095}},
+            good | {"layout": OPAQUE | {"item_bytes": True}},
+            good | {"layout": OPAQUE | {"description": "two\nlines"}},
+            good | {"layout": {"block_bytes": 4096, "block_tokens": 16}},
             good | {"more": 1},
             good | {"weights": "w" * (1 << 20)},
         ):
             with pytest.raises(TieredKVError):
                 session.introduce(ROOT, bad)
+
+    def test_a_model_of_an_opaque_layout_is_introduced(self, node, session) -> None:
+        facts = ModelFacts(OpaqueLayout(**OPAQUE), "some weights", None, True)
+        assert facts.as_message()["layout"] == OPAQUE
+        session.introduce(ROOT, facts.as_message())
+        assert node.storage.coder.facts() == {ROOT: facts}
 
     def test_the_namespace_of_a_model_stays_known_when_an_older_worker_names_none(self, node, session) -> None:
         facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)

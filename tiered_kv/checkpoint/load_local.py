@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class LoadResult(NamedTuple):
-    """The counts of a load. blocks: those in the cache now. refused: those without room, layout or parent."""
+    """The counts of a load. blocks: those in the cache now. refused: those without room, known layout or parent."""
 
     blocks: int
     refused: int
@@ -43,7 +43,7 @@ def read(store: ObjectStore, name: str) -> Manifest:
 def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> LoadResult:
     """Load the blocks below `roots` of a verified checkpoint into the node, host memory first. Returns the counts.
 
-    Blocks without room are refused, and so are their descendants and blocks of models without a layout.
+    Blocks without room are refused, and so are their descendants and blocks of models of an unknown layout.
     """
     layouts = {model.root: model.layout for model in manifest.models}
     loaded: set[BlockKey] = set()

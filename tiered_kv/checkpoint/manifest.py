@@ -9,7 +9,8 @@ import logging
 import re
 import struct
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
@@ -20,7 +21,7 @@ from tiered_kv.blocks import Tier
 from tiered_kv.checkpoint.manifest_rows import Row, pack_rows, unpack_rows
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, Layout, OpaqueLayout, layout_of
 from tiered_kv.tiers.objects.packs import pack_prefix, read_footer
 from tiered_kv.tiers.objects.store import ObjectStore
 
@@ -38,10 +39,10 @@ _GENERATED = re.compile(r"ckpt-(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f]{8}\.tkv")
 
 
 class Model(NamedTuple):
-    """The model of one root: its layout (None: opaque), its name for people, and the fields of its `Namespace` if known."""
+    """The model of one root: its layout (None: unknown), its name for people, and the fields of its `Namespace` if known."""
 
     root: BlockKey
-    layout: KVLayout | None = None
+    layout: Layout | None = None
     name: str = ""
     namespace: dict[str, Any] | None = None
 
@@ -67,8 +68,7 @@ class Manifest(NamedTuple):
         """
         _check(self)
         columns = pack_rows(self.rows, [model.root for model in self.models], [nbytes for _, nbytes in self.packs])
-        models = [[each.root, each.layout and plain_layout(each.layout), each.name, each.namespace] for each in self.models]
-        facts = {"packs": [list(each) for each in self.packs], "models": models}
+        facts = {"packs": [list(each) for each in self.packs]} | _plain_models(self.models)
         facts |= {"created_s": self.created_s, "origin": self.origin, "extra": self.extra}
         body = msgpack.packb(facts | {"rows": len(self.rows), "columns": columns})
         head = _START.pack(MAGIC, VERSION) + _BODY_BYTES[VERSION].pack(len(body))
@@ -86,7 +86,7 @@ class Manifest(NamedTuple):
             facts = msgpack.unpackb(body)
             if version == 1:
                 facts |= {"created_s": 0.0, "origin": "", "models": [[*each, None] for each in facts["models"]]}
-            models = tuple(Model(root, layout and KVLayout(*layout), *rest) for root, layout, *rest in facts["models"])
+            models = _models(facts)
             packs = tuple((pack, nbytes) for pack, nbytes in facts["packs"])
             found = cls(packs, models, (), facts["created_s"], facts["origin"], facts["extra"])
             _check(found)
@@ -135,6 +135,30 @@ def plain_layout(layout: KVLayout) -> list[int | str]:
     return [layout.layers, layout.kv_heads, layout.head_dim, layout.dtype, layout.block_tokens]
 
 
+def _plain_models(models: Sequence[Model]) -> dict[str, Any]:
+    """Returns the fields of the body that describe models. `_models` is the inverse.
+
+    `opaque_layouts` is not part of a manifest without such layouts. A reader that does not know it takes these layouts for unknown.
+    """
+    plain = [[each.root, plain_layout(each.layout) if isinstance(each.layout, KVLayout) else None, *each[2:]] for each in models]
+    opaque = {each.root: asdict(each.layout) for each in models if isinstance(each.layout, OpaqueLayout)}
+    return {"models": plain} | ({"opaque_layouts": opaque} if opaque else {})
+
+
+def _models(facts: Mapping[str, Any]) -> tuple[Model, ...]:
+    """Returns the models that the body of a manifest describes. Raises (kind `layout`), ValueError or TypeError if one is invalid."""
+    opaque = {root: layout_of(plain) for root, plain in facts.get("opaque_layouts", {}).items()}
+    models = []
+    for root, plain, *rest in facts["models"]:
+        layout = opaque.pop(root, None) if plain is None else KVLayout(*plain)
+        models.append(Model(root, layout, *rest))
+        if plain is None and isinstance(layout, KVLayout):
+            raise ValueError(f"opaque_layouts: must be opaque, got {layout}")
+    if opaque:
+        raise ValueError("opaque_layouts: every root must be that of one model that has no other layout")
+    return tuple(models)
+
+
 def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
     """Verify the bytes of a manifest. Returns its version and its body."""
     if view[: len(MAGIC)] != MAGIC:
@@ -165,6 +189,8 @@ def _check(manifest: Manifest) -> None:
     if len(set(roots)) != len(roots) or not all(isinstance(root, bytes) and len(root) == KEY_BYTES for root in roots):
         raise ValueError(f"models: every root must be {KEY_BYTES} bytes, and occur only once")
     for model in manifest.models:
+        if not isinstance(model.layout, KVLayout | OpaqueLayout | None):
+            raise ValueError(f"models: layout must be a KVLayout, an OpaqueLayout or None, got {model.layout!r}")
         if not isinstance(model.name, str) or not isinstance(model.namespace, dict | None):
             raise ValueError(f"models: name must be a string and namespace a mapping or None, got {model.name!r} and {model.namespace!r}")
     if not isinstance(manifest.created_s, float | int) or not 0 <= manifest.created_s < float("inf"):

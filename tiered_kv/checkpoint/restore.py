@@ -13,6 +13,7 @@ from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.checkpoint.reshard_plan import ReshardPlan, Target
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.layout import KVLayout
 from tiered_kv.node.checkpoints.reshard import ReshardedBlock
 from tiered_kv.node.checkpoints.steps import (
     LoadCapacity,
@@ -53,7 +54,10 @@ class MountResult(NamedTuple):
 
 
 def select(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Selection:
-    """Select the blocks of the models for which `wanted` is true, and whose blocks have `block_tokens` tokens (None: any)."""
+    """Select the blocks of the models for which `wanted` is true, and whose blocks have `block_tokens` tokens (None: any).
+
+    Models of an opaque layout are selected whatever `block_tokens` is: their engine chooses the size of its blocks itself.
+    """
     skipped: list[str] = []
     roots: set[BlockKey] = set()
     counts = Counter(row.root for row in manifest.rows)
@@ -61,7 +65,7 @@ def select(manifest: Manifest, *, block_tokens: int | None = None, wanted: Calla
         count = counts[model.root]
         if not wanted(model):
             skipped.append(f"{title(model)}: {count:,} blocks are not restored, because this namespace was not requested")
-        elif block_tokens is not None and model.layout is not None and model.layout.block_tokens != block_tokens:
+        elif block_tokens is not None and isinstance(model.layout, KVLayout) and model.layout.block_tokens != block_tokens:
             why = f"its blocks have {model.layout.block_tokens} tokens, but this cluster's have {block_tokens}"
             skipped.append(f"{title(model)}: {count:,} blocks are not restored, because they could never be hits: {why}")
         else:
@@ -167,7 +171,7 @@ def reshard(
 
 
 def _resharded(manifest: Manifest, targets: Iterable[Target], numbers: Mapping[int, int]) -> list[ReshardedBlock]:
-    layouts = {model.root: model.layout for model in manifest.models if model.layout is not None}
+    layouts = {model.root: model.layout for model in manifest.models if isinstance(model.layout, KVLayout)}
     return [
         ReshardedBlock(
             *(target.key, target.parent, target.root, target.depth or 0, target.hits + 1, target.raw_bytes),

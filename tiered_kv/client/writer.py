@@ -40,7 +40,7 @@ class BlockWriter:
     def _check_pairs(self, pairs: LayerPairs, tokens: int) -> None:
         layout = self._layout
         if not isinstance(layout, KVLayout):
-            raise TieredKVError(Kind.LAYOUT, "kv: opaque blocks must be one tensor, got a list of (key, value) pairs")
+            raise TieredKVError(Kind.LAYOUT, "kv: must be one tensor, because the client's layout is opaque; got pairs of layers")
         if len(pairs) != layout.layers or any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
             raise TieredKVError(
                 Kind.LAYOUT, f"kv: must be a (key, value) pair for each of {layout.layers} layers, got {len(pairs)} entries"

@@ -19,7 +19,7 @@ from tiered_kv.codecs.lowrank import LowRankCodec
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.codecs.sparse import SparseCodec
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout, OpaqueLayout
 
 __all__ = [
     "CODECS",
@@ -93,7 +93,7 @@ def parse_codec(text: str) -> tuple[type[Codec], dict[str, Any]]:
 
 def codec_for(
     text: str,
-    layout: KVLayout | None,
+    layout: Layout | None,
     *,
     rope: bytes | None = None,
     rope_halves: bool = True,
@@ -102,11 +102,14 @@ def codec_for(
 ) -> Codec:
     """Returns the codec written as `text` (see `parse_codec`) for blocks of `layout`; None means that nothing is known of the layout.
 
+    Only lossless codecs apply to an `OpaqueLayout`: if `text` names a lossy one, returns the lossless codec, without a calibration.
     Call `.at(start)` on the result to get the codec of one block. `rope` holds the model's inverse frequencies (see `rotation`):
     b"" if the model has no RoPE, None if unknown. Calibrated codecs take RoPE from `calibration` instead.
     Raises as `parse_codec`, and (kind `config`) for a calibrated codec without a calibration.
     """
     cls, written = parse_codec(text)
+    if cls.is_lossy and isinstance(layout, OpaqueLayout):
+        return LosslessCodec.for_layout(layout)
     if cls.needs_calibration:
         if calibration is None:
             message = f"codec {text!r} needs a calibrated model; run: tiered-kv calibrate MODEL"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Union
 import numpy as np
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,10 @@ class Codec(ABC):
         """Returns the largest payload in bytes that `encode` makes of `raw_bytes` bytes without falling back to another codec."""
 
     @classmethod
-    def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
+    def for_layout(cls, layout: Layout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
         """Returns the codec for blocks of `layout`. None means that the layout is unknown.
+
+        A lossy codec knows no more of an `OpaqueLayout` than of an unknown one, and falls back for its blocks ("opaque").
 
         `rope` and `rope_halves` describe the model's RoPE (see `rotation`). Codecs that do not rotate ignore them.
         """

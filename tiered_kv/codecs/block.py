@@ -28,7 +28,7 @@ class BlockCodec(Codec):
 
     The relative mean squared error of any layer's K or V, together with the error that the block had before, is within the bound.
     A block that would break the bound, or has numbers that are not finite, is encoded by a better codec (`fell_back` is "error").
-    So is a block that would not shrink ("no gain"), and one without a layout ("opaque").
+    So is a block that would not shrink ("no gain"), and one of an unknown or opaque layout ("opaque").
 
     `shape` is (L, H, T, D). `start` is the position of the first token. The first `sinks` tokens of a sequence stay exact.
     `max_error` is the bound; None means the codec's own.

@@ -24,7 +24,7 @@ import zstandard
 from tiered_kv.codecs.base import Codec, Encoded, check_raw
 from tiered_kv.codecs.raw import RawCodec, fill
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import ITEM_BYTES, KVLayout
+from tiered_kv.layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,8 @@ class LosslessCodec(Codec):
             )
 
     @classmethod
-    def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
-        return cls(ITEM_BYTES[layout.dtype] if layout else 1, **parameters)
+    def for_layout(cls, layout: Layout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
+        return cls(layout.item_bytes if layout else 1, **parameters)
 
     def encode(self, raw: "torch.Tensor", carried_error: float = 0.0) -> Encoded:
         check_raw(raw)

@@ -19,7 +19,7 @@ import torch
 
 from tiered_kv.codecs.block import BlockCodec
 from tiered_kv.codecs.rotation import Turning, check_rope, spreading_matrix, turning
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, Layout
 
 CHANNEL_TOKENS_MIN = 16
 _of_thread = threading.local()
@@ -64,8 +64,8 @@ class PartsCodec(BlockCodec):
             raise self._invalid("rope_halves", "True or False")
 
     @classmethod
-    def for_layout(cls, layout: KVLayout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
-        if layout is None:
+    def for_layout(cls, layout: Layout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
+        if not isinstance(layout, KVLayout):
             return cls(**parameters)
         shape = (layout.layers, layout.kv_heads, layout.block_tokens, layout.head_dim)
         return cls(shape, layout.dtype, rope=rope, rope_halves=rope_halves, **parameters)

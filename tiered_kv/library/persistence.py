@@ -15,7 +15,7 @@ from tiered_kv.checkpoint.manifest import Manifest, Model, plain_layout
 from tiered_kv.checkpoint.repository import Repository, may_be_manifest
 from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob, CheckpointResult
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, OpaqueLayout
 from tiered_kv.library.cache import BaseKVCache, PositionEntry
 from tiered_kv.library.model import ModelCacheWrapper, TransformersKVCache
 from tiered_kv.tiers.objects.folder_store import FolderStore
@@ -174,6 +174,8 @@ def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
     """Compare a checkpoint's model with a cache's. Returns whether they are equal, and the difference for error texts."""
     if model.layout is None:
         return False, "the checkpoint does not record the layout of its blocks"
+    if isinstance(model.layout, OpaqueLayout):
+        return False, f"its blocks have an order that only their engine knows ({model.layout.spec:.100})"
     is_positions = model.name == _POSITIONS
     layout = model.layout if is_positions else core.layout or model.layout
     namespace = core.namespace_of_positions if is_positions else core.namespace

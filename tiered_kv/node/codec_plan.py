@@ -26,6 +26,7 @@ FIXED = {
 """The qualities that need no calibration: their codecs by tier."""
 CALIBRATED = {"compact": "xlayer:1e-4", "archive": "xlayer:2e-4"}
 RUN = "run: tiered-kv calibrate MODEL"
+ONLY_LOSSLESS = "only lossless codecs apply to an opaque layout"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,26 @@ def plan(config: Config, calibration: Calibration | None) -> Plan:
             setting = "codec" if tier in config.codec_by_tier else "quality"
             message = f"{setting}: {codecs[tier]} ({why[tier]}, {tier.label} tier) needs a calibration of this model; {RUN}"
             raise TieredKVError(Kind.CONFIG, message, setting=setting)
+    return Plan(codecs, why)
+
+
+def opaque_plan(config: Config) -> Plan:
+    """Returns the plan for a model of an `OpaqueLayout`: the lossless codec in each tier for which the settings ask for a lossy one.
+
+    Needs no calibration. `why` says which codec is replaced.
+    """
+    tiers = tiers_of(config)
+    if config.kl_budget is None:
+        codecs = _preset(config.quality, tiers, None)
+        why = dict.fromkeys(codecs, f"quality {config.quality}")
+    else:
+        codecs = dict.fromkeys(tiers, "lossless")
+        why = dict.fromkeys(codecs, f"error_budget: {ONLY_LOSSLESS}")
+    for tier, text in config.codec_by_tier.items():
+        codecs[tier], why[tier] = text, "set by codec"
+    for tier, text in codecs.items():
+        if parse_codec(text)[0].is_lossy:
+            codecs[tier], why[tier] = "lossless", f"{why[tier]}, but {ONLY_LOSSLESS}, so not {text}"
     return Plan(codecs, why)
 
 

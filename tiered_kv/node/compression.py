@@ -24,7 +24,8 @@ from tiered_kv.codecs.frame import Frame, encode_frame, frame_encoded
 from tiered_kv.config import Config, user_cache
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.node.codec_plan import RUN, Plan, check_settings, is_exact, most_error, plan
+from tiered_kv.layout import OpaqueLayout
+from tiered_kv.node.codec_plan import ONLY_LOSSLESS, RUN, Plan, check_settings, is_exact, most_error, opaque_plan, plan
 from tiered_kv.protocol.messages import CodecStats, EncodedStats, Introduction, TierPlan
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.peer_transport import FramePieces
@@ -121,11 +122,14 @@ class Coder:
     def introduce(self, root: BlockKey, facts: ModelFacts) -> Introduction:
         """Register a worker's model: from now on blocks below `root` are encoded for it.
 
-        Returns the plan, and the path of the calibration that the worker needs to decode its blocks. Raises (kind `config`) if the
-        settings need a calibration of the model and there is none; (kinds `storage`, `corrupt`) if the calibration cannot be read.
+        Returns the plan, and the path of the calibration that the worker needs to decode its blocks. A model of an opaque layout needs
+        no calibration. Otherwise raises (kind `config`) if the settings need a calibration of the model and there is none; (kinds
+        `storage`, `corrupt`) if the calibration cannot be read.
         """
         if not self.knows(root, facts):
             made = self._planned(_filled(facts, self._models.get(root)))
+            if root not in self._models and any(ONLY_LOSSLESS in why for why in made.plan.why.values()):
+                log.warning("model %s: %s, so its blocks are encoded losslessly", facts.weights[:12], ONLY_LOSSLESS)
             with self._lock:
                 self._models[root] = made
                 while len(self._models) > MODELS_MAX:
@@ -135,8 +139,9 @@ class Coder:
         return {"plan": known.plan.as_record(), "calibration": str(path) if path else None}
 
     def _planned(self, facts: ModelFacts) -> _Model:
-        calibration = self._calibration(facts)
-        chosen = plan(self._config, calibration)
+        is_opaque = isinstance(facts.layout, OpaqueLayout)
+        calibration = None if is_opaque else self._calibration(facts)
+        chosen = opaque_plan(self._config) if is_opaque else plan(self._config, calibration)
         codecs = {
             tier: codec_for(text, facts.layout, rope=facts.rope, rope_halves=facts.rope_halves, calibration=calibration)
             for tier, text in chosen.codecs.items()

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 from tiered_kv.node.node import Node
 
 
 class Slab:
     """An allocator of pages for one layout and one root. Not thread-safe."""
 
-    def __init__(self, node: Node, layout: KVLayout, root: BlockKey) -> None:
+    def __init__(self, node: Node, layout: Layout, root: BlockKey) -> None:
         self._node = node
         self._layout = layout
         self._root = root

@@ -7,7 +7,7 @@ import msgpack
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout, layout_of
 
 FACTS_BYTES_MAX = 64 << 10
 
@@ -22,7 +22,7 @@ class ModelFacts:
     namespace as plain data, None from a worker of an older version. Descriptions of one root may differ only in whether they have it.
     """
 
-    layout: KVLayout
+    layout: Layout
     weights: str
     rope: bytes | None = None
     rope_halves: bool = True
@@ -45,7 +45,7 @@ class ModelFacts:
         try:
             if len(msgpack.packb(message)) > FACTS_BYTES_MAX:
                 raise TieredKVError(Kind.TRANSPORT, f"it must be at most {FACTS_BYTES_MAX} bytes")
-            facts = cls(**{**message, "layout": KVLayout(**message["layout"])})
+            facts = cls(**{**message, "layout": layout_of(message["layout"])})
             is_valid = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
             known = facts.known_namespace()
             is_valid &= known is None or asdict(known) == facts.namespace

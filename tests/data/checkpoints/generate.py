@@ -12,12 +12,15 @@ from tests.unit.checkpoint.checkpoints import MODELS, NOW_S, manifest, pack, row
 from tests.unit.tiers.records import ROOT
 from tiered_kv.checkpoint.manifest import Manifest, Model, plain_layout
 from tiered_kv.checkpoint.repository import Repository
+from tiered_kv.layout import OpaqueLayout
 from tiered_kv.tiers.objects.store import MemoryStore, ObjectStore
 
 HERE = Path(__file__).parent
 VERSION_1 = "cache_state.pkl"
 VERSION_2 = "ckpt-20260101T000000.000000Z-00000002.tkv"
-OPAQUE = Model(bytes(32))
+WITH_OPAQUE_LAYOUT = "opaque_layout.tkv"
+UNKNOWN = Model(bytes(32))
+OPAQUE = Model(ROOT, OpaqueLayout(4096, 16, "pages of an engine, of bfloat16 · 2", 2), "engine", MODELS[0].namespace)
 
 
 def expected() -> Manifest:
@@ -27,7 +30,13 @@ def expected() -> Manifest:
     rows = [row(0, 1, offsets[1][0], hits=70_000), row(1, 1, offsets[1][1], hits=70_000), row(10, 0, offsets[0][0], hits=3)]
     rows += [row(11, 0, offsets[0][1]), row(2, 1, offsets[1][2])]
     named = tuple((info.name, info.nbytes) for info in packs)
-    return Manifest(named, (*MODELS, OPAQUE), tuple(rows), NOW_S + 0.5, "examples", {"note": "read for ever"})
+    return Manifest(named, (*MODELS, UNKNOWN), tuple(rows), NOW_S + 0.5, "examples", {"note": "read for ever"})
+
+
+def expected_with_opaque_layout() -> Manifest:
+    """A checkpoint of version 2 with a model of an opaque layout: the blocks 10 and 11."""
+    found = manifest([pack(MemoryStore(), [10, 11])], created_s=NOW_S - 1.0)
+    return found._replace(models=(UNKNOWN, OPAQUE, MODELS[0]._replace(root=bytes([1] * 32))), origin="examples")
 
 
 def expected_of_version_1() -> Manifest:
@@ -51,6 +60,7 @@ def write_all(store: ObjectStore) -> None:
     pack(store, [0, 1, 2])
     write_version_1(store, VERSION_1)
     Repository(store).publish(expected(), VERSION_2)
+    expected_with_opaque_layout().write(store, WITH_OPAQUE_LAYOUT)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from dataclasses import asdict
 from hashlib import blake2b
 
 import msgpack
@@ -16,10 +17,13 @@ from tiered_kv.checkpoint.manifest import Manifest, Model, created_of, new_name
 from tiered_kv.checkpoint.manifest_rows import HITS_MAX
 from tiered_kv.checkpoint.repository import Repository
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.layout import OpaqueLayout
 from tiered_kv.tiers.objects.folder_store import FolderStore
 from tiered_kv.tiers.objects.store import MemoryStore
 
 NAME = "any.tkv"
+OPAQUE = OpaqueLayout(4096, 16, "pages of a test", 2)
+PLAIN = asdict(OPAQUE)
 U32 = st.integers(1, (1 << 32) - 1)
 
 
@@ -44,7 +48,7 @@ def refusal(store, name=NAME) -> TieredKVError:
 def manifests(draw) -> Manifest:
     sizes = draw(st.lists(st.integers(1 << 33, 1 << 40), min_size=1, max_size=3))
     packs = tuple((f"{number:064x}.pack", nbytes) for number, nbytes in enumerate(sizes))
-    layouts = draw(st.lists(st.sampled_from([None, LAYOUT]), min_size=1, max_size=3))
+    layouts = draw(st.lists(st.sampled_from([None, LAYOUT, OPAQUE]), min_size=1, max_size=3))
     fields = st.none() | st.dictionaries(st.text(), st.text() | st.integers(-5, 5), max_size=3)
     models = tuple(Model(key_of(1000 + number), layout, draw(st.text()), draw(fields)) for number, layout in enumerate(layouts))
     rows = []
@@ -109,6 +113,7 @@ IMPOSSIBLE = {
     "a pack without a size": lambda it: it._replace(packs=((it.packs[0][0], 1.5), it.packs[1])),
     "a root twice": lambda it: it._replace(models=it.models * 2),
     "a short root": lambda it: it._replace(models=(*it.models, Model(b"short"))),
+    "a layout that is none": lambda it: it._replace(models=(it.models[0]._replace(layout=PLAIN),)),
     "a model without a text": lambda it: it._replace(models=(it.models[0]._replace(name=5),)),
     "a time that is none": lambda it: it._replace(created_s=float("nan")),
     "an origin that is none": lambda it: it._replace(origin=None),
@@ -138,6 +143,12 @@ def u32s(*numbers) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
+def opaque(facts, plain) -> None:
+    """Give the first model this opaque layout."""
+    facts["models"][0][1] = None
+    facts["opaque_layouts"] = {ROOT: plain}
+
+
 FORGED = {
     "no msgpack": lambda facts: b"\xc1",
     "a list": lambda facts: msgpack.packb([1, 2]),
@@ -158,6 +169,18 @@ FORGED = {
     "a block twice": lambda facts: facts["columns"].update(keys=facts["columns"]["keys"][:32] * 4),
     "a layout that cannot be": lambda facts: facts["models"][0].__setitem__(1, [0, 1, 8, "bfloat16", 20]),
     "a layout that is none": lambda facts: facts["models"][0].__setitem__(1, [1]),
+    "a layout of nothing": lambda facts: facts["models"][0].__setitem__(1, []),
+    "an opaque layout of a model that has another": lambda facts: facts.update(opaque_layouts={ROOT: PLAIN}),
+    "an opaque layout of an unknown model": lambda facts: facts.update(opaque_layouts={key_of(5): PLAIN}),
+    "opaque layouts in a list": lambda facts: facts.update(opaque_layouts=[PLAIN]),
+    "opaque layouts that are nothing": lambda facts: facts.update(opaque_layouts=None),
+    "an opaque layout without its fields": lambda facts: opaque(facts, {}),
+    "an opaque layout that is a list": lambda facts: opaque(facts, [4096, 16, "pages of a test", 2]),
+    "an opaque layout with a field more": lambda facts: opaque(facts, PLAIN | {"layers": 2}),
+    "an opaque layout with a field less": lambda facts: opaque(facts, {"block_bytes": 4096, "block_tokens": 16, "description": "d"}),
+    "an opaque layout that is not opaque": lambda facts: opaque(facts, asdict(LAYOUT)),
+    "an opaque layout that cannot be": lambda facts: opaque(facts, PLAIN | {"item_bytes": 3}),
+    "an opaque layout of two lines": lambda facts: opaque(facts, PLAIN | {"description": "two\nlines"}),
     "a pack in another folder": lambda facts: facts["packs"][0].__setitem__(0, f"../{facts['packs'][0][0]}"),
 }
 
@@ -169,6 +192,18 @@ def test_invalid_manifests_with_a_right_digest_are_not_read(change, store, small
     assert error.kind is Kind.CORRUPT
     assert NAME in str(error)
     assert "its content is invalid: " in str(error)
+
+
+def test_an_opaque_layout_is_a_field_that_other_manifests_do_not_have(store, small):
+    small.write(store, NAME)
+    without = store.objects[NAME]
+    assert b"opaque" not in without
+    forged(store, small, lambda facts: opaque(facts, PLAIN))
+    assert Manifest.read(store, NAME).models == (MODELS[0]._replace(layout=OPAQUE),)
+    small._replace(models=Manifest.read(store, NAME).models).write(store, NAME)
+    facts = msgpack.unpackb(store.objects[NAME][20:-32])
+    assert facts["models"] == [[ROOT, None, "tiny", MODELS[0].namespace]], "a reader that does not know the field has an unknown layout"
+    assert facts["opaque_layouts"] == {ROOT: PLAIN}
 
 
 def test_unknown_fields_are_ignored(store, small):
@@ -236,12 +271,16 @@ class TestExamples:
         assert Repository(examples).latest() == generate.VERSION_2
         assert Repository(examples).read() == generate.expected()
 
+    def test_an_opaque_layout_is_read(self, examples):
+        assert Manifest.read(examples, generate.WITH_OPAQUE_LAYOUT) == generate.expected_with_opaque_layout()
+        assert generate.expected_with_opaque_layout().models[1].layout == generate.OPAQUE.layout
+
     def test_version_1_is_read_with_rows_from_its_packs(self, examples):
         assert Manifest.read(examples, generate.VERSION_1) == generate.expected_of_version_1()
 
-    def test_both_versions_verify_without_problems(self, examples):
+    def test_all_verify_without_problems(self, examples):
         assert Repository(examples).verify() == []
-        assert [each.blocks for each in Repository(examples).overview()] == [5, 5]
+        assert [each.blocks for each in Repository(examples).overview()] == [5, 2, 5]
 
     def test_the_bytes_of_the_format_do_not_change(self, examples):
         """A change of the format needs a new version number and new files."""

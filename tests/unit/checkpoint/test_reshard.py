@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered_kv import KVLayout, Namespace
+from tiered_kv import KVLayout, Namespace, OpaqueLayout
 from tiered_kv.checkpoint.reshard_plan import plan
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 
 HEADS = 12
 WHOLE = KVLayout(2, HEADS, 4, "float16", 2)
+OPAQUE = OpaqueLayout(4096, 2, "pages of a test")
 NAMESPACE = Namespace(weights="made up for the tests of plans")
 IDS = as_token_ids(range(8))
 WORLDS = [1, 2, 3, 4, 6, 12]
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 class Model(NamedTuple):
     root: bytes
-    layout: KVLayout | None
+    layout: KVLayout | OpaqueLayout | None
     name: str
     namespace: dict | None
 
@@ -148,7 +149,8 @@ def test_other_models_are_not_mixed():
         (dict(namespace=None), "its namespace is unknown"),
         (dict(namespace={"weight": "w"}), "its namespace is unknown"),
         (dict(namespace={"weights": ""}), "must be a non-empty text"),
-        (dict(layout=None), "opaque layout cannot be split"),
+        (dict(layout=None), "unknown layout cannot be split"),
+        (dict(layout=OPAQUE), "opaque layout cannot be split"),
         (dict(namespace=asdict(replace(NAMESPACE, tenant="b", world=2))), "do not match the root of its blocks"),
         (dict(layout=replace(WHOLE, head_dim=8)), "do not match the root of its blocks"),
     ],
@@ -171,10 +173,21 @@ def test_a_world_that_cannot_share_the_heads_is_refused():
             plan(*world_of(2), world)
 
 
-def test_an_opaque_model_of_the_requested_world_is_unchanged():
-    models = [model._replace(layout=None) for model in world_of(2)[1]]
+@pytest.mark.parametrize("layout", [None, OPAQUE])
+def test_a_model_of_an_unknown_or_opaque_layout_is_unchanged_in_its_own_world(layout):
+    models = [model._replace(layout=layout) for model in world_of(2)[1]]
     planned = plan(world_of(2)[0], models, 2)
     assert (planned.unchanged, planned.skipped) == (world_of(2)[0], [])
+
+
+def test_an_opaque_model_is_left_out_beside_one_that_is_resharded():
+    ranks = [replace(NAMESPACE, tenant="engine", rank=rank, world=2) for rank in range(2)]
+    opaque = [Model(rank.root(OPAQUE), OPAQUE, "engine", asdict(rank)) for rank in ranks]
+    rows = [Row(rank.chain(OPAQUE).keys(IDS)[0], None, rank.root(OPAQUE), 0, 4096) for rank in ranks]
+    planned = plan(rows + world_of(2)[0], opaque + world_of(2)[1], 1)
+    assert [each.key for each in planned.targets] == keys_of(0, 1)
+    why = "blocks of an opaque layout cannot be split: the positions of their heads are unknown"
+    assert planned.skipped == [f"engine: {why} (blocks left out: 2)"]
 
 
 def test_rows_without_a_model_and_of_another_size_are_left_out():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered_kv import KVLayout
+from tiered_kv import KVLayout, OpaqueLayout
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import ITEM_BYTES
 from tiered_kv.node.checkpoints.reshard_layout import Piece, join, pieces, resharded
@@ -104,8 +104,10 @@ def test_a_rank_outside_the_world_is_rejected():
 
 
 def test_an_engines_own_layout_is_rejected():
-    with refusal("opaque layout cannot be split"):
+    with refusal("unknown layout cannot be split"):
         resharded(None, 2, 4)
+    with refusal("opaque layout cannot be split"):
+        resharded(OpaqueLayout(4096, 16, "pages of a test"), 2, 4)
 
 
 def test_blocks_of_another_size_are_rejected():

@@ -23,7 +23,7 @@ from tiered_kv.codecs.grouped import GroupedCodec
 from tiered_kv.codecs.integer import Int4Codec, Int6Codec, Int8Codec
 from tiered_kv.codecs.rotation import turning
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import KVLayout, Layout
 
 STEP_LEAST, STEP_GREATEST = 1e-7, 1e-1
 FINISH_ELEMENTS = 1 << 18
@@ -64,7 +64,7 @@ class CalibratedCodec(BlockCodec):
     @classmethod
     def for_layout(
         cls,
-        layout: KVLayout | None,
+        layout: Layout | None,
         *,
         rope: bytes | None = None,
         rope_halves: bool = True,
@@ -72,7 +72,7 @@ class CalibratedCodec(BlockCodec):
         **parameters: Any,
     ) -> Self:
         """Returns the codec for a layout (see `Codec.for_layout`) and registers the calibration. RoPE comes from the calibration."""
-        if layout is None or calibration is None:
+        if not isinstance(layout, KVLayout) or calibration is None:
             return cls(**parameters)
         if (layout.layers, layout.kv_heads, layout.head_dim) != (calibration.layers, calibration.kv_heads, calibration.head_dim):
             made_for = f"{calibration.layers} layers of {calibration.kv_heads} KV heads of {calibration.head_dim}"

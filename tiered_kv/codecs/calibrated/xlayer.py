@@ -19,7 +19,7 @@ import torch
 from tiered_kv.codecs.calibrated.base import CalibratedCodec, alphabet, as_codes, descending_order, thread_buffer
 from tiered_kv.codecs.calibrated.row_packing import unpack
 from tiered_kv.codecs.calibrated.tables import calibration_of
-from tiered_kv.layout import KVLayout
+from tiered_kv.layout import Layout
 
 PREVIOUS_LAYERS = 2
 """How many previous layers predict a layer."""
@@ -85,7 +85,7 @@ class XlayerCodec(CalibratedCodec):
             raise self._invalid("product", "'bfloat16' or 'float32'")
 
     @classmethod
-    def for_layout(cls, layout: KVLayout | None, **parameters: Any) -> Self:
+    def for_layout(cls, layout: Layout | None, **parameters: Any) -> Self:
         """Returns the codec for a layout (see `CalibratedCodec.for_layout`). Products are in bf16 where the hardware has them fast."""
         is_fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
         return super().for_layout(layout, **{"product": "bfloat16" if is_fast else "float32"} | parameters)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.layout import ITEM_BYTES, KVLayout
+from tiered_kv.layout import KVLayout, Layout
 
 
 class Piece(NamedTuple):
@@ -51,20 +51,21 @@ def heads_of_rank(heads: int, world: int) -> int:
     return heads // world
 
 
-def opened_layout(layout: KVLayout | None) -> KVLayout:
-    """Returns the layout, or raises (kind `layout`) if it is opaque (None)."""
-    if layout is None:
-        raise TieredKVError(Kind.LAYOUT, "blocks of an opaque layout cannot be split: the positions of their heads are unknown")
+def opened_layout(layout: Layout | None) -> KVLayout:
+    """Returns the layout, or raises (kind `layout`) if it is opaque or unknown (None)."""
+    if not isinstance(layout, KVLayout):
+        kind = "unknown" if layout is None else "opaque"
+        raise TieredKVError(Kind.LAYOUT, f"blocks of an {kind} layout cannot be split: the positions of their heads are unknown")
     return layout
 
 
-def resharded(layout: KVLayout | None, world: int, target_world: int) -> KVLayout:
-    """Returns the layout of a rank of the target world. `layout`: that of a rank of `world`, None if it is opaque.
+def resharded(layout: Layout | None, world: int, target_world: int) -> KVLayout:
+    """Returns the layout of a rank of the target world. `layout`: that of a rank of `world`, None if it is unknown.
 
-    Raises (kind `layout`) for an opaque layout, and if the ranks of the target world cannot divide the heads evenly.
+    Raises (kind `layout`) for an opaque or unknown layout, and if the ranks of the target world cannot divide the heads evenly.
     """
-    layout = opened_layout(layout)
-    return replace(layout, kv_heads=heads_of_rank(layout.kv_heads * world, target_world))
+    opened = opened_layout(layout)
+    return replace(opened, kv_heads=heads_of_rank(opened.kv_heads * world, target_world))
 
 
 def join(blocks: Sequence[torch.Tensor], made_of: Sequence[Piece], layout: KVLayout) -> torch.Tensor:
@@ -73,7 +74,7 @@ def join(blocks: Sequence[torch.Tensor], made_of: Sequence[Piece], layout: KVLay
     `blocks`: for each piece the raw block of its source, 1-D uint8. `layout`: that of the sources. Raises (kind `layout`) if a
     block does not have this layout, or if there is not one block per piece.
     """
-    shape = (layout.layers, 2, layout.kv_heads, layout.block_tokens * layout.head_dim * ITEM_BYTES[layout.dtype])
+    shape = (layout.layers, 2, layout.kv_heads, layout.block_tokens * layout.head_dim * layout.item_bytes)
     for block in blocks:
         if block.dtype != torch.uint8 or block.shape != (layout.block_bytes,):
             message = (
