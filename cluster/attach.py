@@ -16,6 +16,8 @@ from tiered_kv.keys import Namespace
 
 if TYPE_CHECKING:
     from tiered_kv.client.client import Client
+    from tiered_kv.client.page_client import PageClient
+    from tiered_kv.layout import OpaqueLayout
 
 HEARTBEATS_TO_WAIT = 3
 ATTACH_WITHIN_S = 8.0
@@ -93,6 +95,18 @@ def attach(
             break
         time.sleep(LOOK_AGAIN_S)
     return _attach_through_ray(nodes, namespace, layout_of_block_tokens, rope)
+
+
+def attach_pages(
+    namespace: Namespace, layout: "OpaqueLayout", *, name: str = state.DEFAULT_NAME, node_id: str | None = None
+) -> "PageClient":
+    """Returns a client of the node on this machine for an engine's pages. Never uses Ray.
+
+    If there is no node now, the client finds it once there is one. `node_id`: use only the node with this id.
+    """
+    from tiered_kv.client.connect import page_client_of
+
+    return page_client_of(LocalNodes(name, node_id=node_id).find, layout, namespace)
 
 
 def reach(name: str, address: str | None = None) -> None:

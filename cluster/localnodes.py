@@ -23,11 +23,12 @@ class LocalNodes:
     """Finds the records of cluster `name`'s nodes on this machine, and chooses the node that this process should use.
 
     If this machine has the cluster's state file, only nodes of the cluster in that file match. With `address`, only nodes of the
-    Ray at that address match.
+    Ray at that address match. With `node_id`, only the node with this id matches.
     """
 
-    def __init__(self, name: str, address: str | None = None) -> None:
+    def __init__(self, name: str, address: str | None = None, node_id: str | None = None) -> None:
         self.name = name
+        self._node_id = node_id
         self.address = address
         self._by_state = state.find(name) is not None
         self._chosen: NodeRecord | None = None
@@ -42,6 +43,7 @@ class LocalNodes:
             return []  # the cluster was stopped, and another cluster of the same name must not take its place
         shm_path = Config.of(known.config).shm_path if known else Config().shm_path
         found = [record for record in records_below(shm_path) if record.cluster == self.name and self._is_at_address(record)]
+        found = [record for record in found if self._node_id in (None, record.node_id)]
         own = [record for record in found if here is not None and record.ray_address == here[0]]
         if own or known is None:
             return own or found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("actors", "cluster")
+HALLS = ("tools", "integrations")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -26,7 +27,8 @@ class Import:
 class Module:
     """One source file of the package under its import name.
 
-    `folder`: its first name below `tiered_kv`, of a tool its first two (`tools.bench`), "" for the root.
+    `folder`: its first name below `tiered_kv`, its first two in a folder of HALLS that has folders itself (`tools.bench`), "" for the
+    root.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Module:
     def folder(self) -> str:
         parts = self.name.split(".")[1:]
         folders = parts if self.path.name == "__init__.py" else parts[:-1]
-        return ".".join(folders[: 2 if folders[:1] == ["tools"] else 1])
+        return ".".join(folders[: 2 if folders[:1] and folders[0] in HALLS else 1])
 
     @cached_property
     def tree(self) -> ast.Module:

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "node": ["protocol", "store", "tiers", "codecs", "policy", "memory", *WORDS],
     "checkpoint": ["node", "protocol", "tiers", "codecs", "memory", *WORDS],
     "integrations": ["client", "protocol", "codecs.rotation", *WORDS],
+    "integrations.vllm": ["client", "cluster.attach", *WORDS],
     "library": ["embedded", "client", "node", "protocol", "checkpoint", "integrations", "codecs", "tiers.objects", *WORDS],
     "actors": ["node", "coordinator", "protocol", *WORDS],
     "cluster": ["actors", "client", "node", "protocol", "checkpoint", "embedded", *WORDS],
@@ -87,6 +88,7 @@ LIBRARIES = {
     "node": {"numpy", "torch", "msgpack"},
     "checkpoint": {"numpy", "msgpack", "torch"},
     "integrations": {"numpy", "torch", "transformers"},
+    "integrations.vllm": {"torch", "vllm", "huggingface_hub", "prometheus_client"},
     "library": {"numpy", "psutil", "torch", "transformers", "tensorboard", "wandb"},
     "actors": {"numpy", "ray"},
     "cluster": {"psutil", "ray", "rich"},
@@ -120,6 +122,9 @@ BOUNDARIES = {
     "tiered_kv/integrations/transformers.py CachedModel._store",
     "tiered_kv/integrations/transformers.py CachedModel.keep",
     "tiered_kv/integrations/transformers.py CachedModel.ready",
+    "tiered_kv/integrations/vllm/connector.py guarded.decorate.safe",
+    "tiered_kv/integrations/vllm/scheduler.py Asker._run",
+    "tiered_kv/integrations/vllm/worker.py Worker._load_waiting",
     "tiered_kv/tools/demo/model.py _attempt",
 }
 

@@ -197,6 +197,11 @@ class NodeClient:
         prepare(self._holder.present)
 
     @property
+    def has_node(self) -> bool:
+        """Whether the client has found its node. It may have ended since."""
+        return not self._holder.present.is_vacant
+
+    @property
     def node_calls(self) -> int:
         """The number of calls from this client to its node. Fetches of local blocks make none."""
         return self._holder.calls

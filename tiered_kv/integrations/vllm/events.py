@@ -1,0 +1,84 @@
+"""KV events for routers: which blocks the cache on this machine has, under vLLM's own hashes.
+
+A block is announced when a worker has stored it. That it left the cache is found by looking: each call looks at a few of the announced
+blocks. So a removal is told late, by seconds to minutes.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+
+KNOWN_MAX = 1 << 16
+"""The most blocks that are watched. Of older ones no removal is told."""
+LOOKS = 64
+"""Blocks looked at in a call, which vLLM makes after each step."""
+MEDIUM = "CPU"
+
+
+class Facts(NamedTuple):
+    """What an event tells of a block besides its hash."""
+
+    scope: bytes
+    parent: bytes | None
+    tokens: list[int]
+    lora_id: int | None
+    lora_name: str | None
+
+
+class Events:
+    """The events of one engine.
+
+    `is_here(scope, hash)` tells whether a block is in the cache now. `external` converts a hash for routers.
+    """
+
+    def __init__(self, block_tokens: int, is_here: Callable[[bytes, bytes], bool], external: Callable[[Any], Any]) -> None:
+        self._block_tokens, self._is_here, self._external = block_tokens, is_here, external
+        self._offered: OrderedDict[bytes, Facts] = OrderedDict()
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._ready: list[Any] = []
+
+    def offered(self, request: Any, scope: bytes, start: int, end: int) -> None:
+        """Take note of a request's blocks `start` to `end`, which were given to the workers to store."""
+        size, hashes, lora = self._block_tokens, request.block_hashes, request.lora_request
+        adapter = (lora.lora_int_id, lora.lora_name) if lora else (None, None)
+        for number in range(start, end):
+            tokens = list(request.all_token_ids[number * size : (number + 1) * size])
+            parent = bytes(hashes[number - 1]) if number else None
+            self._offered[bytes(hashes[number])] = Facts(scope, parent, tokens, *adapter)
+        while len(self._offered) > KNOWN_MAX:
+            self._offered.popitem(last=False)
+
+    def stored(self, hashes: Sequence[bytes]) -> None:
+        """Announce blocks that the workers have stored."""
+        for each in hashes:
+            facts = self._offered.pop(each, None)
+            if facts is None or each in self._known:
+                continue
+            self._known[each] = facts.scope
+            parent = None if facts.parent is None else self._external(facts.parent)
+            self._ready.append(
+                BlockStored(
+                    block_hashes=[self._external(each)],
+                    parent_block_hash=parent,
+                    token_ids=facts.tokens,
+                    block_size=self._block_tokens,
+                    lora_id=facts.lora_id,
+                    medium=MEDIUM,
+                    lora_name=facts.lora_name,
+                )
+            )
+        while len(self._known) > KNOWN_MAX:
+            self._known.popitem(last=False)
+
+    def take(self) -> Iterable[Any]:
+        """Returns the events since the last call, and those of blocks that turn out to have left."""
+        for _ in range(min(LOOKS, len(self._known))):
+            each, scope = self._known.popitem(last=False)
+            if self._is_here(scope, each):
+                self._known[each] = scope  # to the end: the others are looked at first
+            else:
+                self._ready.append(BlockRemoved(block_hashes=[self._external(each)], medium=MEDIUM))
+        ready, self._ready = self._ready, []
+        return ready

@@ -1,0 +1,121 @@
+"""The namespace and layout of an engine: everything that must be equal for its KV to be reusable."""
+
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiered_kv.checkpoint_files import weights_digest
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.identity import NOT_IDENTITY, plain, text_digest
+from tiered_kv.integrations.vllm.versions import hash_seed, version
+from tiered_kv.keys import Namespace
+from tiered_kv.layout import OpaqueLayout
+
+log = logging.getLogger(__name__)
+
+_RUN_BY_SEED = ("dummy",)
+"""Load formats without files. Their weights follow from the seed."""
+
+
+def layout_of(config: Any, arrays: Sequence[torch.Tensor], kv_caches: Mapping[str, Any], block_tokens: int) -> OpaqueLayout:
+    """Returns the layout of a block of this worker: the pages of all layers, in the engine's own order of bytes."""
+    shapes = text_digest(
+        [[name, [_form(each) for each in (cache if isinstance(cache, list | tuple) else [cache])]] for name, cache in kv_caches.items()]
+    )
+    first = next(iter(kv_caches.values()))
+    one = first[0] if isinstance(first, list | tuple) else first
+    description = (
+        f"vllm {version()} {_backends(config, kv_caches)} {str(one.dtype).removeprefix('torch.')} on {_hardware(one.device)}"
+        f" {len(arrays)} pages a block {shapes[:32]}"
+    )
+    nbytes = sum(array.shape[1] for array in arrays)
+    return OpaqueLayout(nbytes, block_tokens, description, one.element_size())
+
+
+def _form(cache: torch.Tensor) -> list[Any]:
+    """Returns the shape of a cache but for the number of blocks, which differs with the memory of the engine, and its order of axes."""
+    order = sorted(range(cache.ndim), key=lambda axis: -cache.stride(axis))
+    return [sorted(cache.shape)[:-1] if cache.ndim < 2 else list(cache.shape[2:]), order, str(cache.dtype)]
+
+
+def _backends(config: Any, kv_caches: Mapping[str, Any]) -> str:
+    """Returns the names of the attention backends of the layers."""
+    layers = config.compilation_config.static_forward_context
+    names = set()
+    for name in kv_caches:
+        backend = getattr(layers.get(name), "attn_backend", None)
+        names.add(backend.get_name() if backend is not None else "unknown")
+    return "+".join(sorted(names))
+
+
+def _hardware(device: torch.device) -> str:
+    """Returns what the order of bytes in a page may depend on: on CPUs, K is packed for the instruction set."""
+    if device.type != "cpu":
+        return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    flags = [name for name in ("_is_amx_tile_supported", "_is_avx512_supported", "_is_avx2_supported") if _has(name)]
+    return f"cpu {platform.machine()} {' '.join(flag.split('_')[2] for flag in flags)}".strip()
+
+
+def _has(name: str) -> bool:
+    probe = getattr(torch.cpu, name, None)
+    return bool(probe is not None and probe())
+
+
+def namespace_of(config: Any, *, tenant: str, rank: int, world: int) -> Namespace:
+    """Returns the namespace of one rank. Reads the files of the weights once; later processes only compare their sizes and times."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    facts = {
+        "hf_config": plain(model.hf_config, leave_out=NOT_IDENTITY),  # with hf_overrides applied
+        "quantization": str(model.quantization),
+        "load_format": str(config.load_config.load_format),
+        "model_loader_extra_config": plain(getattr(config.load_config, "model_loader_extra_config", None) or {}),
+        "parallel": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.enable_expert_parallel],
+        "hash": [str(cache.prefix_caching_hash_algo), hash_seed(config)],
+        "enforce": [getattr(model, name, None) for name in ("runner_type", "convert_type", "disable_sliding_window")],
+    }
+    scales = {"cache_dtype": str(cache.cache_dtype), "calculate": bool(getattr(cache, "calculate_kv_scales", False))}
+    scales["skipped"] = list(getattr(cache, "kv_cache_dtype_skip_layers", None) or [])
+    return Namespace(
+        weights=weights_of(config),
+        tenant=tenant,
+        architecture=text_digest(facts),
+        rope=text_digest(plain(getattr(model.hf_text_config, "rope_parameters", None) or {})),
+        dtype=str(model.dtype).removeprefix("torch."),
+        kv_scales=text_digest(scales),
+        rank=rank,
+        world=world,
+    )
+
+
+def weights_of(config: Any) -> str:
+    """Returns a text that identifies the content of the weights. Raises (kind `model`) if their files cannot be found."""
+    model, load = config.model_config, config.load_config
+    if str(load.load_format) in _RUN_BY_SEED:
+        return f"{load.load_format} weights of seed {model.seed}"
+    named = model.model_weights or model.model
+    found = local_folder(named, model.revision, load.download_dir)
+    if found is None:
+        raise TieredKVError(
+            Kind.MODEL,
+            f"tiered_kv needs the files of the weights to know which KV may be shared, and found none of {named!r} on this machine;"
+            " use a local folder, or a model in the Hugging Face cache",
+        )
+    return weights_digest(found, progress=lambda line: log.info("%s", line))
+
+
+def local_folder(name: str, revision: str | None, download_dir: str | None) -> Path | None:
+    """Returns the local folder or file of a model: the path itself, or its snapshot in the Hugging Face cache. None if there is none."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError, ValueError):
+        return None

@@ -1,0 +1,172 @@
+"""The workers' side of the connector: copies blocks between vLLM's pages and the node.
+
+Loads that a step needs are made before its forward pass; others are made by a thread while their requests wait. Stores are made after
+the forward pass. A block that cannot be loaded is reported, and vLLM computes it.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from tiered_kv.client.page_client import PageClient
+from tiered_kv.client.page_copy import pages_of
+from tiered_kv.errors import TieredKVError
+from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
+from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
+from tiered_kv.integrations.vllm.pages import pages_in
+from tiered_kv.integrations.vllm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One rank's loads and stores. vLLM calls it from one thread.
+
+    `attach(layout, namespace)` returns a client.
+    """
+
+    def __init__(
+        self, config: Any, kv_cache_config: Any, settings: Settings, attach: Callable[..., PageClient], rank: int, world: int
+    ) -> None:
+        self._config, self._kv_cache_config, self._settings = config, kv_cache_config, settings
+        self._attach, self._rank, self._world = attach, rank, world
+        self._client: PageClient | None = None
+        self._failed_blocks: set[int] = set()
+        self._failed_step = 0  # the last step whose own loads failed
+        self._resets = 0
+        self._stored: list[bytes] = []
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._finished: set[str] = set()  # requests whose waiting loads have ended
+        self._failed_later: set[int] = set()
+        self._queue: queue.SimpleQueue[tuple[Blocks, int] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.records_stores = False
+        """Whether the hashes of newly stored blocks are reported, for events."""
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """Examine the KV cache and connect to the node, if there is one. Raises (kinds `layout`, `model`) if sharing would be unsafe."""
+        blocks = self._kv_cache_config.num_blocks
+        arrays = pages_in(kv_caches, blocks)
+        tokens = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.layout = layout_of(self._config, arrays, kv_caches, tokens)
+        begun_s = time.monotonic()
+        self.namespace = namespace_of(self._config, tenant=self._settings.tenant, rank=self._rank, world=self._world)
+        self._pages = pages_of(arrays)
+        self._root = self.namespace.root(self.layout)
+        self._client = self._attach(self.layout, self.namespace)
+        log.info(
+            "tiered_kv shares blocks of %d tokens and %.2f MiB of %s under the root %s (identity read in %.2f s)",
+            tokens,
+            self.layout.block_bytes / 2**20,
+            self.layout.description,
+            self._root.hex()[:12],
+            time.monotonic() - begun_s,
+        )
+
+    def handshake(self) -> Handshake | None:
+        """Returns what the scheduler's side needs to compute this rank's keys."""
+        return Handshake(asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
+
+    def load(self, step: Step) -> None:
+        """Start the loads of a step. Returns when those that its forward pass needs have ended."""
+        if step.resets != self._resets:
+            self._resets = step.resets
+        for blocks in step.later:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._load_waiting, name="tkv-vllm-load", daemon=True)
+                self._thread.start()
+            self._queue.put((blocks, step.resets))
+        for blocks in step.now:
+            failed = self._loaded(blocks, may_call=False)
+            if failed:
+                self._failed_blocks.update(failed)
+                self._failed_step = step.number
+
+    def store(self, step: Step) -> None:
+        """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
+        if self._client is None or step.acknowledged < self._failed_step or not step.stores:
+            return
+        begun_s, wait_s = time.perf_counter(), self._settings.store_wait_ms / 1000
+        for blocks in step.stores:
+            left_s = max(wait_s - (time.perf_counter() - begun_s), 0.0)
+            stored = self._client.store(blocks.chain(self._root), self._pages, blocks.blocks, wait_s=left_s)
+            with self._lock:
+                self._counts["stored_blocks"] += stored.new
+                self._counts["refused_blocks"] += stored.refused
+            if self.records_stores and not stored.refused:
+                self._stored += blocks.hashes
+        with self._lock:
+            self._counts["store_seconds"] += time.perf_counter() - begun_s
+
+    def finished(self) -> set[str]:
+        """Returns the requests whose waiting loads have ended since the last call."""
+        with self._lock:
+            finished, self._finished = self._finished, set()
+            self._failed_blocks |= self._failed_later
+            self._failed_later = set()
+            return finished
+
+    def failed(self) -> set[int]:
+        """Returns the numbers of the blocks that could not be loaded, since the last call. To be called after `finished`."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def report(self) -> Report | None:
+        """Returns what the scheduler's side must know of the step; None if there is nothing."""
+        stored, self._stored = self._stored, []
+        return Report(self._failed_step, stored) if stored or self._failed_step else None
+
+    def counts(self) -> dict[str, Any]:
+        """Returns the counts since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return {name: count for name, count in counts.items() if count}
+
+    def close(self) -> None:
+        """Stop the thread and disconnect."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+        if self._client is not None:
+            self._client.close()
+
+    def _load_waiting(self) -> None:
+        """Make the loads for which requests wait, one after the other. Each is reported as ended, whatever happens."""
+        while (job := self._queue.get()) is not None:
+            blocks, resets = job
+            failed = list(blocks.blocks)
+            try:
+                if resets == self._resets:
+                    failed = self._loaded(blocks, may_call=True)
+                if resets != self._resets:  # the blocks are of before a reset
+                    failed = list(blocks.blocks)
+            except Exception:  # named boundary: the request must not wait for ever
+                log.exception("tiered_kv: a load ended with an error; its blocks are computed")
+            with self._lock:
+                self._finished.add(blocks.request)
+                self._failed_later.update(failed)
+
+    def _loaded(self, blocks: Blocks, may_call: bool) -> list[int]:
+        """Load blocks. Returns the numbers of those that could not be loaded."""
+        begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
+        deadline_s = self._settings.load_deadline_ms / 1000 or None
+        if self._client is not None:
+            try:
+                done, by_tier = self._client.load(
+                    blocks.chain(self._root), self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call
+                )
+            except TieredKVError as error:
+                log.warning("tiered_kv: blocks could not be loaded and are computed: %s", error)
+        with self._lock:
+            self._counts["loaded_blocks"] += done
+            self._counts["failed_blocks"] += len(blocks.blocks) - done
+            self._counts["load_seconds"] += time.perf_counter() - begun_s
+            for tier, count in by_tier.items():
+                self._counts[f"loaded_blocks_{tier}"] += count
+        return blocks.blocks[done:]
