@@ -42,6 +42,11 @@ READ_WAIT_S = 1800.0
 """The longest wait for another process that reads the same files. The lock of a process that dies is free at once."""
 WRITE_WAIT_S = 5.0
 REPORT_S = 10.0
+SAVE_S = 5.0
+"""A process that is killed loses the sums of its last seconds only."""
+GB = 10**9
+OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""A network file system looks at a file anew when it is opened, and not for a mere `stat`. Opening a FIFO does not block."""
 
 Progress = Callable[[str], None]
 
@@ -76,36 +81,37 @@ class _ChangedError(Exception):
     """The file changed while it was read."""
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    """Yields a descriptor of a regular file. Opening makes network file systems look at the file anew, and a FIFO does not block."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+def state_of(path: str, sampled: bool) -> FileState:
+    """Returns the state of a file. Raises (kind `model`) if it cannot be read or is not a regular file. Costs about 5 µs."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise TieredKVError(Kind.MODEL, f"{path}: must be a regular file", path=path)
-        yield fd
-    finally:
-        os.close(fd)
+        fd = os.open(path, OPEN)
+        try:
+            return _state(fd, path, sampled)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _state(fd: int, path: str, sampled: bool) -> FileState:
     facts = os.fstat(fd)
-    return FileState(path, sampled, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev)
+    if not stat.S_ISREG(facts.st_mode):
+        raise TieredKVError(Kind.MODEL, f"{path}: must be a regular file", path=path)
+    return FileState(_real_path(fd, path), sampled, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_dev)
 
 
-def state_of(path: str, sampled: bool) -> FileState:
-    """Returns the state of a file. `path`: a real path. Raises (kind `model`) if the file cannot be read or is not a regular file."""
-    with naming(path), _opened(path) as fd:
-        return _state(fd, path, sampled)
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Turn an `OSError` of the body into an error (kind `model`) that names the file."""
+def _real_path(fd: int, path: str) -> str:
+    """Returns the path of an open file without links. The kernel's answer costs a tenth of `realpath`'s walk."""
     try:
-        yield
-    except OSError as error:
-        raise TieredKVError(Kind.MODEL, f"{path}: cannot be read ({error.strerror or error})", path=str(path)) from error
+        found = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        found = ""
+    return found if found.startswith("/") and not found.endswith(" (deleted)") else os.path.realpath(path)
+
+
+def unreadable(path: str | Path, error: OSError) -> TieredKVError:
+    """Returns the error (kind `model`) for a file or folder of a model that cannot be read."""
+    return TieredKVError(Kind.MODEL, f"{path}: cannot be read ({error.strerror or error})", path=str(path))
 
 
 _known: dict[FileState, str] = {}
@@ -118,14 +124,14 @@ def _keep(sums: Mapping[FileState, str]) -> None:
     _known.update(sums)
 
 
-def sums_of(files: Mapping[Path, bool], cache: Path | None = None, progress: Progress | None = None) -> dict[Path, str]:
+def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Progress | None = None) -> dict[str, str]:
     """Returns the sum of each file's content as text. `files`: for each path whether a sum of samples suffices.
 
     `cache`: the folder where sums are remembered; None for `file_sums` in the user's cache folder. `progress` gets a line about every
     10 s while files are read or waited for; None writes it to the log. Costs about 20 µs a file if this process knows all sums. Raises
     (kind `model`) if a file cannot be read, or changes again and again while it is read.
     """
-    states = {path: state_of(os.path.realpath(path), sampled) for path, sampled in files.items()}
+    states = {path: state_of(path, sampled) for path, sampled in files.items()}
     found = {state: _known[state] for state in states.values() if state in _known}
     if not all(state in found for state in states.values()):
         found |= _sums_not_known(set(states.values()), SumStore(cache or user_cache() / "file_sums"), progress or log.info)
@@ -139,19 +145,22 @@ def _sums_not_known(states: set[FileState], store: "SumStore", say: Progress) ->
         with store.turn(min(states), say):
             found = store.sums(states)
             missing = sorted(states - set(found))
-            reading = _Reading(sum(_read_bytes(state) for state in missing), say)
+            reading = _Reading(store, sum(_read_bytes(state) for state in missing), say)
             try:
                 for state in missing:
-                    found[state] = reading.sum_of(state, store)
+                    found[state] = reading.sum_of(state)
             finally:
                 reading.stop()
     return found
 
 
 class _Reading:
-    """Reads files piece by piece on several threads, and says now and then how far it is."""
+    """Reads files piece by piece on several threads. Says how far it is, and saves the sums in `store`, every few seconds."""
 
-    def __init__(self, total_bytes: int, say: Progress) -> None:
+    def __init__(self, store: "SumStore", total_bytes: int, say: Progress) -> None:
+        self._store = store
+        self._unsaved: dict[FileState, str] = {}
+        self._save_s = time.monotonic() + SAVE_S
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._say = say
@@ -159,11 +168,13 @@ class _Reading:
         self._next_s = time.monotonic() + REPORT_S
 
     def stop(self) -> None:
-        """End the threads. Does not wait long for one that hangs."""
+        """Save the sums and end the threads. Does not wait long for one that hangs."""
+        if self._unsaved:
+            self._store.add(self._unsaved)
         self._threads.stop(1.0)
 
-    def sum_of(self, asked: FileState, store: "SumStore") -> str:
-        """Returns the sum of a file, and remembers it in `store` if the file has not changed lately."""
+    def sum_of(self, asked: FileState) -> str:
+        """Returns the sum of a file, which is remembered if the file has not changed lately."""
         for _ in range(ATTEMPTS):
             state = state_of(asked.path, asked.sampled)
             began_ns = time.time_ns()
@@ -173,22 +184,33 @@ class _Reading:
                 continue
             self._done_bytes += _read_bytes(state)
             if state.is_settled(began_ns):
-                _keep({state: found})
-                store.add({state: found})
+                self._remember(state, found)
             return found
         raise TieredKVError(Kind.MODEL, f"{asked.path}: changed while it was read, {ATTEMPTS} times", path=asked.path)
 
+    def _remember(self, state: FileState, found: str) -> None:
+        _keep({state: found})
+        self._unsaved[state] = found
+        if time.monotonic() >= self._save_s:
+            self._store.add(self._unsaved)
+            self._unsaved = {}
+            self._save_s = time.monotonic() + SAVE_S
+
     def _read(self, state: FileState) -> str:
         pieces = [self._threads.submit(_piece_sum, state, start, nbytes) for start, nbytes in _pieces(state)]
-        while wait(pieces, timeout=max(self._next_s - time.monotonic(), 0)).not_done or time.monotonic() >= self._next_s:
+        is_reading = True
+        while is_reading:
+            is_reading = bool(wait(pieces, timeout=max(self._next_s - time.monotonic(), 0)).not_done)
             if time.monotonic() >= self._next_s:
                 done_bytes = self._done_bytes + sum(piece.done() for piece in pieces) * _read_bytes(state) // max(len(pieces), 1)
-                self._say(f"reading the model's files: {done_bytes / 1e9:.1f} of {self._total_bytes / 1e9:.1f} GB")
+                self._say(f"reading the model's files: {done_bytes / GB:.1f} of {self._total_bytes / GB:.1f} GB")
                 self._next_s = time.monotonic() + REPORT_S
         whole = xxhash.xxh3_128(f"{state.size}\n".encode())
-        with naming(state.path):
+        try:
             for piece in pieces:
                 whole.update(piece.result())
+        except OSError as error:
+            raise unreadable(state.path, error) from error
         if state_of(state.path, state.sampled) != state:
             raise _ChangedError
         return f"xxh3 {whole.hexdigest()}"
@@ -210,7 +232,8 @@ def _piece_sum(state: FileState, start: int, nbytes: int) -> bytes:
     """Returns the sum of a part of a file, read with calls and not mapped: a mapped file that shrinks would end the process."""
     hasher = xxhash.xxh3_128()
     buffer = memoryview(bytearray(min(READ_BYTES, nbytes)))
-    with _opened(state.path) as fd:
+    fd = os.open(state.path, OPEN)
+    try:
         if _state(fd, state.path, state.sampled) != state:
             raise _ChangedError
         while nbytes:
@@ -219,6 +242,8 @@ def _piece_sum(state: FileState, start: int, nbytes: int) -> bytes:
                 raise _ChangedError
             hasher.update(buffer[:count])
             start, nbytes = start + count, nbytes - count
+    finally:
+        os.close(fd)
     return hasher.digest()
 
 
