@@ -84,6 +84,14 @@ def test_an_older_state_is_the_model_where_its_folder_is_given(model):
     assert weights_digest(model / "checkpoint-500") != weights_digest(model)
 
 
+def test_other_formats_are_left_out_of_the_models_own_folder_only(model):
+    overwrite("whisper/model.safetensors")(model)
+    before = weights_digest(model)
+    (model / "whisper" / "original").mkdir()
+    overwrite("whisper/original/model.pth")(model)
+    assert weights_digest(model) != before
+
+
 def test_only_metas_format(tmp_path):
     overwrite("original/consolidated.00.pth", b"a")(tmp_path)
     before = weights_digest(tmp_path)
