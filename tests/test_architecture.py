@@ -19,7 +19,15 @@ FOLDERS = sorted({module.folder for module in MODULES if module.folder})
 PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and path.is_file()]
 
 # The root's modules, lowest first: each may import only what stands in a line before its own. `embedded` is a shell over client and node.
-ROOT_LEVELS = [["errors", "clock", "forking"], ["layout", "picture", "threads", "identity"], ["keys"], ["blocks"], ["config"]]
+ROOT_LEVELS = [
+    ["errors", "clock", "forking"],
+    ["layout", "picture", "threads", "identity"],
+    ["file_sums"],
+    ["checkpoint_files"],
+    ["keys"],
+    ["blocks"],
+    ["config"],
+]
 SHELLS = {"embedded": ["client", "node", "coordinator", "protocol", "config", "layout", "keys", "errors", "clock"]}
 # Modules of the root under which others know the engine's parts: each may import what stands here, and nobody but doors imports one.
 DOORS = {
@@ -32,7 +40,7 @@ DOORS = {
 }
 DOOR_LINES_MAX = 120
 
-WORDS = ["errors", "clock", "forking", "threads", "layout", "identity", "keys", "blocks", "config"]
+WORDS = ["errors", "clock", "forking", "threads", "layout", "identity", "file_sums", "checkpoint_files", "keys", "blocks", "config"]
 """The vocabulary: values that everyone speaks in, and that know nothing themselves."""
 ENGINE = ["codecs", "memory", "policy", "store", "tiers", "protocol", "client", "node", "coordinator", "embedded"]
 # What a folder may import of the project, beside itself: a folder or module with all below it.

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered_kv.blocks import Hint
-from tiered_kv.config import MIN_HOST_BYTES, MIN_TIER_BYTES, Config, format_size, parse_size, user_cache
+from tiered_kv.config import MIN_HOST_BYTES, MIN_TIER_BYTES, Config, format_size, parse_size
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.file_sums import user_cache
 
 
 @pytest.mark.parametrize("kind", Kind)

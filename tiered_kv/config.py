@@ -6,12 +6,12 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.file_sums import user_cache
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -42,12 +42,6 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def user_cache() -> Path:
-    """Returns this user's cache folder: `$TIERED_KV_CACHE`, else `$XDG_CACHE_HOME/tiered_kv`, else `~/.cache/tiered_kv`."""
-    own = os.environ.get("TIERED_KV_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiered_kv"
 
 
 @dataclass(frozen=True)

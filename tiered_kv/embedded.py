@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tiered_kv.client.client import Client
-from tiered_kv.client.connect import client_of
+from tiered_kv.client.connect import client_of, page_client_of
+from tiered_kv.client.page_client import PageClient
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
-from tiered_kv.layout import Layout
+from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
@@ -52,6 +53,12 @@ class InProcessCluster:
             connect=lambda: self.nodes[node_id].open_session(),
             find=lambda: self.nodes[node_id].info(),
             **rope,
+        )
+
+    def page_client(self, node_id: str, layout: OpaqueLayout, namespace: Namespace) -> PageClient:
+        """As `client`, for an engine's pages."""
+        return page_client_of(
+            lambda: self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session(), clock=self._clock
         )
 
     def report_all(self) -> None:
@@ -141,6 +148,11 @@ class Embedded:
         """Returns a client of the node, by direct calls. Several clients of different layouts and namespaces may be open."""
         node = self.node
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
+
+    def page_client(self, layout: OpaqueLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None) -> PageClient:
+        """Returns a client of the node for an engine's pages, by direct calls."""
+        node = self.node
+        return page_client_of(node.info, layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close)
 
     def close(self) -> None:
         """End the node and remove its files. Close its clients first. A second call does nothing.

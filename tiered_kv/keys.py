@@ -10,14 +10,16 @@ of one rank's blocks follow from another rank's keys, without the tokens (docs/d
 import json
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiered_kv import checkpoint_files
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.identity import (
     NOT_IDENTITY,
@@ -217,6 +219,28 @@ class Namespace:
         walked = facts_of(model)
         facts |= content_of(model, walked)
         return cls(**facts, variant=private_variant(walked))
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        tenant: str = "default",
+        rank: int = 0,
+        world: int = 1,
+        epoch: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> "Namespace":
+        """Returns the namespace of a model's files, for an engine that shows no model: a local folder, or one file such as a GGUF file.
+
+        `settings`: whatever else changes the engine's KV, such as dtype, quantization at load and overrides of the model's config. Two
+        engines must not use one namespace unless they compute the same KV from the same files. `progress`: see
+        `checkpoint_files.weights_digest`, also for what is read and remembered. Never equal to a namespace of `Namespace.of`.
+        """
+        facts: dict[str, Any] = {"tenant": tenant, "rank": rank, "world": world, "epoch": epoch}
+        architecture = checkpoint_files.architecture_digest(path, settings)
+        return cls(weights=checkpoint_files.weights_digest(path, progress=progress), architecture=architecture, **facts)
 
 
 def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str, str]:

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TypeVar
 
 from tiered_kv.client.access import AccessHolder, NodeAccess
+from tiered_kv.client.base import NodeClient
 from tiered_kv.client.client import Client
+from tiered_kv.client.page_client import PageClient
 from tiered_kv.client.reader import BlockSource
 from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs.calibrated.tables import registered
+from tiered_kv.config import Config
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
-from tiered_kv.layout import Layout
+from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.memory.view import NodeView
 from tiered_kv.protocol.messages import NodeInfo
 from tiered_kv.protocol.model_info import ModelFacts
@@ -21,6 +26,9 @@ from tiered_kv.protocol.unix_socket import SocketSession
 from tiered_kv.tiers.disk.segments import SegmentReader
 
 GREET_WITHIN_S = 5.0
+
+
+ClientT = TypeVar("ClientT", bound=NodeClient)
 
 
 def client_of(
@@ -44,8 +52,57 @@ def client_of(
     (kind `transport`) only with `must_answer`. Raises as `Session.introduce` does if the node's settings require a calibration that
     the model lacks, and (kinds `storage`, `corrupt`) if a calibration that decoding needs cannot be read.
     """
+    find = find or (lambda: _present_info(info))
+    client = _client(Client, info, layout, namespace, rope, rope_halves, connect, find, clock, on_close)
+    try:
+        client.greet(GREET_WITHIN_S, must_answer)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def page_client_of(
+    find: Callable[[], NodeInfo | None],
+    layout: OpaqueLayout,
+    namespace: Namespace,
+    *,
+    connect: Callable[[], Session] | None = None,
+    clock: Clock | None = None,
+    on_close: Callable[[], None] = lambda: None,
+) -> PageClient:
+    """Returns a client for an engine's pages. It does not need a node: it uses the node that `find()` returns now or later.
+
+    `connect`: as in `client_of`. While there is no node, every look-up is a miss, and every store is refused.
+    """
+    info = find()
+    client = _client(PageClient, info, layout, namespace, None, True, connect, find, clock, on_close)
+    if info is not None:
+        try:
+            client.greet(GREET_WITHIN_S)
+        except BaseException:
+            client.close()
+            raise
+    return client
+
+
+def _client(
+    kind: type[ClientT],
+    info: NodeInfo | None,
+    layout: Layout,
+    namespace: Namespace,
+    rope: bytes | None,
+    rope_halves: bool,
+    connect: Callable[[], Session] | None,
+    find: Callable[[], NodeInfo | None],
+    clock: Clock | None,
+    on_close: Callable[[], None],
+) -> ClientT:
+    first = info or _no_node()
 
     def open_session(info: NodeInfo, wait_s: float) -> Session:
+        if not info["directory"]:
+            raise TieredKVError(Kind.TRANSPORT, "there is no node of the cluster on this machine")
         return connect() if connect else SocketSession(f"{info['directory']}/sock", wait_s)
 
     def introduce(session: Session, namespace: Namespace) -> None:
@@ -56,7 +113,7 @@ def client_of(
             registered(answer["calibration"])
 
     def access_of(present: NodeInfo | None) -> NodeAccess:
-        described = present or info
+        described = present or first
         view = NodeView.open(described["directory"]) if present else NodeView.vacant(described["directory"])
         options = {"has_device": bool(present and present["has_device"]), "verifies": described.get("verify_host", False)}
         source = BlockSource(view, _segments(present), layout, **options)
@@ -68,15 +125,23 @@ def client_of(
         )
         return NodeAccess(described, view, source, BlockWriter(layout, source), pool)
 
-    find = find or (lambda: _present_info(info))
     holder = AccessHolder(access_of(info), find, open_session, access_of, in_background=connect is None)
-    client = Client(layout, namespace, holder, introduce, clock=clock, on_close=on_close)
-    try:
-        client.greet(GREET_WITHIN_S, must_answer)
-    except BaseException:
-        client.close()
-        raise
+    client = kind(layout, namespace, holder, introduce, clock=clock, on_close=on_close)
     return client
+
+
+def _no_node() -> NodeInfo:
+    """Returns the info of a node that does not exist, with default settings."""
+    settings = Config()
+    return {
+        "node": "",
+        "directory": "",
+        "disk_folder": None,
+        "has_device": False,
+        "block_tokens": settings.block_tokens,
+        "fetch_deadline_ms": settings.fetch_deadline_ms,
+        "store_wait_ms": settings.store_wait_ms,
+    }
 
 
 def _present_info(info: NodeInfo) -> NodeInfo:

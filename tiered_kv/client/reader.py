@@ -22,6 +22,7 @@ from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.client.decoders import Decoders
 from tiered_kv.client.kv_copy import ArenaBlocks, Run, runs_of
+from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.profile import Timed
 from tiered_kv.codecs import CODECS
 from tiered_kv.codecs.frame import Frame, open_frame
@@ -192,14 +193,31 @@ class BlockSource:
     def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
         """Copy uncompressed blocks of one tier in memory. Returns how many leading blocks did not change during the copy."""
         offsets = [each.slot.offset for each in found]
-        runs, named = runs_of(offsets, first), len(found)
+        runs = runs_of(offsets, first)
         if found[0].slot.tier == Tier.HOST:
             for run in runs:
                 self.arena.unpack(run, kv)
             _settle(kv)
-            named = self._named(found, offsets)  # before `valid`, so that its result covers the headers too
-        elif self._device is None or not self._device.unpack(runs, kv):
+            return self._believed(found, offsets)
+        if self._device is None or not self._device.unpack(runs, kv):
             return 0
+        return self._believed(found, None)
+
+    def read_pages(self, found: Sequence[Found], pages: Pages, blocks: Sequence[int]) -> int:
+        """Copy uncompressed blocks in host memory to the pages of an engine's `blocks`. Returns how many leading blocks are right."""
+        offsets = [each.slot.offset for each in found]
+        pages.scatter(self.memory, offsets, blocks)
+        return self._believed(found, offsets)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The node's arena, 1-D uint8."""
+        return self._view.arena
+
+    def _believed(self, found: Sequence[Found], offsets: Sequence[int] | None) -> int:
+        """Returns how many leading blocks did not change while they were copied. `offsets`: of blocks in host memory, else None."""
+        # The headers are compared before `all_valid`, so that its result covers them too.
+        named = len(found) if offsets is None else self._named(found, offsets)
         if named == len(found) and self._view.all_valid([each.slot for each in found]):
             return named
         for count, each in enumerate(found):

@@ -1,6 +1,6 @@
 """Stores a worker's blocks: reserves extents, packs the blocks, commits them. No block is visible before its commit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -65,8 +65,29 @@ class BlockWriter:
         `missing`: indices into `keys`. `kv`: the KV of the prompt's tokens from `start` on. Returns how many blocks were stored, and
         how many of these are new.
         """
-        nbytes = self._layout.block_bytes
         parent = keys[missing[0] - 1] if missing[0] else None
+
+        def pack(taken: list[int], offsets: list[int]) -> list[PackedBlock]:
+            self._pack(taken, offsets, kv, start)
+            return [(keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)]
+
+        return self.write_packed(session, root, keys, missing, parent, wait_s, pack)
+
+    def write_packed(
+        self,
+        session: Session,
+        root: BlockKey,
+        keys: list[BlockKey],
+        missing: list[int],
+        parent: BlockKey | None,
+        wait_s: float,
+        pack: Callable[[list[int], list[int]], list[PackedBlock]],
+    ) -> tuple[int, int]:
+        """As `write`, with a function that packs blocks. `parent`: the key before the first missing block.
+
+        `pack(taken, offsets)` packs the blocks `taken` at these offsets of the arena. It returns their (key, parent, offset, depth).
+        """
+        nbytes = self._layout.block_bytes
         if not self._source.live:  # no worker reads these files any more
             raise TieredKVError(Kind.TRANSPORT, "the node has closed the files that are mapped here")
         generation = self._source.generation
@@ -77,10 +98,7 @@ class BlockWriter:
         with self._source.guard([(offset, nbytes) for offset in offsets], generation) as ours:
             if not ours:  # the node was restarted after it reserved them
                 raise TieredKVError(Kind.TRANSPORT, "the node was restarted during a store")
-            self._pack(taken, offsets, kv, start)
-            blocks: list[PackedBlock] = [
-                (keys[block], keys[block - 1] if block else None, offset, block) for block, offset in zip(taken, offsets, strict=True)
-            ]
+            blocks = pack(taken, offsets)
             if self._source.verifies:
                 blocks = [(*block[:4], self._source.digest(offset, nbytes)) for block, offset in zip(blocks, offsets, strict=True)]
             added = session.commit(root, nbytes, blocks)

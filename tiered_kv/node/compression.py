@@ -21,8 +21,9 @@ from tiered_kv.codecs import Calibration, Codec, LosslessCodec, RawCodec, codec_
 from tiered_kv.codecs.base import byte_view
 from tiered_kv.codecs.calibrated.tables import calibration_file, registered
 from tiered_kv.codecs.frame import Frame, encode_frame, frame_encoded
-from tiered_kv.config import Config, user_cache
+from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.file_sums import user_cache
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.layout import OpaqueLayout
 from tiered_kv.node.codec_plan import ONLY_LOSSLESS, RUN, Plan, check_settings, is_exact, most_error, opaque_plan, plan

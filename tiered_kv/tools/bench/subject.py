@@ -8,8 +8,8 @@ import torch
 
 from tiered_kv.codecs import Calibration, parse_codec
 from tiered_kv.codecs.calibrated.tables import calibration_file
-from tiered_kv.config import user_cache
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.file_sums import user_cache
 from tiered_kv.identity import tensors_digest
 from tiered_kv.integrations.transformers import check_supported
 from tiered_kv.tools.demo.model import load_model

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.config import user_cache
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.file_sums import user_cache
 
 if TYPE_CHECKING:
     import torch

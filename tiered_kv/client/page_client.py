@@ -1,0 +1,227 @@
+"""The client of an engine that manages pages itself: it loads and stores opaque blocks under keys that the engine gives.
+
+Bytes travel straight between the engine's pages and the node's memory. As with `Client`, no fault of the cache raises an exception:
+a load ends early, and a store is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tiered_kv.blocks import PEER, Stored, Tier
+from tiered_kv.client.access import NodeAccess
+from tiered_kv.client.base import LABELS, NodeClient, question_s, while_open
+from tiered_kv.client.page_copy import Pages
+from tiered_kv.client.reader import Found
+from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import PackedBlock
+from tiered_kv.protocol.session import Session
+
+STAGED_BYTES_MAX = 32 << 20
+"""The memory for blocks that are decoded or read from disk before their pages are filled. At least one block."""
+
+
+class Chain(NamedTuple):
+    """Consecutive blocks of one prompt. `parent`: the key of the block before them, None at the start. `depth`: blocks before them."""
+
+    keys: list[BlockKey]
+    parent: BlockKey | None = None
+    depth: int = 0
+
+    def part(self, start: int, end: int | None = None) -> "Chain":
+        """Returns the blocks `start` to `end` of this chain."""
+        return Chain(self.keys[start:end], self.keys[start - 1] if start else self.parent, self.depth + start)
+
+
+class Loaded(NamedTuple):
+    """The leading `blocks` of a chain that a load has copied to the engine's pages, and how many of them came from each tier."""
+
+    blocks: int
+    blocks_by_tier: dict[str, int]
+
+
+class PageClient(NodeClient):
+    """Loads and stores blocks of one `OpaqueLayout`. Safe to use from several threads."""
+
+    @while_open
+    def find(self, keys: Sequence[BlockKey]) -> list[str]:
+        """Returns the tiers of the leading keys that this node has. No call; about 0.7 µs a block.
+
+        Only blocks in the tier "host" with `is_raw` can be loaded without waiting.
+        """
+        return [LABELS[slot.tier] for _, slot in self._source.find(keys)]
+
+    @while_open
+    def at_once(self, keys: Sequence[BlockKey]) -> int:
+        """Returns how many leading keys can be loaded without waiting: they are in this machine's memory and not encoded. No call."""
+        found = self._source.find(keys)
+        return next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether other nodes may have blocks that this node has not."""
+        return bool(self._source.peers)
+
+    @while_open
+    def locate(self, keys: list[BlockKey]) -> int:
+        """Returns how many of the leading keys other nodes hold; 0 if the node does not answer. Waits for the coordinator."""
+        access = self._holder.take()
+        if not keys or not access.source.peers:
+            return 0
+        wait_s, no_nodes = question_s(access), list[list[str]]()
+        return len(self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s))
+
+    @while_open
+    def hold(self, key: BlockKey, seconds: float) -> None:
+        """Keep a block and its ancestors from eviction for some seconds. One call of about 50 µs."""
+        access = self._holder.take()
+        self._ask(access, lambda session: session.hint(key, None, seconds, None, False), None, question_s(access))
+
+    @while_open
+    def load(self, chain: Chain, pages: Pages, blocks: Sequence[int], *, deadline_s: float | None = None, may_call: bool = True) -> Loaded:
+        """Copy the chain's blocks to the pages of the engine's `blocks`, until one cannot be read in time.
+
+        The pages of later blocks may then hold anything. `deadline_s`: seconds from now (default: the cluster's setting
+        `fetch_deadline_ms`). Without `may_call`, only blocks that this process can read itself are loaded.
+        """
+        begun_s = self._clock.now_s()
+        access = self._holder.take()
+        until_s = begun_s + (access.deadline_s if deadline_s is None else deadline_s)
+        keys, source = list(chain.keys), access.source
+        found = first_found = source.find(keys)
+        if may_call:
+            if hidden := source.hidden(found):
+                found = self._bring(access, keys, hidden, until_s)
+            local = len(found)
+            if local < len(keys) and source.peers:
+                found = found + self._pull(access, chain.part(local), until_s)
+        else:
+            local = len(found)
+        read = self._read(access, found, pages, blocks, until_s)
+        if doubted := source.doubted():
+            self._ask(access, lambda session: session.doubt(doubted), None, max(until_s - self._clock.now_s(), 0.0))
+        source.touch(found[: min(read + 1, local)])
+        by_tier: dict[str, int] = {}
+        for each in [*first_found, *found[len(first_found) : local]][:read]:  # the tiers before this load moved any block
+            by_tier[LABELS[each.slot.tier]] = by_tier.get(LABELS[each.slot.tier], 0) + 1
+        if read > local:
+            by_tier[PEER] = read - local
+        tokens = read * self.layout.block_tokens
+        self._count(fetches=1, asked_blocks=len(keys), hit_blocks=read)
+        saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
+        source.tally(len(keys), read, tokens, int(saved_s * 1e6))
+        return Loaded(read, by_tier)
+
+    @while_open
+    def store(self, chain: Chain, pages: Pages, blocks: Sequence[int], *, wait_s: float | None = None) -> Stored:
+        """Store the chain's blocks from the pages of the engine's `blocks`. They are visible when this returns.
+
+        `wait_s` bounds the wait for room (default: the setting `store_wait_ms`). Blocks that get no room are `refused`.
+        """
+        self._check_open()
+        access = self._holder.take()
+        until_s = self._clock.now_s() + (access.store_wait_s if wait_s is None else wait_s)
+        keys = list(chain.keys)
+        missing = [number for number, slot in enumerate(access.source.lookup_all(keys)) if slot is None]
+        present, new = len(keys) - len(missing), 0
+        try:
+            while missing:
+                left_s = max(until_s - self._clock.now_s(), 0.0)
+                with access.pool.session(left_s) as session:
+                    taken, added = self._write(access, session, chain, missing, pages, blocks, left_s)
+                new, present = new + added, present + taken - added
+                missing = missing[taken:]
+                if not taken or self._clock.now_s() >= until_s:
+                    break
+        except TieredKVError as error:
+            self._degraded("store", error)
+        self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
+        return Stored(new, present, len(missing))
+
+    def missed(self, blocks: int) -> None:
+        """Count blocks that a look-up of the engine asked for and did not find, as misses of the node's figures. No call."""
+        if blocks > 0:
+            self._source.tally(blocks, 0)
+
+    # Loading
+
+    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[Found]:
+        """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
+        wait_s = until_s - self._clock.now_s()
+        if wait_s > 0:
+            self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
+        return access.source.find(keys)
+
+    def _pull(self, access: NodeAccess, rest: Chain, until_s: float) -> list[Found]:
+        """Have the node fetch blocks from other nodes. Returns those that the index then shows."""
+        wait_s, root = until_s - self._clock.now_s(), self._names.root
+        if wait_s <= 0:
+            return []
+
+        def question(session: Session) -> int | None:
+            return session.pull(root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth, wait_s)
+
+        return access.source.find(rest.keys[: self._ask(access, question, None, wait_s)])
+
+    def _read(self, access: NodeAccess, found: list[Found], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
+        """Fill pages with the found blocks. Returns how many leading blocks were read."""
+        source, done = access.source, 0
+
+        def expired() -> bool:
+            return self._clock.now_s() >= until_s
+
+        while done < len(found):
+            raw, end = _is_raw_in_host(found[done]), done + 1
+            limit = len(found) if raw else min(len(found), done + max(STAGED_BYTES_MAX // self.layout.block_bytes, 1))
+            while end < limit and _is_raw_in_host(found[end]) == raw:
+                end += 1
+            if raw:
+                good = source.read_pages(found[done:end], pages, blocks[done:end])
+                if done + good < end:  # the block may have moved meanwhile: look once more
+                    again = source.find([found[done + good].key])
+                    if again and self._stage(access, again, pages, blocks[done + good : done + good + 1], expired):
+                        good += 1
+                        end = done + good
+            else:
+                good = self._stage(access, found[done:end], pages, blocks[done:end], expired)
+            done += good
+            if done < end:
+                break
+        return done
+
+    def _stage(self, access: NodeAccess, found: Sequence[Found], pages: Pages, blocks: Sequence[int], expired: Callable[[], bool]) -> int:
+        """Read blocks of any tier into memory of their own, then fill pages. Returns how many leading blocks were read."""
+        staged = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=torch.uint8)
+        read = len(access.source.read(found, staged, expired))
+        pages.scatter(staged.view(-1), [number * self.layout.block_bytes for number in range(read)], blocks[:read])
+        return read
+
+    # Storing
+
+    def _write(
+        self,
+        access: NodeAccess,
+        session: Session,
+        chain: Chain,
+        missing: list[int],
+        pages: Pages,
+        blocks: Sequence[int],
+        wait_s: float,
+    ) -> tuple[int, int]:
+        """Store as many of the `missing` blocks as get room within `wait_s`. Returns how many were stored, and how many are new."""
+
+        def pack(taken: list[int], offsets: list[int]) -> list[PackedBlock]:
+            pages.gather(access.source.memory, offsets, [blocks[number] for number in taken])
+            return [
+                (chain.keys[number], chain.keys[number - 1] if number else chain.parent, offset, chain.depth + number)
+                for number, offset in zip(taken, offsets, strict=True)
+            ]
+
+        parent = chain.keys[missing[0] - 1] if missing[0] else chain.parent
+        return access.writer.write_packed(session, self._names.root, chain.keys, missing, parent, wait_s, pack)
+
+
+def _is_raw_in_host(found: Found) -> bool:
+    return found.slot.tier == Tier.HOST and not found.slot.codec
