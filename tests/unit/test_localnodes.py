@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiered_kv
+from tests.unit.serving.opaque_blocks import OPAQUE, fetch, store
 from tests.unit.serving.processes import NodeProcess, until
 from tests.unit.serving.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tiered_kv.cluster import attach
@@ -41,7 +42,7 @@ def node(name: str) -> Iterator[NodeProcess]:
 
 
 def attached(name: str, **options: object):
-    return tiered_kv.attach(namespace=NAMESPACE, layout=LAYOUT, cluster=name, **options)
+    return tiered_kv.attach(**{"namespace": NAMESPACE, "layout": LAYOUT, "cluster": name, **options})
 
 
 def save_state(node: NodeProcess, name: str) -> None:
@@ -57,6 +58,23 @@ with tiered_kv.attach(namespace=tiered_kv.Namespace(weights="x"), layout=layout,
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert ran.stdout.split() == ["2", "8", "False"], ran.stderr
+
+
+def test_an_engine_attaches_with_an_opaque_layout(name: str) -> None:
+    with NodeProcess(name, quality="compact") as node:
+        with tiered_kv.attach(namespace=NAMESPACE, layout=OPAQUE, cluster=name, block_tokens=OPAQUE.block_tokens) as client:
+            store(client, PATH)
+            assert fetch(client, PATH) == {"host": 4}
+            plan = client.stats()["node"]["codecs"]["plans"][NAMESPACE.root(OPAQUE).hex()[:12]]
+            assert plan["host"] == {
+                "codec": "lossless",
+                "why": "quality compact, but only lossless codecs apply to an opaque layout, so not xlayer:1e-4",
+            }
+        with pytest.raises(TieredKVError, match="needs a calibration"):
+            attached(name)
+        with pytest.raises(TieredKVError, match="block_tokens"):
+            attached(name, layout=OPAQUE, block_tokens=64)
+        assert node.info["block_tokens"] == 64
 
 
 @pytest.mark.parametrize("has_state", [True, False], ids=["with a state file", "by name alone"])

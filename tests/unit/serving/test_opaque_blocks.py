@@ -23,6 +23,7 @@ from tiered_kv.protocol.model_info import ModelFacts
 QUALITIES = ["exact", "near_exact", "balanced", "compact", "archive"]
 PATHS = [(turn, 1, 2) for turn in range(24)]
 """72 blocks: more than twice as many as fit in a host tier of 1 MiB."""
+PATIENT = {"store_wait_ms": 10_000, "fetch_deadline_ms": 30_000}
 ONLY_LOSSLESS = "only lossless codecs apply to an opaque layout"
 
 
@@ -31,7 +32,7 @@ def opened(checked):
     """`opened(layout, **settings)` is a client of a cache of its own in this process."""
 
     def open_it(layout: OpaqueLayout = OPAQUE, **settings: object):
-        config = {"host": "1MiB", "store_wait_ms": 10_000, **settings}
+        config = {"host": "1MiB", **PATIENT, **settings}
         return checked(tiered_kv.open(config, layout=layout, namespace=NAMESPACE))
 
     return open_it
@@ -40,7 +41,7 @@ def opened(checked):
 @pytest.fixture
 def clusters(checked):
     def make(nodes: int = 1, **settings: object) -> InProcessCluster:
-        config = Config.of({"host": "1MiB", "store_wait_ms": 10_000, "heartbeat_s": 1000.0, **settings})
+        config = Config.of({"host": "1MiB", "heartbeat_s": 1000.0, **PATIENT, **settings})
         return checked(InProcessCluster(config, nodes))
 
     return make
@@ -95,10 +96,13 @@ def test_every_quality_keeps_every_bit(opened, quality: str) -> None:
         assert by_codec["lossless"]["kept_bytes"] < 0.75 * by_codec["lossless"]["raw_bytes"], "the width of the numbers helps the codec"
 
 
-def test_memory_that_fills_up_is_encoded_losslessly(opened) -> None:
+def test_memory_that_fills_up_is_encoded_losslessly(clusters, checked) -> None:
     """30 raw blocks fit into memory; 33 do once some are encoded."""
-    client = opened(quality="compact")
-    store(client, *PATHS[:11])
+    cluster = clusters(quality="compact")
+    client = checked(cluster.client("n0", OPAQUE, NAMESPACE))
+    for path in PATHS[:11]:
+        store(client, path)
+        cluster.nodes["n0"].engine.settle()
     assert tiers_had(client, PATHS[:11]) == {"host": 33}
     in_memory = client.stats()["node"]["codecs"]["coded"]["host"]
     assert in_memory.keys() == {"lossless"}
