@@ -64,5 +64,5 @@ def make_engine(model: str, cluster: str) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture(scope="module")
 def node(cluster: str) -> Iterator[NodeProcess]:
     """A node of `cluster` in a process of its own."""
-    with NodeProcess(cluster, host="64MiB") as node:
+    with NodeProcess(cluster, host="256MiB") as node:
         yield node
