@@ -86,8 +86,8 @@ def client(node, checked) -> PageClient:
 def test_blocks_come_back_into_other_pages(client, engine):
     chain = chain_of("a", 12)
     assert stored(client, engine, chain, list(range(12))) == Stored(12, 0, 0)
-    assert client.find(chain.keys) == ["host"] * 12
-    assert client.at_once(chain.keys) == 12
+    assert client.look(chain.keys).tiers == ["host"] * 12
+    assert client.look(chain.keys).at_once == 12
     places = list(range(60, 48, -1))
     assert assert_loaded(client, engine, chain, places) == Loaded(12, {"host": 12})
     others = [block for block in range(BLOCKS) if block not in places]
@@ -99,7 +99,7 @@ def test_a_part_of_a_chain_is_stored_and_loaded(client, engine):
     stored(client, engine, chain.part(0, 4), [0, 1, 2, 3])
     assert stored(client, engine, chain.part(2, 8), [2, 3, 4, 5, 6, 7]) == Stored(4, 2, 0)
     assert assert_loaded(client, engine, chain.part(3), list(range(20, 29))).blocks == 5
-    assert client.find(chain.part(1, 3).keys) == ["host"] * 2
+    assert client.look(chain.part(1, 3).keys).tiers == ["host"] * 2
 
 
 def test_a_part_knows_its_parent_and_depth():
@@ -114,7 +114,7 @@ def test_a_load_ends_at_the_first_missing_block(client, engine):
     stored(client, engine, chain.part(0, 2), [0, 1])
     stored(client, engine, chain.part(3), [3, 4, 5])
     assert assert_loaded(client, engine, chain, list(range(6))).blocks == 2
-    assert client.find(chain.keys) == ["host"] * 2
+    assert client.look(chain.keys).tiers == ["host"] * 2
 
 
 def test_layouts_with_other_descriptions_do_not_share(node, engine, client, checked):
@@ -130,10 +130,10 @@ def test_blocks_on_disk_are_loaded_through_memory_of_their_own(engine, checked, 
         chains = [chain_of(name, 10) for name in "abcdef"]
         for chain in chains:
             until(lambda chain=chain: stored(client, engine, chain, list(range(10))).refused == 0, "there is room", 10.0)
-        until(lambda: all(len(client.find(chain.keys)) == 10 for chain in chains), "all blocks are somewhere", 10.0)
+        until(lambda: all(len(client.look(chain.keys).tiers) == 10 for chain in chains), "all blocks are somewhere", 10.0)
         tiers: set[str] = set()
         for chain in chains:
-            assert client.at_once(chain.keys) <= 10
+            assert client.look(chain.keys).at_once <= 10
             loaded = assert_loaded(client, engine, chain, list(range(30, 40)))
             assert loaded.blocks == 10
             tiers |= set(loaded.blocks_by_tier)
@@ -149,8 +149,8 @@ def test_a_deadline_that_is_over_loads_only_what_is_in_memory(engine, checked, t
         first = chain_of("first", 10)
         for chain in [first, *(chain_of(name, 10) for name in "bcdef")]:
             until(lambda chain=chain: stored(client, engine, chain, list(range(10))).refused == 0, "there is room", 10.0)
-        until(lambda: "disk" in client.find(first.keys), "the first chain has left", 10.0)
-        at_once = client.at_once(first.keys)
+        until(lambda: "disk" in client.look(first.keys).tiers, "the first chain has left", 10.0)
+        at_once = client.look(first.keys).at_once
         assert at_once < 10
         assert assert_loaded(client, engine, first, list(range(10)), deadline_s=0.0).blocks == at_once
         assert assert_loaded(client, engine, first, list(range(10))).blocks == 10
@@ -166,7 +166,7 @@ def test_blocks_of_another_node_are_pulled(engine):
         stored(here, engine, chain.part(0, 2), [0, 1])
         cluster.report_all()
         assert here.has_peers
-        assert here.find(chain.keys) == ["host"] * 2
+        assert here.look(chain.keys).tiers == ["host"] * 2
         assert here.locate(chain.keys[2:]) == 6
         assert assert_loaded(here, engine, chain, list(range(8)), may_call=False).blocks == 2
         assert assert_loaded(here, engine, chain, list(range(8))) == Loaded(8, {"host": 2, "peer": 6})
@@ -205,7 +205,7 @@ def test_a_store_that_gets_no_room_is_refused_in_time(engine, checked):
         result = stored(client, engine, chain, list(range(BLOCKS)))
         assert result.refused > 0
         assert result.new + result.refused == BLOCKS
-        assert assert_loaded(client, engine, chain, list(range(BLOCKS))).blocks == len(client.find(chain.keys))
+        assert assert_loaded(client, engine, chain, list(range(BLOCKS))).blocks == len(client.look(chain.keys).tiers)
     finally:
         embedded.close()
 
@@ -219,7 +219,7 @@ def test_a_held_block_outlives_others(engine, checked):
         client.hold(held.keys[-1], 60.0)
         for name in range(12):
             stored(client, engine, chain_of(f"other {name}", 6), list(range(10, 16)))
-        assert client.find(held.keys) == ["host"] * 6
+        assert client.look(held.keys).tiers == ["host"] * 6
     finally:
         embedded.close()
 
@@ -238,7 +238,7 @@ def test_a_closed_client_says_so(node, engine):
     client = node.page_client(LAYOUT, NAMESPACE)
     chain = chain_of("a", 2)
     client.close()
-    for call in (lambda: client.find(chain.keys), lambda: client.load(chain, engine.pages, [0, 1])):
+    for call in (lambda: client.look(chain.keys).tiers, lambda: client.load(chain, engine.pages, [0, 1])):
         with pytest.raises(TieredKVError) as caught:
             call()
         assert caught.value.kind is Kind.CLOSED
@@ -255,7 +255,7 @@ class TestProcess:
             client = checked(page_client_of(lambda: info if here else None, LAYOUT, NAMESPACE))
             chain = chain_of("a", 3)
             assert not client.has_node
-            assert client.find(chain.keys) == []
+            assert client.look(chain.keys).tiers == []
             assert stored(client, engine, chain, [0, 1, 2]) == Stored(0, 0, 3)
             assert client.load(chain, engine.pages, [0, 1, 2]) == Loaded(0, {})
             assert client.locate(chain.keys) == 0
