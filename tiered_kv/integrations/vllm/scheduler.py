@@ -76,13 +76,13 @@ class Scheduler:
     def meet(self, workers: dict[int, Handshake]) -> None:
         """Learn the workers' namespaces and layouts. Nothing is looked up before, or if a rank is missing."""
         ranks = [workers[number] for number in sorted(workers)]
-        world = ranks[0].namespace["world"]
-        if len(ranks) != world:
-            log.warning("tiered_kv: only %d of %d ranks can share their KV, so nothing is shared", len(ranks), world)
+        if len(ranks) != ranks[0].ranks:
+            log.warning("tiered_kv: only %d of %d ranks can share their KV, so nothing is shared", len(ranks), ranks[0].ranks)
             return
         layouts = [OpaqueLayout(**each.layout) for each in ranks]
         namespaces = [Namespace(**each.namespace) for each in ranks]
-        self._roots = [namespace.root(layout) for namespace, layout in zip(namespaces, layouts, strict=True)]
+        roots = [namespace.root(layout) for namespace, layout in zip(namespaces, layouts, strict=True)]
+        self._roots = list(dict.fromkeys(roots))
         if len({layout.block_bytes for layout in layouts}) > 1:
             log.warning("tiered_kv: the ranks have blocks of different sizes, so nothing is shared")
             self._roots = []

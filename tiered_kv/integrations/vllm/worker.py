@@ -18,6 +18,7 @@ from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
 from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
 from tiered_kv.integrations.vllm.pages import pages_in
 from tiered_kv.integrations.vllm.settings import Settings, log
+from tiered_kv.integrations.vllm.versions import replicas_of
 
 
 class Worker:
@@ -30,7 +31,10 @@ class Worker:
         self, config: Any, kv_cache_config: Any, settings: Settings, attach: Callable[..., PageClient], rank: int, world: int
     ) -> None:
         self._config, self._kv_cache_config, self._settings = config, kv_cache_config, settings
-        self._attach, self._rank, self._world = attach, rank, world
+        self._attach, self._ranks = attach, world
+        replicas = replicas_of(config, kv_cache_config)
+        self._rank, self._world = rank // replicas, world // replicas
+        self._is_writer = rank % replicas == 0  # of ranks with identical KV, the first one stores it
         self._client: PageClient | None = None
         self._failed_blocks: set[int] = set()
         self._failed_step = 0  # the last step whose own loads failed
@@ -67,7 +71,7 @@ class Worker:
 
     def handshake(self) -> Handshake | None:
         """Returns what the scheduler's side needs to compute this rank's keys."""
-        return Handshake(asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
+        return Handshake(self._ranks, asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
 
     def load(self, step: Step) -> None:
         """Start the loads of a step. Returns when those that its forward pass needs have ended."""
@@ -86,7 +90,7 @@ class Worker:
 
     def store(self, step: Step) -> None:
         """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
-        if self._client is None or step.acknowledged < self._failed_step or not step.stores:
+        if self._client is None or not self._is_writer or not step.stores or step.acknowledged < self._failed_step:
             return
         begun_s, wait_s = time.perf_counter(), self._settings.store_wait_ms / 1000
         for blocks in step.stores:
