@@ -116,10 +116,25 @@ def test_begins_and_ends_beside_it():
     meet("done", "go on")
 """
 )
+INTERRUPTING = """
+import os, signal, subprocess, threading
+
+def test_is_interrupted_and_cannot_clean_up():
+    subprocess.Popen(["sleep", "2"])
+    threading.Thread(target=threading.Event().wait, args=(2,), name="tkv-lost", daemon=True).start()
+    signal.raise_signal(signal.SIGINT)
+
+def test_is_not_run(): pass
+"""
 
 
 def run(folder: Path, tests: dict[str, str], *options: str) -> str:
-    """Runs tests with a copy of conftest.py. Returns what pytest says.
+    """Runs tests as `completed`. Returns what pytest says."""
+    return completed(folder, tests, *options).stdout
+
+
+def completed(folder: Path, tests: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs tests with a copy of conftest.py. Returns the ended pytest process.
 
     The copy does not wait long for what is ending. It takes the machine for its own, but sees only the directories of these tests.
     """
@@ -133,7 +148,7 @@ def run(folder: Path, tests: dict[str, str], *options: str) -> str:
         (folder / f"test_{name}.py").write_text(source)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  ray\n")
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(folder), str(folder)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=folder).stdout
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=folder)
 
 
 @pytest.fixture(scope="module", params=[(), ("-n", "2", "--dist", "loadfile")], ids=["one process", "two workers"])
@@ -177,6 +192,15 @@ def test_what_another_worker_holds_is_no_leak_and_what_is_left_at_the_end_is(tmp
             shutil.rmtree(folder)
     assert "3 passed, 1 error" in said, said
     assert re.search("left behind by the run: .*leaktest.*-ended, first seen after .*test_", said)
+
+
+def test_an_interrupted_run_ends_with_status_2_and_reports_no_leak(tmp_path):
+    """An interrupted test cannot clean up. What it still holds is no failure: that would change the status of the run to 1."""
+    ended = completed(tmp_path, {"interrupting": INTERRUPTING})
+    assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
+    said = ended.stdout + ended.stderr
+    assert "KeyboardInterrupt" in said
+    assert not re.search("leaked|left behind|ERROR|passed", said), said
 
 
 def test_all_tests_with_ray_are_run_by_one_worker():
