@@ -4,7 +4,7 @@ A node of another version, or damaged memory, must not make a worker pack over a
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from operator import sub
 from typing import Any, TypeGuard
 
 from tiered_kv.errors import Kind
@@ -39,18 +39,18 @@ def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -
     """
     if type(answer) is not list or len(answer) > requested:
         return False
-    for offset in answer:
-        if type(offset) is not int or offset % ALIGNMENT != _PAYLOAD_ALIGNED or not 0 <= offset <= arena_bytes - nbytes:
-            return False
-    if len(answer) < 2:
+    if not answer:
         return True
+    if set(map(type, answer)) != {int} or {offset % ALIGNMENT for offset in answer} != {_PAYLOAD_ALIGNED}:
+        return False
     ordered = sorted(answer)
-    return all(following - offset >= nbytes for offset, following in pairwise(ordered))
+    is_within = ordered[0] >= 0 and ordered[-1] <= arena_bytes - nbytes
+    return is_within and (len(answer) < 2 or min(map(sub, ordered[1:], ordered)) >= nbytes)
 
 
 def are_booleans(answer: object, count_max: int) -> bool:
     """Whether the answer is a list of at most `count_max` booleans."""
-    return type(answer) is list and len(answer) <= count_max and all(type(each) is bool for each in answer)
+    return type(answer) is list and len(answer) <= count_max and set(map(type, answer)) <= {bool}
 
 
 def are_names(answer: object, count_max: int) -> bool:

@@ -253,13 +253,13 @@ class SocketSession:
             raise self._broken(f"no answer from the node to {method!r}: {error}", method, isinstance(error, TimeoutError)) from error
         if answer is None:
             raise self._broken(f"the node closed the connection during {method!r}", method)
+        is_valid = check or answers.CHECKS[method]
+        if answers.is_answer(answer, number) and is_valid(answer[2]):
+            return answer[2]
         if answers.is_error(answer, number):
             kind = Kind(answer[2])
             raise TieredKVError(Kind.TRANSPORT if kind is Kind.CLOSED else kind, answer[3], method=method)
-        is_valid = check or answers.CHECKS[method]
-        if not answers.is_answer(answer, number) or not is_valid(answer[2]):
-            raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
-        return answer[2]
+        raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
 
     def _broken(self, message: str, method: str, timed_out: bool = False) -> TieredKVError:
         self.close()
