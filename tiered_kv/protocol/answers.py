@@ -4,7 +4,7 @@ A node of another version, or damaged memory, must not make a worker pack over a
 """
 
 from collections.abc import Callable
-from operator import sub
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 from tiered_kv.errors import Kind
@@ -39,13 +39,13 @@ def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -
     """
     if type(answer) is not list or len(answer) > requested:
         return False
-    if not answer:
-        return True
-    if set(map(type, answer)) != {int} or {offset % ALIGNMENT for offset in answer} != {_PAYLOAD_ALIGNED}:
-        return False
-    ordered = sorted(answer)
-    is_within = ordered[0] >= 0 and ordered[-1] <= arena_bytes - nbytes
-    return is_within and (len(answer) < 2 or min(map(sub, ordered[1:], ordered)) >= nbytes)
+    before, offset_max, is_ascending = -nbytes, arena_bytes - nbytes, True
+    for offset in answer:
+        if type(offset) is not int or offset % ALIGNMENT != _PAYLOAD_ALIGNED or not 0 <= offset <= offset_max:
+            return False
+        is_ascending = is_ascending and offset - before >= nbytes
+        before = offset
+    return is_ascending or all(following - offset >= nbytes for offset, following in pairwise(sorted(answer)))
 
 
 def are_booleans(answer: object, count_max: int) -> bool:
