@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=40, help=f"turns of {TURN} operations for each case and commit (default: 40)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of a block")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES, metavar="BYTES", help="bytes of a block")
     parser.add_argument("--output", type=Path, help="where to write the report as JSON")
     given = parser.parse_args()
     with _checkout(given.commit) as other, _worker(other) as before, _worker(ROOT) as now:
@@ -55,8 +55,9 @@ def _compare(before: subprocess.Popen, now: subprocess.Popen, size: int, chain: 
         for name, measured in (("before", old), ("now", new)):
             line |= {f"{name}_us_per_block": _us(median(measured), chain), f"{name}_us_p10": _us(_p10(measured), chain)}
         line |= {"ratio": round(median(new) / median(old), 3), "ratio_p10": round(_p10(new) / _p10(old), 3)}
+        line |= {"ratio_min": round(min(new) / min(old), 3)}
         case = f"{operation:8} {size >> 10:5} KiB x {chain}: {line['before_us_per_block']:9.2f} -> {line['now_us_per_block']:9.2f} us/block"
-        print(f"{case}, ratio {line['ratio']:.3f}, of p10 {line['ratio_p10']:.3f}", flush=True)
+        print(f"{case}, ratio {line['ratio']:.3f}, of p10 {line['ratio_p10']:.3f}, of minima {line['ratio_min']:.3f}", flush=True)
         lines.append(line)
     return lines
 

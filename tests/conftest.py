@@ -96,7 +96,7 @@ def _marked(pid: str | int, mark: str = WORKER, started: str | None = None) -> b
         return False
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except (PermissionError, ProcessLookupError):  # somebody else's, or it ended just now
+    except (PermissionError, ProcessLookupError, FileNotFoundError):  # somebody else's, or it ended just now
         return False
     is_ours = f"{mark}={os.environ[mark]}".encode() in environment
     if started and not is_ours and environment != [b""]:

@@ -123,8 +123,8 @@ BOUNDARIES = {
     "tiered_kv/integrations/transformers.py CachedModel.keep",
     "tiered_kv/integrations/transformers.py CachedModel.ready",
     "tiered_kv/integrations/vllm/connector.py guarded.decorate.safe",
-    "tiered_kv/integrations/vllm/scheduler.py Asker._run",
-    "tiered_kv/integrations/vllm/worker.py Worker._load_waiting",
+    "tiered_kv/integrations/vllm/asker.py Asker._run",
+    "tiered_kv/integrations/vllm/worker.py Worker._loaded",
     "tiered_kv/tools/demo/model.py _attempt",
 }
 

@@ -1,6 +1,5 @@
 """The leak fixtures of conftest.py find what they are for: a run of its own, with tests that leak on purpose."""
 
-import ast
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
 from tests.sources import ROOT
 
 LEAKING = """
@@ -116,24 +116,39 @@ def test_begins_and_ends_beside_it():
     meet("done", "go on")
 """
 )
+INTERRUPTING = """
+import os, signal, subprocess, threading
+
+def test_is_interrupted_and_cannot_clean_up():
+    subprocess.Popen(["sleep", "2"])
+    threading.Thread(target=threading.Event().wait, args=(2,), name="tkv-lost", daemon=True).start()
+    signal.raise_signal(signal.SIGINT)
+
+def test_is_not_run(): pass
+"""
 
 
 def run(folder: Path, tests: dict[str, str], *options: str) -> str:
-    """Runs tests with a copy of conftest.py. Returns what pytest says.
+    """Runs tests as `completed`. Returns what pytest says."""
+    return completed(folder, tests, *options).stdout
+
+
+def completed(folder: Path, tests: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs tests with a copy of conftest.py. Returns the ended pytest process.
 
     The copy does not wait long for what is ending. It takes the machine for its own, but sees only the directories of these tests.
     """
-    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    source = (ROOT / "tests" / "conftest.py").read_text()
     changes = ("SETTLE_S = 3.0", "SETTLE_S = 0.05"), ('glob("tkv-*")', 'glob("tkv-leaktest*")'), ("if found and _alone()", "if found")
     for before, after in changes:
-        assert before in conftest
-        conftest = conftest.replace(before, after)
-    (folder / "conftest.py").write_text(conftest)
-    for name, source in tests.items():
-        (folder / f"test_{name}.py").write_text(source)
+        assert before in source
+        source = source.replace(before, after)
+    (folder / "conftest.py").write_text(source)
+    for name, test in tests.items():
+        (folder / f"test_{name}.py").write_text(test)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  ray\n")
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(folder), str(folder)]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=folder).stdout
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=folder)
 
 
 @pytest.fixture(scope="module", params=[(), ("-n", "2", "--dist", "loadfile")], ids=["one process", "two workers"])
@@ -165,6 +180,13 @@ def test_a_gpu_test_is_skipped_where_there_is_none(tmp_path):
     assert ("needs a GPU" in run(tmp_path, {"on_gpu": ON_GPU})) is not torch.cuda.is_available()
 
 
+def test_a_process_that_has_ended_has_no_mark():
+    """It may end between being listed and being looked at."""
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    assert not conftest._marked(ended.pid)
+
+
 def test_what_another_worker_holds_is_no_leak_and_what_is_left_at_the_end_is(tmp_path):
     """A worker holds a process and shared memory of that, of itself, and of an ended process: a node it may be about to restart.
 
@@ -179,9 +201,17 @@ def test_what_another_worker_holds_is_no_leak_and_what_is_left_at_the_end_is(tmp
     assert re.search("left behind by the run: .*leaktest.*-ended, first seen after .*test_", said)
 
 
+def test_an_interrupted_run_ends_with_status_2_and_reports_no_leak(tmp_path):
+    """An interrupted test cannot clean up. What it still holds is no failure: that would change the status of the run to 1."""
+    ended = completed(tmp_path, {"interrupting": INTERRUPTING})
+    assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
+    said = ended.stdout + ended.stderr
+    assert "KeyboardInterrupt" in said
+    assert not re.search("leaked|left behind|ERROR|passed", said), said
+
+
 def test_all_tests_with_ray_are_run_by_one_worker():
-    conftest = (ROOT / "tests" / "conftest.py").read_text()
-    one_at_a_time = ast.literal_eval(re.search(r"^ONE_AT_A_TIME = (\(.*?^\))", conftest, re.MULTILINE | re.DOTALL)[1])
+    one_at_a_time = conftest.ONE_AT_A_TIME
     for path in (ROOT / "tests").rglob("test_*.py"):
         if "mark.ray" in path.read_text() and path != Path(__file__):
             assert str(path.relative_to(ROOT)).startswith(one_at_a_time), path

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.protocol.unix_socket import MESSAGE_BYTES_MAX, RECEIVE_BYTES, _Messages
+from tiered_kv.protocol.unix_socket import MESSAGE_BYTES_MAX, PACKER_BYTES_MAX, RECEIVE_BYTES, _Messages
 
 
 def framed(message: object) -> bytes:
@@ -49,6 +49,20 @@ def test_a_message_larger_than_one_receive_arrives_whole_and_the_next_after_it(e
     assert received.next(time.monotonic() + 10) == large
     assert received.next(time.monotonic() + 10) == "next"
     sender.join()
+
+
+def test_sent_messages_are_framed_also_after_a_large_one_and_one_that_cannot_be_sent(ends):
+    left, right = ends
+    sending, received = _Messages(left), _Messages(right)
+    large = [2, True, b"x" * (PACKER_BYTES_MAX + 1)]
+    sender = threading.Thread(target=sending.send, args=(large,))
+    sender.start()
+    assert received.next(time.monotonic() + 10) == large
+    sender.join()
+    with pytest.raises(TypeError):
+        sending.send([3, True, object()])
+    sending.send([4, False, "kind", "text"])
+    assert received.next(time.monotonic() + 10) == [4, False, "kind", "text"]
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 7])

@@ -124,7 +124,7 @@ class Client(NodeClient):
         self._check_open()
         access = self._holder.take()
         deadline_s = begun_s + access.store_wait_s
-        if not isinstance(hint, Hint | None):
+        if hint is not None and not isinstance(hint, Hint):
             raise TieredKVError(Kind.CONFIG, f"hint: must be a tiered_kv.Hint or None, got {type(hint).__name__}", setting="hint")
         names = self._names_for(namespace)
         keys = names.keys(ids)

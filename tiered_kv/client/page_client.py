@@ -35,6 +35,16 @@ class Chain(NamedTuple):
         return Chain(self.keys[start:end], self.keys[start - 1] if start else self.parent, self.depth + start)
 
 
+class Look(NamedTuple):
+    """The tiers of the leading blocks of a chain that a node has, and how many leading ones can be loaded without waiting.
+
+    Those are in this machine's memory and not encoded.
+    """
+
+    tiers: list[str]
+    at_once: int
+
+
 class Loaded(NamedTuple):
     """The leading `blocks` of a chain that a load has copied to the engine's pages, and how many of them came from each tier."""
 
@@ -46,18 +56,11 @@ class PageClient(NodeClient):
     """Loads and stores blocks of one `OpaqueLayout`. Safe to use from several threads."""
 
     @while_open
-    def find(self, keys: Sequence[BlockKey]) -> list[str]:
-        """Returns the tiers of the leading keys that this node has. No call; about 0.7 µs a block.
-
-        Only blocks in the tier "host" with `is_raw` can be loaded without waiting.
-        """
-        return [LABELS[slot.tier] for _, slot in self._source.find(keys)]
-
-    @while_open
-    def at_once(self, keys: Sequence[BlockKey]) -> int:
-        """Returns how many leading keys can be loaded without waiting: they are in this machine's memory and not encoded. No call."""
+    def look(self, keys: Sequence[BlockKey]) -> Look:
+        """Returns where the leading keys that this node has are. No call; about 0.7 µs a block."""
         found = self._source.find(keys)
-        return next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
+        at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
+        return Look([LABELS[slot.tier] for _, slot in found], at_once)
 
     @property
     def has_peers(self) -> bool:

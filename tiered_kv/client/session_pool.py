@@ -12,7 +12,7 @@ from tiered_kv import forking
 from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.view import NodeView
-from tiered_kv.protocol.session import Life, Session
+from tiered_kv.protocol.session import Session
 
 RETRY_AFTER_S = 0.5
 
@@ -96,7 +96,7 @@ class SessionPool:
 
     def _kept(self) -> tuple[Session | None, list[Session]]:
         """Returns an idle session that was opened since the node last started (or None), and the older idle sessions, to be closed."""
-        present = Life(self._view.identity, self._view.generation)
+        present = (self._view.identity, self._view.generation)  # as a `Life`
         ended: list[Session] = []
         while self._idle:
             session = self._idle.pop()

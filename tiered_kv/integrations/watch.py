@@ -19,13 +19,23 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.nn.modules import module as torchs
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
 
 from tiered_kv.identity import is_door, watched_attributes
 
 _version = attrgetter("_version")
 _training = itemgetter("training")
 _address, _stride, _storage = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.untyped_storage
+_registries = itemgetter("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _HOOKS_OF_ALL = (torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
+
+
+class _ByIdentity(TorchFunctionMode):
+    """Within this context, a comparison of two different tensor objects raises `RuntimeError` instead of reading their content."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse the call."""
+        raise RuntimeError("another tensor")
 
 
 class Watch:
@@ -43,30 +53,25 @@ class Watch:
         self._kinds = list(map(type, self.modules))
         classes = list(dict.fromkeys(self._kinds))
         self._classes, self._forwards = classes, list(map(_code, classes))
-        self._code = _columns(
+        self._code = _getters(
             (vars(sys.modules.get(name, sys)), _functions(name)) for name in dict.fromkeys(kind.__module__ for kind in classes)
         )
         self._code_then = [list(map(get, dicts)) for get, dicts in self._code]
-        self._children = [each for module in self.modules if (each := module._modules)]
-        self._children_then = [dict(each) for each in self._children]
-        self._hooks = [*_HOOKS_OF_ALL, *(hooks for module in self.modules for hooks in (module._forward_pre_hooks, module._forward_hooks))]
-        self._hooks_then = [dict(hooks) for hooks in self._hooks] if any(self._hooks) else []
-        tensor_dicts = [each for module in self.modules for each in (module._parameters, module._buffers) if each]
-        self._there = _columns((each, [name for name, tensor in each.items() if tensor is not None]) for each in tensor_dicts)
-        self._absent = _columns((each, [name for name, tensor in each.items() if tensor is None]) for each in tensor_dicts)
+        registries = [*_HOOKS_OF_ALL, *chain.from_iterable(map(_registries, self._dicts))]
+        self._empty, self._filled = [each for each in registries if not each], [each for each in registries if each]
         watched = [(vars(module), [name for name in watched_attributes(module) if (where, name) not in ignored]) for where, module in named]
-        self._attributes = _columns(watched)
-        self._attributes_then = [[_kept(value) for value in map(get, dicts)] for get, dicts in self._attributes]
+        self._attributes = _getters(watched)
+        self._attributes_then = [[tuple(map(_kept, values)) for values in map(get, dicts)] for get, dicts in self._attributes]
         self._configs = _configs(self._dicts)
         self._configs_then = _kept(self._configs)
-        self._counted = [*self._dicts[1:], *tensor_dicts]
+        self._counted = self._dicts[1:]
         self._own_count = _own_count(self._dicts[0])
         self._counts = list(map(len, self._counted))
         self._remember_tensors()
 
     def _remember_tensors(self) -> None:
-        self._there_then = [list(map(get, dicts)) for get, dicts in self._there]
-        values = chain.from_iterable([*self._there_then, *self._attributes_then])
+        self._filled_then = list(map(dict, self._filled))
+        values = chain.from_iterable([*map(dict.values, self._filled_then), *chain.from_iterable(self._attributes_then)])
         self.tensors = list({id(each): each for each in values if isinstance(each, torch.Tensor)}.values())
         self._versioned = [each for each in self.tensors if not each.is_inference()]
         self._versions = list(map(_version, self._versioned))
@@ -79,7 +84,7 @@ class Watch:
         """Returns whether the model has not changed since this object was created."""
         try:
             return self._holds()
-        except (RuntimeError, ValueError, TypeError, KeyError):  # a compared value has another type now
+        except (RuntimeError, ValueError, TypeError, KeyError):  # another tensor, or a compared value has another type now
             return False
 
     def _holds(self) -> bool:
@@ -88,18 +93,24 @@ class Watch:
             and list(map(_version, self._versioned)) == self._versions
             and list(map(_address, self._stored)) == self._addresses
             and list(map(_stride, self._stored)) == self._strides
-            and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._there, self._there_then, strict=True))
-            and not any(any(map(get, dicts)) for get, dicts in self._absent)
             and list(map(len, self._counted)) == self._counts
             and _own_count(self._dicts[0]) == self._own_count
-            and (self._hooks == self._hooks_then if self._hooks_then else not any(self._hooks))
-            and self._children == self._children_then
+            and not any(self._empty)
             and list(map(type, self.modules)) == self._kinds
             and list(map(_code, self._classes)) == self._forwards
-            and all(all(map(is_, map(get, dicts), then)) for (get, dicts), then in zip(self._code, self._code_then, strict=True))
-            and all(list(map(get, dicts)) == then for (get, dicts), then in zip(self._attributes, self._attributes_then, strict=True))
+            and [list(map(get, dicts)) for get, dicts in self._code] == self._code_then
             and self._configs == self._configs_then
+            and self._has_its_objects()
         )
+
+    def _has_its_objects(self) -> bool:
+        """Returns whether submodules, parameters, buffers and hooks are the same objects, and attributes have the same values.
+
+        Dicts and tuples compare their values by identity first, much faster than a loop of calls can. Another tensor is a change,
+        whatever its content: writes to it are not watched.
+        """
+        with _ByIdentity():
+            return self._filled == self._filled_then and [list(map(get, dicts)) for get, dicts in self._attributes] == self._attributes_then
 
     def is_unwritten(self) -> bool:
         """Returns whether no tensor was written in place. This is a part of `holds`, and costs 25 µs."""
@@ -158,13 +169,13 @@ def _configs(dicts: list[dict]) -> list[dict]:
     return list(map(vars, configs.values()))
 
 
-def _columns(rows: Iterable[tuple[dict, list[str]]]) -> list[tuple[Any, list[dict]]]:
-    """Group dicts by the names to read from them. Returns, for each name, its getter and all dicts that have it."""
-    by_name = defaultdict(list)
+def _getters(rows: Iterable[tuple[dict, list[str]]]) -> list[tuple[Any, list[dict]]]:
+    """Group dicts by the names to read from them. Returns, for each group, a getter of a tuple of these values, and the dicts."""
+    by_names = defaultdict(list)
     for values, names in rows:
-        for name in names:
-            by_name[name].append(values)
-    return [(itemgetter(name), dicts) for name, dicts in by_name.items()]
+        if names:
+            by_names[tuple(names)].append(values)
+    return [(itemgetter(*names, names[0]), dicts) for names, dicts in by_names.items()]  # with one name alone it returns no tuple
 
 
 def _kept(value: Any, depth: int = 4) -> Any:

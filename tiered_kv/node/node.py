@@ -197,7 +197,7 @@ class Node:
 
     def _check_depths(self, packed: list[Packed]) -> None:
         """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
-        wrong = self.engine.machine.chains.misplaced((each.key, each.parent, each.depth) for each in packed)
+        wrong = self.engine.machine.chains.misplaced([(each.key, each.parent, each.depth) for each in packed])
         if wrong is not None:
             self.free_extents(each.location.offset for each in packed)
             raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")

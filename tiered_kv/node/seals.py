@@ -1,6 +1,7 @@
 """Seals: checksums of the blocks in host memory, made soon after a block is stored and compared periodically (scrubbing).
 
-One thread of the lowest priority does both. It hashes without the interpreter's lock and without the engine's. A block's bytes never
+One thread of the lowest priority does both. It seals while no worker stores, because each of its steps takes the interpreter's lock
+from the thread that answers a worker. It hashes without that lock and without the engine's. A block's bytes never
 change while the machine lists its location, so a result counts only if that location is still the same object afterwards.
 A block that does not match its seal is dropped, and is a miss from then on. Code that reads a block to copy it elsewhere compares the
 seal itself (`BlockData.verify`). docs/design/022 has the figures.
@@ -27,10 +28,13 @@ SCRUB_BYTES_PER_S = 64 << 20
 PASS_EVERY_S = 10.0
 """The shortest time from the start of one pass over all blocks to the next: a small memory need not be read all the time."""
 LOOK_EVERY_S = 0.1
+QUIET_S = 0.02
+"""Blocks are sealed when no block has been stored for this long, or when the first of them has waited for `SEAL_WITHIN_S`."""
+SEAL_WITHIN_S = 0.5
 BACKLOG_MAX = 1 << 16  # blocks; further ones are sealed by the pass over all blocks
 BATCH_BYTES, BATCH_BLOCKS = 4 << 20, 64
-WAIT_FOR_QUIET_S = 1.0
-"""The longest time that a pass waits, before each batch, for copies between tiers to end."""
+WAIT_FOR_QUIET_S = 0.3
+"""The longest time that a pass waits, before each batch, for copies between tiers to end and for stores to pause."""
 _NICE = 19
 
 
@@ -51,6 +55,7 @@ class Seals:
         self._suspects: dict[BlockKey, None] = {}  # damaged, but pinned by a reader
         self._unscrubbed: deque[BlockKey] = deque()  # blocks that the current pass has not reached
         self._next_pass_s = self._quiet_until_s = 0.0
+        self._waiting_since_s = self._stored_s = float("-inf")  # when the first block of the backlog was queued, and the last
         self._counts: Counter[str] = Counter()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tkv-seal", daemon=True)
@@ -67,7 +72,13 @@ class Seals:
             self._thread.join()
 
     def committed(self, keys: Iterable[BlockKey]) -> None:
-        """Queue blocks that were stored without a seal. The thread seals them within about `LOOK_EVERY_S`; no store waits for it."""
+        """Queue blocks that were stored without a seal, for the thread to seal. No store waits for it. Call with the engine's lock.
+
+        They are sealed about `LOOK_EVERY_S` after the stores pause, and `SEAL_WITHIN_S` later if they do not.
+        """
+        self._stored_s = time.monotonic()
+        if not self._backlog:
+            self._waiting_since_s = self._stored_s
         self._backlog.extend(keys)
 
     def stats(self) -> SealStats:
@@ -117,13 +128,21 @@ class Seals:
         while not self._closing.wait(rest_s or LOOK_EVERY_S):
             try:
                 self._drop_suspects()
-                while self._backlog and not self._closing.is_set():
-                    self._look(
-                        self._take_batch(self._backlog, lambda block: not self._storage.host.headers.is_sealed(block.location.offset))
-                    )
+                while self._backlog and self._is_due() and not self._closing.is_set():
+                    self._seal_some()
                 rest_s = self._scrub_paced()
             except Exception:
                 log.exception("checking the blocks in host memory failed")
+
+    def _is_due(self) -> bool:
+        """Whether the backlog is to be sealed now: the stores have paused, or its first block has waited long enough."""
+        now_s = time.monotonic()
+        return now_s - self._stored_s >= QUIET_S or now_s - self._waiting_since_s >= SEAL_WITHIN_S
+
+    def _seal_some(self) -> None:
+        """Seal a batch of the backlog."""
+        is_sealed = self._storage.host.headers.is_sealed
+        self._look(self._take_batch(self._backlog, lambda location: not is_sealed(location.offset)))
 
     def _scrub_paced(self) -> float:
         """Scrub a batch of the current pass if it is due. Returns how many seconds to wait before the next call."""
@@ -136,10 +155,10 @@ class Seals:
             if not self._unscrubbed:
                 return LOOK_EVERY_S
             self._next_pass_s = now_s + PASS_EVERY_S
-        if not self._engine.is_busy:
-            self._quiet_until_s = now_s + WAIT_FOR_QUIET_S
-        elif now_s < self._quiet_until_s:
+        is_quiet = not self._engine.is_busy and now_s - self._stored_s >= QUIET_S
+        if not is_quiet and now_s < self._quiet_until_s:
             return LOOK_EVERY_S
+        self._quiet_until_s = now_s + WAIT_FOR_QUIET_S
         return self._scrub_some(self._unscrubbed) / SCRUB_BYTES_PER_S
 
     def _scrub_some(self, keys: deque[BlockKey]) -> int:
@@ -149,8 +168,8 @@ class Seals:
         self._counts["scrubbed"] += self._look(batch)
         return sum(block.location.stored_bytes for block in batch)
 
-    def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[_Block], bool]) -> list[_Block]:
-        """Remove keys from the front of a queue. Returns those blocks that are in host memory and for which `is_wanted` is true.
+    def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[Location], bool]) -> list[_Block]:
+        """Remove keys from the front of a queue. Returns those in host memory for whose location there `is_wanted` is true.
 
         A batch ends at `BATCH_BYTES` or `BATCH_BLOCKS`.
         """
@@ -160,7 +179,7 @@ class Seals:
             while keys and nbytes < BATCH_BYTES and left:
                 left -= 1
                 block = self._block(keys.popleft())
-                if block is not None and is_wanted(block):
+                if block is not None and is_wanted(block.location):
                     batch.append(block)
                     nbytes += block.location.stored_bytes
         return batch

@@ -76,11 +76,12 @@ class NodeSession:
         return self._node.introduce(root, ModelFacts.of_message(facts))
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
-        _check_chain(root, [(key, parent) for key, parent, *_ in blocks])
-        packed = [
-            Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), 0.0, _digest(*digest) if digest else None)
-            for key, parent, offset, depth, *digest in blocks
-        ]
+        _check_chain(root, [block[:2] for block in blocks])
+        packed = []
+        for block in blocks:
+            key, parent, offset, depth = block[:4]
+            digest = _digest(*block[4:]) if len(block) > 4 else None
+            packed.append(Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), 0.0, digest))
         return self.commit_packed(root, packed)
 
     def commit_packed(self, root: BlockKey, packed: list[Packed]) -> list[bool]:

@@ -39,18 +39,18 @@ def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -
     """
     if type(answer) is not list or len(answer) > requested:
         return False
+    before, offset_max, is_ascending = -nbytes, arena_bytes - nbytes, True
     for offset in answer:
-        if type(offset) is not int or offset % ALIGNMENT != _PAYLOAD_ALIGNED or not 0 <= offset <= arena_bytes - nbytes:
+        if type(offset) is not int or offset % ALIGNMENT != _PAYLOAD_ALIGNED or not 0 <= offset <= offset_max:
             return False
-    if len(answer) < 2:
-        return True
-    ordered = sorted(answer)
-    return all(following - offset >= nbytes for offset, following in pairwise(ordered))
+        is_ascending = is_ascending and offset - before >= nbytes
+        before = offset
+    return is_ascending or all(following - offset >= nbytes for offset, following in pairwise(sorted(answer)))
 
 
 def are_booleans(answer: object, count_max: int) -> bool:
     """Whether the answer is a list of at most `count_max` booleans."""
-    return type(answer) is list and len(answer) <= count_max and all(type(each) is bool for each in answer)
+    return type(answer) is list and len(answer) <= count_max and set(map(type, answer)) <= {bool}
 
 
 def are_names(answer: object, count_max: int) -> bool:

@@ -32,6 +32,7 @@ _LENGTH = struct.Struct("<I")
 LATE_S = 0.01  # a socket timeout that is too long by less than this stays as it is
 MESSAGE_BYTES_MAX = 64 << 20
 RECEIVE_BYTES = 64 << 10
+PACKER_BYTES_MAX = 1 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
@@ -42,17 +43,19 @@ COMMIT_GRACE_S = 0.25
 """The same for a commit whose deadline passed while the worker packed. The work is done, and a live node will accept it."""
 
 
-def _send(connection: socket.socket, message: object) -> None:
-    body = msgpack.packb(message)
-    connection.sendall(_LENGTH.pack(len(body)) + body)
-
-
 class _Messages:
-    """Receives the messages of one connection. A small message costs one system call."""
+    """Sends and receives the messages of one connection. A small message costs one system call. One thread at a time may use it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._packer = msgpack.Packer()
         self._received = b""  # bytes of later messages
+
+    def send(self, message: object) -> None:
+        body = self._packer.pack(message)
+        self._connection.sendall(_LENGTH.pack(len(body)) + body)
+        if len(body) > PACKER_BYTES_MAX:
+            self._packer = msgpack.Packer()  # the buffer of the former one has grown with the message
 
     def next(self, until_s: float | None = None) -> Any:
         """Returns the next message; None at the end of the stream.
@@ -61,6 +64,9 @@ class _Messages:
         """
         received: bytes | bytearray = self._received or self._part(RECEIVE_BYTES, until_s)
         end = _end_of(received)
+        if len(received) == end:
+            self._received = b""
+            return msgpack.unpackb(received[_LENGTH.size :])
         while len(received) < end:
             more = self._part(max(RECEIVE_BYTES, end - len(received)), until_s) if received else b""
             if not more:
@@ -149,7 +155,7 @@ class SessionServer:
             messages = _Messages(connection)
             with closing(self._open_session()) as session:
                 while (message := messages.next()) is not None:
-                    _send(connection, self._answer(session, message))
+                    messages.send(self._answer(session, message))
                     self._afterwards()
         except (OSError, TieredKVError, ValueError) as error:
             log.info("a worker's session ended: %s", error)
@@ -247,19 +253,19 @@ class SocketSession:
         number = next(self._numbers)
         try:
             self._connection.settimeout(until_s - now_s)
-            _send(self._connection, [number, method, arguments])
+            self._messages.send([number, method, arguments])
             answer = self._messages.next(until_s)
         except (OSError, ValueError, TieredKVError) as error:
             raise self._broken(f"no answer from the node to {method!r}: {error}", method, isinstance(error, TimeoutError)) from error
         if answer is None:
             raise self._broken(f"the node closed the connection during {method!r}", method)
+        is_valid = check or answers.CHECKS[method]
+        if answers.is_answer(answer, number) and is_valid(answer[2]):
+            return answer[2]
         if answers.is_error(answer, number):
             kind = Kind(answer[2])
             raise TieredKVError(Kind.TRANSPORT if kind is Kind.CLOSED else kind, answer[3], method=method)
-        is_valid = check or answers.CHECKS[method]
-        if not answers.is_answer(answer, number) or not is_valid(answer[2]):
-            raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
-        return answer[2]
+        raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
 
     def _broken(self, message: str, method: str, timed_out: bool = False) -> TieredKVError:
         self.close()

@@ -29,7 +29,7 @@ _SEAL = struct.Struct("<Q")  # after the header
 _SIGNED = struct.Struct(_HEADER.format + "Q")
 _OWNER = struct.Struct(f"<4s4x{KEY_BYTES}s")
 _ERASED = struct.Struct("<I")  # overwrites the magic
-_VERSION, _UNSEALED_VERSION = 3, 2
+_VERSIONS = _VERSION, _UNSEALED_VERSION = 3, 2
 _UNSEALED = 0
 FRAME_DIGEST = 0
 """In place of the digest of a frame, which has a checksum of its own."""
@@ -168,18 +168,17 @@ class HostTier(ExtentTier):
     def lineage(self, offset: int) -> Lineage:
         """Read the header of the payload at `offset`. Raises (kind `corrupt`) if there is no valid header."""
         magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
-        if magic != _MAGIC or version not in (_VERSION, _UNSEALED_VERSION) or not 0 <= error < math.inf:
+        if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
             raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {offset}", offset=offset)
         parent, root = (each if each != _NONE else None for each in chain)
         return Lineage(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
 
     def describes(self, key: BlockKey, location: blocks.Location) -> bool:
         """Whether the header at a location matches the key and the location."""
-        try:
-            found = self.lineage(location.offset)
-        except TieredKVError:
+        magic, version, codec, found, _, _, _, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, location.offset - HEADER_BYTES)
+        if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
             return False
-        return (found.key, found.codec, found.nbytes, found.raw_bytes) == (key, location.codec, location.stored_bytes, location.raw_bytes)
+        return bool(found == key and (codec, nbytes, raw_bytes) == (location.codec, location.stored_bytes, location.raw_bytes))
 
     def judge(self, key: BlockKey, location: blocks.Location) -> tuple[bool, int | None]:
         """Check that header, seal, payload and `location` agree. Returns (agree, digest if there is no seal yet). Writes nothing."""

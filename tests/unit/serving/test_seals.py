@@ -1,6 +1,7 @@
 """Flipped bits in host memory. Seals detect them when a block leaves memory, in the scrubber, and in each fetch with `verify_host`."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,49 @@ def test_every_block_is_sealed_soon_after_it_was_stored(node_factory, client_fac
         "flipped": 0,
         "slots_mended": 0,
     }
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of `seals`, in seconds: a list of one number."""
+    now_s = [1000.0]
+    monkeypatch.setattr(seals, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    return now_s
+
+
+def test_blocks_are_sealed_when_stores_pause_or_the_first_has_waited_long_enough(node_factory, client_factory, now) -> None:
+    node, client = cached(node_factory, client_factory)
+    node.seals.close()
+    store(client, PATH)
+    now[0] += 0.9 * seals.QUIET_S
+    assert not node.seals._is_due()
+    now[0] += 0.2 * seals.QUIET_S
+    assert node.seals._is_due(), "the stores have paused"
+    node.seals._seal_some()
+    assert (node.seals.stats()["sealed"], node.seals.stats()["unsealed"]) == (3, 0)
+    begun_s, number = now[0], 10
+    while now[0] < begun_s + seals.SEAL_WITHIN_S:
+        store(client, (number,))
+        assert not node.seals._is_due()
+        now[0], number = now[0] + 0.9 * seals.QUIET_S, number + 1
+    store(client, (number,))
+    assert node.seals._is_due(), "the first block has waited long enough"
+
+
+def test_the_scrubber_waits_for_a_pause_before_each_batch_but_not_for_long(node_factory, client_factory, now, monkeypatch) -> None:
+    monkeypatch.setattr(seals, "BATCH_BLOCKS", 1)
+    node, client = cached(node_factory, client_factory)
+    node.seals.close()
+    store(client, PATH)
+    now[0] += 2 * seals.QUIET_S
+    node.seals._scrub_paced()
+    for scrubbed in (1, 2):
+        begun_s = now[0]
+        while node.stats()["seals"]["scrubbed"] == scrubbed:
+            node.seals.committed([])  # as after a store
+            now[0] += seals.QUIET_S / 2
+            node.seals._scrub_paced()
+        assert begun_s + seals.WAIT_FOR_QUIET_S <= now[0] <= begun_s + seals.WAIT_FOR_QUIET_S + seals.QUIET_S
 
 
 def test_the_scrubber_finds_a_flipped_bit_by_itself(node_factory, client_factory, monkeypatch) -> None:

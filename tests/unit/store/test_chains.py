@@ -109,6 +109,17 @@ def test_committed_blocks_must_be_one_deeper_than_their_parents(chains: Chains, 
     assert (said is None) if wrong is None else (wrong in said)
 
 
+@given(
+    known=st.dictionaries(NUMBERS, st.none() | st.integers(0, 3), max_size=3),
+    claims=st.lists(st.tuples(NUMBERS, st.none() | NUMBERS, st.integers(0, 4)), max_size=6),
+)
+def test_the_check_of_a_commit_in_one_pass_equals_the_full_check(known: dict, claims: list) -> None:
+    quick, full = (Chains({key_of(number): Block(None, ROOT, depth) for number, depth in known.items()}) for _ in range(2))
+    full._are_in_order = lambda *_: False
+    committed = [(key_of(number), None if parent is None else key_of(parent), depth) for number, parent, depth in claims]
+    assert quick.misplaced(committed) == full.misplaced(committed)
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive"])
 @settings(max_examples=60, deadline=None)
 @given(claims=st.lists(CLAIMS, max_size=25))

@@ -1,6 +1,5 @@
 """The class that vLLM loads. It passes each hook to the scheduler's or the workers' side, and lets no exception through."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -12,15 +11,13 @@ from tiered_kv.client.page_client import PageClient
 from tiered_kv.errors import TieredKVError
 from tiered_kv.integrations.vllm import versions
 from tiered_kv.integrations.vllm.events import Events
-from tiered_kv.integrations.vllm.messages import Handshake, Report, Step
+from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
 from tiered_kv.integrations.vllm.scheduler import Scheduler
-from tiered_kv.integrations.vllm.settings import Settings, check_engine
+from tiered_kv.integrations.vllm.settings import Settings, check_engine, log
 from tiered_kv.integrations.vllm.stats import Metrics, Stats
 from tiered_kv.integrations.vllm.worker import Worker
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import OpaqueLayout
-
-log = logging.getLogger("vllm.tiered_kv")  # vLLM shows what is logged below its own name
 
 LOG_EVERY_S = 30.0
 P = ParamSpec("P")
@@ -38,7 +35,7 @@ def guarded(otherwise: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
             nonlocal logged_s
             try:
                 return hook(*arguments, **options)
-            except Exception:  # named boundary: a fault of the cache must not end the engine
+            except Exception:  # noqa: BLE001 - named boundary: a fault of the cache must not end the engine
                 if time.monotonic() >= logged_s + LOG_EVERY_S:
                     logged_s = time.monotonic()
                     log.exception("tiered_kv: %s failed, and the engine goes on without it", hook.__name__)
@@ -167,7 +164,12 @@ class TieredKV(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         assert self._scheduler is not None
-        return self._scheduler.step(scheduler_output)
+        return self._scheduler.step(self._stores_of(scheduler_output))
+
+    @guarded([])
+    def _stores_of(self, scheduler_output: Any) -> list[Blocks]:
+        assert self._scheduler is not None
+        return self._scheduler.stores_of(scheduler_output)
 
     @guarded(None)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -1,6 +1,5 @@
 """The namespace and layout of an engine: everything that must be equal for its KV to be reusable."""
 
-import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,35 +10,36 @@ import torch
 from tiered_kv.checkpoint_files import weights_digest
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.identity import NOT_IDENTITY, plain, text_digest
+from tiered_kv.integrations.vllm.pages import block_axis
+from tiered_kv.integrations.vllm.settings import log
 from tiered_kv.integrations.vllm.versions import hash_seed, version
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import OpaqueLayout
-
-log = logging.getLogger(__name__)
 
 _RUN_BY_SEED = ("dummy",)
 """Load formats without files. Their weights follow from the seed."""
 
 
-def layout_of(config: Any, arrays: Sequence[torch.Tensor], kv_caches: Mapping[str, Any], block_tokens: int) -> OpaqueLayout:
-    """Returns the layout of a block of this worker: the pages of all layers, in the engine's own order of bytes."""
-    shapes = text_digest(
-        [[name, [_form(each) for each in (cache if isinstance(cache, list | tuple) else [cache])]] for name, cache in kv_caches.items()]
-    )
-    first = next(iter(kv_caches.values()))
-    one = first[0] if isinstance(first, list | tuple) else first
+def layout_of(config: Any, arrays: Sequence[torch.Tensor], kv_caches: Mapping[str, Any], blocks: int, block_tokens: int) -> OpaqueLayout:
+    """Returns the layout of a block of this worker: the pages of all layers, in the engine's own order of bytes.
+
+    `arrays`: the pages as `pages_in` returns them. `blocks`: the number of blocks of the KV cache, which does not matter.
+    """
+    tensors = {name: cache if isinstance(cache, list | tuple) else [cache] for name, cache in kv_caches.items()}
+    forms = text_digest([[name, [_form(name, each, blocks) for each in held]] for name, held in tensors.items()])
+    one = next(iter(tensors.values()))[0]
     description = (
-        f"vllm {version()} {_backends(config, kv_caches)} {str(one.dtype).removeprefix('torch.')} on {_hardware(one.device)}"
-        f" {len(arrays)} pages a block {shapes[:32]}"
+        f"vllm {version()} {_backends(config, kv_caches)} {str(one.dtype).removeprefix('torch.')} on {_hardware(one.device)},"
+        f" {len(arrays)} pages a block, form {forms[:32]}"
     )
-    nbytes = sum(array.shape[1] for array in arrays)
-    return OpaqueLayout(nbytes, block_tokens, description, one.element_size())
+    return OpaqueLayout(sum(array.shape[1] for array in arrays), block_tokens, description, one.element_size())
 
 
-def _form(cache: torch.Tensor) -> list[Any]:
-    """Returns the shape of a cache but for the number of blocks, which differs with the memory of the engine, and its order of axes."""
-    order = sorted(range(cache.ndim), key=lambda axis: -cache.stride(axis))
-    return [sorted(cache.shape)[:-1] if cache.ndim < 2 else list(cache.shape[2:]), order, str(cache.dtype)]
+def _form(name: str, cache: torch.Tensor, blocks: int) -> list[Any]:
+    """Returns the shape of one block of a cache, and the order of its axes in memory."""
+    axis = block_axis(name, cache, blocks)
+    order = sorted(range(cache.ndim), key=lambda each: -cache.stride(each))
+    return [[size for each, size in enumerate(cache.shape) if each != axis], order, str(cache.dtype)]
 
 
 def _backends(config: Any, kv_caches: Mapping[str, Any]) -> str:

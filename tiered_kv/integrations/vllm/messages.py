@@ -17,8 +17,12 @@ from tiered_kv.keys import KEY_BYTES, BlockKey
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker's namespace and layout, as plain data. From them the scheduler's side computes the keys of each rank."""
+    """A worker's namespace and layout, as plain data. From them the scheduler's side computes the keys of each rank.
 
+    `ranks`: the number of workers. Those with identical KV have one namespace.
+    """
+
+    ranks: int
     namespace: dict[str, Any]
     layout: dict[str, Any]
 

@@ -29,7 +29,8 @@ def pages_in(kv_caches: Mapping[str, Any], blocks: int) -> list[torch.Tensor]:
     return arrays
 
 
-def _pages_of(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tensor]:
+def block_axis(name: str, cache: torch.Tensor, blocks: int) -> int:
+    """Returns the axis of a layer's cache that counts the blocks. Raises (kind `layout`) if that is not certain."""
     axes = [axis for axis, size in enumerate(cache.shape) if size == blocks and cache.stride(axis)]
     if len(axes) > 1:  # prefer an axis in front: after it come heads, tokens and channels
         axes = [axis for axis in axes if axis < 2][:1]
@@ -37,7 +38,11 @@ def _pages_of(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tensor]
         raise TieredKVError(
             Kind.LAYOUT, f"the KV cache of {name} must have one axis of {blocks} blocks, got the shape {tuple(cache.shape)}", layer=name
         )
-    axis = axes[0]
+    return axes[0]
+
+
+def _pages_of(name: str, cache: torch.Tensor, blocks: int) -> list[torch.Tensor]:
+    axis = block_axis(name, cache, blocks)
     rest = sorted((cache.stride(other), cache.shape[other]) for other in range(cache.ndim) if other != axis and cache.shape[other] > 1)
     run, outer = 1, []
     for stride, size in rest:

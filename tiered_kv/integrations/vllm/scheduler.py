@@ -4,11 +4,7 @@ It sees the same shared memory as the workers. A request whose blocks are all in
 Otherwise it waits until a worker's thread has loaded them. What other machines hold is asked by a thread, while the request waits.
 """
 
-import logging
-import queue
 import secrets
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,24 +14,23 @@ from typing import Any
 from tiered_kv.checkpoint_files import adapter_file_digest
 from tiered_kv.client.page_client import PageClient
 from tiered_kv.errors import TieredKVError
+from tiered_kv.integrations.vllm.asker import Asker
 from tiered_kv.integrations.vllm.events import Events
 from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step, keys_of
-from tiered_kv.integrations.vllm.settings import Settings
+from tiered_kv.integrations.vllm.settings import Settings, log
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import OpaqueLayout
 
-log = logging.getLogger(__name__)
-
 HEX_ID_CHARS = 64
-ANSWERS_MAX = 4096
 
 
 @dataclass
 class Offer:
-    """What was promised to vLLM for a request: `count` blocks from block `start` on, and their tiers."""
+    """What a look-up found for a request: of the `asked` blocks from block `start` on, the leading ones, by their tiers."""
 
     scope: bytes
     start: int
+    asked: int
     tiers: list[str]
     waits: bool
 
@@ -69,6 +64,7 @@ class Scheduler:
         self._number = 0
         self._acknowledged = 0
         self._offers: dict[str, Offer] = {}
+        self._known_keys: dict[str, tuple[tuple[bytes, int, int], list[list[BlockKey]]]] = {}
         self._requests: dict[str, Tracked] = {}
         self._adapters: dict[int, str | None] = {}
         self._now: list[Blocks] = []
@@ -78,11 +74,15 @@ class Scheduler:
         self.events: Events | None = None
 
     def meet(self, workers: dict[int, Handshake]) -> None:
-        """Learn the workers' namespaces and layouts. Until then nothing is looked up."""
+        """Learn the workers' namespaces and layouts. Nothing is looked up before, or if a rank is missing."""
         ranks = [workers[number] for number in sorted(workers)]
+        if len(ranks) != ranks[0].ranks:
+            log.warning("tiered_kv: only %d of %d ranks can share their KV, so nothing is shared", len(ranks), ranks[0].ranks)
+            return
         layouts = [OpaqueLayout(**each.layout) for each in ranks]
         namespaces = [Namespace(**each.namespace) for each in ranks]
-        self._roots = [namespace.root(layout) for namespace, layout in zip(namespaces, layouts, strict=True)]
+        roots = [namespace.root(layout) for namespace, layout in zip(namespaces, layouts, strict=True)]
+        self._roots = list(dict.fromkeys(roots))
         if len({layout.block_bytes for layout in layouts}) > 1:
             log.warning("tiered_kv: the ranks have blocks of different sizes, so nothing is shared")
             self._roots = []
@@ -93,7 +93,10 @@ class Scheduler:
     # Look-up
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
-        """Returns how many tokens after the computed ones can be loaded, None while other nodes are asked, and whether to wait for them."""
+        """Returns how many tokens after the computed ones can be loaded, and whether the request waits for them.
+
+        The number is None while other nodes are asked.
+        """
         self._offers.pop(request.request_id, None)
         scope = self._scope(request)
         if self._client is None or scope is None or not self._can_load:
@@ -102,22 +105,29 @@ class Scheduler:
         end = min((request.num_tokens - 1) // self.block_tokens, len(request.block_hashes))
         if computed_tokens % self.block_tokens or end <= start:
             return 0, False
-        hashes = request.block_hashes[start:end]
-        by_rank = [keys_of(root, scope, hashes) for root in self._roots]
-        tiers = min((self._client.find(keys) for keys in by_rank), key=len)
-        if len(tiers) < len(hashes) and self._client.has_peers and self._settings.ask_nodes_ms:
+        by_rank = self._keys(request, scope, start, end)
+        looks = [self._client.look(keys) for keys in by_rank]
+        tiers, at_once = min((look.tiers for look in looks), key=len), min(look.at_once for look in looks)
+        if len(tiers) < end - start and self._client.has_peers and self._settings.ask_nodes_ms:
             more = self._asker.answer(request.request_id, [keys[len(tiers) :] for keys in by_rank], self._settings.ask_nodes_ms / 1000)
             if more is None:
                 return None, False
             tiers = [*tiers, *["peer"] * more]
+        waits = not self._loads_in_step or at_once < len(tiers)
+        self._offers[request.request_id] = Offer(scope, start, end - start, tiers, waits)
         if not tiers:
-            self._offers[request.request_id] = Offer(scope, start, [], False)
             return 0, False
-        at_once = min(self._client.at_once(keys[: len(tiers)]) for keys in by_rank)
-        waits = not (self._loads_in_step and at_once == len(tiers))
-        self._offers[request.request_id] = Offer(scope, start, tiers, waits)
         self._asker.hold([keys[len(tiers) - 1] for keys in by_rank], self._settings.hold_s)
         return len(tiers) * self.block_tokens, waits
+
+    def _keys(self, request: Any, scope: bytes, start: int, end: int) -> list[list[BlockKey]]:
+        """Returns the keys of a request's blocks for each rank. They are kept until the request is given blocks."""
+        wanted = scope, start, end
+        known = self._known_keys.get(request.request_id)
+        if known is None or known[0] != wanted:
+            hashes = request.block_hashes[start:end]
+            known = self._known_keys[request.request_id] = wanted, [keys_of(root, scope, hashes) for root in self._roots]
+        return known[1]
 
     def _scope(self, request: Any) -> bytes | None:
         """Returns what must be equal for this request besides the namespace; None if it must not be cached."""
@@ -148,48 +158,44 @@ class Scheduler:
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
         """Take note of a request's blocks, and plan the load that vLLM has accepted."""
         offer = self._offers.pop(request.request_id, None)
-        scope = self._scope(request)
-        tracked = self._requests[request.request_id] = Tracked(request, scope, list(blocks))
-        if scope is None:
-            self._counts["bypassed_requests"] += 1
-        if offer is None:
-            return
-        count = min(external_tokens // self.block_tokens, len(offer.tiers))
-        asked = max((request.num_tokens - 1) // self.block_tokens - offer.start, 0)
-        self._counts["asked_blocks"] += asked
-        self._counts["promised_blocks"] += count
-        if self._client is not None:
-            self._client.missed(asked - count)
-        self._asker.forget(request.request_id)
-        if not count:
-            return
-        start, end = offer.start, offer.start + count
-        tracked.tiers = dict(Counter(offer.tiers[:count]))
-        load = self._blocks(tracked, offer.scope, start, end)
-        (self._later if offer.waits else self._now).append(load)
+        count = min(external_tokens // self.block_tokens, len(offer.tiers)) if offer is not None else 0
+        tracked = self._requests[request.request_id] = Tracked(request, None, list(blocks))
+        if offer is not None and count:  # first of all: a request whose load is lost would wait for ever
+            tracked.tiers = dict(Counter(offer.tiers[:count]))
+            load = self._blocks(tracked, offer.scope, offer.start, offer.start + count)
+            (self._later if offer.waits else self._now).append(load)
+        self._forget_look_up(request)
+        tracked.scope = self._scope(request)
+        self._counts["bypassed_requests"] += tracked.scope is None
+        if offer is not None and self._client is not None:
+            self._counts["asked_blocks"] += offer.asked
+            self._counts["promised_blocks"] += count
+            self._client.missed(offer.asked - count)
 
-    def step(self, output: Any) -> Step:
-        """Returns the work of the step that vLLM has scheduled."""
+    def step(self, stores: list[Blocks]) -> Step:
+        """Returns the work of the step that vLLM has scheduled: the planned loads, and these stores."""
         self._number += 1
-        ends = {each.req_id: each.num_computed_tokens for each in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        for number, name in enumerate(cached.req_ids):
-            ends[name] = cached.num_computed_tokens[number]
-            tracked, new = self._requests.get(name), cached.new_block_ids[number]
-            if tracked is None or new is None:
-                continue
-            if name in cached.resumed_req_ids:
-                tracked.blocks = list(new[0])
-            else:
-                tracked.blocks += new[0][max(len(tracked.blocks) - _first_new(tracked.blocks, new[0]), 0) :]
-        stores = []
-        for name, tokens in output.num_scheduled_tokens.items():
-            tracked = self._requests.get(name)
-            if tracked is not None and tracked.scope is not None and self._can_store and self._client is not None:
-                stores += self._stores(tracked, ends.get(name, 0), tokens)
         step = Step(self._number, self._now, self._later, stores, self._acknowledged, self._resets)
         self._now, self._later = [], []
         return step
+
+    def stores_of(self, output: Any) -> list[Blocks]:
+        """Returns the blocks that the scheduled step completes."""
+        computed = {each.req_id: each.num_computed_tokens for each in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        for name, tokens, new in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+            computed[name] = tokens
+            tracked = self._requests.get(name)
+            if tracked is not None and new is not None:
+                tracked.blocks = list(new[0]) if name in cached.resumed_req_ids else tracked.blocks + list(new[0])
+        if not self._can_store or self._client is None:
+            return []
+        stores = []
+        for name, tokens in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(name)
+            if tracked is not None and tracked.scope is not None:
+                stores += self._stores(tracked, computed.get(name, 0), tokens)
+        return stores
 
     def _stores(self, tracked: Tracked, computed: int, tokens: int) -> list[Blocks]:
         """Returns the blocks of a request that are complete after `tokens` more than the `computed` tokens, and were not offered yet."""
@@ -224,7 +230,7 @@ class Scheduler:
     def is_here(self, scope: bytes, block_hash: bytes) -> bool:
         """Whether this machine's node has a block of all ranks now. No call."""
         client = self._client
-        return client is not None and all(client.find(keys_of(root, scope, [block_hash])) for root in self._roots)
+        return client is not None and all(client.look(keys_of(root, scope, [block_hash])).tiers for root in self._roots)
 
     def tiers_of(self, request: Any) -> dict[str, int]:
         """Returns the number of blocks of a request's load by tier."""
@@ -235,6 +241,10 @@ class Scheduler:
         """Forget a request."""
         self._requests.pop(request.request_id, None)
         self._offers.pop(request.request_id, None)
+        self._forget_look_up(request)
+
+    def _forget_look_up(self, request: Any) -> None:
+        self._known_keys.pop(request.request_id, None)
         self._asker.forget(request.request_id)
 
     def reset(self) -> None:
@@ -260,93 +270,7 @@ class Scheduler:
             self._client.close()
 
 
-def _first_new(known: list[int], new: list[int]) -> int:
-    """Returns the position of the first of vLLM's new blocks in a request's known blocks, or their number if they are not among them."""
-    width = len(new)
-    if width and known[-width:] == new:
-        return len(known) - width
-    return len(known)
-
-
 def _is_content_hash(feature: Any) -> bool:
     """Whether the id of an image or the like is a hash of its content, not a name that the user gave."""
     name = feature.identifier.rsplit(":", 1)[-1]
     return len(name) == HEX_ID_CHARS and all(char in "0123456789abcdef" for char in name)
-
-
-@dataclass
-class _Question:
-    keys: list[list[BlockKey]]
-    until_s: float
-    found: int | None = None
-
-
-class Asker:
-    """Asks the node, on a thread of its own, what other machines hold, and to keep promised blocks. The scheduler never waits for it."""
-
-    def __init__(self) -> None:
-        self.client: PageClient | None = None
-        self._questions: dict[str, _Question] = {}
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._held_until_s: dict[BlockKey, float] = {}
-        self._unanswered = 0
-
-    def answer(self, request: str, keys: list[list[BlockKey]], wait_s: float) -> int | None:
-        """Returns how many leading keys of each list other nodes hold, 0 once `wait_s` is over; None while that is not known."""
-        question = self._questions.get(request)
-        if question is None or question.keys[0][:1] != keys[0][:1]:
-            if len(self._questions) >= ANSWERS_MAX:
-                return 0
-            question = self._questions[request] = _Question(keys, time.monotonic() + wait_s)
-            self._submit(lambda: self._ask(question))
-            return None
-        if question.found is not None:
-            return question.found
-        if time.monotonic() < question.until_s:
-            return None
-        question.found = 0
-        self._unanswered += 1
-        return 0
-
-    def hold(self, keys: list[BlockKey], seconds: float) -> None:
-        """Keep blocks and their ancestors from eviction. A block that is held for at least half of that time is not held again."""
-        now_s = time.monotonic()
-        if len(self._held_until_s) >= ANSWERS_MAX:
-            self._held_until_s = {key: until_s for key, until_s in self._held_until_s.items() if until_s > now_s}
-        for key in keys:
-            if seconds and self._held_until_s.get(key, 0.0) < now_s + seconds / 2:
-                self._held_until_s[key] = now_s + seconds
-                self._submit(lambda key=key: self.client and self.client.hold(key, seconds))  # type: ignore[misc]
-
-    def forget(self, request: str) -> None:
-        """Drop what is known for a request."""
-        self._questions.pop(request, None)
-
-    def take_unanswered(self) -> int:
-        """Returns how many questions were not answered in time since the last call."""
-        count, self._unanswered = self._unanswered, 0
-        return count
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join(timeout=5.0)
-
-    def _submit(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tkv-vllm-ask", daemon=True)
-            self._thread.start()
-        self._queue.put(job)
-
-    def _ask(self, question: _Question) -> None:
-        if self.client is not None and question.found is None:
-            question.found = min(self.client.locate(keys) for keys in question.keys)
-
-    def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            try:
-                job()
-            except Exception:  # named boundary: later questions need the thread
-                log.exception("tiered_kv: a question to the node ended with an error")

@@ -1,12 +1,16 @@
 """The settings of the connector, from `kv_connector_extra_config`, and the refusal of engine settings that would be unsafe."""
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tiered_kv.errors import Kind, TieredKVError
+
+log = logging.getLogger("vllm.tiered_kv")
+"""The log of the connector. vLLM shows what is logged below its own name."""
 
 KINDS = {"FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec"}
 """vLLM's kinds of KV cache whose blocks are complete once their tokens are computed, and are needed as a whole prefix."""
@@ -86,6 +90,8 @@ def check_engine(config: Any, kv_cache_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise _refused(name, f"must be 1, got {getattr(parallel, name)}: blocks of a part of the context are not supported")
+    if getattr(cache, "calculate_kv_scales", False):
+        raise _refused("calculate_kv_scales", "must be false: each engine would compute scales of its own for the same prefix")
     if config.speculative_config is not None and getattr(config.speculative_config, "method", None) != "ngram":
         raise _refused(
             "speculative_config",
@@ -107,7 +113,7 @@ def check_groups(kv_cache_config: Any) -> None:
 
 
 def _kinds(spec: Any) -> list[str]:
-    """Returns the kinds of a group's layers, with the reason if a layer of a known kind has a window."""
+    """Returns the names of the kinds of a group's layers."""
     parts = getattr(spec, "kv_cache_specs", None)
     if parts:
         return [kind for part in parts.values() for kind in _kinds(part)]

@@ -94,6 +94,14 @@ def hit_sources() -> dict[str, Any]:
     return {**known, "": CacheHitSource.EXTERNAL_UNSPECIFIED}
 
 
+def replicas_of(config: Any, kv_cache_config: Any) -> int:
+    """Returns how many consecutive tensor-parallel ranks hold identical KV: all of them with MLA, else mostly 1."""
+    known = getattr(kv_cache_config, "kv_tp_replicas", None)
+    if known is not None:
+        return int(known)
+    return int(config.parallel_config.tensor_parallel_size) if config.model_config.use_mla else 1
+
+
 def runs_on_cpu() -> bool:
     """Whether the engine computes on the CPU, with the first model runner, which may wait for loads within a step."""
     from vllm.platforms import current_platform

@@ -4,7 +4,6 @@ Loads that a step needs are made before its forward pass; others are made by a t
 the forward pass. A block that cannot be loaded is reported, and vLLM computes it.
 """
 
-import logging
 import queue
 import threading
 import time
@@ -15,13 +14,11 @@ from typing import Any
 
 from tiered_kv.client.page_client import PageClient
 from tiered_kv.client.page_copy import pages_of
-from tiered_kv.errors import TieredKVError
 from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
 from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
 from tiered_kv.integrations.vllm.pages import pages_in
-from tiered_kv.integrations.vllm.settings import Settings
-
-log = logging.getLogger(__name__)
+from tiered_kv.integrations.vllm.settings import Settings, log
+from tiered_kv.integrations.vllm.versions import replicas_of
 
 
 class Worker:
@@ -34,7 +31,10 @@ class Worker:
         self, config: Any, kv_cache_config: Any, settings: Settings, attach: Callable[..., PageClient], rank: int, world: int
     ) -> None:
         self._config, self._kv_cache_config, self._settings = config, kv_cache_config, settings
-        self._attach, self._rank, self._world = attach, rank, world
+        self._attach, self._ranks = attach, world
+        replicas = replicas_of(config, kv_cache_config)
+        self._rank, self._world = rank // replicas, world // replicas
+        self._is_writer = rank % replicas == 0  # of ranks with identical KV, the first one stores it
         self._client: PageClient | None = None
         self._failed_blocks: set[int] = set()
         self._failed_step = 0  # the last step whose own loads failed
@@ -54,7 +54,7 @@ class Worker:
         blocks = self._kv_cache_config.num_blocks
         arrays = pages_in(kv_caches, blocks)
         tokens = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self.layout = layout_of(self._config, arrays, kv_caches, tokens)
+        self.layout = layout_of(self._config, arrays, kv_caches, blocks, tokens)
         begun_s = time.monotonic()
         self.namespace = namespace_of(self._config, tenant=self._settings.tenant, rank=self._rank, world=self._world)
         self._pages = pages_of(arrays)
@@ -71,7 +71,7 @@ class Worker:
 
     def handshake(self) -> Handshake | None:
         """Returns what the scheduler's side needs to compute this rank's keys."""
-        return Handshake(asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
+        return Handshake(self._ranks, asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
 
     def load(self, step: Step) -> None:
         """Start the loads of a step. Returns when those that its forward pass needs have ended."""
@@ -90,7 +90,7 @@ class Worker:
 
     def store(self, step: Step) -> None:
         """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
-        if self._client is None or step.acknowledged < self._failed_step or not step.stores:
+        if self._client is None or not self._is_writer or not step.stores or step.acknowledged < self._failed_step:
             return
         begun_s, wait_s = time.perf_counter(), self._settings.store_wait_ms / 1000
         for blocks in step.stores:
@@ -140,29 +140,24 @@ class Worker:
         """Make the loads for which requests wait, one after the other. Each is reported as ended, whatever happens."""
         while (job := self._queue.get()) is not None:
             blocks, resets = job
-            failed = list(blocks.blocks)
-            try:
-                if resets == self._resets:
-                    failed = self._loaded(blocks, may_call=True)
-                if resets != self._resets:  # the blocks are of before a reset
-                    failed = list(blocks.blocks)
-            except Exception:  # named boundary: the request must not wait for ever
-                log.exception("tiered_kv: a load ended with an error; its blocks are computed")
+            failed = self._loaded(blocks, may_call=True) if resets == self._resets else blocks.blocks
+            if resets != self._resets:  # the blocks are of before a reset
+                failed = blocks.blocks
             with self._lock:
                 self._finished.add(blocks.request)
                 self._failed_later.update(failed)
 
     def _loaded(self, blocks: Blocks, may_call: bool) -> list[int]:
-        """Load blocks. Returns the numbers of those that could not be loaded."""
+        """Load blocks. Returns the numbers of those that could not be loaded. Never raises."""
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
         deadline_s = self._settings.load_deadline_ms / 1000 or None
-        if self._client is not None:
-            try:
+        try:
+            if self._client is not None:
                 done, by_tier = self._client.load(
                     blocks.chain(self._root), self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call
                 )
-            except TieredKVError as error:
-                log.warning("tiered_kv: blocks could not be loaded and are computed: %s", error)
+        except Exception:  # noqa: BLE001 - named boundary: a block that is not reported would be taken for loaded
+            log.exception("tiered_kv: a load ended with an error, so its blocks are computed")
         with self._lock:
             self._counts["loaded_blocks"] += done
             self._counts["failed_blocks"] += len(blocks.blocks) - done
