@@ -155,7 +155,7 @@ def test_two_requests_share_a_failed_load_and_one_is_aborted(engine: Engine, fai
     assert engine.reload(prompt).distance(cold) < 1e-4
 
 
-@pytest.mark.parametrize("hook", ["matched", "allocated", "step", "learned", "finished", "counts", "tiers_of"])
+@pytest.mark.parametrize("hook", ["matched", "allocated", "stores_of", "learned", "finished", "counts", "tiers_of"])
 def test_an_error_of_the_scheduler_side(engine: Engine, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
     prompt, cold = prepared(engine, 130)
     monkeypatch.setattr(engine.planner, hook, raising)
