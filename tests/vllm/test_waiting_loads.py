@@ -11,7 +11,7 @@ from tests.unit.serving.processes import NodeProcess
 from tests.vllm.engine import BLOCK, Engine
 from tiered_kv.client.page_client import Loaded
 
-GPU_BLOCKS, STEP_TOKENS = 24, 80
+GPU_BLOCKS, STEP_TOKENS = 20, 80
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +187,22 @@ def test_others_run_while_a_request_waits(engine: Engine, gate: Gate) -> None:
 def test_abort_while_computing(engine: Engine) -> None:
     prompt = engine.prompt(92, 6 * BLOCK + 5)
     cold = engine.ask({"prompt_token_ids": prompt, "cache_salt": "cold"})
-    for steps in (1, 2):
-        engine.forget()
-        name = engine.add(prompt)
-        for _ in range(steps):
-            engine.step()
-        engine.abort(name)
-        engine.finish()
+    engine.forget()
+    name = engine.add(prompt)
+    for _ in range(2):
+        engine.step()
+    engine.abort(name)
+    engine.finish()
     again = engine.reload(prompt)
     assert 0 < again.cached < 6 * BLOCK
     again.assert_same(cold)
 
 
-@pytest.mark.parametrize("waiting", [False, True])
-def test_preemption(engine: Engine, monkeypatch: pytest.MonkeyPatch, waiting: bool) -> None:
+def test_preemption(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four answers need more blocks than vLLM has, so requests are preempted, and continue from what is stored."""
-    prompts = [engine.prompt(100 + number + 10 * waiting, 2 * BLOCK + 9) for number in range(4)]
-    alone = [engine.reload({"prompt_token_ids": prompt, "cache_salt": "cold"}, max_tokens=150) for prompt in prompts]
-    monkeypatch.setattr(engine.planner, "_loads_in_step", not waiting)
+    options = {"max_tokens": 110}
+    prompts = [engine.prompt(100 + number, 2 * BLOCK + 9) for number in range(4)]
+    alone = [engine.reload({"prompt_token_ids": prompt, "cache_salt": "cold"}, **options) for prompt in prompts]
     preempted, preempt = [], engine.scheduler._preempt_request
 
     def counted(request: Any, *others: Any, **options: Any) -> None:
@@ -212,9 +210,10 @@ def test_preemption(engine: Engine, monkeypatch: pytest.MonkeyPatch, waiting: bo
         preempt(request, *others, **options)
 
     monkeypatch.setattr(engine.scheduler, "_preempt_request", counted)
-    for _ in range(2):
+    for loads_in_step in (True, False):
+        monkeypatch.setattr(engine.planner, "_loads_in_step", loads_in_step)
         engine.forget()
-        for answer, cold in zip(engine.run(*prompts, max_tokens=150), alone, strict=True):
+        for answer, cold in zip(engine.run(*prompts, **options), alone, strict=True):
             assert answer.tokens == cold.tokens
             assert answer.distance(cold) < 1e-3
     assert preempted
