@@ -33,7 +33,7 @@ def block_axis(name: str, cache: torch.Tensor, blocks: int) -> int:
     """Returns the axis of a layer's cache that counts the blocks. Raises (kind `layout`) if that is not certain."""
     axes = [axis for axis, size in enumerate(cache.shape) if size == blocks and cache.stride(axis)]
     if len(axes) > 1:  # prefer an axis in front: after it come heads, tokens and channels
-        axes = [axis for axis in axes if axis < 2][:1]
+        axes = [axis for axis in axes if axis < 2]
     if len(axes) != 1:
         raise TieredKVError(
             Kind.LAYOUT, f"the KV cache of {name} must have one axis of {blocks} blocks, got the shape {tuple(cache.shape)}", layer=name
