@@ -1,17 +1,22 @@
-"""Time to first token in vLLM: cold, vLLM's own prefix cache, and a reload from tiered_kv after vLLM's cache was emptied and zeroed.
+"""Time to first token in vLLM: cold, vLLM's own prefix cache, and a reload after vLLM's cache was emptied and its pages zeroed.
 
-    .venv-vllm/bin/python -m benchmarks.vllm_first_token --rounds 10 --output benchmarks/results/vllm-first-token.json
+    tiered-kv up --name bench --host 1GiB
+    .venv-vllm/bin/python -m benchmarks.vllm_first_token --rounds 8 --output benchmarks/results/vllm-first-token.json
 
-Needs the virtual environment of `make test-vllm`, and a running cluster (`tiered-kv up --name bench --host 1GiB`). The three are measured
-in turn in each round, on one prompt a round, in one engine in this process. So only differences within a round count. Two engines: with
-the connector, and without it for the price of storing. `--connector` names another connector with its settings, for a comparison.
+Needs the virtual environment of `make test-vllm`. Each connector has an engine in a process of its own. They take turns: in each round,
+each of them gets one fresh prompt, four times (cold, repeat, reload, repeat). Only ratios and differences within a run count. A round of
+an engine is quiet if other processes used less than 0.3 cores in each of its steps. Medians are of the quiet rounds, if there are three.
+`--peers` adds connectors from a JSON file: {"name": {"transfer": {…}, "env": {…}, "commands": [["…"]]}}. The commands run meanwhile.
 """
 
 import argparse
 import json
 import os
+import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,15 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+MARK = "first-token: "
 QUIET_CORES = 0.3
 """A step counts as quiet if other processes used less than this meanwhile, in cores."""
+
+
+def machine() -> dict[str, Any]:
+    """Returns what the figures depend on."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def busy_s() -> tuple[float, float]:
@@ -99,21 +111,73 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     return found
 
 
+class Turn:
+    """An engine in a process of its own, which measures a round whenever it is told to."""
+
+    def __init__(self, name: str, transfer: dict[str, Any] | None, env: dict[str, str], given: argparse.Namespace) -> None:
+        self.name, self.rounds = name, list[dict[str, dict[str, float]]]()
+        how = ["--worker", json.dumps(transfer), "--tokens", str(given.tokens), "--dtype", given.dtype, "--model", given.model]
+        command = [sys.executable, "-m", "benchmarks.vllm_first_token", *how]
+        log = open(Path(tempfile.gettempdir()) / f"vllm-first-token-{name}.log", "w")  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **ENVIRONMENT, **env}
+        )
+        print(f"{name}: starting, log in {log.name}", flush=True)
+
+    def answer(self) -> Any:
+        """Returns the next answer of the engine, and prints nothing of its chatter."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        raise SystemExit(f"{self.name}: the engine ended; see its log")
+
+    def ask(self, number: int) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Measure a round for each number read, and write it as a line of JSON. The engine stays on one core, so that others disturb less."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    bench = Bench(given.model, given.tokens, given.dtype, json.loads(given.worker))
+    bench.round(0)  # warm up
+    hooks = timed_hooks()
+    print(f"{MARK}{json.dumps('ready')}", flush=True)
+    for line in sys.stdin:
+        for taken in hooks.values():
+            taken.clear()
+        steps = bench.round(int(line))
+        print(f"{MARK}{json.dumps({'steps': steps, 'hooks_ms': hooks})}", flush=True)
+    return 0
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path.home() / ".cache/tiered_kv/models/smollm2-135m-instruct"))
     parser.add_argument("--tokens", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--cluster", default="bench")
-    parser.add_argument("--connector", help="another connector's --kv-transfer-config as JSON; 'none' for vLLM's own cache only")
+    parser.add_argument("--cluster", default="bench", help="the cluster of tiered_kv")
+    parser.add_argument("--peers", type=Path, help="a JSON file with other connectors")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> int:
-    given = parsed()
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+def connectors(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns what is compared, by name."""
     ours = {
         "kv_connector": "TieredKV",
         "kv_connector_module_path": "tiered_kv.integrations.vllm.connector",
@@ -121,27 +185,48 @@ def main() -> int:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"cluster": given.cluster},
     }
-    transfer = ours if not given.connector else None if given.connector == "none" else json.loads(given.connector)
-    bench = Bench(given.model, given.tokens, given.dtype, transfer)
-    bench.round(0)  # warm up
-    hooks = timed_hooks()
-    rounds = []
-    seed = int(time.time())  # fresh prompts: a run before this one may have stored the same
-    for number in range(given.rounds):
-        rounds.append(bench.round(seed + number))
-        print(
-            number,
-            {
-                name: f"{step['seconds'] * 1e3:.0f} ms, {step['cached']} cached, others {step['others']:.2f}"
-                for name, step in rounds[-1].items()
-            },
-        )
-    found = {"connector": transfer and transfer["kv_connector"], "tokens": given.tokens, "dtype": given.dtype, "load": os.getloadavg()}
-    found |= summary(rounds)
-    found["hooks_ms"] = {name: {"median": statistics.median(taken), "max": max(taken)} for name, taken in hooks.items() if taken}
-    print(json.dumps(found, indent=1))
-    if given.output:
-        given.output.write_text(json.dumps(found | {"all": rounds}, indent=1) + "\n")
+    found = {"vllm alone": {"transfer": None}, "tiered_kv": {"transfer": ours}}
+    return found | (json.loads(given.peers.read_text()) if given.peers else {})
+
+
+def main() -> int:
+    given = parsed()
+    if given.worker:
+        return serve(given)
+    compared = connectors(given)
+    servers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for each in compared.values() for command in each.get("commands", ())]
+    turns = []
+    try:
+        for name, each in compared.items():
+            turns.append(Turn(name, each["transfer"], each.get("env", {}), given))
+            turns[-1].answer()
+        seed = int(time.time())  # fresh prompts: an earlier run may have stored the same
+        hooks: dict[str, dict[str, list[float]]] = {}
+        for number in range(given.rounds):
+            for turn in turns:
+                answer = turn.ask(seed + number)
+                turn.rounds.append(answer["steps"])
+                for hook, taken in answer["hooks_ms"].items():
+                    hooks.setdefault(turn.name, {}).setdefault(hook, []).extend(taken)
+                shown = {step: f"{found['seconds'] * 1e3:.0f} ms" for step, found in answer["steps"].items()}
+                print(
+                    number, turn.name, shown, f"others {max(found['others'] for found in answer['steps'].values()):.1f} cores", flush=True
+                )
+        result = {"machine": machine(), "tokens": given.tokens, "dtype": given.dtype, "load": os.getloadavg()}
+        result["results"] = {turn.name: summary(turn.rounds) for turn in turns}
+        result["hooks_ms"] = {
+            name: {hook: {"median": statistics.median(taken), "max": max(taken)} for hook, taken in each.items() if taken}
+            for name, each in hooks.items()
+        }
+        print(json.dumps(result, indent=1))
+        if given.output:
+            given.output.write_text(json.dumps(result | {"rounds": {turn.name: turn.rounds for turn in turns}}, indent=1) + "\n")
+    finally:
+        for turn in turns:
+            turn.close()
+        for server in servers:
+            server.terminate()
+            server.wait()
     return 0
 
 
@@ -157,7 +242,7 @@ def timed_hooks() -> dict[str, list[float]]:
         def timed(step: Any, hook: Any = hook, taken: list[float] = taken, name: str = name) -> None:
             begun = time.perf_counter()
             hook(step)
-            if step.now or step.stores:
+            if step.now if name == "load" else step.stores:
                 taken.append((time.perf_counter() - begun) * 1e3)
 
         setattr(worker, name, timed)
