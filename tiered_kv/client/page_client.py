@@ -19,6 +19,8 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import PackedBlock
 from tiered_kv.protocol.session import Session
 
+ANSWER_WITHIN_S = 0.25
+"""How much longer than its wait for room a store may take, if the node is slow to answer. Then the node counts as silent for a while."""
 STAGED_BYTES_MAX = 32 << 20
 """The memory for blocks that are decoded or read from disk before their pages are filled. At least one block."""
 
@@ -132,7 +134,7 @@ class PageClient(NodeClient):
         try:
             while missing:
                 left_s = max(until_s - self._clock.now_s(), 0.0)
-                with access.pool.session(left_s) as session:
+                with access.pool.session(left_s + ANSWER_WITHIN_S) as session:
                     taken, added = self._write(access, session, chain, missing, pages, blocks, left_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]
