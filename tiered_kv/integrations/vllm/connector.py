@@ -24,8 +24,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def guarded(otherwise: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a hook: an error in it is logged, at most every LOG_EVERY_S, and the hook returns `otherwise`."""
+def guarded(otherwise: R, repair: Callable[..., R] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a hook: an error in it is logged, at most every LOG_EVERY_S, and the hook returns `otherwise`.
+
+    Where the engine would then compute with wrong KV or wait for ever, `repair` is called instead, with the hook's arguments.
+    """
 
     def decorate(hook: Callable[P, R]) -> Callable[P, R]:
         logged_s = float("-inf")
@@ -39,7 +42,7 @@ def guarded(otherwise: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 if time.monotonic() >= logged_s + LOG_EVERY_S:
                     logged_s = time.monotonic()
                     log.exception("tiered_kv: %s failed, and the engine goes on without it", hook.__name__)
-                return otherwise
+                return otherwise if repair is None else repair(*arguments, **options)
 
         return safe
 
@@ -63,7 +66,8 @@ class TieredKV(KVConnectorBase_V1):
         events = getattr(vllm_config, "kv_events_config", None)
         has_events = bool(events and events.enable_kv_cache_events)
         if role is KVConnectorRole.SCHEDULER:
-            in_step = versions.runs_on_cpu() and world == 1
+            is_async = bool(vllm_config.scheduler_config.async_scheduling)  # the next step would use blocks that failed to load
+            in_step = versions.runs_on_cpu() and world == 1 and not is_async
             self._scheduler = Scheduler(vllm_config, self._settings, self._attach, tokens, in_step)
             if has_events:
                 self._scheduler.events = Events(tokens, self._scheduler.is_here, versions.external_hash)
@@ -103,7 +107,7 @@ class TieredKV(KVConnectorBase_V1):
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake() if self._worker is not None else None
 
-    @guarded(None)
+    @guarded(None, repair=lambda self, *_, **__: self._worker.give_up(self._connector_metadata))
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None and isinstance(self._connector_metadata, Step):
             self._worker.load(self._connector_metadata)
@@ -147,11 +151,12 @@ class TieredKV(KVConnectorBase_V1):
         assert self._scheduler is not None
         return self._scheduler.matched(request, num_computed_tokens)
 
-    @guarded(None)
+    @guarded(None, repair=lambda self, request, blocks, tokens: self._scheduler.give_up(request, blocks.get_block_ids()[0], tokens))
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
         self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
+    @guarded({}, repair=lambda *_: {})
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Returns the tokens of a load by vLLM's names of tiers."""
         sources = versions.hit_sources()
@@ -166,7 +171,7 @@ class TieredKV(KVConnectorBase_V1):
         assert self._scheduler is not None
         return self._scheduler.step(self._stores_of(scheduler_output))
 
-    @guarded([])
+    @guarded([], repair=lambda self, _: self._scheduler.distrust())
     def _stores_of(self, scheduler_output: Any) -> list[Blocks]:
         assert self._scheduler is not None
         return self._scheduler.stores_of(scheduler_output)
@@ -176,9 +181,9 @@ class TieredKV(KVConnectorBase_V1):
         assert self._scheduler is not None
         report = getattr(connector_output, "kv_connector_worker_meta", None)
         invalid = connector_output.invalid_block_ids or set()
-        self._scheduler.learned(invalid, report if isinstance(report, Report) else None)
-        if invalid and self._block_pool is not None:
-            self._block_pool.evict_blocks(set(invalid))  # else a request that is aborted now would leave them in vLLM's own cache
+        spoiled = self._scheduler.learned(invalid, report if isinstance(report, Report) else None)
+        if spoiled and self._block_pool is not None:
+            self._block_pool.evict_blocks(spoiled)  # else a request that is aborted now would leave them in vLLM's own cache
 
     @guarded((False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -157,13 +157,14 @@ class Scheduler:
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
         """Take note of a request's blocks, and plan the load that vLLM has accepted."""
-        offer = self._offers.pop(request.request_id, None)
+        offer = self._offers.get(request.request_id)
         count = min(external_tokens // self.block_tokens, len(offer.tiers)) if offer is not None else 0
         tracked = self._requests[request.request_id] = Tracked(request, None, list(blocks))
         if offer is not None and count:  # first of all: a request whose load is lost would wait for ever
             tracked.tiers = dict(Counter(offer.tiers[:count]))
             load = self._blocks(tracked, offer.scope, offer.start, offer.start + count)
             (self._later if offer.waits else self._now).append(load)
+        self._offers.pop(request.request_id, None)
         self._forget_look_up(request)
         tracked.scope = self._scope(request)
         self._counts["bypassed_requests"] += tracked.scope is None
@@ -171,6 +172,15 @@ class Scheduler:
             self._counts["asked_blocks"] += offer.asked
             self._counts["promised_blocks"] += count
             self._client.missed(offer.asked - count)
+
+    def give_up(self, request: Any, blocks: list[int], external_tokens: int) -> None:
+        """Plan a load that fails, unless `allocated` had planned one before it failed: else vLLM would take the blocks for loaded."""
+        offer = self._offers.pop(request.request_id, None)
+        self._requests.pop(request.request_id, None)
+        if offer is not None and external_tokens:
+            lost = blocks[offer.start : offer.start + external_tokens // self.block_tokens]
+            load = Blocks(request.request_id, offer.scope, [], None, offer.start, lost)
+            (self._later if offer.waits else self._now).append(load)
 
     def step(self, stores: list[Blocks]) -> Step:
         """Returns the work of the step that vLLM has scheduled: the planned loads, and these stores."""
@@ -197,6 +207,12 @@ class Scheduler:
                 stores += self._stores(tracked, computed.get(name, 0), tokens)
         return stores
 
+    def distrust(self) -> list[Blocks]:
+        """Store nothing of the present requests any more, because `stores_of` has failed: their blocks are not certain. Returns []."""
+        for tracked in self._requests.values():
+            tracked.scope = None
+        return []
+
     def _stores(self, tracked: Tracked, computed: int, tokens: int) -> list[Blocks]:
         """Returns the blocks of a request that are complete after `tokens` more than the `computed` tokens, and were not offered yet."""
         start = min(tracked.stored, computed // self.block_tokens)
@@ -217,15 +233,26 @@ class Scheduler:
 
     # Results
 
-    def learned(self, invalid_blocks: set[int], report: Report | None) -> None:
-        """Take note of a step's outcome. After a failed load, blocks are offered to the store again once they are computed."""
+    def learned(self, invalid_blocks: set[int], report: Report | None) -> set[int]:
+        """Take note of a step's outcome. Returns the blocks that vLLM must not keep for later requests.
+
+        These are the `invalid_blocks` of failed loads and all that was computed after them. Of several requests that share an invalid
+        block, vLLM lets only the first compute it, which may be aborted before. So all of them compute it here. They are offered to
+        the store again once they are computed.
+        """
         if report is not None:
             self._acknowledged = max(self._acknowledged, report.failed_step)
             if self.events is not None:
                 self.events.stored(report.stored)
-        if invalid_blocks:
-            for tracked in self._requests.values():
-                tracked.stored = 0
+        spoiled = set(invalid_blocks)
+        for tracked in self._requests.values() if invalid_blocks else ():
+            tracked.stored = 0
+            first = next((number for number, block in enumerate(tracked.blocks) if block in invalid_blocks), None)
+            if first is not None:
+                spoiled.update(tracked.blocks[first:])
+                request = tracked.request
+                request.num_computed_tokens = min(request.num_computed_tokens, first * self.block_tokens)
+        return spoiled
 
     def is_here(self, scope: bytes, block_hash: bytes) -> bool:
         """Whether this machine's node has a block of all ranks now. No call."""

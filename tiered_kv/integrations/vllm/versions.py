@@ -15,6 +15,7 @@ HOOKS = {
     "get_handshake_metadata": [],
     "set_xfer_handshake_metadata": ["metadata"],
     "build_connector_worker_meta": [],
+    "bind_gpu_block_pool": ["gpu_block_pool"],
     "get_num_new_matched_tokens": ["request", "num_computed_tokens"],
     "update_state_after_alloc": ["request", "blocks", "num_external_tokens"],
     "build_connector_meta": ["scheduler_output"],

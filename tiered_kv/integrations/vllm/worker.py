@@ -42,6 +42,7 @@ class Worker:
         self._stored: list[bytes] = []
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._waiting: set[str] = set()  # requests whose waiting loads have not ended
         self._finished: set[str] = set()  # requests whose waiting loads have ended
         self._failed_later: set[int] = set()
         self._queue: queue.SimpleQueue[tuple[Blocks, int] | None] = queue.SimpleQueue()
@@ -81,12 +82,25 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._load_waiting, name="tkv-vllm-load", daemon=True)
                 self._thread.start()
+            with self._lock:
+                self._waiting.add(blocks.request)
             self._queue.put((blocks, step.resets))
         for blocks in step.now:
             failed = self._loaded(blocks, may_call=False)
             if failed:
                 self._failed_blocks.update(failed)
                 self._failed_step = step.number
+
+    def give_up(self, step: Step) -> None:
+        """Report the loads of a step as failed, because `load` has failed. Those that the thread has are reported by it."""
+        for blocks in step.now:
+            self._failed_blocks.update(blocks.blocks)
+            self._failed_step = step.number
+        with self._lock:
+            for blocks in step.later:
+                if blocks.request not in self._waiting | self._finished:
+                    self._finished.add(blocks.request)
+                    self._failed_later.update(blocks.blocks)
 
     def store(self, step: Step) -> None:
         """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
@@ -144,6 +158,7 @@ class Worker:
             if resets != self._resets:  # the blocks are of before a reset
                 failed = blocks.blocks
             with self._lock:
+                self._waiting.discard(blocks.request)
                 self._finished.add(blocks.request)
                 self._failed_later.update(failed)
 
