@@ -18,7 +18,7 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tools.demo import report, workload
 from tiered_kv.tools.demo.model import ensure_default_model
-from tiered_kv.tools.demo.vllm_server import VllmServer, check_installed, transfer_config
+from tiered_kv.tools.demo.vllm_server import VllmServer, check_installed, stop, transfer_config
 
 if TYPE_CHECKING:
     from tiered_kv.tools.demo.run import DemoOptions
@@ -74,12 +74,12 @@ def _started(
 ) -> list[VllmServer]:
     """Start the servers, each on the next node of the cluster in turn."""
     name, nodes = cluster
-    servers = []
+    servers: list[VllmServer] = []
+    stack.callback(stop, servers)
     for number in range(options.replicas):
         transfer = transfer_config(name, node=nodes[number % len(nodes)])
         more = ["--dtype", options.dtype, "--max-model-len", str(longest_tokens)]
         server = VllmServer(chr(ord("A") + number % 26), model, transfer, logs, more, options.replicas)
-        stack.callback(server.stop)
         servers.append(server)
     return servers
 

@@ -20,7 +20,7 @@ from tiered_kv.errors import Kind, TieredKVError
 HOST = "127.0.0.1"
 START_WITHIN_S = 900.0
 ANSWER_WITHIN_S = 900.0
-STOP_WITHIN_S = 20.0
+STOP_WITHIN_S = 10.0
 LOG_LINES_SHOWN = 15
 CPU_KV_GIB = "1"
 """vLLM's own KV cache of one server on a CPU. On a GPU the servers share `GPU_SHARE` of its memory."""
@@ -136,14 +136,10 @@ class VllmServer:
             return "\n".join([*errors[-3:], *written[-lines:]])
         return "(no log)"
 
-    def stop(self) -> None:
-        """End the server and all its processes."""
-        for number, wait_s in ((signal.SIGTERM, STOP_WITHIN_S), (signal.SIGKILL, STOP_WITHIN_S)):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(wait_s)
-        # The group may have members left after its leader: they were sent SIGKILL above.
+    def signal(self, number: int) -> None:
+        """Send a signal to all processes of the server. After SIGKILL to the first one, the others may still be there."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def _is_ready(self) -> bool:
         with suppress(OSError, http.client.HTTPException, TieredKVError):
@@ -178,6 +174,19 @@ class VllmServer:
                     yield json.loads(data)
         finally:
             connection.close()
+
+
+def stop(servers: Sequence[VllmServer]) -> None:
+    """End servers with all their processes: SIGTERM to all of them, and SIGKILL to what is left after STOP_WITHIN_S."""
+    for server in servers:
+        server.signal(signal.SIGTERM)
+    deadline_s = time.monotonic() + STOP_WITHIN_S
+    for server in servers:
+        with suppress(subprocess.TimeoutExpired):
+            server.process.wait(max(deadline_s - time.monotonic(), 0.0))
+    for server in servers:
+        server.signal(signal.SIGKILL)
+        server.process.wait()
 
 
 def _environment() -> Mapping[str, str]:
