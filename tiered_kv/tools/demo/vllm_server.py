@@ -191,7 +191,7 @@ def stop(servers: Sequence[VllmServer]) -> None:
 
 def _environment() -> Mapping[str, str]:
     """Returns the environment of a server: this process's, with defaults for a small machine."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": CPU_KV_GIB}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": CPU_KV_GIB, "VLLM_HOST_IP": HOST}
     return {**defaults, **os.environ}
 
 
