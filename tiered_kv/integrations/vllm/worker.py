@@ -62,9 +62,9 @@ class Worker:
         self._root = self.namespace.root(self.layout)
         self._client = self._attach(self.layout, self.namespace)
         log.info(
-            "tiered_kv shares blocks of %d tokens and %.2f MiB of %s under the root %s (identity read in %.2f s)",
+            "tiered_kv shares blocks of %d tokens and %d bytes of %s under the root %s (identity read in %.2f s)",
             tokens,
-            self.layout.block_bytes / 2**20,
+            self.layout.block_bytes,
             self.layout.description,
             self._root.hex()[:12],
             time.monotonic() - begun_s,
