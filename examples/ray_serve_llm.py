@@ -29,6 +29,8 @@ from tiered_kv.tools.demo.model import ensure_default_model
 
 PORT = 18000
 ANSWER_WITHIN_S = 600
+SMALL = {"num_cpus": 0.1}
+"""For the actors beside the engines. With the default of one CPU each, Serve would wait for ever on a machine of two cores."""
 TOPICS = ["lighthouse", "ferry", "mill", "orchard"]
 SENTENCE = "On day {day} the keeper of the {topic} wrote down the weather, the wind first and then the height of the water. "
 DAYS = 55  # about 1,400 tokens
@@ -53,7 +55,7 @@ def app_of(model: str, router: type) -> serve.Application:
             "autoscaling_config": None,
             "num_replicas": 2,
             "request_router_config": RequestRouterConfig(request_router_class=router),
-            "ray_actor_options": {"num_cpus": 0.1},  # beside the bundle below; the default of 1 would not fit on two cores
+            "ray_actor_options": SMALL,  # beside the bundle below
         },
         accelerator_config={"kind": "gpu" if has_gpu else "cpu"},
         placement_group_config={"bundles": [{"CPU": 0.5, "GPU": 1} if has_gpu else {"CPU": 0.5}]},
@@ -64,7 +66,8 @@ def app_of(model: str, router: type) -> serve.Application:
         },
         runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONHASHSEED": "0", **seen_by_replicas()}},
     )
-    return build_openai_app({"llm_configs": [config], "ingress_deployment_config": {"num_replicas": 1, "autoscaling_config": None}})
+    ingress = {"num_replicas": 1, "autoscaling_config": None, "ray_actor_options": SMALL}
+    return build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})
 
 
 def seen_by_replicas() -> dict[str, str]:

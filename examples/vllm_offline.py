@@ -22,7 +22,9 @@ def main() -> None:
     llm = LLM(model, max_model_len=2048, enforce_eager=True, kv_transfer_config=CONNECTOR)
     for question in QUESTIONS:
         begun_s = time.perf_counter()
-        [output] = llm.generate([f"{DOCUMENT}\n{question}"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        [output] = llm.generate(
+            [f"{DOCUMENT}\nQuestion: {question}\nAnswer:"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False
+        )
         seconds = time.perf_counter() - begun_s
         print(f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} prompt tokens were not computed; {seconds:.2f} s in all")
         print(f"  {output.outputs[0].text.strip()}")

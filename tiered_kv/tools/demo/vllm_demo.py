@@ -159,6 +159,8 @@ def _ask(
         }
         requests.append({"document": question.title, "question": question.question, "prompt_ids": ids, **record})
         by_tier = ", ".join(f"{tokens} from {tier}" for tier, tokens in record["reused_tokens_by_tier"].items()) or "nothing reused"
+        if record["unanswered_lookups"]:
+            by_tier += " (the other nodes did not answer within ask_nodes_ms)"
         line = f"question {number + 1} of {len(asked)} ({question.title}) to {server.name}: {by_tier}"
         console.print(f"{line}, first token after {answer.ttft_s:.2f} s (cold {cold.ttft_s:.2f} s)", highlight=False)
     return requests
@@ -191,6 +193,7 @@ def _record(replica: str, ids: Sequence[int], answer: Any, counts: dict[str, flo
         "fetch_s": counts.get("tiered_kv_load_seconds", 0.0),
         "store_s": counts.get("tiered_kv_store_seconds", 0.0),
         "stored_blocks": {"new": new, "refused": int(counts.get("tiered_kv_refused_blocks", 0))},
+        "unanswered_lookups": int(counts.get("tiered_kv_unanswered_lookups", 0)),
         "failed_blocks": int(counts.get("tiered_kv_failed_blocks", 0)),
         "output_ids": answer.token_ids,
     }
