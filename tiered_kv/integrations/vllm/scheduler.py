@@ -66,7 +66,9 @@ class Scheduler:
         self._offers: dict[str, Offer] = {}
         self._known_keys: dict[str, tuple[tuple[bytes, int, int], list[list[BlockKey]]]] = {}
         self._requests: dict[str, Tracked] = {}
-        self._adapters: dict[int, str | None] = {}
+        self._failed: set[str] = set()  # requests of which a load has failed
+        self._old: set[str] = set()  # requests that had blocks when the cache was reset
+        self._adapters: dict[int, tuple[str, str | None]] = {}  # by id: the path and the digest of its first use
         self._now: list[Blocks] = []
         self._later: list[Blocks] = []
         self._counts: Counter[str] = Counter()
@@ -99,8 +101,8 @@ class Scheduler:
         """
         self._offers.pop(request.request_id, None)
         scope = self._scope(request)
-        if self._client is None or scope is None or not self._can_load:
-            return 0, False
+        if self._client is None or scope is None or not self._can_load or request.request_id in self._failed:
+            return 0, False  # after a failed load, the same blocks might fail over and over, and the request never run
         start = computed_tokens // self.block_tokens
         end = min((request.num_tokens - 1) // self.block_tokens, len(request.block_hashes))
         if computed_tokens % self.block_tokens or end <= start:
@@ -131,6 +133,8 @@ class Scheduler:
 
     def _scope(self, request: Any) -> bytes | None:
         """Returns what must be equal for this request besides the namespace; None if it must not be cached."""
+        if request.request_id in self._old:
+            return None
         adapter = ""
         if request.lora_request is not None:
             found = self._adapter(request.lora_request)
@@ -142,16 +146,26 @@ class Scheduler:
         return blake2b(f"{self._epoch} {adapter}".encode(), digest_size=16).digest()
 
     def _adapter(self, lora: Any) -> str | None:
-        """Returns the digest of an adapter's files at its first use; None if they cannot be read, or may be replaced while in use."""
+        """Returns the digest of an adapter's files; None if they cannot be read, or are others than at the first use of its id.
+
+        vLLM reads them when it likes: at the first use, and again after it has dropped them from its memory.
+        """
         if getattr(lora, "load_inplace", False):
             return None
-        if lora.lora_int_id not in self._adapters:
-            try:
-                self._adapters[lora.lora_int_id] = adapter_file_digest(lora.lora_path)
-            except TieredKVError as error:
+        path, digest = self._adapters.setdefault(lora.lora_int_id, (lora.lora_path, self._adapter_digest(lora)))
+        if digest is not None and (lora.lora_path != path or self._adapter_digest(lora) != digest):
+            log.warning("tiered_kv: requests with the adapter %s are not cached: its files have changed", lora.lora_name)
+            self._adapters[lora.lora_int_id] = path, None
+            return None
+        return digest
+
+    def _adapter_digest(self, lora: Any) -> str | None:
+        try:
+            return adapter_file_digest(lora.lora_path)
+        except TieredKVError as error:
+            if lora.lora_int_id not in self._adapters:
                 log.warning("tiered_kv: requests with the adapter %s are not cached: %s", lora.lora_name, error)
-                self._adapters[lora.lora_int_id] = None
-        return self._adapters[lora.lora_int_id]
+            return None
 
     # Plans
 
@@ -251,6 +265,7 @@ class Scheduler:
             if first is not None:
                 spoiled.update(tracked.blocks[first:])
                 request = tracked.request
+                self._failed.add(request.request_id)
                 request.num_computed_tokens = min(request.num_computed_tokens, first * self.block_tokens)
         return spoiled
 
@@ -267,6 +282,8 @@ class Scheduler:
     def finished(self, request: Any) -> None:
         """Forget a request."""
         self._requests.pop(request.request_id, None)
+        self._old.discard(request.request_id)
+        self._failed.discard(request.request_id)
         self._offers.pop(request.request_id, None)
         self._forget_look_up(request)
 
@@ -281,6 +298,7 @@ class Scheduler:
         self._epoch = secrets.randbits(63)
         self._resets += 1
         self._offers.clear()
+        self._old.update(self._requests)
         for tracked in self._requests.values():
             tracked.scope = None  # its blocks may be of the old weights
 
