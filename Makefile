@@ -14,7 +14,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PINS := constraints-vllm.txt $(if $(filter-out 0.32.0,$(VLLM_VERSION)),constraints-vllm-$(VLLM_VERSION).txt)
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo test test-vllm fuzz hostile check sim bench docs clean
+.PHONY: help demo demo-vllm test test-vllm fuzz hostile check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## two replicas share the prefixes of long documents on a local cluster; DEMO_ARGS="--dtype bfloat16"
 	$(BIN)/tiered-kv demo $(DEMO_ARGS)
+
+demo-vllm: .venv-vllm/.installed  ## two OpenAI servers of vLLM share them; DEMO_ARGS="--nodes 2"
+	.venv-vllm/bin/python -m tiered_kv.cluster.commands.cli demo --engine vllm $(DEMO_ARGS)
 
 test: $(STAMP)  ## all tests, two processes side by side; with TEST_ARGS="-k name" one process, which starts sooner
 	$(BIN)/python -m pytest $(or $(TEST_ARGS),-n 2 --dist loadfile)

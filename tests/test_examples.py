@@ -10,7 +10,9 @@ import pytest
 
 from tests.sources import ROOT
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+IN_VLLMS_ENVIRONMENT = ("vllm_offline.py", "ray_serve_llm.py")
+"""Examples that need vLLM: tests/vllm runs the first, and docs/vllm.md says how the second was run."""
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name not in IN_VLLMS_ENVIRONMENT)
 WITHIN_S = 300
 
 

@@ -186,7 +186,8 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--prompts", metavar="FILE", help='JSON lines {"document": …, "question": …} (default: four built-in documents)')
     command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the model (default: float32)")
     command.add_argument("--replicas", type=int, default=2, help="model replicas, each in its own process (default: 2)")
-    command.add_argument("--nodes", type=int, default=2, help="cache nodes, each on its own Ray node (default: 2)")
+    command.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what computes (default: transformers)")
+    command.add_argument("--nodes", type=int, help="cache nodes, each on its own Ray node (default: 2; with vllm 1)")
     command.add_argument("--new-tokens", type=int, default=16, help="tokens to generate for each question (default: 16)")
     command.add_argument("--questions", type=int, default=4, help="questions for each built-in document, at most 5 (default: 4)")
     _add_settings(command)
@@ -195,17 +196,19 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.tools.demo.run import DemoOptions, run_demo
+    from tiered_kv.tools.demo.vllm_demo import run_vllm_demo
 
+    is_vllm = options.engine == "vllm"
     demo = DemoOptions(
         model=options.model,
         prompts=options.prompts,
         dtype=options.dtype,
         replicas=options.replicas,
-        nodes=options.nodes,
+        nodes=options.nodes if options.nodes is not None else (1 if is_vllm else 2),
         new_tokens=options.new_tokens,
         questions=options.questions,
     )
-    result = run_demo(demo, _config(options), console)
+    result = (run_vllm_demo if is_vllm else run_demo)(demo, _config(options), console)
     if options.json == "-":
         print(json.dumps(result))
     elif options.json:

@@ -19,6 +19,8 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import PackedBlock
 from tiered_kv.protocol.session import Session
 
+ANSWER_WITHIN_S = 0.25
+"""How much longer than its wait for room a store may take, if the node is slow to answer. Then the node counts as silent for a while."""
 STAGED_BYTES_MAX = 32 << 20
 """The memory for blocks that are decoded or read from disk before their pages are filled. At least one block."""
 
@@ -57,11 +59,8 @@ class PageClient(NodeClient):
 
     @while_open
     def look(self, keys: Sequence[BlockKey]) -> Look:
-        """Returns where the leading keys that this node has are. No call; about 0.7 µs a block.
-
-        As any use of the client, it has a lost node looked for. A client that only looks would not find the next node otherwise.
-        """
-        found = self._holder.take().source.find(keys)
+        """Returns where the leading keys that this node has are. No call; about 0.7 µs a block."""
+        found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
 
@@ -135,7 +134,7 @@ class PageClient(NodeClient):
         try:
             while missing:
                 left_s = max(until_s - self._clock.now_s(), 0.0)
-                with access.pool.session(left_s) as session:
+                with access.pool.session(left_s + ANSWER_WITHIN_S) as session:
                     taken, added = self._write(access, session, chain, missing, pages, blocks, left_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]

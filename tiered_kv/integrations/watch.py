@@ -41,7 +41,7 @@ class _ByIdentity(TorchFunctionMode):
 class Watch:
     """The state of a model when this object is created. `holds` compares it with the model's current state.
 
-    All loops of the comparison are C functions over prepared lists: about 0.1 ms for a model of 300 tensors in 430 modules.
+    All loops of the comparison are C functions over prepared lists: about 0.15 ms for a model of 300 tensors in 430 modules.
     Keeps modules and tensors that are removed from the model alive until another watch replaces this one. Does not keep the old
     memory of tensors that get new memory.
     """

@@ -264,6 +264,7 @@ class TestProcess:
             assert client.has_node
             assert assert_loaded(client, engine, chain, [4, 5, 6]).blocks == 3
 
+<<<<<<< HEAD
     def test_a_client_that_only_looks_finds_the_node_as_well(self, checked, engine):
         with NodeProcess() as node:
             here: list[object] = []
@@ -274,6 +275,20 @@ class TestProcess:
             assert looking.look(chain.keys).tiers == []
             here.append(True)
             until(lambda: looking.look(chain.keys).tiers == ["host"] * 3, "the node is found", 10.0)
+=======
+    def test_a_client_that_only_looks_up_finds_the_next_node(self, checked, engine):
+        """The scheduler of an engine does nothing else."""
+        chain, nodes = chain_of("a", 3), list[NodeProcess]()
+        with NodeProcess() as first:
+            nodes.append(first)
+            client = checked(page_client_of(lambda: nodes[-1].info, LAYOUT, NAMESPACE))
+            assert client.look(chain.keys).tiers == []
+        with NodeProcess() as second:
+            nodes.append(second)
+            writer = checked(page_client_of(lambda: second.info, LAYOUT, NAMESPACE))
+            stored(writer, engine, chain, [0, 1, 2])
+            until(lambda: len(client.look(chain.keys).tiers) == 3, "the next node is found", 10.0)
+>>>>>>> main
 
     def test_reads_go_on_while_the_node_is_dead_and_stores_after_its_restart(self, checked, engine):
         with NodeProcess() as node:

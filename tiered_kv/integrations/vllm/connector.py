@@ -169,7 +169,9 @@ class TieredKV(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         assert self._scheduler is not None
-        return self._scheduler.step(self._stores_of(scheduler_output))
+        step = self._scheduler.step(self._stores_of(scheduler_output))
+        step.prefill_tokens = sum(count for count in scheduler_output.num_scheduled_tokens.values() if count > 1)
+        return step
 
     @guarded([], repair=lambda self, _: self._scheduler.distrust())
     def _stores_of(self, scheduler_output: Any) -> list[Blocks]:

@@ -64,6 +64,7 @@ class Step(KVConnectorMetadata):
 
     `now`: loads that the step's forward pass needs. `later`: loads during which their requests wait. `acknowledged`: the number of the
     last step with a failed load that the scheduler knows of. `resets`: how often the cache was reset; loads from before are not valid.
+    `prefill_tokens`: the tokens of prompts that the step computes.
     """
 
     number: int = 0
@@ -72,6 +73,7 @@ class Step(KVConnectorMetadata):
     stores: list[Blocks] = field(default_factory=list)
     acknowledged: int = 0
     resets: int = 0
+    prefill_tokens: int = 0
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
 from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
 from tiered_kv.integrations.vllm.pages import pages_in
 from tiered_kv.integrations.vllm.settings import Settings, log
-from tiered_kv.integrations.vllm.versions import replicas_of
+from tiered_kv.integrations.vllm.versions import replicas_of, runs_on_cpu
 
 
 class Worker:
@@ -36,6 +36,8 @@ class Worker:
         self._rank, self._world = rank // replicas, world // replicas
         self._is_writer = rank % replicas == 0  # of ranks with identical KV, the first one stores it
         self._client: PageClient | None = None
+        self._computes_in_step = runs_on_cpu()  # on a GPU, the forward pass goes on after it was started
+        self._computing_since_s = 0.0
         self._failed_blocks: set[int] = set()
         self._failed_step = 0  # the last step whose own loads failed
         self._resets = 0
@@ -62,9 +64,9 @@ class Worker:
         self._root = self.namespace.root(self.layout)
         self._client = self._attach(self.layout, self.namespace)
         log.info(
-            "tiered_kv shares blocks of %d tokens and %.2f MiB of %s under the root %s (identity read in %.2f s)",
+            "tiered_kv shares blocks of %d tokens and %d bytes of %s under the root %s (identity read in %.2f s)",
             tokens,
-            self.layout.block_bytes / 2**20,
+            self.layout.block_bytes,
             self.layout.description,
             self._root.hex()[:12],
             time.monotonic() - begun_s,
@@ -91,6 +93,8 @@ class Worker:
                 self._failed_blocks.update(failed)
                 self._failed_step = step.number
 
+        self._computing_since_s = time.perf_counter()
+
     def give_up(self, step: Step) -> None:
         """Report the loads of a step as failed, because `load` has failed. Those that the thread has are reported by it."""
         for blocks in step.now:
@@ -104,6 +108,8 @@ class Worker:
 
     def store(self, step: Step) -> None:
         """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
+        if self._client is not None and self._computes_in_step:
+            self._client.note_prefill(step.prefill_tokens, time.perf_counter() - self._computing_since_s)
         if self._client is None or not self._is_writer or not step.stores or step.acknowledged < self._failed_step:
             return
         begun_s, wait_s = time.perf_counter(), self._settings.store_wait_ms / 1000

@@ -45,10 +45,10 @@ def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster
         "block_bytes": about["block_bytes"],
         "requests": requests,
         "replicas": [_of_replica(name, requests, about) for name in sorted({request["replica"] for request in requests})],
-        "cold_ttft_s": _median([request["ttft_s"] for request in cold]),
-        "warm_ttft_s": _median([request["ttft_s"] for request in warm]),
-        "warm_in_process_ttft_s": _median([request["in_process_ttft_s"] for request in warm]),
-        "warm_vs_in_process": _median([request["ttft_s"] / request["in_process_ttft_s"] for request in warm]),
+        "cold_ttft_s": median([request["ttft_s"] for request in cold]),
+        "warm_ttft_s": median([request["ttft_s"] for request in warm]),
+        "warm_in_process_ttft_s": median([request["in_process_ttft_s"] for request in warm]),
+        "warm_vs_in_process": median([request["ttft_s"] / request["in_process_ttft_s"] for request in warm]),
         "warm_vs_in_process_by_tier": _by_tier(warm),
         "prompt_tokens": prompt_tokens,
         "reused_tokens": reused_tokens,
@@ -87,7 +87,8 @@ def _by_tier(warm: list[dict]) -> dict[str, float]:
     return {tier: statistics.median(values) for tier, values in ratios.items()}
 
 
-def _median(values: list[float]) -> float | None:
+def median(values: list[float]) -> float | None:
+    """Returns the median, or None of no values."""
     return statistics.median(values) if values else None
 
 
@@ -112,7 +113,7 @@ def show(result: dict, console: Console) -> None:
         console.print(said, highlight=False)
     for request in result["requests"]:
         if not request["equal"]:
-            console.print(f"{request['document']}: {_difference(request)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{request['document']}: {difference(request)}", highlight=False, markup=False, soft_wrap=True)
     if coded := coded_blocks(result["cluster"]):
         console.print(f"blocks by codec: {coded}", highlight=False, soft_wrap=True)
     color = "green" if result["all_equal"] else "yellow" if result["passed"] else "bold red"
@@ -124,7 +125,7 @@ def show(result: dict, console: Console) -> None:
     )
 
 
-def _difference(request: dict) -> str:
+def difference(request: dict) -> str:
     """Returns a text that says at which token an output differs from the reference, with both outputs."""
     pairs = zip(request["output_ids"], request["reference_ids"], strict=False)
     at = next(

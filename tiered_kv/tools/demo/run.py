@@ -49,7 +49,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     """
     asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
     model = options.model or str(ensure_default_model(console.print))
-    prompts, tokenizer = _prompts(model, asked, options.new_tokens)
+    prompts, tokenizer = prompts_of(model, asked, options.new_tokens)
     name = f"demo-{os.getpid()}"
     with ExitStack() as stack:
         start.up(config, name=name, nodes=options.nodes, say=console.print)
@@ -65,7 +65,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     return result
 
 
-def _prompts(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
+def prompts_of(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
     """Returns the token ids of each question's prompt, and the tokenizer.
 
     Raises (kind `config`) if one is empty or too long.
