@@ -7,6 +7,7 @@ KV tensor is zeroed, so the KV can only come from the cache.
 import gc
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,14 +149,13 @@ class Engine:
         """Run one step. Returns the outputs of requests that have ended."""
         return [output for output in self.llm.llm_engine.step() if output.finished]
 
-    def finish(self, steps_max: int = 2000) -> dict[str, Answer]:
+    def finish(self, within_s: float = 120.0) -> dict[str, Answer]:
         """Run all added requests to their end. Returns their answers by name."""
-        answers, engine = {}, self.llm.llm_engine
-        for _ in range(steps_max):
-            if not engine.has_unfinished_requests():
-                return answers
+        answers, deadline_s = {}, time.monotonic() + within_s
+        while self.llm.llm_engine.has_unfinished_requests():
+            assert time.monotonic() < deadline_s, f"not finished within {within_s} s"
             answers |= {output.request_id: _answer(output) for output in self.step()}
-        raise AssertionError(f"not finished after {steps_max} steps")
+        return answers
 
     def abort(self, name: str) -> None:
         self.llm.llm_engine.abort_request([name])

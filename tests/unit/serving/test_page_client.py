@@ -264,18 +264,6 @@ class TestProcess:
             assert client.has_node
             assert assert_loaded(client, engine, chain, [4, 5, 6]).blocks == 3
 
-<<<<<<< HEAD
-    def test_a_client_that_only_looks_finds_the_node_as_well(self, checked, engine):
-        with NodeProcess() as node:
-            here: list[object] = []
-            looking = checked(page_client_of(lambda: node.info if here else None, LAYOUT, NAMESPACE))
-            storing = checked(page_client_of(lambda: node.info, LAYOUT, NAMESPACE))
-            chain = chain_of("a", 3)
-            stored(storing, engine, chain, [0, 1, 2])
-            assert looking.look(chain.keys).tiers == []
-            here.append(True)
-            until(lambda: looking.look(chain.keys).tiers == ["host"] * 3, "the node is found", 10.0)
-=======
     def test_a_client_that_only_looks_up_finds_the_next_node(self, checked, engine):
         """The scheduler of an engine does nothing else."""
         chain, nodes = chain_of("a", 3), list[NodeProcess]()
@@ -288,7 +276,6 @@ class TestProcess:
             writer = checked(page_client_of(lambda: second.info, LAYOUT, NAMESPACE))
             stored(writer, engine, chain, [0, 1, 2])
             until(lambda: len(client.look(chain.keys).tiers) == 3, "the next node is found", 10.0)
->>>>>>> main
 
     def test_reads_go_on_while_the_node_is_dead_and_stores_after_its_restart(self, checked, engine):
         with NodeProcess() as node:
