@@ -1,15 +1,17 @@
 """Copies between an engine's KV pages and blocks in the arena: many pieces in one call, without the interpreter's lock.
 
 An engine keeps the KV of one of its blocks as one page in each of several arrays, such as an array a layer. A block of the cache is
-these pages one after the other. In Python, a loop of 330 copies beside a busy thread waits for the interpreter's lock 330 times.
-So on the CPU all copies are one system call, `process_vm_readv` of this process itself (docs/design/027). Where the system forbids
-that call, each page is one `memmove`. Pages on an accelerator are gathered there first, and cross the bus as one tensor a block.
+these pages one after the other. On the CPU each page is one `memmove`, which is fastest as long as no other thread wants the interpreter's
+lock. Beside a busy thread, 330 copies wait for the lock 330 times. So as soon as that is felt, all other copies are one system call,
+`process_vm_readv` of this process itself (docs/design/027). Pages on an accelerator are gathered there first, and cross the bus as one
+tensor a block.
 """
 
 import ctypes
 import errno
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PIECES_MAX = 1024
 """The most pieces that the kernel takes in one call (IOV_MAX)."""
+PATIENCE_S = 0.001
+SLOW_BYTES_PER_S = 2 << 30
+"""Copies one by one may take PATIENCE_S, and the time of a copy at this rate."""
 BYTES_MAX = 1 << 30
 """The kernel copies at most 2 GiB in one call."""
 
@@ -152,15 +157,27 @@ def copy_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> 
     The interpreter's lock is free meanwhile. The caller answers for the addresses. Raises (kind `memory`) if memory has gone.
     """
     global _is_refused
-    first, ends = 0, np.cumsum(sizes)
+    first, ends = 0 if _is_refused else _copied_alone(targets, sources, sizes), np.cumsum(sizes)
     while first < len(sizes):
         done = int(ends[first - 1]) if first else 0
         last = min(first + PIECES_MAX, int(np.searchsorted(ends, done + BYTES_MAX, "right")))
         last = max(last, first + 1)
         if _is_refused or not _copied(targets[first:last], sources[first:last], sizes[first:last]):
             _is_refused = True
-            _copy_each(targets[first:last], sources[first:last], sizes[first:last])
+            for target, source, nbytes in zip(*(each[first:last].tolist() for each in (targets, sources, sizes)), strict=True):
+                ctypes.memmove(target, source, nbytes)
         first = last
+
+
+def _copied_alone(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> int:
+    """Copy piece by piece until that takes too long, because another thread holds the lock. Returns how many pieces were copied."""
+    until_s = time.perf_counter() + PATIENCE_S
+    for number, (target, source, nbytes) in enumerate(zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True)):
+        ctypes.memmove(target, source, nbytes)
+        until_s += nbytes / SLOW_BYTES_PER_S
+        if time.perf_counter() > until_s:
+            return number + 1
+    return len(sizes)
 
 
 def _copied(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> bool:
@@ -176,8 +193,3 @@ def _copied(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> bool
         raise TieredKVError(Kind.MEMORY, f"pages: only {max(copied, 0)} of {nbytes} bytes could be copied; mapped memory has gone")
     log.warning("copies of KV pages are made one by one, because process_vm_readv is refused (%s)", os.strerror(number))
     return False
-
-
-def _copy_each(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
-    for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
-        ctypes.memmove(target, source, nbytes)

@@ -1,5 +1,6 @@
 """Copies between an engine's pages and memory: the system call, its fallback and torch's way give the same bytes."""
 
+import itertools
 import random
 import threading
 
@@ -24,9 +25,16 @@ def way(name: str, held: list[torch.Tensor]) -> Pages:
     return DevicePages(held) if name == "torch" else HostPages(held)
 
 
-@pytest.fixture(params=["call", "one by one", "torch"])
+def use(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Have all pieces copied in one call, one by one because the call is refused, or as it is usual."""
+    patch.setattr(page_copy, "_is_refused", name == "one by one")
+    if name == "call":
+        patch.setattr(page_copy, "_copied_alone", lambda *_: 0)
+
+
+@pytest.fixture(params=["usual", "call", "one by one", "torch"])
 def name(request, monkeypatch) -> str:
-    monkeypatch.setattr(page_copy, "_is_refused", request.param == "one by one")
+    use(monkeypatch, request.param)
     return request.param
 
 
@@ -66,7 +74,7 @@ def test_the_three_ways_give_equal_bytes(data):
     memories = []
     for each in ("call", "one by one", "torch"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(page_copy, "_is_refused", each == "one by one")
+            use(patch, each)
             memory = torch.zeros(2 * len(blocks) * nbytes, dtype=torch.uint8)
             way(each, held).gather(memory, offsets, blocks)
             back = [torch.zeros_like(array) for array in held]
@@ -77,7 +85,8 @@ def test_the_three_ways_give_equal_bytes(data):
     assert torch.equal(memories[0], memories[2])
 
 
-def test_more_pieces_than_one_call_takes():
+def test_more_pieces_than_one_call_takes(monkeypatch):
+    use(monkeypatch, "call")
     held = arrays([16] * 7, 500)
     memory = torch.zeros(500 * 112, dtype=torch.uint8)
     blocks = list(range(499, -1, -1))
@@ -86,6 +95,7 @@ def test_more_pieces_than_one_call_takes():
 
 
 def test_more_bytes_than_one_call_may_copy(monkeypatch):
+    use(monkeypatch, "call")
     monkeypatch.setattr(page_copy, "BYTES_MAX", 100)  # pieces of 64 and of 128 bytes
     held = arrays([64, 128], 3)
     memory = torch.zeros(576, dtype=torch.uint8)
@@ -94,11 +104,12 @@ def test_more_bytes_than_one_call_may_copy(monkeypatch):
 
 
 def test_a_refused_call_is_logged_once_and_replaced(monkeypatch, caplog):
+    use(monkeypatch, "call")
+
     def refused(*_: object) -> int:
         page_copy.ctypes.set_errno(page_copy.errno.EPERM)
         return -1
 
-    monkeypatch.setattr(page_copy, "_is_refused", False)
     monkeypatch.setattr(page_copy, "_readv", refused)
     held = arrays([64], 2)
     for _ in range(2):
@@ -109,12 +120,26 @@ def test_a_refused_call_is_logged_once_and_replaced(monkeypatch, caplog):
 
 
 def test_memory_that_has_gone_is_an_error_and_no_crash(monkeypatch):
-    monkeypatch.setattr(page_copy, "_is_refused", False)
+    """In the call: `memmove` would end the process."""
+    use(monkeypatch, "call")
     target = np.zeros(64, np.uint8)
     with pytest.raises(TieredKVError, match="only 0 of 64 bytes") as caught:
         copy_pieces(np.array([target.ctypes.data], np.uint64), np.array([4096], np.uint64), np.array([64], np.uint64))
     assert caught.value.kind is Kind.MEMORY
     assert not page_copy._is_refused
+
+
+def test_the_rest_is_one_call_once_copies_one_by_one_take_too_long(monkeypatch):
+    calls: list[int] = []
+    copied = page_copy._copied
+    monkeypatch.setattr(page_copy, "_is_refused", False)
+    monkeypatch.setattr(page_copy, "_copied", lambda *pieces: calls.append(len(pieces[0])) or copied(*pieces))
+    clock = itertools.count()
+    monkeypatch.setattr(page_copy.time, "perf_counter", lambda: next(clock) * page_copy.PATIENCE_S / 2)
+    held, memory = arrays([64] * 10, 3), torch.zeros(1920, dtype=torch.uint8)
+    HostPages(held).gather(memory, [0, 640, 1280], [0, 1, 2])
+    assert calls == [27]  # 3 of 30 pieces took as long as they may
+    assert torch.equal(memory.view(3, 640), torch.cat(held, 1))
 
 
 @pytest.mark.parametrize(
