@@ -103,6 +103,8 @@ class Scheduler:
         scope = self._scope(request)
         if self._client is None or scope is None or not self._can_load or request.request_id in self._failed:
             return 0, False  # after a failed load, the same blocks might fail over and over, and the request never run
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False  # it needs the log-probabilities of its prompt, and vLLM 0.29 loads nevertheless
         start = computed_tokens // self.block_tokens
         end = min((request.num_tokens - 1) // self.block_tokens, len(request.block_hashes))
         if computed_tokens % self.block_tokens or end <= start:
