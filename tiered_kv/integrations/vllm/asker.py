@@ -54,7 +54,7 @@ class Asker:
         if len(self._held_until_s) >= ANSWERS_MAX:
             self._held_until_s = {key: until_s for key, until_s in self._held_until_s.items() if until_s > now_s}
         for key in keys:
-            if seconds and self._held_until_s.get(key, 0.0) < now_s + seconds / 2:
+            if seconds and self._queue.qsize() < ANSWERS_MAX and self._held_until_s.get(key, 0.0) < now_s + seconds / 2:
                 self._held_until_s[key] = now_s + seconds
                 self._submit(lambda key=key: self.client and self.client.hold(key, seconds))  # type: ignore[misc]
 

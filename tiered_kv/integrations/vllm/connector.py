@@ -81,7 +81,7 @@ class TieredKV(KVConnectorBase_V1):
 
         name, node = self._settings.cluster, self._settings.node or None
         client = attach_pages(namespace, layout, name=name, node_id=node)
-        if not client.has_node:
+        if not client.has_node and self._scheduler is not None:  # else each worker would say it too
             log.warning(
                 "tiered_kv: no cluster %r runs on this machine now. The engine works without it, and uses it as soon as there is one"
                 " (tiered-kv up --name %s)",
