@@ -1,5 +1,6 @@
 """The two sides of the connector with requests, outputs and clients that the tests made: each rule for itself, without an engine."""
 
+import threading
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +369,24 @@ def test_a_reset_fails_loads_of_before(worker, client):
     worker.load(Step(2, [], [blocks_of("new", [4])], resets=1))
     ended: set[str] = set()
     until(lambda: ended.update(worker.finished()) or ended == {"old", "new"}, "both have ended", 5.0)
+    assert worker.failed() == {3}
+
+
+def test_a_reset_fails_the_load_that_is_under_way(worker, client):
+    begun, go_on, load = threading.Event(), threading.Event(), client.load
+
+    def slow(*arguments: Any, **options: Any) -> Loaded:
+        begun.set()
+        assert go_on.wait(5.0)
+        return load(*arguments, **options)
+
+    client.load = slow
+    worker.load(Step(1, [], [blocks_of("old", [3])]))
+    assert begun.wait(5.0)
+    worker.load(Step(2, resets=1))
+    go_on.set()
+    ended: set[str] = set()
+    until(lambda: ended.update(worker.finished()) or ended == {"old"}, "the load has ended", 5.0)
     assert worker.failed() == {3}
 
 
