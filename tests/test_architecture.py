@@ -122,6 +122,7 @@ BOUNDARIES = {
     "tiered_kv/integrations/transformers.py CachedModel._store",
     "tiered_kv/integrations/transformers.py CachedModel.keep",
     "tiered_kv/integrations/transformers.py CachedModel.ready",
+    "tiered_kv/integrations/vllm/connector.py TieredKV.register_kv_caches",
     "tiered_kv/integrations/vllm/connector.py guarded.decorate.safe",
     "tiered_kv/integrations/vllm/asker.py Asker._run",
     "tiered_kv/integrations/vllm/worker.py Worker._loaded",

@@ -1,5 +1,6 @@
 """Builds a client from a node's info: the only place where a client is put together."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
@@ -24,6 +25,8 @@ from tiered_kv.protocol.node_record import read_record
 from tiered_kv.protocol.session import Session
 from tiered_kv.protocol.unix_socket import SocketSession
 from tiered_kv.tiers.disk.segments import SegmentReader
+
+log = logging.getLogger(__name__)
 
 GREET_WITHIN_S = 5.0
 
@@ -75,7 +78,11 @@ def page_client_of(
 
     `connect`: as in `client_of`. While there is no node, every look-up is a miss, and every store is refused.
     """
-    info = find()
+    try:
+        info = find()
+    except TieredKVError as error:  # such as a node of another version, which may be replaced
+        log.warning("the node of this machine cannot be used now: %s", error)
+        info = None
     client = _client(PageClient, info, layout, namespace, None, True, connect, find, clock, on_close)
     if info is not None:
         try:

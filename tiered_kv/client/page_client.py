@@ -65,6 +65,11 @@ class PageClient(NodeClient):
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
 
     @property
+    def deadline_s(self) -> float:
+        """The cluster's setting `fetch_deadline_ms`, in seconds."""
+        return self._holder.present.deadline_s
+
+    @property
     def has_peers(self) -> bool:
         """Whether other nodes may have blocks that this node has not."""
         return bool(self._source.peers)

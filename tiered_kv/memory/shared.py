@@ -332,6 +332,10 @@ def _header_words(path: Path) -> memoryview | None:
     return memoryview(data).cast("Q") if len(data) == w.HEADER_BYTES else None
 
 
+LOOKED_AT_S = 0.5
+"""How long a node waits while another process holds the lock of its directory, to see whether it is in use."""
+
+
 @contextmanager
 def _unused(directory: Path) -> Iterator[bool]:
     """Yields whether no process uses a directory of this user. If so, none can begin to use it during the `with` block."""
@@ -375,7 +379,10 @@ def _directory_fd(directory: Path) -> Iterator[int]:
 def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
     fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
     try:
-        if not _flock(fd, fcntl.LOCK_SH) or os.fstat(fd).st_nlink == 0:
+        deadline_s = time.monotonic() + LOOKED_AT_S
+        while not (locked := _flock(fd, fcntl.LOCK_SH)) and time.monotonic() < deadline_s:
+            time.sleep(LOOKED_AT_S / 100)  # another process may only be looking whether anybody uses the directory
+        if not locked or os.fstat(fd).st_nlink == 0:
             raise TieredKVError(Kind.MEMORY, f"{directory} is being removed, as its node is dead; start again", path=str(directory))
         yield fd
     finally:

@@ -1,7 +1,9 @@
 """A node's files: sizes and permissions, errors that name the setting, clean-up, and removal of dead nodes' files."""
 
+import fcntl
 import os
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -229,6 +231,21 @@ def test_closing_keeps_the_memory_of_tensors_in_use(files):
     files.close()
     tensor.fill_(7)
     assert error_of(files.arena.tensor).kind is Kind.CLOSED
+
+
+def test_a_node_waits_while_others_look_whether_its_directory_is_in_use(tmp_path, files, monkeypatch):
+    """Who cleans up takes the lock for a moment, also while a node begins to use the directory."""
+    files.close()
+    with open(files.lock_path) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer = threading.Timer(0.05, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+        timer.start()
+        NodeFiles.attach(files.directory).close()
+        timer.join()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(shared, "LOOKED_AT_S", 0.01)
+        with pytest.raises(TieredKVError, match="is being removed"):
+            NodeFiles.attach(files.directory)
 
 
 def test_only_dead_and_old_directories_are_reclaimed(tmp_path):

@@ -37,7 +37,8 @@ class Asker:
         if question is None or question.keys[0][:1] != keys[0][:1]:
             if len(self._questions) >= ANSWERS_MAX:
                 return 0
-            question = self._questions[request] = _Question(keys, time.monotonic() + wait_s)
+            until_s = question.until_s if question is not None else time.monotonic() + wait_s  # one wait for a request in all
+            question = self._questions[request] = _Question(keys, until_s)
             self._submit(lambda: self._ask(question))
             return None
         if question.found is not None:
@@ -74,9 +75,10 @@ class Asker:
             self._thread.join(timeout=5.0)
 
     def _submit(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tkv-vllm-ask", daemon=True)
-            self._thread.start()
+        if self._thread is None or not self._thread.is_alive():
+            thread = threading.Thread(target=self._run, name="tkv-vllm-ask", daemon=True)
+            thread.start()
+            self._thread = thread
         self._queue.put(job)
 
     def _ask(self, question: _Question) -> None:

@@ -103,6 +103,13 @@ class TieredKV(KVConnectorBase_V1):
             self._worker.register(kv_caches)
         except TieredKVError as error:
             log.error("tiered_kv is off for this engine: %s", error)
+        except Exception:  # noqa: BLE001 - named boundary: the engine can work without a cache
+            log.exception("tiered_kv is off for this engine, because it could not be set up")
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin()
 
     def get_handshake_metadata(self) -> Handshake | None:
         return self._worker.handshake() if self._worker is not None else None

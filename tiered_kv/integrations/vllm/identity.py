@@ -1,6 +1,7 @@
 """The namespace and layout of an engine: everything that must be equal for its KV to be reusable."""
 
 import platform
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from tiered_kv.integrations.vllm.versions import hash_seed, version
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import OpaqueLayout
 
-_RUN_BY_SEED = ("dummy",)
-"""Load formats without files. Their weights follow from the seed."""
+_WITHOUT_FILES = ("dummy",)
+"""Load formats without files. Such weights are usually replaced after the start, so nobody else can know them."""
 
 
 def layout_of(config: Any, arrays: Sequence[torch.Tensor], kv_caches: Mapping[str, Any], blocks: int, block_tokens: int) -> OpaqueLayout:
@@ -70,7 +71,10 @@ def namespace_of(config: Any, *, tenant: str, rank: int, world: int) -> Namespac
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
         "hf_config": plain(model.hf_config, leave_out=NOT_IDENTITY),  # with hf_overrides applied
-        "quantization": str(model.quantization),
+        "max_model_len": model.max_model_len if "longrope" in str(model.hf_config.to_dict()) else None,  # it chooses longrope's factors
+        "quantization": [str(model.quantization), str(plain(getattr(model, "quantization_config", None)))],
+        "model_impl": str(getattr(model, "model_impl", None)),
+        "mm_processor": plain(getattr(getattr(model, "multimodal_config", None), "mm_processor_kwargs", None) or {}),
         "load_format": str(config.load_config.load_format),
         "model_loader_extra_config": plain(getattr(config.load_config, "model_loader_extra_config", None) or {}),
         "parallel": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.enable_expert_parallel],
@@ -92,10 +96,13 @@ def namespace_of(config: Any, *, tenant: str, rank: int, world: int) -> Namespac
 
 
 def weights_of(config: Any) -> str:
-    """Returns a text that identifies the content of the weights. Raises (kind `model`) if their files cannot be found."""
+    """Returns a text that identifies the content of the weights, a random one for weights without files.
+
+    Raises (kind `model`) if their files cannot be found.
+    """
     model, load = config.model_config, config.load_config
-    if str(load.load_format) in _RUN_BY_SEED:
-        return f"{load.load_format} weights of seed {model.seed}"
+    if str(load.load_format) in _WITHOUT_FILES:
+        return f"{load.load_format} weights {secrets.token_hex(16)}"
     named = model.model_weights or model.model
     found = local_folder(named, model.revision, load.download_dir)
     if found is None:

@@ -21,8 +21,6 @@ from tiered_kv.integrations.vllm.settings import Settings, log
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import OpaqueLayout
 
-HEX_ID_CHARS = 64
-
 
 @dataclass
 class Offer:
@@ -66,6 +64,7 @@ class Scheduler:
         self._offers: dict[str, Offer] = {}
         self._known_keys: dict[str, tuple[tuple[bytes, int, int], list[list[BlockKey]]]] = {}
         self._requests: dict[str, Tracked] = {}
+        self._leaving: list[Tracked] = []
         self._failed: set[str] = set()  # requests of which a load has failed
         self._old: set[str] = set()  # requests that had blocks when the cache was reset
         self._adapters: dict[int, tuple[str, str | None]] = {}  # by id: the path and the digest of its first use
@@ -78,6 +77,8 @@ class Scheduler:
     def meet(self, workers: dict[int, Handshake]) -> None:
         """Learn the workers' namespaces and layouts. Nothing is looked up before, or if a rank is missing."""
         ranks = [workers[number] for number in sorted(workers)]
+        if not ranks:
+            return
         if len(ranks) != ranks[0].ranks:
             log.warning("tiered_kv: only %d of %d ranks can share their KV, so nothing is shared", len(ranks), ranks[0].ranks)
             return
@@ -143,7 +144,7 @@ class Scheduler:
             if found is None:
                 return None
             adapter = found
-        if not self._settings.allow_mm_uuids and not all(map(_is_content_hash, request.mm_features or ())):
+        if request.mm_features and not self._settings.allow_mm_uuids:
             return None
         return blake2b(f"{self._epoch} {adapter}".encode(), digest_size=16).digest()
 
@@ -201,6 +202,7 @@ class Scheduler:
     def step(self, stores: list[Blocks]) -> Step:
         """Returns the work of the step that vLLM has scheduled: the planned loads, and these stores."""
         self._number += 1
+        self._leaving = []
         step = Step(self._number, self._now, self._later, stores, self._acknowledged, self._resets)
         self._now, self._later = [], []
         return step
@@ -261,12 +263,14 @@ class Scheduler:
             if self.events is not None:
                 self.events.stored(report.stored)
         spoiled = set(invalid_blocks)
-        for tracked in self._requests.values() if invalid_blocks else ():
+        for tracked in [*self._requests.values(), *self._leaving] if invalid_blocks else ():
             tracked.stored = 0
             first = next((number for number, block in enumerate(tracked.blocks) if block in invalid_blocks), None)
-            if first is not None:
-                spoiled.update(tracked.blocks[first:])
-                request = tracked.request
+            if first is None:
+                continue
+            spoiled.update(tracked.blocks[first:])
+            request = tracked.request
+            if request.request_id in self._requests:
                 self._failed.add(request.request_id)
                 request.num_computed_tokens = min(request.num_computed_tokens, first * self.block_tokens)
         return spoiled
@@ -282,8 +286,10 @@ class Scheduler:
         return tracked.tiers if tracked else {}
 
     def finished(self, request: Any) -> None:
-        """Forget a request."""
-        self._requests.pop(request.request_id, None)
+        """Forget a request. Its blocks are remembered until the next step: the outcome of the present one may not be known yet."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None:
+            self._leaving.append(tracked)
         self._old.discard(request.request_id)
         self._failed.discard(request.request_id)
         self._offers.pop(request.request_id, None)
@@ -315,9 +321,3 @@ class Scheduler:
         self._asker.close()
         if self._client is not None:
             self._client.close()
-
-
-def _is_content_hash(feature: Any) -> bool:
-    """Whether the id of an image or the like is a hash of its content, not a name that the user gave."""
-    name = feature.identifier.rsplit(":", 1)[-1]
-    return len(name) == HEX_ID_CHARS and all(char in "0123456789abcdef" for char in name)

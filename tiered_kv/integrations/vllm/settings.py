@@ -26,8 +26,9 @@ class Settings:
     training step. `on_reset`: what `reset_prefix_cache(reset_connector=True)` does: "new_epoch" forgets all blocks so far, "keep" keeps
     them. `load_deadline_ms`: later blocks of a load are computed (0: the cluster's `fetch_deadline_ms`). `store_wait_ms`: the longest
     wait for room in a step. `ask_nodes_ms`: the longest time that a request waits until the nodes of other machines have answered what
-    they hold; 0 asks nobody. `hold_s`: how long a promised block is kept from eviction. `allow_mm_uuids`: whether to trust the ids that
-    users gave to images; equal ids of different images would give wrong answers.
+    they hold; 0 asks nobody. `hold_s`: how long a promised block is kept from eviction. `allow_mm_uuids`: whether to cache requests with
+    images and the like. Users may give ids to images, which look like hashes of their content here, and equal ids of different images
+    would give wrong answers.
     """
 
     cluster: str = "default"
@@ -92,6 +93,8 @@ def check_engine(config: Any, kv_cache_config: Any) -> None:
             raise _refused(name, f"must be 1, got {getattr(parallel, name)}: blocks of a part of the context are not supported")
     if getattr(cache, "calculate_kv_scales", False):
         raise _refused("calculate_kv_scales", "must be false: each engine would compute scales of its own for the same prefix")
+    if not getattr(getattr(config, "model_config", None), "is_prefix_caching_supported", True):
+        raise _refused("model", "must support prefix caching, which vLLM says of this pooling model that it does not")
     if config.speculative_config is not None and getattr(config.speculative_config, "method", None) != "ngram":
         raise _refused(
             "speculative_config",

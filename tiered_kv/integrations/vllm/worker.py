@@ -47,7 +47,7 @@ class Worker:
         self._waiting: set[str] = set()  # requests whose waiting loads have not ended
         self._finished: set[str] = set()  # requests whose waiting loads have ended
         self._failed_later: set[int] = set()
-        self._queue: queue.SimpleQueue[tuple[Blocks, int] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Blocks, int, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.records_stores = False
         """Whether the hashes of newly stored blocks are reported, for events."""
@@ -81,18 +81,21 @@ class Worker:
         if step.resets != self._resets:
             self._resets = step.resets
         for blocks in step.later:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._load_waiting, name="tkv-vllm-load", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._load_waiting, name="tkv-vllm-load", daemon=True)
+                thread.start()
+                self._thread = thread
             with self._lock:
                 self._waiting.add(blocks.request)
-            self._queue.put((blocks, step.resets))
+            self._queue.put((blocks, step.resets, time.perf_counter()))
         for blocks in step.now:
             failed = self._loaded(blocks, may_call=False)
             if failed:
                 self._failed_blocks.update(failed)
                 self._failed_step = step.number
 
+    def begin(self) -> None:
+        """Note the time at which a step begins."""
         self._computing_since_s = time.perf_counter()
 
     def give_up(self, step: Step) -> None:
@@ -159,8 +162,8 @@ class Worker:
     def _load_waiting(self) -> None:
         """Make the loads for which requests wait, one after the other. Each is reported as ended, whatever happens."""
         while (job := self._queue.get()) is not None:
-            blocks, resets = job
-            failed = self._loaded(blocks, may_call=True) if resets == self._resets else blocks.blocks
+            blocks, resets, since_s = job
+            failed = self._loaded(blocks, may_call=True, since_s=since_s) if resets == self._resets else blocks.blocks
             if resets != self._resets:  # the blocks are of before a reset
                 failed = blocks.blocks
             with self._lock:
@@ -168,12 +171,14 @@ class Worker:
                 self._finished.add(blocks.request)
                 self._failed_later.update(failed)
 
-    def _loaded(self, blocks: Blocks, may_call: bool) -> list[int]:
-        """Load blocks. Returns the numbers of those that could not be loaded. Never raises."""
+    def _loaded(self, blocks: Blocks, may_call: bool, since_s: float | None = None) -> list[int]:
+        """Load blocks. Returns the numbers of those that could not be loaded. Never raises. `since_s`: when the request began to wait."""
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
-        deadline_s = self._settings.load_deadline_ms / 1000 or None
         try:
             if self._client is not None:
+                deadline_s = self._settings.load_deadline_ms / 1000 or self._client.deadline_s
+                if since_s is not None:  # what is in this machine's memory is loaded in any case
+                    deadline_s = max(deadline_s - (begun_s - since_s), 0.0)
                 done, by_tier = self._client.load(
                     blocks.chain(self._root), self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call
                 )
