@@ -25,7 +25,7 @@ BLOCK_BYTES = LAYERS * PAGE_BYTES
 ROUNDS = 30
 
 
-def ways(pages: page_copy.HostPages, memory: torch.Tensor) -> dict[str, Callable[[list[int], list[int]], None]]:
+def ways(pages: page_copy.HostPages, memory: torch.Tensor) -> dict[str, Callable[[list[int], list[int]], object]]:
     """Returns the ways to copy, by name. Each gets offsets and block numbers."""
     target = torch.zeros(COUNT * BLOCK_BYTES, dtype=torch.uint8)
 
@@ -35,9 +35,9 @@ def ways(pages: page_copy.HostPages, memory: torch.Tensor) -> dict[str, Callable
 
     return {
         "usual": lambda offsets, blocks: pages.scatter(memory, offsets, blocks),
-        "call": lambda offsets, blocks: page_copy._copied(*pages._pieces(memory, offsets, blocks)) or None,
+        "call": lambda offsets, blocks: page_copy._copied(*pages._pieces(memory, offsets, blocks)),
         "each": each,
-        "memcpy": lambda offsets, blocks: target.copy_(memory[: len(target)]) and None,
+        "memcpy": lambda offsets, blocks: target.copy_(memory[: len(target)]),
     }
 
 
