@@ -198,8 +198,12 @@ class Seals:
                 if not is_sound:
                     self._drop(block)
                 elif digest is not None:
-                    host.headers.seal(block.location.offset, digest)
-                    self._counts["sealed"] += 1
+                    matches = host.headers.matches(block.location.offset, digest)  # another thread may have sealed it since
+                    if matches is None:
+                        host.headers.seal(block.location.offset, digest)
+                        self._counts["sealed"] += 1
+                    elif not matches:
+                        self._drop(block)
         return sound
 
     def _suspect(self, key: BlockKey) -> None:

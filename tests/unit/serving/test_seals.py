@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.contracts.transport import NBYTES, ROOT, key_of, keys_of, wait_until
+from tests.unit.serving.processes import until
 from tests.unit.serving.prompts import NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tests.unit.serving.test_failures import lives  # noqa: F401
 from tests.unit.serving.test_saving_filling import cluster, filled, mounted_blocks, saved  # noqa: F401
@@ -64,6 +65,7 @@ def test_every_block_is_sealed_soon_after_it_was_stored(node_factory, client_fac
     node, client = cached(node_factory, client_factory)
     store(client, PATH)
     wait_for(node, 3)
+    until(lambda: not node.stats()["seals"]["unsealed"], "the queue is empty: the scrubber may have been first", PATIENCE_S)
     headers = node.storage.host.headers
     locations = [node.storage.index.get(key) for key in keys()]
     assert all(headers.matches(each.offset, headers.digest(each.offset, each.stored_bytes)) for each in locations)
@@ -186,6 +188,30 @@ def test_a_flipped_block_is_not_compressed_in_place(node_factory, client_factory
         store(client, (turn, 1, 2))
         settle(node)
     assert client.fetch(tokens_of(PATH, LARGE)).tokens == 0
+
+
+def test_a_seal_is_not_written_over_one_of_another_thread(node_factory, client_factory, monkeypatch) -> None:
+    """A thread hashes a block without a seal, another one seals it, and a bit flips: the first one must not seal the flipped bytes."""
+    node, client = cached(node_factory, client_factory)
+    node.seals.close()
+    store(client, PATH)
+    with node.engine.lock:
+        batch = [node.seals._block(key) for key in keys()]
+    judge, host = node.storage.host.judge, node.storage.host
+
+    def late(key: bytes, location) -> tuple[bool, int | None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "judge", judge)
+            node.seals.scrub()
+        if key == keys()[1]:
+            flip(node)
+        return True, host.headers.digest(location.offset, location.stored_bytes)
+
+    monkeypatch.setattr(host, "judge", late)
+    node.seals._look(batch)
+    monkeypatch.setattr(host, "judge", judge)
+    assert node.stats()["seals"]["flipped"] == 1
+    assert had(client) == 1
 
 
 def test_a_flipped_bit_of_a_compressed_block_is_detected_by_its_frame(node_factory, client_factory) -> None:
