@@ -10,7 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self, TypedDict, TypeVar
 
 from tiered_kv import forking
-from tiered_kv.blocks import Tier
+from tiered_kv.blocks import Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
@@ -235,6 +235,64 @@ class NodeClient:
         except TieredKVError as error:
             self._degraded("question", error)
             return otherwise
+
+    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[Found]:
+        """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
+        wait_s = until_s - self._clock.now_s()
+        if wait_s > 0:
+            self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
+        return access.source.find(keys)
+
+    def _pull(
+        self, access: NodeAccess, root: BlockKey, parent: BlockKey | None, keys: list[BlockKey], depth: int, until_s: float
+    ) -> list[Found]:
+        """Have the node fetch blocks from other nodes. Returns those that the index then shows.
+
+        `parent`, `depth`: the key before the first of `keys`, and the number of its ancestors.
+        """
+        wait_s = until_s - self._clock.now_s()
+        if wait_s <= 0:
+            return []
+
+        def question(session: Session) -> int | None:
+            return session.pull(root, self.layout.block_bytes, parent, keys, depth, wait_s)
+
+        count = self._ask(access, question, None, wait_s)
+        return access.source.find(keys[:count])  # None, for no answer in time, finds all that arrived by now
+
+    def _store_missing(
+        self,
+        access: NodeAccess,
+        missing: list[int],
+        until_s: float,
+        write: Callable[[Session, list[int], float], tuple[int, int]],
+        answer_s: float = 0.0,
+    ) -> Stored:
+        """Store the `missing` blocks, in as many turns as it takes until `until_s`.
+
+        `write(session, missing, wait_s)` stores the leading ones and returns how many were stored, and how many are new. `answer_s`: how
+        much longer than `until_s` the node may take to answer.
+        """
+        new = present = 0
+        try:
+            while missing:
+                wait_s = max(until_s - self._clock.now_s(), 0.0)
+                with access.pool.session(wait_s + answer_s) as session:
+                    taken, added = write(session, missing, wait_s)
+                new, present = new + added, present + taken - added
+                missing = missing[taken:]
+                if not taken or self._clock.now_s() >= until_s:
+                    break
+        except TieredKVError as error:
+            self._degraded("store", error)
+        return Stored(new, present, len(missing))
+
+    def _note_fetch(self, source: BlockSource, asked: int, hit: int, begun_s: float) -> None:
+        """Count a fetch that began at `begun_s`, and what it saved, here and in the node's figures. `asked`, `hit`: in blocks."""
+        tokens = hit * self.layout.block_tokens
+        self._count(fetches=1, asked_blocks=asked, hit_blocks=hit)
+        saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
+        source.tally(asked, hit, tokens, int(saved_s * 1e6))
 
     def _degraded(self, what: str, error: TieredKVError) -> None:
         if error.kind is Kind.CLOSED:

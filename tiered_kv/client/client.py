@@ -14,7 +14,6 @@ from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import Names, NodeClient, question_s, while_open
 from tiered_kv.client.kv_copy import LayerPairs
-from tiered_kv.client.reader import Found
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
@@ -82,7 +81,7 @@ class Client(NodeClient):
             found = self._bring(access, keys, hidden, deadline_s)
         local = len(found)
         if local < len(keys) and source.peers:
-            found = found + self._pull(access, names.root, keys, local, deadline_s)
+            found = found + self._pull(access, names.root, keys[local - 1] if local else None, keys[local:], local, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
@@ -96,9 +95,7 @@ class Client(NodeClient):
         if len(read) > local:
             by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
         tokens = len(read) * self.layout.block_tokens
-        self._count(fetches=1, asked_blocks=len(keys), hit_blocks=len(read))
-        saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
-        source.tally(len(keys), len(read), tokens, int(saved_s * 1e6))
+        self._note_fetch(source, len(keys), len(read), begun_s)
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
 
     @while_open
@@ -132,24 +129,17 @@ class Client(NodeClient):
         first = -(-start // self.layout.block_tokens)
         shown = access.source.lookup_all(keys)
         missing = [block for block in range(first, len(keys)) if shown[block] is None]
-        new = present = 0
-        try:
-            while missing:
-                wait_s = max(deadline_s - self._clock.now_s(), 0.0)
-                with access.pool.session(wait_s) as session:
-                    taken, added = access.writer.write(session, names.root, keys, missing, kv, start, wait_s)
-                new, present = new + added, present + taken - added
-                missing = missing[taken:]
-                if not taken or self._clock.now_s() >= deadline_s:
-                    break
-        except TieredKVError as error:
-            self._degraded("store", error)
+
+        def write(session: Session, missing: list[int], wait_s: float) -> tuple[int, int]:
+            return access.writer.write(session, names.root, keys, missing, kv, start, wait_s)
+
+        stored = self._store_missing(access, missing, deadline_s, write)
         if hint is not None and keys:
             known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
             self._ask(access, lambda session: session.hint(keys[-1], *known), None, max(deadline_s - self._clock.now_s(), 0.0))
-        present += sum(slot is not None for slot in shown[first:])
-        self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
-        return Stored(new, present, len(missing))
+        present = stored.present + sum(slot is not None for slot in shown[first:])
+        self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
+        return Stored(stored.new, present, stored.refused)
 
     @while_open
     def explain(self, token_ids: TokenIds) -> list[Explained]:
@@ -190,22 +180,3 @@ class Client(NodeClient):
         """Returns the other nodes that hold each of the leading keys; none if the node does not answer."""
         wait_s, no_nodes = question_s(access), list[list[str]]()
         return self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s)
-
-    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], deadline_s: float) -> list[Found]:
-        """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
-        wait_s = deadline_s - self._clock.now_s()
-        if wait_s > 0:
-            self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
-        return access.source.find(keys)
-
-    def _pull(self, access: NodeAccess, root: BlockKey, keys: list[BlockKey], local: int, deadline_s: float) -> list[Found]:
-        wait_s = deadline_s - self._clock.now_s()
-        if wait_s <= 0:
-            return []
-        parent, rest = keys[local - 1] if local else None, keys[local:]
-
-        def question(session: Session) -> int | None:
-            return session.pull(root, self.layout.block_bytes, parent, rest, local, wait_s)
-
-        count = self._ask(access, question, None, wait_s)
-        return access.source.find(rest[:count])  # None, for no answer in time, finds all that arrived by now

@@ -14,7 +14,6 @@ from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import LABELS, NodeClient, question_s, while_open
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import Found
-from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import PackedBlock
 from tiered_kv.protocol.session import Session
@@ -106,7 +105,8 @@ class PageClient(NodeClient):
                 found = self._bring(access, keys, hidden, until_s)
             local = len(found)
             if local < len(keys) and source.peers:
-                found = found + self._pull(access, chain.part(local), until_s)
+                rest = chain.part(local)
+                found = found + self._pull(access, self._names.root, rest.parent, rest.keys, rest.depth, until_s)
         else:
             local = len(found)
         read = self._read(access, found, pages, blocks, until_s)
@@ -118,10 +118,7 @@ class PageClient(NodeClient):
             by_tier[LABELS[each.slot.tier]] = by_tier.get(LABELS[each.slot.tier], 0) + 1
         if read > local:
             by_tier[PEER] = read - local
-        tokens = read * self.layout.block_tokens
-        self._count(fetches=1, asked_blocks=len(keys), hit_blocks=read)
-        saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
-        source.tally(len(keys), read, tokens, int(saved_s * 1e6))
+        self._note_fetch(source, len(keys), read, begun_s)
         return Loaded(read, by_tier)
 
     @while_open
@@ -135,20 +132,15 @@ class PageClient(NodeClient):
         until_s = self._clock.now_s() + (access.store_wait_s if wait_s is None else wait_s)
         keys = list(chain.keys)
         missing = [number for number, slot in enumerate(access.source.lookup_all(keys)) if slot is None]
-        present, new = len(keys) - len(missing), 0
-        try:
-            while missing:
-                left_s = max(until_s - self._clock.now_s(), 0.0)
-                with access.pool.session(left_s + ANSWER_WITHIN_S) as session:
-                    taken, added = self._write(access, session, chain, missing, pages, blocks, left_s)
-                new, present = new + added, present + taken - added
-                missing = missing[taken:]
-                if not taken or self._clock.now_s() >= until_s:
-                    break
-        except TieredKVError as error:
-            self._degraded("store", error)
-        self._count(stores=1, new_blocks=new, present_blocks=present, refused_blocks=len(missing))
-        return Stored(new, present, len(missing))
+        present = len(keys) - len(missing)
+
+        def write(session: Session, missing: list[int], wait_s: float) -> tuple[int, int]:
+            return self._write(access, session, chain, missing, pages, blocks, wait_s)
+
+        stored = self._store_missing(access, missing, until_s, write, ANSWER_WITHIN_S)
+        present += stored.present
+        self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
+        return Stored(stored.new, present, stored.refused)
 
     def missed(self, blocks: int) -> None:
         """Count blocks that a look-up of the engine asked for and did not find, as misses of the node's figures. No call."""
@@ -156,24 +148,6 @@ class PageClient(NodeClient):
             self._source.tally(blocks, 0)
 
     # Loading
-
-    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[Found]:
-        """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
-        wait_s = until_s - self._clock.now_s()
-        if wait_s > 0:
-            self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
-        return access.source.find(keys)
-
-    def _pull(self, access: NodeAccess, rest: Chain, until_s: float) -> list[Found]:
-        """Have the node fetch blocks from other nodes. Returns those that the index then shows."""
-        wait_s, root = until_s - self._clock.now_s(), self._names.root
-        if wait_s <= 0:
-            return []
-
-        def question(session: Session) -> int | None:
-            return session.pull(root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth, wait_s)
-
-        return access.source.find(rest.keys[: self._ask(access, question, None, wait_s)])
 
     def _read(self, access: NodeAccess, found: list[Found], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
         """Fill pages with the found blocks. Returns how many leading blocks were read."""
