@@ -260,16 +260,22 @@ def peers(given: argparse.Namespace, scratch: Path) -> Any:
     return json.loads(text)
 
 
-def connectors(given: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Returns what is compared, by name."""
-    ours = {
+def ours(cluster: str) -> dict[str, Any]:
+    """Returns vLLM's `kv_transfer_config` for our connector."""
+    return {
         "kv_connector": "TieredKV",
         "kv_connector_module_path": "tiered_kv.integrations.vllm.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"cluster": given.cluster},
+        "kv_connector_extra_config": {"cluster": cluster},
     }
-    found = {"vllm alone": {"transfer": None}, "tiered_kv": {"transfer": ours}} | (peers(given, scratch) if given.peers else {})
+
+
+def connectors(given: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Returns what is compared, by name."""
+    found = {"vllm alone": {"transfer": None}, "tiered_kv": {"transfer": ours(given.cluster)}} | (
+        peers(given, scratch) if given.peers else {}
+    )
     if unknown := set(given.only or ()) - set(found):
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known are {', '.join(found)}")
     return {name: found[name] for name in given.only or found}

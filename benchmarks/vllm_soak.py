@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vllm_first_token import ENVIRONMENT, machine
+from benchmarks.vllm_first_token import ENVIRONMENT, machine, ours
 
 GROWTH_MAX = 0.05
 BATCH = 32
@@ -61,20 +61,13 @@ def main() -> int:
     from tiered_kv.protocol.node_record import records_below
 
     node = next(record.pid for record in records_below("/dev/shm") if record.cluster == given.cluster)
-    transfer = {
-        "kv_connector": "TieredKV",
-        "kv_connector_module_path": "tiered_kv.integrations.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"cluster": given.cluster},
-    }
     llm = LLM(
         given.model,
         dtype="float32",
         max_model_len=1024,
         enforce_eager=True,
         disable_log_stats=False,
-        kv_transfer_config=transfer,
+        kv_transfer_config=ours(given.cluster),
         num_gpu_blocks_override=64,
     )
     random_source, one = random.Random(7), SamplingParams(temperature=0, max_tokens=2)

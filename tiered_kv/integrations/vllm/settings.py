@@ -52,13 +52,9 @@ class Settings:
                 hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
                 raise TieredKVError(Kind.CONFIG, f"kv_connector_extra_config: unknown setting {name!r}; {hint}", setting=name)
             kind = type(getattr(cls, name))
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            is_right = (
-                is_number and value >= 0 if kind is float else isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            )
-            if kind is int:
-                is_right = is_right and value >= 0
-            if not is_right:
+            accepted = {float: int | float}.get(kind, kind)
+            is_right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+            if not is_right or (kind in (int, float) and value < 0):
                 message = f"kv_connector_extra_config: {name} must be {_WORDS[kind.__name__]}, got {value!r}"
                 raise TieredKVError(Kind.CONFIG, message, setting=name)
         settings = cls(**given)

@@ -14,7 +14,7 @@ COUNTERS = {
     "stored_blocks": "Blocks stored for the first time.",
     "refused_blocks": "Blocks not stored: no room in time, or no node.",
     "unanswered_lookups": "Requests that went on before the nodes of other machines had answered.",
-    "bypassed_requests": "Requests that are not cached, such as those with ids of images that users gave.",
+    "bypassed_requests": "Requests that are not cached, such as those with images.",
     "load_seconds": "Time spent on loads.",
     "store_seconds": "Time spent on stores.",
 }

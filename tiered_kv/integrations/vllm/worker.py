@@ -78,8 +78,7 @@ class Worker:
 
     def load(self, step: Step) -> None:
         """Start the loads of a step. Returns when those that its forward pass needs have ended."""
-        if step.resets != self._resets:
-            self._resets = step.resets
+        self._resets = step.resets
         for blocks in step.later:
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._load_waiting, name="tkv-vllm-load", daemon=True)
