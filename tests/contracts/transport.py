@@ -13,6 +13,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout, OpaqueLayout
 from tiered_kv.node.node import Node
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.probes import Probe
 from tiered_kv.protocol.session import Session
@@ -197,8 +198,8 @@ class TransportContract:
 
     def test_alone_a_node_can_locate_and_pull_nothing(self, session) -> None:
         assert session.locate([key_of(1)], 1.0) == []
-        assert session.pull(ROOT, NBYTES, None, [key_of(1)], 0, 1.0) == 0
-        assert session.pull(ROOT, NBYTES, None, [], 0, 1.0) == 0
+        assert session.pull(BlockRun(ROOT, NBYTES, None, [key_of(1)], 0), 1.0) == 0
+        assert session.pull(BlockRun(ROOT, NBYTES, None, [], 0), 1.0) == 0
 
     def test_hints_and_wishes_are_taken_and_nonsense_is_not(self, node, session) -> None:
         self.store(session, 2)

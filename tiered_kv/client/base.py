@@ -21,7 +21,7 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout
-from tiered_kv.protocol.messages import NodeStats
+from tiered_kv.protocol.messages import BlockRun, NodeStats
 from tiered_kv.protocol.session import Session
 
 if TYPE_CHECKING:
@@ -243,22 +243,17 @@ class NodeClient:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
-    def _pull(
-        self, access: NodeAccess, root: BlockKey, parent: BlockKey | None, keys: list[BlockKey], depth: int, until_s: float
-    ) -> list[Found]:
-        """Have the node fetch blocks from other nodes. Returns those that the index then shows.
-
-        `parent`, `depth`: the key before the first of `keys`, and the number of its ancestors.
-        """
+    def _pull(self, access: NodeAccess, run: BlockRun, until_s: float) -> list[Found]:
+        """Have the node fetch the blocks of `run` from other nodes. Returns those that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s <= 0:
             return []
 
         def question(session: Session) -> int | None:
-            return session.pull(root, self.layout.block_bytes, parent, keys, depth, wait_s)
+            return session.pull(run, wait_s)
 
         count = self._ask(access, question, None, wait_s)
-        return access.source.find(keys[:count])  # None, for no answer in time, finds all that arrived by now
+        return access.source.find(run.keys[:count])  # None, for no answer in time, finds all that arrived by now
 
     def _store_missing(
         self,

@@ -15,7 +15,7 @@ from tiered_kv.client.base import LABELS, NodeClient, question_s, while_open
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import Found
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.messages import PackedBlock
+from tiered_kv.protocol.messages import BlockRun, PackedBlock
 from tiered_kv.protocol.session import Session
 
 ANSWER_WITHIN_S = 0.25
@@ -106,7 +106,8 @@ class PageClient(NodeClient):
             local = len(found)
             if local < len(keys) and source.peers:
                 rest = chain.part(local)
-                found = found + self._pull(access, self._names.root, rest.parent, rest.keys, rest.depth, until_s)
+                run = BlockRun(self._names.root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth)
+                found = found + self._pull(access, run, until_s)
         else:
             local = len(found)
         read = self._read(access, found, pages, blocks, until_s)

@@ -31,7 +31,7 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeInfo, NodeStats
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.peer_transport import FramePieces, Link
 from tiered_kv.protocol.probes import Probe, Variants
@@ -231,16 +231,13 @@ class Node:
                 self.storage.host.free(offset)
             self.engine.freed.notify_all()
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
-
-        `tail`: the parent of the first block, or None. `depth`: the number of its ancestors.
-        """
-        if not self._puller or not keys:
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        """Fetch the leading blocks of `run` from other nodes. Returns how many of them this node has afterwards."""
+        if not self._puller or not run.keys:
             return 0
         with closing(self.open_session()) as session:
-            admit = Admission(self, session, root, nbytes, keys, tail, depth)
-            return self._puller.pull(keys, nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
+            admit = Admission(self, session, run)
+            return self._puller.pull(run.keys, run.nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
 
     def doubt(self, keys: list[BlockKey]) -> None:
         """Check blocks that a worker could not read: rewrite wrong index slots, and drop damaged blocks."""

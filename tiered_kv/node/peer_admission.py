@@ -12,6 +12,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.worker_session import NodeSession
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.store.engine import Form
 from tiered_kv.tiers.host import Lineage
@@ -25,27 +26,15 @@ ADMIT_WAIT_S = 0.05
 
 
 class Admission:
-    """Stores the blocks `keys` of one pull, each of `nbytes` raw bytes, below `root`.
+    """Stores the blocks of one run."""
 
-    `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
-    """
-
-    def __init__(
-        self,
-        node: "Node",
-        session: NodeSession,
-        root: BlockKey,
-        nbytes: int,
-        keys: Sequence[BlockKey],
-        tail: BlockKey | None,
-        depth: int,
-    ) -> None:
+    def __init__(self, node: "Node", session: NodeSession, run: BlockRun) -> None:
         self._storage = node.storage
         self._session = session
-        self._root = root
-        self._nbytes = nbytes
-        self._parents = dict(zip(keys, [tail, *keys], strict=False))
-        self._depths = {key: depth + number for number, key in enumerate(keys)}
+        self._root = run.root
+        self._nbytes = run.nbytes
+        self._parents = dict(zip(run.keys, [run.parent, *run.keys], strict=False))
+        self._depths = {key: run.depth + number for number, key in enumerate(run.keys)}
 
     def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
         """Store the leading frames. Returns how many were stored; it stops at a damaged frame and at one that is too lossy."""
@@ -59,8 +48,8 @@ class Admission:
         while taken < len(good):
             form = self._storage.form_of(good[taken], self._root)
             same = self._leading_of(form, good[taken:])
-            wanted, tail, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
-            offsets = self._session.reserve_within(form.nbytes, wanted, tail, ADMIT_WAIT_S, is_coded=is_coded)
+            wanted, parent, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
+            offsets = self._session.reserve_within(form.nbytes, wanted, parent, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
             done = len(self._session.commit_packed(self._root, packed))
             self._session.release(offsets[len(packed) :])

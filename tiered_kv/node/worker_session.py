@@ -8,7 +8,7 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
-from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.probes import Probe
 from tiered_kv.protocol.session import PROTOCOL, Life
@@ -95,9 +95,10 @@ class NodeSession:
             self._take(dict.fromkeys(offsets), len(offsets))
             self._node.free_extents(offsets)
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        _check_chain(root, [(key, tail) for key in keys])
-        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), _whole(depth), _seconds(wait_s))
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        _check_chain(run.root, [(key, run.parent) for key in run.keys])
+        checked = run._replace(keys=list(dict.fromkeys(run.keys)), depth=_whole(run.depth))
+        return self._node.pull(checked, _seconds(wait_s))
 
     def doubt(self, keys: list[BlockKey]) -> None:
         for key in keys:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 
 PROTOCOL = 2
 """Version of the messages on a session's socket. A node and its workers must use the same version."""
@@ -56,11 +56,8 @@ class Session(Protocol):
     def release(self, offsets: list[int]) -> None:
         """Free reserved extents that will not be used."""
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
-
-        `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
-        """
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        """Fetch the leading blocks of `run` from other nodes. Returns how many of them this node has afterwards."""
 
     def doubt(self, keys: list[BlockKey]) -> None:
         """Report blocks in host memory that the worker could not read."""
