@@ -14,8 +14,8 @@ from tiered_kv.node.packed import Packed
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_transport import FramePieces
-from tiered_kv.store.engine import Form
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.store.engine import BlockFormat
+from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -58,7 +58,7 @@ class Admission:
                 break
         return taken
 
-    def _leading_of(self, form: Form, frames: Sequence[Frame]) -> list[Frame]:
+    def _leading_of(self, form: BlockFormat, frames: Sequence[Frame]) -> list[Frame]:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
 
     def _packed(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
@@ -67,7 +67,7 @@ class Admission:
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                digest = self._storage.put(BlockData.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._storage.put(BlockData.of(frame), location, BlockHeader(key, parent, self._root, depth))
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break
