@@ -181,7 +181,7 @@ class Node:
         """
         with self.running():
             self._check_depths(packed)
-            self.engine.drain_touches()
+            self.engine.note_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:
@@ -392,7 +392,7 @@ class Node:
 
     def report_commits(self) -> None:
         """Pass committed blocks on to the policy, while no worker waits for an answer."""
-        if self.engine.machine.has_unreported_commits:
+        if self.engine.machine.has_many_unreported_commits:
             with self.engine.lock:
                 self.engine.machine.report_commits()
 
