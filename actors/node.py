@@ -46,7 +46,7 @@ class NodeActor:
             )
             if isinstance(link, StreamLink):
                 link.serve(self._node)
-            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
+            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             write_record(
                 NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
             )

@@ -14,7 +14,7 @@ from tiered_kv.blocks import Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
-from tiered_kv.client.reader import BlockSource, Found
+from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
@@ -236,14 +236,14 @@ class NodeClient:
             self._degraded("question", error)
             return otherwise
 
-    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[Found]:
+    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[FoundBlock]:
         """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s > 0:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
-    def _pull(self, access: NodeAccess, run: BlockRun, until_s: float) -> list[Found]:
+    def _pull(self, access: NodeAccess, run: BlockRun, until_s: float) -> list[FoundBlock]:
         """Have the node fetch the blocks of `run` from other nodes. Returns those that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s <= 0:
@@ -298,7 +298,7 @@ class NodeClient:
             self._warn_again_s = now_s + WARN_EVERY_S
             log.warning("the node did not answer, so a %s went on without it (not logged again for %.0f s): %s", what, WARN_EVERY_S, error)
 
-    def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
+    def _tokens_by_tier(self, found: Sequence[FoundBlock]) -> dict[str, int]:
         blocks: dict[int, int] = {}
         for each in found:
             tier = each.slot.tier

@@ -141,13 +141,13 @@ class Directory:
             change += tables[hash_ >> 56].add(hash_, number, names)
         self._counts[node] += change
 
-    def locate(self, keys: Iterable[BlockKey], asking: str) -> list[list[str]]:
-        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asking` hold."""
+    def locate(self, keys: Iterable[BlockKey], asker: str) -> list[list[str]]:
+        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
         found: list[list[str]] = []
         tables, names = self._tables, self._names
         for key in keys:
             hash_ = hash(key) & _HASH_MASK or 1
-            holders = [names[number] for number in tables[hash_ >> 56].find(hash_) if number in names and names[number] != asking]
+            holders = [names[number] for number in tables[hash_ >> 56].find(hash_) if number in names and names[number] != asker]
             if not holders:
                 break
             found.append(holders)

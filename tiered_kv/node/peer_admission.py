@@ -19,8 +19,8 @@ from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_channel import refused
 from tiered_kv.protocol.peer_transport import FramePieces, Offer
-from tiered_kv.store.engine import Form
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.store.engine import BlockFormat
+from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -69,7 +69,7 @@ class Admission:
             return RawLanding(self, self._storage, keys, locations, same)
         return FrameLanding(self, self._storage, keys, locations, same, self._root)
 
-    def _room(self, form: Form, keys: Sequence[BlockKey]) -> list[Location]:
+    def _room(self, form: BlockFormat, keys: Sequence[BlockKey]) -> list[Location]:
         """Reserve extents for the leading `keys`, of one form. Returns where they are; [] without room."""
         parent, is_coded = self._parents[keys[0]], form.codec != 0
         offsets = self._session.reserve_within(form.nbytes, list(keys), parent, ADMIT_WAIT_S, is_coded=is_coded)
@@ -81,15 +81,15 @@ class Admission:
         self._session.release([location.offset for location in locations[len(packed) :]])
         return done
 
-    def lineage(self, key: BlockKey) -> Lineage:
+    def block_header(self, key: BlockKey) -> BlockHeader:
         """Returns the place of a block of this run in its chain."""
-        return Lineage(key, self._parents[key], self._root, self._depths[key])
+        return BlockHeader(key, self._parents[key], self._root, self._depths[key])
 
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
         """Returns a block of this run that is complete and verified at `location`."""
         return Packed(key, self._parents[key], location, self._depths[key], error, digest)
 
-    def _leading_of(self, form: Form, frames: Sequence[Frame]) -> list[Frame]:
+    def _leading_of(self, form: BlockFormat, frames: Sequence[Frame]) -> list[Frame]:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
 
     def _put(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
@@ -97,7 +97,7 @@ class Admission:
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
             try:
-                digest = self._storage.put(BlockData.of(frame), location, self.lineage(key))
+                digest = self._storage.put(BlockData.of(frame), location, self.block_header(key))
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break

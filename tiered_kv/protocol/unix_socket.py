@@ -273,20 +273,20 @@ class SocketSession:
         self.close()
         return TieredKVError(Kind.TRANSPORT, message, method=method, timed_out=timed_out)
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
+    def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
         offsets: list[int] = self._call(
             "reserve",
             nbytes,
             keys,
-            tail,
+            parent,
             wait_s,
             wait_s=wait_s or 0.0,
             check=lambda answer: answers.are_offsets(answer, len(keys), nbytes, self._arena_bytes),
         )
         return offsets
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
-        answer: Introduction = self._call("introduce", root, facts)
+    def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
+        answer: Introduction = self._call("introduce", root, info)
         return answer
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
@@ -308,8 +308,10 @@ class SocketSession:
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         self._call("bring", keys, wait_s, wait_s=wait_s)
 
-    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        self._call("hint", tail, answer_tokens, pinned_s, reuse_within_s, ended)
+    def hint(
+        self, last_block: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool
+    ) -> None:
+        self._call("hint", last_block, answer_tokens, pinned_s, reuse_within_s, ended)
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         nodes: list[list[str]] = self._call(

@@ -17,8 +17,8 @@ from tiered_kv.node.packed import Packed
 from tiered_kv.node.storage import NodeStorage
 from tiered_kv.protocol.peer_channel import refused
 from tiered_kv.protocol.peer_transport import Offer, Target
-from tiered_kv.store.engine import Form
-from tiered_kv.tiers.host import FRAME_DIGEST, Lineage, is_sealed_for, read_header, running_digest
+from tiered_kv.store.engine import BlockFormat
+from tiered_kv.tiers.host import FRAME_DIGEST, BlockHeader, is_sealed_for, read_header, running_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Shelf(Protocol):
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
         """Returns a block of the run that is complete and verified at `location`."""
 
-    def lineage(self, key: BlockKey) -> Lineage:
+    def block_header(self, key: BlockKey) -> BlockHeader:
         """Returns the place of a block of the run in its chain."""
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
@@ -131,7 +131,7 @@ class FrameLanding(BlockLanding):
         if location.codec:
             return self._shelf.packed(key, location, frame.error, FRAME_DIGEST)
         try:
-            digest = self._storage.put(BlockData.of(frame), location, self._shelf.lineage(key))
+            digest = self._storage.put(BlockData.of(frame), location, self._shelf.block_header(key))
         except TieredKVError as error:
             raise damaged(key, str(error)) from error
         return self._shelf.packed(key, location, frame.error, digest)
@@ -139,7 +139,7 @@ class FrameLanding(BlockLanding):
 
 def leading_form(
     storage: NodeStorage, keys: Sequence[BlockKey], offers: Sequence[Offer], root: BlockKey, nbytes: int
-) -> tuple[Form, list[Offer]]:
+) -> tuple[BlockFormat, list[Offer]]:
     """Returns the form in host memory of the leading offers that share one, and these offers.
 
     Raises (kind `transport`, with a reason) if the first offer is not of the first key, or may not be shown. `nbytes`: raw bytes of
@@ -158,8 +158,12 @@ def leading_form(
     return form, list(takewhile(lambda offer: (bool(offer.head), offer.codec, offer.nbytes) == kind, checked))
 
 
-def _form(storage: NodeStorage, offer: Offer, root: BlockKey) -> Form:
-    return Form(0, offer.raw_bytes) if offer.head else storage.form_in_host(Form(offer.codec, offer.nbytes), offer.raw_bytes, root)
+def _form(storage: NodeStorage, offer: Offer, root: BlockKey) -> BlockFormat:
+    return (
+        BlockFormat(0, offer.raw_bytes)
+        if offer.head
+        else storage.form_in_host(BlockFormat(offer.codec, offer.nbytes), offer.raw_bytes, root)
+    )
 
 
 def _check(storage: NodeStorage, key: BlockKey, offer: Offer, root: BlockKey, nbytes: int) -> None:
