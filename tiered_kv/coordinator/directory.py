@@ -17,6 +17,8 @@ from tiered_kv.keys import BlockKey
 TABLES = 256
 SLOTS_MIN = 16
 FULL_PART = 2 / 3
+REBUILT_PART = 1 / 2
+"""A table that was rebuilt is at most half full."""
 _HASH_MASK = (1 << 64) - 1
 _VOID = 0
 """The number in a slot that is free, if its hash is 0, or whose pair was removed."""
@@ -79,7 +81,7 @@ class _Table:
         """Make the table large enough for its valid pairs, and leave the others out."""
         pairs = [pair for pair in zip(self.hashes, self.numbers, strict=True) if pair[1] in valid]
         slots = SLOTS_MIN
-        while slots * FULL_PART / 2 <= len(pairs):
+        while slots * REBUILT_PART < len(pairs):
             slots *= 2
         self.__init__(slots)  # type: ignore[misc]
         mask, hashes, numbers = slots - 1, self.hashes, self.numbers

@@ -95,6 +95,7 @@ class StreamTransfer:
         reason = reason_of(error)
         if reason in NOT_A_PEER:
             self._on_unreachable()
+            error.context["other_way"] = True
         if reason == "timeout":
             error.context["hung"] = took_s >= HUNG_AFTER_S
         if reason == "checksum":
