@@ -46,6 +46,7 @@ class InProcessCluster:
         """Names of nodes, or "coordinator", that do not answer direct calls: a network partition in a test."""
         self._secret = os.urandom(32) if streams else b""
         self.links: dict[str, StreamLink] = {}
+        self._labels: dict[str, dict[str, str]] = {}  # by node: what its info says in addition
         self._lookups: LookupServer | None = None
         if streams:
             self._lookups = LookupServer(self.coordinator, self._credentials("coordinator"), self._listener())
@@ -59,7 +60,7 @@ class InProcessCluster:
             self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock)
             return self.nodes[node_id]
         link = self.links[node_id] = StreamLink(direct, self._credentials(node_id), self._listener())
-        labels = {"peer_address": link.address}
+        labels = self._labels[node_id] = {"peer_address": link.address}
         node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
         link.serve(node)
         return node
@@ -71,6 +72,11 @@ class InProcessCluster:
         place = PeerPlace.of(self.config.peer_address)
         assert place is not None, "peer_address must not be off in a cluster with streams"
         return place.listen("127.0.0.1")
+
+    def announce(self, node_id: str, address: str) -> None:
+        """Let peers connect to this address instead of the node's own: to a proxy, or to a stand-in of a test."""
+        self._labels[node_id]["peer_address"] = address
+        self.report_all()
 
     def stop_node(self, node_id: str, *, remove: bool = True) -> None:
         """Close a node and its streams."""

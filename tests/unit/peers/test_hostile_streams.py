@@ -3,7 +3,6 @@
 import random
 import socket
 from collections import Counter
-from collections.abc import Iterator
 
 import msgpack
 import pytest
@@ -108,7 +107,7 @@ def recorded(node: Node, keys: list[bytes]) -> list[bytes]:
 
 
 @pytest.fixture
-def theatre(node_factory, client_factory, monkeypatch) -> Iterator[tuple[Theatre, list[bytes]]]:
+def theatre(node_factory, client_factory, monkeypatch) -> tuple[Theatre, list[bytes]]:
     monkeypatch.setattr(block_server, "FIRST_BLOCKS", 2)  # so that the stream has several batches
     monkeypatch.setattr(block_server, "BATCH_BYTES", 2 * RAW)
     monkeypatch.setattr(StreamTransfer, "_doubt", lambda self, key: None)
@@ -117,7 +116,7 @@ def theatre(node_factory, client_factory, monkeypatch) -> Iterator[tuple[Theatre
     client.store(tokens_of(PATH), kv_of(PATH))
     keys = [bytes.fromhex(each.key) for each in client.explain(tokens_of(PATH))]
     made = Theatre(node_factory(host="1MiB", node_id="n1"), keys)
-    yield made, recorded(holder, keys)
+    return made, recorded(holder, keys)
 
 
 def test_an_undamaged_stream_brings_all_blocks(theatre) -> None:
