@@ -173,7 +173,7 @@ class Node:
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
         self.storage.allowance.refuse("introduced", dropped)
 
-    def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
+    def commit(self, root: BlockKey, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
         If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
@@ -181,7 +181,8 @@ class Node:
         """
         with self.running():
             self._check_depths(packed)
-            self.engine.note_touches()
+            if note_touches:
+                self.engine.note_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:

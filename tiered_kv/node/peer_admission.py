@@ -77,7 +77,7 @@ class Admission:
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
         """Make the blocks visible that are packed at the leading `locations`, and free the others. Returns how many are visible."""
-        done = len(self._session.commit_packed(self._root, list(packed))) if packed else 0
+        done = len(self._session.commit_packed(self._root, list(packed), note_touches=False)) if packed else 0
         self._session.release([location.offset for location in locations[len(packed) :]])
         return done
 

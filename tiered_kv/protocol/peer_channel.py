@@ -11,7 +11,6 @@ secret. Nothing is encrypted: see TLS in docs/design/031.
 import hashlib
 import hmac
 import os
-import select
 import socket
 import struct
 import time
@@ -31,6 +30,8 @@ MESSAGE_BYTES_MAX = 16 << 20
 BUFFER_BYTES = 16 << 10
 PIECE_BYTES = 256 << 10
 """A payload is received in pieces of this size, so that each is hashed while it is in the processor's cache."""
+LATE_S = 0.005  # how much too long the kernel's limit of a call may be
+BOUND_S_MAX = 3600.0
 BUFFERS_AT_ONCE = 512  # below the kernel's limit for one call
 
 _LENGTH = struct.Struct("<I")
@@ -89,7 +90,8 @@ class Channel:
         self._sent = self._received = 0
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._start = self._end = 0  # of the bytes in the buffer that are not used yet
-        self.received_bytes = 0
+        self._bounds: dict[int, float] = {}
+        connection.setblocking(True)
 
     # Sending
 
@@ -105,7 +107,7 @@ class Channel:
         left = [buffer for buffer in buffers if buffer.nbytes]
         try:
             while left:
-                self._connection.settimeout(limit.wait_s())
+                self._bound(socket.SO_SNDTIMEO, limit.wait_s())
                 sent = self._connection.sendmsg(left[:BUFFERS_AT_ONCE])
                 done = 0
                 while done < len(left) and sent >= left[done].nbytes:
@@ -122,23 +124,24 @@ class Channel:
         end = offset + nbytes
         try:
             while offset < end:
-                self._connection.settimeout(limit.wait_s())
-                try:
-                    sent = os.sendfile(self._connection.fileno(), fd, offset, end - offset)
-                except BlockingIOError:
-                    if not self._is_writable(limit.wait_s()):
-                        raise TimeoutError("timed out") from None
-                    continue
+                self._bound(socket.SO_SNDTIMEO, limit.wait_s())
+                sent = os.sendfile(self._connection.fileno(), fd, offset, end - offset)
                 if not sent:
                     raise refused("short", f"the file ended {end - offset} bytes too early")
                 offset += sent
         except OSError as error:
             raise _broken(error) from error
 
-    def _is_writable(self, wait_s: float) -> bool:
-        poll = select.poll()  # not `select`: a descriptor may be larger than it accepts
-        poll.register(self._connection, select.POLLOUT)
-        return bool(poll.poll(min(wait_s, 3600.0) * 1000))
+    def _bound(self, direction: int, wait_s: float) -> None:
+        """Let the kernel end a call that waits longer than `wait_s`. A call that has moved some bytes by then returns their number.
+
+        The socket stays in blocking mode, in which one call moves a whole payload. In non-blocking mode, as with Python's timeouts,
+        a sender would wake up for each part of the payload that the receiver has taken, and use twice the processor time.
+        """
+        set_s = self._bounds.get(direction, float("inf"))
+        if wait_s < set_s - LATE_S or set_s < wait_s / 2:
+            self._bounds[direction] = min(wait_s, BOUND_S_MAX)
+            self._connection.setsockopt(socket.SOL_SOCKET, direction, _timeval(self._bounds[direction]))
 
     # Receiving
 
@@ -189,13 +192,12 @@ class Channel:
 
     def _receive(self, target: memoryview, limit: Limit) -> int:
         try:
-            self._connection.settimeout(limit.wait_s())
+            self._bound(socket.SO_RCVTIMEO, limit.wait_s())
             count = self._connection.recv_into(target)
         except OSError as error:
             raise _broken(error) from error
         if not count:
             raise refused("closed", f"{self.peer} closed the connection")
-        self.received_bytes += count
         return count
 
     def is_idle(self) -> bool:
@@ -203,8 +205,7 @@ class Channel:
         if self._start < self._end:
             return False
         try:
-            self._connection.setblocking(False)
-            self._connection.recv(1, socket.MSG_PEEK)
+            self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:
@@ -338,6 +339,13 @@ def _proof(secret: bytes, label: bytes, script: bytes) -> bytes:
     return hmac.digest(secret, label + b"\0" + script, "sha256")
 
 
+def _timeval(seconds: float) -> bytes:
+    """Returns a `struct timeval` of at least a microsecond, because 0 would mean no limit."""
+    whole = int(seconds)
+    return struct.pack("@ll", whole, max(int((seconds - whole) * 1e6), 1))
+
+
 def _broken(error: OSError) -> TieredKVError:
-    reason = "timeout" if isinstance(error, TimeoutError) else "closed"
-    return TieredKVError(Kind.TRANSPORT, f"the connection to a peer failed: {error}", reason=reason)
+    timed_out = isinstance(error, TimeoutError | BlockingIOError)
+    words = "timed out" if timed_out else str(error)
+    return TieredKVError(Kind.TRANSPORT, f"the connection to a peer failed: {words}", reason="timeout" if timed_out else "closed")

@@ -19,7 +19,7 @@ from tiered_kv.tiers.disk.segments import FilePart
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 8 << 20
 """Payload that is announced by one message. A larger block is a batch of its own."""
 BATCH_BLOCKS = 128
 FIRST_BLOCKS = 8  # in the first batch of a run, before the size of its blocks is known
