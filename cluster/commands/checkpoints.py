@@ -73,10 +73,14 @@ def _add_checkpoint(commands: Any, add_name: Callable) -> None:
         metavar="N",
         help="after each checkpoint, delete all but the newest N, and the packs that no checkpoint uses any more",
     )
+    _add_rate_and_cluster(command, add_name)
+    command.add_argument("--json", action="store_true", help="print the figures as JSON, one line per checkpoint")
+
+
+def _add_rate_and_cluster(command: argparse.ArgumentParser, add_name: Callable) -> None:
     command.add_argument("--max-rate", metavar="SIZE", help="maximum bytes per second, for example 100MiB (default: no limit)")
     add_name(command)
     command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON, one line per checkpoint")
 
 
 def _add_namespace(command: argparse.ArgumentParser) -> None:
@@ -211,9 +215,7 @@ def _add_restore(commands: Any, add_name: Callable, add_settings: Callable, conf
         metavar="M",
         help="restore for M tensor-parallel ranks: blocks written for another number of ranks are split or joined by heads",
     )
-    command.add_argument("--max-rate", metavar="SIZE", help="maximum bytes per second (default: no limit)")
-    add_name(command)
-    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
+    _add_rate_and_cluster(command, add_name)
     add_settings(command)
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 

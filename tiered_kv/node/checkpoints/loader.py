@@ -35,7 +35,6 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.host import BlockHeader
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.mounted import READ_BYTES, MountedBlock, PackRange, runs_of
 from tiered_kv.tiers.objects.open_store import open_store
@@ -110,7 +109,7 @@ class CheckpointLoader:
             first = self._place.mounted.mount(store, request.packs)
             self.models |= request.models
             admits = self._place.allowance.admits
-            allowed = [each for each in request.blocks if admits(each.key, each.root, each.location.codec, None)]
+            allowed = [each for each in request.blocks if admits(each.key, each.info.root, each.location.codec, None)]
             too_lossy = len(request.blocks) - len(allowed)
             self._place.allowance.refuse(Tier.CHECKPOINT.label, too_lossy)
             mounted = self._add_to_index(allowed, first)
@@ -131,7 +130,7 @@ class CheckpointLoader:
                         break
                     block = each._replace(location=each.location._replace(tier=Tier.CHECKPOINT, segment=first + each.location.segment))
                     self._place.mounted.hold(block.location.stored_bytes)
-                    events.append(ev.Recovered(block.key, block.parent, block.root, block.location, block.depth, block.uses))
+                    events.append(ev.Recovered(block.info, block.location, block.uses))
                     mounted.append(block)
                 self._node.engine.handle(events)
             if room < 0:
@@ -249,7 +248,7 @@ class CheckpointLoader:
         for block, source in zip(batch.blocks, sources, strict=True):
             if isinstance(source, TieredKVError):
                 self._drop_damaged(job, block, source)
-            elif not self._place.allowance.admits(block.key, block.root, source.codec.id, source.error):
+            elif not self._place.allowance.admits(block.key, block.info.root, source.codec.id, source.error):
                 self._drop_too_lossy(job, block)
             else:
                 good.append((block, source))
@@ -293,7 +292,7 @@ class CheckpointLoader:
             for (block, _, location), error in outcomes:
                 if error is None:
                     del session.reserved[location.offset]
-                    events.append(ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses))
+                    events.append(ev.Recovered(block.info, location, block.uses))
                     job.host.append(block.key)
             self._node.engine.handle(events)
 
@@ -301,7 +300,7 @@ class CheckpointLoader:
         """Write a block to its extent. Returns the error if its frame cannot be decoded."""
         block, frame, location = placed
         try:
-            self._place.put(BlockData.of(frame), location, BlockHeader(block.key, block.parent, block.root, block.depth))
+            self._place.put(BlockData.of(frame), location, block.info)
         except TieredKVError as error:
             return TieredKVError(error.kind, str(error))  # the original's traceback would keep a reference to the arena
         return None
@@ -312,7 +311,7 @@ class CheckpointLoader:
         locations: list[Location] = []
         with self._node.running():
             for block, frame in blocks:
-                form = self._place.form_of(frame, block.root)
+                form = self._place.form_of(frame, block.info.root)
                 if host.used_bytes + form.nbytes > host.capacity_bytes * FILLED_SHARE:
                     break
                 offsets = self._place.reserve(Tier.HOST, form.nbytes, 1, Room.APART if form.codec else Room.STAGING)
@@ -327,7 +326,7 @@ class CheckpointLoader:
         disk = self._place.disk
         if disk is None:
             return False
-        records = [Record(block.key, frame.pieces, frame.codec.id, frame.raw_bytes, block.parent, block.root) for block, frame in blocks]
+        records = [Record(block.info, frame.pieces, frame.codec.id, frame.raw_bytes) for block, frame in blocks]
         placed = self._node.engine.below(Tier.DISK, lambda: self._append(disk, blocks, records)).result()
         job.disk += placed
         return placed == len(blocks)
@@ -339,7 +338,7 @@ class CheckpointLoader:
             return 0
         results = disk.append(records)
         self._node.engine.handle(
-            ev.Recovered(block.key, block.parent, block.root, result.location, block.depth, block.uses)
+            ev.Recovered(block.info, result.location, block.uses)
             for (block, _), result in zip(blocks, results, strict=True)
             if result.location is not None
         )

@@ -25,7 +25,7 @@ class Unwritten(NamedTuple):
 
     def entry(self, offset: int) -> Entry:
         """Returns the frame's entry if the frame begins at `offset`."""
-        key, _, codec, raw_bytes, parent, root = self.record
+        (key, parent, root, _), _, codec, raw_bytes = self.record
         return Entry(key, parent, root, codec, offset, self.stored_bytes, raw_bytes, carried_error(self.views[0]) or 0.0)
 
 
