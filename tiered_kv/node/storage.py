@@ -141,7 +141,7 @@ class NodeStorage:
         if tier is not Tier.HOST or not self.encoder.shrinks or room is Room.ANYWHERE:
             return self._memory[tier].reserve(nbytes, count)
         capacity_bytes = self.host.capacity_bytes
-        if room is Room.APART:
+        if room is Room.COMPRESSED:
             return self.host.reserve_apart(nbytes, staging_bytes(capacity_bytes))
         return self.host.stage(nbytes, count, staging_bytes(capacity_bytes), int(capacity_bytes * FULL_SHARE))
 

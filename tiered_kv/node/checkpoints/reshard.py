@@ -39,7 +39,7 @@ class ReshardedBlock(NamedTuple):
 
     @property
     def block(self) -> MountedBlock:
-        """The block as a mounted one. Its location is not in any pack."""
+        """This block in the form that the loader handles. Its location is a placeholder, because no pack contains it."""
         nowhere = Location(Tier.CHECKPOINT, 0, 0, 0, self.raw_bytes, self.raw_bytes)
         return MountedBlock(self.info, nowhere, self.uses)
 
