@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
@@ -20,7 +20,6 @@ from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_channel import refused
 from tiered_kv.protocol.peer_transport import FramePieces, Offer
 from tiered_kv.store.engine import BlockFormat
-from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -77,17 +76,17 @@ class Admission:
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
         """Make the blocks visible that are packed at the leading `locations`, and free the others. Returns how many are visible."""
-        done = len(self._session.commit_packed(self._root, list(packed), note_touches=False)) if packed else 0
+        done = len(self._session.commit_packed(list(packed), note_touches=False)) if packed else 0
         self._session.release([location.offset for location in locations[len(packed) :]])
         return done
 
-    def block_header(self, key: BlockKey) -> BlockHeader:
+    def info(self, key: BlockKey) -> BlockInfo:
         """Returns the place of a block of this run in its chain."""
-        return BlockHeader(key, self._parents[key], self._root, self._depths[key])
+        return BlockInfo(key, self._parents[key], self._root, self._depths[key])
 
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
         """Returns a block of this run that is complete and verified at `location`."""
-        return Packed(key, self._parents[key], location, self._depths[key], error, digest)
+        return Packed(self.info(key), location, error, digest)
 
     def _leading_of(self, form: BlockFormat, frames: Sequence[Frame]) -> list[Frame]:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
@@ -97,7 +96,7 @@ class Admission:
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
             try:
-                digest = self._storage.put(BlockData.of(frame), location, self.block_header(key))
+                digest = self._storage.put(BlockData.of(frame), location, self.info(key))
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break

@@ -91,7 +91,7 @@ def test_a_pulled_block_is_sealed_and_has_its_place_in_the_chain(cluster, client
         location = node.engine.machine.blocks[key].best
         node.storage.host.verify(key, location)
         assert node.storage.host.headers.is_sealed(location.offset)
-        assert node.storage.host.header(location.offset).depth == depth
+        assert node.storage.host.header(location.offset).info.depth == depth
 
 
 def test_a_long_chain_comes_in_batches_by_one_request(make_cluster, checked, monkeypatch) -> None:

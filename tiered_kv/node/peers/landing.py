@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Protocol
 
-from tiered_kv.blocks import PEER, Location
+from tiered_kv.blocks import PEER, BlockInfo, Location
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData
@@ -18,7 +18,7 @@ from tiered_kv.node.storage import NodeStorage
 from tiered_kv.protocol.peer_channel import refused
 from tiered_kv.protocol.peer_transport import Offer, Target
 from tiered_kv.store.engine import BlockFormat
-from tiered_kv.tiers.host import FRAME_DIGEST, BlockHeader, is_sealed_for, read_header, running_digest
+from tiered_kv.tiers.host import FRAME_DIGEST, is_sealed_for, read_header, running_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Shelf(Protocol):
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
         """Returns a block of the run that is complete and verified at `location`."""
 
-    def block_header(self, key: BlockKey) -> BlockHeader:
+    def info(self, key: BlockKey) -> BlockInfo:
         """Returns the place of a block of the run in its chain."""
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
@@ -131,7 +131,7 @@ class FrameLanding(BlockLanding):
         if location.codec:
             return self._shelf.packed(key, location, frame.error, FRAME_DIGEST)
         try:
-            digest = self._storage.put(BlockData.of(frame), location, self._shelf.block_header(key))
+            digest = self._storage.put(BlockData.of(frame), location, self._shelf.info(key))
         except TieredKVError as error:
             raise damaged(key, str(error)) from error
         return self._shelf.packed(key, location, frame.error, digest)
@@ -176,9 +176,9 @@ def _check(storage: NodeStorage, key: BlockKey, offer: Offer, root: BlockKey, nb
         header = read_header(offer.head)
     except TieredKVError as error:
         raise refused("header", f"block {key.hex()}: {error}") from error
-    if header.key != key:
-        raise refused("key", f"block {key.hex()} expected, a peer offers {header.key.hex()}")
-    if header.root != root:
+    if header.info.key != key:
+        raise refused("key", f"block {key.hex()} expected, a peer offers {header.info.key.hex()}")
+    if header.info.root != root:
         raise refused("root", f"block {key.hex()}: it belongs to another model than the one that was asked for")
     if (offer.codec, header.codec, header.nbytes, header.raw_bytes) != (0, 0, nbytes, nbytes):
         raise refused("size", f"block {key.hex()}: {nbytes} raw bytes expected, its header describes {header}")
