@@ -34,6 +34,7 @@ class NodeActor:
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
         self._secret = bytes.fromhex(secret)
         self._refusal: TieredKVError | None = None
+        self._link: Link | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
         labels = {"ray_node_id": here.get_node_id(), "address": ray.util.get_node_ip_address()}
@@ -54,6 +55,8 @@ class NodeActor:
         except TieredKVError as error:
             # Ray restarts an actor whose constructor raises forever, and loses its error. So `info` raises the error instead.
             self._refusal = error
+            if isinstance(self._link, StreamLink):
+                self._link.close()
 
     def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> Link:
         """Returns a link with streams; one through Ray only if the cluster has no secret, or the settings turn streams off."""

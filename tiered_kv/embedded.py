@@ -61,7 +61,11 @@ class InProcessCluster:
             return self.nodes[node_id]
         link = self.links[node_id] = StreamLink(direct, self._credentials(node_id), self._listener())
         labels = self._labels[node_id] = {"peer_address": link.address}
-        node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
+        try:
+            node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
+        except TieredKVError:
+            link.close()
+            raise
         link.serve(node)
         return node
 

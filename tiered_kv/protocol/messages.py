@@ -129,7 +129,8 @@ class PairStats(TypedDict):
     seconds: float
     failures: dict[str, int]
     last_failure: NotRequired[str]
-    """The text of the last failure, until a request succeeds again."""
+    """The text of the last failure, until a request succeeds again; `last_failure_age_s`: the seconds since then."""
+    last_failure_age_s: NotRequired[float]
 
 
 class PeerStats(TypedDict):

@@ -401,6 +401,7 @@ def test_a_port_where_nobody_listens_falls_back_to_the_other_link(cluster, clien
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
     assert pair(cluster)["failures"] == {"connect": 1}
     assert "nobody answers" in pair(cluster)["last_failure"]
+    assert 0 <= pair(cluster)["last_failure_age_s"] < 30
     assert not cluster.links["n1"].streams_from("n0"), "not tried again at once"
 
 

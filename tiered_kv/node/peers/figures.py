@@ -1,8 +1,9 @@
 """The figures of a node's transfers with its peers."""
 
 import threading
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tiered_kv.errors import TieredKVError
 from tiered_kv.protocol.messages import PairStats, PeerStats
@@ -14,7 +15,9 @@ PEERS_MAX = 64
 class PeerFigures:
     """Counts of one node. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._failed_at_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._pairs: OrderedDict[str, PairStats] = OrderedDict()
         self._sums: Counter[str] = Counter()
@@ -37,6 +40,7 @@ class PeerFigures:
             pair = self._pair(peer)
             pair["failures"][reason] = pair["failures"].get(reason, 0) + 1
             pair["last_failure"] = str(error)
+            self._failed_at_s[peer] = self._now_s()
 
     def served(self, blocks: int, nbytes: int) -> None:
         """Count blocks that were sent to a peer."""
@@ -53,24 +57,25 @@ class PeerFigures:
         with self._lock:
             return {
                 "address": address,
-                "peers": {peer: self._copied(pair) for peer, pair in self._pairs.items()},
+                "peers": {peer: self._copied(peer, pair) for peer, pair in self._pairs.items()},
                 "served_blocks": self._sums["blocks"],
                 "served_bytes": self._sums["bytes"],
                 "located": self._sums["located"],
                 "refused": dict(refused),
             }
 
-    @staticmethod
-    def _copied(pair: PairStats) -> PairStats:
+    def _copied(self, peer: str, pair: PairStats) -> PairStats:
         copied = pair.copy()
         copied["failures"] = dict(pair["failures"])
+        if "last_failure" in pair:
+            copied["last_failure_age_s"] = self._now_s() - self._failed_at_s[peer]
         return copied
 
     def _pair(self, peer: str) -> PairStats:
         pair = self._pairs.pop(peer, None) or {"blocks": 0, "bytes": 0, "seconds": 0.0, "failures": {}}
         self._pairs[peer] = pair
         while len(self._pairs) > PEERS_MAX:
-            self._pairs.popitem(last=False)
+            self._failed_at_s.pop(self._pairs.popitem(last=False)[0], None)
         return pair
 
 
