@@ -13,7 +13,7 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.peer_address import PeerPlace
-from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -49,7 +49,7 @@ class CoordinatorActor:
         except TieredKVError as error:
             log.warning("look-ups go through Ray: %s", error)
             return None
-        return LookupServer(self._coordinator, Credentials(self._cluster_id, "coordinator", secret), listener)
+        return LookupServer(self._coordinator, PeerIdentity(self._cluster_id, "coordinator", secret), listener)
 
     def describe(self) -> ClusterDescription:
         """Returns the cluster's id, its settings, its live nodes and its lost nodes."""

@@ -17,7 +17,7 @@ from tiered_kv.node.trace_recording import Recorded
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.peer_address import PeerPlace
-from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_transport import Link
 from tiered_kv.protocol.unix_socket import SessionServer
 
@@ -64,7 +64,7 @@ class NodeActor:
         link = RayLink(cluster, node_id)
         if place is None or not self._secret:
             return link
-        return StreamLink(link, Credentials(cluster_id, node_id, self._secret), place.listen(address))
+        return StreamLink(link, PeerIdentity(cluster_id, node_id, self._secret), place.listen(address))
 
     def _end_unless_in_place(self) -> None:
         """End the process if the node's files were removed or replaced. Ray then restarts the actor, which creates new files."""

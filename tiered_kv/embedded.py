@@ -24,7 +24,7 @@ from tiered_kv.node.node import Node
 from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.protocol.messages import NO_PEERS, PeerStats
 from tiered_kv.protocol.peer_address import PeerPlace
-from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_transport import FramePieces, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -49,7 +49,7 @@ class InProcessCluster:
         self._labels: dict[str, dict[str, str]] = {}  # by node: what its info says in addition
         self._lookups: LookupServer | None = None
         if streams:
-            self._lookups = LookupServer(self.coordinator, self._credentials("coordinator"), self._listener())
+            self._lookups = LookupServer(self.coordinator, self._identity("coordinator"), self._listener())
         for number in range(nodes):
             self.start_node(f"n{number}")
 
@@ -59,7 +59,7 @@ class InProcessCluster:
         if not self._secret:
             self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock)
             return self.nodes[node_id]
-        link = self.links[node_id] = StreamLink(direct, self._credentials(node_id), self._listener())
+        link = self.links[node_id] = StreamLink(direct, self._identity(node_id), self._listener())
         labels = self._labels[node_id] = {"peer_address": link.address}
         try:
             node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
@@ -69,8 +69,8 @@ class InProcessCluster:
         link.serve(node)
         return node
 
-    def _credentials(self, name: str) -> Credentials:
-        return Credentials(self.cluster_id, name, self._secret)
+    def _identity(self, name: str) -> PeerIdentity:
+        return PeerIdentity(self.cluster_id, name, self._secret)
 
     def _listener(self) -> socket.socket:
         place = PeerPlace.of(self.config.peer_address)

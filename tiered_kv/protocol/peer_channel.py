@@ -38,7 +38,7 @@ _LENGTH = struct.Struct("<I")
 _NUMBER = struct.Struct("<Q")
 
 
-class Credentials(NamedTuple):
+class PeerIdentity(NamedTuple):
     """The identity that a process proves to its peers. `name`: its own, for their figures. `secret`: the cluster's."""
 
     cluster_id: str
@@ -224,7 +224,7 @@ class Channel:
         self._connection.close()
 
 
-def greet(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
+def greet(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
     """The caller's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if either side refuses."""
     tune(connection)
     hello = msgpack.packb([MAGIC, PEER_PROTOCOL, own.cluster_id, own.name, os.urandom(NONCE_BYTES)])
@@ -242,7 +242,7 @@ def greet(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
     return Channel(connection, peer, (ours, theirs))
 
 
-def answer_greeting(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
+def answer_greeting(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
     """The listener's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if it refuses the caller."""
     tune(connection)
     hello = _greeting(connection, limit)
@@ -268,7 +268,7 @@ def tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
-def _judge(hello: bytes, own: Credentials) -> tuple[str, str, str]:
+def _judge(hello: bytes, own: PeerIdentity) -> tuple[str, str, str]:
     """Returns the reason to refuse a caller ("" for none), a sentence about it, and the caller's name."""
     try:
         magic, version, cluster_id, name, nonce = msgpack.unpackb(hello)

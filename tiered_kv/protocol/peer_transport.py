@@ -23,7 +23,7 @@ FramePieces = Sequence[Buffer]
 """The buffers that make up a frame, in order."""
 
 
-class Offer(NamedTuple):
+class BlockOffer(NamedTuple):
     """One block that a peer sends next, as `nbytes` of payload.
 
     `head`: the header of the block's extent in the peer's memory, with its seal, if the payload is the block's raw bytes. It is
@@ -36,7 +36,7 @@ class Offer(NamedTuple):
     head: bytes = b""
 
 
-class Target(NamedTuple):
+class PayloadTarget(NamedTuple):
     """Memory that waits for one block's payload. `update`: called with each piece of it that has arrived, in order."""
 
     memory: memoryview
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 class Landing(Protocol):
     """Reserved memory for the leading blocks of a batch: one target each. End it with `commit` or `abandon`."""
 
-    targets: Sequence[Target]
+    targets: Sequence[PayloadTarget]
 
     def commit(self) -> int:
         """Verify the payloads, all of which have arrived, and make the blocks visible. Returns how many are.
@@ -64,7 +64,7 @@ class Receiver(Protocol):
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
         """Store the frames of the leading `keys`. Returns how many were stored; it stops at a damaged frame."""
 
-    def land(self, keys: Sequence[BlockKey], offers: Sequence[Offer]) -> Landing:
+    def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> Landing:
         """Reserve memory for the leading offered blocks, at least one.
 
         Raises (kind `transport`, with a reason) if the first offer is not of the first key or may not be shown, or without room.

@@ -16,7 +16,7 @@ from tiered_kv.node.peers.lookups import Lookups
 from tiered_kv.node.peers.streams import Streams
 from tiered_kv.node.peers.transfer import StreamTransfer
 from tiered_kv.protocol.messages import PeerStats
-from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_listener import PeerListener
 from tiered_kv.protocol.peer_transport import Link, Transfer
 from tiered_kv.protocol.probes import Probe, Variants
@@ -36,7 +36,7 @@ class StreamLink:
     answers to reports.
     """
 
-    def __init__(self, other: Link, own: Credentials, listener: socket.socket, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, other: Link, own: PeerIdentity, listener: socket.socket, now_s: Callable[[], float] = time.monotonic) -> None:
         self._other = other
         self._now_s = now_s
         self._figures = PeerFigures()

@@ -85,13 +85,13 @@ class RaySource:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        class Source:
+        class ObjectSource:
             def put(self, nbytes: int, count: int) -> list:
                 return [ray.put(np.full(nbytes, number, np.uint8)) for number in range(count)]
 
         strategy = NodeAffinitySchedulingStrategy(ray_node_id, soft=False)
         self._ray = ray
-        self._actor = ray.remote(Source).options(num_cpus=0, scheduling_strategy=strategy).remote()
+        self._actor = ray.remote(ObjectSource).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
     def seconds(self, nbytes: int, count: int, target: memoryview) -> float:
         """Returns the seconds that `count` objects of `nbytes` take from the other node into `target`."""
