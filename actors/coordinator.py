@@ -1,10 +1,12 @@
 """The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
 
 import logging
+import sys
 from typing import TypedDict
 
 import ray
 
+from tiered_kv.actors.names import SWITCH_INTERVAL_S
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
@@ -34,6 +36,7 @@ class CoordinatorActor:
     """Forwards calls to a `Coordinator`. `secret`: as for `NodeActor`."""
 
     def __init__(self, cluster_id: str, config: Config, secret: str = "") -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)

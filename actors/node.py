@@ -2,11 +2,13 @@
 
 import logging
 import os
+import sys
 
 import numpy as np
 import ray
 
 from tiered_kv.actors.link import RayLink
+from tiered_kv.actors.names import SWITCH_INTERVAL_S
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -33,6 +35,7 @@ class NodeActor:
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
         self._secret = bytes.fromhex(secret)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._refusal: TieredKVError | None = None
         self._link: Link | None = None
         self._is_serving = False
