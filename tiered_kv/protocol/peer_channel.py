@@ -30,7 +30,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 BUFFER_BYTES = 16 << 10
 PIECE_BYTES = 256 << 10
 """A payload is received in pieces of this size, so that each is hashed while it is in the processor's cache."""
-LATE_S = 0.005  # how much too long the kernel's limit of a call may be
+NEAR_S = 0.005  # the kernel's limit of a call may differ by this much
 BOUND_S_MAX = 3600.0
 BUFFERS_AT_ONCE = 512  # below the kernel's limit for one call
 
@@ -138,9 +138,9 @@ class Channel:
         The socket stays in blocking mode, in which one call moves a whole payload. In non-blocking mode, as with Python's timeouts,
         a sender would wake up for each part of the payload that the receiver has taken, and use twice the processor time.
         """
-        set_s = self._bounds.get(direction, float("inf"))
-        if wait_s < set_s - LATE_S or set_s < wait_s / 2:
-            self._bounds[direction] = min(wait_s, BOUND_S_MAX)
+        wait_s = min(wait_s, BOUND_S_MAX)
+        if abs(self._bounds.get(direction, float("inf")) - wait_s) > NEAR_S:
+            self._bounds[direction] = wait_s
             self._connection.setsockopt(socket.SOL_SOCKET, direction, _timeval(self._bounds[direction]))
 
     # Receiving

@@ -137,6 +137,17 @@ def test_patience_ends_an_exchange_that_stands_still(pair) -> None:
     assert time.monotonic() - begun_s < 5.0
 
 
+@pytest.mark.parametrize(("first_s", "second_s"), [(0.2, 0.3), (0.3, 0.1), (0.1, 0.102)])
+def test_each_limit_counts_whatever_the_one_before_was(pair, first_s: float, second_s: float) -> None:
+    left, right = pair
+    left.send("in time", within())
+    assert right.next(within(first_s)) == "in time"
+    begun_s = time.monotonic()
+    with pytest.raises(TieredKVError):
+        right.next(within(second_s))
+    assert second_s - 0.02 < time.monotonic() - begun_s < second_s + 5.0
+
+
 def test_a_full_peer_ends_a_sender_at_its_limit(pair) -> None:
     left, _ = pair
     begun_s = time.monotonic()
