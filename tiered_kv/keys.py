@@ -142,6 +142,9 @@ class Namespace:
     content, such as a checkpoint's digest; likewise the other fields. Ranks of one tensor-parallel model differ only in `rank`:
     `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose other fields are equal
     (docs/design/021). It is "" for the first of them, and then not part of the digest.
+
+    `weight_epoch` and `salt` are filled in by a client from its node (docs/design/029), and are not part of the digest while they
+    are 0 and "". `weight_epoch`: the cluster's number of the model's weights, which `Client.new_epoch` raises. `salt`: of a named tenant.
     """
 
     weights: str
@@ -156,6 +159,8 @@ class Namespace:
     world: int = 1
     epoch: int = 0
     variant: str = ""
+    salt: str = ""
+    weight_epoch: int = 0
 
     def __post_init__(self) -> None:
         if not self.weights or not isinstance(self.weights, str):
@@ -166,10 +171,10 @@ class Namespace:
             raise TieredKVError(
                 Kind.CONFIG, f"namespace: tenant must be a text of at least one character, got {self.tenant!r}", setting="tenant"
             )
-        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant"):
+        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant", "salt"):
             if not isinstance(getattr(self, name), str):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, got {getattr(self, name)!r}", setting=name)
-        for name in ("rank", "world", "epoch"):
+        for name in ("rank", "world", "epoch", "weight_epoch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a whole number, got {value!r}", setting=name)
@@ -182,9 +187,23 @@ class Namespace:
     def digest(self) -> bytes:
         """32 bytes that identify this namespace."""
         fields = asdict(self)
-        if not self.variant:  # a field of later versions; without it keys are the same as in earlier versions
-            del fields["variant"]
+        for name in ("variant", "salt", "weight_epoch"):  # of later versions; without them keys are the same as in earlier versions
+            if not fields[name]:
+                del fields[name]
         return _digest(json.dumps(fields, sort_keys=True).encode())
+
+    @cached_property
+    def family(self) -> bytes:
+        """32 bytes that the ranks, variants and epochs of one model under one tenant have in common. A weight epoch is of a family."""
+        return replace(self.plain(), rank=0, world=1, epoch=0, variant="").digest
+
+    def plain(self) -> "Namespace":
+        """Returns this namespace without what its client has filled in: salt and weight epoch."""
+        return replace(self, salt="", weight_epoch=0) if self.salt or self.weight_epoch else self
+
+    def as_fields(self) -> dict[str, Any]:
+        """Returns the fields as plain data, those of later versions only if they are set. `Namespace(**fields)` is the inverse."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("salt", "weight_epoch")}
 
     def root(self, layout: Layout) -> BlockKey:
         """Returns the common root of the blocks of one layout under this namespace. Each layout has its own root."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TypeVar
 
 from tiered_kv.client.access import AccessHolder, NodeAccess
@@ -114,7 +113,7 @@ def _client(
 
     def introduce(session: Session, namespace: Namespace) -> None:
         """Describe the model to the node; once in each session, because the node may have been restarted."""
-        facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
+        facts = ModelFacts(layout, namespace.weights, rope, rope_halves, namespace.as_fields())
         answer = session.introduce(namespace.root(layout), facts.as_message())
         if answer["calibration"]:  # without it no block could be decoded
             registered(answer["calibration"])

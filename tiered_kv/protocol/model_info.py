@@ -48,7 +48,7 @@ class ModelFacts:
             facts = cls(**{**message, "layout": layout_of(message["layout"])})
             is_valid = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
             known = facts.known_namespace()
-            is_valid &= known is None or asdict(known) == facts.namespace
+            is_valid &= known is None or asdict(known) == asdict(known.plain()) | (facts.namespace or {})
         except (TypeError, KeyError, ValueError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"invalid model description from a worker: {error}") from error
         if not is_valid:
