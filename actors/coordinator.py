@@ -1,5 +1,6 @@
 """The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
 
+import time
 from typing import TypedDict
 
 import ray
@@ -8,6 +9,7 @@ from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -44,6 +46,9 @@ class CoordinatorActor:
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        return self._coordinator.raise_epoch(families, keep, int(time.time() * 1000))
 
     def forget(self, node: str) -> None:
         self._coordinator.forget(node)

@@ -13,6 +13,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
 from tiered_kv.node.trace_recording import Recorded
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.unix_socket import SessionServer
@@ -58,6 +59,19 @@ class NodeActor:
 
     def stats(self) -> NodeStats:
         return self._node.stats()
+
+    def adopt_epochs(self, epochs: list[Epoch]) -> bool:
+        """Merge weight epochs, as `NodeEpochs.adopt`. Returns True once no block of an ended epoch can be had here."""
+        self._node.epochs.adopt(epochs)
+        return True
+
+    def purge(self, families: list[bytes]) -> int:
+        """Drop all blocks of these families, as `NodeEpochs.purge`. Returns how many."""
+        return self._node.epochs.purge(families)
+
+    def end_purge(self, families: list[bytes]) -> None:
+        """Admit blocks of these families again."""
+        self._node.epochs.end_purge(families)
 
     def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
         """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""

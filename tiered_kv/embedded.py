@@ -4,8 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.node.node import Node
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -96,6 +98,20 @@ class InProcessLink:
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         self._reach("coordinator")
         return self._cluster.coordinator.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        self._reach("coordinator")
+        return self._cluster.coordinator.raise_epoch(families, keep, int(time.time() * 1000))
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        unreached = []
+        for node in nodes:
+            try:
+                self._reach(node)
+                self._cluster.nodes[node].epochs.adopt(epochs)
+            except TieredKVError:
+                unreached.append(node)
+        return unreached
 
     def request(self, node: str, keys: list[BlockKey]) -> "InProcessTransfer":
         self._reach(node)

@@ -1,7 +1,6 @@
 """What the clients of a node have in common: access to the present life of its files, its sessions, counts and the namespace."""
 
 import logging
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +20,9 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout
+from tiered_kv.protocol.epochs import FAMILIES_MAX
 from tiered_kv.protocol.messages import NodeStats
+from tiered_kv.protocol.peer_transport import SPREAD_WITHIN_S
 from tiered_kv.protocol.session import Session
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """The longest wait of `match`, `explain`, `stats` and hints for an answer. The setting `fetch_deadline_ms` may shorten it."""
-EPOCH_BITS = 63
 LABELS = {tier.value: tier.label for tier in Tier}
 
 P = ParamSpec("P")
@@ -62,11 +62,15 @@ def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
 
 
 class Names(NamedTuple):
-    """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only."""
+    """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only.
+
+    `mark`: of the node's epochs when the namespace's weight epoch was read; None if it could not be read.
+    """
 
     namespace: Namespace
     root: BlockKey
     keys: Callable[["np.ndarray"], list[BlockKey]]
+    mark: tuple[int, int] | None = None
 
 
 class NodeClient:
@@ -85,6 +89,7 @@ class NodeClient:
         self.layout = layout
         self._timed: Timed = untimed
         self._names = self._names_of(namespace)
+        self._numbers: dict[bytes, int] = {}  # by family, the largest weight epoch that this client has met
         self._introduce = introduce
         self._holder = holder
         self._clock = clock or SystemClock()
@@ -145,8 +150,12 @@ class NodeClient:
 
     @property
     def namespace(self) -> Namespace:
-        """The namespace of later calls."""
-        return self._names.namespace
+        """The namespace of later calls, with the present weight epoch.
+
+        Code that computes KV and stores it later takes it before it computes, and passes it to `store`. Then KV of former weights
+        cannot be stored as KV of newer ones.
+        """
+        return self._names.namespace if self._closed else self._present()[1].namespace
 
     def use(self, namespace: Namespace) -> None:
         """Use another namespace, of the same layout, from the next call on. Calls that are running keep the former one.
@@ -156,23 +165,47 @@ class NodeClient:
         self._check_open()
         with self._use_lock:
             access = self._holder.take()
+            names = self._read(access, self._names_of(namespace))
             try:
                 with access.pool.session(question_s(access)) as session:
-                    self._introduce(session, namespace)
+                    self._introduce(session, names.namespace)
             except TieredKVError as error:
                 if error.kind is not Kind.TRANSPORT:
                     raise
                 self._degraded("change of namespace", error)  # the next session will introduce it
-            self._names = self._names_of(namespace)
+            self._names = names
 
-    def new_epoch(self, epoch: int | None = None) -> int:
+    def new_epoch(self, epoch: int | None = None, *, keep: bool = False) -> int:
         """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns its number.
 
-        `epoch`: a number chosen by the caller, such as the training step. Workers with the same number share blocks. Without it, the
-        number is random and unique. Blocks stored under another epoch are never found under this one.
+        Without `epoch`, the weight epoch of all models that this client has served is raised for all workers of all nodes. When this
+        returns, no block of their former weights of this tenant can be fetched from any tier of any node, and no fetch or store that is under way can bring one back. With
+        `keep`, the former blocks are not dropped: they are unreachable, and are evicted in time. Raises (kind `cluster`) if some nodes
+        did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to their own workers until they reach
+        the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the coordinator does not answer.
+
+        With `epoch`, a number chosen by the caller such as the training step, only this client moves. Workers with the same number share
+        blocks, blocks stored under another number are never found under this one, and nothing is dropped. See
+        docs/weights-and-tenants.md for when to use which.
         """
-        number = secrets.randbits(EPOCH_BITS) if epoch is None else epoch
-        self.use(replace(self.namespace, epoch=number))
+        if epoch is not None:
+            self.use(replace(self.namespace, epoch=epoch))
+            return epoch
+        self._check_open()
+        access, _ = self._present()
+        with self._lock:
+            families = list(self._numbers)
+        with access.pool.session(SPREAD_WITHIN_S + question_s(access)) as session:
+            number, unreached = session.new_epoch(families, keep)
+        self._present()
+        if unreached:
+            raise TieredKVError(
+                Kind.CLUSTER,
+                f"the weight epoch is {number} now, but these nodes did not confirm it and may still show former blocks to their"
+                f" workers: {', '.join(unreached)}. They adopt it as soon as they reach the coordinator; or end them",
+                epoch=number,
+                nodes=unreached,
+            )
         return number
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
@@ -223,9 +256,44 @@ class NodeClient:
         chain = namespace.chain(self.layout)
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
 
-    def _names_for(self, namespace: Namespace | None) -> Names:
-        present = self._names
-        return present if namespace is None or namespace is present.namespace else self._names_of(namespace)
+    def _present(self, namespace: Namespace | None = None) -> tuple[NodeAccess, Names]:
+        """Returns what one call uses: the access, and the names of `namespace` (default: of the client's, with its present epoch)."""
+        access = self._holder.take()
+        names = self._names
+        if names.mark != access.view.mark:
+            new = self._read(access, names)
+            with self._lock:
+                if self._names is names:
+                    self._names = new
+            names = new
+        if namespace is not None and namespace is not names.namespace:
+            names = self._names_of(namespace)._replace(mark=names.mark)
+        return access, names
+
+    def _read(self, access: NodeAccess, names: Names) -> Names:
+        """Returns the names with the weight epoch that the node publishes now. It never goes back."""
+        family = names.namespace.family
+        mark, number = access.view.weight_epoch(family) or (None, 0)
+        with self._lock:
+            number = self._numbers[family] = max(number, self._numbers.pop(family, 0))
+            if len(self._numbers) > FAMILIES_MAX:
+                del self._numbers[next(iter(self._numbers))]
+        if number != names.namespace.weight_epoch:
+            names = self._names_of(replace(names.namespace, weight_epoch=number))
+        return names._replace(mark=mark)
+
+    def _is_current(self, access: NodeAccess, names: Names) -> bool:
+        """Returns whether the weights that a call used have not ended meanwhile. To be called last, before the call returns blocks."""
+        if access.view.mark == names.mark:
+            return True
+        found = access.view.weight_epoch(names.namespace.family)
+        return names.mark is not None and found is not None and found[1] <= names.namespace.weight_epoch
+
+    def _tell(self, access: NodeAccess, session: Session, names: Names) -> None:
+        """Introduce a namespace in a session whose node does not know it yet, because its epoch has changed."""
+        if access.introduced.get(names.root) != session.life:
+            self._introduce(session, names.namespace)
+            access.introduced[names.root] = session.life
 
     def _ask(self, access: NodeAccess, question: Callable[[Session], R], otherwise: R, wait_s: float) -> R:
         """Returns the node's answer; `otherwise` if there is none within `wait_s`."""
@@ -244,7 +312,7 @@ class NodeClient:
         return access.source.find(keys)
 
     def _pull(
-        self, access: NodeAccess, root: BlockKey, parent: BlockKey | None, keys: list[BlockKey], depth: int, until_s: float
+        self, access: NodeAccess, names: Names, parent: BlockKey | None, keys: list[BlockKey], depth: int, until_s: float
     ) -> list[Found]:
         """Have the node fetch blocks from other nodes. Returns those that the index then shows.
 
@@ -255,7 +323,8 @@ class NodeClient:
             return []
 
         def question(session: Session) -> int | None:
-            return session.pull(root, self.layout.block_bytes, parent, keys, depth, wait_s)
+            self._tell(access, session, names)
+            return session.pull(names.root, self.layout.block_bytes, parent, keys, depth, wait_s)
 
         count = self._ask(access, question, None, wait_s)
         return access.source.find(keys[:count])  # None, for no answer in time, finds all that arrived by now
@@ -263,6 +332,7 @@ class NodeClient:
     def _store_missing(
         self,
         access: NodeAccess,
+        names: Names,
         missing: list[int],
         until_s: float,
         write: Callable[[Session, list[int], float], tuple[int, int]],
@@ -278,6 +348,7 @@ class NodeClient:
             while missing:
                 wait_s = max(until_s - self._clock.now_s(), 0.0)
                 with access.pool.session(wait_s + answer_s) as session:
+                    self._tell(access, session, names)
                     taken, added = write(session, missing, wait_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]

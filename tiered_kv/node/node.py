@@ -16,11 +16,13 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.node.admission.commits import commit
+from tiered_kv.node.admission.epochs import NodeEpochs
 from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
-from tiered_kv.node.packed import Packed, runs_of_packed
+from tiered_kv.node.packed import Packed
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.probes import NodeProbes
 from tiered_kv.node.puller import Puller
@@ -39,7 +41,6 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.threads import CheckedLock, Closer
-from tiered_kv.tiers.host import Lineage
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +71,16 @@ class Node:
         self.node_id = node_id
         self._clock = clock or SystemClock()
         self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
+        self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
-        self.engine.handle(self.storage.restore())
+        self.epochs = NodeEpochs(self, self._lasting_folders(), link, self._clock.now_s)
+        self.engine.handle(recovered := self.storage.restore())
+        self.epochs.recovered(recovered)
         self.seals = Seals(self.engine, self.storage)
-        self.directory = self.storage.directory
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
         self.checkpoint_loader = CheckpointLoader(self)
         self.checkpoint_writer = CheckpointWriter(self, lambda: self.checkpoint_loader.models)
@@ -150,6 +153,7 @@ class Node:
 
     def introduce(self, root: BlockKey, facts: ModelFacts) -> Introduction:
         """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
+        self.epochs.learn(root, facts.known_namespace())
         coder = self.storage.coder
         is_new = not coder.knows(root, facts)
         introduction = coder.introduce(root, facts)
@@ -176,53 +180,24 @@ class Node:
     def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
-        If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
-        `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
+        If the list is shorter than `packed`, the index has no room for the rest, or their weights have ended, and their extents are
+        freed. Raises (kind `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
         """
         with self.running():
-            self._check_depths(packed)
-            self.engine.note_touches()
-            taken = packed[: self._index_room_for(packed)]
-            added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
-            for key, parent, location, depth, error, digest in taken:
-                self.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
-            self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
-            self.seals.committed([each.key for each in taken if each.digest is None])
-            self.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])
-            if len(taken) < len(packed):
-                self.free_extents(each.location.offset for each in packed[len(taken) :])
-        if self._reporter:
-            self._reporter.wake()
+            added = commit(self, root, packed, self._clock.now_s())
+        self.report_soon()
         return added
 
-    def _check_depths(self, packed: list[Packed]) -> None:
-        """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
-        wrong = self.engine.machine.chains.misplaced([(each.key, each.parent, each.depth) for each in packed])
-        if wrong is not None:
-            self.free_extents(each.location.offset for each in packed)
-            raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
+    def report_soon(self) -> None:
+        """Have the reporter's thread report to the coordinator now."""
+        if self._reporter:
+            self._reporter.wake()
 
     def hint(self, tail: BlockKey, hint: Hint) -> None:
         """Apply what a worker knows of the future use of the chain whose deepest block is `tail`."""
         with self.running():
             self.engine.drain_touches()
             self.engine.handle([ev.Hinted(tail, hint, self._clock.now_s())])
-
-    def _index_room_for(self, blocks: list[Packed]) -> int:
-        """Make room in the index. Returns how many of the leading blocks it has room for."""
-        if len(blocks) <= self.storage.index_room:
-            return len(blocks)
-        known = self.engine.machine.blocks
-        missing = sum(each.key not in known for each in blocks) - self.storage.index_room
-        if missing <= 0:
-            return len(blocks)
-        self.engine.handle([ev.Crowded(missing, blocks[0].parent, self._clock.now_s())])
-        room = self.storage.index_room
-        for count, each in enumerate(blocks):
-            room -= each.key not in known
-            if room < 0:
-                return count
-        return len(blocks)
 
     def free_extents(self, offsets: Iterable[int]) -> None:
         """Free reserved extents. No worker may be writing to them."""
@@ -236,7 +211,7 @@ class Node:
 
         `tail`: the parent of the first block, or None. `depth`: the number of its ancestors.
         """
-        if not self._puller or not keys:
+        if not self._puller or not keys or self.epochs.is_closed(root):
             return 0
         with closing(self.open_session()) as session:
             admit = Admission(self, session, root, nbytes, keys, tail, depth)
@@ -275,7 +250,7 @@ class Node:
             here: list[tuple[BlockKey, BlockKey | None, Location]] = []
             for key in keys:
                 block = machine.blocks.get(key)
-                if block is None:
+                if block is None or self.epochs.is_closed(block.root):
                     break
                 here.append((key, block.root, block.copies.get(Tier.HOST, block.best)))
             self.engine.handle([ev.Pinned(key) for key, _, _ in here])
@@ -290,7 +265,7 @@ class Node:
         with self.running():
             for key in keys:
                 block = self.engine.machine.blocks.get(key)
-                if block is None or Tier.HOST not in block.copies or block.copies[Tier.HOST].codec:
+                if block is None or Tier.HOST not in block.copies or block.copies[Tier.HOST].codec or self.epochs.is_closed(block.root):
                     break
                 offsets.append(block.copies[Tier.HOST].offset)
                 self.engine.handle([ev.Pinned(key)])
@@ -371,6 +346,7 @@ class Node:
                 "filling": self.checkpoint_loader.stats(),
                 "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
+                "namespaces": self.epochs.namespaces(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
@@ -386,6 +362,7 @@ class Node:
         if self._too_lossy:
             self._drop_too_lossy()
         self.checkpoint_writer.beat()
+        self.epochs.beat()
 
     def _thin_out(self) -> None:
         """Unmount blocks that only a checkpoint has, if they use more than their share of index slots."""
@@ -413,7 +390,8 @@ class Node:
             if self._stopped:
                 raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
             self.engine.check()
-            self.storage.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
+            late = dict.fromkeys(self.engine.machine.endings.offsets(), 0)
+            self.storage.check(self.engine.machine.blocks, [late, *(session.reserved for session in self._sessions)])
 
     def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
         """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all files stay for a restart.
@@ -464,6 +442,7 @@ class Node:
             set_peers=self.storage.index.set_peers,
             learning=self._learning,
             probes=self.probes.book.everything,
+            epochs=self.epochs,
             clock=self._clock,
         )
 

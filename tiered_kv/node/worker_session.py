@@ -8,6 +8,7 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
+from tiered_kv.protocol.epochs import FAMILIES_MAX
 from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.protocol.probes import Probe
@@ -119,6 +120,13 @@ class NodeSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         _check_chain(root, [])
         return self._node.probes.match(root, Probe.of_message(probe))
+
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        if type(families) is not list or not 0 < len(families) <= FAMILIES_MAX:
+            raise TieredKVError(Kind.TRANSPORT, f"new_epoch: expected 1 to {FAMILIES_MAX} families, got {families!r:.100}")
+        for family in families:
+            _check_chain(family, [])
+        return self._node.epochs.new_epoch(families, bool(keep))
 
     def stats(self) -> NodeStats:
         return self._node.stats()

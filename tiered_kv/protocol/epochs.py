@@ -5,7 +5,7 @@ coordinator hold an `EpochBook` each, and merge them by maximum.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 from tiered_kv.errors import Kind, TieredKVError
@@ -63,16 +63,16 @@ class EpochBook:
         with self._lock:
             return max((each.floor for each in self._of(family)), default=0)
 
-    def raised(self, family: bytes, now_ms: int, *, keep: bool) -> Epoch:
-        """Raise the epoch of a family, or of EVERY, and return it. With `keep`, blocks of the former epochs do not end.
+    def raised(self, families: Sequence[bytes], now_ms: int, *, keep: bool) -> list[Epoch]:
+        """Raise the epochs of families, or of EVERY, to one number. Returns them. With `keep`, blocks of the former epochs do not end.
 
         `now_ms`: Unix time. It makes the number larger than any that another cluster has used by now.
         """
         with self._lock:
-            known = [*self._epochs.values()] if family == EVERY else self._of(family)
+            known = [each for family in families for each in ([*self._epochs.values()] if family == EVERY else self._of(family))]
             number = max(now_ms, *(each.number + 1 for each in known), 1)
-            floor = max((each.floor for each in self._of(family)), default=0) if keep else number
-            return self._adopt(Epoch(family, number, floor))
+            floors = [max((each.floor for each in self._of(family)), default=0) if keep else number for family in families]
+            return [self._adopt(Epoch(family, number, floor)) for family, floor in zip(families, floors, strict=True)]
 
     def adopt(self, epochs: Iterable[Epoch]) -> bool:
         """Merge the epochs that another process knows. Returns whether this book has changed."""

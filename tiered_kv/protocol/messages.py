@@ -105,6 +105,15 @@ class SealStats(TypedDict):
     unsealed: int
 
 
+class NamespaceStats(TypedDict):
+    """A family of namespaces that a node knows: all ranks and epochs of one model under one tenant. `epoch`: its weight epoch."""
+
+    family: str
+    weights: str
+    tenant: str
+    epoch: int
+
+
 class NodeStats(TypedDict):
     """A node's figures, up to the last use by any worker."""
 
@@ -127,6 +136,7 @@ class NodeStats(TypedDict):
     saved: dict[str, Any] | None
     """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
     seals: SealStats
+    namespaces: list[NamespaceStats]
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""
 

@@ -80,6 +80,14 @@ class Session(Protocol):
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         """Register the `Probe` of a model whose namespace has this root. Returns the variant that the model belongs to; the first is ""."""
 
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        """Raise the weight epochs of families of namespaces on all nodes.
+
+        Returns their number, and the nodes that did not confirm it in time.
+
+        Raises (kind `transport`), with nothing changed, if the coordinator does not answer.
+        """
+
     def stats(self) -> NodeStats:
         """Returns the node's figures."""
 

@@ -35,7 +35,9 @@ RECEIVE_BYTES = 64 << 10
 PACKER_BYTES_MAX = 1 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
+METHODS = frozenset(
+    {"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "new_epoch", "stats"}
+)
 
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
@@ -319,6 +321,10 @@ class SocketSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         variant: str = self._call("probe", root, probe)
         return variant
+
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        number, unreached = self._call("new_epoch", families, keep)
+        return number, unreached
 
     def stats(self) -> NodeStats:
         answer: NodeStats = self._call("stats")

@@ -37,7 +37,7 @@ RECLAIM_WAIT_S = 1.0  # wait for the blocks of a removed segment to be copied do
 WANTED_WAIT_S = 0.25  # wait for room for blocks that a worker asked for; occupies one of the threads that copy into memory
 GIVING_UP_S = 0.01
 """How long after its deadline a store may go on evicting blocks one by one until an extent is large enough."""
-IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+IN_MEMORY = ev.IN_MEMORY
 
 
 class Index(Protocol):

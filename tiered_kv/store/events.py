@@ -9,6 +9,8 @@ from typing import NamedTuple
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.keys import BlockKey
 
+IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+
 
 class Committed(NamedTuple):
     """A worker stored consecutive blocks of one chain in host memory, each key at its location.
@@ -109,6 +111,19 @@ class Lost(NamedTuple):
     location: Location
 
 
+class Ended(NamedTuple):
+    """From now on no block below `roots` may become visible. The blocks `keys` that are below ended roots are dropped in all tiers."""
+
+    roots: Sequence[BlockKey] = ()
+    keys: Sequence[BlockKey] = ()
+
+
+class Reopened(NamedTuple):
+    """Blocks below these roots may become visible again."""
+
+    roots: Sequence[BlockKey]
+
+
 class Aging(NamedTuple):
     """A segment of `tier` with these blocks will soon be removed: copy the blocks to a lower tier now."""
 
@@ -165,6 +180,8 @@ Event = (
     | Copied
     | CopyFailed
     | Lost
+    | Ended
+    | Reopened
     | Aging
     | Moved
     | Emptied

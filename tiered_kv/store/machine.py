@@ -14,8 +14,11 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
+from tiered_kv.store.endings import Endings
 from tiered_kv.store.holds import HOLD_SHARE, Holds
+from tiered_kv.store.invariants import check_machine
 from tiered_kv.store.movement import Block, Fate, Movement
+from tiered_kv.store.protected import Protected
 from tiered_kv.store.shrinking import Shrinking
 
 UNREPORTED_MAX = 8
@@ -44,6 +47,7 @@ class StoreMachine:
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
         self.chains = Chains(self.blocks)
+        self.endings = Endings()
         self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
         """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
         self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
@@ -60,6 +64,8 @@ class StoreMachine:
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
             ev.Lost: self._lost,
+            ev.Ended: self._ended,
+            ev.Reopened: self._reopened,
             ev.Aging: self._aging,
             ev.Moved: self._moved,
             ev.Emptied: self._emptied,
@@ -72,7 +78,12 @@ class StoreMachine:
         """Take note of `event`. Returns the instructions to carry out, in this order."""
         if self._unreported and type(event) is not ev.Committed:
             self.catch_up()
-        return self._handlers[type(event)](event)
+        instructions = self._handlers[type(event)](event)
+        if self.endings and isinstance(event, ev.Copied | ev.CopyFailed | ev.Unpinned):
+            if type(event) is not ev.Unpinned:
+                self.endings.copied(event.key)
+            instructions = [*instructions, *self.endings.released(event.key, self.pinned(event.key))]
+        return instructions
 
     def has(self, key: BlockKey, tier: Tier) -> bool:
         """Whether the block has a copy in the tier."""
@@ -94,6 +105,8 @@ class StoreMachine:
     # What workers do
 
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
+        if event.root in self.endings.roots:
+            return [ev.Free(key, location) for key, location in zip(event.keys, event.locations, strict=True)]
         instructions: list[ev.Instruction] = []
         run: list[BlockKey] = []
         run_parent: BlockKey | None = None
@@ -141,6 +154,8 @@ class StoreMachine:
                     self._weigh(key, self.blocks[key])
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
+        if event.root in self.endings.roots:
+            return [ev.Free(event.key, event.location)]
         block = self.chains.add(event.key, event.parent, event.root, event.depth)
         block.uses = max(block.uses, event.uses)
         if event.location.tier in block.copies:
@@ -259,8 +274,8 @@ class StoreMachine:
         survives = (Fate.FREED, Fate.LEAVES)
         return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in survives)
 
-    def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "_Protected":
-        return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
+    def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "Protected":
+        return Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
         chain, room = self.chains.to(event.tail), len(self.blocks)
@@ -353,6 +368,25 @@ class StoreMachine:
             return []
         self.counts["lost"] += 1
         return self._drop_copy(event.key, block, event.location.tier)
+
+    def _ended(self, event: ev.Ended) -> list[ev.Instruction]:
+        self.endings.roots.update(event.roots)
+        instructions: list[ev.Instruction] = []
+        for key in reversed(event.keys):
+            block = self.blocks.get(key)
+            if block is None or block.root not in self.endings.roots:
+                continue
+            self.counts["ended"] += 1
+            is_copying, dropping = block.copying_to is not None, list[ev.Instruction]()
+            for tier in sorted(block.copies, reverse=True):  # the fastest copy last, so that readers are shown no other
+                dropping += self._drop_copy(key, block, tier)
+            in_use = is_copying or self.pinned(key)
+            instructions += self.endings.deferred(key, is_copying, dropping) if in_use else dropping
+        return instructions
+
+    def _reopened(self, event: ev.Reopened) -> list[ev.Instruction]:
+        self.endings.roots.difference_update(event.roots)
+        return []
 
     # Segments of the lower tiers
 
@@ -449,37 +483,4 @@ class StoreMachine:
     def check(self) -> None:
         """Recompute every counter and every cross-reference, and compare."""
         self.catch_up()
-        for tier in Tier:
-            copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
-            assert not copies or tier in (*self.tiers, Tier.CHECKPOINT)
-            assert self.bytes_by_tier[tier] == sum(location.stored_bytes for location in copies)
-            assert self.blocks_by_tier[tier] == len(copies)
-            assert all(location.tier is tier for location in copies)
-        assert all(block.copies for block in self.blocks.values())
-        assert self._mounted.keys() == {key for key, block in self.blocks.items() if Tier.CHECKPOINT in block.copies}
-        assert all(count > 0 for count in self._pins.values())
-        for tier, policy in self._policies.items():
-            here = [key for key, block in self.blocks.items() if tier in block.copies]
-            assert len(policy) == len(here)
-            assert all(key in policy for key in here)
-            policy.check()
-        self._movement.check()
-        self._holds.check()
-        self.chains.check()
-        in_host = {key: block.copies[Tier.HOST] for key, block in self.blocks.items() if Tier.HOST in block.copies}
-        self.shrinking.check({key: each.stored_bytes for key, each in in_host.items() if each.stored_bytes == each.raw_bytes})
-        assert all(self.blocks[key].copying_to is Tier.HOST for key in self.shrinking.under_way)
-        assert all(self.has(key, Tier.HOST) for key in self.blocks if self.held(key))
-
-
-class _Protected(Container[BlockKey]):
-    """Blocks that must not leave a tier now: blocks of the growing chain, held for a worker, being copied, or being read."""
-
-    def __init__(
-        self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]
-    ) -> None:
-        self._chain, self._held, self._pins, self._blocks = chain, held, pins, blocks
-
-    def __contains__(self, key: object) -> bool:
-        stays = key in self._chain or key in self._held or key in self._pins
-        return stays or self._blocks[key].copying_to is not None  # type: ignore[index]
+        check_machine(self)

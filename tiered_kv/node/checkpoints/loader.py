@@ -7,7 +7,7 @@ memory and then to disk, until each is filled to `FILLED_SHARE`. It evicts nothi
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from tiered_kv.node.checkpoints.writer import Pace, outcome_of, stand_back
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import LoadStats
+from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
@@ -108,7 +109,7 @@ class CheckpointLoader:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
             first = self._place.mounted.mount(store, request.packs)
-            self.models |= request.models
+            self._learn(request.models)
             admits = self._place.allowance.admits
             allowed = [each for each in request.blocks if admits(each.key, each.root, each.location.codec, None)]
             too_lossy = len(request.blocks) - len(allowed)
@@ -118,6 +119,12 @@ class CheckpointLoader:
         self._node.report()
         return len(mounted)
 
+    def _learn(self, models: Mapping[BlockKey, dict[str, Any]]) -> None:
+        """Take over a checkpoint's descriptions of models, and the weight epochs that they name."""
+        self.models |= models
+        for root, message in models.items():
+            self._node.epochs.learn(root, ModelFacts.of_message(message).known_namespace())
+
     def _add_to_index(self, blocks: Sequence[MountedBlock], first: int) -> list[MountedBlock]:
         """Make blocks hits until the index is full. Returns those that are. `first`: the number of the mount's first pack."""
         room, mounted = self.capacity().blocks, []
@@ -126,6 +133,8 @@ class CheckpointLoader:
                 known = self._node.engine.machine.blocks
                 events = []
                 for each in blocks[start : start + _EVENTS_AT_ONCE]:
+                    if self._node.epochs.is_closed(each.root):
+                        continue
                     room -= each.key not in known
                     if room < 0:
                         break
@@ -149,7 +158,7 @@ class CheckpointLoader:
         with self._lock:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
-            self.models |= request.models
+            self._learn(request.models)
             resharder = Resharder(self._place.mounted, self._place.mounted.mount(store, request.packs))
             batches = (_Batch(*each) for each in resharder.batches(request.blocks, self._is_missing))
             job = self._job = _Job([each.block for each in request.blocks], batches)

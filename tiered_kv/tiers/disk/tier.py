@@ -101,6 +101,10 @@ class DiskTier(LogTier):
         return self._used_bytes
 
     @property
+    def next_segment(self) -> int:
+        return self._next_id
+
+    @property
     def max_frame_bytes(self) -> int:
         """Size of the largest frame that the tier can ever take."""
         file_bytes = (self._append_limit_bytes - _FOLDER_BYTES) // PAGE_BYTES * PAGE_BYTES
