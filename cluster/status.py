@@ -40,6 +40,7 @@ def summarize(about: dict) -> dict:
                 "policy": stats["policy"],
                 "recording": stats["recording"],
                 "filling": stats["filling"],
+                "namespaces": stats.get("namespaces", []),
             }
         )
     asked = sum(node["asked_blocks"] for node in nodes)

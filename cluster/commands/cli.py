@@ -15,6 +15,7 @@ from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
 from tiered_kv.cluster.commands.simulate import add_simulate
+from tiered_kv.cluster.commands.weights import add_weights
 from tiered_kv.config import POLICIES, QUALITIES, Config
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add_calibrate(commands)
     add_simulate(commands)
     _add_record(commands)
+    add_weights(commands, _add_name)
     add_checkpoints(commands, _add_name, _add_settings, _config)
     return top
 

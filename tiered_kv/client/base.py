@@ -179,10 +179,11 @@ class NodeClient:
         """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns its number.
 
         Without `epoch`, the weight epoch of all models that this client has served is raised for all workers of all nodes. When this
-        returns, no block of their former weights of this tenant can be fetched from any tier of any node, and no fetch or store that is under way can bring one back. With
-        `keep`, the former blocks are not dropped: they are unreachable, and are evicted in time. Raises (kind `cluster`) if some nodes
-        did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to their own workers until they reach
-        the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the coordinator does not answer.
+        returns, no block of their former weights of this tenant can be fetched from any tier of any node, and no fetch or store that is
+        under way can bring one back. With `keep`, the former blocks are not dropped: they are unreachable, and are evicted in time.
+        Raises (kind `cluster`) if some nodes did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to
+        their own workers until they reach the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the
+        coordinator does not answer.
 
         With `epoch`, a number chosen by the caller such as the training step, only this client moves. Workers with the same number share
         blocks, blocks stored under another number are never found under this one, and nothing is dropped. See

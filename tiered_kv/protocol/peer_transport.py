@@ -50,7 +50,10 @@ class Link(Protocol):
         """Ask the coordinator for the variants of a root, one of which agrees with `probe`. `known`: the variants this node knows."""
 
     def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
-        """Have the coordinator raise the weight epochs of families. Returns them, and all nodes that are alive or lost. Waits some seconds."""
+        """Have the coordinator raise the weight epochs of families. Waits some seconds.
+
+        Returns them, and all nodes that are alive or lost.
+        """
 
     def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
         """Tell other nodes about epochs. Returns those that have not confirmed within `within_s` that they have adopted them."""
