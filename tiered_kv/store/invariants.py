@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def check_machine(machine: "StoreMachine") -> None:
-    """Assert that every counter and every cross-reference of a machine is right. It must have reported its commits (`catch_up`)."""
+    """Assert that every counter and every cross-reference of a machine is right. It must have reported its commits (`report_commits`)."""
     for tier in Tier:
         copies = [block.copies[tier] for block in machine.blocks.values() if tier in block.copies]
         assert not copies or tier in (*machine.tiers, Tier.CHECKPOINT)

@@ -7,7 +7,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.packed import Packed, runs_of_packed
 from tiered_kv.store import events as ev
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -24,7 +24,7 @@ def commit(node: "Node", root: BlockKey, packed: list[Packed], now_s: float) -> 
     taken = packed[: _index_room_for(node, packed, now_s)]
     added = [not machine.has(each.key, Tier.HOST) for each in taken]
     for key, parent, location, depth, error, digest in taken:
-        node.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
+        node.storage.sign(location, BlockHeader(key, parent, root, depth), error, digest)
     node.engine.handle(runs_of_packed(root, taken, now_s))
     node.seals.committed([each.key for each in taken if each.digest is None])
     node.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.keys import BlockKey, Namespace
-from tiered_kv.node.admission.roots import RootBook, RootFacts
+from tiered_kv.node.admission.roots import RootBook, RootInfo
 from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NamespaceStats
 from tiered_kv.protocol.peer_transport import SPREAD_WITHIN_S, Link
@@ -64,7 +64,7 @@ class NodeEpochs:
         """Record the namespace of a root: of a worker, or of a checkpoint that is mounted."""
         if namespace is None:
             return
-        facts = RootFacts.of(namespace)
+        facts = RootInfo.of(namespace)
         is_new = self.book.learn(root, facts)
         if 0 < facts.number <= time.time() * 1000 + AHEAD_MS_MAX:
             self.adopt([Epoch(facts.family, facts.number, 0)])

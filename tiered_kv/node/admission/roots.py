@@ -21,7 +21,7 @@ ROOTS_MAX = 4096
 NAME_CHARACTERS_MAX = 64
 
 
-class RootFacts(NamedTuple):
+class RootInfo(NamedTuple):
     """A root's family, weight epoch and tenant, and the start of the name of its weights.
 
     `purged_below`: by number of a lower tier, the first segment that has blocks stored since the root was last purged.
@@ -54,7 +54,7 @@ class RootBook:
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.epochs = EpochBook()
-        self._roots: dict[BlockKey, RootFacts] = {}
+        self._roots: dict[BlockKey, RootInfo] = {}
         self._files = [folder / FILE_NAME for folder in folders]
         self._lock = threading.Lock()
         self._saving = threading.Lock()
@@ -63,7 +63,7 @@ class RootBook:
             self.epochs.adopt(epochs)
             self._roots |= roots
 
-    def learn(self, root: BlockKey, facts: RootFacts) -> bool:
+    def learn(self, root: BlockKey, facts: RootInfo) -> bool:
         """Record the facts of a root. Returns whether they are new. What was purged stays recorded."""
         with self._lock:
             known = self._roots.pop(root, None)
@@ -72,7 +72,7 @@ class RootBook:
                 del self._roots[next(iter(self._roots))]
         return known is None
 
-    def facts(self, root: BlockKey | None) -> RootFacts | None:
+    def facts(self, root: BlockKey | None) -> RootInfo | None:
         """Returns what is known of a root."""
         return self._roots.get(root) if root is not None else None
 
@@ -85,7 +85,7 @@ class RootBook:
         """Returns the known roots whose weights have ended."""
         return self._those(lambda facts: facts.number < self.epochs.floor(facts.family))
 
-    def has_ended(self, facts: RootFacts) -> bool:
+    def has_ended(self, facts: RootInfo) -> bool:
         """Returns whether the weights of a root with these facts have ended."""
         return facts.number < self.epochs.floor(facts.family)
 
@@ -95,7 +95,7 @@ class RootBook:
             for root in roots:
                 self._roots[root] = self._roots[root]._replace(purged_below=segments)
 
-    def everything(self) -> dict[BlockKey, RootFacts]:
+    def everything(self) -> dict[BlockKey, RootInfo]:
         """Returns all known roots."""
         with self._lock:
             return dict(self._roots)
@@ -113,14 +113,14 @@ class RootBook:
                 except OSError as error:
                     log.warning("cannot write weight epochs to %s: %s", file, error)
 
-    def _those(self, is_one: Callable[[RootFacts], bool]) -> list[BlockKey]:
+    def _those(self, is_one: Callable[[RootInfo], bool]) -> list[BlockKey]:
         return [root for root, facts in self.everything().items() if is_one(facts)]
 
 
-def _loaded(file: Path) -> tuple[list[Epoch], dict[BlockKey, RootFacts]]:
+def _loaded(file: Path) -> tuple[list[Epoch], dict[BlockKey, RootInfo]]:
     """Returns the epochs and roots in a file; fewer or none if it is damaged or missing."""
     epochs: list[Epoch] = []
-    roots: dict[BlockKey, RootFacts] = {}
+    roots: dict[BlockKey, RootInfo] = {}
     with suppress(OSError, ValueError, TypeError, KeyError, TieredKVError, msgpack.UnpackException):
         if file.stat().st_size > FILE_BYTES_MAX:
             raise TieredKVError(Kind.CORRUPT, f"{file} must be at most {FILE_BYTES_MAX} bytes")
@@ -128,5 +128,5 @@ def _loaded(file: Path) -> tuple[list[Epoch], dict[BlockKey, RootFacts]]:
         epochs += map(Epoch.of_message, found["epochs"])
         for root, facts in found["roots"]:
             if type(root) is bytes and len(root) == KEY_BYTES:
-                roots[root] = RootFacts.of_message(facts)
+                roots[root] = RootInfo.of_message(facts)
     return epochs, roots
