@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from tiered_kv.actors.names import NAMESPACE, coordinator_name
 from tiered_kv.cluster import start
-from tiered_kv.cluster.asking import asking
+from tiered_kv.cluster.node_calls import calls_to
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.protocol.epochs import EVERY
+from tiered_kv.protocol.epochs import EVERY, Epoch
 from tiered_kv.protocol.messages import NamespaceStats
 from tiered_kv.protocol.peer_transport import Ask
 
@@ -35,20 +35,30 @@ def new_epoch(name: str, wanted: Sequence[str], *, keep: bool) -> Change:
 
     Raises (kind `cluster`), with nothing changed, if the coordinator does not answer; (kind `config`) if nothing has such a name.
     """
-    nodes, ask = nodes_of(name), asking(name)
+
+    def raise_epoch(families: list[bytes]) -> tuple[list[Epoch], list[str]]:
+        return _coordinator(name, lambda actor: actor.raise_epoch.remote(families, keep))
+
+    return raise_on(nodes_of(name), calls_to(name), raise_epoch, wanted)
+
+
+def raise_on(
+    nodes: Sequence[str], ask: Ask, raise_epoch: Callable[[list[bytes]], tuple[list[Epoch], list[str]]], wanted: Sequence[str]
+) -> Change:
+    """As `new_epoch`. `raise_epoch` is the coordinator's; `ask` calls the nodes."""
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted) if wanted else []
-    families = [bytes.fromhex(each["family"]) for each in namespaces] or [EVERY]
-    raised, listed = _coordinator(name, lambda actor: actor.raise_epoch.remote(families, keep))
+    raised, listed = raise_epoch([bytes.fromhex(each["family"]) for each in namespaces] or [EVERY])
     answers = ask(sorted({*nodes, *listed}), "adopt_epochs", raised)
     return Change(namespaces, answers, raised[0].number)
 
 
-def purge(name: str, wanted: Sequence[str], ask: Ask | None = None) -> Change:
-    """Drop all blocks of the namespaces that `wanted` names, on all nodes. Their epochs stay.
+def purge(name: str, wanted: Sequence[str]) -> Change:
+    """Drop all blocks of the namespaces that `wanted` names, on all nodes. Their epochs stay. Raises as `new_epoch`."""
+    return purge_on(nodes_of(name), calls_to(name, PURGE_WITHIN_S), wanted)
 
-    No node admits such blocks before all that answer have dropped theirs, so none can come back from a peer. Raises as `new_epoch`.
-    """
-    nodes, ask = nodes_of(name), ask or asking(name, PURGE_WITHIN_S)
+
+def purge_on(nodes: Sequence[str], ask: Ask, wanted: Sequence[str]) -> Change:
+    """As `purge`. No node admits such blocks before all that answer have dropped theirs, so none can come back from a peer."""
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted)
     families = [bytes.fromhex(each["family"]) for each in namespaces]
     answers = ask(nodes, "purge", families)
@@ -78,7 +88,7 @@ def chosen(namespaces: Sequence[NamespaceStats], wanted: Iterable[str]) -> list[
         named = [each for each in namespaces if text and (text == each["tenant"] or each["weights"].startswith(text))]
         named += [each for each in namespaces if text and each["family"].startswith(text)]
         if not named:
-            known = ", ".join(f"{each['weights'][:12]} of tenant {each['tenant']} ({each['family'][:12]})" for each in namespaces)
+            known = ", ".join(f"{each['weights'][:12]!r} of tenant {each['tenant']} ({each['family'][:12]})" for each in namespaces)
             raise TieredKVError(
                 Kind.CONFIG, f"namespace: no namespace here has the name {text!r}; known are: {known or 'none'}", setting="namespace"
             )

@@ -107,6 +107,8 @@ class NodeEpochs:
             roots = list({each.root for each in old if each.root is not None})
             handle([ev.Ended(roots, [each.key for each in old]), ev.Reopened(roots)])
             self._drop(self.book.ended())
+            if self.book.forget_segments(self._next_segments()):
+                self.book.save()
 
     # Purges
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -94,6 +94,18 @@ class RootBook:
         with self._lock:
             for root in roots:
                 self._roots[root] = self._roots[root]._replace(purged_below=segments)
+
+    def forget_segments(self, next_segments: Mapping[int, int]) -> bool:
+        """Note the next segments of a node that has just started: it may use the numbers of segments that no longer exist again.
+
+        Returns whether that changed anything.
+        """
+        with self._lock:
+            before = dict(self._roots)
+            for root, info in before.items():
+                left = {tier: min(below, next_segments.get(tier, below)) for tier, below in info.purged_below.items()}
+                self._roots[root] = info._replace(purged_below=left)
+            return before != self._roots
 
     def everything(self) -> dict[BlockKey, RootInfo]:
         """Returns all known roots."""
