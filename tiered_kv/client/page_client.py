@@ -5,6 +5,7 @@ a load ends early, and a store is refused.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import LABELS, Names, NodeClient, question_s, while_open
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import FoundBlock
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.protocol.messages import BlockRun, PackedBlock
 from tiered_kv.protocol.session import Session
 
@@ -77,6 +78,16 @@ class PageClient(NodeClient):
     def root(self) -> BlockKey:
         """The root of this client's blocks now. It changes when a weight epoch is raised. No call."""
         return self._present()[1].root
+
+    @property
+    def weight_epoch(self) -> int:
+        """The weight epoch of this client's namespace now. No call."""
+        return self._present()[1].namespace.weight_epoch
+
+    def filled(self, namespace: Namespace) -> Namespace:
+        """Returns another rank's namespace with what this client has filled in of its own. No call."""
+        ours = self._present()[1].namespace
+        return replace(namespace, salt=ours.salt, weight_epoch=ours.weight_epoch)
 
     @property
     def has_peers(self) -> bool:

@@ -137,7 +137,7 @@ def test_an_epoch_is_raised_for_chosen_namespaces_or_for_all(cluster, clients) -
 
 def test_a_name_that_nothing_has_is_an_error_that_lists_the_names(cluster, clients) -> None:
     for wanted in ("nobody", ""):
-        with pytest.raises(TieredKVError, match="known are: .made up for . of tenant") as caught:
+        with pytest.raises(TieredKVError, match=r"known are: .made up for . of tenant") as caught:
             weights.purge_on(list(cluster.nodes), asking(cluster), [wanted])
         assert caught.value.kind is Kind.CONFIG
     assert [each["family"] for each in weights.chosen(cluster.nodes["n0"].stats()["namespaces"], [OTHER.family.hex()[:10]])] == [
