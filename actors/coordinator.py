@@ -26,9 +26,10 @@ class ClusterDescription(TypedDict):
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
 class CoordinatorActor:
-    """Forwards calls to a `Coordinator`."""
+    """Forwards calls to a `Coordinator`. `secret`: as for `NodeActor`."""
 
-    def __init__(self, cluster_id: str, config: Config) -> None:
+    def __init__(self, cluster_id: str, config: Config, secret: str = "") -> None:
+        self._secret = bytes.fromhex(secret)
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)

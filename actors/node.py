@@ -23,9 +23,13 @@ log = logging.getLogger(__name__)
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
 class NodeActor:
-    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers through Ray's object store."""
+    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers through Ray's object store.
 
-    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
+    `secret`: the cluster's secret in hexadecimal, "" for a cluster without one (`ClusterState.secret`).
+    """
+
+    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
+        self._secret = bytes.fromhex(secret)
         self._refusal: TieredKVError | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
