@@ -75,6 +75,16 @@ class Needed(NamedTuple):
     shrink: bool = True
 
 
+class Limited(NamedTuple):
+    """A tenant will add `nbytes` more to `tier` than its quota leaves: evict blocks of its own. `last_block`: as for `Needed`."""
+
+    tenant: str
+    tier: Tier
+    nbytes: int
+    last_block: BlockKey | None = None
+    now_s: float = 0.0
+
+
 class Crowded(NamedTuple):
     """The index lacks `slots` slots for new blocks. `last_block` is a block of their chain; it and its ancestors should stay."""
 
@@ -175,6 +185,7 @@ Event = (
     | Used
     | BringRequested
     | Needed
+    | Limited
     | Crowded
     | Unmounted
     | Copied

@@ -31,3 +31,4 @@ def check_machine(machine: "StoreMachine") -> None:
     machine.shrinking.check({key: each.stored_bytes for key, each in in_host.items() if each.stored_bytes == each.raw_bytes})
     assert all(machine.blocks[key].copying_to is Tier.HOST for key in machine.shrinking.under_way)
     assert all(machine.has(key, Tier.HOST) for key in machine.blocks if machine.held(key))
+    machine.quotas.check(machine.blocks)

@@ -7,6 +7,7 @@ links between blocks never form a cycle (`chains`).
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from tiered_kv.blocks import AWAY, Location, Tier
@@ -15,10 +16,12 @@ from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
 from tiered_kv.store.endings import Endings
+from tiered_kv.store.eviction import limited, needed, within_quotas
 from tiered_kv.store.holds import HOLD_SHARE, Holds
 from tiered_kv.store.invariants import check_machine
 from tiered_kv.store.movement import Block, Fate, Movement
 from tiered_kv.store.protected import Protected
+from tiered_kv.store.quotas import Quotas
 from tiered_kv.store.shrinking import Shrinking
 
 UNREPORTED_MAX = 8
@@ -30,11 +33,17 @@ class StoreMachine:
 
     `capacities`: the cap in bytes of every tier of the node, host always included. `policies`: eviction policies of the tiers in
     memory (device, host); the other tiers remove whole segments. `history`: of all uses, shared with the policies.
-    `shrinks`: whether uncompressed blocks in host memory can be compressed in place.
+    `shrinks`: whether uncompressed blocks in host memory can be compressed in place. `quotas`: of tenants; they count from empty.
     """
 
     def __init__(
-        self, capacities: Mapping[Tier, int], policies: Mapping[Tier, EvictionPolicy], history: History, *, shrinks: bool = False
+        self,
+        capacities: Mapping[Tier, int],
+        policies: Mapping[Tier, EvictionPolicy],
+        history: History,
+        *,
+        shrinks: bool = False,
+        quotas: Quotas | None = None,
     ) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.bytes_by_tier: Counter[Tier] = Counter()
@@ -48,6 +57,7 @@ class StoreMachine:
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
         self.chains = Chains(self.blocks)
         self.endings = Endings()
+        self.quotas = quotas or Quotas()
         self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
         """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
         self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
@@ -58,8 +68,9 @@ class StoreMachine:
             ev.Ranked: self._ranked,
             ev.Used: self._used,
             ev.BringRequested: self._bring_requested,
-            ev.Needed: self._needed,
+            ev.Needed: partial(needed, self),
             ev.Crowded: self._crowded,
+            ev.Limited: partial(limited, self),
             ev.Unmounted: self._unmounted,
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
@@ -79,6 +90,9 @@ class StoreMachine:
         if self._unreported and type(event) is not ev.Committed:
             self.report_commits()
         instructions = self._handlers[type(event)](event)
+        if self.quotas.limits and isinstance(event, ev.Committed | ev.Recovered | ev.Copied | ev.CopyFailed):
+            self.report_commits()
+            instructions = [*instructions, *within_quotas(self)]
         if self.endings and isinstance(event, ev.Copied | ev.CopyFailed | ev.Unpinned):
             if type(event) is not ev.Unpinned:
                 self.endings.copied(event.key)
@@ -180,6 +194,7 @@ class StoreMachine:
             if here := [key for key, block in known if tier in block.copies]:
                 policy.use(here)
         self.shrinking.used([key for key, _ in known])
+        self.quotas.used(known)
         return self._promoted(known)
 
     def _bring_requested(self, event: ev.BringRequested) -> list[ev.Instruction]:
@@ -194,7 +209,7 @@ class StoreMachine:
         self.counts["off_device"] += 1
         if Tier.HOST in block.copies:
             return self._drop_copy(key, block, Tier.DEVICE)
-        block.leaving = Tier.DEVICE
+        self.quotas.leaves(block, Tier.DEVICE)
         return [self._copy(key, block, block.copies[Tier.DEVICE], Tier.HOST)]
 
     def _promoted(self, used: Sequence[tuple[BlockKey, Block]]) -> list[ev.Instruction]:
@@ -228,51 +243,11 @@ class StoreMachine:
 
     # Room
 
-    def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `last_block`.
-
-        The second spares only the blocks of that chain that would have no copy left.
-        """
-        tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
-        self._holds.expire(event.now_s)
-        chain = self.chains.to(event.last_block)
-        instructions: list[ev.Instruction] = []
-        if tier is Tier.HOST and event.shrink:
-            instructions += self._shrink(nbytes)
-            if self.shrinking.under_way:  # each compressed block will ask for its own, smaller room, and free more than that
-                return instructions
-        for is_second_pass in (False, True):
-            if nbytes <= 0:
-                break
-            spared = self._would_be_lost(chain, tier, queue_bytes) if is_second_pass else chain
-            for key in self._victims(tier, nbytes, self._protected(tier, spared), event.now_s, event.keys):
-                block = self.blocks[key]
-                location, fate = block.copies[tier], self._movement.fate(key, block, tier, queue_bytes)
-                nbytes -= location.stored_bytes
-                if fate is Fate.LEAVES:
-                    queue_bytes -= location.stored_bytes
-                    block.leaving = tier
-                    target = self._movement.target(key, block, tier)
-                    assert target is not None, "a block leaves for a tier that admits it"
-                    instructions.append(self._copy(key, block, location, target))
-                elif fate is Fate.FREED or key not in chain:
-                    self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
-                    if fate is Fate.NOT_ADMITTED:
-                        self._movement.not_admitted(key)
-                    instructions += self._drop_copy(key, block, tier)
-        return instructions
-
     def _victims(
         self, tier: Tier, nbytes: int, protected: Container[BlockKey], now_s: float, incoming: Sequence[BlockKey] = ()
     ) -> list[BlockKey]:
         """Returns the blocks that the tier's policy would evict for `nbytes`. Policies know keys only as hashable values."""
         return cast("list[BlockKey]", self._policies[tier].victims(nbytes, protected, now_s, incoming))
-
-    def _would_be_lost(self, chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
-        """Returns the blocks of a chain in `tier` that have no other copy and would get none if evicted."""
-        here = ((key, self.blocks[key]) for key in chain if self.has(key, tier))
-        survives = (Fate.FREED, Fate.LEAVES)
-        return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in survives)
 
     def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "Protected":
         return Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
@@ -330,6 +305,7 @@ class StoreMachine:
         before, block.copies[Tier.HOST] = block.copies[Tier.HOST], location
         self.shrinking.done(key, location.stored_bytes)
         self.bytes_by_tier[Tier.HOST] += location.stored_bytes - before.stored_bytes
+        self.quotas.resized(key, block, before, location)
         self._policies[Tier.HOST].resize(key, location.stored_bytes)
         self.counts["shrunk"] += 1
         return [*([ev.Show(key, location)] if block.best is location else []), ev.Free(key, before)]
@@ -341,7 +317,8 @@ class StoreMachine:
             return self._shrunk(key, block, location)
         if block is None or block.copying_to is not tier:
             return [ev.Free(key, location)]  # the block was lost or committed again during the copy
-        leaving, block.leaving, block.copying_to = block.leaving, None, None
+        leaving, block.copying_to = block.leaving, None
+        self.quotas.leaves(block, None)
         if tier in block.copies:
             return [ev.Free(key, location)]
         self.counts["demoted" if tier > min(block.copies) else "promoted"] += 1
@@ -359,7 +336,8 @@ class StoreMachine:
             if event.target > min(block.copies):
                 self.counts["demote_failed"] += 1
                 block.refused = True  # when its room is needed again it is dropped instead
-            block.copying_to = block.leaving = None
+            block.copying_to = None
+            self.quotas.leaves(block, None)
         return []
 
     def _lost(self, event: ev.Lost) -> list[ev.Instruction]:
@@ -406,6 +384,7 @@ class StoreMachine:
             return [ev.Free(event.key, event.location)]  # its copy was dropped while it was rewritten
         self.counts["reinserted"] += 1
         self.bytes_by_tier[tier] += event.location.stored_bytes - there.stored_bytes
+        self.quotas.resized(event.key, block, there, event.location)
         block.copies[tier] = event.location
         block.used_below = False
         return [ev.Show(event.key, event.location)] if block.best is event.location else []
@@ -435,7 +414,10 @@ class StoreMachine:
 
     def _place(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
         tier = location.tier
+        if not block.copies:
+            block.tenant = self.quotas.tenant_of(block.root)
         block.copies[tier] = location
+        self.quotas.placed(key, block, location)
         block.refused = False
         if tier is Tier.CHECKPOINT:
             self._mounted[key] = None
@@ -454,7 +436,10 @@ class StoreMachine:
         `Hide` if none does, always comes before the `Free` of the old bytes.
         """
         was_best = min(block.copies) is tier
+        if block.leaving is tier:
+            self.quotas.leaves(block, None)
         location = block.copies.pop(tier)
+        self.quotas.dropped(key, block, location)
         self.bytes_by_tier[tier] -= location.stored_bytes
         self.blocks_by_tier[tier] -= 1
         if tier in self._policies:

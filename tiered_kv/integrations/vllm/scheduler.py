@@ -58,6 +58,7 @@ class Scheduler:
         self._client: PageClient | None = None
         self._ranks: list[tuple[Namespace, OpaqueLayout]] = []
         self._roots: list[BlockKey] = []
+        self._root = b""
         self._weight_epoch = 0
         self._epoch = settings.epoch
         self._resets = 0
@@ -97,13 +98,13 @@ class Scheduler:
     def _learn_roots(self) -> None:
         """Compute the ranks' roots for the cluster's present weight epoch."""
         assert self._client is not None
-        self._weight_epoch = self._client.weight_epoch
+        self._root, self._weight_epoch = self._client.root, self._client.weight_epoch
         roots = [self._client.filled(namespace).root(layout) for namespace, layout in self._ranks]
         self._roots = list(dict.fromkeys(roots))
 
     def _follow(self) -> None:
         """Forget all blocks if the cluster's weight epoch was raised. Requests that run now have KV of the former weights. No call."""
-        if self._client is not None and self._client.weight_epoch != self._weight_epoch:
+        if self._client is not None and self._client.root != self._root:
             log.info("tiered_kv: the cluster's weight epoch was raised, so blocks of the former weights are forgotten")
             self._learn_roots()
             self._known_keys.clear()
