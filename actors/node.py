@@ -37,7 +37,11 @@ class NodeActor:
         try:
             link = RayLink(cluster, node_id)
             self._node = Node(
-                config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
+                *(config, cluster_id, node_id, link),
+                labels=labels,
+                mounted_bytes=mounted_bytes,
+                secret=self._secret,
+                at_beat=self._end_unless_in_place,
             )
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             write_record(

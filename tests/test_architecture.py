@@ -26,6 +26,7 @@ ROOT_LEVELS = [
     ["checkpoint_files"],
     ["keys"],
     ["blocks"],
+    ["tenants"],
     ["config"],
 ]
 SHELLS = {"embedded": ["client", "node", "coordinator", "protocol", "config", "layout", "keys", "errors", "clock"]}
@@ -40,7 +41,20 @@ DOORS = {
 }
 DOOR_LINES_MAX = 120
 
-WORDS = ["errors", "clock", "forking", "threads", "layout", "identity", "file_sums", "checkpoint_files", "keys", "blocks", "config"]
+WORDS = [
+    "errors",
+    "clock",
+    "forking",
+    "threads",
+    "layout",
+    "identity",
+    "file_sums",
+    "checkpoint_files",
+    "keys",
+    "blocks",
+    "tenants",
+    "config",
+]
 """The vocabulary: values that everyone speaks in, and that know nothing themselves."""
 ENGINE = ["codecs", "memory", "policy", "store", "tiers", "protocol", "client", "node", "coordinator", "embedded"]
 # What a folder may import of the project, beside itself: a folder or module with all below it.

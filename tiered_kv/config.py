@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.file_sums import user_cache
+from tiered_kv.tenants import TenantSettings
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -59,6 +60,7 @@ class Config:
     files; None for the user's cache.
     Limits. store_wait_ms: the wait of a store for room, before its blocks are refused. fetch_deadline_ms: the wait of a fetch for other
     nodes and disks. pull_chunk: bytes that a node requests from a peer at once.
+    Tenants. tenants: quotas, and the file of the tenants' secret (`TenantSettings.of`), as a mapping or its JSON text.
     verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
     """
 
@@ -86,6 +88,7 @@ class Config:
     io_threads: int = 2
     heartbeat_s: float = 1.0
     node_timeout_s: float = 5.0
+    tenants: str | None = None
 
     def __post_init__(self) -> None:
         for setting, other in _PARTS.items():
@@ -118,6 +121,7 @@ class Config:
         if self.policy not in POLICIES:
             raise TieredKVError(Kind.CONFIG, f"policy: must be one of {', '.join(POLICIES)}, got {self.policy!r}", setting="policy")
         self._check_quality()
+        object.__setattr__(self, "tenants", TenantSettings.of(self.tenants, parse_size).as_text())
 
     def _check_quality(self) -> None:
         if self.quality not in QUALITIES:
@@ -126,6 +130,11 @@ class Config:
             message = f"error_budget: must be None unless quality is exact, for both choose codecs; got {self.error_budget}, {self.quality}"
             raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
         _ = self.codec_by_tier
+
+    @property
+    def tenant_settings(self) -> TenantSettings:
+        """The setting `tenants`, parsed."""
+        return TenantSettings.of(self.tenants, parse_size)
 
     @property
     def codec_by_tier(self) -> dict[Tier, str]:

@@ -29,7 +29,8 @@ from tiered_kv.protocol.reports import Answer, Report
 class InProcessCluster:
     """Nodes and their coordinator in this process. A context manager. Closing it removes all files."""
 
-    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None) -> None:
+    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None, secret: bytes = b"") -> None:
+        self._secret = secret
         self._clock = clock or SystemClock()
         self.cluster_id = uuid.uuid4().hex[:8]
         self.config = config
@@ -43,7 +44,7 @@ class InProcessCluster:
     def start_node(self, node_id: str) -> Node:
         """Start a node of this cluster. A node that was stopped without removing its files finds its blocks. Returns the node."""
         link = InProcessLink(self, node_id)
-        self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
+        self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, secret=self._secret)
         return self.nodes[node_id]
 
     def client(self, node_id: str, layout: Layout, namespace: Namespace, **rope: Any) -> Client:

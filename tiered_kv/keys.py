@@ -42,8 +42,24 @@ log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 FOREIGN_NAMED_MAX = 3
+TENANT_BYTES_MAX = 1024
+DEFAULT_TENANT = "default"
+"""The tenant of workers that name none. It has no salt, so that its blocks are shared between clusters through checkpoints and folders."""
 MAX_TOKEN_ID = (1 << 32) - 1
 BlockKey = bytes
+
+
+def check_tenant(name: object) -> None:
+    """Raise (kind `config`) unless `name` is a text of 1 to TENANT_BYTES_MAX bytes in UTF-8. Any characters may be in it."""
+    try:
+        nbytes = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError as error:
+        raise TieredKVError(
+            Kind.CONFIG, f"tenant: must be a text of valid Unicode, got {name!r:.100} ({error.reason})", setting="tenant"
+        ) from error
+    if not 0 < nbytes <= TENANT_BYTES_MAX:
+        got = f"{nbytes:,} bytes" if isinstance(name, str) else f"{name!r:.100}"
+        raise TieredKVError(Kind.CONFIG, f"tenant: must be a text of 1 to {TENANT_BYTES_MAX} bytes, got {got}", setting="tenant")
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -167,10 +183,7 @@ class Namespace:
             raise TieredKVError(
                 Kind.MODEL, f"namespace: weights must be a non-empty text that identifies the weights' content, got {self.weights!r:.100}"
             )
-        if not isinstance(self.tenant, str) or not self.tenant:
-            raise TieredKVError(
-                Kind.CONFIG, f"namespace: tenant must be a text of at least one character, got {self.tenant!r}", setting="tenant"
-            )
+        check_tenant(self.tenant)
         for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant", "salt"):
             if not isinstance(getattr(self, name), str):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, got {getattr(self, name)!r}", setting=name)

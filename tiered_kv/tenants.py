@@ -1,4 +1,4 @@
-"""Tenants: what is a valid name, the salts that separate their blocks, and their quotas of each tier."""
+"""Tenants: the salts that separate their blocks, and their quotas of each tier."""
 
 import hmac
 import json
@@ -9,24 +9,11 @@ from typing import Any, Self
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import DEFAULT_TENANT, check_tenant
 
-DEFAULT = "default"
-"""The tenant of workers that name none. It has no salt, so that its blocks are shared between clusters through checkpoints and folders."""
-NAME_BYTES_MAX = 1024
 SECRET_BYTES_MIN = 16
 SECRET_BYTES_MAX = 1 << 20
 TIERS = {tier.label: tier for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.OBJECTS)}
-
-
-def check_name(name: object) -> None:
-    """Raise (kind `config`) unless `name` is a text of 1 to NAME_BYTES_MAX bytes in UTF-8. Any characters may be in it."""
-    try:
-        nbytes = len(name.encode()) if isinstance(name, str) else 0
-    except UnicodeEncodeError as error:
-        raise TieredKVError(Kind.CONFIG, f"tenant: must be a text of valid Unicode, got {name!r:.100} ({error.reason})") from error
-    if not 0 < nbytes <= NAME_BYTES_MAX:
-        got = f"{nbytes:,} bytes" if isinstance(name, str) else repr(name)[:100]
-        raise TieredKVError(Kind.CONFIG, f"tenant: must be a text of 1 to {NAME_BYTES_MAX} bytes, got {got}", setting="tenant")
 
 
 def salt_of(tenant: str, secret: bytes) -> str:
@@ -34,7 +21,7 @@ def salt_of(tenant: str, secret: bytes) -> str:
 
     "" for the default tenant, and in a cluster without a secret.
     """
-    return "" if tenant == DEFAULT or not secret else hmac.new(secret, b"tiered_kv tenant\0" + tenant.encode(), sha256).hexdigest()
+    return "" if tenant == DEFAULT_TENANT or not secret else hmac.new(secret, b"tiered_kv tenant\0" + tenant.encode(), sha256).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,17 @@ class TenantSettings:
         path, quotas = found.get("secret_file"), found.get("quotas", {})
         if not isinstance(path, str | None) or path == "" or not isinstance(quotas, Mapping):
             raise _invalid(f"the path of a file, and a mapping of quotas, got {found!r:.100}")
-        return cls(path, {tenant: _quota_of(tenant, limits, parse_size) for tenant, limits in quotas.items()})
+        try:
+            return cls(path, {tenant: _quota_of(tenant, limits, parse_size) for tenant, limits in quotas.items()})
+        except TieredKVError as error:
+            raise TieredKVError(error.kind, f"tenants: {error}", setting="tenants") from error
+
+    def check_block(self, tenant: str, nbytes: int) -> None:
+        """Raise (kind `config`) if a quota of a tenant is too small for a block of `nbytes`."""
+        for tier, limit in self.quotas.get(tenant, {}).items():
+            if limit < nbytes:
+                message = f"quota of {tenant!r} in {tier.label}: must be at least one block of this model, {nbytes} bytes, got {limit}"
+                raise TieredKVError(Kind.CONFIG, message, setting="quota")
 
     def as_text(self) -> str | None:
         """Returns the settings as JSON text; None for the defaults."""
@@ -90,7 +87,7 @@ class TenantSettings:
 
 
 def _quota_of(tenant: str, limits: Any, parse_size: Any) -> dict[Tier, int]:
-    check_name(tenant)
+    check_tenant(tenant)
     unknown = [*limits.keys() - TIERS.keys()] if isinstance(limits, Mapping) else []
     if unknown or not limits or not isinstance(limits, Mapping):
         message = f"quota of {tenant!r}: must have sizes for some of {', '.join(TIERS)}, got {unknown[0] if unknown else limits!r}"

@@ -29,21 +29,15 @@ LOOK_WITHIN_S = 1.0
 class NodeAccess:
     """A client's objects for one life of a node's files, and the node's settings. It is closed once no call uses it any more."""
 
-    def __init__(
-        self,
-        info: NodeInfo,
-        view: NodeView,
-        source: BlockSource,
-        writer: BlockWriter,
-        pool: SessionPool,
-        introduced: dict[BlockKey, Life] | None = None,
-    ) -> None:
+    def __init__(self, info: NodeInfo, view: NodeView, source: BlockSource, writer: BlockWriter, pool: SessionPool) -> None:
         self.view = view
         self.source = source
         self.writer = writer
         self.pool = pool
-        self.introduced: dict[BlockKey, Life] = {} if introduced is None else introduced
+        self.introduced: dict[BlockKey, Life] = {}
         """The roots that the node knows from this client, each with the life of the node in which it was told."""
+        self.salts: dict[str, str] = {}
+        """By tenant, the salts that the node has told."""
         self.is_vacant = not view.identity
         self.deadline_s: float = info["fetch_deadline_ms"] / 1000
         self.store_wait_s: float = info["store_wait_ms"] / 1000

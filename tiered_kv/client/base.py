@@ -18,7 +18,7 @@ from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Namespace
+from tiered_kv.keys import DEFAULT_TENANT, BlockKey, Namespace
 from tiered_kv.layout import Layout
 from tiered_kv.protocol.epochs import FAMILIES_MAX
 from tiered_kv.protocol.messages import BlockRun, NodeStats
@@ -64,7 +64,8 @@ def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
 class Names(NamedTuple):
     """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only.
 
-    `mark`: of the node's epochs when the namespace's weight epoch was read; None if it could not be read.
+    `mark`: of the node's epochs when the namespace's weight epoch was read. None if that, or the tenant's salt, is not known: then every
+    look-up is a miss, and every store is refused.
     """
 
     namespace: Namespace
@@ -273,15 +274,36 @@ class NodeClient:
 
     def _read(self, access: NodeAccess, names: Names) -> Names:
         """Returns the names with the weight epoch that the node publishes now. It never goes back."""
-        family = names.namespace.family
+        family, salt = names.namespace.family, self._salt(access, names.namespace.tenant)
         mark, number = access.view.weight_epoch(family) or (None, 0)
         with self._lock:
             number = self._numbers[family] = max(number, self._numbers.pop(family, 0))
             if len(self._numbers) > FAMILIES_MAX:
                 del self._numbers[next(iter(self._numbers))]
-        if number != names.namespace.weight_epoch:
-            names = self._names_of(replace(names.namespace, weight_epoch=number))
-        return names._replace(mark=mark)
+        if (salt or "", number) != (names.namespace.salt, names.namespace.weight_epoch):
+            names = self._names_of(replace(names.namespace, salt=salt or "", weight_epoch=number))
+        return names._replace(mark=mark if salt is not None else None)
+
+    def _salt(self, access: NodeAccess, tenant: str) -> str | None:
+        """Returns the salt of a tenant; None while it is not known, because no node has answered yet."""
+        if tenant == DEFAULT_TENANT:
+            return ""
+        if tenant not in access.salts and not access.is_vacant:
+            self._ask(access, lambda session: self._learn_salt(access, session, tenant), None, question_s(access))
+        return access.salts.get(tenant)
+
+    @staticmethod
+    def _learn_salt(access: NodeAccess, session: Session, tenant: str) -> None:
+        if tenant != DEFAULT_TENANT and tenant not in access.salts:
+            access.salts[tenant] = session.salt(tenant)
+
+    def introduce_in(self, access: NodeAccess, session: Session) -> None:
+        """Introduce this client's namespace in a new session."""
+        present = self._names
+        self._learn_salt(access, session, present.namespace.tenant)
+        names = self._read(access, present)
+        self._introduce(session, names.namespace)
+        access.introduced[names.root] = session.life
 
     def _is_current(self, access: NodeAccess, names: Names) -> bool:
         """Returns whether the weights that a call used have not ended meanwhile. To be called last, before the call returns blocks."""
@@ -340,6 +362,8 @@ class NodeClient:
         much longer than `until_s` the node may take to answer.
         """
         new = present = 0
+        if names.mark is None:
+            return Stored(0, 0, len(missing))
         try:
             while missing:
                 wait_s = max(until_s - self._clock.now_s(), 0.0)

@@ -15,13 +15,13 @@ from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.codecs.calibrated.tables import registered
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Namespace
+from tiered_kv.keys import Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.memory.view import NodeView
 from tiered_kv.protocol.messages import NodeInfo
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.node_record import read_record
-from tiered_kv.protocol.session import Life, Session
+from tiered_kv.protocol.session import Session
 from tiered_kv.protocol.unix_socket import SocketSession
 from tiered_kv.tiers.disk.segments import SegmentReader
 
@@ -123,15 +123,14 @@ def _client(
         view = NodeView.open(described["directory"]) if present else NodeView.vacant(described["directory"])
         options = {"has_device": bool(present and present["has_device"]), "verifies": described.get("verify_host", False)}
         source = BlockSource(view, _segments(present), layout, **options)
-        introduced: dict[BlockKey, Life] = {}
-
-        def greet(session: Session) -> None:
-            namespace = client.namespace
-            introduce(session, namespace)
-            introduced[namespace.root(layout)] = session.life
-
-        pool = SessionPool(lambda wait_s: open_session(described, wait_s), view, clock or SystemClock(), greet)
-        return NodeAccess(described, view, source, BlockWriter(layout, source), pool, introduced)
+        pool = SessionPool(
+            lambda wait_s: open_session(described, wait_s),
+            view,
+            clock or SystemClock(),
+            greet=lambda session: client.introduce_in(access, session),
+        )
+        access = NodeAccess(described, view, source, BlockWriter(layout, source), pool)
+        return access
 
     holder = AccessHolder(access_of(info), find, open_session, access_of, in_background=connect is None)
     client = kind(layout, namespace, holder, introduce, clock=clock, on_close=on_close)

@@ -15,9 +15,9 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
-from tiered_kv.node.admission.epochs import NodeEpochs
+from tiered_kv.node.admission.epochs import NodeEpochs, tenant_stats
 from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
@@ -40,6 +40,8 @@ from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
+from tiered_kv.store.quotas import Quotas
+from tiered_kv.tenants import salt_of
 from tiered_kv.threads import CheckedLock, Closer
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Node:
     """One machine's part of the cache. `directory`: the folder in which its workers find index and arena.
 
     Raises a `TieredKVError` that names the setting if shared memory or disk cannot be allocated. `at_beat` is called after each beat.
+    `secret`: the cluster's; tenants have no salts without one.
     """
 
     def __init__(
@@ -64,10 +67,13 @@ class Node:
         clock: Clock | None = None,
         labels: dict[str, str] | None = None,
         mounted_bytes: int = 0,
+        secret: bytes = b"",
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self._labels = labels or {}
+        self.tenants = config.tenant_settings
+        self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
         self._clock = clock or SystemClock()
         self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
@@ -151,9 +157,16 @@ class Node:
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
+    def salt(self, tenant: str) -> str:
+        """Returns the salt of a tenant's namespaces in this cluster."""
+        check_tenant(tenant)
+        return salt_of(tenant, self._tenant_secret)
+
     def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
         """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
-        self.epochs.learn(root, info.known_namespace())
+        self.epochs.learn(root, namespace := info.known_namespace())
+        if namespace is not None:
+            self.tenants.check_block(namespace.tenant, info.layout.block_bytes)
         encoder = self.storage.encoder
         is_new = not encoder.knows(root, info)
         introduction = encoder.introduce(root, info)
@@ -211,6 +224,7 @@ class Node:
         if not self._puller or not run.keys or self.epochs.is_closed(run.root):
             return 0
         with closing(self.open_session()) as session:
+            session.tenant = self.epochs.tenant_of(run.root)
             admit = Admission(self, session, run)
             return self._puller.pull(run.keys, run.nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
 
@@ -344,6 +358,7 @@ class Node:
                 "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
                 "namespaces": self.epochs.namespaces(),
+                "tenants": tenant_stats(machine.quotas),
                 "coordinator": self._reporter.reachable if self._reporter else None,
             }
 
@@ -424,7 +439,8 @@ class Node:
         config, storage = self.config, self.storage
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks)
+        quotas = Quotas(self.tenants.quotas, lambda root: self.epochs.tenant_of(root))
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 

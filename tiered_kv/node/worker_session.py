@@ -26,6 +26,8 @@ class NodeSession:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
+        self.tenant = ""
+        """Of the namespace that was introduced last: its quota counts for reservations."""
         self.life = Life(node.storage.index.identity, node.storage.index.generation)
 
     def allow(self, wait_s: float) -> None:
@@ -63,7 +65,8 @@ class NodeSession:
         try:
             self._node.check_open()
             left_s = max(begun_s + wait_s - time.monotonic(), 0.0)
-            offsets = self._node.engine.reserve(nbytes, keys, parent, left_s, is_coded=is_coded)  # releases the lock while it waits
+            # releases the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, parent, left_s, is_coded=is_coded, tenant=self.tenant)
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "reserve: the session was closed while the reservation was made")
@@ -74,7 +77,9 @@ class NodeSession:
 
     def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
         _check_chain(root, [])
-        return self._node.introduce(root, ModelInfo.of_message(info))
+        introduction = self._node.introduce(root, ModelInfo.of_message(info))
+        self.tenant = self._node.epochs.tenant_of(root)
+        return introduction
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
         _check_chain(root, [block[:2] for block in blocks])
@@ -123,6 +128,9 @@ class NodeSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         _check_chain(root, [])
         return self._node.probes.match(root, Probe.of_message(probe))
+
+    def salt(self, tenant: str) -> str:
+        return self._node.salt(tenant)
 
     def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
         if type(families) is not list or not 0 < len(families) <= FAMILIES_MAX:

@@ -99,6 +99,7 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "hello": _is_hello,
     "introduce": _is_introduction,
     "probe": _is_text,
+    "salt": _is_text,
     "new_epoch": _is_epoch,
     "release": _is_none,
     "doubt": _is_none,

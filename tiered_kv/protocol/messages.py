@@ -128,6 +128,14 @@ class NamespaceStats(TypedDict):
     epoch: int
 
 
+class TenantStats(TypedDict):
+    """A tenant's share of a tier. `quota_bytes`: None without a quota."""
+
+    used_bytes: int
+    blocks: int
+    quota_bytes: int | None
+
+
 class NodeStats(TypedDict):
     """A node's figures, up to the last use by any worker."""
 
@@ -151,6 +159,8 @@ class NodeStats(TypedDict):
     """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
     seals: SealStats
     namespaces: list[NamespaceStats]
+    tenants: dict[str, dict[str, TenantStats]]
+    """By tenant and tier."""
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""
 

@@ -35,9 +35,8 @@ RECEIVE_BYTES = 64 << 10
 PACKER_BYTES_MAX = 1 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
-METHODS = frozenset(
-    {"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "new_epoch", "stats"}
-)
+METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
+METHODS |= {"new_epoch", "salt"}
 
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
@@ -324,6 +323,10 @@ class SocketSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         variant: str = self._call("probe", root, probe)
         return variant
+
+    def salt(self, tenant: str) -> str:
+        salt: str = self._call("salt", tenant)
+        return salt
 
     def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
         number, unreached = self._call("new_epoch", families, keep)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.node.admission.roots import RootBook, RootInfo
 from tiered_kv.protocol.epochs import Epoch
-from tiered_kv.protocol.messages import NamespaceStats
+from tiered_kv.protocol.messages import NamespaceStats, TenantStats
 from tiered_kv.protocol.peer_transport import SPREAD_WITHIN_S, Link
 from tiered_kv.store import events as ev
+from tiered_kv.store.quotas import Quotas
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -59,6 +60,11 @@ class NodeEpochs:
     def is_closed(self, root: BlockKey | None) -> bool:
         """Returns whether no block below a root may become visible now. Call with the engine's lock."""
         return root in self._node.engine.machine.endings.roots
+
+    def tenant_of(self, root: BlockKey | None) -> str:
+        """Returns the tenant of a root; "" if it is not known."""
+        info = self.book.facts(root)
+        return info.tenant if info is not None else ""
 
     def learn(self, root: BlockKey, namespace: Namespace | None) -> None:
         """Record the namespace of a root: of a worker, or of a checkpoint that is mounted."""
@@ -179,3 +185,14 @@ class NodeEpochs:
             {"family": family.hex(), "weights": facts.weights, "tenant": facts.tenant, "epoch": self.book.epochs.number(family)}
             for family, facts in sorted(families.items())
         ]
+
+
+def tenant_stats(quotas: Quotas) -> dict[str, dict[str, TenantStats]]:
+    """Returns by tenant ("" for blocks of unknown models) and tier: bytes, blocks, and the quota, None without one."""
+    found: dict[str, dict[str, TenantStats]] = {}
+    for tenant, tier in sorted({*quotas.bytes, *quotas.limits}):
+        blocks, limit = quotas.blocks[tenant, tier], quotas.limits.get((tenant, tier))
+        if blocks or limit is not None:
+            stats: TenantStats = {"used_bytes": quotas.bytes[tenant, tier], "blocks": blocks, "quota_bytes": limit}
+            found.setdefault(tenant, {})[tier.label] = stats
+    return found
