@@ -20,7 +20,7 @@ PROJECT_PYTHON = [path for path in project_files() if path.suffix == ".py" and p
 
 # The root's modules, lowest first: each may import only what stands in a line before its own. `embedded` is a shell over client and node.
 ROOT_LEVELS = [
-    ["errors", "clock", "forking"],
+    ["errors", "clock", "forking", "unpacking"],
     ["layout", "picture", "threads", "identity"],
     ["file_sums"],
     ["checkpoint_files"],
@@ -45,6 +45,7 @@ WORDS = [
     "errors",
     "clock",
     "forking",
+    "unpacking",
     "threads",
     "layout",
     "identity",
@@ -59,9 +60,9 @@ WORDS = [
 ENGINE = ["codecs", "memory", "policy", "store", "tiers", "protocol", "client", "node", "coordinator", "embedded"]
 # What a folder may import of the project, beside itself: a folder or module with all below it.
 MAY_IMPORT = {
-    "codecs": ["layout", "keys", "errors"],
+    "codecs": ["layout", "keys", "errors", "unpacking"],
     "policy": ["keys", "errors", "blocks"],
-    "memory": ["layout", "keys", "blocks", "errors", "forking"],
+    "memory": ["layout", "keys", "blocks", "errors", "forking", "unpacking"],
     "tiers": ["memory", "codecs", "blocks", "errors", "forking", "keys", "threads"],
     "store": ["policy", "tiers.base", "blocks", "keys", "clock", "errors", "threads"],
     "protocol": ["memory", "tiers.host", *WORDS],
@@ -90,7 +91,7 @@ MODULES_IN_A_FOLDER_MAX = 20
 # What a folder may import of others' libraries, beside the standard library without these modules.
 NOT_FOR_THE_PURE = {"time", "random", "threading", "asyncio", "socket", "os"}
 LIBRARIES = {
-    "": {"numpy", "xxhash", "torch", "matplotlib"},
+    "": {"numpy", "xxhash", "torch", "matplotlib", "msgpack"},
     "codecs": {"numpy", "torch", "xxhash", "msgpack", "lz4", "zstandard", "triton"},  # triton: see test_kernels_are_optional
     "policy": {"numpy"},
     "memory": {"numpy", "torch", "msgpack", "psutil"},
@@ -439,6 +440,39 @@ def speaks(handler: ast.AST) -> bool:
     calls = [ast.unparse(node.func) for node in ast.walk(handler) if isinstance(node, ast.Call)]
     raises = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
     return raises or any("log" in call or call.endswith("set_exception") for call in calls)
+
+
+RUNS_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
+CALLS_THAT_RUN_CODE = {"eval", "exec", "torch.load", "np.load", "numpy.load", "pickle.loads", "pickle.load"}
+MAY_UNPACK = {"tiered_kv.unpacking"}
+"""Where msgpack is opened: with limits. What only packs may import msgpack too."""
+
+
+def test_nothing_that_comes_from_outside_can_run_code():
+    """Frames, files, sockets and object stores hold plain data: no module of the package can open a pickle."""
+    wrong = [
+        said(module, each.line, f"imports {each.module}")
+        for module in MODULES
+        for each in IMPORTS[module.name]
+        if each.module.split(".")[0] in RUNS_CODE
+    ]
+    for module in MODULES:
+        for node in ast.walk(module.tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in CALLS_THAT_RUN_CODE:
+                wrong.append(said(module, node.lineno, f"calls {called}"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_msgpack_is_opened_within_limits_only():
+    wrong = [
+        said(module, node.lineno, f"calls {ast.unparse(node.func)}")
+        for module in MODULES
+        if module.name not in MAY_UNPACK
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("unpackb", "Unpacker", "unpack_from_msgpack")
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_what_is_public_says_what_it_is():

@@ -1,5 +1,6 @@
 """The node's side of one worker's session: checks the worker's arguments, and keeps track of its reservations."""
 
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ class NodeSession:
 
     def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
         if type(families) is not list or not 0 < len(families) <= FAMILIES_MAX:
-            raise TieredKVError(Kind.TRANSPORT, f"new_epoch: expected 1 to {FAMILIES_MAX} families, got {families!r:.100}")
+            raise TieredKVError(Kind.TRANSPORT, f"new_epoch: expected 1 to {FAMILIES_MAX} families, got {reprlib.repr(families)}")
         for family in families:
             _check_chain(family, [])
         return self._node.epochs.new_epoch(families, bool(keep))

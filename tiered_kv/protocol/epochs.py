@@ -4,6 +4,7 @@ The number is part of the root of every block (`Namespace.weight_epoch`). So blo
 coordinator hold an `EpochBook` each, and merge them by maximum.
 """
 
+import reprlib
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -34,7 +35,7 @@ class Epoch(NamedTuple):
         except (TypeError, ValueError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"expected a weight epoch of three fields, got {type(message).__name__}") from error
         if not is_valid:
-            raise TieredKVError(Kind.TRANSPORT, f"expected a family, and two numbers in ascending order, got {str(message)[:100]}")
+            raise TieredKVError(Kind.TRANSPORT, f"expected a family, and two numbers in ascending order, got {reprlib.repr(message)}")
         return cls(family, number, floor)
 
     def merged(self, other: "Epoch") -> "Epoch":

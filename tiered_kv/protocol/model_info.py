@@ -1,5 +1,6 @@
 """A worker's description of its model, sent when it attaches, so that its node can encode the model's blocks."""
 
+import reprlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -54,6 +55,6 @@ class ModelInfo:
         if not is_valid:
             raise TieredKVError(
                 Kind.TRANSPORT,
-                f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {message!r}",
+                f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {reprlib.repr(message)}",
             )
         return info

@@ -12,6 +12,7 @@ import msgpack
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey, Namespace
 from tiered_kv.protocol.epochs import Epoch, EpochBook
+from tiered_kv.unpacking import unpacked
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def _loaded(file: Path) -> tuple[list[Epoch], dict[BlockKey, RootInfo]]:
     with suppress(OSError, ValueError, TypeError, KeyError, TieredKVError, msgpack.UnpackException):
         if file.stat().st_size > FILE_BYTES_MAX:
             raise TieredKVError(Kind.CORRUPT, f"{file} must be at most {FILE_BYTES_MAX} bytes")
-        found = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
+        found = unpacked(file.read_bytes(), keys=int)
         epochs += map(Epoch.of_message, found["epochs"])
         for root, facts in found["roots"]:
             if type(root) is bytes and len(root) == KEY_BYTES:
