@@ -1,6 +1,7 @@
 """Builds a client from a node's info: the only place where a client is put together."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -123,13 +124,14 @@ def _client(
         view = NodeView.open(described["directory"]) if present else NodeView.vacant(described["directory"])
         options = {"has_device": bool(present and present["has_device"]), "verifies": described.get("verify_host", False)}
         source = BlockSource(view, _segments(present), layout, **options)
-        pool = SessionPool(
-            lambda wait_s: open_session(described, wait_s),
-            view,
-            clock or SystemClock(),
-            greet=lambda session: client.introduce_in(access, session),
-        )
+
+        def greet(session: Session) -> None:
+            if (access := made()) is not None:
+                client.introduce_in(access, session)
+
+        pool = SessionPool(lambda wait_s: open_session(described, wait_s), view, clock or SystemClock(), greet)
         access = NodeAccess(described, view, source, BlockWriter(layout, source), pool)
+        made = weakref.ref(access)  # an access is closed once nothing refers to it any more, so its own pool must not
         return access
 
     holder = AccessHolder(access_of(info), find, open_session, access_of, in_background=connect is None)
