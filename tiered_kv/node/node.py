@@ -13,7 +13,7 @@ from typing import Any, cast
 from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
-from tiered_kv.config import Config
+from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
@@ -41,7 +41,6 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.quotas import Quotas
-from tiered_kv.tenants import salt_of
 from tiered_kv.threads import CheckedLock, Closer
 
 log = logging.getLogger(__name__)
@@ -190,14 +189,14 @@ class Node:
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
         self.storage.allowance.refuse("introduced", dropped)
 
-    def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
+    def commit(self, packed: list[Packed]) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
         If the list is shorter than `packed`, the index has no room for the rest, or their weights have ended, and their extents are
         freed. Raises (kind `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
         """
         with self.running():
-            added = commit(self, root, packed, self._clock.now_s())
+            added = commit(self, packed, self._clock.now_s())
         self.report_soon()
         return added
 

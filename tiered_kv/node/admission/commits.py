@@ -4,30 +4,28 @@ from typing import TYPE_CHECKING
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey
 from tiered_kv.node.packed import Packed, runs_of_packed
 from tiered_kv.store import events as ev
-from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
 
-def commit(node: "Node", root: BlockKey, packed: list[Packed], now_s: float) -> list[bool]:
+def commit(node: "Node", packed: list[Packed], now_s: float) -> list[bool]:
     """As `Node.commit`. Call with the engine's lock, while the node is open."""
     machine = node.engine.machine
     _check_depths(node, packed)
-    if node.epochs.is_closed(root):
+    if any(map(node.epochs.is_closed, {each.info.root for each in packed})):
         node.free_extents(each.location.offset for each in packed)
         return []
     node.engine.note_touches()
     taken = packed[: _index_room_for(node, packed, now_s)]
-    added = [not machine.has(each.key, Tier.HOST) for each in taken]
-    for key, parent, location, depth, error, digest in taken:
-        node.storage.sign(location, BlockHeader(key, parent, root, depth), error, digest)
-    node.engine.handle(runs_of_packed(root, taken, now_s))
-    node.seals.committed([each.key for each in taken if each.digest is None])
-    node.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])
+    added = [not machine.has(each.info.key, Tier.HOST) for each in taken]
+    for info, location, error, digest in taken:
+        node.storage.sign(location, info, error, digest)
+    node.engine.handle(runs_of_packed(taken, now_s))
+    node.seals.committed([each.info.key for each in taken if each.digest is None])
+    node.seals.mend_slots([each.info.key for each, is_new in zip(taken, added, strict=True) if not is_new])
     if len(taken) < len(packed):
         node.free_extents(each.location.offset for each in packed[len(taken) :])
     return added
@@ -35,7 +33,7 @@ def commit(node: "Node", root: BlockKey, packed: list[Packed], now_s: float) -> 
 
 def _check_depths(node: "Node", packed: list[Packed]) -> None:
     """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
-    wrong = node.engine.machine.chains.misplaced([(each.key, each.parent, each.depth) for each in packed])
+    wrong = node.engine.machine.chains.misplaced([each.info for each in packed])
     if wrong is not None:
         node.free_extents(each.location.offset for each in packed)
         raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
@@ -46,13 +44,13 @@ def _index_room_for(node: "Node", blocks: list[Packed], now_s: float) -> int:
     if len(blocks) <= node.storage.index_room:
         return len(blocks)
     known = node.engine.machine.blocks
-    missing = sum(each.key not in known for each in blocks) - node.storage.index_room
+    missing = sum(each.info.key not in known for each in blocks) - node.storage.index_room
     if missing <= 0:
         return len(blocks)
-    node.engine.handle([ev.Crowded(missing, blocks[0].parent, now_s)])
+    node.engine.handle([ev.Crowded(missing, blocks[0].info.parent, now_s)])
     room = node.storage.index_room
     for count, each in enumerate(blocks):
-        room -= each.key not in known
+        room -= each.info.key not in known
         if room < 0:
             return count
     return len(blocks)

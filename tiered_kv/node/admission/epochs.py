@@ -105,12 +105,12 @@ class NodeEpochs:
         """Drop those of the recovered blocks that have ended, or were purged before they could be overwritten."""
         old = []
         for each in found:
-            facts = self.book.facts(each.root)
+            facts = self.book.facts(each.info.root)
             if facts and each.location.segment < facts.purged_below.get(int(each.location.tier), 0):
                 old.append(each)
         with self._turn, self._node.engine.lock:
             handle = self._node.engine.handle
-            roots = list({each.root for each in old if each.root is not None})
+            roots = list({each.info.root for each in old if each.info.root is not None})
             handle([ev.Ended(roots, [each.key for each in old]), ev.Reopened(roots)])
             self._drop(self.book.ended())
             if self.book.forget_segments(self._next_segments()):
