@@ -442,39 +442,6 @@ def speaks(handler: ast.AST) -> bool:
     return raises or any("log" in call or call.endswith("set_exception") for call in calls)
 
 
-RUNS_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
-CALLS_THAT_RUN_CODE = {"eval", "exec", "torch.load", "np.load", "numpy.load", "pickle.loads", "pickle.load"}
-MAY_UNPACK = {"tiered_kv.unpacking"}
-"""Where msgpack is opened: with limits. What only packs may import msgpack too."""
-
-
-def test_nothing_that_comes_from_outside_can_run_code():
-    """Frames, files, sockets and object stores hold plain data: no module of the package can open a pickle."""
-    wrong = [
-        said(module, each.line, f"imports {each.module}")
-        for module in MODULES
-        for each in IMPORTS[module.name]
-        if each.module.split(".")[0] in RUNS_CODE
-    ]
-    for module in MODULES:
-        for node in ast.walk(module.tree):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if called in CALLS_THAT_RUN_CODE:
-                wrong.append(said(module, node.lineno, f"calls {called}"))
-    assert not wrong, "\n".join(wrong)
-
-
-def test_msgpack_is_opened_within_limits_only():
-    wrong = [
-        said(module, node.lineno, f"calls {ast.unparse(node.func)}")
-        for module in MODULES
-        if module.name not in MAY_UNPACK
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("unpackb", "Unpacker", "unpack_from_msgpack")
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
 def test_what_is_public_says_what_it_is():
     silent = [
         said(module, node.lineno, f"{name} has no docstring")

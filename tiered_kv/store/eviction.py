@@ -63,6 +63,7 @@ def _evict(
 
 
 def limited(machine: "StoreMachine", event: ev.Limited) -> list[ev.Instruction]:
+    """Evict blocks of a tenant that is about to exceed its quota."""
     return _evict_own(machine, (event.tenant, event.tier), event.nbytes, machine.chains.to(event.last_block), event.now_s)
 
 
