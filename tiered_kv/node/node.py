@@ -33,7 +33,7 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import BlockRun, Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.peer_transport import FramePieces, Link
 from tiered_kv.protocol.probes import Probe, Variants
@@ -70,7 +70,7 @@ class Node:
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self._labels = labels or {}
+        self._labels, self._link = labels or {}, link
         self.tenants = config.tenant_settings
         self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
@@ -189,14 +189,14 @@ class Node:
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
         self.storage.allowance.refuse("introduced", dropped)
 
-    def commit(self, packed: list[Packed]) -> list[bool]:
+    def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
         If the list is shorter than `packed`, the index has no room for the rest, or their weights have ended, and their extents are
         freed. Raises (kind `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
         """
         with self.running():
-            added = commit(self, packed, self._clock.now_s())
+            added = commit(self, packed, self._clock.now_s(), note_touches=note_touches)
         self.report_soon()
         return added
 
@@ -359,6 +359,7 @@ class Node:
                 "namespaces": self.epochs.namespaces(),
                 "tenants": tenant_stats(machine.quotas),
                 "coordinator": self._reporter.reachable if self._reporter else None,
+                "peers": self._link.stats() if self._link else NO_PEERS,
             }
 
     def beat(self) -> None:
@@ -460,7 +461,7 @@ class Node:
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
         forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
-        return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
+        return Puller(link, reporter.locate, self._clock, forgotten_s)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""

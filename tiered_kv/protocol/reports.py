@@ -32,9 +32,13 @@ class Answer(NamedTuple):
 
     `epochs`: the weight epochs that the cluster knows, None if they are those of the report.
     `others`: the sum of the other nodes' statistics, for a node that has just sent its own; None if no other node has sent any.
+    `addresses`: where the streams of each node are; None if that has not changed since the coordinator's last answer. `directory`: where
+    the coordinator answers look-ups without Ray, as "HOST:PORT"; None if it does not.
     """
 
     peers: int
     resync: bool
     others: bytes | None = None
     epochs: list[Epoch] | None = None
+    addresses: dict[str, str] | None = None
+    directory: str | None = None

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
 
-def commit(node: "Node", packed: list[Packed], now_s: float) -> list[bool]:
+def commit(node: "Node", packed: list[Packed], now_s: float, *, note_touches: bool) -> list[bool]:
     """As `Node.commit`. Call with the engine's lock, while the node is open."""
     machine = node.engine.machine
     _check_depths(node, packed)
     if any(map(node.epochs.is_closed, {each.info.root for each in packed})):
         node.free_extents(each.location.offset for each in packed)
         return []
-    node.engine.note_touches()
+    if note_touches:
+        node.engine.note_touches()
     taken = packed[: _index_room_for(node, packed, now_s)]
     added = [not machine.has(each.info.key, Tier.HOST) for each in taken]
     for info, location, error, digest in taken:
