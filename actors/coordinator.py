@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from typing import TypedDict
 
 import ray
@@ -13,6 +14,7 @@ from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
@@ -67,6 +69,9 @@ class CoordinatorActor:
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        return self._coordinator.raise_epoch(families, keep, int(time.time() * 1000))
 
     def forget(self, node: str) -> None:
         self._coordinator.forget(node)

@@ -16,6 +16,7 @@ from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
 from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.node.trace_recording import Recorded
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.peer_address import PeerPlace
@@ -46,7 +47,11 @@ class NodeActor:
             if isinstance(link, StreamLink):
                 labels["peer_address"] = link.address
             self._node = Node(
-                config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
+                *(config, cluster_id, node_id, link),
+                labels=labels,
+                mounted_bytes=mounted_bytes,
+                secret=self._secret,
+                at_beat=self._end_unless_in_place,
             )
             if isinstance(link, StreamLink):
                 link.serve(self._node)
@@ -84,6 +89,19 @@ class NodeActor:
 
     def stats(self) -> NodeStats:
         return self._node.stats()
+
+    def adopt_epochs(self, epochs: list[Epoch]) -> bool:
+        """Merge weight epochs, as `NodeEpochs.adopt`. Returns True once no block of an ended epoch can be had here."""
+        self._node.epochs.adopt(epochs)
+        return True
+
+    def purge(self, families: list[bytes]) -> int:
+        """Drop all blocks of these families, as `NodeEpochs.purge`. Returns how many."""
+        return self._node.epochs.purge(families)
+
+    def end_purge(self, families: list[bytes]) -> None:
+        """Admit blocks of these families again."""
+        self._node.epochs.end_purge(families)
 
     def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
         """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""

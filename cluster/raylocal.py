@@ -8,6 +8,7 @@ Facts about Ray 2.60 that shape this module:
 * A token file that cannot be read aborts the process.
 """
 
+import logging
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from tiered_kv.cluster.processes import Process, spawn, stop_sessions
 from tiered_kv.errors import Kind, TieredKVError
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "tiered_kv"
 NODES_MAX = 200
@@ -188,6 +191,8 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
     import ray
 
     with _authentication(token_path) as kept:
+        if open_text := text_for_open_ray(address):
+            log.warning("%s", open_text)
         node_ip = _node_to_join(_nodes_alive(address), node_ip, address)
         before = _set_environment({"RAY_gcs_server_port_wait_time_s": "5"})  # limits Ray's own retries, by default 20 s
         try:
@@ -198,6 +203,16 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
             _set_environment(before)
         kept.pop_all()
     return node_ip
+
+
+def text_for_open_ray(address: str) -> str:
+    """Returns what it means to join a Ray without token authentication, as the environment is now; "" for one with it."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return ""
+    return (
+        f"the Ray at {address} has no token authentication: whoever reaches its ports can run code as the user of its nodes, so read and"
+        " change all cached blocks of all tenants. Start Ray with RAY_AUTH_MODE=token, or let only trusted machines reach it"
+    )
 
 
 def driver_environment(address: str, token_path: str | None) -> dict[str, str]:

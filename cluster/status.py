@@ -40,6 +40,8 @@ def summarize(about: dict) -> dict:
                 "policy": stats["policy"],
                 "recording": stats["recording"],
                 "filling": stats["filling"],
+                "namespaces": stats.get("namespaces", []),
+                "tenants": stats.get("tenants", {}),
             }
         )
     asked = sum(node["asked_blocks"] for node in nodes)
@@ -91,7 +93,9 @@ def show(summary: dict, console: Console) -> None:
     for text in summary["degraded"]:
         console.print(f"degraded: {text}", style="bold red", highlight=False, soft_wrap=True, markup=False)
     for node in summary["nodes"]:
-        if text := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
+        if text := "; ".join(
+            part for part in (saved(node), _quotas(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part
+        ):
             console.print(f"{node['node']}: {text}", highlight=False, soft_wrap=True)
     for model, plan in summary["codecs"].items():
         chosen = ", ".join(f"{tier} {each['codec']} ({each['why']})" for tier, each in plan.items())
@@ -160,6 +164,17 @@ def _filling(node: dict) -> str:
     if filling["error"]:
         texts.append(f"loading from the checkpoint ended early: {filling['error']}")
     return "; ".join(texts)
+
+
+def _quotas(node: dict) -> str:
+    """Returns a text with the tenants that have quotas, and how much of them they use."""
+    texts = [
+        f"tenant {tenant} {tier} {format_size(each['used_bytes'])} of {format_size(each['quota_bytes'])}"
+        for tenant, tiers in node["tenants"].items()
+        for tier, each in tiers.items()
+        if each["quota_bytes"] is not None
+    ]
+    return ", ".join(texts)
 
 
 def _at(checkpoint: dict) -> float:

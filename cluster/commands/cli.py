@@ -5,7 +5,9 @@ Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage,
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
 from tiered_kv.cluster.commands.simulate import add_simulate
+from tiered_kv.cluster.commands.weights import add_weights
 from tiered_kv.config import POLICIES, QUALITIES, Config
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add_calibrate(commands)
     add_simulate(commands)
     _add_record(commands)
+    add_weights(commands, _add_name)
     add_checkpoints(commands, _add_name, _add_settings, _config)
     return top
 
@@ -99,12 +103,32 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
             command.add_argument(f"--{setting}", action="store_true", default=None, help=text)
             continue
         command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
+    text = "most bytes of a tenant's blocks on one node, by tier, for example acme:host=2GiB,disk=10GiB; may be given once for each tenant"
+    command.add_argument("--quota", metavar="TENANT:TIER=SIZE,…", action="append", default=[], help=text)
+    text = "file on every machine with the secret of the tenants' salts; clusters with the same one share checkpoints of named tenants"
+    command.add_argument("--tenant-secret", metavar="FILE", help=f"{text} (default: a secret of the cluster's own)")
 
 
 def _config(options: argparse.Namespace) -> Config:
     given = {setting.replace("-", "_"): getattr(options, setting.replace("-", "_")) for setting in SETTINGS}
-    changes = {setting: value for setting, value in given.items() if value is not None}
+    changes: dict[str, Any] = {setting: value for setting, value in given.items() if value is not None}
+    if options.quota or options.tenant_secret:
+        changes["tenants"] = tenants_of(options.quota, options.tenant_secret)
     return Config.from_toml(options.config, **changes) if options.config else Config.of(changes)
+
+
+def tenants_of(quotas: Sequence[str], secret_file: str | None) -> dict[str, Any]:
+    """Returns the setting `tenants` for options. Raises (kind `config`) for a quota that is not TENANT:TIER=SIZE,…."""
+    found: dict[str, dict[str, str]] = {}
+    for text in quotas:
+        tenant, colon, limits = text.rpartition(":")
+        pairs = [part.partition("=") for part in limits.split(",")]
+        if not colon or tenant in found or not all(tier and equals and size for tier, equals, size in pairs):
+            message = f"--quota: must be TENANT:TIER=SIZE,…, once for each tenant, such as acme:host=2GiB,disk=10GiB, got {text!r:.200}"
+            raise TieredKVError(Kind.CONFIG, message, setting="quota")
+        found[tenant] = {tier.strip(): size for tier, _, size in pairs}
+    path = {} if secret_file is None else {"secret_file": os.path.abspath(os.path.expanduser(secret_file))}
+    return {"quotas": found, **path}
 
 
 def _up(options: argparse.Namespace, console: Console) -> int:

@@ -121,6 +121,23 @@ class SealStats(TypedDict):
     unsealed: int
 
 
+class NamespaceStats(TypedDict):
+    """A family of namespaces that a node knows: all ranks and epochs of one model under one tenant. `epoch`: its weight epoch."""
+
+    family: str
+    weights: str
+    tenant: str
+    epoch: int
+
+
+class TenantStats(TypedDict):
+    """A tenant's share of a tier. `quota_bytes`: None without a quota."""
+
+    used_bytes: int
+    blocks: int
+    quota_bytes: int | None
+
+
 class PairStats(TypedDict):
     """What a node has fetched from one peer: blocks, their bytes, the seconds that took, and failed requests by reason."""
 
@@ -174,6 +191,9 @@ class NodeStats(TypedDict):
     saved: dict[str, Any] | None
     """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
     seals: SealStats
+    namespaces: list[NamespaceStats]
+    tenants: dict[str, dict[str, TenantStats]]
+    """By tenant and tier."""
     peers: NotRequired[PeerStats]
     """Absent in the figures of a node of an older version."""
     coordinator: bool | None
