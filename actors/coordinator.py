@@ -1,12 +1,17 @@
 """The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
 
+import threading
+from dataclasses import asdict
 from typing import TypedDict
 
 import ray
 
+from tiered_kv.actors.fleet import RayPlatform, RayRecordStore
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
+from tiered_kv.coordinator.fleet import FleetRecord, FleetStatus
+from tiered_kv.coordinator.keeper import Keeper
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.probes import Probe, Variants
@@ -14,27 +19,52 @@ from tiered_kv.protocol.reports import Answer, Report
 
 
 class ClusterDescription(TypedDict):
-    """A cluster's id and settings, its live nodes, and by lost node the seconds since its last report."""
+    """A cluster's id and settings, its live nodes, by lost node the seconds since its last report, and its fleet."""
 
     cluster_id: str
     config: Config
     nodes: list[LiveNode]
     lost: dict[str, float]
+    fleet: FleetStatus
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
 class CoordinatorActor:
-    """Forwards calls to a `Coordinator`."""
+    """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
 
-    def __init__(self, cluster_id: str, config: Config) -> None:
+    Use `options` to create it. `mounted_bytes`, `selector`: of the fleet's record. A restart takes the record from Ray instead.
+    """
+
+    def __init__(self, cluster: str, cluster_id: str, config: Config, mounted_bytes: int = 0, selector: str | None = None) -> None:
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
+        self._keeper = Keeper(
+            RayPlatform(cluster),
+            RayRecordStore(cluster),
+            FleetRecord(cluster_id, asdict(config), mounted_bytes, selector),
+            SystemClock(),
+            reporting=self._coordinator.reporting,
+            forget=self._coordinator.forget,
+        )
+        threading.Thread(target=self._keeper.run, args=(threading.Event(),), name="tkv-keep", daemon=True).start()
 
     def describe(self) -> ClusterDescription:
-        """Returns the cluster's id, its settings, its live nodes and its lost nodes."""
+        """Returns the cluster's id, its settings, its live nodes, its lost nodes and its fleet."""
         nodes, lost = self._coordinator.nodes(), self._coordinator.lost()
-        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost}
+        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost, "fleet": self._keeper.status()}
+
+    def drain(self, node: str, on: bool = True) -> None:
+        """Mark a node as drained, or take the mark away, as `Keeper.drain`."""
+        self._keeper.drain(node, on)
+
+    def finish_drain(self, node: str) -> None:
+        """End the actor of a drained node, as `Keeper.finish_drain`."""
+        self._keeper.finish_drain(node)
+
+    def retry(self) -> None:
+        """Start what is missing now, as `Keeper.retry`."""
+        self._keeper.retry()
 
     def report(self, report: Report) -> Answer:
         return self._coordinator.report(report)

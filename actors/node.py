@@ -2,20 +2,19 @@
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
-from tiered_kv.actors.link import RayLink
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
-from tiered_kv.node.node import Node
-from tiered_kv.node.trace_recording import Recorded
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
-from tiered_kv.protocol.node_record import NodeRecord, write_record
-from tiered_kv.protocol.unix_socket import SessionServer
+
+if TYPE_CHECKING:
+    from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
+    from tiered_kv.node.trace_recording import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +24,12 @@ class NodeActor:
     """Runs a `Node`. Serves its workers' sessions on a socket, and its peers through Ray's object store."""
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
+        # Imported here, so that the coordinator, which creates these actors, does without torch.
+        from tiered_kv.actors.link import RayLink
+        from tiered_kv.node.node import Node
+        from tiered_kv.protocol.node_record import NodeRecord, write_record
+        from tiered_kv.protocol.unix_socket import SessionServer
+
         self._refusal: TieredKVError | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
@@ -59,7 +64,7 @@ class NodeActor:
     def stats(self) -> NodeStats:
         return self._node.stats()
 
-    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+    def checkpoint(self, request: "CheckpointRequest[StepAnswer]") -> "StepAnswer":
         """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""
         return self._node.checkpoint(request)
 
@@ -67,7 +72,7 @@ class NodeActor:
         """Start or stop recording requests, as `Node.record`."""
         return self._node.record(on, salt)
 
-    def recorded(self, everything: bool = False) -> Recorded:
+    def recorded(self, everything: bool = False) -> "Recorded":
         """Returns the requests recorded since the last call, as `Node.recorded`."""
         return self._node.recorded(everything)
 

@@ -105,7 +105,24 @@ class SealStats(TypedDict):
     unsealed: int
 
 
-class NodeStats(TypedDict):
+class Rates(TypedDict):
+    """A node's hits per second, and the bytes in them, over the last `over_s` seconds."""
+
+    over_s: float
+    hit_blocks_per_s: float
+    hit_bytes_per_s: float
+
+
+class ServiceStats(TypedDict):
+    """A node's service. `uptime_s`: since it started. `restarts`: of the node with these files. `refused_blocks`: stores without room."""
+
+    uptime_s: float
+    restarts: int
+    refused_blocks: int
+    rates: Rates
+
+
+class NodeStats(ServiceStats):
     """A node's figures, up to the last use by any worker."""
 
     node: str
