@@ -183,7 +183,7 @@ class Node:
         """
         with self.running():
             self._check_depths(packed)
-            self.engine.drain_touches()
+            self.engine.note_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:

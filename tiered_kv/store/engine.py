@@ -295,9 +295,13 @@ class Engine:
     def drain_touches(self) -> None:
         """Report to the machine which blocks workers have used since the last call, so that history and policies are up to date."""
         with self.lock:
-            if not self._closed and (touched := self._index.harvest()):
-                self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
+            self.note_touches()
             self.machine.catch_up()
+
+    def note_touches(self) -> None:
+        """As `drain_touches`, but blocks that were committed and not used since may wait. Call with the lock."""
+        if not self._closed and (touched := self._index.harvest()):
+            self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
 
     def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
         """Copy blocks that a worker cannot read itself into host memory. Waits for them at most `wait_s`."""

@@ -18,6 +18,9 @@ from tiered_kv.store.holds import HOLD_SHARE, Holds
 from tiered_kv.store.movement import Block, Fate, Movement
 from tiered_kv.store.shrinking import Shrinking
 
+UNREPORTED_MAX = 8
+"""So many commits are reported to the policy at once, at most: a few together cost the next store less than each on its own."""
+
 
 class StoreMachine:
     """Decides admission, promotion, demotion and dropping for the tiers of one node.
@@ -122,13 +125,14 @@ class StoreMachine:
 
     @property
     def behind(self) -> bool:
-        """Whether `catch_up` has something to report."""
-        return bool(self._unreported)
+        """Whether so many commits are unreported that `catch_up` should not wait for the next event."""
+        return len(self._unreported) >= UNREPORTED_MAX
 
     def catch_up(self) -> None:
         """Report the blocks committed since the last call to history and policy. Runs before any event other than a commit.
 
-        A commit does not do it itself, so that the worker's store returns as soon as its blocks are visible.
+        A commit does not do it itself, so that the worker's store returns as soon as its blocks are visible, and the next store does
+        not wait for it either.
         """
         unreported, self._unreported = self._unreported, []
         for run, parent, nbytes, now_s in unreported:

@@ -8,7 +8,7 @@ from tiered_kv.blocks import Hint, Tier
 from tiered_kv.policy import EvictionPolicy, History, LRUPolicy
 from tiered_kv.store import events as ev
 from tiered_kv.store import movement
-from tiered_kv.store.machine import StoreMachine
+from tiered_kv.store.machine import UNREPORTED_MAX, StoreMachine
 
 # A run of a chain
 
@@ -348,9 +348,19 @@ def test_the_blocks_of_the_growing_chain_are_evicted_last() -> None:
 def test_a_commit_does_not_wait_for_the_policy_but_later_events_do() -> None:
     story, said = watched_story(HOST)
     story.machine.handle(committed(story, 1, 2))
-    assert story.machine.behind
     assert said == [], "the blocks are visible, and nobody waited for more"
     assert story.tiers(2) == {HOST}
     story.machine.handle(ev.Used([key_of(1)], 1.0))
     assert [each[0] for each in said] == ["seen", "add", "seen", "use"]
+
+
+def test_unreported_commits_are_reported_once_there_are_many_of_them() -> None:
+    story, said = watched_story(HOST)
+    for number in range(1, UNREPORTED_MAX):
+        story.machine.handle(committed(story, number))
+    assert not story.machine.behind
+    story.machine.handle(committed(story, UNREPORTED_MAX))
+    assert story.machine.behind
+    story.machine.catch_up()
+    assert [each[0] for each in said] == ["seen", "add"] * UNREPORTED_MAX
     assert not story.machine.behind
