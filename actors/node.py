@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import ray
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory, ModelMessages
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 
 if TYPE_CHECKING:
@@ -40,9 +42,8 @@ class NodeActor:
                 config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
             )
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
-            write_record(
-                NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
-            )
+            about: NodeInfo = {**self._node.info(), "settings": asdict(config)}
+            write_record(NodeRecord(cluster, cluster_id, node_id, about, ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]))
             self._is_serving = True
         except TieredKVError as error:
             # Ray restarts an actor whose constructor raises forever, and loses its error. So `info` raises the error instead.
@@ -86,10 +87,27 @@ class NodeActor:
                 return []
             return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
 
-    def close(self) -> None:
-        """Leave the cluster and delete all files of the node."""
+    def inventory(self) -> Inventory:
+        """Returns the node's blocks for a handover, as `leaving.inventory`."""
+        from tiered_kv.node.leaving import inventory
+
+        return inventory(self._node)
+
+    def take_over(self, runs: list[BlockRun], models: ModelMessages, wait_s: float) -> int:
+        """Pull blocks of a node that ends, as `leaving.take_over`."""
+        from tiered_kv.node.leaving import take_over
+
+        return take_over(self._node, runs, models, wait_s)
+
+    def close(self, flush_s: float = 0.0) -> EndReport:
+        """Leave the cluster, and delete all files of the node but a disk folder that the settings name.
+
+        Blocks that only memory has are written to that folder first, for at most `flush_s`. Returns what became of the blocks.
+        """
+        from tiered_kv.node.leaving import end
+
         if self._refusal:
             raise TieredKVError(Kind.CLOSED, "the node must have started before it is closed, but its start failed")
         self._is_serving = False
         self._server.close()
-        self._node.close(remove=True)
+        return end(self._node, flush_s)

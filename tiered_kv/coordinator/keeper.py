@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 ROUND_S = 1.0
 """The pause between two rounds."""
+SHORT_ROUND_S = 0.2
+"""The pause while a node is starting."""
 RETRY_S = 30.0
 """The pause before a node whose start was refused, for example for lack of shared memory, is tried again."""
 SILENT_AFTER_S = 60.0
@@ -107,7 +109,8 @@ class Keeper:
                 if not self._problem:
                     log.exception("a round of the fleet's keeper failed")
                 self._problem = f"{type(error).__name__}: {error}"
-            self._wake.wait(ROUND_S)
+            is_starting = any(state == "starting" for state, _ in self._states.values())
+            self._wake.wait(SHORT_ROUND_S if is_starting else ROUND_S)
             self._wake.clear()
 
     def step(self) -> None:

@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory
+from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory, ModelMessages
 from tiered_kv.protocol.model_info import ModelFacts
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUN_BLOCKS_MAX = 256
+STALLED_S = 1.0
+PULL_AGAIN_S = 0.02
 FLUSH_BLOCKS = 64
 """Blocks that are given to the disk's thread at once. Between two batches, the time is looked at."""
 
@@ -34,17 +36,28 @@ def inventory(node: "Node") -> Inventory:
         return Inventory(list(_runs(_ranked(node), node.engine.machine.blocks)), _models(node))
 
 
-def take_over(node: "Node", runs: Sequence[BlockRun], models: dict[BlockKey, dict[str, object]], wait_s: float) -> int:
+def take_over(node: "Node", runs: Sequence[BlockRun], models: ModelMessages, wait_s: float) -> int:
     """Pull blocks of another node, which ends. Returns how many leading blocks of the runs this node has afterwards."""
     for root in {run.root for run in runs} & models.keys():
         _introduce(node, root, models[root])
-    deadline_s, taken = time.monotonic() + wait_s, 0
-    for run in runs:
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
+    deadline_s = time.monotonic() + wait_s
+    return sum(_pull_whole(node, run, deadline_s) for run in runs)
+
+
+def _pull_whole(node: "Node", run: BlockRun, deadline_s: float) -> int:
+    """Pull a run until all of it is here, time is up, or nothing has come for STALLED_S: room may appear only as fast as the disk is.
+
+    Returns how many leading blocks are here.
+    """
+    have, progress_s = 0, time.monotonic()
+    while (left_s := _left(deadline_s)) > 0:
+        count = node.pull(run.root, run.nbytes, run.parent, run.keys, run.depth, left_s)
+        if count > have:
+            have, progress_s = count, time.monotonic()
+        if have == len(run.keys) or time.monotonic() - progress_s > STALLED_S:
             break
-        taken += node.pull(run.root, run.nbytes, run.parent, run.keys, run.depth, left_s)
-    return taken
+        time.sleep(PULL_AGAIN_S)
+    return have
 
 
 def flush(node: "Node", within_s: float) -> tuple[int, int]:
@@ -121,11 +134,11 @@ def _runs(keys: Sequence[BlockKey], blocks: dict[BlockKey, Block]) -> Iterator[B
     yield from made
 
 
-def _models(node: "Node") -> dict[BlockKey, dict[str, object]]:
+def _models(node: "Node") -> ModelMessages:
     return {root: facts.as_message() for root, facts in node.storage.coder.facts().items()}
 
 
-def _introduce(node: "Node", root: BlockKey, message: dict[str, object]) -> None:
+def _introduce(node: "Node", root: BlockKey, message: dict[str, Any]) -> None:
     """Introduce a model that came with another node's blocks. Without that, they are kept like those of an unknown model."""
     try:
         if root not in node.storage.coder.facts():

@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from tiered_kv.keys import BlockKey
 
+ModelMessages = dict[BlockKey, dict[str, Any]]
+"""By root, the description of a model (`ModelFacts.as_message`)."""
+
 
 class BlockRun(NamedTuple):
     """Consecutive blocks of one chain. `parent`, `depth`: of the first block. `nbytes`: raw bytes of each; `kept_bytes`: of all as kept."""
@@ -17,10 +20,10 @@ class BlockRun(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """The blocks of a node, the most worth keeping first, and the descriptions of their models by root (`ModelFacts.as_message`)."""
+    """The blocks of a node, the most worth keeping first, and the descriptions of their models."""
 
     runs: list[BlockRun]
-    models: dict[BlockKey, dict[str, Any]]
+    models: ModelMessages
 
 
 class EndReport(NamedTuple):

@@ -28,6 +28,8 @@ class NodeInfo(TypedDict):
     ray_node_id: NotRequired[str]
     """Only of a node that runs as a Ray actor, as is `address`."""
     address: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+    """The cluster's settings. Only in a node's record on its machine, for commands that cannot ask the coordinator."""
 
 
 class TierStats(TypedDict):
