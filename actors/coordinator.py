@@ -10,9 +10,9 @@ from tiered_kv.actors.fleet import RayPlatform, RayRecordStore
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
-from tiered_kv.coordinator.fleet import FleetRecord, FleetStatus
 from tiered_kv.coordinator.keeper import Keeper
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.fleet import FleetRecord, FleetStatus
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -69,8 +69,8 @@ class CoordinatorActor:
     def report(self, report: Report) -> Answer:
         return self._coordinator.report(report)
 
-    def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
-        return self._coordinator.locate(asking, keys)
+    def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
+        return self._coordinator.locate(asker, keys)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)

@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiered_kv.actors.names import NAMESPACE, node_name
 from tiered_kv.config import Config
-from tiered_kv.coordinator.fleet import FleetRecord, RayNode
 from tiered_kv.coordinator.keeper import Outcome
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.protocol.fleet import FleetRecord, RayNode
 
 HEAD_RESOURCE = "node:__internal_head__"
 _GET_WITHIN_S = 5.0  # for an answer that Ray has reported as ready

@@ -11,8 +11,8 @@ import ray
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory, ModelMessages
-from tiered_kv.protocol.messages import NodeInfo, NodeStats
+from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
+from tiered_kv.protocol.messages import BlockRun, NodeInfo, NodeStats
 
 if TYPE_CHECKING:
     from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
@@ -41,7 +41,7 @@ class NodeActor:
             self._node = Node(
                 config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
             )
-            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
+            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             about: NodeInfo = {**self._node.info(), "settings": asdict(config)}
             write_record(NodeRecord(cluster, cluster_id, node_id, about, ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]))
             self._is_serving = True
@@ -89,13 +89,13 @@ class NodeActor:
 
     def inventory(self) -> Inventory:
         """Returns the node's blocks for a handover, as `leaving.inventory`."""
-        from tiered_kv.node.leaving import inventory
+        from tiered_kv.node.lifetime.leaving import inventory
 
         return inventory(self._node)
 
     def take_over(self, runs: list[BlockRun], models: ModelMessages, wait_s: float) -> int:
         """Pull blocks of a node that ends, as `leaving.take_over`."""
-        from tiered_kv.node.leaving import take_over
+        from tiered_kv.node.lifetime.leaving import take_over
 
         return take_over(self._node, runs, models, wait_s)
 
@@ -104,7 +104,7 @@ class NodeActor:
 
         Blocks that only memory has are written to that folder first, for at most `flush_s`. Returns what became of the blocks.
         """
-        from tiered_kv.node.leaving import end
+        from tiered_kv.node.lifetime.leaving import end
 
         if self._refusal:
             raise TieredKVError(Kind.CLOSED, "the node must have started before it is closed, but its start failed")

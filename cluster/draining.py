@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.cluster import start
-from tiered_kv.cluster.asking import asking
+from tiered_kv.cluster.node_calls import calls_to
 from tiered_kv.cluster.stop import CLOSE_WITHIN_S, flush_seconds
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
-    from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory, ModelMessages
+    from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
+    from tiered_kv.protocol.messages import BlockRun
     from tiered_kv.protocol.peer_transport import Ask
 
 BATCH_BYTES = 32 << 20
@@ -49,7 +50,7 @@ def drain(
     within_s: float,
     *,
     force: bool = False,
-    say: start.Say = lambda _: None,
+    log: start.LogLine = lambda _: None,
     advance: Advance = lambda *_: None,
 ) -> Drained:
     """Drain a node of the cluster whose Ray this process has joined. Returns what became of its blocks.
@@ -63,33 +64,33 @@ def drain(
     drained = Drained(node)
     peers = peers_with_room(about, node)
     if state not in (None, "lost", "drained") and not peers:
-        _check_last(name, node, bool(flush_s), force, say)
+        _check_last(name, node, bool(flush_s), force, log)
     start.call_coordinator(name, "drain", node)
     if state == "lost":
-        say(f"{node} is lost already, and no longer expected")
+        log(f"{node} is lost already, and no longer expected")
         return drained
     try:
         if peers and state not in ("refused", "drained"):
-            hand_over(asking(name, CALL_S * 1.5), drained, peers, within_s, advance=advance)
+            hand_over(calls_to(name, CALL_S * 1.5), drained, peers, within_s, advance=advance)
     except BaseException:
         start.call_coordinator(name, "drain", node, False)
         raise
     if state not in ("refused", "drained"):
-        say(f"closing {node}")
-        drained.end = asking(name, flush_s + CLOSE_WITHIN_S)([node], "close", flush_s)[node]
+        log(f"closing {node}")
+        drained.end = calls_to(name, flush_s + CLOSE_WITHIN_S)([node], "close", flush_s)[node]
     start.call_coordinator(name, "finish_drain", node)
     return drained
 
 
-def undo(name: str, node: str, say: start.Say) -> None:
+def undo(name: str, node: str, log: start.LogLine) -> None:
     """Start a drained node again, and wait until it serves. Raises (kind `cluster`) if there is no such node, or if it does not start."""
     before = start.describe(name)["fleet"]["rounds"]
     start.call_coordinator(name, "drain", node, False)
-    fleet = start.await_nodes(name, say, rounds=before + 2)
+    fleet = start.await_nodes(name, log, rounds=before + 2)
     [member] = [member for member in fleet["members"] if member["node"] == node]
     if member["state"] != "serving":
         raise TieredKVError(Kind.CLUSTER, f"{node} is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node)
-    say(f"{node} serves again")
+    log(f"{node} serves again")
 
 
 def peers_with_room(about: dict, node: str) -> dict[str, int]:
@@ -103,9 +104,9 @@ def peers_with_room(about: dict, node: str) -> dict[str, int]:
     return room
 
 
-def _check_last(name: str, node: str, keeps_blocks: bool, force: bool, say: start.Say) -> None:
+def _check_last(name: str, node: str, keeps_blocks: bool, force: bool, log: start.LogLine) -> None:
     if keeps_blocks:
-        say(f"{node} is the last node of cluster {name!r}: its blocks stay in its disk folder, for the next node with that folder")
+        log(f"{node} is the last node of cluster {name!r}: its blocks stay in its disk folder, for the next node with that folder")
     elif not force:
         ways = "stop the cluster with `tiered-kv down`, take a checkpoint first, or give --force to lose them"
         message = f"drain: {node} is the last node of cluster {name!r}, and no disk folder keeps its blocks; {ways}"
@@ -208,6 +209,4 @@ class _Handover:
 
 def _part(run: "BlockRun", start: int, end: int) -> "BlockRun":
     """Returns the blocks `start` to `end` of a run, as a run."""
-    parent = run.keys[start - 1] if start else run.parent
-    kept_bytes = run.kept_bytes * (end - start) // max(len(run.keys), 1)
-    return run._replace(parent=parent, depth=run.depth + start, keys=run.keys[start:end], kept_bytes=kept_bytes)
+    return run._replace(parent=run.keys[start - 1] if start else run.parent, depth=run.depth + start, keys=run.keys[start:end])

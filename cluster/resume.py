@@ -10,7 +10,7 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
-    from tiered_kv.coordinator.fleet import FleetRecord
+    from tiered_kv.protocol.fleet import FleetRecord
 
 
 class Asked(NamedTuple):
@@ -35,7 +35,7 @@ def differences(asked: Asked, running: Config, selector: str | None) -> list[str
     return found
 
 
-def resume(cluster: ClusterState, asked: Asked, say: start.Say, mounted_bytes: int = 0) -> ClusterState:
+def resume(cluster: ClusterState, asked: Asked, log: start.LogLine, mounted_bytes: int = 0) -> ClusterState:
     """Start what is missing of a cluster that this machine has a state file of. Returns its state.
 
     Raises (kind `config`) if settings differ, and changes nothing then; (kind `cluster`) if its Ray does not answer.
@@ -44,7 +44,7 @@ def resume(cluster: ClusterState, asked: Asked, say: start.Say, mounted_bytes: i
     before = len(cluster.gone()), len(cluster.processes)
     if cluster.owns_ray:
         _refuse(cluster.name, differences(asked, Config.of(cluster.config), asked.nodes_with))  # the selector is known only to Ray
-        cluster = _with_ray_nodes(cluster, asked.nodes, say)
+        cluster = _with_ray_nodes(cluster, asked.nodes, log)
     try:
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
     except TieredKVError as error:
@@ -58,20 +58,20 @@ def resume(cluster: ClusterState, asked: Asked, say: start.Say, mounted_bytes: i
         cluster.save()
     changed = before != (0, len(cluster.processes))
     selector = found.selector if found else asked.nodes_with
-    _complete(cluster, running, say, found.mounted_bytes if found else mounted_bytes, selector, changed)
+    _complete(cluster, running, log, found.mounted_bytes if found else mounted_bytes, selector, changed)
     return cluster
 
 
 def existing(name: str) -> "FleetRecord | None":
     """Returns the record of the cluster of this name on the Ray that this process has joined, whether it answers or not."""
     from tiered_kv.actors.fleet import RayRecordStore
-    from tiered_kv.coordinator.fleet import FleetRecord
+    from tiered_kv.protocol.fleet import FleetRecord
 
     data = RayRecordStore(name).load()
     return FleetRecord.of_bytes(data) if data is not None else None
 
 
-def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, say: start.Say) -> ClusterState:
+def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, log: start.LogLine) -> ClusterState:
     """Write the state file of a cluster that was started from another machine, and start what is missing of it. Returns its state.
 
     `cluster`: its name and address. Raises (kind `config`) if settings differ.
@@ -80,8 +80,8 @@ def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, say: start.
     _refuse(cluster.name, differences(asked, running, found.selector))
     cluster = replace(cluster, cluster_id=found.cluster_id, config=found.settings)
     cluster.save()
-    say(f"cluster {cluster.name!r} was started from another machine; this machine joins it")
-    _complete(cluster, running, say, found.mounted_bytes, found.selector, changed=False)
+    log(f"cluster {cluster.name!r} was started from another machine; this machine joins it")
+    _complete(cluster, running, log, found.mounted_bytes, found.selector, changed=False)
     return cluster
 
 
@@ -99,7 +99,7 @@ def _refuse(name: str, found: list[str]) -> None:
         raise TieredKVError(Kind.CONFIG, f"cluster {name!r} is up with other settings: {'; '.join(found)}; {ways}", name=name)
 
 
-def _with_ray_nodes(cluster: ClusterState, nodes: int | None, say: start.Say) -> ClusterState:
+def _with_ray_nodes(cluster: ClusterState, nodes: int | None, log: start.LogLine) -> ClusterState:
     """Start the cluster's Ray nodes on this machine that have ended, and new ones up to `nodes`. Returns its new state."""
     have = len(cluster.processes)
     if nodes is not None and nodes < have:
@@ -110,7 +110,7 @@ def _with_ray_nodes(cluster: ClusterState, nodes: int | None, say: start.Say) ->
         return cluster
     assert cluster.token_path is not None and cluster.temp_dir is not None, "a cluster that owns its Ray has both"
     addresses = [raylocal.local_ip(index) for index in missing]
-    say(f"starting Ray nodes at {', '.join(addresses)}")
+    log(f"starting Ray nodes at {', '.join(addresses)}")
     ray = raylocal.RayProcesses(cluster.address, cluster.node_ips, cluster.token_path, cluster.temp_dir, cluster.processes)
     started = raylocal.add_nodes(missing, ray, start.OBJECT_STORE_BYTES, directory=state.cluster_dir(cluster.name))
     processes = dict(enumerate(cluster.processes)) | dict(zip(missing, started, strict=True))
@@ -120,26 +120,26 @@ def _with_ray_nodes(cluster: ClusterState, nodes: int | None, say: start.Say) ->
     return cluster
 
 
-def _complete(cluster: ClusterState, config: Config, say: start.Say, mounted_bytes: int, nodes_with: str | None, changed: bool) -> None:
+def _complete(cluster: ClusterState, config: Config, log: start.LogLine, mounted_bytes: int, nodes_with: str | None, changed: bool) -> None:
     """Start the coordinator if there is none, let its keeper start the nodes that are missing, and say what was done."""
     if not _has_coordinator(cluster.name):
-        say("starting the coordinator")
+        log("starting the coordinator")
         start.start_coordinator(cluster, config, mounted_bytes, nodes_with)
         changed = True
     before = start.describe(cluster.name)["fleet"]
     serving = {member["node"] for member in before["members"] if member["state"] == "serving"}
     start.call_coordinator(cluster.name, "retry")
-    fleet = start.await_nodes(cluster.name, say, rounds=before["rounds"] + 2)  # one of them may have begun before `retry`
+    fleet = start.await_nodes(cluster.name, log, rounds=before["rounds"] + 2)  # one of them may have begun before `retry`
     for member in fleet["members"]:
         if member["state"] == "drained":
-            say(f"{member['node']} is drained; start it again with: tiered-kv drain {member['node']} --undo")
+            log(f"{member['node']} is drained; start it again with: tiered-kv drain {member['node']} --undo")
         elif member["state"] != "serving":
-            say(f"{member['node']} at {member['address']} is {member['state']}: {member.get('error', 'see `tiered-kv status`')}")
+            log(f"{member['node']} at {member['address']} is {member['state']}: {member.get('error', 'see `tiered-kv status`')}")
     now = {member["node"] for member in fleet["members"] if member["state"] == "serving"}
     if now - serving:
-        say(f"started {', '.join(sorted(now - serving))}")
+        log(f"started {', '.join(sorted(now - serving))}")
     elif not changed:
-        say("nothing was missing")
+        log("nothing was missing")
 
 
 def _has_coordinator(name: str) -> bool:

@@ -15,14 +15,14 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
-    from tiered_kv.coordinator.fleet import FleetStatus
+    from tiered_kv.protocol.fleet import FleetStatus
 
 OBJECT_STORE_BYTES = 512 << 20
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 10.0
 RETRY_S = 0.1
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 def up(
@@ -31,7 +31,7 @@ def up(
     name: str = state.DEFAULT_NAME,
     nodes: int | None = None,
     address: str | None = None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
     mounted_bytes: int = 0,
     nodes_with: str | None = None,
     given: Collection[str] | None = None,
@@ -40,15 +40,15 @@ def up(
 
     A cluster of this name that runs already is checked instead, and what is missing is started (`resume`).
 
-    nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: the text of a `Selector`; None for all Ray nodes. `say` is
+    nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: the text of a `Selector`; None for all Ray nodes. `log` is
     called with a line for each step. mounted_bytes: the size of a checkpoint to mount, for which each node's index gets slots. given:
     the settings to compare with those of a cluster that runs already; None for all of them.
 
     If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting.
     """
     from tiered_kv.cluster import resume
-    from tiered_kv.coordinator.fleet import Selector
     from tiered_kv.node.codec_plan import check_settings
+    from tiered_kv.protocol.fleet import Selector
 
     check_settings(config)
     Selector(nodes_with)
@@ -58,17 +58,17 @@ def up(
     with state.starting(name):
         running = _running(name)
         if running is not None:
-            return resume.resume(running, asked, say, mounted_bytes)
-        return _start(name, asked, say, mounted_bytes)
+            return resume.resume(running, asked, log, mounted_bytes)
+        return _start(name, asked, log, mounted_bytes)
 
 
-def _start(name: str, asked: Any, say: Say, mounted_bytes: int) -> ClusterState:
+def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterState:
     from tiered_kv.cluster import resume
 
     config, nodes, cluster_id = asked.config, asked.nodes or 1, state.new_cluster_id()
     with ExitStack() as undo:
         if asked.address is None:
-            say(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
+            log(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
             ray_local = raylocal.start_ray(nodes, OBJECT_STORE_BYTES, directory=state.cluster_dir(name))
             undo.callback(raylocal.stop_ray, ray_local.processes, ray_local.temp_dir)
             own: dict[str, Any] = {
@@ -84,22 +84,22 @@ def _start(name: str, asked: Any, say: Say, mounted_bytes: int) -> ClusterState:
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
         cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
-        say(f"joining Ray at {cluster.address}")
+        log(f"joining Ray at {cluster.address}")
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
         existing = resume.existing(name)
         if existing is not None:  # started from another machine: nothing of it may be undone
-            cluster = resume.adopt(cluster, existing, asked, say)
+            cluster = resume.adopt(cluster, existing, asked, log)
             undo.pop_all()
             return cluster
         undo.callback(remove_files, cluster)
         undo.callback(end_actors, name)
         start_coordinator(cluster, config, mounted_bytes, asked.nodes_with)
-        fleet = await_nodes(name, say)
+        fleet = await_nodes(name, log)
         _raise_refusal(fleet)
         if not fleet["members"]:
-            say(f"none of the {fleet['ray_nodes']} Ray nodes matches --nodes-with {asked.nodes_with}; nodes that join and match get one")
+            log(f"none of the {fleet['ray_nodes']} Ray nodes matches --nodes-with {asked.nodes_with}; nodes that join and match get one")
         undo.pop_all()
         return cluster
 
@@ -125,8 +125,8 @@ def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int 
         raise TieredKVError(Kind.CLUSTER, f"the coordinator did not start: {error}", name=cluster.name) from error
 
 
-def await_nodes(name: str, say: Say = lambda _: None, *, rounds: int = 1, within_s: float = START_WITHIN_S) -> "FleetStatus":
-    """Wait until no cache node is starting any more. Returns the fleet. `say` is called with a line for each node that starts.
+def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, within_s: float = START_WITHIN_S) -> "FleetStatus":
+    """Wait until no cache node is starting any more. Returns the fleet. `log` is called with a line for each node that starts.
 
     `rounds`: how many rounds of the keeper must have succeeded. Raises (kind `cluster`) if a node neither serves nor refuses in time.
     """
@@ -137,7 +137,7 @@ def await_nodes(name: str, say: Say = lambda _: None, *, rounds: int = 1, within
         for member in starting:
             if member["node"] not in said:
                 said.add(member["node"])
-                say(f"starting cache node {member['node']} at {member['address']}")
+                log(f"starting cache node {member['node']} at {member['address']}")
         if fleet["rounds"] >= rounds and not starting:
             return fleet
         if time.monotonic() > deadline_s:

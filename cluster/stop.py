@@ -18,28 +18,28 @@ FLUSH_S = 30.0
 """How long `down` lets nodes write blocks to disk, unless the caller says otherwise."""
 CLOSE_WITHIN_S = 10.0
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
-def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None, flush_s: float | None = None) -> list[int]:
+def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None, flush_s: float | None = None) -> list[int]:
     """Stop a cluster and delete its files, even if parts of it are damaged or gone. Returns the pids that had to be killed.
 
     If the settings name a folder for the disk, nodes first write the blocks that only memory has, for at most `flush_s` (None: FLUSH_S).
-    `say` is called with a line for each node that says what stays and what is lost.
+    `log` is called with a line for each node that says what stays and what is lost.
     """
     state.load(name)  # raises for a mistyped name before anything is created for it
     with state.starting(name):
         cluster = state.load(name)
         try:
             raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-            say("closing the nodes")
-            close_nodes(name, flush_seconds(Config.of(cluster.config), flush_s), say)
+            log("closing the nodes")
+            close_nodes(name, flush_seconds(Config.of(cluster.config), flush_s), log)
         except TieredKVError as error:
-            say(f"the cluster does not answer ({error}); stopping what is left of it. Blocks that only memory had are lost")
+            log(f"the cluster does not answer ({error}); stopping what is left of it. Blocks that only memory had are lost")
         raylocal.leave_ray()
         killed: list[int] = []
         if cluster.owns_ray:
-            say("stopping Ray")
+            log("stopping Ray")
             killed = raylocal.stop_ray(cluster.processes, cluster.temp_dir)
         remove_files(cluster)
         state.remove(name)
@@ -52,18 +52,18 @@ def flush_seconds(config: Config, flush_s: float | None) -> float:
     return (FLUSH_S if flush_s is None else flush_s) if has_folder else 0.0
 
 
-def close_nodes(name: str, flush_s: float, say: Say) -> None:
+def close_nodes(name: str, flush_s: float, log: LogLine) -> None:
     """Close all nodes side by side, and end all actors. Takes at most `flush_s` and CLOSE_WITHIN_S.
 
     The coordinator ends first, for its keeper would start the nodes again.
     """
     from tiered_kv.actors.fleet import end_actor, nodes_of
-    from tiered_kv.cluster.asking import asking
+    from tiered_kv.cluster.node_calls import calls_to
 
     end_actor(coordinator_name(name))
     nodes = nodes_of(name)
-    for node, answer in asking(name, flush_s + CLOSE_WITHIN_S)(nodes, "close", flush_s).items():
-        say(f"{node}: {outcome(answer)}")
+    for node, answer in calls_to(name, flush_s + CLOSE_WITHIN_S)(nodes, "close", flush_s).items():
+        log(f"{node}: {outcome(answer)}")
     end_actors(name)
 
 

@@ -25,7 +25,7 @@ from tiered_kv.cluster.commands.fleet import (
     fleet_figures,
     flush_option,
     given_settings,
-    say_to,
+    log_to,
 )
 from tiered_kv.cluster.commands.simulate import add_simulate
 from tiered_kv.config import POLICIES, QUALITIES, Config
@@ -135,7 +135,7 @@ def _up(options: argparse.Namespace, console: Console) -> int:
             name=options.name,
             nodes=options.nodes,
             address=options.address,
-            say=say_to(console),
+            log=log_to(console),
             mounted_bytes=mounted_bytes,
             nodes_with=options.nodes_with,
             given=given_settings(options, SETTINGS),
@@ -165,7 +165,7 @@ def _add_down(commands: Any) -> None:
 def _down(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.cluster import stop
 
-    killed = stop.down(options.name, say=say_to(console), flush_s=flush_option(options))
+    killed = stop.down(options.name, log=log_to(console), flush_s=flush_option(options))
     if killed:
         console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
     console.print(f"cluster {options.name!r} is down")
@@ -264,7 +264,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import asking, attach, start
+    from tiered_kv.cluster import attach, node_calls, start
     from tiered_kv.cluster.commands import record
     from tiered_kv.tools.simulate.write import TraceWriter
 
@@ -278,17 +278,17 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     if flag:
         console.print(f"[yellow]note[/]: with …-b{tokens} in the file's name, `tiered-kv simulate` knows the block size", highlight=False)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with TraceWriter(options.out) as trace, record.interrupted() as stopped:
-        recording = record.ClusterRecording(asking.asking(options.name), nodes, trace.write, say)
-        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
+        recording = record.ClusterRecording(node_calls.calls_to(options.name), nodes, trace.write, log)
+        log(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
         record.record(recording, options.seconds, console, stopped)
     lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""
-    say(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
+    log(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
     if recording.requests:
-        say(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
+        log(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
     if options.json:
         figures = {"requests": recording.requests, "blocks": recording.blocks, "lost": recording.lost, "block_tokens": tokens}
         print(json.dumps({"file": options.out, **figures}))

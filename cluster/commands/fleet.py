@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from tiered_kv.cluster.commands.command import add_command
-from tiered_kv.cluster.commands.progress import bar, count, say
+from tiered_kv.cluster.commands.progress import bar, count, print_line
 from tiered_kv.config import format_size
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -100,12 +100,12 @@ def _drain(options: argparse.Namespace, console: Console) -> int:
     if not 0 <= options.within < float("inf"):
         raise TieredKVError(Kind.CONFIG, f"--within: must be a number of seconds, 0 or more, got {options.within}", setting="within")
     attach.join(options.name, options.address)
-    tell = say_to(console)
+    tell = log_to(console)
     if options.undo:
         draining.undo(options.name, options.node, tell)
         return 0
     with bar(console, "handing over") as advance:
-        drained = draining.drain(options.name, options.node, options.within, force=options.force, say=tell, advance=advance)
+        drained = draining.drain(options.name, options.node, options.within, force=options.force, log=tell, advance=advance)
     for line in words(drained):
         tell(line)
     if options.json:
@@ -128,6 +128,6 @@ def words(drained: Any) -> list[str]:
     return [*lines, f"{drained.node} is drained; start it again with: tiered-kv drain {drained.node} --undo"]
 
 
-def say_to(console: Console) -> Callable[[str], None]:
+def log_to(console: Console) -> Callable[[str], None]:
     """Returns a function that prints one line without markup."""
-    return lambda line: say(console, line)
+    return lambda line: print_line(console, line)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 from tiered_kv.clock import Clock
-from tiered_kv.coordinator.fleet import FleetRecord, FleetStatus, Member, MemberStatus, RayNode, Selector
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.protocol.fleet import FleetMember, FleetRecord, FleetStatus, MemberStatus, RayNode, Selector
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Keeper:
             "uptime_s": now_s - self._begun_s,
         }
 
-    def _status_of(self, node: str, member: Member, now_s: float) -> MemberStatus:
+    def _status_of(self, node: str, member: FleetMember, now_s: float) -> MemberStatus:
         state, since_s = self._states.get(node, ("starting", now_s))
         found: MemberStatus = {"node": node, "address": member.address, "state": state, "since_s": now_s - since_s}
         if state == "refused" and (refused := self._refused.get(node)):
@@ -225,7 +225,7 @@ class Keeper:
         elif node in self._refused and self._clock.now_s() < self._refused[node][1]:
             self._set(node, "refused")
             return
-        self._save(self.record.with_member(node, Member(ray_node.address, ray_node.ray_node_id)))
+        self._save(self.record.with_member(node, FleetMember(ray_node.address, ray_node.ray_node_id)))
         self._platform.start(node, ray_node, self.record)
         self._set(node, "starting", again=True)
 

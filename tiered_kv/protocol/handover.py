@@ -3,20 +3,10 @@
 from typing import Any, NamedTuple
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import BlockRun
 
 ModelMessages = dict[BlockKey, dict[str, Any]]
 """By root, the description of a model (`ModelFacts.as_message`)."""
-
-
-class BlockRun(NamedTuple):
-    """Consecutive blocks of one chain. `parent`, `depth`: of the first block. `nbytes`: raw bytes of each; `kept_bytes`: of all as kept."""
-
-    root: BlockKey
-    parent: BlockKey | None
-    depth: int
-    nbytes: int
-    kept_bytes: int
-    keys: list[BlockKey]
 
 
 class Inventory(NamedTuple):

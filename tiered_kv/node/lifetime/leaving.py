@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.handover import BlockRun, EndReport, Inventory, ModelMessages
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
+from tiered_kv.protocol.messages import BlockRun
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY
 from tiered_kv.store.movement import Block
@@ -51,7 +52,7 @@ def _pull_whole(node: "Node", run: BlockRun, deadline_s: float) -> int:
     """
     have, progress_s = 0, time.monotonic()
     while (left_s := _left(deadline_s)) > 0:
-        count = node.pull(run.root, run.nbytes, run.parent, run.keys, run.depth, left_s)
+        count = node.pull(run, left_s)
         if count > have:
             have, progress_s = count, time.monotonic()
         if have == len(run.keys) or time.monotonic() - progress_s > STALLED_S:
@@ -73,14 +74,19 @@ def flush(node: "Node", within_s: float) -> tuple[int, int]:
         node.engine.drain_touches()
         unsaved = [key for key in _ranked(node) if Tier.DISK not in machine.blocks[key].copies]
     for start in range(0, len(unsaved), FLUSH_BLOCKS):
-        keys = unsaved[start : start + FLUSH_BLOCKS]
-        with node.engine.lock:
-            node.engine.handle([ev.Ending(keys)])
-            if not node.engine.freed.wait_for(lambda: not any(_is_copied(machine.blocks.get(key)) for key in keys), _left(deadline_s)):  # noqa: B023 - called at once
-                break
+        if not _is_written(node, unsaved[start : start + FLUSH_BLOCKS], deadline_s):
+            break
     with node.engine.lock:
         saved = [machine.blocks[key].copies[Tier.DISK] for key in unsaved if machine.has(key, Tier.DISK)]
         return len(saved), sum(location.stored_bytes for location in saved)
+
+
+def _is_written(node: "Node", keys: list[BlockKey], deadline_s: float) -> bool:
+    """Copy blocks to disk. Returns whether none of them is under way any more at the deadline."""
+    blocks = node.engine.machine.blocks
+    with node.engine.lock:
+        node.engine.handle([ev.Ending(keys)])
+        return node.engine.freed.wait_for(lambda: not any(_is_copied(blocks.get(key)) for key in keys), _left(deadline_s))
 
 
 def end(node: "Node", flush_s: float) -> EndReport:
@@ -121,28 +127,27 @@ def _runs(keys: Sequence[BlockKey], blocks: dict[BlockKey, Block]) -> Iterator[B
         block = blocks[key]
         if block.root is None or block.depth is None:
             continue
-        nbytes, kept_bytes = block.best.raw_bytes, block.best.stored_bytes
         at = open_at.pop(block.parent, None) if block.parent is not None else None
         run = made[at] if at is not None else None
-        if at is not None and run and (run.root, run.nbytes) == (block.root, nbytes) and len(run.keys) < RUN_BLOCKS_MAX:
+        if run is not None and (run.root, run.nbytes) == (block.root, block.best.raw_bytes) and len(run.keys) < RUN_BLOCKS_MAX:
             run.keys.append(key)
-            made[at] = run._replace(kept_bytes=run.kept_bytes + kept_bytes)
         else:
             at = len(made)
-            made.append(BlockRun(block.root, block.parent, block.depth, nbytes, kept_bytes, [key]))
+            made.append(BlockRun(block.root, block.best.raw_bytes, block.parent, [key], block.depth))
+        assert at is not None
         open_at[key] = at
     yield from made
 
 
 def _models(node: "Node") -> ModelMessages:
-    return {root: facts.as_message() for root, facts in node.storage.coder.facts().items()}
+    return {root: info.as_message() for root, info in node.storage.encoder.models().items()}
 
 
 def _introduce(node: "Node", root: BlockKey, message: dict[str, Any]) -> None:
     """Introduce a model that came with another node's blocks. Without that, they are kept like those of an unknown model."""
     try:
-        if root not in node.storage.coder.facts():
-            node.introduce(root, ModelFacts.of_message(message))
+        if root not in node.storage.encoder.models():
+            node.introduce(root, ModelInfo.of_message(message))
     except TieredKVError as error:
         if error.kind is not Kind.CONFIG:
             raise

@@ -47,7 +47,7 @@ class Selector:
 
 
 @dataclass(frozen=True)
-class Member:
+class FleetMember:
     """A cache node of the fleet: the address of its Ray node, and the Ray node's id when the cache node was last started there."""
 
     address: str
@@ -67,7 +67,7 @@ class FleetRecord:
     settings: dict[str, Any]
     mounted_bytes: int = 0
     selector: str | None = None
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, FleetMember] = field(default_factory=dict)
     drained: tuple[str, ...] = ()
     next_number: int = 0
     coordinator_starts: int = 0
@@ -84,7 +84,7 @@ class FleetRecord:
             version = found.pop("version")
             if version != VERSION:
                 raise ValueError(f"version must be {VERSION}, got {version!r}")
-            members = {str(node): Member(**member) for node, member in found.pop("members").items()}
+            members = {str(node): FleetMember(**member) for node, member in found.pop("members").items()}
             return cls(**found | {"members": members, "drained": tuple(found["drained"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = f"the fleet's record in Ray cannot be used: {error}; stop the cluster with `tiered-kv down`, and start it again"
@@ -97,9 +97,9 @@ class FleetRecord:
     def with_new_member(self, address: str) -> "FleetRecord":
         """Returns a copy with a new node at `address`, with the next number."""
         node = f"node-{self.next_number}"
-        return replace(self.with_member(node, Member(address)), next_number=self.next_number + 1)
+        return replace(self.with_member(node, FleetMember(address)), next_number=self.next_number + 1)
 
-    def with_member(self, node: str, member: Member) -> "FleetRecord":
+    def with_member(self, node: str, member: FleetMember) -> "FleetRecord":
         """Returns a copy in which `node` is `member`."""
         return replace(self, members=self.members | {node: member})
 

@@ -18,7 +18,7 @@ class _Sample(NamedTuple):
     hit_bytes: int
 
 
-class Tally:
+class ServiceCounters:
     """Counts of one life of a node. Thread-safe. `generation`: the number of writers that the node's files have had, this one included."""
 
     def __init__(self, clock: Clock, generation: int) -> None:
