@@ -155,7 +155,7 @@ class _Handover:
             for peer in self._assign(run):
                 if sum(each.nbytes * len(each.keys) for each in self._waiting[peer]) >= BATCH_BYTES:
                     self._send(peer, total_bytes)
-        for peer in self._waiting:
+        while peer := next((peer for peer, runs in self._waiting.items() if runs), None):
             self._send(peer, total_bytes)
         return bool(fresh)
 
@@ -184,19 +184,23 @@ class _Handover:
     def _send(self, peer: str, total_bytes: int) -> None:
         runs, self._waiting[peer] = self._waiting[peer], []
         blocks, left_s = sum(len(run.keys) for run in runs), self._deadline_s - self._now_s()
-        if not blocks:
+        if left_s <= 0:
+            for run in runs:
+                self._leave(run, "time is up")
             return
-        answer = self._ask([peer], "take_over", runs, self._models, min(CALL_S, left_s))[peer] if left_s > 0 else 0
+        answer = self._ask([peer], "take_over", runs, self._models, min(CALL_S, left_s))[peer]
         taken = 0 if isinstance(answer, TieredKVError) else answer
-        if taken:
-            self._drained.taken[peer] = self._drained.taken.get(peer, 0) + taken
         if taken < blocks:
-            why = "time is up" if left_s <= 0 else f"{peer} took only {taken} of {blocks} blocks"
-            self._drained.why = self._drained.why or (f"{peer}: {answer}" if isinstance(answer, TieredKVError) else why)
-            self._drained.left += blocks - taken
-            self._drained.left_bytes += (blocks - taken) * runs[0].nbytes
-        if not taken:
+            why = f"{peer}: {answer}" if isinstance(answer, TieredKVError) else f"{peer} took only {taken} of {blocks} blocks"
+            self._drained.why = self._drained.why or why
+        if not taken:  # it gets no more; the others may have room for these, too
             self._room[peer] = 0
+            for run in runs:
+                self._assign(run)
+            return
+        self._drained.taken[peer] = self._drained.taken.get(peer, 0) + taken
+        self._drained.left += blocks - taken
+        self._drained.left_bytes += (blocks - taken) * runs[0].nbytes
         self._done_bytes += sum(run.nbytes * len(run.keys) for run in runs)
         self._advance(self._done_bytes, total_bytes, f"{sum(self._drained.taken.values()):,} blocks")
 

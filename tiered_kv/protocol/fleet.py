@@ -31,7 +31,7 @@ class Selector:
     text: str | None = None
 
     def __post_init__(self) -> None:
-        label, equals, value = (part.strip() for part in (self.text or "all").partition("="))
+        label, equals, value = (part.strip() for part in ("all" if self.text is None else self.text).partition("="))
         if not label or (equals and not value):
             message = f"--nodes-with: must be LABEL=VALUE, or the name of a resource, got {self.text!r}"
             raise TieredKVError(Kind.CONFIG, message, setting="nodes-with")

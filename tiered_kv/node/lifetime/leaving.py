@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Tier
-from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
 from tiered_kv.protocol.messages import BlockRun
@@ -145,10 +145,9 @@ def _models(node: "Node") -> ModelMessages:
 
 def _introduce(node: "Node", root: BlockKey, message: dict[str, Any]) -> None:
     """Introduce a model that came with another node's blocks. Without that, they are kept like those of an unknown model."""
+    if root in node.storage.encoder.models():
+        return
     try:
-        if root not in node.storage.encoder.models():
-            node.introduce(root, ModelInfo.of_message(message))
+        node.introduce(root, ModelInfo.of_message(message))
     except TieredKVError as error:
-        if error.kind is not Kind.CONFIG:
-            raise
         log.warning("a model whose blocks are handed over cannot be used here: %s", error)
