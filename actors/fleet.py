@@ -22,11 +22,6 @@ HEAD_RESOURCE = "node:__internal_head__"
 _GET_WITHIN_S = 5.0  # for an answer that Ray has reported as ready
 
 
-def alive_ray_nodes() -> list[RayNode]:
-    """Returns the Ray nodes that are alive."""
-    return [_ray_node(node) for node in ray.nodes() if node["Alive"]]
-
-
 def _ray_node(node: dict[str, Any]) -> RayNode:
     resources = node["Resources"]
     return RayNode(node["NodeID"], node["NodeManagerAddress"], HEAD_RESOURCE in resources, node.get("Labels") or {}, resources)
@@ -53,7 +48,7 @@ class RayPlatform:
         self._asked: dict[str, ray.ObjectRef] = {}
 
     def ray_nodes(self) -> list[RayNode]:
-        return alive_ray_nodes()
+        return [_ray_node(node) for node in ray.nodes() if node["Alive"]]
 
     def present(self) -> set[str]:
         return set(nodes_of(self._cluster))

@@ -105,19 +105,17 @@ def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterSt
 
 
 def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int = 0, nodes_with: str | None = None) -> None:
-    """Start the coordinator's actor, with its keeper, on the Ray that this process has joined. Prefers Ray's head node.
+    """Start the coordinator's actor, with its keeper, on the head node of the Ray that this process has joined.
 
-    Ray's head must live anyway, because it runs Ray's control store.
+    Ray's head must live anyway, because it runs Ray's control store. On another node, the coordinator would end with that node.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from tiered_kv.actors.coordinator import CoordinatorActor
-    from tiered_kv.actors.fleet import alive_ray_nodes
+    from tiered_kv.actors.fleet import HEAD_RESOURCE
 
-    heads = [node for node in alive_ray_nodes() if node.is_head]
-    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(heads[0].ray_node_id, soft=True)} if heads else {}
-    options: dict[str, Any] = {"name": coordinator_name(cluster.name), "namespace": NAMESPACE, "lifetime": "detached", **place}
+    options: dict[str, Any] = {"name": coordinator_name(cluster.name), "namespace": NAMESPACE, "lifetime": "detached"}
+    options["resources"] = {HEAD_RESOURCE: 0.001}  # an amount of this resource, which only the head has, binds the actor to it
     actor = CoordinatorActor.options(**options).remote(cluster.name, cluster.cluster_id, config, mounted_bytes, nodes_with)
     try:
         ray.get(actor.describe.remote(), timeout=START_WITHIN_S)
