@@ -65,7 +65,7 @@ def up(
 def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterState:
     from tiered_kv.cluster import resume
 
-    config, nodes, cluster_id = asked.config, asked.nodes or 1, state.new_cluster_id()
+    config, nodes, cluster_id = asked.config, 1 if asked.nodes is None else asked.nodes, state.new_cluster_id()
     with ExitStack() as undo:
         if asked.address is None:
             log(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")

@@ -144,6 +144,9 @@ def find(name: str = DEFAULT_NAME) -> ClusterState | None:
         text = path.read_text()
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        message = f"TIERED_KV_STATE: must be a folder, but {path.parent.parent} is below a file"
+        raise TieredKVError(Kind.CONFIG, message, setting="TIERED_KV_STATE") from error
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
     try:
