@@ -55,10 +55,12 @@ def drain(
 ) -> Drained:
     """Drain a node of the cluster whose Ray this process has joined. Returns what became of its blocks.
 
-    within_s: how long blocks are handed over. If that is interrupted, the node goes on as before. Raises (kind `cluster`) if there is no
-    such node, or if it is the last one and has no disk folder that keeps its blocks, unless `force` is set.
+    node: its id, or the address of its Ray node. within_s: how long blocks are handed over. If that is interrupted, the node goes on as
+    before. Raises (kind `cluster`) if there is no such node, or if it is the last one and has no disk folder that keeps its blocks,
+    unless `force` is set.
     """
     about = start.describe(name)
+    node = node_at(about, node)
     state = {member["node"]: member["state"] for member in about["fleet"]["members"]}.get(node)
     flush_s = flush_seconds(about["config"], None)
     drained = Drained(node)
@@ -84,13 +86,19 @@ def drain(
 
 def undo(name: str, node: str, log: start.LogLine) -> None:
     """Start a drained node again, and wait until it serves. Raises (kind `cluster`) if there is no such node, or if it does not start."""
-    before = start.describe(name)["fleet"]["rounds"]
+    about = start.describe(name)
+    node, before = node_at(about, node), about["fleet"]["rounds"]
     start.call_coordinator(name, "drain", node, False)
     fleet = start.await_nodes(name, log, rounds=before + 2)
     [member] = [member for member in fleet["members"] if member["node"] == node]
     if member["state"] != "serving":
         raise TieredKVError(Kind.CLUSTER, f"{node} is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node)
     log(f"{node} serves again")
+
+
+def node_at(about: dict, node: str) -> str:
+    """Returns the id of the node at an address; anything else as it is."""
+    return {member["address"]: member["node"] for member in about["fleet"]["members"]}.get(node, node)
 
 
 def peers_with_room(about: dict, node: str) -> dict[str, int]:

@@ -33,7 +33,8 @@ DOWN_EXAMPLES = """tiered-kv down
 
 DRAIN_TEXT = (
     "Take a node out of a cluster. It hands the blocks most worth keeping to other nodes that have room, writes the rest to its disk "
-    "folder, if --disk names one, and closes. It is not started again until `drain --undo`. A lost node is no longer expected afterwards."
+    "folder, if --disk names one, and closes. It is not started again until `drain --undo`, or until a new Ray node starts at its "
+    "address. A lost node is no longer expected afterwards."
 )
 DRAIN_EXAMPLES = """tiered-kv drain node-2
   tiered-kv drain node-2 --within 300     # hand blocks over for up to five minutes
@@ -85,7 +86,7 @@ def flush_option(options: argparse.Namespace) -> float | None:
 def add_drain(commands: Any, add_name: Callable[[argparse.ArgumentParser], None]) -> None:
     """Add the command `drain`."""
     command = add_command(commands, "drain", DRAIN_TEXT, DRAIN_EXAMPLES, _drain)
-    command.add_argument("node", metavar="NODE", help="the node's id, as `tiered-kv status` shows it, for example node-2")
+    command.add_argument("node", metavar="NODE", help="the node's id or address, as `tiered-kv status` shows them")
     command.add_argument("--within", metavar="SECONDS", type=float, default=WITHIN_S, help="how long to hand blocks over (default: 60)")
     command.add_argument("--undo", action="store_true", help="start a drained node again")
     command.add_argument("--force", action="store_true", help="drain the last node although its blocks are lost")

@@ -131,16 +131,15 @@ class Keeper:
     def drain(self, node: str, on: bool) -> None:
         """Mark a node as drained: it is not started again. With `on` False, take the mark away: the next round starts it.
 
-        Draining a lost node removes it from the members. Raises (kind `cluster`) if there is no such node.
+        The mark is about the present Ray node. Once that has left, the node is no longer expected, and a new Ray node at its address
+        gets one. Draining a lost node has the same effect at once. Raises (kind `cluster`) if there is no such node.
         """
         with self._turn:
             if node not in self.record.members:
                 known = ", ".join(self.record.members) or "none"
                 raise TieredKVError(Kind.CLUSTER, f"no cache node {node!r} in this cluster; there are: {known}", node=node)
             if on and self._states.get(node, ("",))[0] == "lost":
-                self._save(self.record.without_member(node))
-                self._states.pop(node)
-                self._forget(node)
+                self._drop(node)
             else:
                 self._save(self.record.with_drained(node, on))
         self._wake.set()
@@ -206,10 +205,13 @@ class Keeper:
         member, is_drained = self.record.members[node], node in self.record.drained
         if ray_node is None:
             if node in present:
-                log.warning("%s is lost: no matching Ray node at %s is alive", node, member.address)
+                log.warning("%s is gone: no matching Ray node at %s is alive", node, member.address)
                 self._platform.remove(node)
-            self._set(node, "drained" if is_drained else "lost")
-        elif is_drained:
+            if is_drained:
+                self._drop(node)
+            else:
+                self._set(node, "lost")
+        elif is_drained and member.ray_node_id == ray_node.ray_node_id:
             self._set(node, "draining" if node in present else "drained")
         elif node not in present or member.ray_node_id != ray_node.ray_node_id:
             self._start(node, ray_node, node in present)
@@ -225,7 +227,8 @@ class Keeper:
         elif node in self._refused and self._clock.now_s() < self._refused[node][1]:
             self._set(node, "refused")
             return
-        self._save(self.record.with_member(node, FleetMember(ray_node.address, ray_node.ray_node_id)))
+        started = FleetMember(ray_node.address, ray_node.ray_node_id)
+        self._save(self.record.with_drained(node, False).with_member(node, started))
         self._platform.start(node, ray_node, self.record)
         self._set(node, "starting", again=True)
 
@@ -243,6 +246,12 @@ class Keeper:
             self._set(node, "silent")
         else:
             self._set(node, "starting")
+
+    def _drop(self, node: str) -> None:
+        """Expect the node no longer."""
+        self._save(self.record.without_member(node))
+        self._states.pop(node, None)
+        self._forget(node)
 
     def _set(self, node: str, state: str, *, again: bool = False) -> None:
         if again or self._states.get(node, ("",))[0] != state:

@@ -184,6 +184,24 @@ def test_a_drained_node_stays_away_until_it_is_undone_also_for_the_next_keeper(g
         keeper.drain("node-7", True)
 
 
+@pytest.mark.parametrize("is_quick", [True, False], ids=["between two rounds", "later"])
+def test_a_drained_mark_ends_with_its_ray_node(ground: Ground, clock: Clock, is_quick: bool) -> None:
+    """So a pod that gets the address of a drained one is not left out."""
+    ground.join("10.0.0.1", is_head=True)
+    second = ground.join("10.0.0.2")
+    keeper = ground.keeper(clock)
+    rounds(keeper)
+    keeper.drain("node-1", True)
+    keeper.finish_drain("node-1")
+    rounds(keeper)
+    ground.leave(second)
+    if not is_quick:
+        assert rounds(keeper) == {"node-0": "serving"}, "it is not lost: it was drained"
+    ground.join("10.0.0.2")
+    assert rounds(keeper) == {"node-0": "serving", "node-1" if is_quick else "node-2": "serving"}
+    assert keeper.record.drained == ()
+
+
 def test_draining_a_lost_node_stops_expecting_it(ground: Ground, clock: Clock) -> None:
     ground.join("10.0.0.1", is_head=True)
     gone = ground.join("10.0.0.2")
