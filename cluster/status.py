@@ -16,34 +16,7 @@ def summarize(about: dict) -> dict:
     `about` is a result of `start.describe` or `survey.survey`. The field `degraded` has a text for each part that is missing,
     restarting or silent.
     """
-    nodes = []
-    for node in about["nodes"]:
-        stats = node["stats"]
-        nodes.append(
-            {
-                "node": node["node"],
-                "address": node.get("address"),
-                "directory": node["directory"],
-                "silent_s": round(node["silent_s"], 3),
-                "tiers": stats["tiers"],
-                "blocks": stats["blocks"],
-                "answers": node.get("answers", True),
-                **{name: stats.get(name) for name in ("uptime_s", "restarts", "refused_blocks", "rates")},  # None: an older version
-                "sessions": stats["sessions"],
-                "reserved_bytes": stats["reserved_bytes"],
-                "asked_blocks": stats["asked_blocks"],
-                "hit_blocks": stats["hit_blocks"],
-                "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
-                "prefill_tokens_saved": stats["prefill_tokens_saved"],
-                "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
-                "leaving_bytes": stats["leaving_bytes"],
-                "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
-                "codecs": stats["codecs"],
-                "policy": stats["policy"],
-                "recording": stats["recording"],
-                "filling": stats["filling"],
-            }
-        )
+    nodes = [_node_record(node) for node in about["nodes"]]
     fleet = about.get("fleet")
     members = fleet["members"] if fleet else []
     asked = sum(node["asked_blocks"] for node in nodes)
@@ -72,6 +45,33 @@ def summarize(about: dict) -> dict:
         "hit_ratio": _ratio(hit, asked),
         "prefill_tokens_saved": sum(node["prefill_tokens_saved"] for node in nodes),
         "prefill_seconds_saved": round(sum(node["prefill_seconds_saved"] for node in nodes), 3),
+    }
+
+
+def _node_record(node: dict) -> dict:
+    stats = node["stats"]
+    return {
+        "node": node["node"],
+        "address": node.get("address"),
+        "directory": node["directory"],
+        "silent_s": round(node["silent_s"], 3),
+        "tiers": stats["tiers"],
+        "blocks": stats["blocks"],
+        "answers": node.get("answers", True),
+        **{name: stats.get(name) for name in ("uptime_s", "restarts", "refused_blocks", "rates")},  # None: an older version
+        "sessions": stats["sessions"],
+        "reserved_bytes": stats["reserved_bytes"],
+        "asked_blocks": stats["asked_blocks"],
+        "hit_blocks": stats["hit_blocks"],
+        "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
+        "prefill_tokens_saved": stats["prefill_tokens_saved"],
+        "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
+        "leaving_bytes": stats["leaving_bytes"],
+        "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
+        "codecs": stats["codecs"],
+        "policy": stats["policy"],
+        "recording": stats["recording"],
+        "filling": stats["filling"],
     }
 
 
