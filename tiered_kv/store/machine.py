@@ -283,7 +283,7 @@ class StoreMachine:
         return cast("list[BlockKey]", self._policies[tier].ranked(now_s)) if tier in self._policies else []
 
     def _ending(self, event: ev.Ending) -> list[ev.Instruction]:
-        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
+        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks and Tier.DISK in self.tiers]
         unsaved = [(key, block) for key, block in known if Tier.DISK not in block.copies and block.copying_to is None]
         return [self._copy(key, block, block.best, Tier.DISK, 0) for key, block in unsaved if min(block.copies) in self._policies]
 
