@@ -80,7 +80,7 @@ def end_actors(name: str) -> None:
 def outcome(answer: "EndReport | TieredKVError | Any") -> str:
     """Returns the words for what became of a node's blocks."""
     if isinstance(answer, TieredKVError):
-        return f"did not close in time ({answer}); blocks that only its memory had are lost"
+        return f"did not close in order ({answer}); blocks that only its memory had are lost"
     texts = []
     if answer.kept:
         written = f", {_blocks(answer.flushed, answer.flushed_bytes)} of them written now" if answer.flushed else ""

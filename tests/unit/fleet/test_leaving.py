@@ -296,4 +296,4 @@ def test_the_words_for_the_end_of_a_node(lasting) -> None:
     assert " stay on disk, 24 blocks (" in outcome(report)
     assert outcome(report).endswith(" of them written now")
     error = TieredKVError(Kind.TRANSPORT, "no answer")
-    assert outcome(error) == "did not close in time (no answer); blocks that only its memory had are lost"
+    assert outcome(error) == "did not close in order (no answer); blocks that only its memory had are lost"
