@@ -59,7 +59,7 @@ def drain(
     before. Raises (kind `cluster`) if there is no such node, or if it is the last one and has no disk folder that keeps its blocks,
     unless `force` is set.
     """
-    about = start.describe(name)
+    about = start.describe_fleet(name)
     node = node_at(about, node)
     state = {member["node"]: member["state"] for member in about["fleet"]["members"]}.get(node)
     flush_s = flush_seconds(about["config"], None)
@@ -86,7 +86,7 @@ def drain(
 
 def undo(name: str, node: str, log: start.LogLine) -> None:
     """Start a drained node again, and wait until it serves. Raises (kind `cluster`) if there is no such node, or if it does not start."""
-    about = start.describe(name)
+    about = start.describe_fleet(name)
     node, before = node_at(about, node), about["fleet"]["rounds"]
     start.call_coordinator(name, "drain", node, False)
     fleet = start.await_nodes(name, log, rounds=before + 2)

@@ -126,7 +126,7 @@ def _complete(cluster: ClusterState, config: Config, log: start.LogLine, mounted
         log("starting the coordinator")
         start.start_coordinator(cluster, config, mounted_bytes, nodes_with)
         changed = True
-    before = start.describe(cluster.name)["fleet"]
+    before = start.describe_fleet(cluster.name)["fleet"]
     serving = {member["node"] for member in before["members"] if member["state"] == "serving"}
     start.call_coordinator(cluster.name, "retry")
     fleet = start.await_nodes(cluster.name, log, rounds=before["rounds"] + 2)  # one of them may have begun before `retry`

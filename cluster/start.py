@@ -130,7 +130,7 @@ def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, wi
     """
     deadline_s, said = time.monotonic() + within_s, set()
     while True:
-        fleet = describe(name)["fleet"]
+        fleet = describe_fleet(name)["fleet"]
         starting = [member for member in fleet["members"] if member["state"] == "starting"]
         for member in starting:
             if member["node"] not in said:
@@ -162,6 +162,15 @@ def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) 
     there is none, or if it does not answer.
     """
     return call_coordinator(name, "describe", within_s=within_s)
+
+
+def describe_fleet(name: str) -> dict:
+    """As `describe`. Raises (kind `cluster`) if the coordinator is of an older version of tiered_kv, which knows no fleet."""
+    about = describe(name)
+    if "fleet" not in about:
+        message = f"cluster {name!r} was started by an older version of tiered_kv; stop it with that version's `tiered-kv down`"
+        raise TieredKVError(Kind.CLUSTER, message, name=name)
+    return about
 
 
 def call_coordinator(name: str, method: str, *arguments: Any, within_s: float = ANSWER_WITHIN_S) -> Any:

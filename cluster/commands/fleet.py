@@ -63,7 +63,7 @@ def fleet_figures(name: str) -> dict[str, Any]:
     """Returns the nodes of the cluster that this process has joined, for the JSON of `up`."""
     from tiered_kv.cluster import start
 
-    fleet = start.describe(name)["fleet"]
+    fleet = start.describe_fleet(name)["fleet"]
     return {"nodes": [{key: member[key] for key in ("node", "address", "state")} for member in fleet["members"]]}
 
 

@@ -163,7 +163,7 @@ class StoreMachine:
         for _, block in known:
             block.uses += 1
             block.used_below = True
-            self.used_bytes += block.best.raw_bytes
+            self.used_bytes += next(iter(block.copies.values())).raw_bytes
         for tier, policy in self._policies.items():
             if here := [key for key, block in known if tier in block.copies]:
                 policy.use(here)

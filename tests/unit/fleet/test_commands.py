@@ -160,6 +160,13 @@ def test_an_unknown_node_is_an_error_that_names_the_known_ones(fleet: Fleet, cap
     assert "there are: node-0, node-1" in out
 
 
+def test_a_coordinator_of_an_older_version_is_an_error_in_words(fleet: Fleet, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "describe", lambda *_: {"cluster_id": "c1", "config": Config(), "nodes": [], "lost": {}})
+    code, out = run(capsys, "drain", "node-1")
+    assert code == 1
+    assert "was started by an older version of tiered_kv" in out.replace("\n", " ")
+
+
 # A second `up`
 
 
