@@ -1,5 +1,6 @@
 """The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
 
+import logging
 import threading
 from dataclasses import asdict
 from typing import TypedDict
@@ -11,11 +12,17 @@ from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.coordinator.keeper import Keeper
+from tiered_kv.coordinator.lookup_server import LookupServer
+from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.fleet import FleetRecord, FleetStatus
 from tiered_kv.protocol.messages import LiveNode
+from tiered_kv.protocol.peer_address import PeerPlace
+from tiered_kv.protocol.peer_channel import Credentials
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
+
+log = logging.getLogger(__name__)
 
 
 class ClusterDescription(TypedDict):
@@ -32,22 +39,37 @@ class ClusterDescription(TypedDict):
 class CoordinatorActor:
     """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
 
-    Use `options` to create it. `mounted_bytes`, `selector`: of the fleet's record. A restart takes the record from Ray instead.
+    The arguments are those of a new fleet's record (`FleetRecord`). A restart takes the record from Ray instead.
     """
 
-    def __init__(self, cluster: str, cluster_id: str, config: Config, mounted_bytes: int = 0, selector: str | None = None) -> None:
+    def __init__(
+        self, cluster: str, cluster_id: str, config: Config, mounted_bytes: int = 0, selector: str | None = None, secret: str = ""
+    ) -> None:
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
         self._keeper = Keeper(
             RayPlatform(cluster),
             RayRecordStore(cluster),
-            FleetRecord(cluster_id, asdict(config), mounted_bytes, selector),
+            FleetRecord(cluster_id, asdict(config), secret=secret, mounted_bytes=mounted_bytes, selector=selector),
             SystemClock(),
             reporting=self._coordinator.reporting,
             forget=self._coordinator.forget,
         )
+        self._lookups = self._make_lookups(bytes.fromhex(self._keeper.record.secret))
         threading.Thread(target=self._keeper.run, args=(threading.Event(),), name="tkv-keep", daemon=True).start()
+
+    def _make_lookups(self, secret: bytes) -> LookupServer | None:
+        """Returns the server of look-ups without Ray. Without it, which is logged, nodes ask through Ray."""
+        try:
+            place = PeerPlace.of(self._config.peer_address)
+            if place is None or not secret:
+                return None
+            listener = place.listen(ray.util.get_node_ip_address())
+        except TieredKVError as error:
+            log.warning("look-ups go through Ray: %s", error)
+            return None
+        return LookupServer(self._coordinator, Credentials(self._cluster_id, "coordinator", secret), listener)
 
     def describe(self) -> ClusterDescription:
         """Returns the cluster's id, its settings, its live nodes, its lost nodes and its fleet."""
@@ -67,7 +89,7 @@ class CoordinatorActor:
         self._keeper.retry()
 
     def report(self, report: Report) -> Answer:
-        return self._coordinator.report(report)
+        return self._coordinator.report(report)._replace(directory=self._lookups.address if self._lookups else None)
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
         return self._coordinator.locate(asker, keys)

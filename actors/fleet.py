@@ -65,7 +65,7 @@ class RayPlatform:
         }
         config = Config.of(record.settings)
         try:
-            NodeActor.options(**options).remote(self._cluster, record.cluster_id, node, config, record.mounted_bytes)
+            NodeActor.options(**options).remote(self._cluster, record.cluster_id, node, config, record.mounted_bytes, record.secret)
         except (ValueError, RayError) as error:  # ValueError: the former actor of this name has not ended yet
             raise TieredKVError(Kind.CLUSTER, f"{node} was not started: {error}", node=node) from error
 

@@ -54,7 +54,8 @@ def resume(cluster: ClusterState, asked: Asked, log: start.LogLine, mounted_byte
     running = Config.of(found.settings) if found else Config.of(cluster.config)
     _refuse(cluster.name, differences(asked, running, found.selector if found else asked.nodes_with))
     if found is not None and found.cluster_id != cluster.cluster_id:
-        cluster = replace(cluster, cluster_id=found.cluster_id, config=found.settings)  # another machine has stopped and started it
+        # another machine has stopped and started it
+        cluster = replace(cluster, cluster_id=found.cluster_id, config=found.settings, secret=found.secret)
         cluster.save()
     changed = before != (0, len(cluster.processes))
     selector = found.selector if found else asked.nodes_with
@@ -78,7 +79,7 @@ def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, log: start.
     """
     running = Config.of(found.settings)
     _refuse(cluster.name, differences(asked, running, found.selector))
-    cluster = replace(cluster, cluster_id=found.cluster_id, config=found.settings)
+    cluster = replace(cluster, cluster_id=found.cluster_id, config=found.settings, secret=found.secret)
     cluster.save()
     log(f"cluster {cluster.name!r} was started from another machine; this machine joins it")
     _complete(cluster, running, log, found.mounted_bytes, found.selector, changed=False)

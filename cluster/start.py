@@ -81,6 +81,7 @@ def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterSt
             }
         else:
             own = {"address": asked.address}
+        own |= {"secret": state.new_secret()}
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
         cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
@@ -116,7 +117,8 @@ def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int 
 
     options: dict[str, Any] = {"name": coordinator_name(cluster.name), "namespace": NAMESPACE, "lifetime": "detached"}
     options["resources"] = {HEAD_RESOURCE: 0.001}  # an amount of this resource, which only the head has, binds the actor to it
-    actor = CoordinatorActor.options(**options).remote(cluster.name, cluster.cluster_id, config, mounted_bytes, nodes_with)
+    about = cluster.name, cluster.cluster_id, config, mounted_bytes, nodes_with, cluster.secret
+    actor = CoordinatorActor.options(**options).remote(*about)
     try:
         ray.get(actor.describe.remote(), timeout=START_WITHIN_S)
     except ray.exceptions.RayError as error:

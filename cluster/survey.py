@@ -6,7 +6,7 @@ without Ray, else through Ray. If nothing but this machine answers, its nodes' o
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +27,7 @@ QUESTIONS_AT_ONCE = 16
 DRAINED = ("draining", "drained")
 ROUND_AGE_S_MAX = 15.0
 """The keeper runs a round every second; Ray may be slow for some."""
+FAILED_WITHIN_S = 60.0
 
 
 class Answers(NamedTuple):
@@ -178,6 +179,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
             nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": answer})
         elif node in listed:
             nodes.append(listed[node] | {"answers": False})
+    degraded += failing_pairs(nodes, {node for node in expected if members.get(node, {}).get("state") != "lost"})
     drained = [node for node, member in members.items() if member["state"] in DRAINED]
     source = "machine" if isinstance(answers.coordinator, TieredKVError) and isinstance(answers.actors, TieredKVError) else "coordinator"
     return about | {"nodes": nodes, "expected_nodes": expected, "drained": drained, "source": source, "degraded": degraded}
@@ -206,6 +208,19 @@ def _member_problem(member: dict | None) -> str:
     if member["state"] == "starting":
         return f"{where} has been starting for {member['since_s']:.0f} s"
     return ""
+
+
+def failing_pairs(nodes: Iterable[dict], expected: Container[str]) -> list[str]:
+    """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since.
+
+    `expected`: the nodes that should answer; transfers from others fail rightly.
+    """
+    return [
+        f"{node['node']} cannot fetch from {peer} over a stream: {pair['last_failure']}"
+        for node in nodes
+        for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
+        if peer in expected and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+    ]
 
 
 def _problem(node: str, answer: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:

@@ -60,7 +60,7 @@ class FleetRecord:
 
     settings: the fields of `Config`. mounted_bytes: as in `Node`. selector: the text of a `Selector`. members: by node id. drained:
     ids of nodes that are not to be started. next_number: of the next new node. coordinator_starts: how often the coordinator has
-    started.
+    started. secret: as in `ClusterState`.
     """
 
     cluster_id: str
@@ -71,6 +71,7 @@ class FleetRecord:
     drained: tuple[str, ...] = ()
     next_number: int = 0
     coordinator_starts: int = 0
+    secret: str = field(default="", repr=False)
 
     def as_bytes(self) -> bytes:
         """Returns the record as JSON."""
