@@ -210,16 +210,16 @@ def _member_problem(member: dict | None) -> str:
     return ""
 
 
-def failing_pairs(nodes: Iterable[dict], expected: Container[str]) -> list[str]:
+def failing_pairs(nodes: Iterable[dict], expected: Container[str] | None = None) -> list[str]:
     """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since.
 
-    `expected`: the nodes that should answer; transfers from others fail rightly.
+    `expected`: the nodes that should answer, None for all. Transfers from nodes that were drained or lost fail rightly.
     """
     return [
         f"{node['node']} cannot fetch from {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
-        if peer in expected and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+        if (expected is None or peer in expected) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
     ]
 
 
