@@ -115,6 +115,7 @@ BOUNDARIES = {
     "tiered_kv/protocol/unix_socket.py SessionServer._answer",
     "tiered_kv/protocol/peer_listener.py PeerListener._serve_guarded",
     "tiered_kv/node/node.py Node._run_beats",
+    "tiered_kv/coordinator/keeper.py Keeper.run",
     "tiered_kv/node/reporter.py Reporter._report_guarded",
     "tiered_kv/node/seals.py Seals._run",
     "tiered_kv/store/engine.py Engine._guarded",

@@ -16,6 +16,19 @@ from tiered_kv.cluster.commands.bench import add_bench
 from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_option
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
+from tiered_kv.cluster.commands.fleet import (
+    DOWN_EXAMPLES,
+    DOWN_TEXT,
+    UP_EXAMPLES,
+    UP_TEXT,
+    add_drain,
+    add_flush,
+    add_nodes_with,
+    fleet_figures,
+    flush_option,
+    given_settings,
+    log_to,
+)
 from tiered_kv.cluster.commands.simulate import add_simulate
 from tiered_kv.cluster.commands.weights import add_weights
 from tiered_kv.config import POLICIES, QUALITIES, Config
@@ -50,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    add_drain(commands, _add_name)
     _add_demo(commands)
     add_bench(commands)
     add_codec_eval(commands)
@@ -66,11 +80,11 @@ def _add_name(command: argparse.ArgumentParser) -> None:
 
 
 def _add_up(commands: Any) -> None:
-    text = "Start a cluster of cache nodes: on new Ray nodes on this machine, or one cache node on every node of a running Ray cluster."
-    command = add_command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
+    command = add_command(commands, "up", UP_TEXT, UP_EXAMPLES, _up)
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
-    command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    command.add_argument("--nodes", type=int, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    add_nodes_with(command)
     add_restore_option(command)
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
@@ -135,16 +149,25 @@ def _up(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.cluster import start
     from tiered_kv.cluster.commands import restoring
 
-    if options.address and options.nodes != 1:
+    if options.address and options.nodes is not None:
         message = f"--nodes: not allowed with --address, which starts one cache node on each Ray node; got {options.nodes}"
         raise TieredKVError(Kind.CONFIG, message, setting="nodes")
     config = _config(options)
-    with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
+    with restoring.warm(options.restore, options.name, options.nodes or 1, config, console) as mounted_bytes:
         cluster = start.up(
-            config, name=options.name, nodes=options.nodes, address=options.address, log=console.print, mounted_bytes=mounted_bytes
+            config,
+            name=options.name,
+            nodes=options.nodes,
+            address=options.address,
+            log=log_to(console),
+            mounted_bytes=mounted_bytes,
+            nodes_with=options.nodes_with,
+            given=given_settings(options, SETTINGS),
         )
     if options.json:
-        print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
+        print(
+            json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address, **fleet_figures(cluster.name)})
+        )
         return 0
     console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
     other = "" if cluster.name == "default" else cluster.name
@@ -158,15 +181,15 @@ def _up(options: argparse.Namespace, console: Console) -> int:
 
 
 def _add_down(commands: Any) -> None:
-    text = "Stop a cluster. No process, shared memory or temporary file is left behind; a folder named in --disk keeps its blocks."
-    command = add_command(commands, "down", text, "tiered-kv down", _down)
+    command = add_command(commands, "down", DOWN_TEXT, DOWN_EXAMPLES, _down)
     _add_name(command)
+    add_flush(command)
 
 
 def _down(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import start
+    from tiered_kv.cluster import stop
 
-    killed = start.down(options.name, log=console.print)
+    killed = stop.down(options.name, log=log_to(console), flush_s=flush_option(options))
     if killed:
         console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
     console.print(f"cluster {options.name!r} is down")
@@ -175,8 +198,9 @@ def _down(options: argparse.Namespace, console: Console) -> int:
 
 def _add_status(commands: Any) -> None:
     text = (
-        "Show the nodes of a cluster with their tiers, bytes, blocks and hit ratio, and name what does not answer. "
-        "Exit status 1 if anything is missing, restarting or silent. Takes a few seconds at most."
+        "Show the nodes of a cluster with their tiers, bytes, blocks, hit ratio, uptime, restarts and rates, and name what does not "
+        "answer. Exit status 1 if anything is missing, restarting, lost or silent. Takes a few seconds at most. While Ray does not "
+        "answer, it shows the nodes on this machine, from their own files and sockets, and says so."
     )
     command = add_command(commands, "status", text, "tiered-kv status --json", _status)
     _add_name(command)

@@ -172,6 +172,12 @@ class Coordinator:
                 for node, member in sorted(self._members.items())
             ]
 
+    def reporting(self) -> set[str]:
+        """Returns the ids of the live nodes."""
+        with self._lock:
+            self._drop_silent()
+            return set(self._members)
+
     def lost(self) -> dict[str, float]:
         """Returns the seconds since the last report of each lost node. A node that left with `forget` is not lost."""
         with self._lock:

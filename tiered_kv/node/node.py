@@ -22,6 +22,7 @@ from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
+from tiered_kv.node.lifetime.counters import ServiceCounters
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.probes import NodeProbes
@@ -74,7 +75,7 @@ class Node:
         self.tenants = config.tenant_settings
         self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
-        self._clock = clock or SystemClock()
+        self.clock = self._clock = clock or SystemClock()
         self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
         self.directory = self.storage.directory
         history = history_of(config)
@@ -85,6 +86,7 @@ class Node:
         self.epochs = NodeEpochs(self, self._lasting_folders(), link, self._clock.now_s)
         self.engine.handle(recovered := self.storage.restore())
         self.epochs.recovered(recovered)
+        self.service = ServiceCounters(self.clock, self.storage.index.generation)
         self.seals = Seals(self.engine, self.storage)
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
         self.checkpoint_loader = CheckpointLoader(self)
@@ -93,8 +95,7 @@ class Node:
         self._too_lossy: dict[BlockKey, None] = {}  # blocks to drop; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
         self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
-        self._stopped = False  # guarded by the engine's lock
-        self._refusal = "is closed"
+        self._stopped, self._refusal = False, "is closed"  # guarded by the engine's lock
         self._closing = threading.Event()
         self._at_beat = at_beat
         forking.register(self)
@@ -116,7 +117,7 @@ class Node:
     def info(self) -> NodeInfo:
         """Returns the data that a worker needs to attach: the folders of index, arena, socket and segments, and the settings."""
         disk = self.storage.disk
-        info = {
+        info: dict[str, Any] = {
             "node": self.node_id,
             "directory": str(self.directory),
             "disk_folder": str(disk.folder) if disk else None,
@@ -125,8 +126,9 @@ class Node:
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
             "verify_host": self.config.verify_host,
+            **self._labels,
         }
-        return cast("NodeInfo", info | self._labels)
+        return cast("NodeInfo", info)
 
     def open_session(self) -> NodeSession:
         """Open a session for one worker. Close it when the worker leaves."""
@@ -335,8 +337,7 @@ class Node:
                 figures["blocks"] = machine.blocks_by_tier[Tier[label.upper()]]
             if self.storage.disk:
                 tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
-            asked, hit = self.storage.index.tallies()
-            saved_tokens, saved_s = self.storage.index.savings()
+            (asked, hit), (saved_tokens, saved_s) = self.storage.index.tallies(), self.storage.index.savings()
             return {
                 "node": self.node_id,
                 "tiers": tiers,
@@ -345,6 +346,7 @@ class Node:
                 "hit_blocks": hit,
                 "prefill_tokens_saved": saved_tokens,
                 "prefill_seconds_saved": saved_s,
+                **self.service.stats(hit, machine.used_bytes),
                 "sessions": len(self._sessions),
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
@@ -460,13 +462,11 @@ class Node:
         )
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
-        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
-        return Puller(link, reporter.locate, self._clock, forgotten_s)
+        return Puller(link, reporter.locate, self._clock, self.config.node_timeout_s + self.config.heartbeat_s)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""
-        disk = self.storage.disk
-        return [self.directory, *([Path(disk.folder)] if disk and self.storage.keeps_disk else [])]
+        return [self.directory, *([Path(disk.folder)] if (disk := self.storage.disk) and self.storage.keeps_disk else [])]
 
     def _ask_probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         assert self._reporter is not None

@@ -48,7 +48,10 @@ class NodeSession:
         return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.storage.index.arena_bytes}
 
     def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
-        return self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
+        offsets = self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
+        if not offsets:
+            self._node.service.refused(len(keys))
+        return offsets
 
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float, *, is_coded: bool = False

@@ -44,6 +44,8 @@ class NodeInfo(TypedDict):
     ray_node_id: NotRequired[str]
     """Only of a node that runs as a Ray actor, as is `address`."""
     address: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+    """The cluster's settings. Only in a node's record on its machine, for commands that cannot ask the coordinator."""
 
 
 class TierStats(TypedDict):
@@ -169,7 +171,24 @@ NO_PEERS: PeerStats = {"address": None, "peers": {}, "served_blocks": 0, "served
 """The figures of a node without streams."""
 
 
-class NodeStats(TypedDict):
+class Rates(TypedDict):
+    """A node's hits per second, and the bytes in them, over the last `over_s` seconds."""
+
+    over_s: float
+    hit_blocks_per_s: float
+    hit_bytes_per_s: float
+
+
+class ServiceStats(TypedDict):
+    """A node's service. `uptime_s`: since it started. `restarts`: of the node with these files. `refused_blocks`: stores without room."""
+
+    uptime_s: float
+    restarts: int
+    refused_blocks: int
+    rates: Rates
+
+
+class NodeStats(ServiceStats):
     """A node's figures, up to the last use by any worker."""
 
     node: str

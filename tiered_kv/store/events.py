@@ -95,6 +95,12 @@ class Crowded(NamedTuple):
     now_s: float = 0.0
 
 
+class Ending(NamedTuple):
+    """The node is about to end: copy these blocks from memory to the disk tier, in this order. They also stay in memory."""
+
+    keys: Sequence[BlockKey]
+
+
 class Unmounted(NamedTuple):
     """Index slots are short: drop the `slots` most recently mounted blocks that exist only in the checkpoint."""
 
@@ -189,6 +195,7 @@ Event = (
     | Needed
     | Limited
     | Crowded
+    | Ending
     | Unmounted
     | Copied
     | CopyFailed

@@ -49,6 +49,7 @@ class StoreMachine:
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
+        self.used_bytes = 0  # raw bytes of all uses
         self.tiers = frozenset(capacities)
         self._movement = Movement(capacities, self.bytes_by_tier, history)
         self._policies = dict(policies)
@@ -71,6 +72,7 @@ class StoreMachine:
             ev.Needed: partial(needed, self),
             ev.Crowded: self._crowded,
             ev.Limited: partial(limited, self),
+            ev.Ending: self._ending,
             ev.Unmounted: self._unmounted,
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
@@ -190,6 +192,7 @@ class StoreMachine:
         for _, block in known:
             block.uses += 1
             block.used_below = True
+            self.used_bytes += next(iter(block.copies.values())).raw_bytes
         for tier, policy in self._policies.items():
             if here := [key for key, block in known if tier in block.copies]:
                 policy.use(here)
@@ -263,6 +266,16 @@ class StoreMachine:
                 for tier in sorted(self.blocks[key].copies):
                     instructions += self._drop_copy(key, self.blocks[key], tier)
         return instructions
+
+    def ranked(self, tier: Tier, now_s: float) -> list[BlockKey]:
+        """Returns the blocks of a tier in memory, as `EvictionPolicy.ranked`."""
+        self.report_commits()
+        return cast("list[BlockKey]", self._policies[tier].ranked(now_s)) if tier in self._policies else []
+
+    def _ending(self, event: ev.Ending) -> list[ev.Instruction]:
+        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks and Tier.DISK in self.tiers]
+        unsaved = [(key, block) for key, block in known if Tier.DISK not in block.copies and block.copying_to is None]
+        return [self._copy(key, block, block.best, Tier.DISK, 0) for key, block in unsaved if min(block.copies) in self._policies]
 
     def _unmounted(self, event: ev.Unmounted) -> list[ev.Instruction]:
         return self._unmount(event.slots, frozenset())
