@@ -1,0 +1,141 @@
+"""The workers of a simulation: each carries out its operations and checks every answer."""
+
+import torch
+
+from tests.history.history import FETCH, STORE, Operation, digest_of
+from tests.simulation.cluster import Cluster
+from tests.simulation.content import LAYOUT, T, bytes_in, bytes_of, keys_of, kv_of, namespace, tokens_of
+from tests.simulation.plan import BLOCKS, Step
+from tests.simulation.scheduler import SimulationError
+from tiered_kv.blocks import Hint
+from tiered_kv.client.client import Client
+from tiered_kv.client.connect import client_of
+from tiered_kv.errors import TieredKVError
+from tiered_kv.protocol.node_record import read_record
+
+GRACE_S = 0.05
+"""A fetch may end this long after its deadline (issue: the longest fetch while anything is killed, stopped or cut)."""
+STORE_GRACE_S = 0.35
+"""The same for a store: a commit after the deadline gets `COMMIT_GRACE_S`."""
+OTHER_S_MAX = 1.1
+"""For calls that deliver no block: `QUESTION_S_MAX` and the grace."""
+ATTACH_AGAIN_S = 0.2
+CHECK_SHARE = 0.3
+
+
+class Worker:
+    """One worker: a process with one client."""
+
+    def __init__(self, cluster: Cluster, number: int, steps: list[Step]) -> None:
+        self.cluster = cluster
+        self.world = cluster.world
+        self.name = f"w{number}"
+        self.node = cluster.plan.node_of(number)
+        self.is_done = False
+        self._steps = steps
+        self._epoch = 0
+        self._client: Client | None = None
+        self.hit_blocks = 0
+        """Blocks that the last fetch returned."""
+        process = cluster.process(self.name)
+        process.on_crash.append(self._crashed)
+        self.world.spawn(process, "main", self._run)
+
+    def _crashed(self) -> None:
+        self.is_done = True
+
+    def _run(self) -> None:
+        for step in self._steps:
+            if step.at_s:
+                self.world.sleep(step.at_s)
+            self.do(step)
+        self.is_done = True
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not crashed."""
+        return self.cluster.processes[self.name].is_alive
+
+    def again(self, steps: list[Step]) -> None:
+        """Carry out more operations."""
+        self.is_done, self._steps = False, steps
+        self.world.spawn(self.cluster.processes[self.name], "again", self._run)
+
+    def client(self) -> Client:
+        """Returns the client. Attaches first if there is none."""
+        while self._client is None:
+            record = read_record(self.cluster.directory(self.node))
+            if record is not None:
+                try:
+                    self._client = client_of(record.info, LAYOUT, namespace(self._epoch))
+                except TieredKVError:  # the node ended meanwhile
+                    record = None
+            if record is None:
+                self.world.sleep(ATTACH_AGAIN_S)
+        return self._client
+
+    def do(self, step: Step) -> None:
+        """Carry out one operation, and check the nodes afterwards."""
+        client = self.client()
+        begun_s = self.world.now_s
+        try:
+            outcome, allowed_s = getattr(self, f"_{step.what}")(client, **step.arguments)
+        except TieredKVError as error:
+            raise SimulationError(f"{step.what} raised {error.kind}", f"{self.name}: {step.what} raised {error.kind}: {error}") from error
+        took_s = self.world.now_s - begun_s
+        self.world.note(f"{self.name} {step.what} {_text(step.arguments)} -> {outcome} in {took_s * 1000:.1f} ms")
+        if took_s > allowed_s:
+            message = f"{self.name}: {step} took {took_s:.3f} s, allowed were {allowed_s:.3f} s"
+            raise SimulationError(f"{step.what} too late", message)
+        if self.world.random.random() < CHECK_SHARE:
+            self.cluster.check()
+
+    def _fetch(self, client: Client, document: int, blocks: int, ms: int) -> tuple[str, float]:
+        keys = keys_of(document, self._epoch)[:blocks]
+        fetched = client.fetch(tokens_of(document)[: blocks * T], deadline_ms=ms)
+        got = [bytes_in(fetched.kv, block) for block in range(fetched.tokens // T)]
+        self._record(FETCH, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
+        for number, (key, data) in enumerate(zip(keys, got, strict=False)):
+            if data != bytes_of(key):
+                message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
+                raise SimulationError("wrong bytes", f"{message}, from {fetched.tokens_by_tier}")
+        self.hit_blocks = len(got)
+        return f"{len(got)} of {blocks} blocks {fetched.tokens_by_tier}", ms / 1000 + GRACE_S
+
+    def _store(self, client: Client, document: int, blocks: int) -> tuple[str, float]:
+        keys = keys_of(document, self._epoch)[:blocks]
+        self._record(STORE, {key.hex(): digest_of(bytes_of(key)) for key in keys})
+        stored = client.store(tokens_of(document)[: blocks * T], kv_of(keys))
+        if stored.new + stored.present + stored.refused != blocks:
+            raise SimulationError("wrong counts of a store", f"{self.name}: {blocks} blocks were stored, got {stored}")
+        return f"new {stored.new}, present {stored.present}, refused {stored.refused}", 0.2 + STORE_GRACE_S
+
+    def _match(self, client: Client, document: int) -> tuple[str, float]:
+        return f"{client.match(tokens_of(document)).tokens // T} blocks", OTHER_S_MAX
+
+    def _hint(self, client: Client, document: int, pinned_s: float) -> tuple[str, float]:
+        empty = torch.empty(LAYOUT.kv_shape(0), dtype=LAYOUT.torch_dtype)
+        client.store(tokens_of(document), empty, start=BLOCKS * T, hint=Hint(pinned_s=pinned_s))
+        return "done", 0.2 + STORE_GRACE_S
+
+    def _reopen(self, client: Client) -> tuple[str, float]:
+        client.close()
+        self._client = None
+        return "done", OTHER_S_MAX
+
+    def _new_epoch(self, client: Client, epoch: int) -> tuple[str, float]:
+        client.new_epoch(epoch)
+        self._epoch = epoch
+        return "done", OTHER_S_MAX
+
+    def _stats(self, client: Client) -> tuple[str, float]:
+        return "answered" if client.stats()["node"] is not None else "no answer", OTHER_S_MAX
+
+    def _record(self, kind: str, blocks: dict[str, str]) -> None:
+        self.cluster.history.append(Operation(self.name, kind, self.world.now_s, f"epoch {self._epoch}", blocks))
+
+
+def _text(arguments: dict[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in arguments.items())
+
+
