@@ -134,6 +134,8 @@ class SimulatedLink:
 
     def request(self, node: str, keys: list[BlockKey]) -> "SimulatedTransfer":
         def serve() -> list[list[bytes]]:
+            if node not in self._cluster.nodes:
+                raise _silent(node, "it is starting or ending")
             with self._cluster.nodes[node].serving(keys) as frames:
                 copies = []
                 for pieces in frames:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ from tests.simulation.files import Descriptors, DiskFiles, OsModule
 from tests.simulation.primitives import QUEUE, SECRETS, THREADING, TIME, world_here
 from tests.simulation.scheduler import World
 from tests.simulation.sockets import SocketModule, Wires
-from tiered_kv import config, forking
+from tiered_kv import config, forking, threads
 from tiered_kv.client import connect, decoders, kv_copy  # noqa: F401
 from tiered_kv.coordinator import coordinator  # noqa: F401
 from tiered_kv.memory import extents, index, words
@@ -34,6 +34,10 @@ from tiered_kv.tiers.disk import folder, segments, tier
 FOLDERS = ("client", "node", "coordinator", "memory", "protocol", "store", "tiers")
 ROOTS = ("tiered_kv.threads", "tiered_kv.clock", "tiered_kv.keys")
 SMALLEST_BYTES = 16 << 10
+NAP_SHARE = 0.15
+"""How often a copy between a worker's tensor and the arena is interrupted."""
+UNPACK_S_MAX, PACK_S_MAX = 0.01, 0.06
+"""For how long it is interrupted at most: a fetch must end in time, and a node may restart during a store."""
 FENCE_SHARE = 0.1
 """How often another task is next at a step of the seqlock."""
 
@@ -45,16 +49,20 @@ def _modules() -> list[ModuleType]:
     return [sys.modules[name] for name in sorted(names)]
 
 
-def _yields(call: Any, share: float | None = None) -> Any:
-    """Returns a function that calls `call` between two switch points."""
+def _yields(call: Any, share: float | None = None, nap_s_max: float = 0.0) -> Any:
+    """Returns a function that calls `call` between two switch points. `nap_s_max`: for how long its thread may get no processor."""
 
     def pausing(*arguments: Any, **options: Any) -> Any:
         world = world_here()
         if world is None or world.over:
             return call(*arguments, **options)
-        world.pause(share)
-        result = call(*arguments, **options)
-        world.pause(share)
+        for each in (True, False):
+            if nap_s_max and world.random.random() < NAP_SHARE:
+                world.sleep(world.random.random() * nap_s_max)
+            else:
+                world.pause(share)
+            if each:
+                result = call(*arguments, **options)
         return result
 
     return pausing
@@ -64,6 +72,16 @@ def _fence() -> None:
     world = world_here()
     if world is not None and not world.over:
         world.pause(FENCE_SHARE)
+
+
+class _NoFinalizer:
+    """As `weakref.finalize` of an object that is never freed."""
+
+    def __init__(self, *_: object) -> None:
+        self.atexit = False
+
+    def detach(self) -> None:
+        pass
 
 
 def _open(path: Any, mode: str, opener: Any) -> Any:
@@ -108,12 +126,13 @@ def _replacements(os_module: OsModule, fences: bool) -> list[tuple[Any, str, Any
         (tier_factory, "_warn_of_unused", lambda root: None),  # reads /proc/locks, where all of the machine's locks are
         (storage, "work_alone", lambda: None),
         (decoders, "work_alone", lambda: None),
+        (threads, "weakref", SimpleNamespace(finalize=_NoFinalizer)),  # the moment when an object is freed must decide nothing
         (forking, "register", lambda thing: None),  # a simulation never forks
         (folder, "open", _open),
         (segments, "Files", lambda: DiskFiles(os_module)),
         (tier, "Files", lambda: DiskFiles(os_module)),
-        (kv_copy.ArenaBlocks, "unpack", _yields(kv_copy.ArenaBlocks.unpack)),
-        (kv_copy.ArenaBlocks, "pack", _yields(kv_copy.ArenaBlocks.pack)),
+        (kv_copy.ArenaBlocks, "unpack", _yields(kv_copy.ArenaBlocks.unpack, 0.5, UNPACK_S_MAX)),
+        (kv_copy.ArenaBlocks, "pack", _yields(kv_copy.ArenaBlocks.pack, 0.5, PACK_S_MAX)),
         (host.HostTier, "sign", _yields(host.HostTier.sign, 0.02)),
         (extents.ExtentAllocator, "free", _yields(extents.ExtentAllocator.free, 0.02)),
         (index.IndexWriter, "put", _yields(index.IndexWriter.put, 0.02)),

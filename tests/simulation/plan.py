@@ -69,23 +69,23 @@ def _node(draw: Random, nodes: int) -> str:
 
 
 FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
-    "crash": lambda draw, nodes, workers: (_node(draw, nodes), {"steps": draw.randrange(400), "again_s": draw.random() * 0.3}),
+    "crash": lambda draw, nodes, workers: (_node(draw, nodes), {"steps": draw.randrange(400), "again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "restart": lambda draw, nodes, workers: (_node(draw, nodes), {"remove": draw.random() < 0.3}),
     "stop": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "slow": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.001, 0.05)), "for_s": draw.random() * 0.5}),
     "crash worker": lambda draw, nodes, workers: (f"w{draw.randrange(workers)}", {"steps": draw.randrange(300)}),
-    "crash coordinator": lambda draw, nodes, workers: ("coordinator", {"steps": draw.randrange(50), "again_s": draw.random() * 0.3}),
+    "crash coordinator": lambda draw, nodes, workers: ("coordinator", {"steps": draw.randrange(50), "again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "stop coordinator": lambda draw, nodes, workers: ("coordinator", {"for_s": draw.random() * 0.5}),
     "cut": lambda draw, nodes, workers: (_node(draw, nodes), {"from_": draw.choice(("coordinator", _node(draw, nodes))), "for_s": draw.random() * 0.5}),
     "full disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "bad disk": lambda draw, nodes, workers: (_node(draw, nodes), {"errors": draw.choice((0.0, 0.3)), "flips": draw.choice((0.0, 0.3)), "for_s": draw.random() * 0.5}),
     "slow disk": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.01, 0.5)), "for_s": draw.random() * 0.5}),
     "hung disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
-    "torn write": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.random() * 0.3}),
+    "torn write": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "flip": lambda draw, nodes, workers: (_node(draw, nodes), {"where": draw.choice(("disk", "host", "index"))}),
     "wall clock": lambda draw, nodes, workers: ("", {"jump_s": draw.choice((-3600.0, 3600.0))}),
     "bad network": lambda draw, nodes, workers: ("", {"lost": draw.choice((0.0, 0.2)), "twice": draw.choice((0.0, 0.3)), "delay_s": draw.choice((0.002, 0.2)), "for_s": draw.random() * 0.5}),
-    "bad frames": lambda draw, nodes, workers: ("", {"damaged": draw.choice((0.0, 0.5)), "misdirected": draw.choice((0.0, 0.5)), "for_s": draw.random() * 0.5}),
+    "bad frames": lambda draw, nodes, workers: ("", {"damaged": draw.choice((0.0, 0.5)), "misdirected": draw.choice((0.2, 1.0)), "for_s": draw.random() * 0.5}),
     "bad sockets": lambda draw, nodes, workers: ("", {"breaks": draw.choice((0.0, 0.05)), "delay_s": draw.choice((0.0, 0.02)), "for_s": draw.random() * 0.5}),
 }
 
@@ -98,15 +98,16 @@ def plan_of(seed: int) -> Plan:
     settings: dict[str, Any] = {
         "host": draw.choice((32 << 10, 48 << 10, 96 << 10)),
         "disk": draw.choice((0, 64 << 10, 128 << 10)),
-        "device": draw.choice((0, 0, 16 << 10)),
+        "device": draw.choice((0, 16 << 10)),
         "policy": draw.choice(("lru", "adaptive", "s3fifo")),
         "verify_host": draw.random() < 0.3,
         "codec": draw.choice((None, None, "host=lossless")),
         "io_threads": draw.randint(1, 2),
     }
     steps = _faults(draw, nodes, workers, settings)
+    documents, wait_s = draw.sample(range(DOCUMENTS), draw.randint(2, DOCUMENTS)), draw.choice((0.001, 0.01, 0.05))
     for worker in range(workers):
-        steps += _operations(draw, worker)
+        steps += _operations(draw, worker, documents, wait_s)
     return Plan(
         seed=seed,
         nodes=nodes,
@@ -120,7 +121,7 @@ def plan_of(seed: int) -> Plan:
 
 
 def _faults(draw: Random, nodes: int, workers: int, settings: Drawn) -> list[Step]:
-    enabled = [name for name in FAULTS if draw.random() < 0.25 and _applies(name, nodes, settings)]
+    enabled = [name for name in FAULTS if draw.random() < 0.3 and _applies(name, nodes, settings)]
     steps: list[Step] = []
     for _ in range(draw.randint(0, 8) if enabled else 0):
         name = draw.choice(enabled)
@@ -142,11 +143,14 @@ def _may_flip(where: str, settings: Drawn) -> bool:
     return settings["verify_host"] and not settings["device"] if where == "host" else not settings["device"]
 
 
-def _operations(draw: Random, worker: int) -> list[Step]:
+def _operations(draw: Random, worker: int, documents: list[int], wait_s: float) -> list[Step]:
     enabled = [name for name in OPERATIONS if name in ("fetch", "store") or draw.random() < 0.3]
     weights = [WEIGHTS[name] for name in enabled]
     steps = []
-    for _ in range(draw.randint(5, 20)):
+    for _ in range(draw.randint(10, 40)):
         name = draw.choices(enabled, weights)[0]
-        steps.append(Step(f"w{worker}", name, draw.choice((0.0, 0.0, 0.0005, 0.005, 0.1)) * draw.random(), OPERATIONS[name](draw)))
+        arguments = OPERATIONS[name](draw)
+        if "document" in arguments:
+            arguments["document"] = draw.choice(documents)
+        steps.append(Step(f"w{worker}", name, draw.choice((0.0, 0.0, 0.1, 1.0)) * draw.random() * wait_s, arguments))
     return steps

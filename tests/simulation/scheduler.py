@@ -60,6 +60,7 @@ class Process:
         """The share of its switch points at which a slow process sleeps, for up to `pause_s_max`."""
         self.pause_s_max = 0.0
         self.on_crash: list[Callable[[], None]] = []
+        world.processes.append(self)
 
     def stop(self) -> None:
         """Let no task of this process run until `go_on`, as SIGSTOP does."""
@@ -133,6 +134,7 @@ class World:
         self.now_s = 1000.0
         self.wall_offset_s = 0.0
         self.steps = 0
+        self.processes: list[Process] = []
         self.ready: list[Task] = []
         self.current: Task | None = None
         self.over = False
@@ -350,6 +352,14 @@ class World:
             self._become(successor)
         return successor
 
+    def _forget(self) -> None:
+        """Drop what refers to everything that there was, so that it can be freed."""
+        self._timers.clear()
+        self.ready.clear()
+        for process in self.processes:
+            process.on_crash.clear()
+            process.tasks.clear()
+
     def _next_to_unwind(self) -> Task | None:
         """Returns the next task that has begun and not ended: the simulation is over."""
         while self._tasks:
@@ -382,7 +392,6 @@ class World:
             self._carriers.begin(self, task)
         finally:
             World.active = None
-            self._timers.clear()  # they refer to all that there was
-            self.ready.clear()
+            self._forget()
         if self.failure is not None:
             raise self.failure
