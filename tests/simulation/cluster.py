@@ -16,6 +16,7 @@ from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import TieredKVError
+from tiered_kv.memory import words
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.unix_socket import SessionServer
@@ -87,7 +88,7 @@ class Cluster:
         config = Config.of({**SETTINGS, **self.plan.settings, "shm_path": str(place / "shm"), **disk})
         try:
             node = Node(config, CLUSTER, name, SimulatedLink(self, process))
-            server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+            server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
             write_record(NodeRecord(CLUSTER, CLUSTER, name, node.info(), package="simulated"))
         except TieredKVError as error:
             self.world.note(f"{name} cannot start: {str(error).replace(str(self._folder), '')}")
@@ -120,10 +121,9 @@ class Cluster:
         self.world.wait(waiting, 20.0)
         process.crash()
 
-    def is_running(self, name: str) -> bool:
-        """Whether a process runs and is not stopped."""
-        process = self.processes.get(name)
-        return process is not None and process.is_alive and not process.is_stopped
+    def machine_of(self, process: str) -> str:
+        """Returns the node on whose machine a process runs."""
+        return self.plan.node_of(int(process[1:])) if process.startswith("w") else process
 
     # What can be wrong
 
@@ -154,16 +154,18 @@ class Cluster:
         if not paths:
             return
         path = draw.choice(paths)
-        first = 4096 if where == "index" else 0
-        last = first + 64 * 64 if where == "index" else path.stat().st_size
-        at = draw.randrange(first, last)
+        at = draw.randrange(path.stat().st_size)
+        if where == "index":
+            shown = _shown_slots(path)
+            if not shown:
+                return
+            at = draw.choice(shown) + draw.randrange(words.SLOT_BYTES)
+            self.dirty.add(name)
         with path.open("r+b") as file:
             file.seek(at)
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes([byte ^ 1 << draw.randrange(8)]))
-        if where == "index":
-            self.dirty.add(name)
 
     # Invariants
 
@@ -195,6 +197,13 @@ class Cluster:
         """Remove the files."""
         with suppress(OSError):
             shutil.rmtree(self._folder)
+
+
+def _shown_slots(path: Path) -> list[int]:
+    """Returns where the slots of an index begin that show a block. A flip in an empty one would only make probes longer."""
+    data = path.read_bytes()
+    starts = range(words.HEADER_BYTES, words.ticks_offset(words.SLOTS_MIN), words.SLOT_BYTES)
+    return [start for start in starts if words.FIELDS.unpack_from(data, start + words.KEY_OFFSET)[1] & 0xFF]
 
 
 class ErrorLog(logging.Handler):

@@ -10,6 +10,10 @@ from tests.simulation.plan import FAULTS, Step
 from tests.simulation.sockets import DELAY_S_MAX
 
 
+PACK_S_MAX = 1.5
+"""For how long a worker is interrupted at most while its node crashes and starts again."""
+
+
 class Faults:
     """Causes the faults of a plan, and ends those that last for a while."""
 
@@ -18,6 +22,7 @@ class Faults:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._world = cluster.world
+        self._mending: set[str] = set()
         self.pending = 0
         """Faults that will still end, or crashes that will still happen."""
 
@@ -43,6 +48,20 @@ class Faults:
         if process.is_alive:
             process.crash_at_step = process.steps + steps
             process.on_crash.append(lambda: self._later(again_s, lambda: self._start(who)))
+
+    def _crash_while_packing(self, who: str, again_s: float) -> None:
+        """Crash a node when a worker of its machine next copies blocks into memory that it has reserved."""
+
+        def crash(worker: str) -> None:
+            if self._cluster.machine_of(worker) == who:
+                self._world.reached.pop("pack")
+                self._crash(who, 0, again_s)
+                self._cluster.processes[who].crash()
+                pause_s = self._world.random.random() * PACK_S_MAX
+                self._cluster.processes[worker].interrupted_s += pause_s
+                self._world.sleep(pause_s)
+
+        self._world.reached["pack"] = crash
 
     def _start(self, who: str) -> None:
         if not self._cluster.processes[who].is_alive:
@@ -147,11 +166,16 @@ class Faults:
 
     def _mend(self) -> None:
         """Let damaged indexes be mended, as the scrubber would in time."""
-        for name in sorted(self._cluster.dirty):
-            node = self._cluster.nodes.get(name)
-            if node is not None:
-                self._cluster.dirty.discard(name)
-                self._world.spawn(self._cluster.processes[name], "scrub", node.seals.scrub)
+        for name in sorted(self._cluster.dirty & self._cluster.nodes.keys() - self._mending):
+            self._mending.add(name)
+            self._world.spawn(self._cluster.processes[name], "scrub", lambda name=name: self._scrub(name))
+
+    def _scrub(self, name: str) -> None:
+        try:
+            self._cluster.nodes[name].seals.scrub()
+            self._cluster.dirty.discard(name)
+        finally:
+            self._mending.discard(name)
 
 
 class _Wires:

@@ -56,6 +56,7 @@ def _yields(call: Any, share: float | None = None, nap_s_max: float = 0.0) -> An
         world = world_here()
         if world is None or world.over:
             return call(*arguments, **options)
+        world.reach(call.__name__)
         for each in (True, False):
             if nap_s_max and world.random.random() < NAP_SHARE:
                 world.sleep(world.random.random() * nap_s_max)
@@ -119,7 +120,7 @@ def _replacements(os_module: OsModule, fences: bool) -> list[tuple[Any, str, Any
     """Returns (object, attribute, value in the simulation)."""
     return [
         (config, "MIN_HOST_BYTES", SMALLEST_BYTES),
-        (config, "MIN_TIER_BYTES", SMALLEST_BYTES),
+        (config, "MIN_TIER_BYTES", SMALLEST_BYTES // 2),
         (words, "WEAKLY_ORDERED", fences),
         (words, "fence", _fence),
         (seals, "stand_back", lambda nice: None),  # the priority of a carrier could not be raised again

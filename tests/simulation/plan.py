@@ -70,6 +70,7 @@ def _node(draw: Random, nodes: int) -> str:
 
 FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
     "crash": lambda draw, nodes, workers: (_node(draw, nodes), {"steps": draw.randrange(400), "again_s": draw.choice((0.0, 0.3)) * draw.random()}),
+    "crash while packing": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.01)) * draw.random()}),
     "restart": lambda draw, nodes, workers: (_node(draw, nodes), {"remove": draw.random() < 0.3}),
     "stop": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "slow": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.001, 0.05)), "for_s": draw.random() * 0.5}),
@@ -98,7 +99,7 @@ def plan_of(seed: int) -> Plan:
     settings: dict[str, Any] = {
         "host": draw.choice((32 << 10, 48 << 10, 96 << 10)),
         "disk": draw.choice((0, 64 << 10, 128 << 10)),
-        "device": draw.choice((0, 16 << 10)),
+        "device": draw.choice((0, 12 << 10, 16 << 10)),
         "policy": draw.choice(("lru", "adaptive", "s3fifo")),
         "verify_host": draw.random() < 0.3,
         "codec": draw.choice((None, None, "host=lossless")),
@@ -123,7 +124,7 @@ def plan_of(seed: int) -> Plan:
 def _faults(draw: Random, nodes: int, workers: int, settings: Drawn) -> list[Step]:
     enabled = [name for name in FAULTS if draw.random() < 0.3 and _applies(name, nodes, settings)]
     steps: list[Step] = []
-    for _ in range(draw.randint(0, 8) if enabled else 0):
+    for _ in range(draw.randint(0, 10) if enabled else 0):
         name = draw.choice(enabled)
         who, arguments = FAULTS[name](draw, nodes, workers)
         if name == "flip" and not _may_flip(arguments["where"], settings):

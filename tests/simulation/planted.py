@@ -58,13 +58,13 @@ def _freed_early() -> list[Any]:
 
 
 def _no_quarantine() -> list[Any]:
-    """The extents of a session that ended are free at once, though its worker may still write to them."""
+    """Extents are free as soon as their session or their node has ended, though a worker may still write to them."""
 
     def abandon(self: ExtentQuarantine, reserved: dict[int, int]) -> None:
         for offset, nbytes in reserved.items():
             self._host.extents.free(self._host.extent_range(offset, nbytes)[0])
 
-    return [patch.object(ExtentQuarantine, "abandon", abandon)]
+    return [patch.object(ExtentQuarantine, "abandon", abandon), patch.object(ExtentQuarantine, "find_writers", lambda self: None)]
 
 
 def _no_header_check() -> list[Any]:

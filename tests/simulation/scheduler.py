@@ -59,6 +59,8 @@ class Process:
         self.pause_share = 0.0
         """The share of its switch points at which a slow process sleeps, for up to `pause_s_max`."""
         self.pause_s_max = 0.0
+        self.interrupted_s = 0.0
+        """For how long faults have interrupted its tasks so far: calls may take so much longer."""
         self.on_crash: list[Callable[[], None]] = []
         world.processes.append(self)
 
@@ -135,6 +137,8 @@ class World:
         self.wall_offset_s = 0.0
         self.steps = 0
         self.processes: list[Process] = []
+        self.reached: dict[str, Callable[[str], None]] = {}
+        """By name of a place in the code: what to call when a task of the process that is passed is there."""
         self.ready: list[Task] = []
         self.current: Task | None = None
         self.over = False
@@ -227,6 +231,12 @@ class World:
             elif self.ready:
                 self._make_ready(task)
                 self._pass_on()
+
+    def reach(self, place: str) -> None:
+        """Note that the current task is at a place of this name in the code."""
+        call = self.reached.get(place)
+        if call is not None and self.current is not None:
+            call(self.current.process.name)
 
     def _count(self, task: Task) -> None:
         self.steps += 1
@@ -356,6 +366,7 @@ class World:
         """Drop what refers to everything that there was, so that it can be freed."""
         self._timers.clear()
         self.ready.clear()
+        self.reached.clear()
         for process in self.processes:
             process.on_crash.clear()
             process.tasks.clear()

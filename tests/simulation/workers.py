@@ -77,14 +77,15 @@ class Worker:
     def do(self, step: Step) -> None:
         """Carry out one operation, and check the nodes afterwards."""
         client = self.client()
-        begun_s = self.world.now_s
+        process = self.cluster.processes[self.name]
+        begun_s, interrupted_s = self.world.now_s, process.interrupted_s
         try:
             outcome, allowed_s = getattr(self, f"_{step.what}")(client, **step.arguments)
         except TieredKVError as error:
             raise SimulationError(f"{step.what} raised {error.kind}", f"{self.name}: {step.what} raised {error.kind}: {error}") from error
         took_s = self.world.now_s - begun_s
         self.world.note(f"{self.name} {step.what} {_text(step.arguments)} -> {outcome} in {took_s * 1000:.1f} ms")
-        if took_s > allowed_s:
+        if took_s > allowed_s + process.interrupted_s - interrupted_s:
             message = f"{self.name}: {step} took {took_s:.3f} s, allowed were {allowed_s:.3f} s"
             raise SimulationError(f"{step.what} too late", message)
         if self.world.random.random() < CHECK_SHARE:

@@ -1,10 +1,12 @@
 """The pool of daemon threads: as `ThreadPoolExecutor`, but nobody waits for what hangs, and it works in a forked child."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
