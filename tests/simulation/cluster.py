@@ -221,5 +221,3 @@ class ErrorLog(logging.Handler):
         failure = SimulationError(f"logged: {record.msg}: {type(cause).__name__}", message)
         failure.__cause__ = cause
         self._world.fail(failure)
-
-

@@ -69,25 +69,51 @@ def _node(draw: Random, nodes: int) -> str:
 
 
 FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
-    "crash": lambda draw, nodes, workers: (_node(draw, nodes), {"steps": draw.randrange(400), "again_s": draw.choice((0.0, 0.3)) * draw.random()}),
+    "crash": lambda draw, nodes, workers: (
+        _node(draw, nodes),
+        {"steps": draw.randrange(400), "again_s": draw.choice((0.0, 0.3)) * draw.random()},
+    ),
     "crash while packing": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.01)) * draw.random()}),
     "restart": lambda draw, nodes, workers: (_node(draw, nodes), {"remove": draw.random() < 0.3}),
     "stop": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "slow": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.001, 0.05)), "for_s": draw.random() * 0.5}),
     "crash worker": lambda draw, nodes, workers: (f"w{draw.randrange(workers)}", {"steps": draw.randrange(300)}),
-    "crash coordinator": lambda draw, nodes, workers: ("coordinator", {"steps": draw.randrange(50), "again_s": draw.choice((0.0, 0.3)) * draw.random()}),
+    "crash coordinator": lambda draw, nodes, workers: (
+        "coordinator",
+        {"steps": draw.randrange(50), "again_s": draw.choice((0.0, 0.3)) * draw.random()},
+    ),
     "stop coordinator": lambda draw, nodes, workers: ("coordinator", {"for_s": draw.random() * 0.5}),
-    "cut": lambda draw, nodes, workers: (_node(draw, nodes), {"from_": draw.choice(("coordinator", _node(draw, nodes))), "for_s": draw.random() * 0.5}),
+    "cut": lambda draw, nodes, workers: (
+        _node(draw, nodes),
+        {"from_": draw.choice(("coordinator", _node(draw, nodes))), "for_s": draw.random() * 0.5},
+    ),
     "full disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
-    "bad disk": lambda draw, nodes, workers: (_node(draw, nodes), {"errors": draw.choice((0.0, 0.3)), "flips": draw.choice((0.0, 0.3)), "for_s": draw.random() * 0.5}),
+    "bad disk": lambda draw, nodes, workers: (
+        _node(draw, nodes),
+        {"errors": draw.choice((0.0, 0.3)), "flips": draw.choice((0.0, 0.3)), "for_s": draw.random() * 0.5},
+    ),
     "slow disk": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.01, 0.5)), "for_s": draw.random() * 0.5}),
     "hung disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "torn write": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "flip": lambda draw, nodes, workers: (_node(draw, nodes), {"where": draw.choice(("disk", "host", "index"))}),
     "wall clock": lambda draw, nodes, workers: ("", {"jump_s": draw.choice((-3600.0, 3600.0))}),
-    "bad network": lambda draw, nodes, workers: ("", {"lost": draw.choice((0.0, 0.2)), "twice": draw.choice((0.0, 0.3)), "delay_s": draw.choice((0.002, 0.2)), "for_s": draw.random() * 0.5}),
-    "bad frames": lambda draw, nodes, workers: ("", {"damaged": draw.choice((0.0, 0.5)), "misdirected": draw.choice((0.2, 1.0)), "for_s": draw.random() * 0.5}),
-    "bad sockets": lambda draw, nodes, workers: ("", {"breaks": draw.choice((0.0, 0.05)), "delay_s": draw.choice((0.0, 0.02)), "for_s": draw.random() * 0.5}),
+    "bad network": lambda draw, nodes, workers: (
+        "",
+        {
+            "lost": draw.choice((0.0, 0.2)),
+            "twice": draw.choice((0.0, 0.3)),
+            "delay_s": draw.choice((0.002, 0.2)),
+            "for_s": draw.random() * 0.5,
+        },
+    ),
+    "bad frames": lambda draw, nodes, workers: (
+        "",
+        {"damaged": draw.choice((0.0, 0.5)), "misdirected": draw.choice((0.2, 1.0)), "for_s": draw.random() * 0.5},
+    ),
+    "bad sockets": lambda draw, nodes, workers: (
+        "",
+        {"breaks": draw.choice((0.0, 0.05)), "delay_s": draw.choice((0.0, 0.02)), "for_s": draw.random() * 0.5},
+    ),
 }
 
 

@@ -100,7 +100,10 @@ class Director:
     def direct(self) -> None:
         """Run the whole simulation. Raises the first broken invariant."""
         world, plan = self._world, self._plan
-        by_worker = {f"w{number}": [step for step in plan.steps if step.who == f"w{number}" and step.what not in Faults.NAMES] for number in range(plan.workers)}
+        by_worker = {
+            f"w{number}": [step for step in plan.steps if step.who == f"w{number}" and step.what not in Faults.NAMES]
+            for number in range(plan.workers)
+        }
         workers = [Worker(self._cluster, number, by_worker[f"w{number}"]) for number in range(plan.workers)]
         begun_s = world.now_s
         for step in (step for step in plan.steps if step.what in Faults.NAMES):

@@ -138,5 +138,3 @@ class Worker:
 
 def _text(arguments: dict[str, object]) -> str:
     return " ".join(f"{name}={value}" for name, value in arguments.items())
-
-
