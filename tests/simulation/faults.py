@@ -9,7 +9,6 @@ from tests.simulation.link import Network
 from tests.simulation.plan import FAULTS, Step
 from tests.simulation.sockets import DELAY_S_MAX
 
-
 PACK_S_MAX = 1.5
 """For how long a worker is interrupted at most while its node crashes and starts again."""
 

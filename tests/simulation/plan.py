@@ -160,7 +160,7 @@ def _faults(draw: Random, nodes: int, workers: int, settings: Drawn) -> list[Ste
 
 
 def _applies(name: str, nodes: int, settings: Drawn) -> bool:
-    return (bool(settings["disk"]) or "disk" not in name and name != "torn write") and (nodes > 1 or name != "bad frames")
+    return (bool(settings["disk"]) or ("disk" not in name and name != "torn write")) and (nodes > 1 or name != "bad frames")
 
 
 def _may_flip(where: str, settings: Drawn) -> bool:
