@@ -62,10 +62,10 @@ class Socket:
 
     def accept(self) -> tuple["Socket", str]:
         self._world.pause()
-        while not self._pending:
-            if self._is_closed or self._is_shut:
-                raise OSError(errno.EINVAL, "the listener was shut down")
+        while not self._pending and not self._is_shut and not self._is_closed:
             self._world.wait(self._waiting)
+        if self._is_shut or self._is_closed:
+            raise OSError(errno.EINVAL, "the listener was shut down")
         return self._pending.pop(0), ""
 
     # The stream
