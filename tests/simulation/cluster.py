@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.history.history import Operation
-from tests.simulation.files import DiskFaults, DiskFiles
+from tests.simulation.files import FAULTS_OF_STORES, DiskFaults, DiskFiles
 from tests.simulation.link import Network, SimulatedLink
 from tests.simulation.plan import Plan
 from tests.simulation.scheduler import Process, SimulationError, World
@@ -49,6 +49,9 @@ class Cluster:
         """Nodes whose index was damaged and not yet mended."""
         self._folder = folder
         self.disks = {f"n{number}": DiskFaults() for number in range(plan.nodes)}
+        self.stores = {name: DiskFaults() for name in self.disks}
+        FAULTS_OF_STORES.clear()
+        FAULTS_OF_STORES.update(self.stores)
         DiskFiles.faults_by_process = dict(self.disks)
         for worker in range(plan.workers):
             DiskFiles.faults_by_process[f"w{worker}"] = self.disks[plan.node_of(worker)]
@@ -84,18 +87,30 @@ class Cluster:
     def _serve(self, name: str, process: Process) -> None:
         """As the node actor's constructor does."""
         place = self._folder / name
-        disk = {"disk_path": str(place / "disk")} if self.plan.settings["disk"] else {}
-        config = Config.of({**SETTINGS, **self.plan.settings, "shm_path": str(place / "shm"), **disk})
+        settings = {**SETTINGS, **self.plan.settings, "shm_path": str(place / "shm")}
+        if settings["disk"]:
+            settings["disk_path"] = str(place / "disk")
+        if settings["objects_cap"]:
+            settings["objects"] = str(place / "objects")
+        else:
+            del settings["objects_cap"]
         try:
-            node = Node(config, CLUSTER, name, SimulatedLink(self, process))
+            node = Node(Config.of(settings), CLUSTER, name, SimulatedLink(self, process), at_beat=lambda: self._end_unless_in_place(name))
             server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
             write_record(NodeRecord(CLUSTER, CLUSTER, name, node.info(), package="simulated"))
-        except TieredKVError as error:
+        except (TieredKVError, OSError) as error:  # OSError: its files were removed meanwhile; Ray then starts it again
             self.world.note(f"{name} cannot start: {str(error).replace(str(self._folder), '')}")
             process.crash()
             return
         self.nodes[name], self.servers[name] = node, server
         self.world.note(f"{name} serves {len(node.engine.machine.blocks)} blocks")
+
+    def _end_unless_in_place(self, name: str) -> None:
+        """As the node actor does: a node whose files were removed ends, and starts again with new ones."""
+        node = self.nodes.get(name)
+        if node is not None and not node.is_in_place():
+            node.abdicate()
+            self.processes[name].crash()
 
     def directory(self, node: str) -> str:
         """Returns a node's folder in shared memory."""

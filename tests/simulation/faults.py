@@ -1,5 +1,6 @@
 """The faults of a simulation: causes them when the plan says so, and mends them at the end."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,15 @@ class Faults:
                 self._world.sleep(pause_s)
 
         self._world.reached["pack"] = crash
+
+    def _remove_files(self, who: str, again_s: float) -> None:
+        """Remove a node's directory in shared memory. It ends by itself, and is started again."""
+        process = self._cluster.processes[who]
+        shutil.rmtree(self._cluster.directory(who), ignore_errors=True)
+        process.on_crash.append(lambda: self._later(again_s, lambda: self._start(who)))
+
+    def _bad_objects(self, who: str, errors: float, pause_s: float, for_s: float) -> None:
+        self._for_a_while(self._cluster.stores[who], for_s, error_share=errors, slow_s_max=pause_s)
 
     def _start(self, who: str) -> None:
         if not self._cluster.processes[who].is_alive:
@@ -150,7 +160,7 @@ class Faults:
         """End all faults, and start what has crashed. Workers that crashed stay away."""
         cluster = self._cluster
         vars(cluster.network).update(vars(Network()))
-        for disk in cluster.disks.values():
+        for disk in [*cluster.disks.values(), *cluster.stores.values()]:
             vars(disk).update(vars(DiskFaults()))
         vars(cluster.wires).update(vars(_Wires()))
         for process in cluster.processes.values():

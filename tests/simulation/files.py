@@ -181,3 +181,23 @@ class DiskFiles(Files):
 
 
 NO_FAULTS = DiskFaults()
+FAULTS_OF_STORES: dict[str, DiskFaults] = {}
+"""By node: what is wrong with its object store now."""
+REQUEST_S_MAX = 0.002
+
+
+def request(call: Any) -> Any:
+    """Returns a method of an object store that takes time, and fails as the node's faults say."""
+
+    def requested(store: Any, name: str, *arguments: Any) -> Any:
+        world = world_here()
+        if world is None or world.over:
+            return call(store, name, *arguments)
+        assert world.current is not None
+        faults = FAULTS_OF_STORES.get(world.current.process.name, NO_FAULTS)
+        world.sleep(world.random.random() * max(faults.slow_s_max, REQUEST_S_MAX))
+        if faults.error_share and world.random.random() < faults.error_share:
+            raise store.failed(f"{call.__name__} {name}", "the request failed (simulated)")
+        return call(store, name, *arguments)
+
+    return requested

@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import tiered_kv.node.node  # noqa: F401 - with all that it imports
-from tests.simulation.files import Descriptors, DiskFiles, OsModule
+from tests.simulation.files import Descriptors, DiskFiles, OsModule, request
 from tests.simulation.primitives import QUEUE, SECRETS, THREADING, TIME, world_here
 from tests.simulation.scheduler import World
 from tests.simulation.sockets import SocketModule, Wires
@@ -30,6 +30,7 @@ from tiered_kv.memory import extents, index, words
 from tiered_kv.node import seals, storage, tier_factory
 from tiered_kv.tiers import host
 from tiered_kv.tiers.disk import folder, segments, tier
+from tiered_kv.tiers.objects.folder_store import FolderStore
 
 FOLDERS = ("client", "node", "coordinator", "memory", "protocol", "store", "tiers")
 ROOTS = ("tiered_kv.threads", "tiered_kv.clock", "tiered_kv.keys")
@@ -134,6 +135,7 @@ def _replacements(os_module: OsModule, fences: bool) -> list[tuple[Any, str, Any
         (tier, "Files", lambda: DiskFiles(os_module)),
         (kv_copy.ArenaBlocks, "unpack", _yields(kv_copy.ArenaBlocks.unpack, 0.5, UNPACK_S_MAX)),
         (kv_copy.ArenaBlocks, "pack", _yields(kv_copy.ArenaBlocks.pack, 0.5, PACK_S_MAX)),
+        *((FolderStore, name, request(vars(FolderStore)[name])) for name in ("put", "get", "get_range")),
         (host.HostTier, "sign", _yields(host.HostTier.sign, 0.02)),
         (extents.ExtentAllocator, "free", _yields(extents.ExtentAllocator.free, 0.02)),
         (index.IndexWriter, "put", _yields(index.IndexWriter.put, 0.02)),

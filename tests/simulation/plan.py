@@ -30,7 +30,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A simulation that can be run. `settings`: those of the nodes. `steps`: operations in each worker's order, and faults in theirs."""
+    """A simulation that can be run.
+
+    `settings`: those of the nodes. `threads`: of each worker. `steps`: operations in each worker's order, and faults in theirs.
+    """
 
     seed: int
     nodes: int
@@ -39,7 +42,7 @@ class Plan:
     switch_share: float
     step_s: float
     fences: bool
-    calm: float = 1.0
+    threads: int = 1
     steps: list[Step] = field(default_factory=list)
 
     def without(self, dropped: set[int]) -> "Plan":
@@ -74,6 +77,7 @@ FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
         {"steps": draw.randrange(400), "again_s": draw.choice((0.0, 0.3)) * draw.random()},
     ),
     "crash while packing": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.01)) * draw.random()}),
+    "remove files": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "restart": lambda draw, nodes, workers: (_node(draw, nodes), {"remove": draw.random() < 0.3}),
     "stop": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "slow": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.001, 0.05)), "for_s": draw.random() * 0.5}),
@@ -96,6 +100,10 @@ FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
     "hung disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "torn write": lambda draw, nodes, workers: (_node(draw, nodes), {"again_s": draw.choice((0.0, 0.3)) * draw.random()}),
     "flip": lambda draw, nodes, workers: (_node(draw, nodes), {"where": draw.choice(("disk", "host", "index"))}),
+    "bad objects": lambda draw, nodes, workers: (
+        _node(draw, nodes),
+        {"errors": draw.choice((0.0, 0.3)), "pause_s": draw.choice((0.001, 0.3)), "for_s": draw.random() * 0.5},
+    ),
     "wall clock": lambda draw, nodes, workers: ("", {"jump_s": draw.choice((-3600.0, 3600.0))}),
     "bad network": lambda draw, nodes, workers: (
         "",
@@ -130,6 +138,7 @@ def plan_of(seed: int) -> Plan:
         "verify_host": draw.random() < 0.3,
         "codec": draw.choice((None, None, "host=lossless")),
         "io_threads": draw.randint(1, 2),
+        "objects_cap": draw.choice((0, 0, 0, 128 << 10)),
     }
     steps = _faults(draw, nodes, workers, settings)
     documents, wait_s = draw.sample(range(DOCUMENTS), draw.randint(2, DOCUMENTS)), draw.choice((0.001, 0.01, 0.05))
@@ -143,6 +152,7 @@ def plan_of(seed: int) -> Plan:
         switch_share=draw.choice((0.05, 0.2, 0.5)),
         step_s=draw.choice((2e-6, 2e-5)),
         fences=draw.random() < 0.8,
+        threads=draw.choice((1, 1, 2)),
         steps=steps,
     )
 
@@ -160,6 +170,8 @@ def _faults(draw: Random, nodes: int, workers: int, settings: Drawn) -> list[Ste
 
 
 def _applies(name: str, nodes: int, settings: Drawn) -> bool:
+    if name == "bad objects":
+        return bool(settings["objects_cap"])
     return (bool(settings["disk"]) or ("disk" not in name and name != "torn write")) and (nodes > 1 or name != "bad frames")
 
 

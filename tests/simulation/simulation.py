@@ -60,7 +60,7 @@ def simulate(plan: Plan, on: Carriers | None = None) -> Outcome:
     """Run a plan, `on` greenlets or threads. Returns its outcome, which the plan alone decides."""
     world = World(plan.seed, plan.switch_share, plan.step_s, on or carriers())
     wires = Wires(world)
-    folder = Path(tempfile.mkdtemp(prefix="tkv-sim-", dir=SHM))
+    folder = Path(tempfile.mkdtemp(prefix="sim-tkv-", dir=SHM))
     errors, log = ErrorLog(world), logging.getLogger("tiered_kv")
     former = log.level, log.propagate
     log.setLevel(logging.ERROR)

@@ -20,36 +20,49 @@ STORE_GRACE_S = 0.35
 OTHER_S_MAX = 1.1
 """For calls that deliver no block: `QUESTION_S_MAX` and the grace."""
 ATTACH_AGAIN_S = 0.2
-CHECK_SHARE = 0.3
+CHECK_SHARE = 0.12
 
 
 class Worker:
-    """One worker: a process with one client."""
+    """One worker: a process with one client, used by one or two threads."""
 
     def __init__(self, cluster: Cluster, number: int, steps: list[Step]) -> None:
         self.cluster = cluster
         self.world = cluster.world
         self.name = f"w{number}"
         self.node = cluster.plan.node_of(number)
-        self.is_done = False
-        self._steps = steps
-        self._epoch = 0
+        self._working = 0
+        self._threads = cluster.plan.threads
         self._client: Client | None = None
         self.hit_blocks = 0
         """Blocks that the last fetch returned."""
         process = cluster.process(self.name)
         process.on_crash.append(self._crashed)
-        self.world.spawn(process, "main", self._run)
+        for thread in range(self._threads):
+            self._work(steps[thread :: self._threads])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all operations have been carried out, or the worker has crashed."""
+        return not self._working
+
+    def _work(self, steps: list[Step]) -> None:
+        self._working += 1
+        self.world.spawn(self.cluster.processes[self.name], "main", lambda: self._run(steps))
 
     def _crashed(self) -> None:
-        self.is_done = True
+        self._working = 0
 
-    def _run(self) -> None:
-        for step in self._steps:
+    def _run(self, steps: list[Step]) -> None:
+        epoch = 0
+        for step in steps:
             if step.at_s:
                 self.world.sleep(step.at_s)
-            self.do(step)
-        self.is_done = True
+            if step.what == "new_epoch":
+                epoch = step.arguments["epoch"]
+            if step.what != "reopen" or self._threads == 1:
+                self.do(step, epoch)
+        self._working -= 1
 
     @property
     def is_alive(self) -> bool:
@@ -58,29 +71,31 @@ class Worker:
 
     def again(self, steps: list[Step]) -> None:
         """Carry out more operations."""
-        self.is_done, self._steps = False, steps
-        self.world.spawn(self.cluster.processes[self.name], "again", self._run)
+        self._work(steps)
 
     def client(self) -> Client:
         """Returns the client. Attaches first if there is none."""
         while self._client is None:
             record = read_record(self.cluster.directory(self.node))
-            if record is not None:
-                try:
-                    self._client = client_of(record.info, LAYOUT, namespace(self._epoch))
-                except TieredKVError:  # the node ended meanwhile
-                    record = None
-            if record is None:
+            try:
+                made = client_of(record.info, LAYOUT, namespace(0)) if record is not None else None
+            except TieredKVError:  # the node ended meanwhile
+                made = None
+            if self._client is None:
+                self._client = made
+            elif made is not None:  # another thread was faster
+                made.close()
+            if self._client is None:
                 self.world.sleep(ATTACH_AGAIN_S)
         return self._client
 
-    def do(self, step: Step) -> None:
-        """Carry out one operation, and check the nodes afterwards."""
+    def do(self, step: Step, epoch: int) -> None:
+        """Carry out one operation in an epoch, and check the nodes afterwards."""
         client = self.client()
         process = self.cluster.processes[self.name]
         begun_s, interrupted_s = self.world.now_s, process.interrupted_s
         try:
-            outcome, allowed_s = getattr(self, f"_{step.what}")(client, **step.arguments)
+            outcome, allowed_s = getattr(self, f"_{step.what}")(client, **{"epoch": epoch, **step.arguments})
         except TieredKVError as error:
             raise SimulationError(f"{step.what} raised {error.kind}", f"{self.name}: {step.what} raised {error.kind}: {error}") from error
         took_s = self.world.now_s - begun_s
@@ -91,11 +106,11 @@ class Worker:
         if self.world.random.random() < CHECK_SHARE:
             self.cluster.check()
 
-    def _fetch(self, client: Client, document: int, blocks: int, ms: int) -> tuple[str, float]:
-        keys = keys_of(document, self._epoch)[:blocks]
-        fetched = client.fetch(tokens_of(document)[: blocks * T], deadline_ms=ms)
+    def _fetch(self, client: Client, epoch: int, document: int, blocks: int, ms: int) -> tuple[str, float]:
+        keys = keys_of(document, epoch)[:blocks]
+        fetched = client.fetch(tokens_of(document)[: blocks * T], deadline_ms=ms, namespace=namespace(epoch))
         got = [bytes_in(fetched.kv, block) for block in range(fetched.tokens // T)]
-        self._record(FETCH, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
+        self._record(FETCH, epoch, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
         for number, (key, data) in enumerate(zip(keys, got, strict=False)):
             if data != bytes_of(key):
                 message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
@@ -103,37 +118,36 @@ class Worker:
         self.hit_blocks = len(got)
         return f"{len(got)} of {blocks} blocks {fetched.tokens_by_tier}", ms / 1000 + GRACE_S
 
-    def _store(self, client: Client, document: int, blocks: int) -> tuple[str, float]:
-        keys = keys_of(document, self._epoch)[:blocks]
-        self._record(STORE, {key.hex(): digest_of(bytes_of(key)) for key in keys})
-        stored = client.store(tokens_of(document)[: blocks * T], kv_of(keys))
+    def _store(self, client: Client, epoch: int, document: int, blocks: int) -> tuple[str, float]:
+        keys = keys_of(document, epoch)[:blocks]
+        self._record(STORE, epoch, {key.hex(): digest_of(bytes_of(key)) for key in keys})
+        stored = client.store(tokens_of(document)[: blocks * T], kv_of(keys), namespace=namespace(epoch))
         if stored.new + stored.present + stored.refused != blocks:
             raise SimulationError("wrong counts of a store", f"{self.name}: {blocks} blocks were stored, got {stored}")
         return f"new {stored.new}, present {stored.present}, refused {stored.refused}", 0.2 + STORE_GRACE_S
 
-    def _match(self, client: Client, document: int) -> tuple[str, float]:
+    def _match(self, client: Client, epoch: int, document: int) -> tuple[str, float]:
         return f"{client.match(tokens_of(document)).tokens // T} blocks", OTHER_S_MAX
 
-    def _hint(self, client: Client, document: int, pinned_s: float) -> tuple[str, float]:
+    def _hint(self, client: Client, epoch: int, document: int, pinned_s: float) -> tuple[str, float]:
         empty = torch.empty(LAYOUT.kv_shape(0), dtype=LAYOUT.torch_dtype)
-        client.store(tokens_of(document), empty, start=BLOCKS * T, hint=Hint(pinned_s=pinned_s))
+        client.store(tokens_of(document), empty, start=BLOCKS * T, hint=Hint(pinned_s=pinned_s), namespace=namespace(epoch))
         return "done", 0.2 + STORE_GRACE_S
 
-    def _reopen(self, client: Client) -> tuple[str, float]:
+    def _reopen(self, client: Client, epoch: int) -> tuple[str, float]:
         client.close()
         self._client = None
         return "done", OTHER_S_MAX
 
     def _new_epoch(self, client: Client, epoch: int) -> tuple[str, float]:
         client.new_epoch(epoch)
-        self._epoch = epoch
         return "done", OTHER_S_MAX
 
-    def _stats(self, client: Client) -> tuple[str, float]:
+    def _stats(self, client: Client, epoch: int) -> tuple[str, float]:
         return "answered" if client.stats()["node"] is not None else "no answer", OTHER_S_MAX
 
-    def _record(self, kind: str, blocks: dict[str, str]) -> None:
-        self.cluster.history.append(Operation(self.name, kind, self.world.now_s, f"epoch {self._epoch}", blocks))
+    def _record(self, kind: str, epoch: int, blocks: dict[str, str]) -> None:
+        self.cluster.history.append(Operation(self.name, kind, self.world.now_s, f"epoch {epoch}", blocks))
 
 
 def _text(arguments: dict[str, object]) -> str:
