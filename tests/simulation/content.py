@@ -11,7 +11,7 @@ from tiered_kv.keys import BlockKey, Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
 
 LAYOUT = KVLayout(layers=1, kv_heads=1, head_dim=64, dtype="float32", block_tokens=4)  # blocks of 2 KiB
-T = LAYOUT.block_tokens
+T, BLOCK_BYTES = LAYOUT.block_tokens, LAYOUT.block_bytes
 
 
 def namespace(epoch: int = 0) -> Namespace:
@@ -36,8 +36,8 @@ def keys_of(document: int, epoch: int) -> list[BlockKey]:
 def bytes_of(key: BlockKey) -> bytes:
     """Returns the bytes of a block. Those of half of the keys can be compressed."""
     if key[0] % 2:
-        return shake_128(key).digest(LAYOUT.block_bytes)
-    return shake_128(key).digest(LAYOUT.block_bytes // 16) * 16
+        return shake_128(key).digest(BLOCK_BYTES)
+    return shake_128(key).digest(BLOCK_BYTES // 16) * 16
 
 
 def kv_of(keys: list[BlockKey]) -> torch.Tensor:

@@ -54,14 +54,14 @@ class Faults:
 
         def crash(worker: str) -> None:
             if self._cluster.machine_of(worker) == who:
-                self._world.reached.pop("pack")
+                self._world.reached.clear()
                 self._crash(who, 0, again_s)
                 self._cluster.processes[who].crash()
                 pause_s = self._world.random.random() * PACK_S_MAX
                 self._cluster.processes[worker].interrupted_s += pause_s
                 self._world.sleep(pause_s)
 
-        self._world.reached["pack"] = crash
+        self._world.reached.update(pack=crash, gather=crash)
 
     def _remove_files(self, who: str, again_s: float) -> None:
         """Remove a node's directory in shared memory. It ends by itself, and is started again."""

@@ -24,7 +24,7 @@ from tests.simulation.primitives import QUEUE, SECRETS, THREADING, TIME, world_h
 from tests.simulation.scheduler import World
 from tests.simulation.sockets import SocketModule, Wires
 from tiered_kv import config, forking, threads
-from tiered_kv.client import connect, decoders, kv_copy  # noqa: F401
+from tiered_kv.client import connect, decoders, kv_copy, page_copy  # noqa: F401
 from tiered_kv.coordinator import coordinator  # noqa: F401
 from tiered_kv.memory import extents, index, words
 from tiered_kv.node import seals, storage, tier_factory
@@ -135,6 +135,8 @@ def _replacements(os_module: OsModule, fences: bool) -> list[tuple[Any, str, Any
         (tier, "Files", lambda: DiskFiles(os_module)),
         (kv_copy.ArenaBlocks, "unpack", _yields(kv_copy.ArenaBlocks.unpack, 0.5, UNPACK_S_MAX)),
         (kv_copy.ArenaBlocks, "pack", _yields(kv_copy.ArenaBlocks.pack, 0.5, PACK_S_MAX)),
+        (page_copy.HostPages, "scatter", _yields(page_copy.HostPages.scatter, 0.5, UNPACK_S_MAX)),
+        (page_copy.HostPages, "gather", _yields(page_copy.HostPages.gather, 0.5, PACK_S_MAX)),
         *((FolderStore, name, request(vars(FolderStore)[name])) for name in ("put", "get", "get_range")),
         (host.HostTier, "sign", _yields(host.HostTier.sign, 0.02)),
         (extents.ExtentAllocator, "free", _yields(extents.ExtentAllocator.free, 0.02)),

@@ -32,7 +32,8 @@ class Step(NamedTuple):
 class Plan:
     """A simulation that can be run.
 
-    `settings`: those of the nodes. `threads`: of each worker. `steps`: operations in each worker's order, and faults in theirs.
+    `settings`: those of the nodes. `threads`: of each worker. `engines`: the workers with pages of
+    their own. `steps`: operations in each worker's order, and faults in theirs.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Plan:
     step_s: float
     fences: bool
     threads: int = 1
+    engines: frozenset[int] = frozenset()
     steps: list[Step] = field(default_factory=list)
 
     def without(self, dropped: set[int]) -> "Plan":
@@ -141,6 +143,7 @@ def plan_of(seed: int) -> Plan:
         "objects_cap": draw.choice((0, 0, 0, 128 << 10)),
     }
     steps = _faults(draw, nodes, workers, settings)
+    engines = draw.choice((0.0, 0.0, 0.5, 1.0))
     documents, wait_s = draw.sample(range(DOCUMENTS), draw.randint(2, DOCUMENTS)), draw.choice((0.001, 0.01, 0.05))
     for worker in range(workers):
         steps += _operations(draw, worker, documents, wait_s)
@@ -153,6 +156,7 @@ def plan_of(seed: int) -> Plan:
         step_s=draw.choice((2e-6, 2e-5)),
         fences=draw.random() < 0.8,
         threads=draw.choice((1, 1, 2)),
+        engines=frozenset(worker for worker in range(workers) if draw.random() < engines),
         steps=steps,
     )
 

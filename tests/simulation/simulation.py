@@ -11,6 +11,7 @@ from tests.history.history import wrong_blocks
 from tests.simulation.carriers import Carriers, carriers
 from tests.simulation.cluster import Cluster, ErrorLog
 from tests.simulation.faults import Faults
+from tests.simulation.page_workers import PageWorker
 from tests.simulation.patching import simulated
 from tests.simulation.plan import Plan, Step
 from tests.simulation.scheduler import SimulationError, World
@@ -104,7 +105,10 @@ class Director:
             f"w{number}": [step for step in plan.steps if step.who == f"w{number}" and step.what not in Faults.NAMES]
             for number in range(plan.workers)
         }
-        workers = [Worker(self._cluster, number, by_worker[f"w{number}"]) for number in range(plan.workers)]
+        workers = [
+            (PageWorker if number in plan.engines else Worker)(self._cluster, number, by_worker[f"w{number}"])
+            for number in range(plan.workers)
+        ]
         begun_s = world.now_s
         for step in (step for step in plan.steps if step.what in Faults.NAMES):
             if step.at_s > world.now_s - begun_s:

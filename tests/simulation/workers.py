@@ -1,5 +1,7 @@
 """The workers of a simulation: each carries out its operations and checks every answer."""
 
+from typing import Any
+
 import torch
 
 from tests.history.history import FETCH, STORE, Operation, digest_of
@@ -33,7 +35,7 @@ class Worker:
         self.node = cluster.plan.node_of(number)
         self._working = 0
         self._threads = cluster.plan.threads
-        self._client: Client | None = None
+        self._client: Any = None
         self.hit_blocks = 0
         """Blocks that the last fetch returned."""
         process = cluster.process(self.name)
@@ -73,12 +75,11 @@ class Worker:
         """Carry out more operations."""
         self._work(steps)
 
-    def client(self) -> Client:
+    def client(self) -> Any:
         """Returns the client. Attaches first if there is none."""
         while self._client is None:
-            record = read_record(self.cluster.directory(self.node))
             try:
-                made = client_of(record.info, LAYOUT, namespace(0)) if record is not None else None
+                made = self.attached()
             except TieredKVError:  # the node ended meanwhile
                 made = None
             if self._client is None:
@@ -88,6 +89,11 @@ class Worker:
             if self._client is None:
                 self.world.sleep(ATTACH_AGAIN_S)
         return self._client
+
+    def attached(self) -> Any:
+        """Returns a client of the machine's node, None if there is no node."""
+        record = read_record(self.cluster.directory(self.node))
+        return client_of(record.info, LAYOUT, namespace(0)) if record is not None else None
 
     def do(self, step: Step, epoch: int) -> None:
         """Carry out one operation in an epoch, and check the nodes afterwards."""
@@ -110,7 +116,7 @@ class Worker:
         keys = keys_of(document, epoch)[:blocks]
         fetched = client.fetch(tokens_of(document)[: blocks * T], deadline_ms=ms, namespace=namespace(epoch))
         got = [bytes_in(fetched.kv, block) for block in range(fetched.tokens // T)]
-        self._record(FETCH, epoch, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
+        self.record(FETCH, epoch, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
         for number, (key, data) in enumerate(zip(keys, got, strict=False)):
             if data != bytes_of(key):
                 message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
@@ -120,7 +126,7 @@ class Worker:
 
     def _store(self, client: Client, epoch: int, document: int, blocks: int) -> tuple[str, float]:
         keys = keys_of(document, epoch)[:blocks]
-        self._record(STORE, epoch, {key.hex(): digest_of(bytes_of(key)) for key in keys})
+        self.record(STORE, epoch, {key.hex(): digest_of(bytes_of(key)) for key in keys})
         stored = client.store(tokens_of(document)[: blocks * T], kv_of(keys), namespace=namespace(epoch))
         if stored.new + stored.present + stored.refused != blocks:
             raise SimulationError("wrong counts of a store", f"{self.name}: {blocks} blocks were stored, got {stored}")
@@ -146,7 +152,8 @@ class Worker:
     def _stats(self, client: Client, epoch: int) -> tuple[str, float]:
         return "answered" if client.stats()["node"] is not None else "no answer", OTHER_S_MAX
 
-    def _record(self, kind: str, epoch: int, blocks: dict[str, str]) -> None:
+    def record(self, kind: str, epoch: int, blocks: dict[str, str]) -> None:
+        """Write a store that begins now, or a fetch that has just ended, into the history."""
         self.cluster.history.append(Operation(self.name, kind, self.world.now_s, f"epoch {epoch}", blocks))
 
 
