@@ -133,8 +133,8 @@ class Faults:
     def _full_disk(self, who: str, for_s: float) -> None:
         self._for_a_while(self._cluster.disks[who], for_s, full=True)
 
-    def _bad_disk(self, who: str, errors: float, flips: float, for_s: float) -> None:
-        self._for_a_while(self._cluster.disks[who], for_s, error_share=errors, flip_share=flips)
+    def _bad_disk(self, who: str, errors: float, flips: float, misdirected: float, for_s: float) -> None:
+        self._for_a_while(self._cluster.disks[who], for_s, error_share=errors, flip_share=flips, misdirected_share=misdirected)
 
     def _slow_disk(self, who: str, pause_s: float, for_s: float) -> None:
         self._for_a_while(self._cluster.disks[who], for_s, slow_s_max=pause_s)

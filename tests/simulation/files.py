@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.simulation.primitives import world_here
 from tests.simulation.scheduler import Process, World
+from tiered_kv.tiers.disk.footer import ENTRY_BYTES
 from tiered_kv.tiers.disk.segments import Files
 
 
@@ -114,6 +115,8 @@ class DiskFaults:
         self.full = False
         self.error_share = 0.0
         self.flip_share = 0.0
+        self.misdirected_share = 0.0
+        """The share of reads that return the bytes of the next frame of the same size, if there is one."""
         self.slow_s_max = 0.0
         self.hangs = False
         self.torn_crash = False
@@ -171,10 +174,15 @@ class DiskFiles(Files):
         return os.pwritev(fd, buffers, offset)
 
     def _preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        count = os.preadv(fd, buffers, offset)
         world = world_here()
-        if world is not None and not world.over and count:
-            share = self._faults(world).flip_share
+        if world is None or world.over:
+            return os.preadv(fd, buffers, offset)
+        faults = self._faults(world)
+        if faults.misdirected_share and world.random.random() < faults.misdirected_share:
+            offset += len(buffers[0]) + ENTRY_BYTES
+        count = os.preadv(fd, buffers, offset)
+        if count:
+            share = faults.flip_share
             if share and world.random.random() < share:
                 buffers[0].cast("B")[world.random.randrange(min(count, len(buffers[0])))] ^= 1 << world.random.randrange(8)
         return count

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 DOCUMENTS = 8
 BLOCKS = 6
+SHARE, SHARES = 0.3, {"bad frames": 0.6, "bad disk": 0.5, "crash while packing": 0.5}
+"""The share of seeds in which a fault may happen: larger for those that only do harm at certain moments."""
 RUN_S = 0.6
 """For about this long, in simulated seconds, faults happen."""
 
@@ -96,7 +98,12 @@ FAULTS: dict[str, Callable[[Random, int, int], tuple[str, Drawn]]] = {
     "full disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
     "bad disk": lambda draw, nodes, workers: (
         _node(draw, nodes),
-        {"errors": draw.choice((0.0, 0.3)), "flips": draw.choice((0.0, 0.3)), "for_s": draw.random() * 0.5},
+        {
+            "errors": draw.choice((0.0, 0.3)),
+            "flips": draw.choice((0.0, 0.3)),
+            "misdirected": draw.choice((0.0, 0.7)),
+            "for_s": draw.random(),
+        },
     ),
     "slow disk": lambda draw, nodes, workers: (_node(draw, nodes), {"pause_s": draw.choice((0.01, 0.5)), "for_s": draw.random() * 0.5}),
     "hung disk": lambda draw, nodes, workers: (_node(draw, nodes), {"for_s": draw.random() * 0.5}),
@@ -162,7 +169,7 @@ def plan_of(seed: int) -> Plan:
 
 
 def _faults(draw: Random, nodes: int, workers: int, settings: Drawn) -> list[Step]:
-    enabled = [name for name in FAULTS if draw.random() < 0.3 and _applies(name, nodes, settings)]
+    enabled = [name for name in FAULTS if draw.random() < SHARES.get(name, SHARE) and _applies(name, nodes, settings)]
     steps: list[Step] = []
     for _ in range(draw.randint(0, 10) if enabled else 0):
         name = draw.choice(enabled)
