@@ -25,7 +25,6 @@ CLUSTER = "sim"
 SETTINGS: dict[str, Any] = {
     "block_tokens": 4,
     "disk_segment": "64KiB",
-    "pull_chunk": "64KiB",
     "store_wait_ms": 200,
     "fetch_deadline_ms": 500,
     "heartbeat_s": 0.2,
@@ -201,12 +200,14 @@ class Cluster:
         """Returns what the directory has wrong; None if it lists exactly the blocks of the nodes."""
         with self.world.atomic():
             self.coordinator.check()
-            known = self.coordinator._directory._keys
+            directory = self.coordinator._directory
             for name, node in self.nodes.items():
-                here, listed = set(node.engine.machine.blocks), known.get(name)
-                if listed != here:
-                    return f"{name} has {len(here)} blocks, the directory lists {None if listed is None else len(listed)}"
-            return None if known.keys() == self.nodes.keys() else f"the directory knows {sorted(known)}"
+                keys = list(node.engine.machine.blocks)
+                unlisted = [key for key in keys if not any(name in names for names in directory.locate([key], ""))]
+                if unlisted or directory.count(name) != len(keys):
+                    return f"{name} has {len(keys)} blocks, the directory lists {directory.count(name)} of it and not {len(unlisted)}"
+            known = sorted(each["node"] for each in self.coordinator.nodes())
+            return None if known == sorted(self.nodes) else f"the coordinator knows {known}"
 
     def close(self) -> None:
         """Remove the files."""

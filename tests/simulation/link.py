@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tests.simulation.scheduler import Process, Task
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces
+from tiered_kv.protocol.messages import NO_PEERS, PeerStats
+from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -143,7 +144,13 @@ class SimulatedLink:
                     copies.append([bytes(piece) for piece in pieces])
                 return self._cluster.damaged(copies)
 
-        return SimulatedTransfer(self._call(node, serve))
+        return SimulatedTransfer(keys, self._call(node, serve))
+
+    def streams_from(self, node: str) -> bool:
+        return False
+
+    def stats(self) -> PeerStats:
+        return NO_PEERS
 
     def _call(self, target: str, run: Callable[[], Any]) -> Call:
         return Call(self._cluster, self._process, target, run)
@@ -152,15 +159,18 @@ class SimulatedLink:
 class SimulatedTransfer:
     """A transfer of frames from a peer."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, keys: list[BlockKey], call: Call) -> None:
+        self._keys = keys
         self._call = call
 
     def prefetch(self) -> None:
         """All frames come with the answer."""
 
-    def frames(self, wait_s: float) -> list[FramePieces]:
-        found: Sequence[FramePieces] = self._call.outcome(wait_s, hung=wait_s >= HUNG_AFTER_S)
-        return list(found)
+    def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
+        meanwhile()
+        frames: Sequence[FramePieces] = self._call.outcome(wait_s, hung=wait_s >= HUNG_AFTER_S)
+        meanwhile()
+        return receiver.take(self._keys[: len(frames)], list(frames))
 
 
 def _silent(whom: str, why: str, **context: Any) -> TieredKVError:

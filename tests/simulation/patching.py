@@ -25,7 +25,7 @@ from tests.simulation.scheduler import World
 from tests.simulation.sockets import SocketModule, Wires
 from tiered_kv import config, forking, threads
 from tiered_kv.client import connect, decoders, kv_copy, page_copy  # noqa: F401
-from tiered_kv.coordinator import coordinator  # noqa: F401
+from tiered_kv.coordinator import coordinator, directory  # noqa: F401
 from tiered_kv.memory import extents, index, words
 from tiered_kv.node import seals, storage, tier_factory
 from tiered_kv.tiers import host
@@ -112,7 +112,7 @@ def simulated(world: World, wires: Wires, *, fences: bool) -> Iterator[Descripto
         for name in ("threading", "time"):
             undo.enter_context(patch.object(concurrent.futures._base, name, replaced[name][1]))
         for target, name, value in _replacements(os_module, fences):
-            undo.enter_context(patch.object(target, name, value, create=name == "open"))
+            undo.enter_context(patch.object(target, name, value, create=name in ("open", "hash")))
         undo.callback(descriptors.close)
         yield descriptors
 
@@ -130,6 +130,7 @@ def _replacements(os_module: OsModule, fences: bool) -> list[tuple[Any, str, Any
         (decoders, "work_alone", lambda: None),
         (threads, "weakref", SimpleNamespace(finalize=_NoFinalizer)),  # the moment when an object is freed must decide nothing
         (forking, "register", lambda thing: None),  # a simulation never forks
+        (directory, "hash", lambda key: int.from_bytes(key[:8], "big")),  # Python's own differs from process to process
         (folder, "open", _open),
         (segments, "Files", lambda: DiskFiles(os_module)),
         (tier, "Files", lambda: DiskFiles(os_module)),
