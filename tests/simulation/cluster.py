@@ -15,13 +15,19 @@ from tests.simulation.sockets import Wires
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
+from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import TieredKVError
 from tiered_kv.memory import words
 from tiered_kv.node.node import Node
+from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.protocol.node_record import NodeRecord, write_record
+from tiered_kv.protocol.peer_address import PeerPlace
+from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_transport import Link
 from tiered_kv.protocol.unix_socket import SessionServer
 
 CLUSTER = "sim"
+SECRET = bytes(range(32))
 SETTINGS: dict[str, Any] = {
     "block_tokens": 4,
     "disk_segment": "64KiB",
@@ -40,9 +46,11 @@ class Cluster:
         self.wires = wires
         self.plan = plan
         self.network = Network()
+        wires.is_cut = lambda one, other: frozenset((one, other)) in self.network.cut
         self.processes: dict[str, Process] = {}
         self.nodes: dict[str, Node] = {}
         self.servers: dict[str, SessionServer] = {}
+        self.streams: dict[str, StreamLink] = {}
         self.history: list[Operation] = []
         self.dirty: set[str] = set()
         """Nodes whose index was damaged and not yet mended."""
@@ -69,8 +77,16 @@ class Cluster:
 
     def start_coordinator(self) -> None:
         """Start a coordinator that knows nothing."""
-        self.process("coordinator")
-        self.coordinator = Coordinator(SystemClock(), SETTINGS["node_timeout_s"])
+        process = self.process("coordinator")
+        self.coordinator = coordinator = Coordinator(SystemClock(), SETTINGS["node_timeout_s"])
+        self.lookups_at: str | None = None
+
+        def serve() -> None:
+            server = LookupServer(coordinator, Credentials(CLUSTER, "coordinator", SECRET), _listener("10.0.0.1"))
+            self.lookups_at = server.address
+
+        if self.plan.streams:
+            self.world.spawn(process, "start", serve)
 
     def start_node(self, name: str) -> None:
         """Start a node, which serves as soon as it has started."""
@@ -93,8 +109,16 @@ class Cluster:
             settings["objects"] = str(place / "objects")
         else:
             del settings["objects_cap"]
+        link: Link = SimulatedLink(self, process)
+        labels = {}
+        if self.plan.streams:
+            link = StreamLink(link, Credentials(CLUSTER, name, SECRET), _listener(f"10.0.1.{name[1:]}"))
+            labels["peer_address"] = link.address
+            self.streams[name] = link
         try:
-            node = Node(Config.of(settings), CLUSTER, name, SimulatedLink(self, process), at_beat=lambda: self._end_unless_in_place(name))
+            node = Node(Config.of(settings), CLUSTER, name, link, labels=labels, at_beat=lambda: self._end_unless_in_place(name))
+            if isinstance(link, StreamLink):
+                link.serve(node)
             server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
             write_record(NodeRecord(CLUSTER, CLUSTER, name, node.info(), package="simulated"))
         except (TieredKVError, OSError) as error:  # OSError: its files were removed meanwhile; Ray then starts it again
@@ -124,6 +148,8 @@ class Cluster:
 
         def end() -> None:
             server.close()
+            if name in self.streams:
+                self.streams[name].close()
             node.close(remove=remove)
             self.world.note(f"{name} has ended in order")
             self.world.wake(waiting)
@@ -213,6 +239,13 @@ class Cluster:
         """Remove the files."""
         with suppress(OSError):
             shutil.rmtree(self._folder)
+
+
+def _listener(host: str) -> Any:
+    """Returns a listening socket of the calling process, at an address of its own machine."""
+    place = PeerPlace.of(None)
+    assert place is not None
+    return place.listen(host)
 
 
 def _shown_slots(path: Path) -> list[int]:

@@ -119,6 +119,7 @@ class Faults:
 
     def _bad_frames(self, who: str, damaged: float, misdirected: float, for_s: float) -> None:
         self._for_a_while(self._cluster.network, for_s, damaged_share=damaged, misdirected_share=misdirected)
+        self._for_a_while(self._cluster.wires, for_s, flip_share=damaged)
 
     def _bad_sockets(self, who: str, breaks: float, delay_s: float, for_s: float) -> None:
         self._for_a_while(self._cluster.wires, for_s, break_share=breaks, delay_s_max=delay_s, piece_share=0.2)
@@ -190,7 +191,7 @@ class Faults:
 class _Wires:
     def __init__(self) -> None:
         self.delay_s_max = DELAY_S_MAX
-        self.break_share = self.piece_share = 0.0
+        self.break_share = self.piece_share = self.flip_share = 0.0
 
 
 NORMAL: dict[str, Any] = {"Network": Network(), "DiskFaults": DiskFaults(), "Wires": _Wires()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.simulation.primitives import world_here
 from tests.simulation.scheduler import Process, World
+from tests.simulation.sockets import Wires
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES
 from tiered_kv.tiers.disk.segments import Files
 
@@ -55,9 +56,10 @@ class Descriptors:
 class OsModule(ModuleType):
     """Stands in for the module `os`: opens and closes files for the simulated process, with a switch point before each call."""
 
-    def __init__(self, descriptors: Descriptors) -> None:
+    def __init__(self, descriptors: Descriptors, wires: Wires) -> None:
         super().__init__("simulated_os")
         self._descriptors = descriptors
+        self._wires = wires
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -96,6 +98,15 @@ class OsModule(ModuleType):
         if world is not None and world.current is not None:
             self._descriptors.drop(fd, world.current.process)
         return os.fdopen(fd, *arguments, **options)
+
+    def sendfile(self, to: int, fd: int, offset: int, count: int) -> int:
+        connection = self._wires.by_fileno.get(to)
+        if connection is None:
+            return os.sendfile(to, fd, offset, count)
+        data = os.pread(fd, count, offset)
+        if data:
+            connection.sendall(data)
+        return len(data)
 
     def cpu_count(self) -> int:
         return 2

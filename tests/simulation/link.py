@@ -120,9 +120,12 @@ class SimulatedLink:
     def report(self, report: Report) -> Answer:
         if self._unanswered is not None and not self._unanswered.wait(CONTROL_WAIT_S):
             raise _silent("coordinator", "it has not answered an earlier report yet")
-        self._unanswered = self._call("coordinator", lambda: self._cluster.coordinator.report(report))
+        self._unanswered = self._call("coordinator", lambda: self._reported(report))
         answer: Answer = self._unanswered.outcome(CONTROL_WAIT_S)
         return answer
+
+    def _reported(self, report: Report) -> Answer:
+        return self._cluster.coordinator.report(report)._replace(directory=self._cluster.lookups_at)
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         call = self._call("coordinator", lambda: self._cluster.coordinator.locate(self._process.name, keys))

@@ -95,7 +95,7 @@ def _open(path: Any, mode: str, opener: Any) -> Any:
 def simulated(world: World, wires: Wires, *, fences: bool) -> Iterator[Descriptors]:
     """A context in which tiered_kv runs in `world`. `fences`: whether the steps of the seqlock are switch points."""
     descriptors = Descriptors()
-    os_module = OsModule(descriptors)
+    os_module = OsModule(descriptors, wires)
     replaced: dict[str, tuple[object, object]] = {
         "threading": (threading, THREADING),
         "time": (time, TIME),

@@ -34,8 +34,9 @@ class Step(NamedTuple):
 class Plan:
     """A simulation that can be run.
 
-    `settings`: those of the nodes. `threads`: of each worker. `engines`: the workers with pages of
-    their own. `steps`: operations in each worker's order, and faults in theirs.
+    `settings`: those of the nodes. `threads`: of each worker. `engines`: the workers with pages of their own. `streams`: whether blocks
+    and look-ups go through streams, or only through the link that stands for Ray. `steps`: operations in each worker's order, and faults
+    in theirs.
     """
 
     seed: int
@@ -47,6 +48,7 @@ class Plan:
     fences: bool
     threads: int = 1
     engines: frozenset[int] = frozenset()
+    streams: bool = False
     steps: list[Step] = field(default_factory=list)
 
     def without(self, dropped: set[int]) -> "Plan":
@@ -164,6 +166,7 @@ def plan_of(seed: int) -> Plan:
         fences=draw.random() < 0.8,
         threads=draw.choice((1, 1, 2)),
         engines=frozenset(worker for worker in range(workers) if draw.random() < engines),
+        streams=draw.random() < 0.6,
         steps=steps,
     )
 
