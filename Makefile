@@ -7,6 +7,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 MINUTES ?= 10
 SEED ?=
+SEEDS ?=
 FUZZ_ARGS ?=
 VLLM_VERSION ?= 0.32.0
 VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM_VERSION)),-$(VLLM_VERSION))
@@ -14,7 +15,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PINS := constraints-vllm.txt $(if $(filter-out 0.32.0,$(VLLM_VERSION)),constraints-vllm-$(VLLM_VERSION).txt)
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo demo-vllm test test-vllm fuzz hostile check sim bench docs clean
+.PHONY: help demo demo-vllm test test-vllm fuzz hostile sim-cluster check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -51,6 +52,9 @@ fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 
 
 hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its files; MINUTES=20, SEED=7
 	$(BIN)/python -m tests.hostile.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+sim-cluster: $(STAMP)  ## simulated clusters with faults of all kinds; SEEDS=10000, or SEED=123 to replay one
+	$(BIN)/python -m tests.simulation.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy types-psutil
