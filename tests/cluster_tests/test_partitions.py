@@ -82,7 +82,7 @@ def test_a_cut_that_is_healed_before_ray_gives_the_machine_up_costs_misses_only(
 
 
 def test_after_a_cut_in_which_ray_gave_the_machine_up_its_worker_still_hits_what_is_in_memory(ray: RayMachines) -> None:
-    """Ray declares the machine dead, and its raylet ends itself after the heal, with the cache node. A Ray that is started again is used."""
+    """Ray declares the machine dead, and its raylet ends itself after the heal, and with it the cache node."""
     begun_ns = time.monotonic_ns()
     wait_until(lambda: history.hits(ray.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
     ray.machines.cut(1)

@@ -105,6 +105,7 @@ class Worker:
         """Stores a document."""
         keys, error, refused = keys_of(document, TENANT, LAYOUT), "", 0
         begun_ns = time.monotonic_ns()
+        self._write("storing", begun_ns, keys, expected_of(keys))
         try:
             refused = self._client.store(tokens_of(document), kv_of(keys, LAYOUT)).refused
         except Exception as raised:  # noqa: BLE001 - what the tests look for; the history says it
@@ -127,8 +128,7 @@ class Worker:
     def _write(self, kind: str, begun_ns: int, keys: list[BlockKey], digests: list[str], **more: Any) -> None:
         names = tuple(bytes(key).hex() for key in keys)
         more = {"ended_ns": time.monotonic_ns()} | more
-        expected = tuple(expected_of(keys))
-        operation = Operation(self._name, kind, begun_ns, keys=names, asked=BLOCKS, digests=tuple(digests), expected=expected, **more)
+        operation = Operation(self._name, kind, begun_ns, keys=names, asked=BLOCKS, digests=tuple(digests), **more)
         self._out.write(operation.line())
 
 
