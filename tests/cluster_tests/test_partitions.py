@@ -1,5 +1,6 @@
 """The network between two machines is cut and healed while workers on both go on. Needs root: see `tests.faults.machines`."""
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ import pytest
 from tests.faults import history
 from tests.faults.history import Operation
 from tests.faults.machines import Machines, why_not
-from tests.faults.ray_machines import RayMachines, wait_until
+from tests.faults.ray_machines import RayMachines
+from tests.faults.workers import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -47,7 +49,7 @@ def assert_whole(ray: RayMachines, healed_ns: int) -> None:
     """Both workers hit blocks of the other machine, and `status` finds nothing wrong, within 30 s of the heal."""
     for worker in (0, 1):
         wait_until(
-            lambda: history.hits(of(worker, ray.history(healed_ns)))["peer"],  # noqa: B023 - called at once
+            lambda: history.hits(of(worker, ray.workers.history(healed_ns)))["peer"],  # noqa: B023 - called at once
             WHOLE_WITHIN_S - (time.monotonic_ns() - healed_ns) / 1e9,
             f"worker {worker} hits blocks of the other machine",
         )
@@ -57,20 +59,20 @@ def assert_whole(ray: RayMachines, healed_ns: int) -> None:
 
 
 def assert_right(ray: RayMachines, since_ns: int) -> None:
-    assert history.faults_of(ray.history()) == []
-    operations = ray.history(since_ns)
+    assert history.faults_of(ray.workers.history()) == []
+    operations = ray.workers.history(since_ns)
     print(f"longest fetch: {history.longest_overrun_ms(operations):.1f} ms beyond its deadline, of {len(operations)} operations")
     assert history.longest_overrun_ms(operations) < LATE_MS
 
 
 def test_a_cut_that_is_healed_before_ray_gives_the_machine_up_costs_misses_only(ray: RayMachines) -> None:
     begun_ns = time.monotonic_ns()
-    wait_until(lambda: history.hits(ray.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
+    wait_until(lambda: history.hits(ray.workers.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
     ray.machines.cut(1)
     time.sleep(IN_FLIGHT_S)
     cut_ns = time.monotonic_ns()
     time.sleep(CUT_S)
-    meanwhile = ray.history(cut_ns)
+    meanwhile = ray.workers.history(cut_ns)
     ray.machines.heal(1)
     assert_whole(ray, time.monotonic_ns())
     for worker in (0, 1):
@@ -81,10 +83,11 @@ def test_a_cut_that_is_healed_before_ray_gives_the_machine_up_costs_misses_only(
     assert_right(ray, begun_ns)
 
 
+@pytest.mark.skipif("TIERED_KV_LONG_TESTS" not in os.environ, reason="takes a minute; make hostile runs it")
 def test_after_a_cut_in_which_ray_gave_the_machine_up_its_worker_still_hits_what_is_in_memory(ray: RayMachines) -> None:
     """Ray declares the machine dead, and its raylet ends itself after the heal, and with it the cache node."""
     begun_ns = time.monotonic_ns()
-    wait_until(lambda: history.hits(ray.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
+    wait_until(lambda: history.hits(ray.workers.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
     ray.machines.cut(1)
     cut_s = time.monotonic()
     wait_until(lambda: any("node-1" in text for text in ray.degraded()), DEAD_WITHIN_S, "status names the lost node")
@@ -97,7 +100,7 @@ def test_after_a_cut_in_which_ray_gave_the_machine_up_its_worker_still_hits_what
     print(f"node-1 ended {time.monotonic() - healed_s:.1f} s after the heal")
     alone_ns = time.monotonic_ns()
     time.sleep(IN_FLIGHT_S)
-    alone = of(1, ray.history(alone_ns))
+    alone = of(1, ray.workers.history(alone_ns))
     assert history.hits(alone)["host"] > 0, "files in shared memory outlive their node"
     assert all(each.refused for each in alone if each.kind == "store" and each.begun_ns > alone_ns + 1e9 / 2)
     assert_right(ray, begun_ns)

@@ -3,27 +3,15 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from tests.faults.history import Operation, read
 from tests.faults.machines import Machines
+from tests.faults.workers import Workers, wait_until
 from tests.sources import ROOT
 from tiered_kv.cluster import raylocal
 
 PORT = 6379
 START_WITHIN_S = 90.0
-
-
-def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> float:
-    """Waits until a condition holds. Returns the seconds that it took. Raises `AssertionError` if it takes longer than `within_s`."""
-    begun_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun_s < within_s, f"not within {within_s} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - begun_s
 
 
 class RayMachines:
@@ -39,7 +27,7 @@ class RayMachines:
         self._settings = {f"RAY_{name}": str(value) for name, value in ray_settings.items()}
         self._token = raylocal._write_token(scratch)
         self._surveyor: subprocess.Popen | None = None
-        self._workers: dict[str, subprocess.Popen] = {}
+        self.workers = Workers(scratch, cluster)
         for number in range(len(machines.machines)):
             self.start_ray(number)
 
@@ -87,26 +75,9 @@ class RayMachines:
         self._surveyor.stdin.flush()
         return json.loads(self._surveyor.stdout.readline())["degraded"]
 
-    def start_worker(self, number: int, name: str, *arguments: str) -> Path:
-        """Starts a worker on a machine, and waits until it has attached. Returns the file of its history."""
-        out = self._scratch / f"{name}.jsonl"
-        command = [sys.executable, "-m", "tests.faults.worker", "--cluster", self.cluster, "--out", str(out), *arguments]
-        worker = self.machines[number].start(
-            command, env=self.environment(number), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert worker.stdout.readline() == "attached\n", "the worker has ended; its error output says why"
-        self._workers[name] = worker
-        return out
-
-    def end_worker(self, name: str) -> int:
-        """Lets a worker finish its operation and end. Returns its exit status."""
-        worker = self._workers.pop(name)
-        worker.stdin.close()
-        return worker.wait(30)
-
-    def history(self, since_ns: int = 0) -> list[Operation]:
-        """Returns what all workers have done since a moment of the monotonic clock."""
-        return [each for each in read(self._scratch.glob("*.jsonl")) if each.begun_ns >= since_ns]
+    def start_worker(self, number: int, name: str, *arguments: str) -> None:
+        """Starts a worker on a machine, and waits until it has attached."""
+        self.workers.start(name, *arguments, start=self.machines[number].start, env=self.environment(number))
 
     def pids(self, number: int, words: str) -> list[int]:
         """Returns the processes of a machine whose command line has these words."""
