@@ -39,8 +39,8 @@ class CoordinatorActor:
     def report(self, report: Report) -> Answer:
         return self._coordinator.report(report)
 
-    def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
-        return self._coordinator.locate(asking, keys)
+    def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
+        return self._coordinator.locate(asker, keys)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)

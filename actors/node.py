@@ -34,7 +34,7 @@ class NodeActor:
             self._node = Node(
                 config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
             )
-            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.catch_up)
+            self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             write_record(
                 NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
             )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from tiered_kv.identity import Sums, facts_of, tensors_digest
+from tiered_kv.identity import Sums, tensors_digest, walk_model
 from tiered_kv.integrations.modelstate import ModelState
 from tiered_kv.integrations.probing import probe_of
 from tiered_kv.integrations.support import examine
@@ -92,7 +92,7 @@ def attaching(model: Any) -> dict[str, float]:
     return {
         "examine_s": seconds(lambda: examine(model)),
         "probe_s": seconds(lambda: probe_of(cache)),
-        "walk_s": seconds(lambda: facts_of(model)),
+        "walk_s": seconds(lambda: walk_model(model)),
         "digest_s": seconds(lambda: tensors_digest(state)),
         "digest_known_s": seconds(lambda: tensors_digest(state, sums)),
         "probe_bytes": len(probe_of(cache).vector),

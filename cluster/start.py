@@ -19,7 +19,7 @@ START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 10.0
 RETRY_S = 0.1
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 def up(
@@ -28,12 +28,12 @@ def up(
     name: str = state.DEFAULT_NAME,
     nodes: int = 1,
     address: str | None = None,
-    say: Say = lambda _: None,
+    log: LogLine = lambda _: None,
     mounted_bytes: int = 0,
 ) -> ClusterState:
     """Start a cluster called `name`, on new Ray nodes on this machine, or on every node of the Ray at `address`.
 
-    `say` is called with a line for each step. `mounted_bytes`: the size of a checkpoint to mount, for which each node's index gets
+    `log` is called with a line for each step. `mounted_bytes`: the size of a checkpoint to mount, for which each node's index gets
     slots. If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting,
     or of kind `cluster` if `name` is already running. Returns the cluster's state.
     """
@@ -46,7 +46,7 @@ def up(
         _refuse_second(name)
         cluster_id = state.new_cluster_id()
         if address is None:
-            say(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
+            log(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
             ray_local = raylocal.start_ray(nodes, OBJECT_STORE_BYTES, directory=state.cluster_dir(name))
             undo.callback(raylocal.stop_ray, ray_local.processes, ray_local.temp_dir)
             own = {
@@ -62,32 +62,32 @@ def up(
         cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
         cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
-        say(f"joining Ray at {cluster.address}")
+        log(f"joining Ray at {cluster.address}")
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
         _refuse_foreign(name)  # before the undo below could kill the actors of another cluster
         undo.callback(remove_files, cluster)
         undo.callback(_kill_actors, name)
-        _start_actors(cluster, config, say, mounted_bytes)
+        _start_actors(cluster, config, log, mounted_bytes)
         undo.pop_all()
         return cluster
 
 
-def down(name: str = state.DEFAULT_NAME, *, say: Say = lambda _: None) -> list[int]:
+def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None) -> list[int]:
     """Stop a cluster and delete its files, even if parts of it are damaged or gone. Returns the pids that had to be killed."""
     with state.starting(name):
         cluster = state.load(name)
         try:
             raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-            say("closing the nodes")
+            log("closing the nodes")
             _close_nodes(name)
         except TieredKVError as error:
-            say(f"the cluster does not answer ({error}); stopping what is left of it")
+            log(f"the cluster does not answer ({error}); stopping what is left of it")
         raylocal.leave_ray()
         killed: list[int] = []
         if cluster.owns_ray:
-            say("stopping Ray")
+            log("stopping Ray")
             killed = raylocal.stop_ray(cluster.processes, cluster.temp_dir)
         remove_files(cluster)
         state.remove(name)
@@ -130,7 +130,7 @@ def _refuse_second(name: str) -> None:
         remove_files(running)
 
 
-def _start_actors(cluster: ClusterState, config: Config, say: Say, mounted_bytes: int) -> None:
+def _start_actors(cluster: ClusterState, config: Config, log: LogLine, mounted_bytes: int) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -143,7 +143,7 @@ def _start_actors(cluster: ClusterState, config: Config, say: Say, mounted_bytes
     started = {}
     for number, ray_node in enumerate(sorted((node for node in ray.nodes() if node["Alive"]), key=_age)):
         node_id = f"node-{number}"
-        say(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
+        log(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
         here = NodeAffinitySchedulingStrategy(ray_node["NodeID"], soft=False)
         actor = NodeActor.options(name=node_name(cluster.name, node_id), scheduling_strategy=here, **detached)
         started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config, mounted_bytes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiered_kv.cluster import attach, start, state
-from tiered_kv.cluster.asking import asking
+from tiered_kv.cluster.node_calls import calls_to
 from tiered_kv.cluster.state import ClusterState
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -92,7 +92,7 @@ def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
 
     questions = {node: lambda node=node: _stats_by_socket(here[node]) for node in expected if node in here}
     if elsewhere:
-        questions[""] = lambda: asking(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")
+        questions[""] = lambda: calls_to(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")
     stats = caller.call(questions, ANSWER_WITHIN_S)
     through_ray = stats.pop("", {})
     stats |= dict.fromkeys(elsewhere, through_ray) if isinstance(through_ray, TieredKVError) else through_ray

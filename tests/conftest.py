@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,21 +44,30 @@ ONE_AT_A_TIME = (
 
 
 class Held(NamedTuple):
-    """What this process holds, and what processes of this run hold, at one moment; each item as people would name it."""
+    """What this process holds, and what processes of this run hold, at one moment; each item as people would name it.
+
+    `pids`: all processes of the machine. What ran already at `since` is not described again: reading /proc takes milliseconds.
+    """
 
     threads: Counter[str]
     files: Counter[str]
     processes: Counter[str]
     shared_memory: Counter[str]
+    pids: frozenset[str]
 
     @classmethod
-    def now(cls) -> "Held":
-        return cls(Counter(_threads()), Counter(_files()), Counter(_processes()), Counter(_shared_memory()))
+    def now(cls, since: "Held | None" = None) -> "Held":
+        pids = frozenset(filter(str.isdigit, os.listdir("/proc")))
+        new = pids - since.pids if since else frozenset()
+        return cls(Counter(_threads()), Counter(_files()), Counter(_processes(new)), Counter(_shared_memory()), pids)
 
     def beyond(self, before: "Held", kinds: tuple[str, ...]) -> dict[str, list[str]]:
         """By kind what is here and was not before."""
         more = {kind: sorted((getattr(self, kind) - getattr(before, kind)).elements()) for kind in kinds}
         return {kind: items for kind, items in more.items() if items}
+
+
+KINDS = ("threads", "files", "processes", "shared_memory")
 
 
 def _threads() -> Iterator[str]:
@@ -75,16 +84,16 @@ def _files() -> Iterator[str]:
                 yield target
 
 
-def _processes() -> Iterator[str]:
-    """Children of this process, and processes started by it or its children that have another parent by now."""
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+def _processes(pids: Iterable[str]) -> Iterator[str]:
+    """Of these processes, the children of this one, and those started by it or its children that have another parent by now."""
+    for pid in pids:
+        if int(pid) != os.getpid():
             with suppress(OSError):
-                fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
-                if int(fields[1]) == os.getpid() or _marked(name, started=fields[19]):
-                    command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == os.getpid() or _marked(pid, started=fields[19]):
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     if "resource_tracker" not in command:  # Python's own; it ends with the process
-                        yield f"{name} {command[:100] or 'ended, not waited for'}"
+                        yield f"{pid} {command[:100] or 'ended, not waited for'}"
 
 
 UNMARKED: set[tuple[str, str]] = set()
@@ -251,11 +260,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def leaks_since(before: Held, kinds: tuple[str, ...]) -> dict[str, list[str]]:
     """What is held beyond `before` for longer than what is ending by itself needs."""
     deadline_s = time.monotonic() + SETTLE_S
-    leaked = Held.now().beyond(before, kinds)
+    leaked = Held.now(before).beyond(before, kinds)
     while leaked and time.monotonic() < deadline_s:
         gc.collect()
         time.sleep(0.02)  # polls for an end, orders nothing
-        leaked = Held.now().beyond(before, kinds)
+        leaked = Held.now(before).beyond(before, kinds)
     return leaked
 
 
@@ -290,9 +299,7 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if INTERRUPTED.is_set():
         return
     failed = request.node.stash.get(FAILED, False)
-    kinds = (
-        ("shared_memory",) if request.node.get_closest_marker("ray") else tuple(k for k in Held._fields if not (failed and k == "files"))
-    )
+    kinds = ("shared_memory",) if request.node.get_closest_marker("ray") else tuple(k for k in KINDS if not (failed and k == "files"))
     SEEN.update((directory, request.node.nodeid) for directory in _abandoned() if directory not in SEEN)
     assert not (leaked := leaks_since(before, kinds)), f"leaked: {leaked}"
 

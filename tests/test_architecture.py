@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -196,6 +196,17 @@ def test_folders_have_few_modules():
     counts = Counter(module.path.parent for module in MODULES if module.path.name != "__init__.py")
     full = [f"{folder.relative_to(ROOT)}: {count} modules" for folder, count in counts.items() if count > MODULES_IN_A_FOLDER_MAX]
     assert not full, "\n".join(full)
+
+
+def test_a_class_name_means_one_thing():
+    """Names that differ only in a leading underscore count as the same."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for module in MODULES:
+        for name, node in module.definitions():
+            if isinstance(node, ast.ClassDef):
+                places[name.split(".")[-1].lstrip("_")].append(f"{module.place}:{node.lineno}")
+    twice = [f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
+    assert not twice, "\n".join(twice)
 
 
 @pytest.mark.parametrize("door", DOORS)

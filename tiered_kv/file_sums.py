@@ -138,14 +138,14 @@ def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Prog
     return {path: found[state] for path, state in states.items()}
 
 
-def _sums_not_known(states: set[FileState], store: "SumStore", say: Progress) -> dict[FileState, str]:
+def _sums_not_known(states: set[FileState], store: "SumStore", progress: Progress) -> dict[FileState, str]:
     """Returns the sums of files that are remembered in `store`, and those of the others, which it reads when no other process does."""
     found = store.sums(states)
     if len(found) < len(states):
-        with store.turn(min(states), say):
+        with store.turn(min(states), progress):
             found = store.sums(states)
             missing = sorted(states - set(found))
-            reading = _Reading(store, sum(_read_bytes(state) for state in missing), say)
+            reading = _Reading(store, sum(_read_bytes(state) for state in missing), progress)
             try:
                 for state in missing:
                     found[state] = reading.sum_of(state)
@@ -157,13 +157,13 @@ def _sums_not_known(states: set[FileState], store: "SumStore", say: Progress) ->
 class _Reading:
     """Reads files piece by piece on several threads. Says how far it is, and saves the sums in `store`, every few seconds."""
 
-    def __init__(self, store: "SumStore", total_bytes: int, say: Progress) -> None:
+    def __init__(self, store: "SumStore", total_bytes: int, progress: Progress) -> None:
         self._store = store
         self._unsaved: dict[FileState, str] = {}
         self._save_s = time.monotonic() + SAVE_S
         self._total_bytes = total_bytes
         self._done_bytes = 0
-        self._say = say
+        self._progress = progress
         self._threads = DaemonThreads(min(THREADS_MAX, 2 * (os.cpu_count() or 1)), "tkv-sums")
         self._next_s = time.monotonic() + REPORT_S
 
@@ -203,7 +203,7 @@ class _Reading:
             is_reading = bool(wait(pieces, timeout=max(self._next_s - time.monotonic(), 0)).not_done)
             if time.monotonic() >= self._next_s:
                 done_bytes = self._done_bytes + sum(piece.done() for piece in pieces) * _read_bytes(state) // max(len(pieces), 1)
-                self._say(f"reading the model's files: {done_bytes / GB:.1f} of {self._total_bytes / GB:.1f} GB")
+                self._progress(f"reading the model's files: {done_bytes / GB:.1f} of {self._total_bytes / GB:.1f} GB")
                 self._next_s = time.monotonic() + REPORT_S
         whole = xxhash.xxh3_128(f"{state.size}\n".encode())
         try:
@@ -305,7 +305,7 @@ class SumStore:
                 raise
 
     @contextmanager
-    def turn(self, first: FileState, say: Progress) -> Iterator[None]:
+    def turn(self, first: FileState, progress: Progress) -> Iterator[None]:
         """Holds off other processes that read the same model during the `with` block. `first`: the least state of the model's files."""
         number = int.from_bytes(blake2b(os.fsencode(first.path), digest_size=4).digest()) % LOCKS
         try:
@@ -313,7 +313,7 @@ class SumStore:
         except OSError:
             yield
             return
-        with _locked(self._folder / f"reading-{number:02}.lock", READ_WAIT_S, say):
+        with _locked(self._folder / f"reading-{number:02}.lock", READ_WAIT_S, progress):
             yield
 
 
@@ -326,7 +326,7 @@ def _is_row(row: object) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, wait_s: float, say: Progress | None = None) -> Iterator[None]:
+def _locked(path: Path, wait_s: float, progress: Progress | None = None) -> Iterator[None]:
     """Holds an exclusive lock on a file during the `with` block; goes on without it after `wait_s`, or where files have no locks.
 
     The kernel releases the lock if this process dies.
@@ -337,7 +337,7 @@ def _locked(path: Path, wait_s: float, say: Progress | None = None) -> Iterator[
         yield
         return
     try:
-        _wait_for_lock(fd, wait_s, say)
+        _wait_for_lock(fd, wait_s, progress)
         yield
     finally:
         with suppress(OSError):
@@ -345,7 +345,7 @@ def _locked(path: Path, wait_s: float, say: Progress | None = None) -> Iterator[
         os.close(fd)
 
 
-def _wait_for_lock(fd: int, wait_s: float, say: Progress | None) -> None:
+def _wait_for_lock(fd: int, wait_s: float, progress: Progress | None) -> None:
     began_s = time.monotonic()
     next_s, pause_s = began_s, 0.01
     while True:
@@ -359,8 +359,8 @@ def _wait_for_lock(fd: int, wait_s: float, say: Progress | None) -> None:
             return
         if now_s >= began_s + wait_s:
             return
-        if say and now_s >= next_s:
-            say(f"waiting for another process that reads the model's files, since {now_s - began_s:.0f} s")
+        if progress and now_s >= next_s:
+            progress(f"waiting for another process that reads the model's files, since {now_s - began_s:.0f} s")
             next_s = now_s + REPORT_S
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.5)

@@ -1,7 +1,7 @@
 """The identity of a model, read without running it: weights, settings, adapters, buffers, classes, numbers, and foreign code.
 
 Digests of content are equal in every process. Code cannot be digested by content. So forward hooks and replaced methods of modules are
-listed (`Facts.foreign`), and a model with any of them never shares its KV.
+listed (`ModelWalk.foreign`), and a model with any of them never shares its KV.
 """
 
 import json
@@ -211,7 +211,7 @@ _ALIGNING = frozenset({"AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook", "
 
 
 @dataclass
-class Facts:
+class ModelWalk:
     """The result of a walk over a model's modules.
 
     `modules`: for each module its class, and its attributes as plain data. `tensors`: tensors that are not in the state dict, by name.
@@ -223,28 +223,28 @@ class Facts:
     foreign: list[tuple[str, Any]] = field(default_factory=list)
 
 
-def facts_of(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> Facts:
+def walk_model(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> ModelWalk:
     """Returns what changes a model's KV besides weights, settings and adapters. `ignored`: (module, name) of attributes to skip.
 
     Takes about 20 µs a module.
     """
-    facts = Facts(foreign=[(f"a hook of all modules ({_named(hook)})", hook) for hook in global_hooks()])
+    walk = ModelWalk(foreign=[(f"a hook of all modules ({_named(hook)})", hook) for hook in global_hooks()])
     stored = set(model.state_dict(keep_vars=True)) if hasattr(model, "state_dict") else set()
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name not in stored:
-            facts.tensors[name] = buffer
+            walk.tensors[name] = buffer
     for name, module in model.named_modules():
         where = name or type(module).__name__
-        facts.foreign += [(f"a forward hook of {where} ({_named(hook)})", hook) for hook in foreign_hooks(module)]
-        facts.foreign += [(f"{where}.{method}, replaced by {_named(code)}", code) for method, code in replaced_methods(module)]
+        walk.foreign += [(f"a forward hook of {where} ({_named(hook)})", hook) for hook in foreign_hooks(module)]
+        walk.foreign += [(f"{where}.{method}, replaced by {_named(code)}", code) for method, code in replaced_methods(module)]
         attributes = {}
         for attribute in watched_attributes(module):
             if (name, attribute) not in ignored and not _is_method(type(module), attribute):
-                value = _described(vars(module)[attribute], f"{name}.{attribute}", facts.tensors, DEPTH_MAX)
+                value = _described(vars(module)[attribute], f"{name}.{attribute}", walk.tensors, DEPTH_MAX)
                 if value is not _NOTHING:
                     attributes[attribute] = value
-        facts.modules[name] = [class_text(type(module)), attributes]
-    return facts
+        walk.modules[name] = [class_text(type(module)), attributes]
+    return walk
 
 
 def watched_attributes(module: Any) -> list[str]:
@@ -253,7 +253,7 @@ def watched_attributes(module: Any) -> list[str]:
 
     left_out = _SIZES if type(module) is nn.Linear else frozenset()
     left_out |= TORCHS_OWN | BOOKKEEPING
-    return [name for name, value in vars(module).items() if name not in left_out and not is_door(value)]
+    return [name for name, value in vars(module).items() if name not in left_out and not is_hook(value)]
 
 
 _NOTHING = object()
@@ -333,7 +333,7 @@ def replaced_methods(module: Any) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name in TORCHS_OWN or name in BOOKKEEPING or not callable(value) or not _is_method(kind, name):
             continue
-        code = below_door(value)
+        code = below_hook(value)
         if code is None or _is_own(module, name, code):
             continue
         if not (_only_aligns(module, code) if name == "forward" else is_of_framework(code)):
@@ -344,15 +344,15 @@ def _is_method(kind: type, name: str) -> bool:
     return callable(getattr(kind, name, None)) and not isinstance(getattr(kind, name), type)
 
 
-def is_door(value: Any) -> bool:
+def is_hook(value: Any) -> bool:
     """Whether this is a hook of this library (`integrations.attached`) that replaces a model's method."""
-    return hasattr(type(value), "stands_before")
+    return hasattr(type(value), "replaced_method")
 
 
-def below_door(value: Any) -> Any:
+def below_hook(value: Any) -> Any:
     """Returns what replaces a method below this library's hooks; None if it is the class's own method."""
-    while is_door(value):
-        value = value.stands_before
+    while is_hook(value):
+        value = value.replaced_method
     return value
 
 
@@ -364,7 +364,7 @@ def _only_aligns(module: Any, code: Any) -> bool:
     """Whether a forward is accelerate's, which only moves inputs and weights between devices and calls the class's own forward."""
     hook, before = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
     is_accelerates = isinstance(code, partial) and _named(code).startswith("accelerate.hooks.")
-    return is_accelerates and _aligns(hook) and before is not None and _is_own(module, "forward", below_door(before))
+    return is_accelerates and _aligns(hook) and before is not None and _is_own(module, "forward", below_hook(before))
 
 
 def _aligns(hook: Any) -> bool:

@@ -23,15 +23,15 @@ from tiered_kv import checkpoint_files
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.identity import (
     NOT_IDENTITY,
-    Facts,
+    ModelWalk,
     Sums,
     adapter_digest,
-    facts_of,
     plain,
     rope_digest,
     tensors_digest,
     text_digest,
     tokenizer_digest,
+    walk_model,
 )
 from tiered_kv.layout import Layout, OpaqueLayout
 
@@ -97,7 +97,7 @@ def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: 
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class ChainKeys:
     """Computes the keys of the blocks below one root.
 
     `whole_root`: the root of the whole (not tensor-parallel) model, the same for all ranks of all world sizes. `mask`: the XOR of a
@@ -190,16 +190,16 @@ class Namespace:
         """Returns the common root of the blocks of one layout under this namespace. Each layout has its own root."""
         return _digest(self.digest, layout.spec.encode())
 
-    def chain(self, layout: Layout) -> "Chain":
-        """Returns the `Chain` that computes the keys of blocks of `layout`, which is the layout of this rank.
+    def chain(self, layout: Layout) -> "ChainKeys":
+        """Returns the `ChainKeys` that computes the keys of blocks of `layout`, which is the layout of this rank.
 
         The ranks of an opaque layout have no whole model in common, because nobody but their engine could join their blocks.
         """
         root = self.root(layout)
         if self.world == 1 or isinstance(layout, OpaqueLayout):
-            return Chain(root, root, layout.block_tokens)
+            return ChainKeys(root, root, layout.block_tokens)
         whole = replace(self, rank=0, world=1).root(replace(layout, kv_heads=layout.kv_heads * self.world))
-        return Chain(root, whole, layout.block_tokens, int.from_bytes(_digest(b"tiered_kv rank\0", root)))
+        return ChainKeys(root, whole, layout.block_tokens, int.from_bytes(_digest(b"tiered_kv rank\0", root)))
 
     @classmethod
     def of(
@@ -216,7 +216,7 @@ class Namespace:
             return cls(weights=model, **facts)
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
             raise TieredKVError(Kind.MODEL, f"namespace: model must be a transformers model or a text, got {type(model).__name__}")
-        walked = facts_of(model)
+        walked = walk_model(model)
         facts |= content_of(model, walked)
         return cls(**facts, variant=private_variant(walked))
 
@@ -243,8 +243,8 @@ class Namespace:
         return cls(weights=checkpoint_files.weights_digest(path, progress=progress), architecture=architecture, **facts)
 
 
-def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str, str]:
-    """Returns the fields of a namespace that a transformers model determines, by name. `walked`: the result of `facts_of(model)`.
+def content_of(model: Any, walked: ModelWalk, sums: Sums | None = None) -> dict[str, str]:
+    """Returns the fields of a namespace that a transformers model determines, by name. `walked`: the result of `walk_model(model)`.
 
     Costs as much as `Namespace.of`, except for tensors whose sums `sums` knows already.
     """
@@ -258,7 +258,7 @@ def content_of(model: Any, walked: Facts, sums: Sums | None = None) -> dict[str,
     }
 
 
-def private_variant(walked: Facts) -> str:
+def private_variant(walked: ModelWalk) -> str:
     """Returns a unique variant, and logs why, for a model with foreign code; "" for a model without."""
     if not walked.foreign:
         return ""

@@ -26,7 +26,7 @@ ITEM_BYTES = {
 DESCRIPTION_CHARS_MAX = 2000
 
 
-class _Blocks:
+class _TensorChecks:
     """What the layouts have in common: the check of tensors against `kv_shape` and `torch_dtype`."""
 
     dtype: str
@@ -64,7 +64,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 @dataclass(frozen=True)
-class KVLayout(_Blocks):
+class KVLayout(_TensorChecks):
     """The canonical KV block of a model: a contiguous buffer `(layers, 2, kv_heads, block_tokens, head_dim)`.
 
     `dtype` is a torch dtype or its name ("bfloat16"), and is kept by name. Raises `TieredKVError` (kind `layout`) that names an
@@ -122,7 +122,7 @@ class KVLayout(_Blocks):
 
 
 @dataclass(frozen=True)
-class OpaqueLayout(_Blocks):
+class OpaqueLayout(_TensorChecks):
     """A block of `block_bytes` bytes whose inner order only the engine that made it knows. It holds the KV of `block_tokens` tokens.
 
     `description`: one line about what determines that order, such as backend, page shapes and dtype. Blocks with different descriptions

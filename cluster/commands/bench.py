@@ -66,36 +66,36 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
 Ran = tuple[dict, Callable[[dict, Console], None]]
 
 
-def _fetch(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
+def _fetch(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     from tiered_kv.tools.bench import fetch
 
-    return fetch.run_bench(quick=options.quick, say=say, verify_host=options.verify_host), fetch.show
+    return fetch.run_bench(quick=options.quick, log=log, verify_host=options.verify_host), fetch.show
 
 
-def _disk(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
+def _disk(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     from tiered_kv.tools.bench import disk
 
-    return disk.run_disk_bench(quick=options.quick, say=say, folder=options.folder), disk.show
+    return disk.run_disk_bench(quick=options.quick, log=log, folder=options.folder), disk.show
 
 
-def _checkpoint(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
+def _checkpoint(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     from tiered_kv.tools.bench import checkpoint
 
-    ran = checkpoint.run_checkpoint_bench(quick=options.quick, say=say, folder=options.folder, endpoint=options.endpoint)
+    ran = checkpoint.run_checkpoint_bench(quick=options.quick, log=log, folder=options.folder, endpoint=options.endpoint)
     return ran, checkpoint.show
 
 
-def _codec(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
+def _codec(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     from tiered_kv.tools.bench import codecs
 
     model = None if options.synthetic else options.model or "default"
-    return codecs.run_codec_bench(options.codec or "all", model, quick=options.quick, say=say), codecs.show
+    return codecs.run_codec_bench(options.codec or "all", model, quick=options.quick, log=log), codecs.show
 
 
-def _held(options: argparse.Namespace, say: Callable[[str], None]) -> Ran:
+def _held(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     from tiered_kv.tools.bench import held
 
-    return held.run_held_bench(options.model or "default", quick=options.quick, say=say), held.show
+    return held.run_held_bench(options.model or "default", quick=options.quick, log=log), held.show
 
 
 RUNS = {"fetch": _fetch, "disk": _disk, "codec": _codec, "held": _held, "checkpoint": _checkpoint}

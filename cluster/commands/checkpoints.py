@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tiered_kv.blocks import Tier
 from tiered_kv.cluster.commands.command import add_command
-from tiered_kv.cluster.commands.progress import age, bar, count, say
+from tiered_kv.cluster.commands.progress import age, bar, count, print_line
 from tiered_kv.cluster.commands.restoring import Restoring, calls_to_nodes, mounted_bytes, must_be_there, must_have_use, opened, read
 from tiered_kv.config import Config, format_size, parse_size
 from tiered_kv.errors import Kind, TieredKVError
@@ -110,9 +110,9 @@ def _checkpoint(options: argparse.Namespace, console: Console) -> int:
                 if given.every_s is None or (error.kind is Kind.CLUSTER and not stopped.is_set()):
                     raise
                 if stopped.is_set():
-                    say(console, str(error))
+                    print_line(console, str(error))
                     return 0
-                say(console, f"this checkpoint failed; the next one continues from what was written: {error}")
+                print_line(console, f"this checkpoint failed; the next one continues from what was written: {error}")
             if given.every_s is None or stopped.wait(max(given.every_s - (time.monotonic() - begun_s), 0)):
                 return 0
 
@@ -141,7 +141,7 @@ def _write_checkpoint(
                 origin=options.name,
                 max_rate=given.rate,
                 progress=lambda going: advance(going.nbytes, going.all_bytes, f"{going.blocks:,} of {going.all_blocks:,} blocks"),
-                log=lambda line: say(console, line),
+                log=lambda line: print_line(console, line),
                 stopped=stopped,
             )
             try:
@@ -152,7 +152,7 @@ def _write_checkpoint(
                     raise
                 if reported != str(error):
                     reported = str(error)
-                    say(console, f"waiting: {reported}")
+                    print_line(console, f"waiting: {reported}")
         if stopped.wait(BUSY_POLL_S):
             raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped before it started")
     seconds = time.monotonic() - begun_s
@@ -163,7 +163,7 @@ def _write_checkpoint(
         _report_collected(console, collected)
     tokens = about["config"].block_tokens
     sized = "" if tokens == Config.block_tokens else f" --block-tokens {tokens}"
-    say(console, f"to restore it:  tiered-kv up{sized} --restore {options.url}")
+    print_line(console, f"to restore it:  tiered-kv up{sized} --restore {options.url}")
     if options.json:
         print(json.dumps({**taken._asdict(), "seconds": round(seconds, 3), "collected": collected and collected._asdict()}), flush=True)
 
@@ -173,22 +173,22 @@ def _report_checkpoint(console: Console, taken: "CheckpointResult", seconds: flo
     rate = f", {format_size(taken.written_bytes / seconds)}/s" if seconds and taken.written_bytes else ""
     was_there = taken.blocks - taken.new_blocks
     rest = f"; the other {was_there:,} were already at this URL" if was_there else ""
-    say(console, f"checkpoint {taken.name}: {whole}")
-    say(console, f"written: {count(taken.new_blocks, 'block')}, {format_size(taken.written_bytes)} in {seconds:.1f} s{rate}{rest}")
+    print_line(console, f"checkpoint {taken.name}: {whole}")
+    print_line(console, f"written: {count(taken.new_blocks, 'block')}, {format_size(taken.written_bytes)} in {seconds:.1f} s{rate}{rest}")
     if taken.left:
         why = "they, or a block of their prefix, were evicted before they could be written"
-        say(console, f"left out: {count(taken.left, 'block')}; {why}")
+        print_line(console, f"left out: {count(taken.left, 'block')}; {why}")
     if taken.orphans:
         why = "a block of their prefix is on none of these nodes and tiers, so they could never be hits"
-        say(console, f"left out: {count(taken.orphans, 'block')}; {why}")
+        print_line(console, f"left out: {count(taken.orphans, 'block')}; {why}")
 
 
 def _report_collected(console: Console, collected: "CollectionResult") -> None:
     if collected.skipped:
-        say(console, f"no checkpoints were deleted this time: {collected.skipped}")
+        print_line(console, f"no checkpoints were deleted this time: {collected.skipped}")
     elif collected.manifests_deleted or collected.packs_deleted:
         deleted = f"{count(collected.manifests_deleted, 'older checkpoint')} and {count(collected.packs_deleted, 'pack')}"
-        say(console, f"deleted: {deleted}, {format_size(collected.bytes_deleted)}")
+        print_line(console, f"deleted: {deleted}, {format_size(collected.bytes_deleted)}")
 
 
 # Restoring
@@ -242,7 +242,7 @@ def _restore(options: argparse.Namespace, console: Console, config_of: Callable)
             config = config_of(options)
             must_have_use(manifest, name, config)
             spare = mounted_bytes(manifest, options.nodes)
-            start.up(config, name=options.name, nodes=options.nodes, say=console.print, mounted_bytes=spare)
+            start.up(config, name=options.name, nodes=options.nodes, log=console.print, mounted_bytes=spare)
         restoring = Restoring(options.name, repository, name, manifest, console)
         restoring.mount(options.namespace, options.world)
         loaded = restoring.load(rate, stopped)
@@ -278,9 +278,9 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         number = len(names or repository.names())
     for problem in problems:
         console.print(f"[red]damaged[/]: {problem.message}", highlight=False, soft_wrap=True)
-    say(console, f"{count(number, 'checkpoint')} at {options.url}: {count(len(problems), 'problem')}")
+    print_line(console, f"{count(number, 'checkpoint')} at {options.url}: {count(len(problems), 'problem')}")
     if problems:
-        say(console, "to repair: delete the damaged packs; the next checkpoint writes their blocks again if they are in the cache")
+        print_line(console, "to repair: delete the damaged packs; the next checkpoint writes their blocks again if they are in the cache")
     if options.json:
         print(json.dumps({"checkpoints": number, "problems": [problem._asdict() for problem in problems]}))
     return 1 if problems else 0
@@ -301,7 +301,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
     elif listed:
         console.print(_table(listed, options.url))
     else:
-        say(console, f"there are no checkpoints at {options.url}")
+        print_line(console, f"there are no checkpoints at {options.url}")
     return 0
 
 

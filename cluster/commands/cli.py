@@ -117,7 +117,7 @@ def _up(options: argparse.Namespace, console: Console) -> int:
     config = _config(options)
     with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
         cluster = start.up(
-            config, name=options.name, nodes=options.nodes, address=options.address, say=console.print, mounted_bytes=mounted_bytes
+            config, name=options.name, nodes=options.nodes, address=options.address, log=console.print, mounted_bytes=mounted_bytes
         )
     if options.json:
         print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
@@ -142,7 +142,7 @@ def _add_down(commands: Any) -> None:
 def _down(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.cluster import start
 
-    killed = start.down(options.name, say=console.print)
+    killed = start.down(options.name, log=console.print)
     if killed:
         console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
     console.print(f"cluster {options.name!r} is down")
@@ -240,7 +240,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import asking, attach, start
+    from tiered_kv.cluster import attach, node_calls, start
     from tiered_kv.cluster.commands import record
     from tiered_kv.tools.simulate.write import TraceWriter
 
@@ -254,17 +254,17 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     if flag:
         console.print(f"[yellow]note[/]: with …-b{tokens} in the file's name, `tiered-kv simulate` knows the block size", highlight=False)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     with TraceWriter(options.out) as trace, record.interrupted() as stopped:
-        recording = record.ClusterRecording(asking.asking(options.name), nodes, trace.write, say)
-        say(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
+        recording = record.ClusterRecording(node_calls.calls_to(options.name), nodes, trace.write, log)
+        log(f"recording {len(nodes)} nodes of cluster {options.name!r} to {options.out}; press Ctrl-C to stop")
         record.record(recording, options.seconds, console, stopped)
     lost = f"; {recording.lost:,} requests are missing" if recording.lost else ""
-    say(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
+    log(f"recorded {recording.requests:,} requests for {recording.blocks:,} blocks of {tokens} tokens{lost}")
     if recording.requests:
-        say(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
+        log(f"to see the hit ratio of another cache size or policy:  tiered-kv simulate {options.out}{flag}")
     if options.json:
         figures = {"requests": recording.requests, "blocks": recording.blocks, "lost": recording.lost, "block_tokens": tokens}
         print(json.dumps({"file": options.out, **figures}))

@@ -16,7 +16,7 @@ Advance = Callable[[float, float, str], None]
 """Reports progress: bytes done, bytes in total, and a further text, for example the number of blocks."""
 
 
-def say(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
     """Print a line without wrapping, highlighting or markup."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -55,13 +55,13 @@ def bar(console: Console, doing: str, now_s: Callable[[], float] = time.monotoni
     if not console.is_terminal:
         printed_s = begun_s
 
-        def print_line(done: float, total: float, what: str) -> None:
+        def report(done: float, total: float, what: str) -> None:
             nonlocal printed_s
             if now_s() - printed_s >= SAY_EVERY_S:
                 printed_s = now_s()
-                say(console, f"{doing}: {words(done, total, what, printed_s - begun_s)}")
+                print_line(console, f"{doing}: {words(done, total, what, printed_s - begun_s)}")
 
-        yield print_line
+        yield report
         return
     columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[words]}")
     with Progress(*columns, console=console, transient=True) as progress:

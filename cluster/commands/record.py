@@ -49,12 +49,12 @@ class ClusterRecording:
         ask: Ask,
         nodes: Iterable[str],
         write: Callable[[dict], None],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.requests = 0
         self.blocks = 0
-        self._ask, self._write, self._say = ask, write, say
+        self._ask, self._write, self._log = ask, write, log
         self._now_s = now_s
         self._begun_s = self._answered_s = now_s()
         self._salt = secrets.token_bytes(16)
@@ -128,7 +128,7 @@ class ClusterRecording:
             source.slack_ms, source.complete_ms = self._now_ms() - asked_ms, 0.0
             if source.is_gone:
                 source.is_gone = False
-                self._say(f"{node} answers again and records again")
+                self._log(f"{node} answers again and records again")
         return errors
 
     def _gone(self, node: str, error: TieredKVError) -> None:
@@ -136,7 +136,7 @@ class ClusterRecording:
         source.begun_ms = None
         if not source.is_gone:
             source.is_gone = True
-            self._say(f"recording continues without {node}: {error}")
+            self._log(f"recording continues without {node}: {error}")
 
     def _write_before(self, time_ms: float) -> None:
         while self._waiting and self._waiting[0][0] < time_ms:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tiered_kv.cluster.commands.progress import bar, count, say
+from tiered_kv.cluster.commands.progress import bar, count, print_line
 from tiered_kv.config import Config, format_size
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
@@ -39,9 +39,9 @@ def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Reposi
 
 def calls_to_nodes(cluster: str) -> "CallNodes":
     """Returns a function that sends a step of writing or restoring a checkpoint to several nodes at once."""
-    from tiered_kv.cluster.asking import asking
+    from tiered_kv.cluster.node_calls import calls_to
 
-    ask = asking(cluster, ANSWER_WITHIN_S)
+    ask = calls_to(cluster, ANSWER_WITHIN_S)
 
     def call(nodes: Iterable[str], request: "CheckpointRequest[StepAnswer]") -> "dict[str, StepAnswer | TieredKVError]":
         return ask(nodes, "checkpoint", request)  # `NodeActor.checkpoint`
@@ -71,7 +71,7 @@ def read(repository: "Repository", name: str | None, console: Console) -> "tuple
     made = datetime.fromtimestamp(manifest.created_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
     nbytes = format_size(sum(row.stored_bytes for row in manifest.rows))
     whose = f", from cluster {manifest.origin}" if manifest.origin else ""
-    say(console, f"checkpoint {chosen} of {made}{whose}: {count(len(manifest.rows), 'block')}, {nbytes}")
+    print_line(console, f"checkpoint {chosen} of {made}{whose}: {count(len(manifest.rows), 'block')}, {nbytes}")
     return chosen, manifest
 
 
@@ -151,7 +151,7 @@ class Restoring:
             self._plan = plan(rows, self._manifest.models, world)
             rows, self._skipped = self._plan.unchanged, self._skipped + self._plan.skipped
         for line in self._skipped:
-            say(self._console, line)
+            print_line(self._console, line)
         if not picked.rows:
             raise TieredKVError(Kind.MODEL, f"checkpoint {self._name}: none of its blocks can be restored into this cluster")
         if not rows:
@@ -160,13 +160,13 @@ class Restoring:
         mounted = mount(self._call, self._nodes, self._repository.store.url, self._manifest, rows)
         self._mounted, self._no_room, self._too_lossy = sum(mounted.by_node.values()), mounted.no_room, mounted.too_lossy
         spread = ", ".join(f"{node} {blocks:,}" for node, blocks in mounted.by_node.items())
-        say(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
+        print_line(self._console, f"{count(self._mounted, 'block')} are hits from now on ({spread}; {time.monotonic() - begun_s:.2f} s)")
         if mounted.no_room:
             text = f"the coldest {count(mounted.no_room, 'block')} are left out: the nodes' indexes have no free slots"
-            say(self._console, text)
+            print_line(self._console, text)
         if mounted.too_lossy:
             text = f"{count(mounted.too_lossy, 'block')} are not shown: they carry more error than this cluster's quality allows"
-            say(self._console, text)
+            print_line(self._console, text)
 
     def begin_to_load(self) -> None:
         """Make the nodes copy blocks to host memory and disk in the background. Returns at once."""
@@ -174,7 +174,7 @@ class Restoring:
         from tiered_kv.node.checkpoints.steps import LoadRequest
 
         call_all(self._call, self._nodes, LoadRequest())
-        say(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
+        print_line(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
 
     def load(self, max_rate: float | None, stopped: Event) -> "LoadProgress":
         """Make the nodes copy blocks to host memory and disk, and convert blocks of another number of ranks.
@@ -207,11 +207,11 @@ class Restoring:
     def _report(self, doing: str, loaded: "LoadProgress", rest: str) -> None:
         left = loaded.mounted - loaded.host - loaded.disk - loaded.damaged
         others = f"; the other {left:,} {rest}" if left else ""
-        say(self._console, f"{doing}: {count(loaded.host, 'block')} to host memory, {loaded.disk:,} to disk{others}")
+        print_line(self._console, f"{doing}: {count(loaded.host, 'block')} to host memory, {loaded.disk:,} to disk{others}")
         for line in loaded.problems:
             self._console.print(f"[yellow]damaged[/]: {line}", highlight=False, soft_wrap=True)
         if loaded.damaged:
-            say(self._console, f"{count(loaded.damaged, 'block')} damaged and left out; all others are restored")
+            print_line(self._console, f"{count(loaded.damaged, 'block')} damaged and left out; all others are restored")
 
     def figures(self, loaded: "LoadProgress") -> dict[str, Any]:
         """Returns the counts as a dict for `--json`."""

@@ -9,7 +9,7 @@ import pytest
 from tiered_kv import blocks
 from tiered_kv.blocks import Location
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.log import LogTier, Record, Refused
+from tiered_kv.tiers.log import LogTier, Record, Refusal
 
 
 class TierContract:
@@ -96,7 +96,7 @@ class LogTierContract(TierContract):
     def test_every_record_has_its_answer(self, tier: LogTier) -> None:
         records = [self.record(0, 4096), self.record(1, tier.max_frame_bytes + 1), self.record(2, 4096)]
         answers = tier.append(records)
-        assert [answer.refused for answer in answers] == [None, Refused.TOO_LARGE, None]
+        assert [answer.refused for answer in answers] == [None, Refusal.TOO_LARGE, None]
         self.assert_holds(tier, {record.key: answer.location for record, answer in zip(records, answers, strict=True) if answer.location})
 
     def test_the_largest_frame_fits_into_an_empty_tier(self, tier: LogTier) -> None:

@@ -13,7 +13,8 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace
 from tiered_kv.layout import KVLayout, OpaqueLayout
 from tiered_kv.node.node import Node
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.messages import BlockRun
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.probes import Probe
 from tiered_kv.protocol.session import Session
 
@@ -147,7 +148,7 @@ class TransportContract:
         assert node.stats()["blocks"] == 1
 
     def test_a_model_is_introduced_by_facts_that_can_be(self, node, session) -> None:
-        facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
+        facts = ModelInfo(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
         told = session.introduce(ROOT, facts.as_message())
         assert told == {"plan": {"host": {"codec": "raw", "why": "quality exact"}}, "calibration": None}
         assert list(node.stats()["codecs"]["plans"]) == [ROOT.hex()[:12]]
@@ -171,21 +172,21 @@ class TransportContract:
                 session.introduce(ROOT, bad)
 
     def test_a_model_of_an_opaque_layout_is_introduced(self, node, session) -> None:
-        facts = ModelFacts(OpaqueLayout(**OPAQUE), "some weights", None, True)
+        facts = ModelInfo(OpaqueLayout(**OPAQUE), "some weights", None, True)
         assert facts.as_message()["layout"] == OPAQUE
         session.introduce(ROOT, facts.as_message())
-        assert node.storage.coder.facts() == {ROOT: facts}
+        assert node.storage.encoder.models() == {ROOT: facts}
 
     def test_the_namespace_of_a_model_stays_known_when_an_older_worker_names_none(self, node, session) -> None:
-        facts = ModelFacts(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
+        facts = ModelInfo(KVLayout(2, 2, 16, "bfloat16", 16), "some weights", b"", True)
         known = asdict(Namespace(weights="some weights", rank=1, world=2))
         session.introduce(ROOT, facts.as_message())
-        assert node.storage.coder.facts() == {ROOT: facts}
+        assert node.storage.encoder.models() == {ROOT: facts}
         session.introduce(ROOT, facts.as_message() | {"namespace": known})
         session.introduce(ROOT, {name: value for name, value in facts.as_message().items() if name != "namespace"})
-        assert node.storage.coder.knows(ROOT, facts)
+        assert node.storage.encoder.knows(ROOT, facts)
         session.introduce(ROOT, replace(facts, rope=None).as_message())
-        assert node.storage.coder.facts() == {ROOT: replace(facts, rope=None, namespace=known)}
+        assert node.storage.encoder.models() == {ROOT: replace(facts, rope=None, namespace=known)}
         for bad in (7, "w", [], {}, {"weights": ""}, known | {"rank": 2}, known | {"more": 1}, known | {"rank": True}, {"weights": "w"}):
             with pytest.raises(TieredKVError, check=lambda error: error.kind is Kind.TRANSPORT):
                 session.introduce(ROOT, facts.as_message() | {"namespace": bad})
@@ -197,8 +198,8 @@ class TransportContract:
 
     def test_alone_a_node_can_locate_and_pull_nothing(self, session) -> None:
         assert session.locate([key_of(1)], 1.0) == []
-        assert session.pull(ROOT, NBYTES, None, [key_of(1)], 0, 1.0) == 0
-        assert session.pull(ROOT, NBYTES, None, [], 0, 1.0) == 0
+        assert session.pull(BlockRun(ROOT, NBYTES, None, [key_of(1)], 0), 1.0) == 0
+        assert session.pull(BlockRun(ROOT, NBYTES, None, [], 0), 1.0) == 0
 
     def test_hints_and_wishes_are_taken_and_nonsense_is_not(self, node, session) -> None:
         self.store(session, 2)

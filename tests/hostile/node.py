@@ -22,7 +22,7 @@ def run_node(config: dict[str, Any], cluster_id: str, node_id: str, ready: str) 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are threads, so that only sigwait takes it
     serving = threading.Event()
     node = Node(Config.of(config), cluster_id, node_id, at_beat=lambda: serving.is_set() and _end_unless_in_place(node))
-    server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+    server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
     write_record(NodeRecord(cluster_id, cluster_id, node_id, node.info()))
     serving.set()
     written = Path(f"{ready}.new")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiered_kv import identity
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.identity import tensors_digest, tokenizer_digest
-from tiered_kv.keys import Chain, Namespace, as_token_ids, chain_keys
+from tiered_kv.keys import ChainKeys, Namespace, as_token_ids, chain_keys
 from tiered_kv.layout import KVLayout
 
 ROOT = bytes(range(32))
@@ -151,7 +151,7 @@ def chain_of(rank=0, world=1, heads=24, block_tokens=2, **changes):
 def test_a_chain_of_a_model_in_one_piece_is_the_plain_one():
     namespace, layout = namespace_by_hand(tenant="t", rope="r"), KVLayout(2, 1, 8, "float16", 2)
     chain = namespace.chain(layout)
-    assert chain == Chain(namespace.root(layout), namespace.root(layout), 2)
+    assert chain == ChainKeys(namespace.root(layout), namespace.root(layout), 2)
     assert [key.hex()[:16] for key in chain.keys(as_token_ids([1, 2, 3, 4, 5]))] == GOLDEN
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tiered_kv import KVLayout, Namespace, OpaqueLayout
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.model_info import ModelInfo
 
-KNOWN = ModelFacts(KVLayout(2, 1, 8, "bfloat16", 20), "w", b"\1\2", False, asdict(Namespace("w")))
-OPAQUE = ModelFacts(OpaqueLayout(4096, 16, "pages of a test · 2", 2), "w", None, True, asdict(Namespace("w")))
+KNOWN = ModelInfo(KVLayout(2, 1, 8, "bfloat16", 20), "w", b"\1\2", False, asdict(Namespace("w")))
+OPAQUE = ModelInfo(OpaqueLayout(4096, 16, "pages of a test · 2", 2), "w", None, True, asdict(Namespace("w")))
 JUNK = (
     st.none()
     | st.booleans()
@@ -39,7 +39,7 @@ def test_the_message_of_a_kv_layout_does_not_change():
 
 @pytest.mark.parametrize("facts", [KNOWN, OPAQUE])
 def test_a_description_comes_back_from_its_message(facts):
-    assert ModelFacts.of_message(msgpack.unpackb(msgpack.packb(facts.as_message()))) == facts
+    assert ModelInfo.of_message(msgpack.unpackb(msgpack.packb(facts.as_message()))) == facts
 
 
 @given(
@@ -49,7 +49,7 @@ def test_a_layout_with_a_field_replaced_is_refused_or_valid(facts, field, value)
     message = facts.as_message()
     message["layout"] = message["layout"] | {field: value}
     with suppress(TieredKVError):
-        read = ModelFacts.of_message(message)
+        read = ModelInfo.of_message(message)
         assert read.as_message() == message
         assert type(read.layout) is type(facts.layout)
 
@@ -57,5 +57,5 @@ def test_a_layout_with_a_field_replaced_is_refused_or_valid(facts, field, value)
 @given(st.dictionaries(st.text(max_size=3) | st.sampled_from(sorted(asdict(OPAQUE.layout))), JUNK, max_size=5) | JUNK)
 def test_anything_else_is_no_layout(layout):
     with pytest.raises(TieredKVError, match="invalid model description") as caught:
-        ModelFacts.of_message(OPAQUE.as_message() | {"layout": layout})
+        ModelInfo.of_message(OPAQUE.as_message() | {"layout": layout})
     assert caught.value.kind is Kind.TRANSPORT

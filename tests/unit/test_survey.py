@@ -45,7 +45,7 @@ def world(node_factory, monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[W
     monkeypatch.setattr(attach, "join", lambda *_: made.join())
     monkeypatch.setattr(start, "describe", lambda *_: made.answer(made.coordinator))
     monkeypatch.setattr(start, "nodes_of", lambda *_: made.answer(made.actors))
-    monkeypatch.setattr(survey, "asking", lambda *_: lambda nodes, method: {node: made.elsewhere[node] for node in nodes})
+    monkeypatch.setattr(survey, "calls_to", lambda *_: lambda nodes, method: {node: made.elsewhere[node] for node in nodes})
     with served(nodes[0]), served(nodes[1]):
         yield made
 

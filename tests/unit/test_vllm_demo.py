@@ -13,7 +13,7 @@ from rich.console import Console
 from tiered_kv.cluster.commands.cli import main, parser
 from tiered_kv.errors import TieredKVError
 from tiered_kv.tools.demo import vllm_demo
-from tiered_kv.tools.demo.vllm_server import Answer, VllmServer, check_installed, transfer_config
+from tiered_kv.tools.demo.vllm_server import Completion, VllmServer, check_installed, transfer_config
 
 METRICS = """# HELP vllm:prefix_cache_hits_total Prefix cache hits, in terms of number of cached tokens.
 # TYPE vllm:prefix_cache_hits_total counter
@@ -99,7 +99,7 @@ def test_the_size_of_a_block_is_in_the_log(server: VllmServer) -> None:
 
 def test_a_record_splits_the_reused_tokens_by_tier(server: VllmServer) -> None:
     counts = vllm_demo._counts({}, server.metrics())
-    record = vllm_demo._record("A", list(range(800)), Answer([1], "x", 0.5), counts)
+    record = vllm_demo._record("A", list(range(800)), Completion([1], "x", 0.5), counts)
     assert record["reused_tokens_by_tier"] == {"vllm": 128, "host": 384, "peer": 256}
     assert (record["reused_tokens"], record["computed_prompt_tokens"]) == (768, 32)
     assert record["stored_blocks"]["new"] == 1

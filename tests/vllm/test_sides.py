@@ -14,7 +14,7 @@ from tiered_kv.client.page_client import Loaded, Look
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.integrations.vllm.asker import Asker
 from tiered_kv.integrations.vllm.events import Events
-from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step, keys_of
+from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport, keys_of
 from tiered_kv.integrations.vllm.scheduler import Scheduler
 from tiered_kv.integrations.vllm.settings import Settings
 from tiered_kv.integrations.vllm.worker import Worker
@@ -285,7 +285,7 @@ def test_after_a_failed_load_all_who_share_the_block_compute_it_and_blocks_are_o
     for each, blocks in ((first, [1, 2, 3]), (second, [1, 2, 4]), (other, [7, 8, 9])):
         each.num_computed_tokens = 3 * T
         side.allocated(each, blocks, 0)
-    assert side.learned({2}, Report(failed_step=5)) == {2, 3, 4}
+    assert side.learned({2}, WorkerReport(failed_step=5)) == {2, 3, 4}
     assert [each.num_computed_tokens for each in (first, second, other)] == [T, T, 3 * T]
     assert side.step([]).acknowledged == 5
     assert side.matched(first, 0) == (0, False)  # no promise any more
@@ -297,9 +297,9 @@ def test_a_request_that_is_aborted_during_a_step_with_a_failed_load_leaves_nothi
     side.allocated(asked, [1, 2, 3, 4], 0)
     side.step([])
     side.finished(asked)
-    assert side.learned({2}, Report(1)) == {2, 3, 4}
+    assert side.learned({2}, WorkerReport(1)) == {2, 3, 4}
     side.step([])
-    assert side.learned({2}, Report(2)) == {2}  # the numbers may be of other blocks by now
+    assert side.learned({2}, WorkerReport(2)) == {2}  # the numbers may be of other blocks by now
 
 
 def test_a_reset_forgets_what_was_stored(make, client):
@@ -347,8 +347,8 @@ def worker(client, monkeypatch):
     side.close()
 
 
-def blocks_of(name: str, numbers: list[int]) -> Blocks:
-    return Blocks(name, b"scope", [f"{name}{number}".encode() for number in numbers], None, 0, numbers)
+def blocks_of(name: str, numbers: list[int]) -> RequestBlocks:
+    return RequestBlocks(name, b"scope", [f"{name}{number}".encode() for number in numbers], None, 0, numbers)
 
 
 def test_a_step_that_computed_with_a_failed_block_stores_nothing(worker, client):
@@ -414,7 +414,7 @@ def test_of_ranks_with_identical_kv_one_stores(client):
 
 
 def test_reports_of_ranks_are_joined():
-    assert Report(3, [b"a"]).aggregate(Report(5, [b"a", b"b"])) == Report(5, [b"a", b"b"])
+    assert WorkerReport(3, [b"a"]).aggregate(WorkerReport(5, [b"a", b"b"])) == WorkerReport(5, [b"a", b"b"])
 
 
 # Events

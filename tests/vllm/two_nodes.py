@@ -17,7 +17,7 @@ def main() -> None:
     with InProcessCluster(Config.of(json.loads(sys.argv[1])), nodes=2) as cluster:
         servers = []
         for node_id, node in cluster.nodes.items():
-            servers.append(SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up))
+            servers.append(SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits))
             write_record(NodeRecord(sys.argv[2], cluster.cluster_id, node_id, node.info()))
         try:
             print("ready", flush=True)

@@ -10,6 +10,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.node import Node
 from tiered_kv.node.peer_admission import Admission
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.tiers.objects.packs import read_footer, read_frame
 from tiered_kv.tiers.objects.store import ObjectStore
 
@@ -56,7 +57,7 @@ def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[B
                 refused += 1
                 continue
             frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
-            admit = Admission(node, session, row.root, layout.block_bytes, [row.key], row.parent, row.depth)
+            admit = Admission(node, session, BlockRun(row.root, layout.block_bytes, row.parent, [row.key], row.depth))
             if admit([row.key], [frame.pieces]):
                 loaded.add(row.key)
             else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tiered_kv.checkpoint.manifest import Model
 from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Chain, Namespace
+from tiered_kv.keys import BlockKey, ChainKeys, Namespace
 from tiered_kv.layout import KVLayout
 from tiered_kv.node.checkpoints.reshard_layout import Piece, opened_layout, pieces, resharded
 
@@ -52,7 +52,7 @@ class _Rank(NamedTuple):
 
     model: Model
     layout: KVLayout
-    chain: Chain
+    chain: ChainKeys
     pieces: tuple[Piece, ...]
 
 
@@ -63,12 +63,12 @@ class _Family:
     ranks: list[_Rank]
 
 
-class _Member(NamedTuple):
+class _RankMember(NamedTuple):
     """A rank of a family in the checkpoint."""
 
     family: _Family
     rank: int
-    chain: Chain
+    chain: ChainKeys
 
 
 @dataclass
@@ -107,7 +107,7 @@ class _Planner:
     def __init__(self, world: int) -> None:
         self._world = world
         self._kept: dict[BlockKey, Model] = {}
-        self._members: dict[BlockKey, _Member] = {}
+        self._members: dict[BlockKey, _RankMember] = {}
         self._refused: dict[BlockKey, str] = {}
         self._families: dict[tuple[Namespace, KVLayout], _Family] = {}
         self._places: dict[tuple[_Family, BlockKey], _BlockOfRanks] = {}  # in the order of the rows
@@ -125,7 +125,7 @@ class _Planner:
         except TieredKVError as error:
             self._refused[model.root] = f"{_name(model)}: {error}"
 
-    def _member(self, model: Model, namespace: Namespace) -> _Member:
+    def _member(self, model: Model, namespace: Namespace) -> _RankMember:
         layout = opened_layout(model.layout)
         target_layout = resharded(layout, namespace.world, self._world)
         chain = namespace.chain(layout)
@@ -134,7 +134,7 @@ class _Planner:
         known = replace(namespace, rank=0), layout
         if known not in self._families:
             self._families[known] = _Family(_name(model), layout, self._ranks(model, namespace, target_layout))
-        return _Member(self._families[known], namespace.rank, chain)
+        return _RankMember(self._families[known], namespace.rank, chain)
 
     def _ranks(self, model: Model, namespace: Namespace, layout: KVLayout) -> list[_Rank]:
         ranks: list[_Rank] = []

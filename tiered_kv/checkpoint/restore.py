@@ -25,7 +25,7 @@ from tiered_kv.node.checkpoints.steps import (
     ReshardRequest,
     StopLoadingRequest,
 )
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.tiers.objects.credentials import credentials
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
@@ -186,7 +186,7 @@ def _resharded(manifest: Manifest, targets: Iterable[Target], numbers: Mapping[i
 def _descriptions(models: Iterable[Model]) -> dict[BlockKey, dict[str, Any]]:
     """Returns the models' descriptions for nodes that have no worker yet. The next checkpoint needs them."""
     return {
-        model.root: ModelFacts(model.layout, (model.namespace or {}).get("weights", model.name), namespace=model.namespace).as_message()
+        model.root: ModelInfo(model.layout, (model.namespace or {}).get("weights", model.name), namespace=model.namespace).as_message()
         for model in models
         if model.layout is not None
     }

@@ -28,7 +28,7 @@ from tiered_kv.node.checkpoints.steps import (
     WriteStatus,
     WriteStatusRequest,
 )
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.tiers.objects.credentials import credentials
 
 log = logging.getLogger(__name__)
@@ -250,6 +250,6 @@ def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[M
     models = {entry.root: Model(entry.root) for snapshot in snapshots.values() for entry in snapshot.blocks}
     for snapshot in snapshots.values():
         for root, message in snapshot.models.items():
-            facts = ModelFacts.of_message(message)
-            models[root] = Model(root, facts.layout, "", facts.namespace)
+            info = ModelInfo.of_message(message)
+            models[root] = Model(root, info.layout, "", info.namespace)
     return list((models | {model.root: model for model in known}).values())

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     message: str
 
 
-class _Frame(NamedTuple):
+class _ListedFrame(NamedTuple):
     """A frame as a footer or a manifest describes it."""
 
     offset: int
@@ -44,7 +44,7 @@ class _Range(NamedTuple):
     """Frames of one pack that are read with one request."""
 
     pack: str
-    frames: list[_Frame]
+    frames: list[_ListedFrame]
 
     @property
     def nbytes(self) -> int:
@@ -115,33 +115,35 @@ def _pointer(repository: "Repository") -> list[Problem]:
     return []
 
 
-def _footer(store: ObjectStore, pack: str, nbytes: int) -> set[_Frame] | Problem:
+def _footer(store: ObjectStore, pack: str, nbytes: int) -> set[_ListedFrame] | Problem:
     try:
         entries = read_footer(store, pack, nbytes).entries
     except TieredKVError as error:
         if not _is_damage(error):
             raise
         return Problem(pack, str(error))
-    return {_Frame(each.offset, each.stored_bytes, each.key, each.root, each.raw_bytes, each.codec) for each in entries}
+    return {_ListedFrame(each.offset, each.stored_bytes, each.key, each.root, each.raw_bytes, each.codec) for each in entries}
 
 
-def _rows(name: str, manifest: Manifest, footers: dict[str, set[_Frame] | Problem], frames: dict[str, set[_Frame]]) -> Iterable[Problem]:
+def _rows(
+    name: str, manifest: Manifest, footers: dict[str, set[_ListedFrame] | Problem], frames: dict[str, set[_ListedFrame]]
+) -> Iterable[Problem]:
     """Yields a problem for each row that is not in its pack's footer.
 
     If a pack has no valid footer, its rows are added to `frames` instead, so that they are still verified.
     """
     for row in manifest.rows:
         pack = manifest.packs[row.pack][0]
-        frame = _Frame(row.offset, row.stored_bytes, row.key, row.root, row.raw_bytes, row.codec)
+        frame = _ListedFrame(row.offset, row.stored_bytes, row.key, row.root, row.raw_bytes, row.codec)
         if isinstance(footers[pack], Problem):
             frames[pack].add(frame)
         elif frame not in footers[pack]:
             yield Problem(name, f"its block {row.key.hex()} is not in the footer of pack {pack} as described")
 
 
-def _ranges(pack: str, frames: Collection[_Frame]) -> Iterable[_Range]:
+def _ranges(pack: str, frames: Collection[_ListedFrame]) -> Iterable[_Range]:
     """Yields the frames in ranges of up to `RANGE_BYTES`. A larger frame is a range of its own."""
-    current: list[_Frame] = []
+    current: list[_ListedFrame] = []
     for frame in sorted(frames, key=lambda frame: (frame.offset, frame.stored_bytes, frame.key)):
         if current and frame.end - current[0].offset > RANGE_BYTES:
             yield _Range(pack, current)

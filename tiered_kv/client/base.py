@@ -14,14 +14,14 @@ from tiered_kv.blocks import Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
-from tiered_kv.client.reader import BlockSource, Found
+from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout
-from tiered_kv.protocol.messages import NodeStats
+from tiered_kv.protocol.messages import BlockRun, NodeStats
 from tiered_kv.protocol.session import Session
 
 if TYPE_CHECKING:
@@ -236,29 +236,24 @@ class NodeClient:
             self._degraded("question", error)
             return otherwise
 
-    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[Found]:
+    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[FoundBlock]:
         """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s > 0:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
-    def _pull(
-        self, access: NodeAccess, root: BlockKey, parent: BlockKey | None, keys: list[BlockKey], depth: int, until_s: float
-    ) -> list[Found]:
-        """Have the node fetch blocks from other nodes. Returns those that the index then shows.
-
-        `parent`, `depth`: the key before the first of `keys`, and the number of its ancestors.
-        """
+    def _pull(self, access: NodeAccess, run: BlockRun, until_s: float) -> list[FoundBlock]:
+        """Have the node fetch the blocks of `run` from other nodes. Returns those that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s <= 0:
             return []
 
         def question(session: Session) -> int | None:
-            return session.pull(root, self.layout.block_bytes, parent, keys, depth, wait_s)
+            return session.pull(run, wait_s)
 
         count = self._ask(access, question, None, wait_s)
-        return access.source.find(keys[:count])  # None, for no answer in time, finds all that arrived by now
+        return access.source.find(run.keys[:count])  # None, for no answer in time, finds all that arrived by now
 
     def _store_missing(
         self,
@@ -303,7 +298,7 @@ class NodeClient:
             self._warn_again_s = now_s + WARN_EVERY_S
             log.warning("the node did not answer, so a %s went on without it (not logged again for %.0f s): %s", what, WARN_EVERY_S, error)
 
-    def _tokens_by_tier(self, found: Sequence[Found]) -> dict[str, int]:
+    def _tokens_by_tier(self, found: Sequence[FoundBlock]) -> dict[str, int]:
         blocks: dict[int, int] = {}
         for each in found:
             tier = each.slot.tier

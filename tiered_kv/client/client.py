@@ -17,6 +17,7 @@ from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import Session
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Client(NodeClient):
             found = self._bring(access, keys, hidden, deadline_s)
         local = len(found)
         if local < len(keys) and source.peers:
-            found = found + self._pull(access, names.root, keys[local - 1] if local else None, keys[local:], local, deadline_s)
+            parent = keys[local - 1] if local else None
+            run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
+            found = found + self._pull(access, run, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)

@@ -20,7 +20,7 @@ from tiered_kv.keys import Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.memory.view import NodeView
 from tiered_kv.protocol.messages import NodeInfo
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.node_record import read_record
 from tiered_kv.protocol.session import Session
 from tiered_kv.protocol.unix_socket import SocketSession
@@ -49,7 +49,7 @@ def client_of(
 ) -> Client:
     """Returns a client of the node that `info` describes, on this machine. It uses the node's socket unless `connect` is given.
 
-    `connect`: opens a session by direct calls. `rope`, `rope_halves`: the rotation of the model's keys (`ModelFacts`). `find`:
+    `connect`: opens a session by direct calls. `rope`, `rope_halves`: the rotation of the model's keys (`ModelInfo`). `find`:
     returns the info of the node that has replaced this one (default: that of the record in the same directory). With `connect` it
     is called within the client's calls, else by a thread. Connects within GREET_WITHIN_S. If the node does not answer by then, raises
     (kind `transport`) only with `must_answer`. Raises as `Session.introduce` does if the node's settings require a calibration that
@@ -114,8 +114,8 @@ def _client(
 
     def introduce(session: Session, namespace: Namespace) -> None:
         """Describe the model to the node; once in each session, because the node may have been restarted."""
-        facts = ModelFacts(layout, namespace.weights, rope, rope_halves, asdict(namespace))
-        answer = session.introduce(namespace.root(layout), facts.as_message())
+        model = ModelInfo(layout, namespace.weights, rope, rope_halves, asdict(namespace))
+        answer = session.introduce(namespace.root(layout), model.as_message())
         if answer["calibration"]:  # without it no block could be decoded
             registered(answer["calibration"])
 

@@ -15,7 +15,7 @@ from tiered_kv.layout import Layout
 LayerPairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Run(NamedTuple):
+class CopyRun(NamedTuple):
     """`blocks` consecutive blocks, starting with block `first` of the prompt. The payloads start at `offset`, `stride` bytes apart."""
 
     first: int
@@ -24,7 +24,7 @@ class Run(NamedTuple):
     blocks: int
 
 
-def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
+def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[CopyRun]:
     """Splits the payload offsets of consecutive blocks into few runs, each with one positive distance between payloads."""
     start = 0
     while start < len(offsets):
@@ -33,7 +33,7 @@ def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[Run]:
         if stride > 0:
             while end < len(offsets) and offsets[end] - offsets[end - 1] == stride:
                 end += 1
-        yield Run(first + start, offsets[start], max(stride, 0), end - start)  # the next run may have lower offsets
+        yield CopyRun(first + start, offsets[start], max(stride, 0), end - start)  # the next run may have lower offsets
         start = end
 
 
@@ -50,12 +50,12 @@ class ArenaBlocks:
             strides.insert(0, strides[0] * size)
         self._block_shape, self._block_strides = tuple(shape), tuple(strides)
 
-    def holds(self, run: Run) -> bool:
+    def holds(self, run: CopyRun) -> bool:
         """Whether the run's payloads are aligned to the dtype and within the arena."""
         itemsize, end = self._dtype.itemsize, run.offset + run.stride * (run.blocks - 1) + self._layout.block_bytes
         return not run.offset % itemsize and not run.stride % itemsize and run.offset >= 0 and end <= self._items.nbytes
 
-    def blocks(self, run: Run) -> torch.Tensor:
+    def blocks(self, run: CopyRun) -> torch.Tensor:
         """Returns the run's payloads as a tensor (blocks, L, 2, H, T, D) that shares the arena's memory."""
         start, odd = divmod(run.offset, self._dtype.itemsize)
         stride, odd_stride = divmod(run.stride, self._dtype.itemsize)
@@ -64,22 +64,22 @@ class ArenaBlocks:
         shape, strides = (run.blocks, *self._block_shape), (stride, *self._block_strides)
         return self._items.as_strided(shape, strides, self._items.storage_offset() + start)
 
-    def unpack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
+    def unpack(self, run: CopyRun, kv_L2HND: torch.Tensor) -> None:
         """Copy the run's blocks to their tokens of `kv`."""
         self._columns(_detached(kv_L2HND), run).copy_(self.blocks(run))
 
-    def pack(self, run: Run, kv_L2HND: torch.Tensor) -> None:
+    def pack(self, run: CopyRun, kv_L2HND: torch.Tensor) -> None:
         """Copy the tokens of the run's blocks out of `kv`."""
         self.blocks(run).copy_(self._columns(_detached(kv_L2HND), run))
 
-    def pack_layers(self, run: Run, pairs_HND: LayerPairs) -> None:
+    def pack_layers(self, run: CopyRun, pairs_HND: LayerPairs) -> None:
         """As `pack`, from one (key, value) pair for each layer, each (H, N, D), without stacking them first."""
         blocks = self.blocks(run)
         for layer, pair in enumerate(pairs_HND):
             for which, heads_HND in enumerate(pair):
                 blocks[:, layer, which].copy_(self._columns(_detached(heads_HND), run))
 
-    def _columns(self, kv: torch.Tensor, run: Run) -> torch.Tensor:
+    def _columns(self, kv: torch.Tensor, run: CopyRun) -> torch.Tensor:
         """Returns the run's tokens of `kv`, (…, N, D), as a tensor (blocks, …, T, D) that shares its memory."""
         t = self._layout.block_tokens
         *outer, tokens, d = kv.shape

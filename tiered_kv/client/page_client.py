@@ -13,9 +13,9 @@ from tiered_kv.blocks import PEER, Stored, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import LABELS, NodeClient, question_s, while_open
 from tiered_kv.client.page_copy import Pages
-from tiered_kv.client.reader import Found
+from tiered_kv.client.reader import FoundBlock
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.messages import PackedBlock
+from tiered_kv.protocol.messages import BlockRun, PackedBlock
 from tiered_kv.protocol.session import Session
 
 ANSWER_WITHIN_S = 0.25
@@ -106,7 +106,8 @@ class PageClient(NodeClient):
             local = len(found)
             if local < len(keys) and source.peers:
                 rest = chain.part(local)
-                found = found + self._pull(access, self._names.root, rest.parent, rest.keys, rest.depth, until_s)
+                run = BlockRun(self._names.root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth)
+                found = found + self._pull(access, run, until_s)
         else:
             local = len(found)
         read = self._read(access, found, pages, blocks, until_s)
@@ -149,7 +150,7 @@ class PageClient(NodeClient):
 
     # Loading
 
-    def _read(self, access: NodeAccess, found: list[Found], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
+    def _read(self, access: NodeAccess, found: list[FoundBlock], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
         """Fill pages with the found blocks. Returns how many leading blocks were read."""
         source, done = access.source, 0
 
@@ -175,7 +176,9 @@ class PageClient(NodeClient):
                 break
         return done
 
-    def _stage(self, access: NodeAccess, found: Sequence[Found], pages: Pages, blocks: Sequence[int], expired: Callable[[], bool]) -> int:
+    def _stage(
+        self, access: NodeAccess, found: Sequence[FoundBlock], pages: Pages, blocks: Sequence[int], expired: Callable[[], bool]
+    ) -> int:
         """Read blocks of any tier into memory of their own, then fill pages. Returns how many leading blocks were read."""
         staged = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=torch.uint8)
         read = len(access.source.read(found, staged, expired))
@@ -207,5 +210,5 @@ class PageClient(NodeClient):
         return access.writer.write_packed(session, self._names.root, chain.keys, missing, parent, wait_s, pack)
 
 
-def _is_raw_in_host(found: Found) -> bool:
+def _is_raw_in_host(found: FoundBlock) -> bool:
     return found.slot.tier == Tier.HOST and not found.slot.codec

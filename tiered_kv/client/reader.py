@@ -21,7 +21,7 @@ import torch
 from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
 from tiered_kv.client.decoders import Decoders
-from tiered_kv.client.kv_copy import ArenaBlocks, Run, runs_of
+from tiered_kv.client.kv_copy import ArenaBlocks, CopyRun, runs_of
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.profile import Timed
 from tiered_kv.codecs import CODECS
@@ -47,7 +47,7 @@ _CODEC_IDS = frozenset(codec.id for codec in CODECS)
 _MAY_HIDE = {int(Tier.DEVICE), *map(int, AWAY)}
 
 
-class Found(NamedTuple):
+class FoundBlock(NamedTuple):
     """A block of a prompt with its slot of the index."""
 
     key: BlockKey
@@ -91,11 +91,11 @@ class BlockSource:
             _decode=timed("decode", self._decode),
         )
 
-    def find(self, keys: Sequence[BlockKey]) -> list[Found]:
+    def find(self, keys: Sequence[BlockKey]) -> list[FoundBlock]:
         """Returns the leading keys that the index contains, with their slots. About 0.7 µs a block, no call."""
         if not self._view.live:
             return []
-        return list(map(Found, keys, self._view.lookup_leading(keys, self._layout.block_bytes)))
+        return list(map(FoundBlock, keys, self._view.lookup_leading(keys, self._layout.block_bytes)))
 
     def lookup_all(self, keys: Sequence[BlockKey]) -> list[Slot | None]:
         """Returns each key's slot; None if the index does not contain the key, or if the slot is invalid for this layout."""
@@ -105,7 +105,7 @@ class BlockSource:
         raw_bytes = self._layout.block_bytes
         return [slot if slot is not None and slot.raw_bytes == raw_bytes and slot.codec in _CODEC_IDS else None for slot in slots]
 
-    def hidden(self, found: Sequence[Found]) -> list[BlockKey]:
+    def hidden(self, found: Sequence[FoundBlock]) -> list[BlockKey]:
         """Returns the keys of the found blocks that this process cannot read itself."""
         tiers = {slot.tier for _, slot in found}
         hiding = {tier for tier in tiers & _MAY_HIDE if tier != Tier.DEVICE or not self._sees_device()}
@@ -114,7 +114,7 @@ class BlockSource:
     def _sees_device(self) -> bool:
         return self._device is not None and self._device.blocks() is not None
 
-    def read(self, found: Sequence[Found], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[Found]:
+    def read(self, found: Sequence[FoundBlock], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[FoundBlock]:
         """Copy or decode the found blocks to the first tokens of `kv`. Returns the blocks before the first that could not be read.
 
         Once `expired()`, blocks on disk and encoded blocks are not read.
@@ -133,17 +133,17 @@ class BlockSource:
                 break
         return list(found[:done])
 
-    def _read_alike(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+    def _read_alike(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
         """Read blocks of one tier, all of them encoded or none. Returns how many leading blocks were read."""
         slot = found[0].slot
         if slot.tier not in _IN_MEMORY:
             return self._read_disk(found, first, kv, expired)
         return self._read_coded(found, first, kv, expired) if slot.codec else self._read_memory(found, first, kv)
 
-    def _read_coded(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+    def _read_coded(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
         """Decode encoded blocks in host memory. Returns how many leading blocks were decoded before `expired()`."""
 
-        def read(each: Found, block: int) -> bool:
+        def read(each: FoundBlock, block: int) -> bool:
             frame = None if expired() else self._frame(each)
             return frame is not None and self._decode(each.key, frame, block, kv)
 
@@ -152,7 +152,7 @@ class BlockSource:
                 results.add(read, each, block)
         return results.leading
 
-    def _frame(self, found: Found) -> Frame | None:
+    def _frame(self, found: FoundBlock) -> Frame | None:
         """Returns a copy of the frame of a block in host memory; None if the block changed meanwhile, or the frame is invalid."""
         slot = found.slot
         data = self._view.extent(slot.offset, slot.stored_bytes).numpy().copy()
@@ -190,7 +190,7 @@ class BlockSource:
         """Returns the digest of the `nbytes` packed at `offset`."""
         return self._headers.digest(offset, nbytes)
 
-    def _read_memory(self, found: Sequence[Found], first: int, kv: torch.Tensor) -> int:
+    def _read_memory(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor) -> int:
         """Copy uncompressed blocks of one tier in memory. Returns how many leading blocks did not change during the copy."""
         offsets = [each.slot.offset for each in found]
         runs = runs_of(offsets, first)
@@ -203,7 +203,7 @@ class BlockSource:
             return 0
         return self._believed(found, None)
 
-    def read_pages(self, found: Sequence[Found], pages: Pages, blocks: Sequence[int]) -> int:
+    def read_pages(self, found: Sequence[FoundBlock], pages: Pages, blocks: Sequence[int]) -> int:
         """Copy uncompressed blocks in host memory to the pages of an engine's `blocks`. Returns how many leading blocks are right."""
         offsets = [each.slot.offset for each in found]
         pages.scatter(self.memory, offsets, blocks)
@@ -214,7 +214,7 @@ class BlockSource:
         """The node's arena, 1-D uint8."""
         return self._view.arena
 
-    def _believed(self, found: Sequence[Found], offsets: Sequence[int] | None) -> int:
+    def _believed(self, found: Sequence[FoundBlock], offsets: Sequence[int] | None) -> int:
         """Returns how many leading blocks did not change while they were copied. `offsets`: of blocks in host memory, else None."""
         # The headers are compared before `all_valid`, so that its result covers them too.
         named = len(found) if offsets is None else self._named(found, offsets)
@@ -229,7 +229,7 @@ class BlockSource:
                 return count
         return len(found)
 
-    def _named(self, found: Sequence[Found], offsets: Sequence[int]) -> int:
+    def _named(self, found: Sequence[FoundBlock], offsets: Sequence[int]) -> int:
         """Returns how many leading blocks have headers that name their keys, and with `verify_host` also matching seals."""
         if not self.verifies and self._headers.name_all(offsets, [each.key for each in found]):
             return len(found)
@@ -241,7 +241,7 @@ class BlockSource:
         headers = self._headers
         return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 
-    def _read_disk(self, found: Sequence[Found], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+    def _read_disk(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
         """Read and decode blocks on disk. Returns how many leading blocks were read before `expired()`."""
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
@@ -255,10 +255,10 @@ class BlockSource:
         found = self.find([key])
         return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired) == 1
 
-    def touch(self, used: Sequence[Found | Slot]) -> None:
+    def touch(self, used: Sequence[FoundBlock | Slot]) -> None:
         """Report used blocks to the node's eviction policy, the deepest block first."""
         if used:
-            self._view.touch([each.slot if isinstance(each, Found) else each for each in reversed(used)])
+            self._view.touch([each.slot if isinstance(each, FoundBlock) else each for each in reversed(used)])
 
     def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
         """Add to the node's counts of requested blocks, hits, and saved prefill tokens and microseconds."""
@@ -312,7 +312,7 @@ class DiskReader:
         self._segments = segments
         self._threads = DaemonThreads(READS_AHEAD, "tkv-read")  # threads start when they are first needed
 
-    def frames(self, found: Sequence[Found], expired: Callable[[], bool]) -> Iterator[Frame]:
+    def frames(self, found: Sequence[FoundBlock], expired: Callable[[], bool]) -> Iterator[Frame]:
         """Yields the verified frame of each block, up to the first that cannot be read, or that is not read when `expired()`.
 
         Threads read into memory of their own, so that a late read cannot write to the caller's tensor.
@@ -330,7 +330,7 @@ class DiskReader:
             for future in ahead:
                 future.cancel()
 
-    def _read(self, found: Found) -> Frame | None:
+    def _read(self, found: FoundBlock) -> Frame | None:
         slot = found.slot
         location = Location(Tier.DISK, slot.codec, slot.segment, slot.offset, slot.stored_bytes, slot.raw_bytes)
         try:
@@ -390,7 +390,7 @@ class DeviceReader:
             self._blocks = ArenaBlocks(self._pool.tensor, self._layout)
             self._generation = generation
 
-    def unpack(self, runs: Iterable[Run], kv: torch.Tensor) -> bool:
+    def unpack(self, runs: Iterable[CopyRun], kv: torch.Tensor) -> bool:
         """Copy runs of blocks to their tokens of `kv`, and wait until the copy has finished.
 
         Returns False if the pool cannot be read, or if the node was restarted with another pool meanwhile.

@@ -107,8 +107,8 @@ class Codec(ABC):
         """Parses the text after a codec's name and colon. Returns the parameters. Raises (kind `config`) if the codec takes none."""
         raise TieredKVError(Kind.CONFIG, f"codec {cls.name!r} takes no parameters after its name, got {text!r}", codec=cls.name)
 
-    def at(self, start: int, is_tail: bool = False) -> Self:
-        """Returns the codec for the block whose first token has position `start`. `is_tail`: the block is the last of its chain."""
+    def at(self, start: int, is_last_block: bool = False) -> Self:
+        """Returns the codec for the block whose first token has position `start`. `is_last_block`: the block is the last of its chain."""
         return self
 
     def spec(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class BlockCodec(Codec):
         if self.max_error is not None and not (isinstance(self.max_error, float) and 0 <= self.max_error < math.inf):
             raise self._invalid("max_error", "a float of at least 0")
 
-    def at(self, start: int, is_tail: bool = False) -> Self:
+    def at(self, start: int, is_last_block: bool = False) -> Self:
         return replace(self, start=start)
 
     @abstractmethod

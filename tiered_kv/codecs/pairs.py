@@ -45,7 +45,7 @@ class CodedTensor:
         return f"{type(self).__name__}({self.codec.name}, {tuple(self.shape)}, {self.dtype}, {self.nbytes} bytes, error {self.error:.2g})"
 
 
-Coded = TypeVar("Coded", bound=CodedTensor)
+CodedT = TypeVar("CodedT", bound=CodedTensor)
 
 
 def check_pair(key: object, value: object) -> None:
@@ -66,8 +66,8 @@ def check_pair(key: object, value: object) -> None:
 
 
 def encode_pair(
-    kind: type[Coded], codec: str, key: torch.Tensor, value: torch.Tensor, carried_error: float = 0.0, **parameters: Any
-) -> tuple[Coded, Coded]:
+    kind: type[CodedT], codec: str, key: torch.Tensor, value: torch.Tensor, carried_error: float = 0.0, **parameters: Any
+) -> tuple[CodedT, CodedT]:
     """Encodes a pair with the lossy codec of this name. Returns the records of key and value. Raises as `check_pair`.
 
     Neither tensor is changed or kept.

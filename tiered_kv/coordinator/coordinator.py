@@ -83,11 +83,11 @@ class Coordinator:
             self._directory.update(report.node, report.added, report.removed)
             return Answer(self._peers(report.node), resync=False)
 
-    def locate(self, asking: str, keys: list[BlockKey]) -> list[list[str]]:
-        """Returns the live nodes that hold each key, for the leading `keys` that nodes other than `asking` hold."""
+    def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
+        """Returns the live nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
         with self._lock:
             self._drop_silent()
-            return self._directory.locate(keys, asking)
+            return self._directory.locate(keys, asker)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Add the variants of a root that the calling node knows (`known`), and match `probe` with them.

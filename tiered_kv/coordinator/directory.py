@@ -40,11 +40,11 @@ class Directory:
                 self._keys[node].add(key)
                 self._holders[key] = (*self._holders.get(key, ()), node)
 
-    def locate(self, keys: Iterable[BlockKey], asking: str) -> list[list[str]]:
-        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asking` hold."""
+    def locate(self, keys: Iterable[BlockKey], asker: str) -> list[list[str]]:
+        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
         found: list[list[str]] = []
         for key in keys:
-            holders = [node for node in self._holders.get(key, ()) if node != asking]
+            holders = [node for node in self._holders.get(key, ()) if node != asker]
             if not holders:
                 break
             found.append(holders)

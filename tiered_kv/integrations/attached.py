@@ -43,7 +43,7 @@ class Attachment:
     def __init__(self, model: Any, serving: Callable[[], CachedModel], *, passes_training: bool = False) -> None:
         self.model = model
         self.last_report: GenerateReport | None = None
-        self.passed: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         """The number of calls that ran without the cache, by reason."""
         self._serving = serving
         self._passes_training = passes_training
@@ -196,9 +196,9 @@ class Attachment:
 
     def _pass(self, what: str, error: TieredKVError) -> None:
         reason = f"{what}: {error.context.get('argument', error.kind)}"
-        if not self.passed[reason]:
+        if not self.skipped[reason]:
             log.info("a call runs without the cache (logged once for each reason): %s", error)
-        self.passed[reason] += 1
+        self.skipped[reason] += 1
 
 
 _GENERATE_TAKES = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
@@ -226,8 +226,8 @@ class MethodHook:
         return self._handler(self._plain, arguments, options)
 
     @property
-    def stands_before(self) -> Callable | None:
-        """The function that was set on the model before this hook (`identity.below_door`), or None for its class's own method."""
+    def replaced_method(self) -> Callable | None:
+        """The function that was set on the model before this hook (`identity.below_hook`), or None for its class's own method."""
         return self._before
 
     def __deepcopy__(self, memo: dict) -> Any:

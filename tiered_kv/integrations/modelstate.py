@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from tiered_kv.errors import TieredKVError
-from tiered_kv.identity import Facts, Sums, facts_of
+from tiered_kv.identity import ModelWalk, Sums, walk_model
 from tiered_kv.integrations.probing import probe_of
 from tiered_kv.integrations.support import CacheShape, check_supported, examine
 from tiered_kv.integrations.watch import Watch
@@ -163,11 +163,11 @@ class ModelState:
             return State(Watch(self.model), refusal=error)
         after = _numbers(self.model)
         counters = frozenset(name for name, value in after.items() if name in before and before[name] != value)
-        watch, walked = Watch(self.model, counters), facts_of(self.model, counters)
+        watch, walked = Watch(self.model, counters), walk_model(self.model, counters)
         content = content_of(self.model, walked, self._sums)
         return State(watch, shape, content, probe_of(cache), self._private_variant(walked) or None)
 
-    def _private_variant(self, walked: Facts) -> str:
+    def _private_variant(self, walked: ModelWalk) -> str:
         """Returns the variant for a model with this foreign code. It stays the same as long as the code does."""
         code = [each for _, each in walked.foreign]
         for known, variant in self._private:

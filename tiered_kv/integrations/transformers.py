@@ -33,7 +33,7 @@ SCRATCH_TOKENS = 256
 SCRATCH_BYTES_MAX = 256 << 20
 
 
-class Client(Protocol):
+class CacheClient(Protocol):
     """The methods of a tiered_kv client that `CachedModel` uses."""
 
     layout: KVLayout
@@ -127,7 +127,7 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: Any, client: Client, *, store_generated: bool = True, shape: CacheShape | None = None, clock: Clock | None = None
+        self, model: Any, client: CacheClient, *, store_generated: bool = True, shape: CacheShape | None = None, clock: Clock | None = None
     ) -> None:
         """`shape`: the result of `check_supported(model)`, if it is known; otherwise it is called here, and may raise."""
         self.model = model
@@ -198,7 +198,7 @@ class CachedModel:
         reused = min(fetched.tokens, len(ids) - 1)  # the last token must be computed: its logits choose the first new token
         cache = cache_from_kv(fetched.kv[..., :reused, :], self.model.config, self._shape.devices)
         fetched_s = self._clock.now_s()
-        first = _FirstToken(self._clock, arguments.pop("streamer", None))
+        first = _FirstTokenTimer(self._clock, arguments.pop("streamer", None))
         output = self.model.generate(prompt, past_key_values=cache, streamer=first, **arguments)
         generated_s = self._clock.now_s()
         if first.seen_s is not None:
@@ -283,7 +283,7 @@ class CachedModel:
             log.warning("%s failed; the request goes on without the cache (logged once): %s: %s", verb, type(error).__name__, error)
 
 
-def _state_of(model: Any, client: Client, shape: CacheShape, probe: Probe | None) -> ModelState:
+def _state_of(model: Any, client: CacheClient, shape: CacheShape, probe: Probe | None) -> ModelState:
     """What follows the model's state. The namespace that a client was given is that of the first model it serves, as that is now;
     any other model is read when it is first asked for.
     """
@@ -315,7 +315,7 @@ def _less(tokens_by_tier: dict[str, int], tokens: int) -> dict[str, int]:
     return dict(reversed(left.items()))
 
 
-class _FirstToken(BaseStreamer):
+class _FirstTokenTimer(BaseStreamer):
     """Records when the first new token was generated, and passes all tokens on to the caller's own streamer."""
 
     def __init__(self, clock: Clock, then: BaseStreamer | None) -> None:

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torchs
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
-from tiered_kv.identity import is_door, watched_attributes
+from tiered_kv.identity import is_hook, watched_attributes
 
 _version = attrgetter("_version")
 _training = itemgetter("training")
@@ -136,7 +136,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _own_count(values: dict) -> int:
     """Returns how many attributes a model has, without this library's method hooks (`attached.MethodHook`)."""
-    return len(values) - sum(is_door(values.get(name)) for name in ("forward", "generate"))
+    return len(values) - sum(is_hook(values.get(name)) for name in ("forward", "generate"))
 
 
 def _code(kind: type) -> tuple[Any, Any]:

@@ -166,7 +166,7 @@ class TransformersKVCache:
 
     def get_cache_stats(self) -> dict[str, Any]:
         """Returns the cache's statistics (`BaseKVCache.get_stats`), and `passed`: the calls that ran without the cache, by reason."""
-        return self.cache.get_stats() | {"passed": dict(self.attachment.passed) if self.attachment is not None else {}}
+        return self.cache.get_stats() | {"passed": dict(self.attachment.skipped) if self.attachment is not None else {}}
 
     get_stats = get_cache_stats
 

@@ -17,13 +17,13 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, as_token_ids
 from tiered_kv.layout import KVLayout
 from tiered_kv.library.cache import BaseKVCache
-from tiered_kv.node.pages import Slab
+from tiered_kv.node.pages import PageAllocator
 
 
 class Page(NamedTuple):
     """One row of a block table.
 
-    offset: the page's position in the slab, in bytes. tokens: the number of tokens in it. shared_by: the number of sequences of
+    offset: the page's position in the arena, in bytes. tokens: the number of tokens in it. shared_by: the number of sequences of
     this cache that use the page.
     """
 
@@ -64,7 +64,7 @@ class PagedKVCache(BaseKVCache):
         self.config = self.config.with_(use_quantization=False, use_compression=False)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
-        self._slab: Slab | None = None
+        self._slab: PageAllocator | None = None
 
     def create(self, token_ids: TokenIds = ()) -> int:
         """Create a sequence that starts with the longest cached prefix of `token_ids`; for its length call `length`.
@@ -95,26 +95,26 @@ class PagedKVCache(BaseKVCache):
                 self._append(held, ids, kv.detach())
 
     def _append(self, held: _Sequence, ids: np.ndarray, kv: torch.Tensor) -> None:
-        layout, slab, step = self.layout, self._pages(), self.layout.block_tokens
+        layout, allocator, step = self.layout, self._pages(), self.layout.block_tokens
         whole = np.concatenate([held.ids, ids])
         keys = self.namespace.chain(layout).keys(whole)
         first, at = divmod(len(held.ids), step)
         pages = -(-len(whole) // step) - first
         owns_last = held.last is not None and held.last.tables == 1
         wanted = [*keys[first:], None][:pages]
-        offsets = slab.take(wanted[1:] if owns_last else wanted)
+        offsets = allocator.take(wanted[1:] if owns_last else wanted)
         if offsets is None:
             raise TieredKVError(Kind.MEMORY, f"no room for {len(ids)} tokens: free a sequence, or raise max_tokens", pages=pages)
         if owns_last:
             offsets.insert(0, held.last.offset)
         elif held.last is not None:  # copy on write
-            slab.page(offsets[0])[..., :at, :].copy_(slab.page(held.last.offset)[..., :at, :])
+            allocator.page(offsets[0])[..., :at, :].copy_(allocator.page(held.last.offset)[..., :at, :])
             held.last.tables -= 1
         held.last = None
         done = 0
         for number, offset in enumerate(offsets, first):
             count = min(step - at, len(ids) - done)
-            slab.page(offset)[..., at : at + count, :].copy_(kv[..., done : done + count, :])
+            allocator.page(offset)[..., at : at + count, :].copy_(kv[..., done : done + count, :])
             done, at = done + count, 0
             if number < len(keys):
                 self._publish(held, keys, number, offset, offsets[number - first + 1 :])
@@ -200,11 +200,11 @@ class PagedKVCache(BaseKVCache):
                 self._slab = None
             super().clear()
 
-    def _pages(self) -> Slab:
+    def _pages(self) -> PageAllocator:
         if self._slab is None:
             layout: KVLayout = self.layout
             self.client()  # registers the model with the node
-            self._slab = Slab(self.engine(layout).node, layout, self.namespace.root(layout))
+            self._slab = PageAllocator(self.engine(layout).node, layout, self.namespace.root(layout))
         return self._slab
 
     def _of(self, sequence: int) -> _Sequence:

@@ -25,7 +25,7 @@ _TIERS = frozenset(Tier)
 _Words = npt.NDArray[np.uint64]
 
 
-class Rebuilt(NamedTuple):
+class RebuildResult(NamedTuple):
     """Result of `IndexWriter.rebuild`: blocks kept, blocks dropped by reason, and `moved` blocks that had been unreachable."""
 
     kept: int
@@ -180,7 +180,7 @@ class IndexWriter:
         self._closed = True
         self._views.release()
 
-    def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> Rebuilt:
+    def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> RebuildResult:
         """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns what was found.
 
         Drops slots that were being written; blocks out of bounds; host blocks that are not `is_trusted`; keys with several
@@ -194,7 +194,7 @@ class IndexWriter:
         overlapping = self._drop(lambda _, location: location.tier is Tier.HOST and location.offset in overlapping_extents)
         moved = self._make_reachable()
         self._header[w.BLOCKS] = int(np.count_nonzero(self._tiers()))
-        return Rebuilt(len(self), torn, stray, duplicate, overlapping, moved)
+        return RebuildResult(len(self), torn, stray, duplicate, overlapping, moved)
 
     def reconcile(self, truth: Mapping[BlockKey, Location]) -> int:
         """Repair a damaged index so that it shows exactly the blocks of `truth`. Returns how many slots were wrong or missing.

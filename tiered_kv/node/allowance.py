@@ -12,8 +12,8 @@ from collections.abc import Callable
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.compression import BlockData, Coder
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.node.compression import BlockData, BlockEncoder
+from tiered_kv.tiers.host import BlockHeader
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +21,14 @@ _ROUNDING = 1 + 2.0**-22  # tolerance for errors that were stored as f32
 
 
 class Allowance:
-    """Checks blocks by the plans of a `Coder`, and counts the blocks that fail, by source. Thread-safe.
+    """Checks blocks by the plans of a `BlockEncoder`, and counts the blocks that fail, by source. Thread-safe.
 
     Until a worker introduces a model, its blocks may have the largest error that the settings allow. Blocks that its plan may not allow
     are remembered until then.
     """
 
-    def __init__(self, coder: Coder) -> None:
-        self._coder = coder
+    def __init__(self, encoder: BlockEncoder) -> None:
+        self._encoder = encoder
         self._lock = threading.Lock()
         self._undecided: dict[BlockKey, dict[BlockKey, float]] = {}  # by root: errors of blocks admitted before there was a plan
         self._refused: Counter[str] = Counter()
@@ -41,7 +41,7 @@ class Allowance:
         The error is unknown if it is None, or 0 with a lossy codec. Then `look` is called and may find it. A block whose error stays
         unknown passes, unless no lossy block may; `check` sees its error when it is read.
         """
-        most = self._coder.most_error(root)
+        most = self._encoder.most_error(root)
         if most == 0:
             return not error and not is_lossy(codec)
         if not error and is_lossy(codec):
@@ -50,17 +50,17 @@ class Allowance:
             return True
         if not 0 < error <= most * _ROUNDING:
             return False
-        if root is not None and not self._coder.has_plan(root):
+        if root is not None and not self._encoder.has_plan(root):
             with self._lock:
                 self._undecided.setdefault(root, {})[key] = error
         return True
 
-    def check(self, block: BlockData, lineage: Lineage) -> None:
+    def check(self, block: BlockData, header: BlockHeader) -> None:
         """Raise (kind `corrupt`) if this block, which has just been read, may not be shown."""
         codec = block.frame.codec.id if block.frame is not None else 0
-        if not self.admits(lineage.key, lineage.root, codec, block.error):
+        if not self.admits(header.key, header.root, codec, block.error):
             self.refuse("read", 1)
-            raise TieredKVError(Kind.CORRUPT, self._reason(block.error, lineage.root), too_lossy=True)
+            raise TieredKVError(Kind.CORRUPT, self._reason(block.error, header.root), too_lossy=True)
 
     def refuse(self, where: str, blocks: int) -> None:
         """Count blocks that may not be shown. `where`: their source. The first time for each source is logged."""
@@ -80,7 +80,7 @@ class Allowance:
         """Apply the new plan of a model. Returns the blocks that were admitted before and whose error is larger than it allows."""
         with self._lock:
             known = self._undecided.pop(root, {})
-        most = self._coder.most_error(root) * _ROUNDING
+        most = self._encoder.most_error(root) * _ROUNDING
         return [key for key, error in known.items() if error > most]
 
     def stats(self) -> dict[str, int]:
@@ -89,4 +89,4 @@ class Allowance:
             return dict(self._refused)
 
     def _reason(self, error: float, root: BlockKey | None) -> str:
-        return f"the block is too lossy: its error is {error:.2g}, this node allows at most {self._coder.most_error(root):.2g}"
+        return f"the block is too lossy: its error is {error:.2g}, this node allows at most {self._encoder.most_error(root):.2g}"

@@ -30,7 +30,7 @@ ONLY_LOSSLESS = "only lossless codecs apply to an opaque layout"
 
 
 @dataclass(frozen=True)
-class Plan:
+class CodecPlan:
     """The codec of each tier except the device, which keeps blocks raw, and the reason for it. Codecs are written as in the settings."""
 
     codecs: Mapping[Tier, str]
@@ -85,7 +85,7 @@ def _codec(text: str) -> Codec:
     return cls(**written)
 
 
-def plan(config: Config, calibration: Calibration | None) -> Plan:
+def plan(config: Config, calibration: Calibration | None) -> CodecPlan:
     """Returns the plan for a model. `calibration`: its calibration, or None.
 
     Raises (kind `config`) if a calibration is needed and missing. The error names the command to run.
@@ -103,10 +103,10 @@ def plan(config: Config, calibration: Calibration | None) -> Plan:
             setting = "codec" if tier in config.codec_by_tier else "quality"
             message = f"{setting}: {codecs[tier]} ({why[tier]}, {tier.label} tier) needs a calibration of this model; {RUN}"
             raise TieredKVError(Kind.CONFIG, message, setting=setting)
-    return Plan(codecs, why)
+    return CodecPlan(codecs, why)
 
 
-def opaque_plan(config: Config) -> Plan:
+def opaque_plan(config: Config) -> CodecPlan:
     """Returns the plan for a model of an `OpaqueLayout`: the lossless codec in each tier for which the settings ask for a lossy one.
 
     Needs no calibration. `why` says which codec is replaced.
@@ -123,7 +123,7 @@ def opaque_plan(config: Config) -> Plan:
     for tier, text in codecs.items():
         if parse_codec(text)[0].is_lossy:
             codecs[tier], why[tier] = "lossless", f"{why[tier]}, but {ONLY_LOSSLESS}, so not {text}"
-    return Plan(codecs, why)
+    return CodecPlan(codecs, why)
 
 
 def _preset(quality: str, tiers: Sequence[Tier], calibration: Calibration | None) -> dict[Tier, str]:

@@ -26,9 +26,9 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.file_sums import user_cache
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.layout import OpaqueLayout
-from tiered_kv.node.codec_plan import ONLY_LOSSLESS, RUN, Plan, check_settings, is_exact, most_error, opaque_plan, plan
+from tiered_kv.node.codec_plan import ONLY_LOSSLESS, RUN, CodecPlan, check_settings, is_exact, most_error, opaque_plan, plan
 from tiered_kv.protocol.messages import CodecStats, EncodedStats, Introduction, TierPlan
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.store import events as ev
 
@@ -70,7 +70,7 @@ class BlockData(NamedTuple):
         return raw
 
 
-class CodedBlock(NamedTuple):
+class EncodedFrame(NamedTuple):
     """A block encoded as a frame, in pieces. `codec`: the id of its codec."""
 
     pieces: FramePieces
@@ -84,14 +84,14 @@ class CodedBlock(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Model:
-    facts: ModelFacts
-    plan: Plan
+class _IntroducedModel:
+    info: ModelInfo
+    plan: CodecPlan
     codecs: dict[Tier, Codec]
     most_error: float
 
 
-class Coder:
+class BlockEncoder:
     """The codecs of one node. Thread-safe. Encoding a block takes milliseconds for each MB, on the caller's thread.
 
     Blocks of a model that no worker has introduced since the node started are encoded losslessly, as bytes of an unknown layout.
@@ -103,61 +103,61 @@ class Coder:
         self.shrinks = not is_exact(config)
         """Whether blocks may be encoded in host memory."""
         self._most_error = most_error(config)
-        self._models: dict[BlockKey, _Model] = {}
+        self._models: dict[BlockKey, _IntroducedModel] = {}
         self._lock = threading.Lock()
         self._blocks: Counter[tuple[str, str]] = Counter()  # encoded so far, by tier and codec
         self._bytes: Counter[tuple[str, str]] = Counter()  # their raw bytes
         self._kept_bytes: Counter[tuple[str, str]] = Counter()  # bytes of their frames
         self._fell_back: Counter[str] = Counter()  # by reason
 
-    def knows(self, root: BlockKey, facts: ModelFacts) -> bool:
-        """Returns whether the model was introduced with the same facts. A missing namespace counts as the known one."""
+    def knows(self, root: BlockKey, info: ModelInfo) -> bool:
+        """Returns whether the model was introduced with the same description. A missing namespace counts as the known one."""
         known = self._models.get(root)
-        return known is not None and known.facts == _filled(facts, known)
+        return known is not None and known.info == _filled(info, known)
 
-    def facts(self) -> dict[BlockKey, ModelFacts]:
-        """Returns the facts of all introduced models, by root."""
+    def models(self) -> dict[BlockKey, ModelInfo]:
+        """Returns the descriptions of all introduced models, by root."""
         with self._lock:
-            return {root: known.facts for root, known in self._models.items()}
+            return {root: known.info for root, known in self._models.items()}
 
-    def introduce(self, root: BlockKey, facts: ModelFacts) -> Introduction:
+    def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
         """Register a worker's model: from now on blocks below `root` are encoded for it.
 
         Returns the plan, and the path of the calibration that the worker needs to decode its blocks. A model of an opaque layout needs
         no calibration. Otherwise raises (kind `config`) if the settings need a calibration of the model and there is none; (kinds
         `storage`, `corrupt`) if the calibration cannot be read.
         """
-        if not self.knows(root, facts):
-            made = self._planned(_filled(facts, self._models.get(root)))
+        if not self.knows(root, info):
+            made = self._planned(_filled(info, self._models.get(root)))
             if root not in self._models and any(ONLY_LOSSLESS in why for why in made.plan.why.values()):
-                log.warning("model %s: %s, so its blocks are encoded losslessly", facts.weights[:12], ONLY_LOSSLESS)
+                log.warning("model %s: %s, so its blocks are encoded losslessly", info.weights[:12], ONLY_LOSSLESS)
             with self._lock:
                 self._models[root] = made
                 while len(self._models) > MODELS_MAX:
                     del self._models[next(iter(self._models))]
         known = self._models[root]
-        path = self._calibration_path(facts) if known.plan.needs_calibration() else None
+        path = self._calibration_path(info) if known.plan.needs_calibration() else None
         return {"plan": known.plan.as_record(), "calibration": str(path) if path else None}
 
-    def _planned(self, facts: ModelFacts) -> _Model:
-        is_opaque = isinstance(facts.layout, OpaqueLayout)
-        calibration = None if is_opaque else self._calibration(facts)
+    def _planned(self, info: ModelInfo) -> _IntroducedModel:
+        is_opaque = isinstance(info.layout, OpaqueLayout)
+        calibration = None if is_opaque else self._calibration(info)
         chosen = opaque_plan(self._config) if is_opaque else plan(self._config, calibration)
         codecs = {
-            tier: codec_for(text, facts.layout, rope=facts.rope, rope_halves=facts.rope_halves, calibration=calibration)
+            tier: codec_for(text, info.layout, rope=info.rope, rope_halves=info.rope_halves, calibration=calibration)
             for tier, text in chosen.codecs.items()
         }
-        if facts.rope is None and any(codec.is_lossy and not codec.needs_calibration for codec in codecs.values()):
+        if info.rope is None and any(codec.is_lossy and not codec.needs_calibration for codec in codecs.values()):
             log.warning("this model's rotary embedding is not known: its keys are encoded as rotated, with a slightly larger error")
         for tier, text in chosen.codecs.items():
-            log.info("model %s: %s keeps blocks as %s (%s)", facts.weights[:12], tier.label, text, chosen.why[tier])
-        return _Model(facts, chosen, codecs, max(codec.most_error() for codec in codecs.values()))
+            log.info("model %s: %s keeps blocks as %s (%s)", info.weights[:12], tier.label, text, chosen.why[tier])
+        return _IntroducedModel(info, chosen, codecs, max(codec.most_error() for codec in codecs.values()))
 
-    def _calibration(self, facts: ModelFacts) -> Calibration | None:
+    def _calibration(self, info: ModelInfo) -> Calibration | None:
         """Returns the model's calibration, or None if there is none or the settings do not use one."""
         if self._config.quality == "exact" and self._config.codec is None and self._config.kl_budget is None:
             return None
-        path = self._calibration_path(facts)
+        path = self._calibration_path(info)
         if not path.is_file():
             if self._config.calibration is not None and not Path(self._config.calibration).is_dir():
                 raise TieredKVError(
@@ -165,15 +165,15 @@ class Coder:
                 )
             return None
         calibration = registered(path)
-        if facts.weights not in calibration.weights:
+        if info.weights not in calibration.weights:
             message = f"calibration: {path} is of another model ({calibration.model}), not of this one; {RUN}"
             raise TieredKVError(Kind.CONFIG, message, setting="calibration")
         return calibration
 
-    def _calibration_path(self, facts: ModelFacts) -> Path:
+    def _calibration_path(self, info: ModelInfo) -> Path:
         given = self._config.calibration
         path = Path(given).expanduser() if given is not None else user_cache() / "calibration"
-        return calibration_file(path, facts.weights) if given is None or path.is_dir() else path
+        return calibration_file(path, info.weights) if given is None or path.is_dir() else path
 
     def most_error(self, root: BlockKey | None) -> float:
         """Returns the largest error that a model's blocks may have in any tier, because blocks move between tiers.
@@ -194,7 +194,7 @@ class Coder:
         model = self._models.get(root) if root else None
         return self.shrinks and (model is None or not isinstance(model.codecs[Tier.HOST], RawCodec))
 
-    def coded(self, copy: ev.Copy, block: BlockData) -> CodedBlock:
+    def coded(self, copy: ev.Copy, block: BlockData) -> EncodedFrame:
         """Encode a block for the tier that it is copied to. Returns its frame.
 
         Raises (kind `corrupt`) if its frame does not decode, or if its bytes differ from those that were stored.
@@ -205,7 +205,7 @@ class Coder:
             return _unchanged(frame)
         raw = block.decoded()
         encoded = codec.encode(raw, block.error)
-        made = CodedBlock(frame_encoded(copy.key, copy.root or UNKNOWN_ROOT, encoded, raw.numel()), encoded.codec.id, raw.numel())
+        made = EncodedFrame(frame_encoded(copy.key, copy.root or UNKNOWN_ROOT, encoded, raw.numel()), encoded.codec.id, raw.numel())
         block.verify()
         if frame is not None and made.nbytes >= frame.nbytes:
             return _unchanged(frame)
@@ -226,8 +226,8 @@ class Coder:
         if not codec.is_lossy:
             return codec
         if copy.depth is None:
-            return LosslessCodec.for_layout(model.facts.layout)  # without the depth, the rotation of its keys is not known
-        return codec.at(copy.depth * model.facts.layout.block_tokens, copy.is_tail)
+            return LosslessCodec.for_layout(model.info.layout)  # without the depth, the rotation of its keys is not known
+        return codec.at(copy.depth * model.info.layout.block_tokens, copy.is_last_block)
 
     # Figures
 
@@ -239,14 +239,14 @@ class Coder:
                 raw_bytes, kept_bytes = self._bytes[tier, name], self._kept_bytes[tier, name]
                 coded.setdefault(tier, {})[name] = {"blocks": blocks, "raw_bytes": raw_bytes, "kept_bytes": kept_bytes}
             plans: dict[str, dict[str, str | TierPlan]] = {
-                root.hex()[:12]: {"weights": each.facts.weights[:12], **each.plan.as_record()} for root, each in self._models.items()
+                root.hex()[:12]: {"weights": each.info.weights[:12], **each.plan.as_record()} for root, each in self._models.items()
             }
             return {"plans": plans, "coded": coded, "fell_back": {why: count for why, count in self._fell_back.items() if count}}
 
 
-def _filled(facts: ModelFacts, known: _Model | None) -> ModelFacts:
-    """Returns the facts; a missing namespace is taken from `known`, because a root has only one namespace."""
-    return facts if facts.namespace is not None or known is None else replace(facts, namespace=known.facts.namespace)
+def _filled(info: ModelInfo, known: _IntroducedModel | None) -> ModelInfo:
+    """Returns the description; a missing namespace is taken from `known`, because a root has only one namespace."""
+    return info if info.namespace is not None or known is None else replace(info, namespace=known.info.namespace)
 
 
 def raw_frame(key: BlockKey, root: BlockKey | None, block: BlockData) -> FramePieces:
@@ -266,8 +266,8 @@ def _may_improve(codec: Codec, present: Codec) -> bool:
     return (isinstance(present, RawCodec) and not isinstance(codec, RawCodec)) or (codec.is_lossy and codec != present)
 
 
-def _unchanged(frame: Frame) -> CodedBlock:
-    return CodedBlock(frame.pieces, frame.codec.id, frame.raw_bytes)
+def _unchanged(frame: Frame) -> EncodedFrame:
+    return EncodedFrame(frame.pieces, frame.codec.id, frame.raw_bytes)
 
 
 def put(pieces: FramePieces, out: torch.Tensor) -> None:

@@ -31,15 +31,15 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import Introduction, NodeInfo, NodeStats
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.peer_transport import FramePieces, Link
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.threads import CheckedLock, Closer
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.tiers.host import BlockHeader
 
 log = logging.getLogger(__name__)
 
@@ -148,14 +148,14 @@ class Node:
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
-    def introduce(self, root: BlockKey, facts: ModelFacts) -> Introduction:
+    def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
         """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
-        coder = self.storage.coder
-        is_new = not coder.knows(root, facts)
-        introduction = coder.introduce(root, facts)
+        encoder = self.storage.encoder
+        is_new = not encoder.knows(root, info)
+        introduction = encoder.introduce(root, info)
         if is_new:
             with self.running():
-                self.engine.machine.shrinking.hope()
+                self.engine.machine.shrinking.retry_all()
                 self._too_lossy |= dict.fromkeys(self.storage.allowance.decide(root))
             self._drop_too_lossy()
         return introduction
@@ -185,7 +185,7 @@ class Node:
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
             for key, parent, location, depth, error, digest in taken:
-                self.storage.sign(location, Lineage(key, parent, root, depth), error, digest)
+                self.storage.sign(location, BlockHeader(key, parent, root, depth), error, digest)
             self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
             self.seals.committed([each.key for each in taken if each.digest is None])
             self.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])
@@ -202,11 +202,11 @@ class Node:
             self.free_extents(each.location.offset for each in packed)
             raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
 
-    def hint(self, tail: BlockKey, hint: Hint) -> None:
-        """Apply what a worker knows of the future use of the chain whose deepest block is `tail`."""
+    def hint(self, last_block: BlockKey, hint: Hint) -> None:
+        """Apply what a worker knows of the future use of the chain whose deepest block is `last_block`."""
         with self.running():
             self.engine.drain_touches()
-            self.engine.handle([ev.Hinted(tail, hint, self._clock.now_s())])
+            self.engine.handle([ev.Hinted(last_block, hint, self._clock.now_s())])
 
     def _index_room_for(self, blocks: list[Packed]) -> int:
         """Make room in the index. Returns how many of the leading blocks it has room for."""
@@ -231,16 +231,13 @@ class Node:
                 self.storage.host.free(offset)
             self.engine.freed.notify_all()
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
-
-        `tail`: the parent of the first block, or None. `depth`: the number of its ancestors.
-        """
-        if not self._puller or not keys:
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        """Fetch the leading blocks of `run` from other nodes. Returns how many of them this node has afterwards."""
+        if not self._puller or not run.keys:
             return 0
         with closing(self.open_session()) as session:
-            admit = Admission(self, session, root, nbytes, keys, tail, depth)
-            return self._puller.pull(keys, nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
+            admit = Admission(self, session, run)
+            return self._puller.pull(run.keys, run.nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
 
     def doubt(self, keys: list[BlockKey]) -> None:
         """Check blocks that a worker could not read: rewrite wrong index slots, and drop damaged blocks."""
@@ -364,7 +361,7 @@ class Node:
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
                 "counts": dict(machine.counts),
-                "codecs": self.storage.coder.stats(),
+                "codecs": self.storage.encoder.stats(),
                 "too_lossy": self.storage.allowance.stats(),
                 "policy": {"name": self.config.policy, **self._learning.stats()},
                 "recording": self._recording.is_on,
@@ -393,11 +390,11 @@ class Node:
         if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
             self.engine.handle([ev.Unmounted(missing)])
 
-    def catch_up(self) -> None:
+    def report_commits(self) -> None:
         """Pass committed blocks on to the policy, while no worker waits for an answer."""
-        if self.engine.machine.behind:
+        if self.engine.machine.has_many_unreported_commits:
             with self.engine.lock:
-                self.engine.machine.catch_up()
+                self.engine.machine.report_commits()
 
     def is_in_place(self) -> bool:
         """Returns whether workers can find this node: its directory and socket still have their names."""
@@ -449,7 +446,7 @@ class Node:
         config, storage = self.config, self.storage
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.coder.shrinks)
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 

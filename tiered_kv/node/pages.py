@@ -1,6 +1,6 @@
 """Pages of one layout in the host memory of a node in this process.
 
-A page is the extent of one block. It is reserved, filled token by token, and belongs to the slab's session until it is full. Then it
+A page is the extent of one block. It is reserved, filled token by token, and belongs to the allocator's session until it is full. Then it
 is committed under its key and becomes a block like any other. `Node.hold` keeps it at its offset as long as a block table names it.
 """
 
@@ -14,7 +14,7 @@ from tiered_kv.layout import Layout
 from tiered_kv.node.node import Node
 
 
-class Slab:
+class PageAllocator:
     """An allocator of pages for one layout and one root. Not thread-safe."""
 
     def __init__(self, node: Node, layout: Layout, root: BlockKey) -> None:

@@ -12,9 +12,10 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.worker_session import NodeSession
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_transport import FramePieces
-from tiered_kv.store.engine import Form
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.store.engine import BlockFormat
+from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -25,27 +26,15 @@ ADMIT_WAIT_S = 0.05
 
 
 class Admission:
-    """Stores the blocks `keys` of one pull, each of `nbytes` raw bytes, below `root`.
+    """Stores the blocks of one run."""
 
-    `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
-    """
-
-    def __init__(
-        self,
-        node: "Node",
-        session: NodeSession,
-        root: BlockKey,
-        nbytes: int,
-        keys: Sequence[BlockKey],
-        tail: BlockKey | None,
-        depth: int,
-    ) -> None:
+    def __init__(self, node: "Node", session: NodeSession, run: BlockRun) -> None:
         self._storage = node.storage
         self._session = session
-        self._root = root
-        self._nbytes = nbytes
-        self._parents = dict(zip(keys, [tail, *keys], strict=False))
-        self._depths = {key: depth + number for number, key in enumerate(keys)}
+        self._root = run.root
+        self._nbytes = run.nbytes
+        self._parents = dict(zip(run.keys, [run.parent, *run.keys], strict=False))
+        self._depths = {key: run.depth + number for number, key in enumerate(run.keys)}
 
     def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
         """Store the leading frames. Returns how many were stored; it stops at a damaged frame and at one that is too lossy."""
@@ -59,8 +48,8 @@ class Admission:
         while taken < len(good):
             form = self._storage.form_of(good[taken], self._root)
             same = self._leading_of(form, good[taken:])
-            wanted, tail, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
-            offsets = self._session.reserve_within(form.nbytes, wanted, tail, ADMIT_WAIT_S, is_coded=is_coded)
+            wanted, parent, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
+            offsets = self._session.reserve_within(form.nbytes, wanted, parent, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
             done = len(self._session.commit_packed(self._root, packed))
             self._session.release(offsets[len(packed) :])
@@ -69,7 +58,7 @@ class Admission:
                 break
         return taken
 
-    def _leading_of(self, form: Form, frames: Sequence[Frame]) -> list[Frame]:
+    def _leading_of(self, form: BlockFormat, frames: Sequence[Frame]) -> list[Frame]:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
 
     def _packed(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
@@ -78,7 +67,7 @@ class Admission:
         for key, frame, location in zip(keys, frames, locations, strict=False):
             parent, depth = self._parents[key], self._depths[key]
             try:
-                digest = self._storage.put(BlockData.of(frame), location, Lineage(key, parent, self._root, depth))
+                digest = self._storage.put(BlockData.of(frame), location, BlockHeader(key, parent, self._root, depth))
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break

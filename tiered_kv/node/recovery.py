@@ -53,7 +53,7 @@ class Recovery:
         in_host.sort(key=lambda item: self._last_use.get(item[0], 0))
         host = []
         for key, location in in_host:
-            _, parent, root, depth, *_, error = self._host.lineage(location.offset)
+            _, parent, root, depth, *_, error = self._host.header(location.offset)
             if self._allowance.admits(key, root, location.codec, self._error_of_frame(location) if location.codec else error):
                 host.append(ev.Recovered(key, parent, root, location, depth))
             else:
@@ -95,12 +95,12 @@ class Recovery:
     def _hidden_by_device(self) -> list[tuple[BlockKey, Location]]:
         """Returns host copies of blocks whose index entry pointed at the former device pool; erases all other stale headers."""
         found = []
-        for offset, lineage in list(self._host.orphans()):
-            if lineage is not None and self._on_device.get(lineage.key) == lineage.raw_bytes and lineage.nbytes:
-                location = Location(Tier.HOST, lineage.codec, 0, offset, lineage.nbytes, lineage.raw_bytes)
-                if self._claim(lineage.key, location):
-                    del self._on_device[lineage.key]
-                    found.append((lineage.key, location))
+        for offset, header in list(self._host.orphans()):
+            if header is not None and self._on_device.get(header.key) == header.raw_bytes and header.nbytes:
+                location = Location(Tier.HOST, header.codec, 0, offset, header.nbytes, header.raw_bytes)
+                if self._claim(header.key, location):
+                    del self._on_device[header.key]
+                    found.append((header.key, location))
                     continue
             self._host.disown(offset)
         return found

@@ -38,7 +38,7 @@ WAIT_FOR_QUIET_S = 0.3
 _NICE = 19
 
 
-class _Block(NamedTuple):
+class _HostBlock(NamedTuple):
     """A block in host memory: a snapshot of what the machine knows."""
 
     key: BlockKey
@@ -168,12 +168,12 @@ class Seals:
         self._counts["scrubbed"] += self._look(batch)
         return sum(block.location.stored_bytes for block in batch)
 
-    def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[Location], bool]) -> list[_Block]:
+    def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[Location], bool]) -> list[_HostBlock]:
         """Remove keys from the front of a queue. Returns those in host memory for whose location there `is_wanted` is true.
 
         A batch ends at `BATCH_BYTES` or `BATCH_BLOCKS`.
         """
-        batch: list[_Block] = []
+        batch: list[_HostBlock] = []
         nbytes, left = 0, BATCH_BLOCKS
         with self._engine.lock:
             while keys and nbytes < BATCH_BYTES and left:
@@ -184,7 +184,7 @@ class Seals:
                     nbytes += block.location.stored_bytes
         return batch
 
-    def _look(self, batch: list[_Block]) -> int:
+    def _look(self, batch: list[_HostBlock]) -> int:
         """Hash blocks without a lock, then seal those without a seal and drop damaged ones. Returns how many were undamaged."""
         host = self._storage.host
         verdicts = [host.judge(*block) for block in batch]
@@ -223,18 +223,18 @@ class Seals:
                     self._suspect(key)
                     self._suspects.pop(key, None)
 
-    def _block(self, key: BlockKey) -> _Block | None:
+    def _block(self, key: BlockKey) -> _HostBlock | None:
         """Returns the block if it is in host memory, else None. Call with the engine's lock."""
         block = self._engine.machine.blocks.get(key)
         location = block.copies.get(Tier.HOST) if block else None
-        return None if location is None else _Block(key, location)
+        return None if location is None else _HostBlock(key, location)
 
     def _is_in_use(self, key: BlockKey) -> bool:
         """Returns whether the block is being read or copied, so that its bytes must not be freed."""
         machine = self._engine.machine
         return machine.blocks[key].copying_to is not None or machine.pinned(key)
 
-    def _drop(self, block: _Block) -> None:
+    def _drop(self, block: _HostBlock) -> None:
         """Drop a damaged copy. While it is being read, only note it as a suspect. Call with the engine's lock."""
         if self._block(block.key) != block:
             return

@@ -23,20 +23,20 @@ from tiered_kv.memory.index import IndexWriter
 from tiered_kv.memory.pinned import register_host, unregister_host
 from tiered_kv.memory.shared import NodeFiles, reclaim_stale
 from tiered_kv.node.allowance import Allowance
-from tiered_kv.node.compression import BlockData, CodedBlock, Coder, put, raw_frame
+from tiered_kv.node.compression import BlockData, BlockEncoder, EncodedFrame, put, raw_frame
 from tiered_kv.node.quarantine import ExtentQuarantine
 from tiered_kv.node.recovery import CROWDED_PART, Recovery
 from tiered_kv.node.tier_factory import device_tier, disk_tier, objects_tier, own_name
 from tiered_kv.protocol.messages import TierStats
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import COPY_BATCH_BYTES, Coded, Filled, Form, Room
+from tiered_kv.store.engine import COPY_BATCH_BYTES, BlockFormat, EncodedBlock, FillOutcome, Room
 from tiered_kv.store.movement import Block
 from tiered_kv.store.shrinking import FULL_SHARE, staging_bytes
 from tiered_kv.threads import DaemonThreads, work_alone
 from tiered_kv.tiers.device import DeviceTier
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.host import FRAME_DIGEST, HostTier, Lineage
+from tiered_kv.tiers.host import FRAME_DIGEST, BlockHeader, HostTier
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.mounted import MountedPacks
 from tiered_kv.tiers.objects.tier import ObjectsTier
@@ -57,8 +57,8 @@ class NodeStorage:
     """
 
     def __init__(self, config: Config, cluster_id: str, node_id: str, mounted_bytes: int = 0) -> None:
-        self.coder = Coder(config)
-        self.allowance = Allowance(self.coder)
+        self.encoder = BlockEncoder(config)
+        self.allowance = Allowance(self.encoder)
         reclaim_stale(config.shm_path, time.monotonic_ns())
         lower_bytes = config.disk + (config.objects_cap if config.objects else 0) + mounted_bytes
         self._files, self._inherited = NodeFiles.open_or_create(config.shm_path, cluster_id, node_id, config.host, lower_bytes)
@@ -138,7 +138,7 @@ class NodeStorage:
         return self._memory[tier].fits(nbytes)
 
     def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
-        if tier is not Tier.HOST or not self.coder.shrinks or room is Room.ANYWHERE:
+        if tier is not Tier.HOST or not self.encoder.shrinks or room is Room.ANYWHERE:
             return self._memory[tier].reserve(nbytes, count)
         capacity_bytes = self.host.capacity_bytes
         if room is Room.APART:
@@ -157,43 +157,43 @@ class NodeStorage:
 
     # Blocks from one tier to another
 
-    def form(self, copy: ev.Copy) -> Form:
+    def form(self, copy: ev.Copy) -> BlockFormat:
         source = copy.source
         if copy.target is not Tier.HOST:
-            return Form(0, source.raw_bytes)
-        return self._form_in_host(Form(source.codec, source.stored_bytes), source.raw_bytes, copy.root)
+            return BlockFormat(0, source.raw_bytes)
+        return self._form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.root)
 
-    def form_of(self, frame: Frame, root: BlockKey) -> Form:
+    def form_of(self, frame: Frame, root: BlockKey) -> BlockFormat:
         """Returns the form in host memory of a block whose frame a peer sent."""
-        return self._form_in_host(Form(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
+        return self._form_in_host(BlockFormat(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
 
-    def _form_in_host(self, present: Form, raw_bytes: int, root: BlockKey | None) -> Form:
+    def _form_in_host(self, present: BlockFormat, raw_bytes: int, root: BlockKey | None) -> BlockFormat:
         """Returns the form in host memory of a block: encoded as it is if host memory keeps frames of its model, else raw."""
-        return present if present.codec and self.coder.keeps_frames(root) else Form(0, raw_bytes)
+        return present if present.codec and self.encoder.keeps_frames(root) else BlockFormat(0, raw_bytes)
 
-    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
         if locations[0].tier is Tier.DEVICE:
             return self._to_device(copies, locations)
         read = self._requests.map if copies[0].source.tier in AWAY else map
         return list(read(self._load, copies, locations))
 
-    def _load(self, copy: ev.Copy, location: Location) -> Filled:
+    def _load(self, copy: ev.Copy, location: Location) -> FillOutcome:
         try:
             block = self._read(copy.key, copy.source)
-            self.put(block, location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
+            self.put(block, location, BlockHeader(copy.key, copy.parent, copy.root, copy.depth))
         except TieredKVError as error:
             away = copy.source.tier in AWAY and error.kind is not Kind.CORRUPT and not error.context.get("missing")
             why = str(error)  # the error object itself would keep the arena mapped
             log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, why)
-            return Filled.LATER if away else Filled.GONE
-        return Filled.DONE
+            return FillOutcome.LATER if away else FillOutcome.GONE
+        return FillOutcome.DONE
 
-    def put(self, block: BlockData, location: Location, lineage: Lineage) -> int:
+    def put(self, block: BlockData, location: Location, header: BlockHeader) -> int:
         """Write a block, raw or as its frame, into a reserved extent of host memory. Then write its header and its seal.
 
         Returns its digest. Raises (kind `corrupt`) if it does not decode or may not be shown.
         """
-        self.allowance.check(block, lineage)
+        self.allowance.check(block, header)
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
             assert block.frame is not None
@@ -203,30 +203,30 @@ class NodeStorage:
         else:
             payload.copy_(block.decoded())
         digest = FRAME_DIGEST if location.codec else self.host.headers.digest(location.offset, location.stored_bytes)
-        self.sign(location, lineage, block.error, digest)
+        self.sign(location, header, block.error, digest)
         return digest
 
-    def sign(self, location: Location, lineage: Lineage, error: float = 0.0, digest: int | None = None) -> None:
-        """Write the header of an extent in host memory: its block's lineage, codec and sizes. With a digest it is sealed as well."""
-        key, parent, root, depth, *_ = lineage
+    def sign(self, location: Location, header: BlockHeader, error: float = 0.0, digest: int | None = None) -> None:
+        """Write the header of an extent in host memory: its block's key, ancestry, codec and sizes. With a digest it is sealed as well."""
+        key, parent, root, depth, *_ = header
         _, codec, _, offset, nbytes, raw_bytes = location
-        self.host.sign(offset, Lineage(key, parent, root, depth, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
+        self.host.sign(offset, BlockHeader(key, parent, root, depth, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
 
-    def coded(self, copy: ev.Copy) -> CodedBlock | None:
-        return self._try_read(copy.key, copy.source, lambda block: self.coder.coded(copy, block))
+    def coded(self, copy: ev.Copy) -> EncodedFrame | None:
+        return self._try_read(copy.key, copy.source, lambda block: self.encoder.coded(copy, block))
 
     def settle_in(self) -> None:
         work_alone()
 
-    def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
-        assert isinstance(coded, CodedBlock)
+    def keep(self, copy: ev.Copy, coded: EncodedBlock, offset: int) -> Location:
+        assert isinstance(coded, EncodedFrame)
         location = Location(Tier.HOST, coded.codec, 0, offset, coded.nbytes, coded.raw_bytes)
         put(coded.pieces, self.host.payload(offset, coded.nbytes))
-        self.sign(location, Lineage(copy.key, copy.parent, copy.root, copy.depth))
+        self.sign(location, BlockHeader(copy.key, copy.parent, copy.root, copy.depth))
         return location
 
-    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[Coded | None]) -> list[Location | None]:
-        pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if isinstance(block, CodedBlock)]
+    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[EncodedBlock | None]) -> list[Location | None]:
+        pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if isinstance(block, EncodedFrame)]
         records = [Record(copy.key, block.pieces, block.codec, block.raw_bytes, copy.parent, copy.root) for copy, block in pairs]
         answers = iter(self.logs[tier].append(records))
         locations: list[Location | None] = []
@@ -254,7 +254,7 @@ class NodeStorage:
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
             return BlockData.of(open_frame(payload, key))._replace(verify=lambda: self.host.verify(key, location))
-        return BlockData(payload, error=self.host.lineage(location.offset).error, verify=lambda: self.host.verify(key, location))
+        return BlockData(payload, error=self.host.header(location.offset).error, verify=lambda: self.host.verify(key, location))
 
     def decoded(self, key: BlockKey, location: Location) -> BlockData | None:
         """Returns a block with its raw bytes and their error; None if it is damaged, or its codec is not known here."""
@@ -299,7 +299,7 @@ class NodeStorage:
     def drop_segment(self, tier: Tier, segment: int) -> None:
         self.logs[tier].reclaim(segment)
 
-    def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+    def _to_device(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
         assert self.device is not None
         blocks = [self.decoded(copy.key, copy.source) for copy in copies]  # keeps their bytes alive until the copies have ended
         with self._device_turn:
@@ -313,17 +313,17 @@ class NodeStorage:
                 ticket.wait()
         return [self._verified(copy, block) for copy, block in zip(copies, blocks, strict=True)]
 
-    def _verified(self, copy: ev.Copy, block: BlockData | None) -> Filled:
+    def _verified(self, copy: ev.Copy, block: BlockData | None) -> FillOutcome:
         """Returns how the copy of a block from `decoded` went. Its bytes are verified here, after they were copied."""
         try:
             if block is None:
-                return Filled.GONE
+                return FillOutcome.GONE
             block.verify()
         except TieredKVError as error:
             log.warning("block %s in %s cannot be copied to the device: %s", copy.key.hex(), copy.source.tier.label, str(error))
             self.on_suspect(copy.key)
-            return Filled.GONE
-        return Filled.DONE
+            return FillOutcome.GONE
+        return FillOutcome.DONE
 
     # Peers
 

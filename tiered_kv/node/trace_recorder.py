@@ -21,7 +21,7 @@ REQUESTS_MAX = 100_000
 
 
 @dataclass
-class _Request:
+class _RecordedRequest:
     time_s: float
     keys: list[BlockKey]
     answer_tokens: int = 0
@@ -52,8 +52,8 @@ class Recorder:
         self._salt = salt
         self._chain_to = chain_to
         self._block_tokens = block_tokens
-        self._open: OrderedDict[BlockKey, _Request] = OrderedDict()  # by the deepest block, the oldest request first
-        self._done: list[_Request] = []
+        self._open: OrderedDict[BlockKey, _RecordedRequest] = OrderedDict()  # by the deepest block, the oldest request first
+        self._done: list[_RecordedRequest] = []
         self.lost = 0
         """Number of requests missing from the trace: not read in time, or part of their chain was not known."""
 
@@ -70,14 +70,14 @@ class Recorder:
             if request:
                 self._finish(request)
             return
-        request = request or _Request(now_s, [])
+        request = request or _RecordedRequest(now_s, [])
         request.keys = chain
         self._open[keys[-1]] = request
 
-    def answered(self, tail: BlockKey, tokens: int) -> None:
-        """Record that the request whose deepest block is `tail` got an answer of `tokens` tokens."""
-        if tail in self._open:
-            self._open[tail].answer_tokens = tokens
+    def answered(self, last_block: BlockKey, tokens: int) -> None:
+        """Record that the request whose deepest block is `last_block` got an answer of `tokens` tokens."""
+        if last_block in self._open:
+            self._open[last_block].answer_tokens = tokens
 
     def take(self, now_s: float, everything: bool = False) -> list[TraceLine]:
         """Returns finished requests (with `everything`, all requests) as lines of a trace, ready for JSON. Each is returned once."""
@@ -87,19 +87,19 @@ class Recorder:
 
     def check(self) -> None:
         """Assert that each open request is filed under its last block."""
-        assert all(request.keys[-1] == tail for tail, request in self._open.items())
+        assert all(request.keys[-1] == last_block for last_block, request in self._open.items())
 
     def _close_before(self, time_s: float) -> None:
         while self._open and next(iter(self._open.values())).time_s < time_s:
             self._finish(self._open.popitem(last=False)[1])
 
-    def _finish(self, request: _Request) -> None:
+    def _finish(self, request: _RecordedRequest) -> None:
         self._done.append(request)
         if len(self._done) > REQUESTS_MAX:
             self.lost += len(self._done) - REQUESTS_MAX
             del self._done[: len(self._done) - REQUESTS_MAX]
 
-    def _line(self, request: _Request) -> TraceLine:
+    def _line(self, request: _RecordedRequest) -> TraceLine:
         return {
             "timestamp": max(round((request.time_s - self._start_s) * 1000), 0),
             "input_length": len(request.keys) * self._block_tokens,
@@ -136,12 +136,12 @@ class ObservedHistory(History):
         return self._history.chance(key, ahead)
 
     def hint(
-        self, tail: Key, now_s: float, *, answer_tokens: int | None = None, reuse_within_s: float | None = None, ended: bool = False
+        self, last_block: Key, now_s: float, *, answer_tokens: int | None = None, reuse_within_s: float | None = None, ended: bool = False
     ) -> None:
         """As `History.hint`."""
-        self._history.hint(tail, now_s, answer_tokens=answer_tokens, reuse_within_s=reuse_within_s, ended=ended)
+        self._history.hint(last_block, now_s, answer_tokens=answer_tokens, reuse_within_s=reuse_within_s, ended=ended)
         if self.recorder and answer_tokens is not None:
-            self.recorder.answered(cast("BlockKey", tail), answer_tokens)
+            self.recorder.answered(cast("BlockKey", last_block), answer_tokens)
 
     def check(self) -> None:
         """As `History.check`; checks the recorder too."""

@@ -8,8 +8,8 @@ from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
-from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.probes import Probe
 from tiered_kv.protocol.session import PROTOCOL, Life
 
@@ -43,11 +43,11 @@ class NodeSession:
             )
         return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.storage.index.arena_bytes}
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
-        return self.reserve_within(nbytes, keys, tail, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
+    def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
+        return self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
 
     def reserve_within(
-        self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float, *, is_coded: bool = False
+        self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float, *, is_coded: bool = False
     ) -> list[int]:
         """As `reserve`, but with a wait of its own, and also for encoded blocks. Returns within `wait_s` and some milliseconds."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
@@ -62,7 +62,7 @@ class NodeSession:
         try:
             self._node.check_open()
             left_s = max(begun_s + wait_s - time.monotonic(), 0.0)
-            offsets = self._node.engine.reserve(nbytes, keys, tail, left_s, is_coded=is_coded)  # releases the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, parent, left_s, is_coded=is_coded)  # releases the lock while it waits
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "reserve: the session was closed while the reservation was made")
@@ -71,9 +71,9 @@ class NodeSession:
             lock.release()
         return offsets
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
+    def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
         _check_chain(root, [])
-        return self._node.introduce(root, ModelFacts.of_message(facts))
+        return self._node.introduce(root, ModelInfo.of_message(info))
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
         _check_chain(root, [block[:2] for block in blocks])
@@ -95,9 +95,10 @@ class NodeSession:
             self._take(dict.fromkeys(offsets), len(offsets))
             self._node.free_extents(offsets)
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        _check_chain(root, [(key, tail) for key in keys])
-        return self._node.pull(root, nbytes, tail, list(dict.fromkeys(keys)), _whole(depth), _seconds(wait_s))
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        _check_chain(run.root, [(key, run.parent) for key in run.keys])
+        checked = run._replace(keys=list(dict.fromkeys(run.keys)), depth=_whole(run.depth))
+        return self._node.pull(checked, _seconds(wait_s))
 
     def doubt(self, keys: list[BlockKey]) -> None:
         for key in keys:
@@ -109,9 +110,11 @@ class NodeSession:
             _check_chain(key, [])
         self._node.bring(keys, _seconds(wait_s))
 
-    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        _check_chain(tail, [])
-        self._node.hint(tail, Hint(answer_tokens, pinned_s, reuse_within_s, ended))
+    def hint(
+        self, last_block: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool
+    ) -> None:
+        _check_chain(last_block, [])
+        self._node.hint(last_block, Hint(answer_tokens, pinned_s, reuse_within_s, ended))
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         return self._node.locate(keys, _seconds(wait_s))

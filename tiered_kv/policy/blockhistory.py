@@ -134,14 +134,14 @@ class BlockHistory(History):
 
     def hint(
         self,
-        tail: Key,
+        last_block: Key,
         now_s: float,
         *,
         answer_tokens: int | None = None,
         reuse_within_s: float | None = None,
         ended: bool = False,
     ) -> None:
-        chain = self._last_use_of(int(self.slots([tail])[0]))
+        chain = self._last_use_of(int(self.slots([last_block])[0]))
         if answer_tokens is not None:
             self.kind[chain] = reuse.answered(self.kind[chain], answer_tokens)
         if reuse_within_s is not None:
@@ -246,19 +246,19 @@ class BlockHistory(History):
             self._hot[slot] = bucket
         self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
 
-    def _last_use_of(self, tail: int) -> np.ndarray:
-        """Returns the slots of `tail` and of those of its ancestors that were last used by the same request, root first.
+    def _last_use_of(self, last_block: int) -> np.ndarray:
+        """Returns the slots of `last_block` and of those of its ancestors that were last used by the same request, root first.
 
         Each step goes to a smaller depth: the parents of blocks that are remembered but not resident may form a cycle.
         """
-        if self._run and self._run[-1][-1] == tail:
+        if self._run and self._run[-1][-1] == last_block:
             return np.concatenate(self._run)
         chain: list[int] = []
-        while tail >= 0 and (not chain or abs(self.last_s[tail] - self.last_s[chain[0]]) < _REQUEST_S):
-            if chain and self.depth[tail] >= self.depth[chain[-1]]:
+        while last_block >= 0 and (not chain or abs(self.last_s[last_block] - self.last_s[chain[0]]) < _REQUEST_S):
+            if chain and self.depth[last_block] >= self.depth[chain[-1]]:
                 break
-            chain.append(tail)
-            tail = int(self.parent[tail])
+            chain.append(last_block)
+            last_block = int(self.parent[last_block])
         return np.array(chain[::-1], np.int32)
 
     def _allocate(self, tags: np.ndarray) -> np.ndarray:

@@ -32,14 +32,14 @@ class History:
 
     def hint(
         self,
-        tail: Key,
+        last_block: Key,
         now_s: float,
         *,
         answer_tokens: int | None = None,
         reuse_within_s: float | None = None,
         ended: bool = False,
     ) -> None:
-        """Records what the worker knows of the request whose deepest block is `tail`.
+        """Records what the worker knows of the request whose deepest block is `last_block`.
 
         `answer_tokens`: length of the answer. `reuse_within_s`: when the worker expects the next use of the chain.
         `ended`: the chain will not be used again.

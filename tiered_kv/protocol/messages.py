@@ -3,12 +3,26 @@
 All of them are plain data, ready for JSON and msgpack. Sizes are bytes.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from tiered_kv.keys import BlockKey
 
 PackedBlock = tuple[BlockKey, BlockKey | None, int, int] | tuple[BlockKey, BlockKey | None, int, int, int]
 """A block that a worker has packed: (key, parent, payload offset in the arena, depth) and, if it is sealed at once, its digest."""
+
+
+class BlockRun(NamedTuple):
+    """Consecutive blocks of one chain. A pull sends its fields over a session's socket in this order.
+
+    `root`: the root of the model. `nbytes`: the raw bytes of each block. `parent`: the parent of the first block, or None.
+    `depth`: the number of ancestors of the first block.
+    """
+
+    root: BlockKey
+    nbytes: int
+    parent: BlockKey | None
+    keys: list[BlockKey]
+    depth: int
 
 
 class NodeInfo(TypedDict):

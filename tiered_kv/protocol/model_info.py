@@ -13,7 +13,7 @@ FACTS_BYTES_MAX = 64 << 10
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """A model as its node must know it.
 
     `weights`: as in `Namespace`; identifies the model's calibration. `rope`: the inverse frequencies of the model's rotation of K
@@ -45,10 +45,10 @@ class ModelFacts:
         try:
             if len(msgpack.packb(message)) > FACTS_BYTES_MAX:
                 raise TieredKVError(Kind.TRANSPORT, f"it must be at most {FACTS_BYTES_MAX} bytes")
-            facts = cls(**{**message, "layout": layout_of(message["layout"])})
-            is_valid = isinstance(facts.weights, str) and isinstance(facts.rope, bytes | None) and isinstance(facts.rope_halves, bool)
-            known = facts.known_namespace()
-            is_valid &= known is None or asdict(known) == facts.namespace
+            info = cls(**{**message, "layout": layout_of(message["layout"])})
+            is_valid = isinstance(info.weights, str) and isinstance(info.rope, bytes | None) and isinstance(info.rope_halves, bool)
+            known = info.known_namespace()
+            is_valid &= known is None or asdict(known) == info.namespace
         except (TypeError, KeyError, ValueError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"invalid model description from a worker: {error}") from error
         if not is_valid:
@@ -56,4 +56,4 @@ class ModelFacts:
                 Kind.TRANSPORT,
                 f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {message!r}",
             )
-        return facts
+        return info

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 
 PROTOCOL = 2
 """Version of the messages on a session's socket. A node and its workers must use the same version."""
@@ -30,16 +30,16 @@ class Session(Protocol):
     def allow(self, wait_s: float) -> None:
         """Bound all later calls together: they end within `wait_s`. Within one process, only waiting inside a call is bounded."""
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
+    def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
         """Reserve extents for the new blocks `keys`. Returns their payload offsets in the arena, for the leading blocks.
 
-        Fewer offsets than keys are back-pressure, none is a refusal. `tail`: the parent of the first block, or None. Blocks of its
+        Fewer offsets than keys are back-pressure, none is a refusal. `parent`: the parent of the first block, or None. Blocks of its
         chain should not be evicted for the new blocks. `wait_s` bounds the wait for room (None: the node's setting
         `store_wait_ms`).
         """
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
-        """Describe the model of the blocks below `root` (`ModelFacts.as_message`). From now on they are encoded for it.
+    def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
+        """Describe the model of the blocks below `root` (`ModelInfo.as_message`). From now on they are encoded for it.
 
         Returns the plan by tier, and the path of the calibration that decoding the blocks needs (None: no calibration). Raises
         (kind `config`) if the node's settings require a calibration that the model lacks.
@@ -56,11 +56,8 @@ class Session(Protocol):
     def release(self, offsets: list[int]) -> None:
         """Free reserved extents that will not be used."""
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        """Fetch the leading blocks of `keys` from other nodes. Returns how many of them this node has afterwards.
-
-        `tail`: the parent of the first block, or None. `depth`: the number of ancestors of the first block.
-        """
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        """Fetch the leading blocks of `run` from other nodes. Returns how many of them this node has afterwards."""
 
     def doubt(self, keys: list[BlockKey]) -> None:
         """Report blocks in host memory that the worker could not read."""
@@ -68,8 +65,10 @@ class Session(Protocol):
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         """Load blocks into host memory that this node has in tiers which the worker cannot read itself."""
 
-    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        """Pass on the fields of a `Hint` about the chain whose deepest block is `tail`."""
+    def hint(
+        self, last_block: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool
+    ) -> None:
+        """Pass on the fields of a `Hint` about the chain whose deepest block is `last_block`."""
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         """Returns the nodes that hold each key, for the leading keys that other nodes hold.

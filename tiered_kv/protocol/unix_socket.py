@@ -23,7 +23,7 @@ from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol import answers
-from tiered_kv.protocol.messages import Introduction, NodeStats, PackedBlock
+from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.session import PROTOCOL, Life, Session
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,8 @@ class SessionServer:
             number, method, arguments = message
             if method not in METHODS:
                 raise TieredKVError(Kind.TRANSPORT, f"method must be one of {', '.join(sorted(METHODS))}, got {method!r}")
+            if method == "pull":  # on the wire, each field of the run is an argument of its own
+                arguments = (BlockRun(*arguments[:-1]), arguments[-1])
             return [number, True, getattr(session, method)(*arguments)]
         except TieredKVError as error:
             return [number, False, error.kind.value, str(error)]
@@ -271,20 +273,20 @@ class SocketSession:
         self.close()
         return TieredKVError(Kind.TRANSPORT, message, method=method, timed_out=timed_out)
 
-    def reserve(self, nbytes: int, keys: list[BlockKey], tail: BlockKey | None, wait_s: float | None = None) -> list[int]:
+    def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
         offsets: list[int] = self._call(
             "reserve",
             nbytes,
             keys,
-            tail,
+            parent,
             wait_s,
             wait_s=wait_s or 0.0,
             check=lambda answer: answers.are_offsets(answer, len(keys), nbytes, self._arena_bytes),
         )
         return offsets
 
-    def introduce(self, root: BlockKey, facts: dict[str, Any]) -> Introduction:
-        answer: Introduction = self._call("introduce", root, facts)
+    def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
+        answer: Introduction = self._call("introduce", root, info)
         return answer
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
@@ -296,9 +298,8 @@ class SocketSession:
     def release(self, offsets: list[int]) -> None:
         self._call("release", offsets)
 
-    def pull(self, root: BlockKey, nbytes: int, tail: BlockKey | None, keys: list[BlockKey], depth: int, wait_s: float) -> int:
-        arguments = (root, nbytes, tail, keys, depth, wait_s)
-        count: int = self._call("pull", *arguments, wait_s=wait_s, check=lambda answer: answers.is_whole(answer, len(keys)))
+    def pull(self, run: BlockRun, wait_s: float) -> int:
+        count: int = self._call("pull", *run, wait_s, wait_s=wait_s, check=lambda answer: answers.is_whole(answer, len(run.keys)))
         return count
 
     def doubt(self, keys: list[BlockKey]) -> None:
@@ -307,8 +308,10 @@ class SocketSession:
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
         self._call("bring", keys, wait_s, wait_s=wait_s)
 
-    def hint(self, tail: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool) -> None:
-        self._call("hint", tail, answer_tokens, pinned_s, reuse_within_s, ended)
+    def hint(
+        self, last_block: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool
+    ) -> None:
+        self._call("hint", last_block, answer_tokens, pinned_s, reuse_within_s, ended)
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         nodes: list[list[str]] = self._call(

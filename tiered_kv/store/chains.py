@@ -51,16 +51,16 @@ class Chains:
                 del self._children[parent], self._child_depth[parent]
         self._stop_waiting(key, block)
 
-    def is_tail(self, key: BlockKey) -> bool:
+    def is_last_block(self, key: BlockKey) -> bool:
         """Whether no child of the block is known."""
         return key not in self._children and key not in self._waiting
 
-    def to(self, tail: BlockKey | None) -> frozenset[BlockKey]:
-        """Returns the block `tail` and its ancestors, as far as they are known and linked."""
+    def to(self, last_block: BlockKey | None) -> frozenset[BlockKey]:
+        """Returns the block `last_block` and its ancestors, as far as they are known and linked."""
         chain = set()
-        while tail is not None and (block := self._blocks.get(tail)) is not None:
-            chain.add(tail)
-            tail = block.link
+        while last_block is not None and (block := self._blocks.get(last_block)) is not None:
+            chain.add(last_block)
+            last_block = block.link
         return frozenset(chain)
 
     def misplaced(self, claims: Sequence[tuple[BlockKey, BlockKey | None, int]]) -> str | None:

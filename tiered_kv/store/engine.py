@@ -48,7 +48,7 @@ class Index(Protocol):
     def harvest(self) -> list[tuple[BlockKey, int, int]]: ...
 
 
-class Filled(Enum):
+class FillOutcome(Enum):
     """The outcome of copying a block into memory."""
 
     DONE = "done"
@@ -64,14 +64,14 @@ class Room(Enum):
     ANYWHERE = "anywhere"  # a store that cannot wait
 
 
-class Form(NamedTuple):
+class BlockFormat(NamedTuple):
     """The form of a block in a tier in memory: the id of its codec, and its bytes."""
 
     codec: int
     nbytes: int
 
 
-class Coded(Protocol):
+class EncodedBlock(Protocol):
     """A block encoded for its target tier. Opaque to the engine, which reads only its size."""
 
     @property
@@ -90,22 +90,22 @@ class Mover(Protocol):
     def free(self, location: Location) -> None:
         """Free the bytes of one copy or of a reserved extent."""
 
-    def form(self, copy: ev.Copy) -> Form:
+    def form(self, copy: ev.Copy) -> BlockFormat:
         """Returns the form that a block will have in the tier in memory that it is copied to."""
 
-    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[Filled]:
+    def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
         """Read blocks of one source tier into reserved extents, sized by `form`, of one tier in memory. Returns each outcome."""
 
-    def coded(self, copy: ev.Copy) -> Coded | None:
+    def coded(self, copy: ev.Copy) -> EncodedBlock | None:
         """Encode a block for the tier that it is copied to. Returns None if the block cannot be read. Slow; called by several threads."""
 
     def settle_in(self) -> None:
         """Prepare a thread that will call `coded`; runs once, at its start."""
 
-    def keep(self, copy: ev.Copy, coded: Coded, offset: int) -> Location:
+    def keep(self, copy: ev.Copy, coded: EncodedBlock, offset: int) -> Location:
         """Write an encoded block into a reserved extent of host memory. Returns its location."""
 
-    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[Coded | None]) -> list[Location | None]:
+    def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[EncodedBlock | None]) -> list[Location | None]:
         """Write encoded blocks to a lower tier. Returns the location of each, None for a block that was not written."""
 
     def batch_bytes(self, tier: Tier) -> int:
@@ -130,13 +130,13 @@ class Mover(Protocol):
         """Remove a segment. The machine knows no copies in it any more."""
 
 
-class _Request(NamedTuple):
+class _Reservation(NamedTuple):
     """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`."""
 
     tier: Tier
     nbytes: int
     keys: Sequence[BlockKey]
-    tail: BlockKey | None
+    last_block: BlockKey | None
     is_coded: bool
     deadline_s: float
 
@@ -198,7 +198,7 @@ class Engine:
         self,
         nbytes: int,
         keys: Sequence[BlockKey],
-        tail: BlockKey | None,
+        last_block: BlockKey | None,
         wait_s: float,
         tier: Tier = Tier.HOST,
         *,
@@ -207,7 +207,7 @@ class Engine:
     ) -> list[int]:
         """Reserve extents of `nbytes` for the first of the new blocks `keys`. Returns their offsets.
 
-        Evicts other blocks if there is too little room, and waits at most `wait_s` for the first extent. `tail` is a block of the
+        Evicts other blocks if there is too little room, and waits at most `wait_s` for the first extent. `last_block` is a block of the
         chain of `keys`; it and its ancestors are evicted last. Fewer offsets than keys are back-pressure: write and commit these
         blocks, then ask again. Returns [] if no room appeared in time. With `insist`, if a lower tier has taken nothing for `wait_s`,
         drops other blocks instead of waiting for it. If host memory has a staging area, reserves no more than its size at a time.
@@ -222,10 +222,10 @@ class Engine:
             if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()  # so that eviction knows the latest uses
-            request = _Request(tier, nbytes, keys, tail, is_coded, self._clock.now_s() + wait_s)
+            request = _Reservation(tier, nbytes, keys, last_block, is_coded, self._clock.now_s() + wait_s)
             return self._reserve_and_evict(request, offsets, wait_s, insist)
 
-    def _reserve_and_evict(self, request: "_Request", offsets: list[int], wait_s: float, insist: bool) -> list[int]:
+    def _reserve_and_evict(self, request: "_Reservation", offsets: list[int], wait_s: float, insist: bool) -> list[int]:
         """Evict blocks and wait until at least one extent is reserved. `offsets`: extents that were free at once."""
         tier = request.tier
         while not self._closed:
@@ -245,7 +245,7 @@ class Engine:
                 return offsets
         return offsets
 
-    def _bytes_to_evict(self, request: "_Request", count: int) -> int:
+    def _bytes_to_evict(self, request: "_Reservation", count: int) -> int:
         """Returns how many bytes to evict for `count` extents, beyond the bytes that copies to a lower tier will free anyway."""
         leaving_bytes = self._leaving[request.tier]
         if request.is_coded:
@@ -254,11 +254,11 @@ class Engine:
             return 0  # one batch at a time: wait for the blocks that leave now
         return count * request.nbytes - leaving_bytes
 
-    def _stalled_at_s(self, request: "_Request", wait_s: float) -> float:
+    def _stalled_at_s(self, request: "_Reservation", wait_s: float) -> float:
         """Returns when the lower tier counts as stalled: `wait_s` after a block last arrived there, or the first one left."""
         return self._progress_s.get(request.tier, request.deadline_s) + wait_s
 
-    def _evict(self, request: "_Request", nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
+    def _evict(self, request: "_Reservation", nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
         """Evict blocks for `nbytes`, or compress them in place. Returns whether any block left the tier at once.
 
         `demote`: whether blocks may be copied to a lower tier first; they leave once the copy is complete. `shrink`: whether
@@ -269,10 +269,10 @@ class Engine:
         tier = request.tier
         blocks_before = self.machine.blocks_by_tier[tier]
         queue_bytes = self._queue_bytes - self._leaving[tier] if demote else 0
-        self.handle([ev.Needed(tier, nbytes, request.tail, request.keys, self._clock.now_s(), queue_bytes, shrink)])
+        self.handle([ev.Needed(tier, nbytes, request.last_block, request.keys, self._clock.now_s(), queue_bytes, shrink)])
         return self.machine.blocks_by_tier[tier] < blocks_before
 
-    def _reserve_by_dropping(self, request: "_Request") -> list[int]:
+    def _reserve_by_dropping(self, request: "_Reservation") -> list[int]:
         """The lower tier has stalled: drop other blocks instead of those on their way there. Returns the reserved offsets."""
         offsets: list[int] = []
         count = len(request.keys)
@@ -280,7 +280,7 @@ class Engine:
             offsets = self._mover.reserve(request.tier, request.nbytes, count, Room.ANYWHERE)
         return offsets
 
-    def _reserve_by_defragmenting(self, request: "_Request", evicted: bool) -> list[int]:
+    def _reserve_by_defragmenting(self, request: "_Reservation", evicted: bool) -> list[int]:
         """Free room is in pieces: evict more blocks until one extent fits, no block can be evicted, or time is up."""
         while evicted and not self._leaving[request.tier] and self._is_in_time(request):
             evicted = self._evict(request, request.nbytes, shrink=True)
@@ -289,14 +289,14 @@ class Engine:
                 return offsets
         return []
 
-    def _is_in_time(self, request: "_Request") -> bool:
+    def _is_in_time(self, request: "_Reservation") -> bool:
         return self._clock.now_s() <= request.deadline_s + GIVING_UP_S
 
     def drain_touches(self) -> None:
         """Report to the machine which blocks workers have used since the last call, so that history and policies are up to date."""
         with self.lock:
             self.note_touches()
-            self.machine.catch_up()
+            self.machine.report_commits()
 
     def note_touches(self) -> None:
         """As `drain_touches`, but blocks that were committed and not used since may wait. Call with the lock."""
@@ -306,7 +306,7 @@ class Engine:
     def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
         """Copy blocks that a worker cannot read itself into host memory. Waits for them at most `wait_s`."""
         with self.lock:
-            self.handle([ev.Wanted(keys)])
+            self.handle([ev.BringRequested(keys)])
             self.freed.wait_for(lambda: self._closed or not any(map(self._is_coming, keys)), max(wait_s, 0))
 
     def _is_coming(self, key: BlockKey) -> bool:
@@ -474,23 +474,23 @@ class Engine:
             self.handle([event])
 
     def _fill_extents(self, batch: list[ev.Copy], locations: list[Location]) -> None:
-        outcomes: list[Filled] = []
+        outcomes: list[FillOutcome] = []
         try:
             outcomes = self._mover.fill(batch, locations)
         finally:
             with self.lock:
-                outcomes += [Filled.LATER] * (len(batch) - len(outcomes))
+                outcomes += [FillOutcome.LATER] * (len(batch) - len(outcomes))
                 for copy, location, outcome in reversed(list(zip(batch, locations, outcomes, strict=True))):
                     self._filled(copy, location, outcome)  # the deepest first, so that it is evicted first
                 self.freed.notify_all()
 
-    def _filled(self, copy: ev.Copy, location: Location, outcome: Filled) -> None:
-        if outcome is Filled.DONE:
+    def _filled(self, copy: ev.Copy, location: Location, outcome: FillOutcome) -> None:
+        if outcome is FillOutcome.DONE:
             self.handle([ev.Copied(copy.key, location)])
             return
         self._mover.free(location)
         self.handle([ev.CopyFailed(copy.key, copy.target)])
-        if outcome is Filled.GONE and copy.source.tier not in IN_MEMORY:
+        if outcome is FillOutcome.GONE and copy.source.tier not in IN_MEMORY:
             self.handle([ev.Lost(copy.key, copy.source)])
 
 

@@ -51,14 +51,14 @@ class Used(NamedTuple):
     now_s: float
 
 
-class Wanted(NamedTuple):
+class BringRequested(NamedTuple):
     """A worker waits for blocks that it cannot read itself: they are on a device invisible to it, in objects or in a checkpoint."""
 
     keys: Sequence[BlockKey]
 
 
 class Needed(NamedTuple):
-    """`tier` needs `nbytes` more for the blocks `keys`. `tail` is a block of their chain; it and its ancestors should stay.
+    """`tier` needs `nbytes` more for the blocks `keys`. `last_block` is a block of their chain; it and its ancestors should stay.
 
     `queue_bytes`: how much may be queued for the tier below; what exceeds it is dropped, because that tier is too slow. `shrink`: whether
     blocks may be compressed in place before any block is evicted.
@@ -66,7 +66,7 @@ class Needed(NamedTuple):
 
     tier: Tier
     nbytes: int
-    tail: BlockKey | None = None
+    last_block: BlockKey | None = None
     keys: Sequence[BlockKey] = ()
     now_s: float = 0.0
     queue_bytes: float = float("inf")
@@ -74,10 +74,10 @@ class Needed(NamedTuple):
 
 
 class Crowded(NamedTuple):
-    """The index lacks `slots` slots for new blocks. `tail` is a block of their chain; it and its ancestors should stay."""
+    """The index lacks `slots` slots for new blocks. `last_block` is a block of their chain; it and its ancestors should stay."""
 
     slots: int
-    tail: BlockKey | None = None
+    last_block: BlockKey | None = None
     now_s: float = 0.0
 
 
@@ -134,9 +134,9 @@ class Emptied(NamedTuple):
 
 
 class Hinted(NamedTuple):
-    """A worker's hint about the future use of the chain whose deepest block is `tail`."""
+    """A worker's hint about the future use of the chain whose deepest block is `last_block`."""
 
-    tail: BlockKey
+    last_block: BlockKey
     hint: Hint
     now_s: float
 
@@ -158,7 +158,7 @@ Event = (
     | Recovered
     | Ranked
     | Used
-    | Wanted
+    | BringRequested
     | Needed
     | Crowded
     | Unmounted
@@ -197,8 +197,8 @@ class Free(NamedTuple):
 class Copy(NamedTuple):
     """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`.
 
-    If `target` is the tier of the source, compress the block in place. `depth`: its number of ancestors, None if unknown. `is_tail`: no
-    child of it is known. `gain`: about how many bytes the copy will free in the source's tier.
+    If `target` is the tier of the source, compress the block in place. `depth`: its number of ancestors, None if unknown.
+    `is_last_block`: no child of it is known. `gain`: about how many bytes the copy will free in the source's tier.
     """
 
     key: BlockKey
@@ -207,7 +207,7 @@ class Copy(NamedTuple):
     source: Location
     target: Tier
     depth: int | None = None
-    is_tail: bool = False
+    is_last_block: bool = False
     gain: int = 0
 
 

@@ -53,7 +53,7 @@ class StoreMachine:
             ev.Recovered: self._recovered,
             ev.Ranked: self._ranked,
             ev.Used: self._used,
-            ev.Wanted: self._wanted,
+            ev.BringRequested: self._bring_requested,
             ev.Needed: self._needed,
             ev.Crowded: self._crowded,
             ev.Unmounted: self._unmounted,
@@ -71,7 +71,7 @@ class StoreMachine:
     def handle(self, event: ev.Event) -> list[ev.Instruction]:
         """Take note of `event`. Returns the instructions to carry out, in this order."""
         if self._unreported and type(event) is not ev.Committed:
-            self.catch_up()
+            self.report_commits()
         return self._handlers[type(event)](event)
 
     def has(self, key: BlockKey, tier: Tier) -> bool:
@@ -122,11 +122,11 @@ class StoreMachine:
             self._unreported.append((run, parent, event.locations[0].stored_bytes, event.now_s))
 
     @property
-    def behind(self) -> bool:
-        """Whether so many commits are unreported that `catch_up` should not wait for the next event."""
+    def has_many_unreported_commits(self) -> bool:
+        """Whether so many commits are unreported that `report_commits` should not wait for the next event."""
         return len(self._unreported) >= UNREPORTED_MAX
 
-    def catch_up(self) -> None:
+    def report_commits(self) -> None:
         """Report the blocks committed since the last call to history and policy. Runs before any event other than a commit.
 
         A commit does not do it itself, so that the worker's store returns as soon as its blocks are visible, and the next store does
@@ -167,7 +167,7 @@ class StoreMachine:
         self.shrinking.used([key for key, _ in known])
         return self._promoted(known)
 
-    def _wanted(self, event: ev.Wanted) -> list[ev.Instruction]:
+    def _bring_requested(self, event: ev.BringRequested) -> list[ev.Instruction]:
         known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks]
         instructions = self._promoted([(key, block) for key, block in known if min(block.copies) in AWAY])
         for key, block in known:
@@ -186,13 +186,13 @@ class StoreMachine:
         return [self._copy(key, block, block.best, target) for key, block, target in self._movement.promotions(used)]
 
     def _hinted(self, event: ev.Hinted) -> list[ev.Instruction]:
-        tail, hint, now_s = event
+        last_block, hint, now_s = event
         if hint.foretells:
-            self._history.hint(tail, now_s, answer_tokens=hint.answer_tokens, reuse_within_s=hint.reuse_within_s, ended=hint.ended)
-        chain = self.chains.to(tail)
+            self._history.hint(last_block, now_s, answer_tokens=hint.answer_tokens, reuse_within_s=hint.reuse_within_s, ended=hint.ended)
+        chain = self.chains.to(last_block)
         if hint.ended:
             for key in chain:
-                if self.blocks[key].uses <= self.blocks[tail].uses:  # the others are shared with other sessions
+                if self.blocks[key].uses <= self.blocks[last_block].uses:  # the others are shared with other sessions
                     self._holds.release(key)
         elif hint.pinned_s:
             self._holds.expire(now_s)
@@ -214,13 +214,13 @@ class StoreMachine:
     # Room
 
     def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `tail`.
+        """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `last_block`.
 
         The second spares only the blocks of that chain that would have no copy left.
         """
         tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
         self._holds.expire(event.now_s)
-        chain = self.chains.to(event.tail)
+        chain = self.chains.to(event.last_block)
         instructions: list[ev.Instruction] = []
         if tier is Tier.HOST and event.shrink:
             instructions += self._shrink(nbytes)
@@ -263,7 +263,7 @@ class StoreMachine:
         return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
-        chain, room = self.chains.to(event.tail), len(self.blocks)
+        chain, room = self.chains.to(event.last_block), len(self.blocks)
         instructions = self._unmount(event.slots, chain)
         room -= len(self.blocks)
         protected = self._protected(Tier.HOST, chain)
@@ -296,7 +296,7 @@ class StoreMachine:
         block.copying_to = target
         if gain is None:
             gain = source.stored_bytes if target > source.tier else 0
-        return ev.Copy(key, block.root, block.parent, source, target, block.depth, self.chains.is_tail(key), gain)
+        return ev.Copy(key, block.root, block.parent, source, target, block.depth, self.chains.is_last_block(key), gain)
 
     def _shrink(self, nbytes: int = 0) -> list[ev.Instruction]:
         """Compress blocks in host memory in place, so that at least `nbytes` become free if that is possible."""
@@ -448,7 +448,7 @@ class StoreMachine:
 
     def check(self) -> None:
         """Recompute every counter and every cross-reference, and compare."""
-        self.catch_up()
+        self.report_commits()
         for tier in Tier:
             copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
             assert not copies or tier in (*self.tiers, Tier.CHECKPOINT)

@@ -111,7 +111,7 @@ class Shrinking:
         else:
             self._incompressible[key] = nbytes
 
-    def hope(self) -> None:
+    def retry_all(self) -> None:
         """Try all incompressible blocks again, because another codec is in use."""
         self._plain |= self._incompressible
         self._incompressible.clear()

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Self
 
 
-class Tier(ABC):
+class StorageTier(ABC):
     """Storage for blocks. A context manager that closes itself."""
 
     name: str

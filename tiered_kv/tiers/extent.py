@@ -1,10 +1,10 @@
 """Shared base of host and device tier: payloads in extents of one memory, with or without a header before each."""
 
 from tiered_kv.memory.extents import ExtentAllocator
-from tiered_kv.tiers.base import Tier
+from tiered_kv.tiers.base import StorageTier
 
 
-class ExtentTier(Tier):
+class ExtentTier(StorageTier):
     """Extents for payloads. Offsets are of payloads. Not thread-safe: the engine's lock guards it."""
 
     header_bytes = 0

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tiered_kv.tiers.log import Appended, Record, Refused
+from tiered_kv.tiers.log import AppendResult, Record, Refusal
 
 Fault = Callable[..., Any]
 EVERY = 0
@@ -21,7 +21,7 @@ EVERY = 0
 _PATIENCE_S = 60.0
 
 
-class Plan:
+class FaultPlan:
     """The planned faults: for each operation by name, a fault by number of the call, from 1. Thread-safe."""
 
     def __init__(self, **faults: Mapping[int, Fault]) -> None:
@@ -42,7 +42,7 @@ class Plan:
 class Faulty:
     """Stands in for `wrapped`: has the same attributes, and runs its methods as `plan` says."""
 
-    def __init__(self, wrapped: Any, plan: Plan) -> None:
+    def __init__(self, wrapped: Any, plan: FaultPlan) -> None:
         self._wrapped = wrapped
         self._plan = plan
 
@@ -96,10 +96,10 @@ def waits(entered: threading.Event, gate: threading.Event) -> Fault:
     return fault
 
 
-def refuses(reason: Refused) -> Fault:
+def refuses(reason: Refusal) -> Fault:
     """An `append` that writes nothing and answers every record with `reason`."""
 
-    def fault(call: Callable[..., Any], records: list[Record]) -> list[Appended]:
-        return [Appended(None, reason) for _ in records]
+    def fault(call: Callable[..., Any], records: list[Record]) -> list[AppendResult]:
+        return [AppendResult(None, reason) for _ in records]
 
     return fault

@@ -37,7 +37,7 @@ _NONE = bytes(KEY_BYTES)
 _UNKNOWN_DEPTH = (1 << 32) - 1
 
 
-class Lineage(NamedTuple):
+class BlockHeader(NamedTuple):
     """Content of an extent's header: a block's key, its parent's key and the root of its chain (None if unknown), and its encoding.
 
     `depth`: its number of ancestors. The payload has `nbytes`, which encode `raw_bytes` with the codec of id `codec` (0: raw).
@@ -156,22 +156,22 @@ class HostTier(ExtentTier):
         """Returns the payload as a uint8 tensor that shares the arena's memory."""
         return self._arena[offset : offset + nbytes]
 
-    def sign(self, offset: int, lineage: Lineage, digest: int | None = None) -> None:
+    def sign(self, offset: int, header: BlockHeader, digest: int | None = None) -> None:
         """Write the header of the extent whose payload is at `offset`; and its seal, if the payload's `digest` is given."""
-        key, parent, root, depth, codec, nbytes, raw_bytes, error = lineage
+        key, parent, root, depth, codec, nbytes, raw_bytes, error = header
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
         fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
         _SIGNED.pack_into(self._bytes, offset - HEADER_BYTES, *fields, _UNSEALED)
         if digest is not None:
             self.headers.seal(offset, digest)
 
-    def lineage(self, offset: int) -> Lineage:
+    def header(self, offset: int) -> BlockHeader:
         """Read the header of the payload at `offset`. Raises (kind `corrupt`) if there is no valid header."""
         magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
         if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
             raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {offset}", offset=offset)
         parent, root = (each if each != _NONE else None for each in chain)
-        return Lineage(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
+        return BlockHeader(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
 
     def describes(self, key: BlockKey, location: blocks.Location) -> bool:
         """Whether the header at a location matches the key and the location."""
@@ -204,7 +204,7 @@ class HostTier(ExtentTier):
         if digest is not None:
             self.headers.seal(location.offset, digest)
 
-    def orphans(self) -> Iterator[tuple[int, Lineage | None]]:
+    def orphans(self) -> Iterator[tuple[int, BlockHeader | None]]:
         """Yields (payload offset, header) for each block of a former node in free memory; None for a damaged header.
 
         This finds complete blocks only: a header is written when its payload is complete, and erased before the bytes are
@@ -217,10 +217,10 @@ class HostTier(ExtentTier):
             for at in np.flatnonzero(heads == magic).tolist():
                 offset = start + at * step + HEADER_BYTES
                 try:
-                    lineage = self.lineage(offset)
+                    header = self.header(offset)
                 except TieredKVError:
-                    lineage = None
-                yield offset, lineage
+                    header = None
+                yield offset, header
 
     def close(self) -> None:
         """Release the mapped memory."""

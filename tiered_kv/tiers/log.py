@@ -9,7 +9,7 @@ from tiered_kv.blocks import Location
 from tiered_kv.codecs.base import Buffer
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.keys import BlockKey
-from tiered_kv.tiers.base import Tier
+from tiered_kv.tiers.base import StorageTier
 
 
 class Record(NamedTuple):
@@ -26,7 +26,7 @@ class Record(NamedTuple):
     root: BlockKey | None = None
 
 
-class Refused(StrEnum):
+class Refusal(StrEnum):
     """The reason why a frame was not written."""
 
     FULL = "full"  # no room under the cap now
@@ -35,14 +35,14 @@ class Refused(StrEnum):
     IO_ERROR = "i/o error"
 
 
-class Appended(NamedTuple):
+class AppendResult(NamedTuple):
     """The answer for one appended frame: its location, or why it was refused. Exactly one of the two is None."""
 
     location: Location | None
-    refused: Refused | None
+    refused: Refusal | None
 
 
-class Recovered(NamedTuple):
+class RecoveredBlock(NamedTuple):
     """A block found in the segments of a former owner, and its coding error (0 if none or unknown)."""
 
     key: BlockKey
@@ -52,7 +52,7 @@ class Recovered(NamedTuple):
     error: float = 0.0
 
 
-class LogTier(Tier):
+class LogTier(StorageTier):
     """A tier of append-only segments. Calls of `append` run one at a time; `read` never waits for them."""
 
     segment_bytes: int
@@ -64,7 +64,7 @@ class LogTier(Tier):
         """Size of the largest frame that the tier can ever take."""
 
     @abstractmethod
-    def append(self, records: Sequence[Record]) -> list[Appended]:
+    def append(self, records: Sequence[Record]) -> list[AppendResult]:
         """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class LogTier(Tier):
         """Drop the block at `location`. Returns False if it was not there."""
 
     @abstractmethod
-    def recovered(self) -> list[Recovered]:
+    def recovered(self) -> list[RecoveredBlock]:
         """Returns the blocks of a former owner, oldest first. Call it once, before any other method. They are live until `forget`."""
 
     @abstractmethod

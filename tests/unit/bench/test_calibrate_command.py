@@ -26,9 +26,9 @@ from tiered_kv.tools.calibrate.engine import fitted, weights_digests
 CODECS = ["lossless", "int8", "ecuq:1e-4", "xlayer:1e-4", "xlayer:2e-4"]
 
 
-def made(model: Any, *_: Any, tokens: int, say: Callable[[str], None]) -> Calibration:
+def made(model: Any, *_: Any, tokens: int, log: Callable[[str], None]) -> Calibration:
     """Returns a calibration for the shape and weights of a tiny model, without fitting."""
-    say("fitted")
+    log("fitted")
     return replace(calibrations.calibration(), weights=weights_digests(model), tokens=tokens)
 
 

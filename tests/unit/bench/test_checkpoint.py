@@ -9,10 +9,12 @@ from rich.console import Console
 
 from tiered_kv.tools.bench import checkpoint, remote, serving
 from tiered_kv.tools.bench.fetch import LAYOUTS
-from tiered_kv.tools.bench.filled import Blocks
+from tiered_kv.tools.bench.filled import BenchChains
 
 SMALL = 64 << 10
-TINY = checkpoint.Plan((SMALL,), 32 << 20, 24 << 20, 1, 4 << 20, 1, serving.Plan(32 << 20, 4 << 20, 1 << 20, 1, 0.05), 32 << 20)
+TINY = checkpoint.CheckpointWork(
+    (SMALL,), 32 << 20, 24 << 20, 1, 4 << 20, 1, serving.ServingWork(32 << 20, 4 << 20, 1 << 20, 1, 0.05), 32 << 20
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,7 @@ def test_every_figure_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path) -> 
     monkeypatch.setattr(checkpoint, "SETTLE_S", 0.0)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    report = checkpoint.run_checkpoint_bench(quick=True, say=lambda line: None, folder=tmp_path)
+    report = checkpoint.run_checkpoint_bench(quick=True, log=lambda line: None, folder=tmp_path)
     assert [(each["op"], each["beside"], each["block_bytes"]) for each in report["results"]] == [
         ("take", "write", SMALL),
         ("restore", "read", SMALL),
@@ -62,7 +64,7 @@ def test_without_a_server_object_storage_is_left_out(monkeypatch: pytest.MonkeyP
 
 
 def test_chains_are_distinct_and_the_baselines_bodies_have_the_given_sizes() -> None:
-    blocks = Blocks(LAYOUTS[SMALL])
+    blocks = BenchChains(LAYOUTS[SMALL])
     assert not set(blocks.keys(0)) & set(blocks.keys(1))
     assert blocks.raw(0, 1).numel() == SMALL
     assert [len(body) for body in blocks.bodies([5, 3 << 20, 70 << 20])] == [5, 3 << 20, 70 << 20]

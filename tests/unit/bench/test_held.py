@@ -44,7 +44,7 @@ def test_the_kv_of_a_request_equals_that_of_one_prefill(monkeypatch: pytest.Monk
 def test_every_order_quality_and_size_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "load_model", loaded)
     monkeypatch.setattr(held, "AMPLE_BYTES", 64 << 20)
-    report = held.run_held_bench(quick=True, say=lambda line: None)
+    report = held.run_held_bench(quick=True, log=lambda line: None)
     ratios = {(each["order"], each["quality"], each["share"]): each["hit_ratio"] for each in report["results"]}
     assert len(ratios) == 2 * 2 * 3
     assert ratios["turn", "exact", 1.0] == ratios["turn", "near_exact", 1.0] == ratios["demo", "exact", 1.0] > 0.2

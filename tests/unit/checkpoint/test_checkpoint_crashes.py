@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.checkpoint.checkpoints import Clock
 from tests.unit.checkpoint.hooked import Crash, Death, Hooked, Shared, Step, repository_of
-from tests.unit.checkpoint.test_restore import TREE, asking, cluster_of, store
+from tests.unit.checkpoint.test_restore import TREE, calls_to, cluster_of, store
 from tiered_kv.checkpoint.leases import SKEW_S, TTL_S
 from tiered_kv.checkpoint.repository import Repository
 from tiered_kv.checkpoint.take import CheckpointJob, CheckpointResult
@@ -41,7 +41,7 @@ def earlier():
 def taken(cluster: InProcessCluster, hooked: Hooked, patch: pytest.MonkeyPatch, clock: Clock | None = None) -> CheckpointResult:
     """Write a checkpoint with a driver and nodes that use `hooked` as their store, until its hook kills them."""
     patch.setattr(saving, "open_store", lambda *_, **__: hooked)
-    ask = asking(cluster)
+    ask = calls_to(cluster)
 
     def ask_while_alive(*arguments):
         if getattr(hooked.hook, "dead", False):

@@ -8,7 +8,7 @@ from threading import Event
 
 import pytest
 
-from tests.unit.checkpoint.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store, take
+from tests.unit.checkpoint.test_restore import TREE, assert_all_hit, calls_to, cluster_of, restored, store, take
 from tests.unit.tiers.s3 import Fault, Proxy, Request, environment, served
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.checkpoint.leases import marker_of
@@ -103,7 +103,7 @@ def test_blocks_are_hits_before_they_are_filled(cluster, repository) -> None:
     taken(cluster, repository)
     with cluster_of(2) as other:
         manifest = repository.read()
-        assert sum(mount(asking(other), list(other.nodes), repository.store.url, manifest, manifest.rows).by_node.values()) == COUNT
+        assert sum(mount(calls_to(other), list(other.nodes), repository.store.url, manifest, manifest.rows).by_node.values()) == COUNT
         other.report_all()
         assert_all_hit(other, "n0")
 

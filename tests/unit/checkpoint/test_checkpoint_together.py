@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.checkpoint.checkpoints import Clock
 from tests.unit.checkpoint.hooked import Hooked, Shared, Step
-from tests.unit.checkpoint.test_restore import TREE, asking, assert_all_hit, cluster_of, restored, store
+from tests.unit.checkpoint.test_restore import TREE, assert_all_hit, calls_to, cluster_of, restored, store
 from tiered_kv.checkpoint.garbage_collection import CollectionResult
 from tiered_kv.checkpoint.repository import Repository
 from tiered_kv.checkpoint.take import CheckpointJob, CheckpointResult
@@ -53,7 +53,7 @@ class Cluster:
 
     def take(self) -> CheckpointResult:
         nodes = list(self.cluster.nodes)
-        job = CheckpointJob(asking(self.cluster), nodes, self.repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001)
+        job = CheckpointJob(calls_to(self.cluster), nodes, self.repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001)
         return job.take()
 
 
@@ -172,7 +172,7 @@ def test_of_two_checkpoints_of_one_cluster_at_least_one_succeeds_and_the_other_i
             repository = Repository(hooked, clock, clock.sleep)
             nodes = list(same.cluster.nodes)
             try:
-                return CheckpointJob(asking(same.cluster), nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
+                return CheckpointJob(calls_to(same.cluster), nodes, repository, origin="test", pack_bytes=PACK_BYTES, poll_s=0.001).take()
             except TieredKVError as error:
                 return str(error)
 
@@ -195,7 +195,7 @@ def test_of_two_checkpoints_of_one_cluster_at_least_one_succeeds_and_the_other_i
 
 def test_a_snapshot_belongs_to_its_ticket_until_the_caller_stops_polling(clusters, monkeypatch) -> None:
     same = clusters["other"].at(Shared(), Clock())
-    ask = asking(same.cluster)
+    ask = calls_to(same.cluster)
 
     def snapshot(ticket: str):
         return ask(["n0"], SnapshotRequest(None, 0, ticket))["n0"]

@@ -34,7 +34,7 @@ def cluster_of(nodes: int, **settings):
         yield cluster
 
 
-def asking(cluster: InProcessCluster):
+def calls_to(cluster: InProcessCluster):
     def ask(nodes: Iterable[str], request: CheckpointRequest[Any]) -> dict[str, Any]:
         found = {}
         for node in nodes:
@@ -63,15 +63,15 @@ def store(cluster: InProcessCluster, node: str, paths, layout: KVLayout = WHOLE,
 
 
 def take(cluster: InProcessCluster, repository: Repository, wanted: CheckpointFilter | None = None, **more) -> CheckpointResult:
-    job = CheckpointJob(asking(cluster), list(cluster.nodes), repository, origin="test", poll_s=0.002, **more)
+    job = CheckpointJob(calls_to(cluster), list(cluster.nodes), repository, origin="test", poll_s=0.002, **more)
     return job.take(wanted or CheckpointFilter())
 
 
 def restored(cluster: InProcessCluster, repository: Repository, manifest: Manifest, rows=None):
     nodes = list(cluster.nodes)
-    mounted = mount(asking(cluster), nodes, repository.store.url, manifest, manifest.rows if rows is None else rows)
+    mounted = mount(calls_to(cluster), nodes, repository.store.url, manifest, manifest.rows if rows is None else rows)
     assert mounted.no_room == 0
-    filled = load(asking(cluster), nodes, poll_s=0.002)
+    filled = load(calls_to(cluster), nodes, poll_s=0.002)
     cluster.report_all()
     return filled
 
@@ -272,7 +272,7 @@ def test_blocks_of_the_ranks_of_a_world_are_restored_for_another(repository, wor
     assert (planned.unchanged, planned.skipped) == ([], [])
     with cluster_of(2) as cluster:
         nodes = list(cluster.nodes)
-        made = reshard(asking(cluster), nodes, repository.store.url, manifest, planned, poll_s=0.002)
+        made = reshard(calls_to(cluster), nodes, repository.store.url, manifest, planned, poll_s=0.002)
         assert made.host == made.mounted == COUNT * other
         cluster.report_all()
         for rank, (namespace, layout) in enumerate(ranks(other)):
@@ -293,7 +293,7 @@ def test_a_damaged_source_costs_the_blocks_made_of_it_only(repository) -> None:
     path.write_bytes(content)
     with cluster_of(1) as cluster:
         planned = plan(manifest.rows, manifest.models, 2)
-        made = reshard(asking(cluster), ["n0"], repository.store.url, manifest, planned, poll_s=0.002)
+        made = reshard(calls_to(cluster), ["n0"], repository.store.url, manifest, planned, poll_s=0.002)
         assert (made.host, made.damaged) == (2 * COUNT - 2, 2)
         assert made.problems
         cluster.nodes["n0"].check()
@@ -332,9 +332,9 @@ def test_a_checkpoint_of_less_quality_is_not_shown_and_its_frames_are_not_used_a
         worn = [row for row in manifest.rows if is_lossy(row.codec)]
         assert len(worn) > 5
         with cluster_of(2) as exact:
-            mounted = mount(asking(exact), list(exact.nodes), repository.store.url, manifest, manifest.rows)
+            mounted = mount(calls_to(exact), list(exact.nodes), repository.store.url, manifest, manifest.rows)
             assert (mounted.no_room, mounted.too_lossy) == (0, len(worn))
-            load(asking(exact), list(exact.nodes), poll_s=0.002)
+            load(calls_to(exact), list(exact.nodes), poll_s=0.002)
             for node in exact.nodes:
                 store(exact, node, TREE)
             assert take(exact, repository).new_blocks == len(worn)
@@ -342,7 +342,7 @@ def test_a_checkpoint_of_less_quality_is_not_shown_and_its_frames_are_not_used_a
         assert len(manifest.rows) == COUNT
         assert not any(is_lossy(row.codec) for row in manifest.rows)
         with cluster_of(1) as other, client_of(other, "n0") as client:
-            mounted = mount(asking(other), ["n0"], repository.store.url, manifest, manifest.rows)
+            mounted = mount(calls_to(other), ["n0"], repository.store.url, manifest, manifest.rows)
             assert mounted == ({"n0": COUNT}, 0, 0)
             for path in TREE:
                 fetched = client.fetch(tokens_of(path, WHOLE))

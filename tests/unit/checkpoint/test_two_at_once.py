@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.checkpoint.test_restore import COUNT, TREE, asking, cluster_of, store, take
+from tests.unit.checkpoint.test_restore import COUNT, TREE, calls_to, cluster_of, store, take
 from tiered_kv.checkpoint.repository import open_repository
 from tiered_kv.checkpoint.take import CheckpointFilter
 from tiered_kv.errors import Kind, TieredKVError
@@ -36,7 +36,7 @@ def test_a_second_checkpoint_is_refused_and_does_not_disturb_the_first(tmp_path)
 def test_a_node_that_has_written_its_share_still_belongs_to_the_first(tmp_path) -> None:
     with cluster_of(1) as cluster:
         store(cluster, "n0", TREE[:2])
-        ask, node = asking(cluster), cluster.nodes["n0"]
+        ask, node = calls_to(cluster), cluster.nodes["n0"]
         keys = [seen.key for seen in node.checkpoint(SnapshotRequest(None, 0, "first")).blocks]
         node.checkpoint(WriteRequest(str(tmp_path), keys, None, 1 << 20, None, "first"))
         while not node.checkpoint(WriteStatusRequest(0, "first")).is_done:

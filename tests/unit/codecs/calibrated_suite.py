@@ -116,7 +116,7 @@ class CalibratedSuite(CodecContract):
 
     def test_the_last_block_of_a_chain_has_its_own_step(self) -> None:
         codec = codec_for(f"{self.name}:1e-1:3e-2", LAYOUT, calibration=MADE)
-        assert [codec.at(64, is_tail).step for is_tail in (False, True)] == [1e-1, 3e-2]
+        assert [codec.at(64, is_last_block).step for is_last_block in (False, True)] == [1e-1, 3e-2]
         assert codec_for(f"{self.name}:1e-1", LAYOUT, calibration=MADE).at(64, True).step == 1e-1
 
     def test_damaged_payloads_raise_corrupt_or_decode(self, codec: CalibratedCodec) -> None:

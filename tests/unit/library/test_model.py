@@ -125,7 +125,7 @@ def test_batches_beams_and_samples_are_served(family, case, attached):
     assert torch.equal(outputs[0], outputs[2])
     assert plain_tokens - runs[0][1] >= 2 * BLOCK
     assert cache.last_report.reused_tokens > 0
-    assert cache.attachment.passed == {}
+    assert cache.attachment.skipped == {}
 
 
 def test_a_batch_and_single_prompts_share_their_blocks(attached):
@@ -179,7 +179,7 @@ def test_forward_with_a_batch(attached):
         for _ in range(2):
             for each, wanted in zip((right, left), plain, strict=True):
                 assert torch.equal(model(**each).logits, wanted)
-    assert cache.attachment.passed == {"forward: attention_mask": 2}
+    assert cache.attachment.skipped == {"forward: attention_mask": 2}
     assert cache.cache.match(right["input_ids"][0, :20]).tokens == 2 * BLOCK
     assert torch.equal(model.generate(right["input_ids"][:1, :20], **GREEDY), tiny().generate(right["input_ids"][:1, :20], **GREEDY))
 

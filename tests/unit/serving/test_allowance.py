@@ -29,7 +29,7 @@ from tiered_kv.node.checkpoints.steps import (
     WriteStatusRequest,
 )
 from tiered_kv.node.codec_plan import most_error
-from tiered_kv.node.compression import Coder
+from tiered_kv.node.compression import BlockEncoder
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
 LAYOUT = KVLayout(2, 2, 32, "bfloat16", 64)
@@ -183,7 +183,7 @@ def test_raw_bytes_that_were_decoded_from_lossy_ones_are_not_taken_over(node_fac
     worn = [
         key
         for key, block in node.engine.machine.blocks.items()
-        if Tier.HOST in block.copies and node.storage.host.lineage(block.copies[Tier.HOST].offset).error
+        if Tier.HOST in block.copies and node.storage.host.header(block.copies[Tier.HOST].offset).error
     ]
     assert worn
     node.close(remove=False)
@@ -252,13 +252,13 @@ def test_blocks_are_dropped_if_the_models_plan_does_not_allow_their_error(filled
     node = node_factory(host="1MiB", disk=disk, cluster_id="later", quality="archive", store_wait_ms=20_000)
     there = node.stats()["blocks"]
     assert there > 20
-    planned = node.storage.coder._planned
+    planned = node.storage.encoder._planned
 
     def as_near_exact(facts):
-        node.storage.coder._config = node.config.with_(quality="near_exact")
+        node.storage.encoder._config = node.config.with_(quality="near_exact")
         return planned(facts)
 
-    node.storage.coder._planned = as_near_exact
+    node.storage.encoder._planned = as_near_exact
     with worker(node) as client:
         assert node.stats()["blocks"] < there - 20
         assert node.stats()["too_lossy"]["introduced"] == there - node.stats()["blocks"]
@@ -327,15 +327,15 @@ INT8, INT4, LOSSLESS, UNKNOWN = Int8Codec.id, Int4Codec.id, LosslessCodec.id, 25
     ],
 )
 def test_a_blocks_codec_and_error_decide_whether_it_is_shown(quality: str, codec: int, error: float | None, shown: bool) -> None:
-    allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": quality})))
+    allowance = Allowance(BlockEncoder(Config.of({"host": "1MiB", "quality": quality})))
     assert allowance.admits(bytes(32), ROOT, codec, error) is shown
 
 
 def test_an_unrecorded_error_is_read_from_the_frame_if_it_matters() -> None:
-    allowance = Allowance(Coder(Config.of({"host": "1MiB", "quality": "near_exact"})))
+    allowance = Allowance(BlockEncoder(Config.of({"host": "1MiB", "quality": "near_exact"})))
     assert not allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-2)
     assert allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: 1e-5)
-    allowance = Allowance(Coder(Config.of({"host": "1MiB"})))
+    allowance = Allowance(BlockEncoder(Config.of({"host": "1MiB"})))
     assert not allowance.admits(bytes(32), ROOT, INT4, 0.0, lambda: pytest.fail("the codec says enough"))
 
 

@@ -271,13 +271,13 @@ def test_each_rank_of_a_model_gets_its_own_heads(node, filled, client_factory) -
 def test_a_node_records_the_namespace_of_every_root(node, client, client_factory) -> None:
     part, second = replace(LAYOUT, kv_heads=1), replace(NAMESPACE, rank=1, world=2, tenant="t", epoch=3)
     client_factory(node, part, second)
-    facts = node.storage.coder.facts()
+    facts = node.storage.encoder.models()
     assert {root: known.known_namespace() for root, known in facts.items()} == {
         NAMESPACE.root(LAYOUT): NAMESPACE,
         second.root(part): second,
     }
     facts.clear()
-    assert len(node.storage.coder.facts()) == 2
+    assert len(node.storage.encoder.models()) == 2
 
 
 def test_two_clients_of_a_node_share_blocks(node, filled, client_factory) -> None:
@@ -435,10 +435,10 @@ def test_a_store_has_one_deadline_for_all_its_reservations(node_factory, checked
         def __init__(self) -> None:
             self._real = node.open_session()
 
-        def reserve(self, nbytes, keys, tail, wait_s):
+        def reserve(self, nbytes, keys, parent, wait_s):
             waits.append(round(wait_s, 3))
             clock.advance(0.09)
-            return self._real.reserve(nbytes, keys[:1], tail, wait_s)
+            return self._real.reserve(nbytes, keys[:1], parent, wait_s)
 
         def __getattr__(self, name: str):
             return getattr(self._real, name)

@@ -18,7 +18,7 @@ from tiered_kv.config import Config
 from tiered_kv.embedded import Embedded
 from tiered_kv.node.node import Node
 from tiered_kv.tiers.disk.segments import Files
-from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, waits
+from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty, waits
 
 IN_TIME_S = 1.5
 """A limit for calls that take at most 0.2 s, on a busy machine. A call that waits for the disk takes much longer."""
@@ -31,7 +31,7 @@ class Hanging:
         self.entered, self.gate = threading.Event(), threading.Event()
 
     def files(self, *calls: str) -> Faulty:
-        return Faulty(Files(), Plan(**{call: {EVERY: waits(self.entered, self.gate)} for call in calls}))
+        return Faulty(Files(), FaultPlan(**{call: {EVERY: waits(self.entered, self.gate)} for call in calls}))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tiered_kv.embedded import InProcessCluster, InProcessLink
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node import reporter
 from tiered_kv.node.puller import AVOID_S
+from tiered_kv.protocol.messages import BlockRun
 
 T = LAYOUT.block_tokens
 PATH = (1, 2, 0, 1, 2, 2, 1, 0)
@@ -289,7 +290,7 @@ def test_a_block_of_another_size_under_the_right_key_is_rejected(cluster, client
     cluster.report_all()
     session = cluster.nodes["n1"].open_session()
     keys = [bytes.fromhex(record.key) for record in here.explain(TOKENS)]
-    assert session.pull(NAMESPACE.root(LAYOUT), 512, None, keys, 0, 5.0) == 0
+    assert session.pull(BlockRun(NAMESPACE.root(LAYOUT), 512, None, keys, 0), 5.0) == 0
     session.close()
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
     check_nodes(cluster)

@@ -141,7 +141,7 @@ def test_decoded_lossy_blocks_keep_their_recorded_error(attached, tmp_path) -> N
     assert codecs_of(client, path) == [("host", "raw")] * 3
     key = next(key for key in node.engine.machine.blocks if key.hex() == client.explain(tokens_of(path, LAYOUT))[1].key)
     location = node.engine.machine.blocks[key].copies[Tier.HOST]
-    assert 0 < node.storage.host.lineage(location.offset).error <= BOUND["int4"]
+    assert 0 < node.storage.host.header(location.offset).error <= BOUND["int4"]
     copy = ev.Copy(key, client.namespace.root(client.layout), None, location, Tier.OBJECTS, depth=1)
     assert node.storage.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
 

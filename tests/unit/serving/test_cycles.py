@@ -27,7 +27,7 @@ from tiered_kv.protocol.unix_socket import SessionServer
 from tiered_kv.node.node import Node
 
 node = Node(Config(host="4MiB", policy=sys.argv[2]), sys.argv[1], "n0")
-server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
 print(node.directory, flush=True)
 sys.stdin.read()
 node.check()
@@ -156,7 +156,7 @@ def test_cycles_in_damaged_headers_of_shared_memory_are_ignored(node_factory) ->
     storage = node.storage
     for key, parent, depth in ((A, C, 3), (C, B, (1 << 32) - 2)):
         offset = node.engine.machine.blocks[key].copies[Tier.HOST].offset
-        storage.host.sign(offset, storage.host.lineage(offset)._replace(parent=parent, depth=depth))
+        storage.host.sign(offset, storage.host.header(offset)._replace(parent=parent, depth=depth))
     node.close(remove=False)
     node = node_factory(host="1MiB", cluster_id=cluster_id, store_wait_ms=0)
     assert len(node.engine.machine.blocks) == 3

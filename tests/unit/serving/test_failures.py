@@ -22,8 +22,8 @@ from tiered_kv.memory.view import NodeView
 from tiered_kv.node.node import Node
 from tiered_kv.protocol.unix_socket import SessionServer, SocketSession
 from tiered_kv.tiers.disk.segments import Files, segment_path
-from tiered_kv.tiers.disk.tier import Refused
-from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails, refuses, waits
+from tiered_kv.tiers.disk.tier import Refusal
+from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty, fails, refuses, waits
 
 PATH = (1, 2, 0, 1)
 TOKENS, KV = tokens_of(PATH), kv_of(PATH)
@@ -252,7 +252,7 @@ def test_a_restarted_node_does_not_reuse_extents_that_a_worker_still_packs(lives
 # Disk
 
 
-def filled_disk(node_factory, tmp_path, faults: Plan | None = None, turns: int = 40, **settings: object):
+def filled_disk(node_factory, tmp_path, faults: FaultPlan | None = None, turns: int = 40, **settings: object):
     """Returns a node with a host tier of 30 blocks, and a client that has stored `turns` chains of one block."""
     node = node_factory(host="1MiB", disk_path=str(tmp_path / "disk"), **{"disk": "4MiB", **settings})
     if faults:
@@ -311,7 +311,7 @@ def test_blocks_read_from_disk_are_promoted_to_memory(node_factory, tmp_path) ->
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_disk_with_failing_writes_does_not_stop_stores(node_factory, tmp_path, code: int) -> None:
-    node, client = filled_disk(node_factory, tmp_path, Plan(pwritev={EVERY: fails(code)}), turns=60)
+    node, client = filled_disk(node_factory, tmp_path, FaultPlan(pwritev={EVERY: fails(code)}), turns=60)
     with client:
         stats = node.stats()
         assert stats["tiers"]["disk"]["blocks"] == 0
@@ -322,7 +322,7 @@ def test_a_disk_with_failing_writes_does_not_stop_stores(node_factory, tmp_path,
 
 
 def test_one_failed_disk_write_loses_nothing(node_factory, tmp_path) -> None:
-    node, client = filled_disk(node_factory, tmp_path, Plan(pwritev={1: fails(errno.EIO)}), turns=32)
+    node, client = filled_disk(node_factory, tmp_path, FaultPlan(pwritev={1: fails(errno.EIO)}), turns=32)
     with client:
         assert node.stats()["counts"]["demote_failed"] >= 1
         assert hits(client, range(32)) >= 31
@@ -330,7 +330,7 @@ def test_one_failed_disk_write_loses_nothing(node_factory, tmp_path) -> None:
 
 def test_a_block_is_readable_at_every_moment_of_its_demotion(node_factory, tmp_path) -> None:
     entered, gate = threading.Event(), threading.Event()
-    plan = Plan(pwritev={1: waits(entered, gate)})
+    plan = FaultPlan(pwritev={1: waits(entered, gate)})
     node, client = filled_disk(node_factory, tmp_path, plan, turns=29)
     with client:
         storing = threading.Thread(
@@ -365,7 +365,7 @@ def test_no_lock_is_held_while_the_disk_removes_a_segment(node_factory, tmp_path
         return call(*arguments)
 
     node, client = filled_disk(node_factory, tmp_path, disk="1MiB", turns=0)
-    node.storage.disk._files = Faulty(Files(), Plan(truncate={EVERY: removes}))
+    node.storage.disk._files = Faulty(Files(), FaultPlan(truncate={EVERY: removes}))
     with client:
         for turn in range(120):
             client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))
@@ -383,7 +383,7 @@ def test_a_segment_deleted_by_others_is_a_miss(node_factory, tmp_path) -> None:
             os.truncate(segment_path(disk.folder, segment), 0)
         assert client.fetch(tokens_of((0,), LARGE)).tokens == 0
         assert hits(client, range(39, 40)) == 1
-        for segment in lost:  # as the books say, for the check at the end
+        for segment in lost:  # as the bookkeeping says, for the check at the end
             os.truncate(segment_path(disk.folder, segment), disk._segments[segment].nbytes)
 
 
@@ -392,7 +392,7 @@ def test_a_hanging_disk_delays_no_fetch_beyond_its_deadline(node_factory, tmp_pa
     _, client = filled_disk(node_factory, tmp_path)
     with client:
         turns = [turn for turn in range(40) if client.match(tokens_of((turn,), LARGE)).tokens_by_tier == {"disk": 64}]
-        client._source._disk._segments._files = Faulty(Files(), Plan(preadv={EVERY: waits(entered, gate)}))
+        client._source._disk._segments._files = Faulty(Files(), FaultPlan(preadv={EVERY: waits(entered, gate)}))
         for turn in turns[:6]:  # more than there are threads to hang
             assert client.fetch(tokens_of((turn,), LARGE), deadline_ms=20).tokens == 0
         assert entered.is_set()
@@ -402,7 +402,7 @@ def test_a_hanging_disk_delays_no_fetch_beyond_its_deadline(node_factory, tmp_pa
 
 def test_failed_batches_of_disk_writes_do_no_harm(node_factory, tmp_path) -> None:
     node = node_factory(host="1MiB", disk="4MiB", disk_path=str(tmp_path / "disk"))
-    node.storage.logs[Tier.DISK] = Faulty(node.storage.disk, Plan(append={1: refuses(Refused.FULL), 2: refuses(Refused.IO_ERROR)}))
+    node.storage.logs[Tier.DISK] = Faulty(node.storage.disk, FaultPlan(append={1: refuses(Refusal.FULL), 2: refuses(Refusal.IO_ERROR)}))
     with client_of(node.info(), LARGE, NAMESPACE, connect=node.open_session) as client:
         for turn in range(40):
             client.store(tokens_of((turn,), LARGE), kv_of((turn,), LARGE))

@@ -17,8 +17,8 @@ from tiered_kv.codecs.fidelity import relative_error
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.codec_plan import opaque_plan
-from tiered_kv.node.compression import Coder
-from tiered_kv.protocol.model_info import ModelFacts
+from tiered_kv.node.compression import BlockEncoder
+from tiered_kv.protocol.model_info import ModelInfo
 
 QUALITIES = ["exact", "near_exact", "balanced", "compact", "archive"]
 PATHS = [(turn, 1, 2) for turn in range(24)]
@@ -172,9 +172,9 @@ def test_a_model_of_a_kv_layout_is_encoded_with_loss_beside_an_opaque_one(cluste
         fetched = open_.fetch(tokens_of(path, layout))
         assert fetched.tokens == 3 * layout.block_tokens
         worst = max(worst, relative_error(kv_of(path, layout), fetched.kv))
-    coder = cluster.nodes["n0"].storage.coder
-    assert 0.0 < worst <= coder.most_error(NAMESPACE.root(layout))
-    assert coder.most_error(NAMESPACE.root(OPAQUE)) == 0.0
+    encoder = cluster.nodes["n0"].storage.encoder
+    assert 0.0 < worst <= encoder.most_error(NAMESPACE.root(layout))
+    assert encoder.most_error(NAMESPACE.root(OPAQUE)) == 0.0
     coded = cluster.nodes["n0"].stats()["codecs"]["coded"].values()
     assert {codec for by_codec in coded for codec in by_codec} == {"lossless", "int8"}
 
@@ -227,13 +227,13 @@ def test_a_plan_says_which_codecs_do_not_apply() -> None:
     "settings", [{"quality": quality} for quality in QUALITIES] + [{"error_budget": "kl=1e-3"}, {"codec": "host=int4"}]
 )
 def test_no_setting_needs_a_calibration_or_spends_an_error(settings: dict, tmp_path, caplog) -> None:
-    coder = Coder(Config(**settings, calibration=str(tmp_path / "of another model.safetensors")))
-    root, facts = NAMESPACE.root(OPAQUE), ModelFacts(OPAQUE, NAMESPACE.weights)
+    encoder = BlockEncoder(Config(**settings, calibration=str(tmp_path / "of another model.safetensors")))
+    root, facts = NAMESPACE.root(OPAQUE), ModelInfo(OPAQUE, NAMESPACE.weights)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert coder.introduce(root, facts)["calibration"] is None
-            coder.introduce(root, replace(facts, rope_halves=False))
-    assert coder.most_error(root) == 0.0
+            assert encoder.introduce(root, facts)["calibration"] is None
+            encoder.introduce(root, replace(facts, rope_halves=False))
+    assert encoder.most_error(root) == 0.0
     assert [ONLY_LOSSLESS in record.message for record in caplog.records] == [True] * (settings != {"quality": "exact"})
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered_kv.client.kv_copy import ArenaBlocks, Run, runs_of
+from tiered_kv.client.kv_copy import ArenaBlocks, CopyRun, runs_of
 from tiered_kv.layout import ITEM_BYTES, KVLayout
 
 ALIGN_BYTES = 64
@@ -105,7 +105,7 @@ def test_runs_name_every_block_once_and_in_order(offsets, first):
 
 
 def test_adjacent_blocks_are_one_run():
-    assert list(runs_of([64, 192, 320, 448], first=2)) == [Run(2, 64, 128, 4)]
+    assert list(runs_of([64, 192, 320, 448], first=2)) == [CopyRun(2, 64, 128, 4)]
 
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=4, dtype="bfloat16", block_tokens=2)
@@ -115,26 +115,26 @@ def test_a_run_past_the_end_of_kv_is_rejected_even_if_its_memory_continues():
     kv = torch.zeros(LAYOUT.kv_shape(9), dtype=torch.bfloat16)[..., :4, :]
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="must have at least 6 tokens for blocks 2 to 2 of 2 tokens each, got 4"):
-        blocks.unpack(Run(2, 0, 0, 1), kv)
+        blocks.unpack(CopyRun(2, 0, 0, 1), kv)
 
 
 def test_a_run_past_the_end_of_the_arena_is_rejected():
     blocks = ArenaBlocks(torch.zeros(LAYOUT.block_bytes * 2, dtype=torch.uint8), LAYOUT)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        blocks.unpack(Run(0, LAYOUT.block_bytes + 64, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
+        blocks.unpack(CopyRun(0, LAYOUT.block_bytes + 64, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
 def test_a_block_at_an_odd_byte_is_rejected():
     blocks = ArenaBlocks(torch.zeros(4096, dtype=torch.uint8), LAYOUT)
     with pytest.raises(ValueError, match="must be multiples of 2 bytes, got 65 and 0"):
-        blocks.unpack(Run(0, 65, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
+        blocks.unpack(CopyRun(0, 65, 0, 1), torch.zeros(LAYOUT.kv_shape(2), dtype=torch.bfloat16))
 
 
 def test_packing_kv_that_requires_grad_leaves_no_gradient_in_the_arena():
     arena = torch.zeros(4096, dtype=torch.uint8)
     kv = torch.randn(LAYOUT.kv_shape(4), requires_grad=True).to(torch.bfloat16)
     blocks = ArenaBlocks(arena, LAYOUT)
-    blocks.pack(Run(0, 0, 128, 2), kv)
-    blocks.pack_layers(Run(0, 1024, 128, 2), [(kv[layer, 0], kv[layer, 1]) for layer in range(2)])
-    assert torch.equal(blocks.blocks(Run(0, 0, 128, 2)), blocks.blocks(Run(0, 1024, 128, 2)))
-    assert not blocks.blocks(Run(0, 0, 128, 2)).requires_grad
+    blocks.pack(CopyRun(0, 0, 128, 2), kv)
+    blocks.pack_layers(CopyRun(0, 1024, 128, 2), [(kv[layer, 0], kv[layer, 1]) for layer in range(2)])
+    assert torch.equal(blocks.blocks(CopyRun(0, 0, 128, 2)), blocks.blocks(CopyRun(0, 1024, 128, 2)))
+    assert not blocks.blocks(CopyRun(0, 0, 128, 2)).requires_grad

@@ -51,7 +51,7 @@ def requester(cluster: InProcessCluster, node: str, checked: Callable) -> Callab
     return request
 
 
-def asking(cluster: InProcessCluster) -> record.Ask:
+def calls_to(cluster: InProcessCluster) -> record.Ask:
     def ask_one(node: str, method: str, arguments: tuple) -> object:
         if node not in cluster.nodes:
             return TieredKVError(Kind.TRANSPORT, "it is not there")
@@ -65,7 +65,7 @@ def asking(cluster: InProcessCluster) -> record.Ask:
 
 def recording_of(cluster: InProcessCluster, clock: ManualClock) -> tuple[record.ClusterRecording, list[dict], list[str]]:
     lines, said = [], []
-    return record.ClusterRecording(asking(cluster), ["n0", "n1"], lines.append, said.append, clock.now_s), lines, said
+    return record.ClusterRecording(calls_to(cluster), ["n0", "n1"], lines.append, said.append, clock.now_s), lines, said
 
 
 # One node
@@ -166,7 +166,7 @@ def test_replaying_a_recorded_trace_gives_the_same_hits(make_cluster, checked, c
     asked = [requester(cluster, node, checked) for node in ("n0", "n1")]
     hits = 0
     with TraceWriter(tmp_path / name) as trace:
-        recording = record.ClusterRecording(asking(cluster), ["n0", "n1"], trace.write, lambda _: None, clock.now_s)
+        recording = record.ClusterRecording(calls_to(cluster), ["n0", "n1"], trace.write, lambda _: None, clock.now_s)
         recording.start()
         for number in range(40):
             clock.advance(0.4)
@@ -275,7 +275,7 @@ def test_without_a_node_to_record_the_error_has_the_reason(make_cluster, clock) 
     assert len(said) == 2
     assert not recording.nobody_answers
     with pytest.raises(TieredKVError, match="no nodes"):
-        record.ClusterRecording(asking(cluster), [], said.append, said.append, clock.now_s).start()
+        record.ClusterRecording(calls_to(cluster), [], said.append, said.append, clock.now_s).start()
     clock.advance(record.NOBODY_S + 1)
     assert recording.nobody_answers
 
@@ -286,7 +286,7 @@ def test_a_failed_write_of_the_trace_stops_recording_on_the_nodes(make_cluster, 
     def refuse(_: dict) -> None:
         raise TieredKVError(Kind.CONFIG, "--out: cannot write", setting="out")
 
-    recording = record.ClusterRecording(asking(cluster), ["n0", "n1"], refuse, lambda _: None, clock.now_s)
+    recording = record.ClusterRecording(calls_to(cluster), ["n0", "n1"], refuse, lambda _: None, clock.now_s)
     stopped = threading.Event()
     request = requester(cluster, "n0", checked)
     start = recording.start

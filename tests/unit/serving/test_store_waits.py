@@ -16,7 +16,7 @@ from tiered_kv.client.connect import client_of
 from tiered_kv.node.node import Node
 from tiered_kv.node.worker_session import LOCK_WAIT_S, NodeSession
 from tiered_kv.tiers.disk.segments import Files
-from tiered_kv.tiers.faulty import EVERY, Faulty, Plan
+from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty
 
 LAYOUT = KVLayout(4, 2, 64, "bfloat16", 64)
 """Blocks of 128 KiB."""
@@ -39,7 +39,7 @@ def slow(gate: threading.Event, call_s: float) -> Faulty:
         gate.wait(call_s)
         return call(*arguments)
 
-    return Faulty(Files(), Plan(pwritev={EVERY: fault}))
+    return Faulty(Files(), FaultPlan(pwritev={EVERY: fault}))
 
 
 def node_with_slow_disk(node_factory: Callable, gate: threading.Event, tmp_path, **settings: object) -> Node:

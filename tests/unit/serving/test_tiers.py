@@ -165,7 +165,7 @@ def test_blocks_of_a_missing_pack_are_dropped(node_factory, client_factory) -> N
     assert fetch(client, (0, 1, 2)) == {}
     node.engine.settle()
     assert client.match(tokens_of((0, 1, 2), LARGE)).tokens == 0
-    node.storage.logs[Tier.OBJECTS].close(remove=True)  # its books have packs that are not there
+    node.storage.logs[Tier.OBJECTS].close(remove=True)  # its bookkeeping lists packs that do not exist
 
 
 def test_peers_get_blocks_from_every_tier(checked, tmp_path) -> None:

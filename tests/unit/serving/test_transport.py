@@ -12,6 +12,7 @@ import pytest
 from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, TransportContract, key_of, keys_of, wait_until
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.node import Node
+from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import PROTOCOL
 from tiered_kv.protocol.unix_socket import MESSAGE_BYTES_MAX, SessionServer, SocketSession
 
@@ -211,7 +212,7 @@ CALLS = {
         lambda session: session.commit(ROOT, NBYTES, [(key_of(1), None, 128, 0)]),
         [[1], [True, True], [None], True, None, [128]],
     ),
-    "pull": (lambda session: session.pull(ROOT, NBYTES, None, keys_of(2), 0, 1.0), [-1, 3, True, 1.0, None, [1]]),
+    "pull": (lambda session: session.pull(BlockRun(ROOT, NBYTES, None, keys_of(2), 0), 1.0), [-1, 3, True, 1.0, None, [1]]),
     "locate": (lambda session: session.locate(keys_of(1), 1.0), [["n0"], [["n0"], ["n1"]], [[1]], {}, None, "n0"]),
     "introduce": (lambda session: session.introduce(ROOT, {}), [{}, None, [], {"plan": {}}, {"plan": {}, "calibration": 7}]),
     "stats": (lambda session: session.stats(), [None, [], 1]),

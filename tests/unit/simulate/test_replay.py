@@ -34,8 +34,8 @@ class RecordingHistory(History):
     def seen(self, keys, parent, now_s) -> None:
         self.calls.append(("seen", list(keys), parent, now_s))
 
-    def hint(self, tail, now_s, *, answer_tokens=None, reuse_within_s=None, ended=False) -> None:
-        self.calls.append(("hint", tail, now_s, answer_tokens))
+    def hint(self, last_block, now_s, *, answer_tokens=None, reuse_within_s=None, ended=False) -> None:
+        self.calls.append(("hint", last_block, now_s, answer_tokens))
 
 
 def lru_cache(capacity: int) -> Cache:

@@ -6,7 +6,7 @@ from tests.unit.store.world import IN_MEMORY, key_of, machine_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.clock import SystemClock
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Engine, Filled, Form, Room
+from tiered_kv.store.engine import BlockFormat, Engine, FillOutcome, Room
 
 PATIENCE_S = 30.0
 NBYTES = 100
@@ -49,7 +49,7 @@ class Mover:
         self.coded_bytes = NBYTES // 2
         self.codings: list[bytes] = []
         self.refused = False
-        self.outcome: Filled | None = None
+        self.outcome: FillOutcome | None = None
         self.ages = False
         self.reinserted: list[bytes] = []
         self.next_segment = 0
@@ -57,8 +57,8 @@ class Mover:
     def fits(self, tier: Tier, nbytes: int) -> bool:
         return nbytes <= NBYTES
 
-    def form(self, copy: ev.Copy) -> Form:
-        return Form(0, NBYTES)
+    def form(self, copy: ev.Copy) -> BlockFormat:
+        return BlockFormat(0, NBYTES)
 
     def coded(self, copy: ev.Copy) -> memoryview:
         self.codings.append(copy.key)
@@ -107,9 +107,9 @@ class Mover:
         self.segments[tier][self.next_segment] = list(keys)
         return [Location(tier, 0, self.next_segment, int.from_bytes(key, "big"), NBYTES, NBYTES) for key in keys]
 
-    def fill(self, copies: list[ev.Copy], locations: list[Location]) -> list[Filled]:
+    def fill(self, copies: list[ev.Copy], locations: list[Location]) -> list[FillOutcome]:
         self._enter(self.fill_allowed)
-        return [self.outcome or (Filled.DONE if self._is_there(copy) else Filled.GONE) for copy in copies]
+        return [self.outcome or (FillOutcome.DONE if self._is_there(copy) else FillOutcome.GONE) for copy in copies]
 
     def _is_there(self, copy: ev.Copy) -> bool:
         tier, _, segment, *_ = copy.source

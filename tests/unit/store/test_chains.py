@@ -42,7 +42,7 @@ def test_unknown_depths_follow_once_the_first_block_is_known(chains: Chains) -> 
         chains.add(key, parent, ROOT, None)
     assert linked(chains) == dict.fromkeys((D, C, B))
     assert chains.to(D) == {D}
-    assert not chains.is_tail(A)
+    assert not chains.is_last_block(A)
     chains.add(A, None, ROOT, None)
     assert linked(chains) == {A: None, B: A, C: B, D: C}
     assert [chains._blocks[key].depth for key in (A, B, C, D)] == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ from tests.unit.store.world import key_of
 from tiered_kv.blocks import Location, Tier
 from tiered_kv.store import engine
 from tiered_kv.store import events as ev
-from tiered_kv.store.engine import Filled
+from tiered_kv.store.engine import FillOutcome
 
 DEVICE, HOST, DISK, OBJECTS, CHECKPOINT = Tier
 
@@ -140,9 +140,9 @@ def test_a_touched_block_is_promoted_from_disk(make) -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "failure", "left"),
-    [(Filled.GONE, None, None), (Filled.LATER, None, DISK), (Filled.DONE, RuntimeError("nobody thought of it"), DISK)],
+    [(FillOutcome.GONE, None, None), (FillOutcome.LATER, None, DISK), (FillOutcome.DONE, RuntimeError("nobody thought of it"), DISK)],
 )
-def test_a_failed_promotion_releases_its_extent(make, outcome: Filled, failure: Exception | None, left: Tier | None) -> None:
+def test_a_failed_promotion_releases_its_extent(make, outcome: FillOutcome, failure: Exception | None, left: Tier | None) -> None:
     bench = on_disk_with_room(make)
     free = sorted(bench.mover.free_slots[HOST])
     bench.mover.failure, bench.mover.outcome = failure, outcome
@@ -284,7 +284,7 @@ def test_a_block_used_since_it_was_written_survives_its_segment(make) -> None:
     bench = make(DISK, slots=1, segments=2)
     bench.store(1, 2)
     bench.engine.settle()
-    bench.mover.outcome = Filled.LATER  # it is used, and stays on disk
+    bench.mover.outcome = FillOutcome.LATER  # it is used, and stays on disk
     bench.touch(1)
     bench.mover.outcome = None
     bench.store(3, 4)

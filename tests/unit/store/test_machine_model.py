@@ -78,34 +78,34 @@ class MachineModel(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(NUMBERS))
     def want(self, numbers: list[int]) -> None:
-        self.tell(ev.Wanted([key_of(number) for number in numbers]))
+        self.tell(ev.BringRequested([key_of(number) for number in numbers]))
 
     @rule(number=NUMBERS, pinned_s=st.sampled_from([None, 2.0]), ended=st.booleans())
     def hint(self, number: int, pinned_s: float | None, ended: bool) -> None:
         self.tell(ev.Hinted(key_of(number), Hint(pinned_s=pinned_s, ended=ended), self.now_s))
 
-    @rule(nbytes=st.integers(0, 600), tail=st.none() | NUMBERS, slow=st.booleans(), device=st.booleans())
-    def need(self, nbytes: int, tail: int | None, slow: bool, device: bool) -> None:
+    @rule(nbytes=st.integers(0, 600), last_block=st.none() | NUMBERS, slow=st.booleans(), device=st.booleans())
+    def need(self, nbytes: int, last_block: int | None, slow: bool, device: bool) -> None:
         tier = Tier.DEVICE if device and Tier.DEVICE in self.room else Tier.HOST
         held = {key for key in self.machine.blocks if self.machine.held(key)}
         before = dict(self.world.shown)
         queue_bytes = HOST_BYTES if slow else float("inf")
-        event = ev.Needed(tier, nbytes, tail and key_of(tail), (), self.now_s, queue_bytes)
+        event = ev.Needed(tier, nbytes, last_block and key_of(last_block), (), self.now_s, queue_bytes)
         roomy = self.lower and self.world.bytes_in(self.lower) < self.room[self.lower] * 7 / 8
         self.tell(event)
         gone = before.keys() - self.world.shown.keys()
         if tier is Tier.DEVICE or (roomy and not slow):
             assert gone <= self.may_end, "dropped although there is a place below that never refused it"
-        assert not gone & self.chain_to(tail), "the growing chain made room for itself"
+        assert not gone & self.chain_to(last_block), "the growing chain made room for itself"
         assert not gone & {key for key in held if self.machine.held(key)}
 
-    @rule(count=st.integers(0, 3), tail=st.none() | NUMBERS)
-    def crowd(self, count: int, tail: int | None) -> None:
+    @rule(count=st.integers(0, 3), last_block=st.none() | NUMBERS)
+    def crowd(self, count: int, last_block: int | None) -> None:
         before = self.world.shown.keys() - set()
-        self.tell(ev.Crowded(count, tail and key_of(tail)))
+        self.tell(ev.Crowded(count, last_block and key_of(last_block)))
         gone = before - self.world.shown.keys()
         assert len(gone) <= count
-        assert not gone & self.chain_to(tail)
+        assert not gone & self.chain_to(last_block)
 
     @precondition(lambda self: self.world.copies)
     @rule(data=st.data())

@@ -22,8 +22,8 @@ class Heard(History):
     def seen(self, keys, parent, now_s) -> None:
         self.said.append(("seen", list(keys), parent, now_s))
 
-    def hint(self, tail, now_s, **known) -> None:
-        self.said.append(("hint", tail, now_s, known))
+    def hint(self, last_block, now_s, **known) -> None:
+        self.said.append(("hint", last_block, now_s, known))
 
 
 class Watched(LRUPolicy):
@@ -65,7 +65,7 @@ def test_history_and_policy_get_the_same_events_as_in_a_replay() -> None:
     story, said = watched_story(HOST)
     story.tell(committed(story, 1, 2, 4, now_s=1.0))
     story.use(1, 2, 4, now_s=2.0)
-    story.need(HOST_BYTES, tail=key_of(2), keys=[key_of(9)], now_s=3.0)
+    story.need(HOST_BYTES, last_block=key_of(2), keys=[key_of(9)], now_s=3.0)
     story.tell(ev.Hinted(key_of(2), Hint(answer_tokens=7), 3.0))
     one, two, four = map(key_of, (1, 2, 4))
     assert said == [
@@ -162,7 +162,7 @@ def test_a_worker_without_access_to_the_device_gets_the_block_in_memory() -> Non
     hot(story, 1)
     hot(story, 2)
     story.need()  # 2 is on the device alone now
-    story.tell(ev.Wanted([key_of(1), key_of(2), key_of(3)]))
+    story.tell(ev.BringRequested([key_of(1), key_of(2), key_of(3)]))
     story.finish(2, HOST)
     assert story.tiers(1) == story.tiers(2) == {HOST}
 
@@ -223,7 +223,7 @@ def test_blocks_that_a_slow_disk_cannot_accept_are_dropped_and_counted() -> None
 def test_a_slow_disk_does_not_make_a_growing_chain_evict_itself() -> None:
     story = Story(HOST, DISK)
     story.commit(1, 2)
-    story.need(2 * HOST_BYTES, tail=key_of(2), queue_bytes=HOST_BYTES)
+    story.need(2 * HOST_BYTES, last_block=key_of(2), queue_bytes=HOST_BYTES)
     assert story.tiers(1) == story.tiers(2) == {HOST}
     assert len(story.world.copies) == 1
 
@@ -232,8 +232,8 @@ def test_without_a_disk_blocks_are_demoted_to_objects_and_promoted_on_request() 
     story = Story(HOST, OBJECTS)
     story.commit(1)
     story.demote(1, OBJECTS)
-    story.tell(ev.Wanted([key_of(1)]))
-    story.tell(ev.Wanted([key_of(1)]))
+    story.tell(ev.BringRequested([key_of(1)]))
+    story.tell(ev.BringRequested([key_of(1)]))
     story.finish(1, HOST)
     assert not story.world.copies
     assert story.tiers(1) == {HOST, OBJECTS}
@@ -341,7 +341,7 @@ def test_a_hint_for_an_unknown_chain_pins_nothing() -> None:
 def test_the_blocks_of_the_growing_chain_are_evicted_last() -> None:
     story = Story(HOST, DISK)
     story.commit(1, 2, 4, 3, 6)
-    story.need(3 * HOST_BYTES, tail=key_of(4), keys=[key_of(8)])
+    story.need(3 * HOST_BYTES, last_block=key_of(4), keys=[key_of(8)])
     assert [copy.key for copy in story.world.copies] == [key_of(6), key_of(3), key_of(4)], "though it was used longest ago"
 
 
@@ -358,9 +358,9 @@ def test_unreported_commits_are_reported_once_there_are_many_of_them() -> None:
     story, said = watched_story(HOST)
     for number in range(1, UNREPORTED_MAX):
         story.machine.handle(committed(story, number))
-    assert not story.machine.behind
+    assert not story.machine.has_many_unreported_commits
     story.machine.handle(committed(story, UNREPORTED_MAX))
-    assert story.machine.behind
-    story.machine.catch_up()
+    assert story.machine.has_many_unreported_commits
+    story.machine.report_commits()
     assert [each[0] for each in said] == ["seen", "add"] * UNREPORTED_MAX
-    assert not story.machine.behind
+    assert not story.machine.has_many_unreported_commits

@@ -120,20 +120,20 @@ def test_a_block_that_does_not_shrink_is_tried_once(story: Story) -> None:
         story.tell(ev.CopyFailed(copy.key, HOST, again=False))
     story.commit(8)
     assert not {1, 2, 3} & set(asked(story))
-    story.machine.shrinking.hope()
+    story.machine.shrinking.retry_all()
     story.need(HOST_BYTES)
     assert {1, 2, 3} & set(asked(story)), "another codec may do better"
 
 
 def test_the_expected_gain_follows_earlier_gains() -> None:
-    books = Shrinking(1000)
+    shrinking = Shrinking(1000)
     for number in range(4):
-        books.add(key_of(number), 100)
-    assert [gain for _, gain in books.choose(60, lambda key: False)] == [44, 44]
-    books.done(key_of(0), 20)
-    books.done(key_of(1), 20)
-    assert [gain for _, gain in books.choose(1, lambda key: False)] == [80]
-    books.check({key_of(2): 100, key_of(3): 100})
+        shrinking.add(key_of(number), 100)
+    assert [gain for _, gain in shrinking.choose(60, lambda key: False)] == [44, 44]
+    shrinking.done(key_of(0), 20)
+    shrinking.done(key_of(1), 20)
+    assert [gain for _, gain in shrinking.choose(1, lambda key: False)] == [80]
+    shrinking.check({key_of(2): 100, key_of(3): 100})
 
 
 def test_a_copy_has_the_depth_of_its_block(story: Story) -> None:
@@ -142,7 +142,7 @@ def test_a_copy_has_the_depth_of_its_block(story: Story) -> None:
     below = [key_of(8), key_of(16)]
     story.tell(ev.Committed(bytes(32), key, below, [story.world.place(HOST, each) for each in below], 0.0))
     story.tell(ev.Needed(HOST, 8 * HOST_BYTES))
-    assert {copy.key: (copy.depth, copy.is_tail) for copy in story.world.copies} == {
+    assert {copy.key: (copy.depth, copy.is_last_block) for copy in story.world.copies} == {
         key: (7, False),
         below[0]: (8, False),
         below[1]: (9, True),

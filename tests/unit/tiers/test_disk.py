@@ -14,8 +14,8 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, footer_bytes
 from tiered_kv.tiers.disk.segments import Files, segments_in
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.faulty import Faulty, Plan, fails, short
-from tiered_kv.tiers.log import Record, Refused
+from tiered_kv.tiers.faulty import FaultPlan, Faulty, fails, short
+from tiered_kv.tiers.log import Record, Refusal
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -47,7 +47,7 @@ def make(tmp_path: Path):
 
 
 def test_a_batch_is_one_write_per_segment(make) -> None:
-    plan = Plan()
+    plan = FaultPlan()
     tier = make(files=Faulty(Files(), plan))
     held = put(tier, range(10), QUARTER)
     assert [location.segment for location in held.values()] == [1] * 4 + [2] * 4 + [3] * 2
@@ -74,7 +74,7 @@ def test_more_buffers_than_one_system_call_allows_are_written(make) -> None:
 
 
 def test_large_frames_are_written_and_read_in_pieces(make) -> None:
-    plan = Plan(pwritev={2: short(100_001)}, preadv={2: short(77)}, fadvise={1: fails(errno.EINVAL)})
+    plan = FaultPlan(pwritev={2: short(100_001)}, preadv={2: short(77)}, fadvise={1: fails(errno.EINVAL)})
     tier = make(64 << 20, 8 << 20, files=Faulty(Files(), plan))
     held = put(tier, range(2), 3 << 20)
     assert plan.calls["pwritev"] == 4  # of 2 MiB each, one of which was cut short
@@ -116,7 +116,7 @@ def test_a_frame_larger_than_a_segment_gets_its_own_segment(make) -> None:
 def test_a_frame_larger_than_the_cap_is_refused_and_the_rest_written(make) -> None:
     tier = make()
     answers = tier.append([record_of(0, KIB), record_of(1, CAPACITY), record_of(2, KIB)])
-    assert [answer.refused for answer in answers] == [None, Refused.TOO_LARGE, None]
+    assert [answer.refused for answer in answers] == [None, Refusal.TOO_LARGE, None]
     assert put(make_empty(tier), [3], tier.max_frame_bytes)
 
 
@@ -131,7 +131,7 @@ def test_a_batch_is_written_as_far_as_there_is_room(make, frame_size: int, fit: 
     tier = make(segment=1 << 20)
     put(tier, [0], tier.max_frame_bytes - 20 * KIB)
     answers = tier.append([record_of(number, frame_size) for number in range(1, 8)])
-    assert [answer.refused for answer in answers] == [None] * fit + [Refused.FULL] * (7 - fit)
+    assert [answer.refused for answer in answers] == [None] * fit + [Refusal.FULL] * (7 - fit)
 
 
 def test_an_empty_frame_is_an_error(make) -> None:

@@ -15,8 +15,8 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, footer_bytes
 from tiered_kv.tiers.disk.segments import Files, SegmentReader, segment_path, segments_in
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails, raises, refuses, short, waits
-from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty, fails, raises, refuses, short, waits
+from tiered_kv.tiers.log import Refusal
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -27,7 +27,7 @@ def make(tmp_path: Path):
     tiers: list[DiskTier] = []
 
     def make_tier(**faults) -> DiskTier:
-        tiers.append(DiskTier(tmp_path / "disk", CAPACITY, SEGMENT, owner="me", files=Faulty(Files(), Plan(**faults))))
+        tiers.append(DiskTier(tmp_path / "disk", CAPACITY, SEGMENT, owner="me", files=Faulty(Files(), FaultPlan(**faults))))
         return tiers[-1]
 
     yield make_tier
@@ -44,9 +44,9 @@ def assert_unreadable(reader, location, number: int, *kinds: Kind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"), [(errno.ENOSPC, Refused.NO_SPACE), (errno.EDQUOT, Refused.NO_SPACE), (errno.EIO, Refused.IO_ERROR)]
+    ("code", "reason"), [(errno.ENOSPC, Refusal.NO_SPACE), (errno.EDQUOT, Refusal.NO_SPACE), (errno.EIO, Refusal.IO_ERROR)]
 )
-def test_an_error_in_the_middle_of_a_batch_refuses_the_rest(make, code: int, reason: Refused) -> None:
+def test_an_error_in_the_middle_of_a_batch_refuses_the_rest(make, code: int, reason: Refusal) -> None:
     tier = make(pwritev={3: fails(code)})  # the second is the first segment's footer
     answers = tier.append([record_of(number, QUARTER) for number in range(12)])
     assert [answer.refused for answer in answers] == [None] * 4 + [reason] * 8
@@ -65,7 +65,7 @@ def test_a_torn_write_keeps_whole_frames_only(make, torn_at: int) -> None:
     tier = make(pwritev={1: short(torn_at), 2: fails(errno.ENOSPC)})
     answers = tier.append([record_of(number, QUARTER) for number in range(3)])
     whole = torn_at // PIECE
-    assert [answer.refused for answer in answers] == [None] * whole + [Refused.NO_SPACE] * (3 - whole)
+    assert [answer.refused for answer in answers] == [None] * whole + [Refusal.NO_SPACE] * (3 - whole)
     assert segments_in(tier.folder) == ({1: whole * PIECE + footer_bytes(whole)} if whole else {})
     for number, answer in enumerate(answers[:whole]):
         assert_holds(tier, number, answer.location)
@@ -110,13 +110,13 @@ def test_a_short_write_is_continued(make) -> None:
 
 def test_a_write_of_zero_bytes_is_an_error_not_a_loop(make) -> None:
     tier = make(pwritev={EVERY: short(0)})
-    assert tier.append([record_of(1, KIB)])[0].refused is Refused.IO_ERROR
+    assert tier.append([record_of(1, KIB)])[0].refused is Refusal.IO_ERROR
 
 
 def test_a_torn_tail_that_cannot_be_truncated_still_counts(make) -> None:
     tier = make(pwritev={1: short(9 * KIB), 2: fails(errno.EIO)}, truncate={1: fails(errno.EIO)})
     answers = tier.append([record_of(number, QUARTER) for number in range(3)])
-    assert [answer.refused for answer in answers] == [None, None, Refused.IO_ERROR]
+    assert [answer.refused for answer in answers] == [None, None, Refusal.IO_ERROR]
     assert segments_in(tier.folder) == {1: 9 * KIB + footer_bytes(2)}
     assert tier.used_bytes == 8 * KIB + 12 * KIB
     tier.close(remove=False)
@@ -125,8 +125,8 @@ def test_a_torn_tail_that_cannot_be_truncated_still_counts(make) -> None:
 
 def test_a_segment_that_cannot_be_created_is_a_refusal(make) -> None:
     tier = make(open={1: fails(errno.ENOSPC), 2: fails(errno.EMFILE)})
-    assert tier.append([record_of(1, KIB)])[0].refused is Refused.NO_SPACE
-    assert tier.append([record_of(1, KIB)])[0].refused is Refused.IO_ERROR
+    assert tier.append([record_of(1, KIB)])[0].refused is Refusal.NO_SPACE
+    assert tier.append([record_of(1, KIB)])[0].refused is Refusal.IO_ERROR
     assert put(tier, [1], KIB)
 
 
@@ -326,10 +326,10 @@ def test_another_process_reads_with_folder_and_location_alone(make) -> None:
 
 
 def test_a_tier_can_be_wrapped_in_faults(make) -> None:
-    plan = Plan(append={2: refuses(Refused.IO_ERROR)}, read={1: raises(TieredKVError(Kind.CORRUPT, "planned"))})
+    plan = FaultPlan(append={2: refuses(Refusal.IO_ERROR)}, read={1: raises(TieredKVError(Kind.CORRUPT, "planned"))})
     tier = Faulty(make(), plan)
     location = put(tier, [1], KIB)[1]
-    assert tier.append([record_of(2, KIB)]) == [(None, Refused.IO_ERROR)]
+    assert tier.append([record_of(2, KIB)]) == [(None, Refusal.IO_ERROR)]
     with pytest.raises(TieredKVError, match="planned"):
         tier.read(location, key_of(1))
     assert_holds(tier, 1, location)

@@ -14,8 +14,8 @@ from tests.unit.tiers.records import KIB, OVERHEAD_BYTES, assert_holds, key_of, 
 from tiered_kv.blocks import Location
 from tiered_kv.tiers.disk.segments import segments_in
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.faulty import Faulty, Plan, fails, short
-from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.faulty import FaultPlan, Faulty, fails, short
+from tiered_kv.tiers.log import Refusal
 
 CAPACITY, SEGMENT = 160 * KIB, 16 * KIB
 FRAME_SIZES = st.integers(OVERHEAD_BYTES + 1, 4 * KIB) | st.integers(4 * KIB, CAPACITY + 4 * KIB)
@@ -54,7 +54,7 @@ class DiskModel(RuleBasedStateMachine):
         self.held: dict[int, Location] = {}
         self.forgotten: set[int] = set()
         self.numbers = 0
-        self.plan = Plan()
+        self.plan = FaultPlan()
         self.tier = self.opened()
 
     def opened(self) -> DiskTier:
@@ -76,7 +76,7 @@ class DiskModel(RuleBasedStateMachine):
         self.planned()
         for number, size, (location, refused) in zip(numbers, sizes, answers, strict=True):
             assert (location is None) != (refused is None)
-            assert (refused is Refused.TOO_LARGE) <= (size > self.tier.max_frame_bytes)
+            assert (refused is Refusal.TOO_LARGE) <= (size > self.tier.max_frame_bytes)
             if location:
                 assert location.stored_bytes == size
                 self.held[number] = location

@@ -14,7 +14,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.folder import claim_folder, unused_below
 from tiered_kv.tiers.disk.segments import Files, segment_path, segments_in
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.faulty import EVERY, Faulty, Plan, fails
+from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty, fails
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 
@@ -149,7 +149,7 @@ def test_a_smaller_cap_holds_from_the_start(folder: Path, capacity: int) -> None
 
 def test_a_folder_that_cannot_be_shrunk_below_the_cap_is_rejected(folder: Path) -> None:
     left_behind(folder, 50)
-    files = Faulty(Files(), Plan(truncate={EVERY: fails(errno.EIO)}))
+    files = Faulty(Files(), FaultPlan(truncate={EVERY: fails(errno.EIO)}))
     with pytest.raises(TieredKVError, match="disk_path") as caught:
         disk(folder, capacity=64 * KIB, files=files)
     assert caught.value.kind is Kind.STORAGE

@@ -17,8 +17,8 @@ from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, E
 from tiered_kv.tiers.disk.recover import frames_in
 from tiered_kv.tiers.disk.segments import Files, segment_path, segments_in
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.faulty import Faulty, Plan, fails
-from tiered_kv.tiers.log import Recovered
+from tiered_kv.tiers.faulty import FaultPlan, Faulty, fails
+from tiered_kv.tiers.log import RecoveredBlock
 
 CAPACITY, SEGMENT = 256 * KIB, 16 * KIB
 PIECE = ENTRY_BYTES + QUARTER
@@ -53,7 +53,7 @@ def found_in(folder: Path, **options) -> set[int]:
 
 def reads_of(folder: Path) -> int:
     """Returns how many reads opening the folder takes: two for each segment if all have footers."""
-    plan = Plan()
+    plan = FaultPlan()
     with disk(folder, files=Faulty(Files(), plan)) as tier:
         tier.close(remove=False)
     return plan.calls["preadv"]
@@ -64,7 +64,7 @@ def test_every_block_is_recovered_at_its_location_with_its_parents(left) -> None
     assert segments_in(folder) == {1: FULL, 2: FULL, 3: 2 * PIECE + footer_bytes(2)}
     assert reads_of(folder) == 6
     with disk(folder) as tier:
-        expected = [Recovered(key_of(n), key_of(n - 1) if n else None, ROOT, location) for n, location in held.items()]
+        expected = [RecoveredBlock(key_of(n), key_of(n - 1) if n else None, ROOT, location) for n, location in held.items()]
         assert tier.recovered() == expected
         assert tier.recovered() == []
         assert tier.keys_in(2) == [key_of(number) for number in range(4, 8)]
@@ -224,7 +224,7 @@ def test_blocks_removed_before_their_segment_was_sealed_are_not_recovered(tmp_pa
 @pytest.mark.parametrize("call", ["open", "preadv"])
 def test_an_unreadable_segment_counts_and_is_recovered_once_readable(left, call: str) -> None:
     folder, _ = left
-    with disk(folder, files=Faulty(Files(), Plan(**{call: {1: fails(errno.EIO)}}))) as tier:
+    with disk(folder, files=Faulty(Files(), FaultPlan(**{call: {1: fails(errno.EIO)}}))) as tier:
         assert {block.location.segment for block in tier.recovered()} == {2, 3}
         assert tier.used_bytes == 8 * KIB + 16 * KIB + 16 * KIB + 8 * KIB
         tier.check()
@@ -236,7 +236,7 @@ def test_an_unreadable_segment_counts_and_is_recovered_once_readable(left, call:
 def test_a_scan_with_a_read_error_loses_no_later_blocks(tmp_path: Path) -> None:
     folder = crashed(tmp_path, 3)
     # footer: 1; then entry and frame in turn: the second frame cannot be read
-    with disk(folder, files=Faulty(Files(), Plan(preadv={5: fails(errno.EIO)}))) as tier:
+    with disk(folder, files=Faulty(Files(), FaultPlan(preadv={5: fails(errno.EIO)}))) as tier:
         assert [block.key for block in tier.recovered()] == [key_of(0)]
         tier.check()
         tier.close(remove=False)
@@ -248,7 +248,7 @@ def test_a_tail_that_can_be_neither_truncated_nor_sealed_counts(tmp_path: Path, 
     folder = crashed(tmp_path, 3)
     with segment_path(folder, 1).open("r+b") as file:
         file.truncate(3 * PIECE - 5)
-    with disk(folder, files=Faulty(Files(), Plan(**{call: {1: fails(errno.EIO)}}))) as tier:
+    with disk(folder, files=Faulty(Files(), FaultPlan(**{call: {1: fails(errno.EIO)}}))) as tier:
         assert len(tier.recovered()) == 2
         tier.check()
         tier.close(remove=False)

@@ -14,7 +14,7 @@ from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
 from tiered_kv import blocks
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.footer import ROW_BYTES, TRAILER_BYTES
-from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.log import Refusal
 from tiered_kv.tiers.objects.folder_store import FolderStore
 from tiered_kv.tiers.objects.store import MemoryStore
 from tiered_kv.tiers.objects.tier import ObjectsTier
@@ -74,7 +74,7 @@ def error_of(call, *arguments) -> TieredKVError:
     return caught.value
 
 
-def refusals(tier, numbers, frame_size=FRAME) -> list[Refused | None]:
+def refusals(tier, numbers, frame_size=FRAME) -> list[Refusal | None]:
     return [answer.refused for answer in tier.append([record_of(number, frame_size) for number in numbers])]
 
 
@@ -131,16 +131,16 @@ def test_a_frame_larger_than_a_pack_gets_its_own_pack(tier):
 
 
 def test_the_largest_frame_fits_exactly(tier):
-    assert refusals(tier, [1], tier.max_frame_bytes + 1) == [Refused.TOO_LARGE]
+    assert refusals(tier, [1], tier.max_frame_bytes + 1) == [Refusal.TOO_LARGE]
     assert refusals(tier, [1], tier.max_frame_bytes) == [None]
     assert tier.used_bytes == tier.capacity_bytes == CAP
-    assert refusals(tier, [2], 200) == [Refused.FULL]
+    assert refusals(tier, [2], 200) == [Refusal.FULL]
 
 
 def test_the_cap_is_used_to_its_last_byte_and_not_exceeded(tier):
     put(tier, [1], 20_000)
     left = tier.capacity_bytes - tier.used_bytes - ROW_BYTES - TRAILER_BYTES
-    assert refusals(tier, [2], left + 1) == [Refused.FULL]
+    assert refusals(tier, [2], left + 1) == [Refusal.FULL]
     assert refusals(tier, [2], left) == [None]
     assert tier.used_bytes == tier.capacity_bytes
 
@@ -148,7 +148,7 @@ def test_the_cap_is_used_to_its_last_byte_and_not_exceeded(tier):
 def test_a_batch_larger_than_the_cap_keeps_what_fits(tier):
     answers = refusals(tier, range(20))
     assert answers[:15] == [None] * 15
-    assert set(answers[15:]) == {Refused.FULL}
+    assert set(answers[15:]) == {Refusal.FULL}
 
 
 def test_the_cap_counts_a_pack_before_it_is_uploaded(tier, store):
@@ -232,7 +232,7 @@ def test_a_location_that_describes_another_frame_is_rejected(tier):
 def test_a_store_that_is_down_refuses_appends_and_loses_nothing(tier, store, caplog):
     location = put(tier, [1], FRAME)[1]
     store.down = {"delete", "put", "list", "get"}
-    assert refusals(tier, [2, 3]) == [Refused.IO_ERROR] * 2
+    assert refusals(tier, [2, 3]) == [Refusal.IO_ERROR] * 2
     assert "503 SlowDown" in caplog.text
     assert error_of(tier.read, location, key_of(1), ROOT).kind is Kind.STORAGE
     assert tier.needs_reclaim(CAP) is None, "an engine does not give blocks up for a store that deletes nothing"
@@ -243,9 +243,9 @@ def test_a_store_that_is_down_refuses_appends_and_loses_nothing(tier, store, cap
 
 def test_a_failed_put_that_arrived_counts_until_it_is_deleted(tier, store):
     store.down, store.arrives = {"put", "delete"}, True
-    assert refusals(tier, [1]) == [Refused.IO_ERROR]
+    assert refusals(tier, [1]) == [Refusal.IO_ERROR]
     assert tier.used_bytes == sum(store.sizes().values()) > 0
-    assert refusals(tier, [1]) == [Refused.IO_ERROR]
+    assert refusals(tier, [1]) == [Refusal.IO_ERROR]
     assert len(store.sizes()) == 1, "nothing more is uploaded before that is gone"
     store.down.clear()
     assert refusals(tier, [1]) == [None]
@@ -254,13 +254,13 @@ def test_a_failed_put_that_arrived_counts_until_it_is_deleted(tier, store):
 
 def test_a_failed_put_frees_its_room_at_once_if_the_store_deletes_it(tier, store):
     store.down, store.arrives = {"put"}, True
-    assert refusals(tier, range(15)) == [Refused.IO_ERROR] * 15
+    assert refusals(tier, range(15)) == [Refusal.IO_ERROR] * 15
     assert (tier.used_bytes, store.sizes()) == (0, {})
 
 
 def test_a_full_file_system_is_a_separate_error(tier, store):
     store.down, store.errno = {"put"}, 28
-    assert refusals(tier, [1]) == [Refused.NO_SPACE]
+    assert refusals(tier, [1]) == [Refusal.NO_SPACE]
 
 
 def test_a_pack_that_cannot_be_deleted_still_counts(tier, store):
@@ -358,7 +358,7 @@ def test_a_store_that_is_down_at_the_start_raises_and_may_be_retried(store, chec
     store.down = {call}
     error = error_of(again.recovered)
     assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "objects")
-    assert refusals(again, [5]) == [Refused.IO_ERROR]
+    assert refusals(again, [5]) == [Refusal.IO_ERROR]
     store.down.clear()
     assert [block.location for block in again.recovered()] == list(placed.values())
 

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.tiers.records import ROOT, assert_holds, key_of, put, record_of
 from tests.unit.tiers.s3 import BadServer, Server, environment, served, start_server
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.log import Refusal
 from tiered_kv.tiers.objects.open_store import open_store
 from tiered_kv.tiers.objects.packs import read_frame
 from tiered_kv.tiers.objects.tier import ObjectsTier
@@ -112,7 +112,7 @@ def test_a_missing_bucket_is_an_error_and_stores_nothing(server, caplog):
         error = error_of(tier.recovered)
         assert (error.kind, error.context["setting"]) == (Kind.STORAGE, "objects")
         assert str(error).endswith("404 Not Found (NoSuchBucket)")
-        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refused.IO_ERROR]
+        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refusal.IO_ERROR]
         assert "s3://nowhere/prefix" in caplog.text
 
 
@@ -127,7 +127,7 @@ def test_a_server_killed_midway_causes_only_misses_and_refusals(credentials, ser
             location = put(tier, [1], FRAME)[1]
             assert_holds(tier, 1, location)
             doomed.stop()
-            assert [answer.refused for answer in tier.append([record_of(2, FRAME)])] == [Refused.IO_ERROR]
+            assert [answer.refused for answer in tier.append([record_of(2, FRAME)])] == [Refusal.IO_ERROR]
             assert error_of(tier.read, location, key_of(1), ROOT).kind is Kind.STORAGE
             assert tier.keys_in(location.segment) == [key_of(1)]
             assert tier.needs_reclaim(CAP) is None
@@ -183,4 +183,4 @@ def test_a_server_that_never_answers_is_a_miss_within_the_deadline(bad):
     httpd.answers.clear()
     assert error_of(read_frame, store, "one.pack", 0, FRAME, key_of(1)).kind is Kind.STORAGE
     with ObjectsTier(store, CAP) as tier:
-        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refused.IO_ERROR]
+        assert [answer.refused for answer in tier.append([record_of(1, FRAME)])] == [Refusal.IO_ERROR]

@@ -95,8 +95,8 @@ class CalibratedCodec(BlockCodec):
             raise TieredKVError(Kind.CONFIG, f"codec must be {allowed}, got '{cls.name}:{text}'", codec=cls.name)
         return dict(zip(("step", "tail_step"), steps, strict=False))
 
-    def at(self, start: int, is_tail: bool = False) -> Self:
-        return replace(self, start=start, step=self.tail_step if is_tail and self.tail_step else self.step)
+    def at(self, start: int, is_last_block: bool = False) -> Self:
+        return replace(self, start=start, step=self.tail_step if is_last_block and self.tail_step else self.step)
 
     def encode(self, raw: torch.Tensor, carried_error: float = 0.0) -> Encoded:
         encoded = super().encode(raw, carried_error)

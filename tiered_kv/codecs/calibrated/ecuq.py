@@ -17,7 +17,7 @@ from tiered_kv.codecs.calibrated.row_packing import unpack
 from tiered_kv.codecs.calibrated.tables import calibration_of
 
 
-class Prepared(NamedTuple):
+class EcuqStepTables(NamedTuple):
     """The calibration's tables for one step, in the shapes used here.
 
     `mean` and `width` (the size of a step) are (L, 2, H, 1, D). `order` lists the channels in the order of the payload, as indices
@@ -30,11 +30,11 @@ class Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _prepared(fingerprint: str, step: float) -> Prepared:
+def _prepared(fingerprint: str, step: float) -> EcuqStepTables:
     calibration = calibration_of(fingerprint)
     tables = calibration.ecuq
     shape = (calibration.layers, 2, calibration.kv_heads, 1, calibration.head_dim)
-    return Prepared(tables.mean.view(shape), (tables.width * step).view(shape), descending_order(tables.spread))
+    return EcuqStepTables(tables.mean.view(shape), (tables.width * step).view(shape), descending_order(tables.spread))
 
 
 @dataclass(frozen=True)

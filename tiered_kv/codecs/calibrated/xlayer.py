@@ -27,7 +27,7 @@ CODES_STEP = 64
 """Products take a count of codes rounded up to a multiple of this, because torch prepares products once for each size."""
 
 
-class Prepared(NamedTuple):
+class XlayerStepTables(NamedTuple):
     """The calibration's tables in the shapes used here: `mean` (L, 2, H, 1, D), and `matrix` (G, L, c, 3c) scaled for one step.
 
     `rows` and `codes` list the rows of codes in the order of the payload, as indices into flattened axes: (G, 2 + L, c) for `rows`
@@ -41,7 +41,7 @@ class Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _prepared(fingerprint: str, step: float, product: str) -> Prepared:
+def _prepared(fingerprint: str, step: float, product: str) -> XlayerStepTables:
     calibration = calibration_of(fingerprint)
     layers, groups, size, _ = calibration.xlayer.matrix.shape
     matrix = calibration.xlayer.matrix.transpose(0, 1).float()
@@ -51,7 +51,7 @@ def _prepared(fingerprint: str, step: float, product: str) -> Prepared:
     rows = group * (layers + PREVIOUS_LAYERS) * size + PREVIOUS_LAYERS * size + rest
     mean = calibration.xlayer.mean.view(layers, groups, 2, calibration.kv_heads // groups, calibration.head_dim)
     mean = mean.transpose(1, 2).reshape(layers, 2, calibration.kv_heads, 1, calibration.head_dim)
-    return Prepared(mean, matrix.to(getattr(torch, product)).contiguous(), rows, codes)
+    return XlayerStepTables(mean, matrix.to(getattr(torch, product)).contiguous(), rows, codes)
 
 
 @lru_cache(maxsize=3)
@@ -126,7 +126,7 @@ class XlayerCodec(CalibratedCodec):
         x = space[:, PREVIOUS_LAYERS:].view(groups, layers, 2, heads, kv.shape[4], tokens).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
         self._finish(x, tables.mean, None, kv)
 
-    def _tables(self) -> Prepared:
+    def _tables(self) -> XlayerStepTables:
         return _prepared(self._fingerprint(), self.step, self.product)
 
     def _space(self, tokens: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -140,7 +140,7 @@ class XlayerCodec(CalibratedCodec):
         words.fill(0)
         return torch.from_numpy(words).view(getattr(torch, self.product)), words.reshape(-1, tokens)
 
-    def _advance(self, tables: Prepared, space: torch.Tensor, group: int, layer: int, end: int) -> None:
+    def _advance(self, tables: XlayerStepTables, space: torch.Tensor, group: int, layer: int, end: int) -> None:
         """Replaces a layer's codes by its decoded channels. All codes from index `end` on must be zero."""
         _, _, size, tokens = space.shape
         upto = PREVIOUS_LAYERS * size + min(-(-end // CODES_STEP) * CODES_STEP, size)

@@ -14,7 +14,7 @@ ANSWERS_MAX = 4096
 
 
 @dataclass
-class _Question:
+class _PendingQuestion:
     keys: list[list[BlockKey]]
     until_s: float
     found: int | None = None
@@ -25,7 +25,7 @@ class Asker:
 
     def __init__(self) -> None:
         self.client: PageClient | None = None
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, _PendingQuestion] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._held_until_s: dict[BlockKey, float] = {}
@@ -38,7 +38,7 @@ class Asker:
             if len(self._questions) >= ANSWERS_MAX:
                 return 0
             until_s = question.until_s if question is not None else time.monotonic() + wait_s  # one wait for a request in all
-            question = self._questions[request] = _Question(keys, until_s)
+            question = self._questions[request] = _PendingQuestion(keys, until_s)
             self._submit(lambda: self._ask(question))
             return None
         if question.found is not None:
@@ -81,7 +81,7 @@ class Asker:
             self._thread = thread
         self._queue.put(job)
 
-    def _ask(self, question: _Question) -> None:
+    def _ask(self, question: _PendingQuestion) -> None:
         if self.client is not None and question.found is None:
             question.found = min(self.client.locate(keys) for keys in question.keys)
 

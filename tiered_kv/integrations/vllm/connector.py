@@ -11,7 +11,7 @@ from tiered_kv.client.page_client import PageClient
 from tiered_kv.errors import TieredKVError
 from tiered_kv.integrations.vllm import versions
 from tiered_kv.integrations.vllm.events import Events
-from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
+from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport
 from tiered_kv.integrations.vllm.scheduler import Scheduler
 from tiered_kv.integrations.vllm.settings import Settings, check_engine, log
 from tiered_kv.integrations.vllm.stats import Metrics, Stats
@@ -137,7 +137,7 @@ class TieredKV(KVConnectorBase_V1):
         return self._worker.failed() if self._worker is not None else set()
 
     @guarded(None)
-    def build_connector_worker_meta(self) -> Report | None:
+    def build_connector_worker_meta(self) -> WorkerReport | None:
         return self._worker.report() if self._worker is not None else None
 
     # Scheduler's side
@@ -181,7 +181,7 @@ class TieredKV(KVConnectorBase_V1):
         return step
 
     @guarded([], repair=lambda self, _: self._scheduler.distrust())
-    def _stores_of(self, scheduler_output: Any) -> list[Blocks]:
+    def _stores_of(self, scheduler_output: Any) -> list[RequestBlocks]:
         assert self._scheduler is not None
         return self._scheduler.stores_of(scheduler_output)
 
@@ -190,7 +190,7 @@ class TieredKV(KVConnectorBase_V1):
         assert self._scheduler is not None
         report = getattr(connector_output, "kv_connector_worker_meta", None)
         invalid = connector_output.invalid_block_ids or set()
-        spoiled = self._scheduler.learned(invalid, report if isinstance(report, Report) else None)
+        spoiled = self._scheduler.learned(invalid, report if isinstance(report, WorkerReport) else None)
         if spoiled and self._block_pool is not None:
             self._block_pool.evict_blocks(spoiled)  # else a request that is aborted now would leave them in vLLM's own cache
 

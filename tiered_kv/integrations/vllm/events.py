@@ -17,7 +17,7 @@ LOOKS = 64
 MEDIUM = "CPU"
 
 
-class Facts(NamedTuple):
+class OfferedBlock(NamedTuple):
     """What an event tells of a block besides its hash."""
 
     scope: bytes
@@ -35,7 +35,7 @@ class Events:
 
     def __init__(self, block_tokens: int, is_here: Callable[[bytes, bytes], bool], external: Callable[[Any], Any]) -> None:
         self._block_tokens, self._is_here, self._external = block_tokens, is_here, external
-        self._offered: OrderedDict[bytes, Facts] = OrderedDict()
+        self._offered: OrderedDict[bytes, OfferedBlock] = OrderedDict()
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
         self._ready: list[Any] = []
 
@@ -46,27 +46,27 @@ class Events:
         for number in range(start, end):
             tokens = list(request.all_token_ids[number * size : (number + 1) * size])
             parent = bytes(hashes[number - 1]) if number else None
-            self._offered[bytes(hashes[number])] = Facts(scope, parent, tokens, *adapter)
+            self._offered[bytes(hashes[number])] = OfferedBlock(scope, parent, tokens, *adapter)
         while len(self._offered) > KNOWN_MAX:
             self._offered.popitem(last=False)
 
     def stored(self, hashes: Sequence[bytes]) -> None:
         """Announce blocks that the workers have stored."""
         for each in hashes:
-            facts = self._offered.pop(each, None)
-            if facts is None or each in self._known:
+            offered = self._offered.pop(each, None)
+            if offered is None or each in self._known:
                 continue
-            self._known[each] = facts.scope
-            parent = None if facts.parent is None else self._external(facts.parent)
+            self._known[each] = offered.scope
+            parent = None if offered.parent is None else self._external(offered.parent)
             self._ready.append(
                 BlockStored(
                     block_hashes=[self._external(each)],
                     parent_block_hash=parent,
-                    token_ids=facts.tokens,
+                    token_ids=offered.tokens,
                     block_size=self._block_tokens,
-                    lora_id=facts.lora_id,
+                    lora_id=offered.lora_id,
                     medium=MEDIUM,
-                    lora_name=facts.lora_name,
+                    lora_name=offered.lora_name,
                 )
             )
         while len(self._known) > KNOWN_MAX:

@@ -28,7 +28,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class RequestBlocks:
     """Consecutive blocks of a request: vLLM's `hashes`, the hash `before` them, and their numbers in vLLM's KV cache.
 
     `scope`: what must be equal besides the namespace: epoch and adapter. `depth`: the number of blocks before them.
@@ -68,22 +68,22 @@ class Step(KVConnectorMetadata):
     """
 
     number: int = 0
-    now: list[Blocks] = field(default_factory=list)
-    later: list[Blocks] = field(default_factory=list)
-    stores: list[Blocks] = field(default_factory=list)
+    now: list[RequestBlocks] = field(default_factory=list)
+    later: list[RequestBlocks] = field(default_factory=list)
+    stores: list[RequestBlocks] = field(default_factory=list)
     acknowledged: int = 0
     resets: int = 0
     prefill_tokens: int = 0
 
 
 @dataclass
-class Report(KVConnectorWorkerMetadata):
+class WorkerReport(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler after a step: the last step with a failed load of its own, and the hashes newly stored."""
 
     failed_step: int = 0
     stored: list[bytes] = field(default_factory=list)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Report":
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         """Returns the report of two workers together. A block counts as stored if any rank has stored it."""
-        assert isinstance(other, Report)
-        return Report(max(self.failed_step, other.failed_step), list(dict.fromkeys([*self.stored, *other.stored])))
+        assert isinstance(other, WorkerReport)
+        return WorkerReport(max(self.failed_step, other.failed_step), list(dict.fromkeys([*self.stored, *other.stored])))

@@ -16,7 +16,7 @@ from tiered_kv.client.page_client import PageClient
 from tiered_kv.errors import TieredKVError
 from tiered_kv.integrations.vllm.asker import Asker
 from tiered_kv.integrations.vllm.events import Events
-from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step, keys_of
+from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport, keys_of
 from tiered_kv.integrations.vllm.settings import Settings, log
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import OpaqueLayout
@@ -34,7 +34,7 @@ class Offer:
 
 
 @dataclass
-class Tracked:
+class TrackedRequest:
     """A request that vLLM has given blocks to. `stored`: its leading blocks that were offered to the store already."""
 
     request: Any
@@ -63,13 +63,13 @@ class Scheduler:
         self._acknowledged = 0
         self._offers: dict[str, Offer] = {}
         self._known_keys: dict[str, tuple[tuple[bytes, int, int], list[list[BlockKey]]]] = {}
-        self._requests: dict[str, Tracked] = {}
-        self._leaving: list[Tracked] = []
+        self._requests: dict[str, TrackedRequest] = {}
+        self._leaving: list[TrackedRequest] = []
         self._failed: set[str] = set()  # requests of which a load has failed
         self._old: set[str] = set()  # requests that had blocks when the cache was reset
         self._adapters: dict[int, tuple[str, str | None]] = {}  # by id: the path and the digest of its first use
-        self._now: list[Blocks] = []
-        self._later: list[Blocks] = []
+        self._now: list[RequestBlocks] = []
+        self._later: list[RequestBlocks] = []
         self._counts: Counter[str] = Counter()
         self._asker = Asker()
         self.events: Events | None = None
@@ -176,7 +176,7 @@ class Scheduler:
         """Take note of a request's blocks, and plan the load that vLLM has accepted."""
         offer = self._offers.get(request.request_id)
         count = min(external_tokens // self.block_tokens, len(offer.tiers)) if offer is not None else 0
-        tracked = self._requests[request.request_id] = Tracked(request, None, list(blocks))
+        tracked = self._requests[request.request_id] = TrackedRequest(request, None, list(blocks))
         if offer is not None and count:  # first of all: a request whose load is lost would wait for ever
             tracked.tiers = dict(Counter(offer.tiers[:count]))
             load = self._blocks(tracked, offer.scope, offer.start, offer.start + count)
@@ -196,10 +196,10 @@ class Scheduler:
         self._requests.pop(request.request_id, None)
         if offer is not None and external_tokens:
             lost = blocks[offer.start : offer.start + external_tokens // self.block_tokens]
-            load = Blocks(request.request_id, offer.scope, [], None, offer.start, lost)
+            load = RequestBlocks(request.request_id, offer.scope, [], None, offer.start, lost)
             (self._later if offer.waits else self._now).append(load)
 
-    def step(self, stores: list[Blocks]) -> Step:
+    def step(self, stores: list[RequestBlocks]) -> Step:
         """Returns the work of the step that vLLM has scheduled: the planned loads, and these stores."""
         self._number += 1
         self._leaving = []
@@ -207,7 +207,7 @@ class Scheduler:
         self._now, self._later = [], []
         return step
 
-    def stores_of(self, output: Any) -> list[Blocks]:
+    def stores_of(self, output: Any) -> list[RequestBlocks]:
         """Returns the blocks that the scheduled step completes."""
         computed = {each.req_id: each.num_computed_tokens for each in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
@@ -225,13 +225,13 @@ class Scheduler:
                 stores += self._stores(tracked, computed.get(name, 0), tokens)
         return stores
 
-    def distrust(self) -> list[Blocks]:
+    def distrust(self) -> list[RequestBlocks]:
         """Store nothing of the present requests any more, because `stores_of` has failed: their blocks are not certain. Returns []."""
         for tracked in self._requests.values():
             tracked.scope = None
         return []
 
-    def _stores(self, tracked: Tracked, computed: int, tokens: int) -> list[Blocks]:
+    def _stores(self, tracked: TrackedRequest, computed: int, tokens: int) -> list[RequestBlocks]:
         """Returns the blocks of a request that are complete after `tokens` more than the `computed` tokens, and were not offered yet."""
         start = min(tracked.stored, computed // self.block_tokens)
         end = min((computed + tokens) // self.block_tokens, len(tracked.request.block_hashes), len(tracked.blocks))
@@ -243,15 +243,15 @@ class Scheduler:
             self.events.offered(tracked.request, tracked.scope, start, end)
         return [self._blocks(tracked, tracked.scope, start, end)]
 
-    def _blocks(self, tracked: Tracked, scope: bytes, start: int, end: int) -> Blocks:
+    def _blocks(self, tracked: TrackedRequest, scope: bytes, start: int, end: int) -> RequestBlocks:
         hashes = tracked.request.block_hashes
         before = bytes(hashes[start - 1]) if start else None
         named = [bytes(each) for each in hashes[start:end]]
-        return Blocks(tracked.request.request_id, scope, named, before, start, tracked.blocks[start:end])
+        return RequestBlocks(tracked.request.request_id, scope, named, before, start, tracked.blocks[start:end])
 
     # Results
 
-    def learned(self, invalid_blocks: set[int], report: Report | None) -> set[int]:
+    def learned(self, invalid_blocks: set[int], report: WorkerReport | None) -> set[int]:
         """Take note of a step's outcome. Returns the blocks that vLLM must not keep for later requests.
 
         These are the `invalid_blocks` of failed loads and all that was computed after them. Of several requests that share an invalid

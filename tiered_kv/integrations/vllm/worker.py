@@ -15,7 +15,7 @@ from typing import Any
 from tiered_kv.client.page_client import PageClient
 from tiered_kv.client.page_copy import pages_of
 from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
-from tiered_kv.integrations.vllm.messages import Blocks, Handshake, Report, Step
+from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport
 from tiered_kv.integrations.vllm.pages import pages_in
 from tiered_kv.integrations.vllm.settings import Settings, log
 from tiered_kv.integrations.vllm.versions import replicas_of, runs_on_cpu
@@ -47,7 +47,7 @@ class Worker:
         self._waiting: set[str] = set()  # requests whose waiting loads have not ended
         self._finished: set[str] = set()  # requests whose waiting loads have ended
         self._failed_later: set[int] = set()
-        self._queue: queue.SimpleQueue[tuple[Blocks, int, float] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[RequestBlocks, int, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.records_stores = False
         """Whether the hashes of newly stored blocks are reported, for events."""
@@ -139,10 +139,10 @@ class Worker:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    def report(self) -> Report | None:
+    def report(self) -> WorkerReport | None:
         """Returns what the scheduler's side must know of the step; None if there is nothing."""
         stored, self._stored = self._stored, []
-        return Report(self._failed_step, stored) if stored or self._failed_step else None
+        return WorkerReport(self._failed_step, stored) if stored or self._failed_step else None
 
     def counts(self) -> dict[str, Any]:
         """Returns the counts since the last call."""
@@ -170,7 +170,7 @@ class Worker:
                 self._finished.add(blocks.request)
                 self._failed_later.update(failed)
 
-    def _loaded(self, blocks: Blocks, may_call: bool, since_s: float | None = None) -> list[int]:
+    def _loaded(self, blocks: RequestBlocks, may_call: bool, since_s: float | None = None) -> list[int]:
         """Load blocks. Returns the numbers of those that could not be loaded. Never raises. `since_s`: when the request began to wait."""
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
         try:

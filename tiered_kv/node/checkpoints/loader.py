@@ -35,9 +35,9 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.host import Lineage
+from tiered_kv.tiers.host import BlockHeader
 from tiered_kv.tiers.log import Record
-from tiered_kv.tiers.objects.mounted import READ_BYTES, MountedBlock, Run, runs_of
+from tiered_kv.tiers.objects.mounted import READ_BYTES, MountedBlock, PackRange, runs_of
 from tiered_kv.tiers.objects.open_store import open_store
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ Source = Frame | TieredKVError
 _Placed = tuple[MountedBlock, Frame, Location]
 
 
-class _Batch(NamedTuple):
+class _LoadBatch(NamedTuple):
     """Blocks that are read together. `read`: returns the source of each."""
 
     blocks: list[MountedBlock]
@@ -65,11 +65,11 @@ class _Batch(NamedTuple):
 
 
 @dataclass
-class _Job:
+class _LoadJob:
     """The loading of one mount, or of resharded blocks."""
 
     blocks: Sequence[MountedBlock]
-    batches: Iterable[_Batch] = ()
+    batches: Iterable[_LoadBatch] = ()
     host: list[BlockKey] = field(default_factory=list)
     disk: int = 0
     nbytes: int = 0
@@ -90,9 +90,9 @@ class CheckpointLoader:
         self._copying = DaemonThreads(node.config.io_threads, "tkv-fill", stand_back)
         """Several threads, because copying takes the longest: the system allocates untouched memory page by page."""
         self._lock = threading.Lock()
-        self._job: _Job | None = None
+        self._job: _LoadJob | None = None
         self.models: dict[BlockKey, dict[str, Any]] = {}
-        """By root, the checkpoints' descriptions of models (`ModelFacts.as_message`). Workers describe them again when they attach."""
+        """By root, the checkpoints' descriptions of models (`ModelInfo.as_message`). Workers describe them again when they attach."""
 
     def capacity(self) -> LoadCapacity:
         with self._node.running():
@@ -114,7 +114,7 @@ class CheckpointLoader:
             too_lossy = len(request.blocks) - len(allowed)
             self._place.allowance.refuse(Tier.CHECKPOINT.label, too_lossy)
             mounted = self._add_to_index(allowed, first)
-            self._job = _Job(mounted, self._batches(mounted), too_lossy=too_lossy)
+            self._job = _LoadJob(mounted, self._batches(mounted), too_lossy=too_lossy)
         self._node.report()
         return len(mounted)
 
@@ -151,12 +151,12 @@ class CheckpointLoader:
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
             self.models |= request.models
             resharder = Resharder(self._place.mounted, self._place.mounted.mount(store, request.packs))
-            batches = (_Batch(*each) for each in resharder.batches(request.blocks, self._is_missing))
-            job = self._job = _Job([each.block for each in request.blocks], batches)
+            batches = (_LoadBatch(*each) for each in resharder.batches(request.blocks, self._is_missing))
+            job = self._job = _LoadJob([each.block for each in request.blocks], batches)
             job.done = self._thread.submit(self._run, job, request.max_rate)
 
     def progress(self) -> LoadProgress:
-        job = self._job or _Job([])
+        job = self._job or _LoadJob([])
         is_done, error = outcome_of(job.done, "loading the checkpoint") if job.done is not None else (True, None)
         counts = len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged
         return LoadProgress(*counts, list(job.problems), is_done, error, job.too_lossy)
@@ -193,11 +193,11 @@ class CheckpointLoader:
 
     # On the loading thread
 
-    def _run(self, job: _Job, max_rate: float | None) -> None:
+    def _run(self, job: _LoadJob, max_rate: float | None) -> None:
         pace = Pace(max_rate)
         batches = iter(job.batches)
         threads = DaemonThreads(READS_AHEAD, "tkv-fill", stand_back)
-        ahead: deque[tuple[_Batch, Future[list[Source]]]] = deque()
+        ahead: deque[tuple[_LoadBatch, Future[list[Source]]]] = deque()
         with threads, closing(self._node.open_session()) as session:
             try:
                 while not job.stopping.is_set():
@@ -211,14 +211,14 @@ class CheckpointLoader:
                     future.cancel()
         self._node.engine.handle([ev.Ranked(job.host[::-1])])  # hottest last; the policy takes later ones for hotter
 
-    def _batches(self, blocks: Sequence[MountedBlock]) -> Iterator[_Batch]:
+    def _batches(self, blocks: Sequence[MountedBlock]) -> Iterator[_LoadBatch]:
         """Yields the mounted blocks that are in no faster tier yet, in batches from one pack each."""
         most_bytes = int(min(_WINDOW_BYTES, self._node.config.host * _WINDOW_SHARE))
         for window in _windows(blocks, most_bytes):
             for run in runs_of(filter(self._is_only_mounted, window), min(READ_BYTES, most_bytes)):
-                yield _Batch(run.blocks, run.nbytes, partial(self._read, run))
+                yield _LoadBatch(run.blocks, run.nbytes, partial(self._read, run))
 
-    def _read(self, run: Run) -> list[Source]:
+    def _read(self, run: PackRange) -> list[Source]:
         """Read the frames of a run in one piece, or block by block if that fails, as it does on a slow link."""
         try:
             return self._place.mounted.read_run(run)
@@ -236,7 +236,7 @@ class CheckpointLoader:
         known = self._node.engine.machine.blocks.get(block.key)
         return known is not None and known.best == block.location
 
-    def _loaded(self, job: _Job, session: NodeSession, batch: _Batch, reading: Future[list[Source]]) -> bool:
+    def _loaded(self, job: _LoadJob, session: NodeSession, batch: _LoadBatch, reading: Future[list[Source]]) -> bool:
         """Store a batch in host memory, and what does not fit there on disk. Returns False if some blocks found no room."""
         try:
             sources = reading.result()
@@ -256,7 +256,7 @@ class CheckpointLoader:
         rest = self._to_host(job, session, good)
         return not rest or self._to_disk(job, rest)
 
-    def _drop_damaged(self, job: _Job, block: MountedBlock, error: TieredKVError) -> None:
+    def _drop_damaged(self, job: _LoadJob, block: MountedBlock, error: TieredKVError) -> None:
         job.damaged += 1
         message = f"block {block.key.hex()} cannot be restored: {error}"
         log.warning("%s", message)
@@ -264,13 +264,13 @@ class CheckpointLoader:
             job.problems.append(message)
         self._node.engine.handle([ev.Lost(block.key, block.location)])
 
-    def _drop_too_lossy(self, job: _Job, block: MountedBlock) -> None:
+    def _drop_too_lossy(self, job: _LoadJob, block: MountedBlock) -> None:
         """Remove a mounted block whose error, known only after reading it, is larger than the settings allow."""
         job.too_lossy += 1
         self._place.allowance.refuse(Tier.CHECKPOINT.label, 1)
         self._node.engine.handle([ev.Lost(block.key, block.location)])
 
-    def _to_host(self, job: _Job, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
+    def _to_host(self, job: _LoadJob, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
         """Copy blocks to host memory in parallel, without evicting others. Returns the blocks that found no room."""
         locations = self._reserve(session, blocks)
         placed = [(block, frame, location) for (block, frame), location in zip(blocks, locations, strict=False)]
@@ -286,7 +286,7 @@ class CheckpointLoader:
                 self._drop_damaged(job, block, error)
         return blocks[len(placed) :]
 
-    def _show(self, job: _Job, session: NodeSession, outcomes: Sequence[tuple[_Placed, TieredKVError | None]]) -> None:
+    def _show(self, job: _LoadJob, session: NodeSession, outcomes: Sequence[tuple[_Placed, TieredKVError | None]]) -> None:
         """Make blocks that were copied without error hits in host memory."""
         events = []
         with self._node.running():
@@ -301,7 +301,7 @@ class CheckpointLoader:
         """Write a block to its extent. Returns the error if its frame cannot be decoded."""
         block, frame, location = placed
         try:
-            self._place.put(BlockData.of(frame), location, Lineage(block.key, block.parent, block.root, block.depth))
+            self._place.put(BlockData.of(frame), location, BlockHeader(block.key, block.parent, block.root, block.depth))
         except TieredKVError as error:
             return TieredKVError(error.kind, str(error))  # the original's traceback would keep a reference to the arena
         return None
@@ -322,7 +322,7 @@ class CheckpointLoader:
                 locations.append(Location(Tier.HOST, form.codec, 0, offsets[0], form.nbytes, frame.raw_bytes))
         return locations
 
-    def _to_disk(self, job: _Job, blocks: list[tuple[MountedBlock, Frame]]) -> bool:
+    def _to_disk(self, job: _LoadJob, blocks: list[tuple[MountedBlock, Frame]]) -> bool:
         """Append blocks to the disk tier. Returns False if it has no room for all of them without evicting others."""
         disk = self._place.disk
         if disk is None:

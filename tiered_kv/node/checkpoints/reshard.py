@@ -13,7 +13,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
 from tiered_kv.node.checkpoints.reshard_layout import Piece, join
-from tiered_kv.tiers.objects.mounted import MountedBlock, MountedPacks, Run, runs_of
+from tiered_kv.tiers.objects.mounted import MountedBlock, MountedPacks, PackRange, runs_of
 
 AT_ONCE_BYTES = 32 << 20
 _RAW = RawCodec()
@@ -85,7 +85,7 @@ class Resharder:
         raw = {key: frame if isinstance(frame, TieredKVError) else _decoded(frame) for key, frame in frames.items()}
         return [_joined(each, raw) for each in batch]
 
-    def _read(self, run: Run) -> list[Frame | TieredKVError]:
+    def _read(self, run: PackRange) -> list[Frame | TieredKVError]:
         try:
             return self._packs.read_run(run)
         except TieredKVError as error:

@@ -20,7 +20,7 @@ PACK_BYTES = 32 << 20
 StepAnswer = TypeVar("StepAnswer")
 Answer_co = TypeVar("Answer_co", covariant=True)
 ModelMessages = Mapping[BlockKey, dict[str, Any]]
-"""By root, the description of a model (`ModelFacts.as_message`)."""
+"""By root, the description of a model (`ModelInfo.as_message`)."""
 
 # Answers
 

@@ -50,7 +50,7 @@ _NICE = 10
 
 
 @dataclass
-class _Job:
+class _WriteJob:
     """The writing of one checkpoint. `done` is None until writing has started."""
 
     ticket: str = ""
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._loaded_models = loaded_models
         self._thread = DaemonThreads(1, "tkv-save", stand_back)  # the thread starts at the first use
         self._lock = threading.Lock()
-        self._job: _Job | None = None
+        self._job: _WriteJob | None = None
         self._pending: dict[BlockKey, BlockKey] = {}  # the roots of the blocks to write; guarded by the engine's lock
         self._aside: dict[BlockKey, Record] = {}
         self._aside_bytes = 0
@@ -93,11 +93,11 @@ class CheckpointWriter:
                 blocks = dict(self._node.engine.machine.blocks)
                 used = self._node.storage.index.used()
                 self._expect({key: block.root for key, block in blocks.items() if block.root is not None})
-                self._job = _Job(request.ticket)  # so that `beat` frees the set-aside blocks if the caller never continues
+                self._job = _WriteJob(request.ticket)  # so that `beat` frees the set-aside blocks if the caller never continues
             order = dict.fromkeys([*(key for key in used if key in blocks), *reversed(blocks)])
             entries = [each for key in order if (each := self._entry(key, blocks[key], wanted, request.min_hits)) is not None]
             present = {each.root for each in entries}
-            described = {root: facts.as_message() for root, facts in self._node.storage.coder.facts().items()}
+            described = {root: info.as_message() for root, info in self._node.storage.encoder.models().items()}
             models = {**self._loaded_models(), **described}
             return Snapshot(entries, {root: message for root, message in models.items() if root in present})
 
@@ -198,14 +198,14 @@ class CheckpointWriter:
         if root is None or location.tier is not Tier.HOST or self._aside_bytes + location.stored_bytes > most_bytes:
             return
         for frame in _copied(list(self._node.storage.frames([(key, root, location)]))):
-            parent = self._node.storage.host.lineage(location.offset).parent
+            parent = self._node.storage.host.header(location.offset).parent
             record = Record(key, [frame], location.codec, location.raw_bytes, parent, root)
             self._aside[key] = record
             self._aside_bytes += record_bytes(record)
 
     # On the writing thread
 
-    def _run(self, job: _Job, store: ObjectStore, max_rate: float | None, pack_bytes: int) -> None:
+    def _run(self, job: _WriteJob, store: ObjectStore, max_rate: float | None, pack_bytes: int) -> None:
         pace = Pace(max_rate)
         with store, DaemonThreads(PACKS_AT_ONCE, "tkv-save", stand_back) as threads:
             under_way: list[Future[PackInfo]] = []
@@ -225,12 +225,12 @@ class CheckpointWriter:
                 self._expect({})
 
     @staticmethod
-    def _finished(job: _Job, info: PackInfo) -> None:
+    def _finished(job: _WriteJob, info: PackInfo) -> None:
         job.packs.append(info)
         job.blocks += len(info.entries)
         job.nbytes += sum(entry.stored_bytes for entry in info.entries)
 
-    def _packs(self, job: _Job, store: ObjectStore, pack_bytes: int) -> Iterator[PackWriter]:
+    def _packs(self, job: _WriteJob, store: ObjectStore, pack_bytes: int) -> Iterator[PackWriter]:
         writer = PackWriter(store)
         for record in self._records(job):
             if len(writer) and writer.nbytes + grown_bytes(record_bytes(record)) > pack_bytes:
@@ -240,7 +240,7 @@ class CheckpointWriter:
         if len(writer):
             yield writer
 
-    def _records(self, job: _Job) -> Iterator[Record]:
+    def _records(self, job: _WriteJob) -> Iterator[Record]:
         """Yields a record with a copied frame for each block that is still available."""
         for keys in self._batches(job.keys):
             rest = keys
@@ -253,7 +253,7 @@ class CheckpointWriter:
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
                 yield from self._completed(job, done, records)
 
-    def _completed(self, job: _Job, keys: Sequence[BlockKey], records: list[Record]) -> Iterator[Record]:
+    def _completed(self, job: _WriteJob, keys: Sequence[BlockKey], records: list[Record]) -> Iterator[Record]:
         """Yields the records of `keys`.
 
         If there are fewer records than keys, the last key could not be read. Its set-aside copy is yielded instead, if there is one.

@@ -21,7 +21,7 @@ _NAME = re.compile(r"node-(\d+)")
 Claimed = TypeVar("Claimed")
 
 
-class _Facts(NamedTuple):
+class _OwnerFile(NamedTuple):
     """Content of the owner file; None for each missing value."""
 
     format: object = None
@@ -44,7 +44,7 @@ class OwnedFolder:
         self._lock_fd = self._locked()
         try:
             self.inherited = segments_in(self.path)
-            self._take_over(_Facts(FORMAT, owner, tag.hex()))
+            self._take_over(_OwnerFile(FORMAT, owner, tag.hex()))
         except OSError as error:
             self.close(remove=False)
             raise _unusable(self.path, error) from error
@@ -95,7 +95,7 @@ class OwnedFolder:
                 os.close(fd)
         return is_ours
 
-    def _take_over(self, new: _Facts) -> None:
+    def _take_over(self, new: _OwnerFile) -> None:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(0, "it is not writable")
         old = _facts_of(self.path)
@@ -108,7 +108,7 @@ class OwnedFolder:
         with suppress(OSError) if is_same_store else nullcontext():  # a full disk must not keep the next owner out
             self._sign(new)
 
-    def _sign(self, facts: _Facts) -> None:
+    def _sign(self, facts: _OwnerFile) -> None:
         """Write and sync the owner file, so that it is on disk before any segment."""
         fresh = self.path / "owner.new"
         with open(fresh, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -152,13 +152,13 @@ def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:
     return {path.name: sum(file.stat().st_size for file in os.scandir(path) if file.is_file()) for path in unused}
 
 
-def _facts_of(path: Path) -> _Facts:
+def _facts_of(path: Path) -> _OwnerFile:
     """Read the owner file of a folder. Returns empty facts if it is missing or invalid."""
     try:
         facts = json.loads((path / "owner").read_text())
-        return _Facts(facts["format"], facts["owner"], facts.get("store"))
+        return _OwnerFile(facts["format"], facts["owner"], facts.get("store"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return _Facts()
+        return _OwnerFile()
 
 
 def _unusable(path: Path, error: OSError) -> TieredKVError:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from tiered_kv.codecs.base import byte_view
 from tiered_kv.codecs.frame import carried_error
-from tiered_kv.tiers.disk.books import room
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, Entry
+from tiered_kv.tiers.disk.segment_table import room
 from tiered_kv.tiers.log import Record
 
 

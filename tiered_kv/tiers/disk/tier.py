@@ -20,14 +20,14 @@ from tiered_kv.blocks import Location
 from tiered_kv.codecs.frame import MAX_FRAME_BYTES, Frame, carried_error
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.tiers.disk.books import Live, Segment, location_of, pages, room
 from tiered_kv.tiers.disk.folder import OwnedFolder
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, pack_entry, pack_row, store_tag
 from tiered_kv.tiers.disk.recover import SegmentFrames, frames_in, newest
 from tiered_kv.tiers.disk.run import Unwritten, that_fit, unwritten
+from tiered_kv.tiers.disk.segment_table import LiveBlock, Segment, location_of, pages, room
 from tiered_kv.tiers.disk.segments import Files, SegmentReader, remove_segment, segment_path, segments_in
 from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter, reason_of
-from tiered_kv.tiers.log import Appended, LogTier, Record, Recovered, Refused
+from tiered_kv.tiers.log import AppendResult, LogTier, Record, RecoveredBlock, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class DiskTier(LogTier):
         """`written_bytes` divided by the bytes of frames taken by `append`; 1.0 before the first."""
         return self._written_bytes / self._new_bytes if self._new_bytes else 1.0
 
-    def append(self, records: Sequence[Record]) -> list[Appended]:
+    def append(self, records: Sequence[Record]) -> list[AppendResult]:
         """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read.
 
         If the file system fails, the rest of the batch is refused with the same reason, and the segment is cut to its last
@@ -159,7 +159,7 @@ class DiskTier(LogTier):
                 self._discard(segment)
             return True
 
-    def recovered(self) -> list[Recovered]:
+    def recovered(self) -> list[RecoveredBlock]:
         """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They are live until `forget`."""
         with self._state:
             found, self._recovered = self._recovered, []
@@ -252,10 +252,10 @@ class DiskTier(LogTier):
                 segment.check()
             self._reader.check()
 
-    def _append(self, records: Sequence[Record], limit_bytes: int) -> list[Appended]:
+    def _append(self, records: Sequence[Record], limit_bytes: int) -> list[AppendResult]:
         """Append as `append` does, up to `limit_bytes` instead of its limit."""
         frames = [unwritten(record) for record in records]
-        answers: list[Appended] = []
+        answers: list[AppendResult] = []
         with self._writing:
             if self._closed:
                 raise TieredKVError(Kind.CLOSED, "the disk tier is closed")
@@ -263,14 +263,14 @@ class DiskTier(LogTier):
             while len(answers) < len(frames):
                 run = self._append_run(frames[len(answers) :], limit_bytes)
                 answers += run
-                if run[-1].refused in (Refused.NO_SPACE, Refused.IO_ERROR):
+                if run[-1].refused in (Refusal.NO_SPACE, Refusal.IO_ERROR):
                     answers += run[-1:] * (len(frames) - len(answers))
         return answers
 
-    def _append_run(self, frames: Sequence[Unwritten], limit_bytes: int) -> list[Appended]:
+    def _append_run(self, frames: Sequence[Unwritten], limit_bytes: int) -> list[AppendResult]:
         """Answers for the first frames that go side by side into one segment; at least one."""
         if frames[0].stored_bytes > self.max_frame_bytes:
-            return [Appended(None, Refused.TOO_LARGE)]
+            return [AppendResult(None, Refusal.TOO_LARGE)]
         own = room(frames[0].nbytes, 1) > self.segment_bytes
         target = None if own else self._open
         if target and room(target.nbytes + frames[0].nbytes, len(target.rows) + 1) > self.segment_bytes:
@@ -281,12 +281,12 @@ class DiskTier(LogTier):
             file_bytes = limit_bytes - self._used_bytes + taken
             run = that_fit(frames[:1] if own else frames, start, rows, file_bytes if own else min(file_bytes, self.segment_bytes))
             if not run:
-                return [Appended(None, Refused.FULL)]
+                return [AppendResult(None, Refusal.FULL)]
             growth = room(start + sum(frame.nbytes for frame in run), rows + len(run)) - taken
             self._used_bytes += growth
         return self._write_run(run, target, own, growth)
 
-    def _write_run(self, run: Sequence[Unwritten], target: Segment | None, own: bool, growth: int) -> list[Appended]:
+    def _write_run(self, run: Sequence[Unwritten], target: Segment | None, own: bool, growth: int) -> list[AppendResult]:
         """Write a run at the end of `target` or into a new segment. `growth` bytes of the cap are already reserved for it.
 
         Returns an answer for each frame.
@@ -296,7 +296,7 @@ class DiskTier(LogTier):
         except OSError as error:
             with self._state:
                 self._used_bytes -= growth
-            return [Appended(None, reason_of(error))]
+            return [AppendResult(None, reason_of(error))]
         if not own:
             self._open = segment
         start, taken = segment.nbytes, segment.room_bytes if target else 0
@@ -312,11 +312,11 @@ class DiskTier(LogTier):
         with self._state:
             self._written_bytes += written
             segment.nbytes = file_end
-            placed = [Appended(segment.place(entry), None) for entry in entries[:whole]]
+            placed = [AppendResult(segment.place(entry), None) for entry in entries[:whole]]
             self._used_bytes += segment.room_bytes - taken - growth
         if own or refused:
             self._seal(segment)
-        return placed + [Appended(None, refused)] * (len(run) - whole)
+        return placed + [AppendResult(None, refused)] * (len(run) - whole)
 
     def _new_segment(self) -> Segment:
         writer = SegmentWriter(self.folder, self._next_id, self._files)
@@ -418,7 +418,7 @@ class DiskTier(LogTier):
             self._reinserted_bytes += _stored_bytes(answers)
         return [(record.key, answer.location) for record, answer in zip(records, answers, strict=True) if answer.location]
 
-    def _recover(self) -> list[Recovered]:
+    def _recover(self) -> list[RecoveredBlock]:
         """Take over the segments of a former owner. Returns their blocks, oldest first."""
         found: dict[int, SegmentFrames] = {}
         for id, nbytes in self._folder.inherited.items():
@@ -430,7 +430,7 @@ class DiskTier(LogTier):
                 self._stuck.append(Segment(id, nbytes))
         entries = newest({id: each.entries for id, each in found.items()})
         for id in found:
-            live = {entry.offset: Live(entry.key, entry.stored_bytes) for entry in entries[id]}
+            live = {entry.offset: LiveBlock(entry.key, entry.stored_bytes) for entry in entries[id]}
             self._segments[id] = Segment(id, self._folder.inherited[id], live=live)
         for segment in [segment for segment in self._segments.values() if not segment.live]:
             self._discard(segment)
@@ -441,7 +441,7 @@ class DiskTier(LogTier):
         for id in [id for id in self._segments if found[id].needs_footer]:
             self._add_footer(self._segments[id], entries[id])
         return [
-            Recovered(entry.key, entry.parent, entry.root, location_of(id, entry), entry.error)
+            RecoveredBlock(entry.key, entry.parent, entry.root, location_of(id, entry), entry.error)
             for id in self._segments
             for entry in entries[id]
         ]
@@ -481,5 +481,5 @@ class DiskTier(LogTier):
             raise TieredKVError(Kind.STORAGE, message, setting="disk_path")
 
 
-def _stored_bytes(answers: Sequence[Appended]) -> int:
+def _stored_bytes(answers: Sequence[AppendResult]) -> int:
     return sum(answer.location.stored_bytes for answer in answers if answer.location)

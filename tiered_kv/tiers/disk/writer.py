@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tiered_kv.tiers.disk.footer import pack_trailer
 from tiered_kv.tiers.disk.segments import Files, segment_path
-from tiered_kv.tiers.log import Refused
+from tiered_kv.tiers.log import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class SegmentWriter:
         self._written_back = 0
         self._fd = files.open(segment_path(folder, segment), os.O_WRONLY | os.O_CLOEXEC | is_new * (os.O_CREAT | os.O_EXCL), 0o600)
 
-    def write(self, views: Sequence[memoryview], offset: int) -> tuple[int, Refused | None]:
+    def write(self, views: Sequence[memoryview], offset: int) -> tuple[int, Refusal | None]:
         """Write bytes at `offset`. Returns how many were written, and the reason if not all were."""
         written, left = 0, list(views)
         while left:
@@ -44,7 +44,7 @@ class SegmentWriter:
             except OSError as error:
                 return written, reason_of(error)
             if not count:
-                return written, Refused.IO_ERROR
+                return written, Refusal.IO_ERROR
             written += count
             left = _after(left, count)
             self._write_back(offset + written)
@@ -88,9 +88,9 @@ class SegmentWriter:
             self._written_back = stop
 
 
-def reason_of(error: OSError) -> Refused:
+def reason_of(error: OSError) -> Refusal:
     """Returns the reason for refusing a frame after a failed system call."""
-    return Refused.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Refused.IO_ERROR
+    return Refusal.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Refusal.IO_ERROR
 
 
 def _first(views: list[memoryview], nbytes: int) -> list[memoryview]:

@@ -71,7 +71,7 @@ class MountedPacks:
         _check(frame, location, name)
         return frame
 
-    def read_run(self, run: "Run") -> list[Frame | TieredKVError]:
+    def read_run(self, run: "PackRange") -> list[Frame | TieredKVError]:
         """Read and verify the frames of a run by one ranged read. Returns for each block its frame, or the error found in it.
 
         Raises (kinds `storage`, `corrupt`) if the range cannot be read.
@@ -102,7 +102,7 @@ class MountedPacks:
         return self._packs[segment]
 
 
-class Run(NamedTuple):
+class PackRange(NamedTuple):
     """Neighbouring blocks of one pack, in the order of their offsets, and the range that contains them."""
 
     segment: int
@@ -111,7 +111,7 @@ class Run(NamedTuple):
     blocks: list[MountedBlock]
 
 
-def runs_of(blocks: Iterable[MountedBlock], most_bytes: int = READ_BYTES) -> Iterator[Run]:
+def runs_of(blocks: Iterable[MountedBlock], most_bytes: int = READ_BYTES) -> Iterator[PackRange]:
     """Yields the blocks as few runs of at most `most_bytes` each. Runs of one pack are consecutive."""
     by_pack: dict[int, list[MountedBlock]] = {}
     for block in blocks:
@@ -122,10 +122,10 @@ def runs_of(blocks: Iterable[MountedBlock], most_bytes: int = READ_BYTES) -> Ite
         for block in in_pack[1:]:
             end, (_, _, _, offset, nbytes, _) = _end(run[-1]), block.location
             if offset - end > _GAP_BYTES or offset + nbytes - start > most_bytes:
-                yield Run(segment, start, end - start, run)
+                yield PackRange(segment, start, end - start, run)
                 start, run = offset, []
             run.append(block)
-        yield Run(segment, start, _end(run[-1]) - start, run)
+        yield PackRange(segment, start, _end(run[-1]) - start, run)
 
 
 def _end(block: MountedBlock) -> int:

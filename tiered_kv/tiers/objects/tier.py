@@ -22,7 +22,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.disk.footer import Entry, footer_bytes
-from tiered_kv.tiers.log import Appended, LogTier, Record, Recovered, Refused
+from tiered_kv.tiers.log import AppendResult, LogTier, Record, RecoveredBlock, Refusal
 from tiered_kv.tiers.objects.packs import PackInfo, PackWriter, grown_bytes, pack_prefix, read_footer, read_frame, record_bytes
 from tiered_kv.tiers.objects.store import ObjectStore
 
@@ -100,7 +100,7 @@ class ObjectsTier(LogTier):
     def max_frame_bytes(self) -> int:
         return min(MAX_FRAME_BYTES, self._capacity_bytes - footer_bytes(1))
 
-    def append(self, records: Sequence[Record]) -> list[Appended]:
+    def append(self, records: Sequence[Record]) -> list[AppendResult]:
         """Upload frames as one or several packs. Returns one answer for each, in order, when the packs are durable.
 
         Cost: one put a pack, four at a time, and the deletion of unwanted packs. Other appends wait meanwhile. A refusal with
@@ -110,12 +110,12 @@ class ObjectsTier(LogTier):
         with self._writing:
             self._must_be_open()
             if not self._ready():
-                return [Appended(None, Refused.IO_ERROR)] * len(records)
+                return [AppendResult(None, Refusal.IO_ERROR)] * len(records)
             answers, planned = self._planned(records, sizes)
             for pack, (info, refused) in zip(planned, _in_parallel(_uploaded, [pack.writer for pack in planned]), strict=True):
                 placed = self._placed(pack.number, info, refused)
                 answers.update(zip(pack.records, placed, strict=True))
-            if any(answer.refused in (Refused.IO_ERROR, Refused.NO_SPACE) for answer in answers.values()):
+            if any(answer.refused in (Refusal.IO_ERROR, Refusal.NO_SPACE) for answer in answers.values()):
                 self._swept()
         return [answers[index] for index in range(len(records))]
 
@@ -148,7 +148,7 @@ class ObjectsTier(LogTier):
                 self._discard(location.segment)
             return True
 
-    def recovered(self) -> list[Recovered]:
+    def recovered(self) -> list[RecoveredBlock]:
         """Returns the blocks in the packs of a former owner, oldest first. They are live until `forget`.
 
         Call it once, before any other method. Deletes packs with a damaged footer, and the oldest packs if all exceed the cap.
@@ -167,7 +167,7 @@ class ObjectsTier(LogTier):
                 raise self._store.failed("cannot be emptied", f"it holds {self._used_bytes} bytes of {self._capacity_bytes}")
             self._listed = True
             return [
-                Recovered(entry.key, entry.parent, entry.root, _location(number, entry), entry.error)
+                RecoveredBlock(entry.key, entry.parent, entry.root, _location(number, entry), entry.error)
                 for number, pack in kept.items()
                 for entry in pack.entries
             ]
@@ -252,16 +252,16 @@ class ObjectsTier(LogTier):
             return False
         return self._swept()
 
-    def _planned(self, records: Sequence[Record], sizes: Sequence[int]) -> tuple[dict[int, Appended], list[_Planned]]:
+    def _planned(self, records: Sequence[Record], sizes: Sequence[int]) -> tuple[dict[int, AppendResult], list[_Planned]]:
         """Plan packs for the records that fit, and reserve their bytes. Returns answers for the other records, and the packs."""
-        answers: dict[int, Appended] = {}
+        answers: dict[int, AppendResult] = {}
         planned: list[_Planned] = []
         for index, (record, nbytes) in enumerate(zip(records, sizes, strict=True)):
             grown = grown_bytes(nbytes)
             is_new = not planned or planned[-1].writer.nbytes + grown > self.segment_bytes
             refused = self._take(nbytes, grown + is_new * footer_bytes(0))
             if refused:
-                answers[index] = Appended(None, refused)
+                answers[index] = AppendResult(None, refused)
                 continue
             if is_new:
                 planned.append(self._new_pack())
@@ -269,13 +269,13 @@ class ObjectsTier(LogTier):
             planned[-1].records.append(index)
         return answers, planned
 
-    def _take(self, frame_bytes: int, nbytes: int) -> Refused | None:
+    def _take(self, frame_bytes: int, nbytes: int) -> Refusal | None:
         """Reserve `nbytes` of the cap for a frame. Returns the reason if that is not possible, else None."""
         if frame_bytes > self.max_frame_bytes:
-            return Refused.TOO_LARGE
+            return Refusal.TOO_LARGE
         with self._state:
             if self._used_bytes + nbytes > self._capacity_bytes or self._next >= _NUMBERS:
-                return Refused.FULL
+                return Refusal.FULL
             self._used_bytes += nbytes
             return None
 
@@ -284,14 +284,14 @@ class ObjectsTier(LogTier):
         self._next += 1
         return _Planned(number, PackWriter(self._store, f"{number:010d}-"), [])
 
-    def _placed(self, number: int, info: PackInfo, refused: Refused | None) -> list[Appended]:
+    def _placed(self, number: int, info: PackInfo, refused: Refusal | None) -> list[AppendResult]:
         """Record a pack after its upload, which may have failed. Returns an answer for each frame."""
         with self._state:
             if refused:
                 self._unwanted[info.name] = info.nbytes  # a failed put may still have created the object
-                return [Appended(None, refused)] * len(info.entries)
+                return [AppendResult(None, refused)] * len(info.entries)
             self._packs[number] = _Pack(info.name, info.nbytes, {entry.offset: entry.key for entry in info.entries})
-        return [Appended(_location(number, entry), None) for entry in info.entries]
+        return [AppendResult(_location(number, entry), None) for entry in info.entries]
 
     def _footer(self, listed: tuple[str, int]) -> PackInfo | None:
         """Read a pack's footer. Returns no entries if it is damaged, None if the pack no longer exists."""
@@ -348,7 +348,7 @@ class ObjectsTier(LogTier):
         return True
 
 
-def _uploaded(writer: PackWriter) -> tuple[PackInfo, Refused | None]:
+def _uploaded(writer: PackWriter) -> tuple[PackInfo, Refusal | None]:
     """Upload a pack. Returns it, and the reason if it was refused."""
     try:
         return writer.finish(), None
@@ -357,7 +357,7 @@ def _uploaded(writer: PackWriter) -> tuple[PackInfo, Refused | None]:
             raise
         log.warning("%d blocks are dropped: %s", len(writer), error)
         is_full = error.context.get("errno") in (errno.ENOSPC, errno.EDQUOT)
-        return writer.seal(), Refused.NO_SPACE if is_full else Refused.IO_ERROR
+        return writer.seal(), Refusal.NO_SPACE if is_full else Refusal.IO_ERROR
 
 
 def _in_parallel(call: Callable[[T], R], items: Sequence[T]) -> list[R]:

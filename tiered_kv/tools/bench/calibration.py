@@ -47,8 +47,8 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise TieredKVError(Kind.CONFIG, f"--out: the folder of {options.out} does not exist", setting="out")
     subject = Subject.load(options.model)
-    with report.telling(console) as say:
-        calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, say=say)
+    with report.line_printer(console) as log:
+        calibration = calibrate.calibrate(subject.model, subject.tokenizer, texts, tokens=options.tokens, log=log)
     prefix_tokens, prompts = _prompts(subject, MEASURED_ON_QUICK if options.quick else MEASURED_ON)
     records = measured(subject, prompts, [*CODECS, *CALIBRATED], calibration, console, prefix_tokens)
     calibration = calibration.with_measured(records)

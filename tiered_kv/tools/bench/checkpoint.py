@@ -42,9 +42,9 @@ from tiered_kv.tools.bench import remote, serving
 from tiered_kv.tools.bench.disk import scratch
 from tiered_kv.tools.bench.fetch import LAYOUTS as COMMON
 from tiered_kv.tools.bench.fetch import machine
-from tiered_kv.tools.bench.filled import BenchNode, Blocks, used_memory
+from tiered_kv.tools.bench.filled import BenchChains, BenchNode, used_memory
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 SMOLLM2 = KVLayout(30, 3, 64, "bfloat16", 64)
 """The layout of SmolLM2-135M, with blocks of 1.4 MiB."""
@@ -62,7 +62,7 @@ SETTLE_S = 0.2
 _RAW = RawCodec()
 
 
-class Plan(NamedTuple):
+class CheckpointWork(NamedTuple):
     """The amount of work to measure."""
 
     sizes: tuple[int, ...]
@@ -71,10 +71,10 @@ class Plan(NamedTuple):
     repetitions: int
     remote_bytes: int
     remote_repetitions: int
-    serving: serving.Plan
+    serving: serving.ServingWork
     mounted_bytes: int
 
-    def smaller(self, block_bytes: int) -> "Plan":
+    def smaller(self, block_bytes: int) -> "CheckpointWork":
         """Returns the plan for one block size.
 
         Small blocks take longer, so below 1 MiB it has a quarter of the bytes.
@@ -83,12 +83,12 @@ class Plan(NamedTuple):
         return self._replace(bytes_each=self.bytes_each // few, remote_bytes=self.remote_bytes // few)
 
 
-FULL = Plan(tuple(LAYOUTS), 1 << 30, 512 << 20, 5, 512 << 20, 4, serving.FULL, 4 << 30)
-QUICK = Plan((SMOLLM2.block_bytes,), 512 << 20, 256 << 20, 3, 256 << 20, 2, serving.QUICK, 1 << 30)
+FULL = CheckpointWork(tuple(LAYOUTS), 1 << 30, 512 << 20, 5, 512 << 20, 4, serving.FULL, 4 << 30)
+QUICK = CheckpointWork((SMOLLM2.block_bytes,), 512 << 20, 256 << 20, 3, 256 << 20, 2, serving.QUICK, 1 << 30)
 
 
 def run_checkpoint_bench(
-    quick: bool = False, say: Say = print, folder: str | os.PathLike | None = None, endpoint: str | None = None
+    quick: bool = False, log: LogLine = print, folder: str | os.PathLike | None = None, endpoint: str | None = None
 ) -> dict[str, Any]:
     """Measure checkpoints in a new folder below `folder` (default: the system's temporary folder). Returns the report.
 
@@ -100,17 +100,17 @@ def run_checkpoint_bench(
     with scratch(folder) as place:
         results, seconds = [], []
         for size in plan.sizes:
-            results += _in_folder(place, Blocks(LAYOUTS[size]), plan.smaller(size))
-            say("; ".join(map(_line, results[-2:])))
-            seconds.append(_second(place, Blocks(LAYOUTS[size]), plan.smaller(size)))
-            say(_second_line(seconds[-1]))
+            results += _in_folder(place, BenchChains(LAYOUTS[size]), plan.smaller(size))
+            log("; ".join(map(_line, results[-2:])))
+            seconds.append(_second(place, BenchChains(LAYOUTS[size]), plan.smaller(size)))
+            log(_second_line(seconds[-1]))
         first_hit = _first_hit(place, plan)
-        say(f"first hit of {format_size(first_hit['bytes'])} after {first_hit['hit_s']:.2f} s")
-        meanwhile = [serving.measure(place, Blocks(LAYOUTS[size]), plan.serving, say) for size in plan.sizes if size < 2 << 20]
-    with remote.bucket(endpoint, say) as url:
+        log(f"first hit of {format_size(first_hit['bytes'])} after {first_hit['hit_s']:.2f} s")
+        meanwhile = [serving.measure(place, BenchChains(LAYOUTS[size]), plan.serving, log) for size in plan.sizes if size < 2 << 20]
+    with remote.bucket(endpoint, log) as url:
         for size in plan.sizes if url else ():
-            results += _on_objects(url, Blocks(LAYOUTS[size]), plan.smaller(size))
-            say("; ".join(map(_line, results[-2:])))
+            results += _on_objects(url, BenchChains(LAYOUTS[size]), plan.smaller(size))
+            log("; ".join(map(_line, results[-2:])))
     return {
         "machine": machine(),
         "results": results,
@@ -129,7 +129,7 @@ def _rotated(names: Sequence[str], turn: int) -> list[str]:
 # In a folder
 
 
-def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
+def _in_folder(place: Path, blocks: BenchChains, plan: CheckpointWork) -> list[dict]:
     """Measure `take` and `restore` in a folder, alternating with the baseline. Returns one record for each."""
     times: dict[str, list[float]] = {}
     ours, plain = place / "ours", place / "plain"
@@ -163,7 +163,7 @@ def _in_folder(place: Path, blocks: Blocks, plan: Plan) -> list[dict]:
     ]
 
 
-def _reads(folder: Path, blocks: Blocks, plan: Plan, turn: int) -> dict[str, float]:
+def _reads(folder: Path, blocks: BenchChains, plan: CheckpointWork, turn: int) -> dict[str, float]:
     """Returns the seconds for restoring a checkpoint on a new node and for reading its files, cold and from the page cache."""
     times = {}
     for name in _rotated(["restore", "read", "read_new", "restore_touched", "restore_warm", "read_warm"], turn):
@@ -242,7 +242,7 @@ def _make_cold(folder: Path) -> None:
         os.close(fd)
 
 
-def _second(place: Path, blocks: Blocks, plan: Plan) -> dict:
+def _second(place: Path, blocks: BenchChains, plan: CheckpointWork) -> dict:
     """Measure the bytes that a second checkpoint adds if one block in twenty is new, including its manifest."""
     folder, chains = place / "second", blocks.chains(plan.bytes_each)
     new = max(1, round(chains * NEW_SHARE))
@@ -261,12 +261,12 @@ def _second(place: Path, blocks: Blocks, plan: Plan) -> dict:
 # The first hit
 
 
-def _first_hit(place: Path, plan: Plan) -> dict:
+def _first_hit(place: Path, plan: CheckpointWork) -> dict:
     """Measure the seconds from reading the manifest of a large checkpoint until its least used chain has been fetched.
 
     The page cache is cold, and the node copies blocks to host memory meanwhile.
     """
-    folder, blocks = place / "large", Blocks(SMOLLM2)
+    folder, blocks = place / "large", BenchChains(SMOLLM2)
     count = _write_large(str(folder), blocks, blocks.chains(plan.mounted_bytes))
     nbytes = sum(path.stat().st_size for path in _files(folder))
     with closing(BenchNode(plan.host_bytes)) as target, closing(target.client(blocks)) as client, ThreadPoolExecutor(1) as thread:
@@ -291,7 +291,7 @@ def _first_hit(place: Path, plan: Plan) -> dict:
     return {"bytes": nbytes, "blocks": count, "mounted": mounted, "filled_blocks": filled.host, **times, **memory}
 
 
-def _write_large(url: str, blocks: Blocks, chains: int) -> int:
+def _write_large(url: str, blocks: BenchChains, chains: int) -> int:
     """Write a checkpoint of `chains` chains directly from frames, without a node. Returns the number of blocks."""
     root = blocks.namespace.root(blocks.layout)
     size = blocks.layout.block_bytes
@@ -325,7 +325,7 @@ def _finished(writer: PackWriter, store: ObjectStore, packs: list[tuple[str, int
 # On object storage
 
 
-def _on_objects(url: str, blocks: Blocks, plan: Plan) -> list[dict]:
+def _on_objects(url: str, blocks: BenchChains, plan: CheckpointWork) -> list[dict]:
     """Measure `take` and `restore` on object storage, alternating with puts and gets of the same sizes.
 
     Returns one record for each.
@@ -368,7 +368,7 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
-def _record(op: str, plain: str, blocks: Blocks, nbytes: int, times: dict[str, list[float]]) -> dict:
+def _record(op: str, plain: str, blocks: BenchChains, nbytes: int, times: dict[str, list[float]]) -> dict:
     """Returns one entry of the report's results: the speed relative to the baseline, and both speeds in MB/s."""
     return {
         "op": op,

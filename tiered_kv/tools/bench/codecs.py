@@ -23,14 +23,14 @@ from tiered_kv.tools.bench.speeds import prefill_us_per_token, speeds
 from tiered_kv.tools.bench.subject import Subject, codecs_of, needs_calibration
 from tiered_kv.tools.bench.texts import own_texts, prompts_of
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 BLOCK_TOKENS = (16, 64, 256)
 TEXTS = 2
 TOKENS = 1024
 SYNTHETIC = "synthetic"
 
 
-def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bool = False, say: Say = print) -> dict:
+def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bool = False, log: LogLine = print) -> dict:
     """Measure codecs on a model's KV, or on synthetic KV if `model` is None. Returns the report.
 
     Takes five minutes. With `quick` it takes one: one thread, blocks of 64 tokens, fewer turns. `codec`: names separated by
@@ -52,7 +52,7 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
         for tokens in (64,) if quick else BLOCK_TOKENS:
             for name in codecs:
                 results += speeds(kvs, [name], rope, (tokens,), threads=threads, calibration=calibration, turns=4 if quick else 12)
-                say(_line(results[-1]))
+                log(_line(results[-1]))
     return {"machine": machine(), **about, "results": results}
 
 

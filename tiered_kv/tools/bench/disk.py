@@ -36,7 +36,7 @@ from tiered_kv.tiers.disk.tier import DiskTier
 from tiered_kv.tiers.log import Record
 from tiered_kv.tools.bench.fetch import machine
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 BLOCK_BYTES = (1 << 20, 3 << 20, 16 << 20)
 SEGMENT_BYTES = 64 << 20
@@ -47,7 +47,7 @@ _RAW = RawCodec()
 _ROOT = bytes(KEY_BYTES)
 
 
-class Plan(NamedTuple):
+class DiskWork(NamedTuple):
     """The amount of work to measure."""
 
     bytes_each: int
@@ -55,11 +55,11 @@ class Plan(NamedTuple):
     index_bytes: int
 
 
-FULL = Plan(128 << 20, 24, 10 << 30)
-QUICK = Plan(128 << 20, 6, 2 << 30)
+FULL = DiskWork(128 << 20, 24, 10 << 30)
+QUICK = DiskWork(128 << 20, 6, 2 << 30)
 
 
-def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathLike | None = None) -> dict:
+def run_disk_bench(quick: bool = False, log: LogLine = print, folder: str | os.PathLike | None = None) -> dict:
     """Measure the disk tier in a new folder below `folder` (default: the system's temporary folder). Returns the report.
 
     Needs 300 MiB of free space, and takes two minutes, or half a minute with `quick`. On a tmpfs the figures say nothing about
@@ -70,9 +70,9 @@ def run_disk_bench(quick: bool = False, say: Say = print, folder: str | os.PathL
         results = []
         for block_bytes in BLOCK_BYTES:
             results += _sequential(place, block_bytes, plan)
-            say("; ".join(f"{each['op']} of {format_size(block_bytes)}: {each['vs_plain']:.2f} of plain" for each in results[-2:]))
+            log("; ".join(f"{each['op']} of {format_size(block_bytes)}: {each['vs_plain']:.2f} of plain" for each in results[-2:]))
         index = _indexing(place, plan.index_bytes)
-        say(_index_line(index))
+        log(_index_line(index))
     return {"machine": machine(), "results": results, "index": index}
 
 
@@ -86,7 +86,7 @@ def scratch(folder: str | os.PathLike | None) -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-class _Blocks:
+class _DiskBlocks:
     """The blocks to write: their content, which repeats, and their keys."""
 
     def __init__(self, block_bytes: int, total_bytes: int) -> None:
@@ -112,9 +112,9 @@ class _Blocks:
             yield range(start, min(start + step, self.count))
 
 
-def _sequential(place: Path, block_bytes: int, plan: Plan) -> list[dict]:
+def _sequential(place: Path, block_bytes: int, plan: DiskWork) -> list[dict]:
     """Measure writes and reads, alternating with plain system calls. The order changes in each repetition."""
-    content = _Blocks(block_bytes, plan.bytes_each)
+    content = _DiskBlocks(block_bytes, plan.bytes_each)
     writers = {"write": _write, "pwrite": _plain_write, "direct": _direct_write}
     times: dict[str, list[float]] = {name: [] for name in (*writers, "read", "pread")}
     for repetition in range(plan.repetitions + 1):
@@ -139,7 +139,7 @@ def _rotated(names: list[str], turn: int) -> list[str]:
     return names[turn % len(names) :] + names[: turn % len(names)]
 
 
-def _write(folder: Path, content: _Blocks) -> float:
+def _write(folder: Path, content: _DiskBlocks) -> float:
     """Write all blocks through the disk tier. Returns the seconds, including sealing the last segment.
 
     Raises (kind `storage`) if the tier refuses a block.
@@ -155,7 +155,7 @@ def _write(folder: Path, content: _Blocks) -> float:
         return time.perf_counter() - start_s
 
 
-def _plain_write(folder: Path, content: _Blocks) -> float:
+def _plain_write(folder: Path, content: _DiskBlocks) -> float:
     """Returns the seconds that pwrite takes for the same bytes."""
     folder.mkdir()
     per_file = max(1, SEGMENT_BYTES // content.block_bytes)
@@ -169,7 +169,7 @@ def _plain_write(folder: Path, content: _Blocks) -> float:
     return time.perf_counter() - start_s
 
 
-def _direct_write(folder: Path, content: _Blocks) -> float:
+def _direct_write(folder: Path, content: _DiskBlocks) -> float:
     """Returns the seconds that pwrite takes with O_DIRECT, or NaN if the file system does not support it."""
     folder.mkdir()
     buffer = memoryview(mmap.mmap(-1, content.block_bytes))
@@ -190,7 +190,7 @@ def _direct_write(folder: Path, content: _Blocks) -> float:
     return time.perf_counter() - start_s
 
 
-def _reads(folder: Path, content: _Blocks, turn: int) -> dict[str, float]:
+def _reads(folder: Path, content: _DiskBlocks, turn: int) -> dict[str, float]:
     """Returns the seconds for reading all blocks from the tier's segments: verified by the tier, and by preadv alone."""
     with DiskTier(folder, 1 << 40, SEGMENT_BYTES, owner="bench") as tier:
         locations = [block.location for block in tier.recovered()]
@@ -205,14 +205,14 @@ def _reads(folder: Path, content: _Blocks, turn: int) -> dict[str, float]:
     return times
 
 
-def _read(folder: Path, content: _Blocks, locations: Sequence[Location]) -> None:
+def _read(folder: Path, content: _DiskBlocks, locations: Sequence[Location]) -> None:
     reader = SegmentReader(folder)
     for number, location in enumerate(locations):
         reader.read(location, content.key(number))
     reader.close()
 
 
-def _plain_read(folder: Path, content: _Blocks, locations: Sequence[Location]) -> None:
+def _plain_read(folder: Path, content: _DiskBlocks, locations: Sequence[Location]) -> None:
     fds = {segment: os.open(segment_path(folder, segment), os.O_RDONLY) for segment in segments_in(folder)}
     buffer = memoryview(np.ones(locations[0].stored_bytes, np.uint8))
     for location in locations:
@@ -250,7 +250,7 @@ def _indexing(place: Path, nbytes: int) -> dict:
     found, footers_s = _opened_s(folder, nbytes + 9 * SEGMENT_BYTES)
     if found != blocks:
         raise TieredKVError(Kind.STORAGE, f"opening the tier should have found {blocks} blocks, got {found}")
-    content = _Blocks(1 << 20, SEGMENT_BYTES - (2 << 20))
+    content = _DiskBlocks(1 << 20, SEGMENT_BYTES - (2 << 20))
     _write(place / "torn", content)
     os.truncate(segment_path(place / "torn", 1), segments_in(place / "torn")[1] - 1)
     found, scan_s = _opened_s(place / "torn", 16 * SEGMENT_BYTES)

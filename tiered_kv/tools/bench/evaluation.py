@@ -67,14 +67,14 @@ def run_codec_eval(options: EvalOptions, console: Console) -> dict[str, Any]:
     calibration = _calibration(subject, asked, options.calibration)
     codecs = asked or [*CODECS, *(CALIBRATED if calibration else ())]
     prompts = _prompts(subject, texts, options)
-    _say(console, _about(prompts, asked is None and calibration is None, subject))
+    _print_lines(console, _about(prompts, asked is None and calibration is None, subject))
     kv_dtype = getattr(torch, options.dtype)
     records = measured(subject, prompts, codecs, calibration, console, options.prefix_tokens, options.block_tokens, kv_dtype)
     title = f"{subject.name}: {len(prompts.ids)} prompts, {options.prefix_tokens} + {options.continue_tokens} tokens, {options.dtype} KV"
     report.show_quality(records, title, console)
     if options.plot:
         curve.draw(records, title, options.plot)
-        _say(console, [f"wrote the plot to {options.plot}"])
+        _print_lines(console, [f"wrote the plot to {options.plot}"])
     return {
         "model": options.model,
         "prompts": len(prompts.ids),
@@ -155,6 +155,6 @@ def _about(prompts: Prompts, is_uncalibrated: bool, subject: Subject) -> list[st
     return lines
 
 
-def _say(console: Console, lines: Sequence[str]) -> None:
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import Namespace, as_token_ids
 from tiered_kv.layout import KVLayout
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 # Blocks of 64 tokens, the default of a cluster. 16 MiB is the block size of Qwen2.5-32B; the others are of smaller models.
 LAYOUTS = {
@@ -49,7 +49,7 @@ SETTLE_S = 10.0
 NAMESPACE = Namespace(weights="tiered-kv bench")
 
 
-class Plan(NamedTuple):
+class FetchWork(NamedTuple):
     """The amount of work to measure."""
 
     sizes: tuple[int, ...]
@@ -59,8 +59,8 @@ class Plan(NamedTuple):
     bytes_max: int
 
 
-FULL = Plan(tuple(LAYOUTS), CHAINS, ("same-node", "other-node"), 200, 2 << 30)
-QUICK = Plan((64 << 10, 1 << 20, 3 << 20), (1, 8), ("same-node",), 40, 512 << 20)
+FULL = FetchWork(tuple(LAYOUTS), CHAINS, ("same-node", "other-node"), 200, 2 << 30)
+QUICK = FetchWork((64 << 10, 1 << 20, 3 << 20), (1, 8), ("same-node",), 40, 512 << 20)
 
 
 class Case(NamedTuple):
@@ -77,7 +77,7 @@ class Case(NamedTuple):
     def tokens(self) -> int:
         return self.layout.block_tokens * self.chain
 
-    def repetitions(self, plan: Plan) -> int:
+    def repetitions(self, plan: FetchWork) -> int:
         return max(REPETITIONS_MIN, min(plan.repetitions_max, plan.bytes_max // self.nbytes))
 
 
@@ -124,7 +124,7 @@ def token_ids(case: Case, number: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng([case.layout.block_bytes, case.chain, number]).integers(0, 100_000, case.tokens))
 
 
-def run_bench(quick: bool, say: Say, verify_host: bool = False) -> dict:
+def run_bench(quick: bool, log: LogLine, verify_host: bool = False) -> dict:
     """Measure all cases. `verify_host`: with that setting, on the same node only.
 
     Returns the report. Takes 50 s, or 12 s with `quick`. Raises `TieredKVError` (kind `corrupt`) for a wrong byte.
@@ -137,25 +137,25 @@ def run_bench(quick: bool, say: Say, verify_host: bool = False) -> dict:
             with client_of(info, case.layout, NAMESPACE) as client:
                 lines = same_node(client, case, plan, buffers)
             results += lines
-            say(_line(lines))
+            log(_line(lines))
     if "other-node" in plan.paths:
-        with two_nodes("1536MiB", say) as (holder, fetching):
+        with two_nodes("1536MiB", log) as (holder, fetching):
             for case in _cases(plan):
                 with client_of(holder, case.layout, NAMESPACE) as owner, client_of(fetching, case.layout, NAMESPACE) as client:
                     lines = other_node(owner, client, case, buffers)
                 results += lines
-                say(_line(lines))
+                log(_line(lines))
     asked = sum(each["node_calls"] for each in results if (each["path"], each["op"]) == ("same-node", "fetch"))
     return {"machine": machine(), "verify_host": verify_host, "results": results, "calls": {"same_node_calls": asked}}
 
 
-def _cases(plan: Plan) -> Iterator[Case]:
+def _cases(plan: FetchWork) -> Iterator[Case]:
     for size in plan.sizes:
         for chain in plan.chains:
             yield Case(LAYOUTS[size], chain)
 
 
-def same_node(client: Client, case: Case, plan: Plan, buffers: Buffers) -> list[dict]:
+def same_node(client: Client, case: Case, plan: FetchWork, buffers: Buffers) -> list[dict]:
     """Measure store, look-up and fetch of chains from another process on the node's machine. Returns one record per operation.
 
     Raises `TieredKVError` (kind `transport`) if look-ups or fetches called the node, which they never should.
@@ -291,18 +291,18 @@ def subprocess_node(settings: dict) -> Iterator[dict]:
 
 
 @contextmanager
-def two_nodes(host: str, say: Say) -> Iterator[list[dict]]:
+def two_nodes(host: str, log: LogLine) -> Iterator[list[dict]]:
     """Start two nodes on a new Ray cluster, and stop them at the end. Yields their infos."""
     from tiered_kv.cluster import start
 
     name = f"bench-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="tkv-bench-") as state, _variable("TIERED_KV_STATE", state):
-        start.up(Config.of(host=host), name=name, nodes=2, say=say)
+        start.up(Config.of(host=host), name=name, nodes=2, log=log)
         try:
             infos = sorted(start.describe(name)["nodes"], key=lambda node: node["node"])
             yield infos
         finally:
-            start.down(name, say=say)
+            start.down(name, log=log)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ By default 0.1 s, which would add waiting to the measured time.
 CONTENT_BYTES = 64 << 20
 
 
-class Blocks:
+class BenchChains:
     """Chains of `CHAIN` blocks of one layout. Each has its own prompt and keys; the KV of some chains is equal."""
 
     def __init__(self, layout: KVLayout, weights: str = "tiered-kv bench checkpoint") -> None:
@@ -103,10 +103,10 @@ class BenchNode:
 
     def __init__(self, host_bytes: int) -> None:
         self.node = Node(Config(host=host_bytes, store_wait_ms=10_000), f"bench-{uuid.uuid4().hex[:8]}", NODE)
-        self._server = SessionServer(f"{self.node.directory}/sock", self.node.open_session, self.node.catch_up)
+        self._server = SessionServer(f"{self.node.directory}/sock", self.node.open_session, self.node.report_commits)
         self._call = calls_to(self.node)
 
-    def client(self, blocks: Blocks) -> Client:
+    def client(self, blocks: BenchChains) -> Client:
         """Returns a client of the node in this process."""
         return client_of(self.node.info(), blocks.layout, blocks.namespace, connect=self.node.open_session)
 

@@ -26,7 +26,7 @@ from tiered_kv.tools.bench.fetch import machine
 from tiered_kv.tools.bench.subject import Subject
 from tiered_kv.tools.demo.workload import own_questions, prompt_ids
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 SHARES, SHARES_QUICK = (0.25, 0.3, 0.4, 0.5, 0.55, 0.6, 0.8, 1.0, 2.0), (0.25, 0.5, 1.0)
 ORDERS = ("demo", "turn")
 QUALITIES = ("exact", "near_exact")
@@ -35,7 +35,7 @@ AMPLE_BYTES = 2 << 30
 LOOK_S, SETTLE_S_MAX = 0.02, 5.0
 
 
-class Request(NamedTuple):
+class DocumentPrompt(NamedTuple):
     """A prompt about a document, and its KV (L, 2, H, T, D) in the dtype of the cache."""
 
     title: str
@@ -53,50 +53,50 @@ class WorkloadResult(NamedTuple):
     codecs: dict[str, Any]
 
 
-def run_held_bench(model: str = "default", quick: bool = False, say: Say = print) -> dict:
+def run_held_bench(model: str = "default", quick: bool = False, log: LogLine = print) -> dict:
     """Measure the hit ratios. Returns the report.
 
     Takes two minutes, most of it for computing the KV. Raises as `Subject.load` if the model cannot be loaded.
     """
     subject = Subject.load(model)
-    in_turn = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, say)
+    in_turn = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, log)
     requests = sorted(in_turn, key=lambda request: request.title)
     layout = KVLayout(requests[0].kv.shape[0], requests[0].kv.shape[2], requests[0].kv.shape[4], "bfloat16")
     namespace = tiered_kv.Namespace.of(subject.model, subject.tokenizer)
     cache = {"layout": layout, "namespace": namespace, "rope": rope_of_model(subject.model)}
     ample = held({"host": AMPLE_BYTES}, requests, cache)
     enough_bytes = _whole_mib(ample.used_bytes * AMPLE_BYTES / ample.capacity_bytes)
-    say(f"{len(requests)} requests, {ample.asked_tokens:,} tokens; W (holds all blocks without a codec): {format_size(enough_bytes)}")
+    log(f"{len(requests)} requests, {ample.asked_tokens:,} tokens; W (holds all blocks without a codec): {format_size(enough_bytes)}")
     results = []
     for order, quality, share in product(ORDERS, QUALITIES, SHARES_QUICK if quick else SHARES):
         host = _whole_mib(share * enough_bytes)
         found = held({"host": host, "quality": quality}, requests if order == "demo" else in_turn, cache)
         ratio = found.hit_tokens / found.asked_tokens
-        say(f"order {order}, {quality} in {share:g} W, {format_size(host)}: hit ratio {ratio:.4f}")
+        log(f"order {order}, {quality} in {share:g} W, {format_size(host)}: hit ratio {ratio:.4f}")
         facts = {"order": order, "quality": quality, "share": share, "host_bytes": host, "hit_ratio": ratio}
         results.append(facts | found._asdict())
     return {"machine": machine(), "model": model, "requests": len(requests), "enough_bytes": enough_bytes, "results": results}
 
 
-def requests_of(subject: Subject, per_document: int, say: Say) -> list[Request]:
+def requests_of(subject: Subject, per_document: int, log: LogLine) -> list[DocumentPrompt]:
     """Returns requests with their KV: one question about each document in turn, `per_document` times.
 
     The KV of each document is computed only once.
     """
     asked = own_questions(per_document)
     in_turn = [question for number in range(per_document) for question in asked[number::per_document]]
-    first: dict[str, Request] = {}
+    first: dict[str, DocumentPrompt] = {}
     requests = []
     for number, question in enumerate(in_turn, 1):
         ids = prompt_ids(subject.tokenizer, question)
-        requests.append(Request(question.title, ids, _computed(subject.model, ids, first.get(question.title))))
+        requests.append(DocumentPrompt(question.title, ids, _computed(subject.model, ids, first.get(question.title))))
         first.setdefault(question.title, requests[-1])
-        say(f"computed the KV of prompt {number} of {len(in_turn)}: {len(ids)} tokens")
+        log(f"computed the KV of prompt {number} of {len(in_turn)}: {len(ids)} tokens")
     return requests
 
 
 @torch.inference_mode()
-def _computed(model: Any, ids: list[int], before: Request | None) -> torch.Tensor:
+def _computed(model: Any, ids: list[int], before: DocumentPrompt | None) -> torch.Tensor:
     """Returns the KV of a prompt in bf16. The KV of the prefix that it shares with `before` is copied from there."""
     tokens = torch.tensor([ids])
     if before is None:
@@ -108,7 +108,7 @@ def _computed(model: Any, ids: list[int], before: Request | None) -> torch.Tenso
     return torch.cat([head, kv_from_cache(cache, common, len(ids)).bfloat16()], 3)
 
 
-def held(config: dict[str, Any], requests: Sequence[Request], cache: dict[str, Any]) -> WorkloadResult:
+def held(config: dict[str, Any], requests: Sequence[DocumentPrompt], cache: dict[str, Any]) -> WorkloadResult:
     """Run the workload once from a cold start, in a cache with the settings `config`. Returns its figures.
 
     `cache`: the arguments of `tiered_kv.open` that describe the model. After each request the background work of the node is

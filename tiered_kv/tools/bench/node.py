@@ -16,7 +16,7 @@ from tiered_kv.protocol.unix_socket import SessionServer
 def main() -> None:
     """Run as `python -m tiered_kv.tools.bench.node '{"host": "1GiB"}' CLUSTER_ID [CLUSTER_NAME]`, with the node's config first."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
-    server = SessionServer(f"{node.directory}/sock", node.open_session, node.catch_up)
+    server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
     write_record(NodeRecord(sys.argv[3] if len(sys.argv) > 3 else sys.argv[2], sys.argv[2], "bench", node.info()))
     try:
         print(json.dumps(node.info()), flush=True)

@@ -136,8 +136,8 @@ def _through(kv: torch.Tensor, codec: Codec, block_tokens: int, tally: _Tally) -
 def encoded_block(kv: torch.Tensor, codec: Codec, start: int, block_tokens: int) -> tuple[torch.Tensor, Encoded]:
     """Returns the raw bytes of the block of `kv` that starts at token `start`, and their encoded form."""
     raw = kv[..., start : start + block_tokens, :].contiguous().view(-1).view(torch.uint8)
-    is_tail = start + 2 * block_tokens > kv.shape[3]
-    return raw, codec.at(start, is_tail).encode(raw)
+    is_last_block = start + 2 * block_tokens > kv.shape[3]
+    return raw, codec.at(start, is_last_block).encode(raw)
 
 
 def _compare(exact: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, tally: _Tally) -> None:

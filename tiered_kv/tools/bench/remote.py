@@ -23,14 +23,14 @@ STARTS_WITHIN_S = 30.0
 
 
 @contextmanager
-def bucket(endpoint: str | None, say: Callable[[str], None]) -> Iterator[str | None]:
+def bucket(endpoint: str | None, log: Callable[[str], None]) -> Iterator[str | None]:
     """Yields the URL of a bucket, and sets the environment variables with which it can be reached.
 
     The server is the one at `endpoint`, or a moto server that is stopped at the end. Yields None, and says so, if nothing can
     be measured because obstore or moto is not installed.
     """
     if find_spec("obstore") is None or (endpoint is None and find_spec("moto") is None):
-        say("object storage is not measured: it needs obstore, and either moto or --endpoint")
+        log("object storage is not measured: it needs obstore, and either moto or --endpoint")
         yield None
         return
     known = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"} if endpoint is None else {}

@@ -27,7 +27,7 @@ def counting(what: str, total: int, console: Console) -> Iterator[Callable[[floa
 
 
 @contextmanager
-def telling(console: Console) -> Iterator[Callable[[str], None]]:
+def line_printer(console: Console) -> Iterator[Callable[[str], None]]:
     """Yields a function that shows the current step.
 
     On a terminal only the last step is visible, elsewhere each gets a line.

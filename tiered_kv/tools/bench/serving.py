@@ -22,12 +22,12 @@ from tiered_kv.checkpoint.manifest import plain_layout
 from tiered_kv.client.connect import client_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout
-from tiered_kv.tools.bench.filled import BenchNode, Blocks
+from tiered_kv.tools.bench.filled import BenchChains, BenchNode
 
 WEIGHTS = "tiered-kv bench worker"
 
 
-class Plan(NamedTuple):
+class ServingWork(NamedTuple):
     """The amount of work to measure.
 
     host_bytes: host memory of the node. bytes_each: size of the checkpoint, which is written repeatedly. fetched_bytes: size of
@@ -41,16 +41,16 @@ class Plan(NamedTuple):
     turn_s: float
 
 
-FULL = Plan(1 << 30, 448 << 20, 64 << 20, 5, 1.2)
-QUICK = Plan(512 << 20, 192 << 20, 64 << 20, 3, 0.7)
+FULL = ServingWork(1 << 30, 448 << 20, 64 << 20, 5, 1.2)
+QUICK = ServingWork(512 << 20, 192 << 20, 64 << 20, 3, 0.7)
 
 
-def measure(place: Path, blocks: Blocks, plan: Plan, say: Callable[[str], None]) -> list[dict]:
+def measure(place: Path, blocks: BenchChains, plan: ServingWork, log: Callable[[str], None]) -> list[dict]:
     """Measure fetch times alone and during checkpoints, in alternation. Returns one record for writing, one for restoring.
 
     The checkpoints are written, or restored, one after the other without a pause.
     """
-    worker, folder = Blocks(blocks.layout, WEIGHTS), place / "serving"
+    worker, folder = BenchChains(blocks.layout, WEIGHTS), place / "serving"
     fetched = worker.chains(plan.fetched_bytes)
     root = blocks.namespace.root(blocks.layout)
     with closing(BenchNode(plan.host_bytes)) as node:
@@ -69,11 +69,11 @@ def measure(place: Path, blocks: Blocks, plan: Plan, say: Callable[[str], None])
         slower = median(busy / quiet for quiet, busy in zip(alone, meanwhile, strict=True))
         times = {"us": round(median(meanwhile) * 1e6, 1), "alone_us": round(median(alone) * 1e6, 1)}
         lines.append({"while": while_, "block_bytes": blocks.layout.block_bytes, "slower": round(slower, 3), **times, "rounds": rounds})
-        say(f"a fetch while {while_} a checkpoint: {slower:.2f} times its time alone, {times['us']:.0f} µs")
+        log(f"a fetch while {while_} a checkpoint: {slower:.2f} times its time alone, {times['us']:.0f} µs")
     return lines
 
 
-def _turns(plan: Plan, fetches: Callable[[float], float], work: Callable[[Event], int]) -> tuple[list[float], list[float], int]:
+def _turns(plan: ServingWork, fetches: Callable[[float], float], work: Callable[[Event], int]) -> tuple[list[float], list[float], int]:
     """Returns the median seconds of a fetch in each turn, alone and during `work`, and the number of rounds of `work`."""
     alone, meanwhile, rounds = [], [], 0
     fetches(plan.turn_s)
@@ -143,7 +143,7 @@ def main() -> None:
     """
     info, layout, chains = json.loads(sys.argv[1]), KVLayout(*json.loads(sys.argv[2])), int(sys.argv[3])
     torch.set_num_threads(1)  # a second thread would wait for the other core, which the node uses
-    blocks = Blocks(layout, WEIGHTS)
+    blocks = BenchChains(layout, WEIGHTS)
     out = torch.zeros(layout.kv_shape(blocks.tokens), dtype=layout.torch_dtype)
     prompts = [blocks.prompt(number) for number in range(chains)]
     with client_of(info, layout, blocks.namespace) as client:

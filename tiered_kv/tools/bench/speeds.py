@@ -75,7 +75,7 @@ def speeds(
     """
     with one_thread():
         return [
-            _speed(_Blocks.of(kvs, name, tokens, rope, calibration), threads, working_set_bytes, turns)
+            _speed(_TextBlocks.of(kvs, name, tokens, rope, calibration), threads, working_set_bytes, turns)
             for tokens in block_tokens
             for name in codecs
         ]
@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _TextBlocks:
     """The blocks of some texts: their raw bytes, and their encoded form in one codec."""
 
     name: str
@@ -109,7 +109,7 @@ class _Blocks:
     encoded: list[Encoded]
 
     @classmethod
-    def of(cls, kvs: Sequence[torch.Tensor], name: str, tokens: int, rope: bytes | None, calibration: Calibration | None) -> "_Blocks":
+    def of(cls, kvs: Sequence[torch.Tensor], name: str, tokens: int, rope: bytes | None, calibration: Calibration | None) -> "_TextBlocks":
         layers, _, heads, _, dim = kvs[0].shape
         layout = KVLayout(layers, heads, dim, kvs[0].dtype, tokens)
         codec = codec_for(name, layout, rope=rope, calibration=calibration)
@@ -129,7 +129,7 @@ class _Blocks:
         return sum(raw.numel() for raw in self.raws) / sum(each.payload.nbytes for each in self.encoded)
 
 
-def _speed(blocks: _Blocks, threads: int, working_set_bytes: int, turns: int) -> dict:
+def _speed(blocks: _TextBlocks, threads: int, working_set_bytes: int, turns: int) -> dict:
     took_s = _took_s([blocks.lane(working_set_bytes // threads) for _ in range(threads)], turns)
     memcpy_s, encode_s, decode_s = (median(took_s[operation]) for operation in OPERATIONS)
     return {

@@ -17,7 +17,7 @@ from tiered_kv.codecs.rotation import turning
 from tiered_kv.integrations.prefix import prefix_kv
 from tiered_kv.integrations.transformers import cache_from_kv
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 SINKS = 4
 
 
@@ -59,7 +59,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedKV:
     """The captured KV of all prompts, and its sensitivity.
 
     kv: (L, N, C) in bf16, a memory-mapped file. fisher: (L, 2, G, C/2G, C/2G), the mean of g gᵀ over tokens, per following
@@ -73,8 +73,8 @@ class Captured:
 
 
 def capture(
-    model: Any, prompts: Sequence[torch.Tensor], geometry: Geometry, folder: Path, continue_tokens: int, every: int, say: Say
-) -> Captured:
+    model: Any, prompts: Sequence[torch.Tensor], geometry: Geometry, folder: Path, continue_tokens: int, every: int, log: LogLine
+) -> CapturedKV:
     """Run the model on prompts (1, n), and capture their KV without the last `continue_tokens` tokens of each.
 
     For one prompt in `every`, these last tokens are used to measure the sensitivity. The KV is written to a file in `folder`:
@@ -100,8 +100,8 @@ def capture(
             gradient = _gradient(model, ids, whole, generator)[..., SINKS:, :]
             _add_outer(fisher, geometry, gradient)
             seen += gradient.shape[3] * continue_tokens
-        say(f"prompt {number + 1} of {len(prompts)}: {starts[number + 1]} tokens of KV")
-    return Captured(kv, fisher / max(seen, 1), tuple(starts[:-1]))
+        log(f"prompt {number + 1} of {len(prompts)}: {starts[number + 1]} tokens of KV")
+    return CapturedKV(kv, fisher / max(seen, 1), tuple(starts[:-1]))
 
 
 def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,12 +15,12 @@ from tiered_kv.identity import tensors_digest
 from tiered_kv.integrations.rope import rope_of_model
 from tiered_kv.integrations.support import check_supported
 from tiered_kv.layout import KVLayout
-from tiered_kv.tools.calibrate.capture import Captured, Geometry, capture
+from tiered_kv.tools.calibrate.capture import CapturedKV, Geometry, capture
 from tiered_kv.tools.calibrate.corpus import TOKENS_MIN, own_texts, prompts_of
 from tiered_kv.tools.calibrate.fit import fit_ecuq, fit_xlayer
 from tiered_kv.tools.calibrate.unit import with_units
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 TOKENS = 80_000
 PROMPT_TOKENS = 1280
 CONTINUE_PART = 5
@@ -38,7 +38,7 @@ BOUND_BLOCK_TOKENS = 64
 
 
 def calibrate(
-    model: Any, tokenizer: Any, texts: Sequence[str] | None = None, *, tokens: int = TOKENS, say: Say = lambda line: None
+    model: Any, tokenizer: Any, texts: Sequence[str] | None = None, *, tokens: int = TOKENS, log: LogLine = lambda line: None
 ) -> Calibration:
     """Calibrate a transformers model on `tokens` tokens of `texts`, by default of texts found on this machine.
 
@@ -56,10 +56,10 @@ def calibrate(
     prompt_tokens = min(PROMPT_TOKENS, longest)
     wanted = -(-tokens * CONTINUE_PART // (CONTINUE_PART - 1))
     prompts = prompts_of(tokenizer, own_texts() if texts is None else texts, wanted, prompt_tokens)
-    return fitted(model, prompts, prompt_tokens // CONTINUE_PART, say)
+    return fitted(model, prompts, prompt_tokens // CONTINUE_PART, log)
 
 
-def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say = lambda line: None) -> Calibration:
+def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, log: LogLine = lambda line: None) -> Calibration:
     """Calibrate a model on prompts (1, n) of any number, as `calibrate` does. Returns the calibration.
 
     The tables are fitted to the KV of each prompt without its last `continue_tokens` tokens.
@@ -74,15 +74,15 @@ def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, sa
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim, groups, rope)
     with tempfile.TemporaryDirectory(prefix="tiered-kv-calibrate-") as folder:
         every = max(len(prompts) // SENSITIVITY_PROMPTS, 1)
-        captured = capture(model, prompts, geometry, Path(folder), continue_tokens, every, say)
+        captured = capture(model, prompts, geometry, Path(folder), continue_tokens, every, log)
         ecuq = fit_ecuq(captured, geometry)
-        xlayer = fit_xlayer(captured, geometry, say)
-        say("computing the digests of the weights")
+        xlayer = fit_xlayer(captured, geometry, log)
+        log("computing the digests of the weights")
         facts = {"model": _name_of(model), "weights": weights_digests(model), "tokens": captured.kv.shape[1]}
         sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "rope": rope, "rope_halves": True}
         made = Calibration(**facts, **sizes, ecuq=ecuq, xlayer=xlayer)
-        made = with_units(made, model, prompts, continue_tokens, say)
-        say("measuring the error bounds of the codecs")
+        made = with_units(made, model, prompts, continue_tokens, log)
+        log("measuring the error bounds of the codecs")
         return with_errors(made, captured, geometry)
 
 
@@ -108,7 +108,7 @@ def weights_digests(model: Any) -> tuple[str, ...]:
     )
 
 
-def with_errors(made: Calibration, captured: Captured, geometry: Geometry) -> Calibration:
+def with_errors(made: Calibration, captured: CapturedKV, geometry: Geometry) -> Calibration:
     """Returns the calibration with error bounds: the highest relative error of some fitted blocks for each codec and step."""
     tokens = min(BOUND_BLOCK_TOKENS, captured.kv.shape[1])
     layout = KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, "bfloat16", tokens)
@@ -118,7 +118,7 @@ def with_errors(made: Calibration, captured: Captured, geometry: Geometry) -> Ca
     flat = [block.contiguous().view(-1).view(torch.uint8) for block in blocks]
     errors = {}
     for name in ("ecuq", "xlayer"):
-        codecs = [codec_for(f"{name}:{step}", layout, calibration=made).at(tokens, is_tail=False) for step in STEPS]
+        codecs = [codec_for(f"{name}:{step}", layout, calibration=made).at(tokens, is_last_block=False) for step in STEPS]
         found = [max(codec.distance(each) for each in flat) for codec in codecs]
         least = np.minimum.accumulate(found[::-1])[::-1]  # at very fine steps codes exceed their range, and errors grow again
         errors[name] = tuple((step, max(float(error), 1e-9)) for step, error in zip(STEPS, least, strict=True))

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from tiered_kv.codecs.calibrated.tables import EcuqTables, XlayerTables
-from tiered_kv.tools.calibrate.capture import Captured, Geometry
+from tiered_kv.tools.calibrate.capture import CapturedKV, Geometry
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 STEP = 1e-4
 """The step at which layers are fitted. The tables work for other steps too."""
 RIDGE = 1e-3
@@ -31,7 +31,7 @@ V needs finer steps, because its errors add up over the tokens that attend to it
 """
 
 
-def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
+def fit_ecuq(captured: CapturedKV, geometry: Geometry) -> EcuqTables:
     """Returns mean, step and spread of each channel, in the order (2, H, D)."""
     layers, channels = geometry.layers, geometry.channels
     mean, spread = torch.empty(layers, channels), torch.empty(layers, channels)
@@ -46,7 +46,7 @@ def fit_ecuq(captured: Captured, geometry: Geometry) -> EcuqTables:
     return EcuqTables(*(_plain(each, geometry) for each in (mean, width, spread / width)))
 
 
-def fit_xlayer(captured: Captured, geometry: Geometry, say: Say) -> XlayerTables:
+def fit_xlayer(captured: CapturedKV, geometry: Geometry, log: LogLine) -> XlayerTables:
     """Returns the tables of the transform codec. Needs memory for the KV of four layers in float32."""
     layers, groups, size = geometry.layers, geometry.groups, geometry.channels // geometry.groups
     mean, spread = torch.empty(layers, groups, size), torch.empty(layers, groups, size)
@@ -62,7 +62,7 @@ def fit_xlayer(captured: Captured, geometry: Geometry, say: Say) -> XlayerTables
             decoded = _decoded(x, features, matrix[layer, group])
             features[:, :size] = features[:, size:]
             features[:, size:] = decoded
-            say(f"fitted layer {layer + 1} of {layers}" + (f", group {group + 1} of {groups}" if groups > 1 else ""))
+            log(f"fitted layer {layer + 1} of {layers}" + (f", group {group + 1} of {groups}" if groups > 1 else ""))
     return XlayerTables(mean.view(layers, -1), spread.view(layers, -1), matrix)
 
 

@@ -16,7 +16,7 @@ from tiered_kv.codecs.calibrated.tables import Calibration, EcuqTables, XlayerTa
 from tiered_kv.integrations.prefix import continued, prefix_kv
 from tiered_kv.layout import KVLayout
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 PROMISED = {"ecuq:1e-4": 2.05e-3, "xlayer:2e-4": 3.4e-3}
 """The promised KL of these codecs, in nats per token after an encoded prefix: the median over prompts.
 
@@ -26,18 +26,18 @@ UNIT_PROMPTS = 24
 FACTOR_MAX = 8.0
 
 
-def with_units(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say) -> Calibration:
+def with_units(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, log: LogLine) -> Calibration:
     """Returns the calibration with its steps scaled to the promised KL, by at most a factor of 8 in either direction.
 
     The KL is measured on some of the prompts. Cost for each of them: one prefill, and three runs of the tokens after it.
     """
-    kl = measured(made, model, prompts[:: max(len(prompts) // UNIT_PROMPTS, 1)], continue_tokens, say)
+    kl = measured(made, model, prompts[:: max(len(prompts) // UNIT_PROMPTS, 1)], continue_tokens, log)
     factors = {name.partition(":")[0]: (PROMISED[name] / each) ** 0.5 if each > 0 else 1.0 for name, each in kl.items()}
     ecuq, xlayer = (min(max(factors.get(name, 1.0), 1 / FACTOR_MAX), FACTOR_MAX) for name in ("ecuq", "xlayer"))
     return replace(made, ecuq=ecuq_times(made.ecuq, ecuq), xlayer=xlayer_times(made.xlayer, xlayer))
 
 
-def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, say: Say) -> dict[str, float]:
+def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, log: LogLine) -> dict[str, float]:
     """Measure the KL of each promised codec, between exact and decoded KV, over the last `continue_tokens` of prompts (1, n).
 
     Returns the median over prompts for each codec. Prompts for which a codec fell back to another one are not counted. A codec
@@ -58,7 +58,7 @@ def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], con
                 codec.decode_kv(encoded.payload, decoded := torch.empty_like(kv))
                 other = continued(model, ids, decoded)
                 values.append(float((exact.exp() * (exact - other)).sum(-1).mean()))
-        say(f"measuring the KL of a step: prompt {number} of {len(prompts)}")
+        log(f"measuring the KL of a step: prompt {number} of {len(prompts)}")
     return {name: float(np.median(values)) for name, values in found.items() if values}
 
 

@@ -23,7 +23,7 @@ def _loaded(model: str | None, dtype: str, threads: int) -> tuple[Any, Any]:
     return load_model(model, getattr(torch, dtype))
 
 
-class _FirstToken:
+class _FirstTokenStreamer:
     """A streamer that records the time of the first new token."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Reference:
         return {"output_ids": sequence[len(ids) :], "ttft_s": seconds}
 
     def _generate(self, ids: Sequence[int], new_tokens: int, cache: Any) -> tuple[Any, float]:
-        first = _FirstToken()
+        first = _FirstTokenStreamer()
         reuse = {} if cache is None else {"past_key_values": cache}
         output = self._model.generate(
             torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, streamer=first, **reuse

@@ -52,7 +52,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     prompts, tokenizer = prompts_of(model, asked, options.new_tokens)
     name = f"demo-{os.getpid()}"
     with ExitStack() as stack:
-        start.up(config, name=name, nodes=options.nodes, say=console.print)
+        start.up(config, name=name, nodes=options.nodes, log=console.print)
         stack.callback(start.down, name)
         with _Processes(options, model, name, console) as processes:
             requests = _ask(options, processes, asked, prompts, console)

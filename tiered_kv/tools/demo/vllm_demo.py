@@ -49,7 +49,7 @@ def run_vllm_demo(options: "DemoOptions", config: Config, console: Console) -> d
         stack.enter_context(_ended_by_sigterm())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tkv-demo-"))
         stack.enter_context(_own_state(folder))
-        start.up(config, name=name, nodes=options.nodes, say=console.print)
+        start.up(config, name=name, nodes=options.nodes, log=console.print)
         stack.callback(start.down, name)
         nodes = [node["node"] for node in start.describe(name)["nodes"]]
         longest = max(map(len, prompts)) + options.new_tokens

@@ -30,7 +30,7 @@ _SHARES = re.compile(r"tiered_kv shares blocks of (\d+) tokens and (\d+) bytes")
 _ERROR = re.compile(r"(Error|error|refused|cannot)\b")
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
     """The new tokens of one request, their text, and the seconds from the request to the first token."""
 
     token_ids: list[int]
@@ -89,7 +89,7 @@ class VllmServer:
             yield waited_s
             time.sleep(1.0)
 
-    def ask(self, prompt: Sequence[int] | str, new_tokens: int, salt: str | None = None) -> Answer:
+    def ask(self, prompt: Sequence[int] | str, new_tokens: int, salt: str | None = None) -> Completion:
         """Complete a prompt greedily. `salt`: only requests with the same salt share KV. Raises (kind `model`) if the request fails."""
         body = {"model": "demo", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True, "return_token_ids": True}
         if salt is not None:
@@ -108,7 +108,7 @@ class VllmServer:
             raise TieredKVError(
                 Kind.MODEL, f"vLLM server {self.name} did not answer ({error!r}); its log ends:\n{self.log_end()}"
             ) from error
-        return Answer(ids, text, first_s)
+        return Completion(ids, text, first_s)
 
     def metrics(self) -> dict[str, float]:
         """Returns vLLM's counters: by name, and by `name:value` for each value of the labels `source`, `tier`."""

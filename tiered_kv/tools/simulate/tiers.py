@@ -162,11 +162,11 @@ class TieredCache:
             self.writes[Tier.HOST] += len(taken)
             present += len(taken)
 
-    def _room(self, tier: Tier, keys: Sequence[int], tail: int | None) -> int:
+    def _room(self, tier: Tier, keys: Sequence[int], last_block: int | None) -> int:
         """Makes room for `keys` in a memory tier. Returns how many more blocks fit into it afterwards."""
         lacking = len(keys) - self._free(tier)
         if lacking > 0:
-            self._handle(ev.Needed(tier, lacking, tail, keys, self._now_s))
+            self._handle(ev.Needed(tier, lacking, last_block, keys, self._now_s))
         return self._free(tier)
 
     def _free(self, tier: Tier) -> int:

@@ -10,7 +10,7 @@ from tiered_kv.tiers.disk.footer import ENTRY_BYTES, Entry, footer_bytes, pack_r
 from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter
 
 
-class Live(NamedTuple):
+class LiveBlock(NamedTuple):
     """A block that was not forgotten."""
 
     key: BlockKey
@@ -27,7 +27,7 @@ class Segment:
     id: int
     nbytes: int = 0
     writer: SegmentWriter | None = None
-    live: dict[int, Live] = field(default_factory=dict)
+    live: dict[int, LiveBlock] = field(default_factory=dict)
     rows: dict[int, bytes] = field(default_factory=dict)
 
     @property
@@ -37,7 +37,7 @@ class Segment:
 
     def place(self, entry: Entry) -> Location:
         """Record a written frame: its block is live now. Returns its location."""
-        self.live[entry.offset] = Live(entry.key, entry.stored_bytes)
+        self.live[entry.offset] = LiveBlock(entry.key, entry.stored_bytes)
         self.rows[entry.offset] = pack_row(entry)
         return location_of(self.id, entry)
 

@@ -11,7 +11,7 @@ ANSWER_WITHIN_S = 10.0
 RECEIVE_WITHIN_S = 30.0  # for copying an answer that is ready, which may be large
 
 
-def asking(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:
+def calls_to(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:
     """Returns a function that calls a method on several nodes at once. This process must have joined the cluster's Ray.
 
     The function returns one answer for each node. A node that fails, or does not answer within `within_s` seconds,
