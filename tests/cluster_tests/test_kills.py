@@ -4,12 +4,10 @@
 """
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
-from tests.faults import history
-from tests.faults.kills import FAULTS, VICTIM, Fault, Kills, kills
+from tests.faults.kills import FAULTS, VICTIM, run_all
 from tests.faults.local_cluster import RAYLET
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -19,15 +17,8 @@ LATE_MS = 500.0
 CAUSED = FAULTS if os.environ.get("TIERED_KV_LONG_TESTS") else tuple(fault for fault in FAULTS if fault.what in (VICTIM, RAYLET))
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[Kills]:
-    with kills("test-kills") as run:
-        yield run
-
-
-@pytest.mark.parametrize("fault", CAUSED, ids=[fault.name for fault in CAUSED])
-def test_workers_go_on_and_the_cluster_is_whole_again(run: Kills, fault: Fault) -> None:
-    found = run.cause(fault)
-    print(found)
+def test_workers_go_on_while_each_process_is_killed_and_stopped_and_the_cluster_is_whole_again() -> None:
+    found = run_all(CAUSED, print)
+    print(found["operations"], "operations")
+    assert found["wrong"] == []
     assert found["longest_fetch_beyond_its_deadline_ms"] < LATE_MS
-    assert history.faults_of(run.cluster.workers.history()) == []

@@ -83,14 +83,14 @@ class Worker:
 
 
 def sessions_of(leaders: set[int]) -> list[int]:
-    """All processes of these sessions."""
+    """All processes of these sessions that have not ended."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) in leaders:
+        if int(fields[3]) in leaders and fields[0] != "Z":
             found.append(int(name))
     return found
 
