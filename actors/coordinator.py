@@ -22,7 +22,7 @@ class ClusterDescription(TypedDict):
     lost: dict[str, float]
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
 class CoordinatorActor:
     """Forwards calls to a `Coordinator`."""
 

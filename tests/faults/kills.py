@@ -146,8 +146,7 @@ def kills(name: str) -> Iterator[Kills]:
             yield run
             assert set(cluster.workers.end_all().values()) == {0}
         finally:
-            for worker in list(cluster.workers._processes):
-                cluster.workers.kill(worker)
+            cluster.workers.kill_all()
             cluster.down()
             os.environ.pop("TIERED_KV_STATE")
             if before is not None:

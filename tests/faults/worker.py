@@ -12,6 +12,7 @@ import random
 import select
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ def expected_of(keys: list[BlockKey]) -> list[str]:
 
 
 class Worker:
-    """Fetches and stores documents through one client, and appends what it did to a file."""
+    """Fetches and stores documents through one client, and calls `write` with each operation."""
 
-    def __init__(self, client: Client, name: str, out: Path, documents: Documents) -> None:
+    def __init__(self, client: Client, name: str, documents: Documents, write: Callable[[Operation], object]) -> None:
         self._client = client
         self._name = name
-        self._out = out.open("a", buffering=1)
+        self._write = write
         self._documents = documents
         self._buffer = torch.empty(LAYOUT.kv_shape(BLOCKS * LAYOUT.block_tokens), dtype=LAYOUT.torch_dtype)
 
@@ -105,12 +106,12 @@ class Worker:
         """Stores a document."""
         keys, error, refused = keys_of(document, TENANT, LAYOUT), "", 0
         begun_ns = time.monotonic_ns()
-        self._write("storing", begun_ns, keys, expected_of(keys))
+        self._record("storing", begun_ns, keys, expected_of(keys))
         try:
             refused = self._client.store(tokens_of(document), kv_of(keys, LAYOUT)).refused
         except Exception as raised:  # noqa: BLE001 - what the tests look for; the history says it
             error = repr(raised)
-        self._write("store", begun_ns, keys, expected_of(keys), refused=refused, error=error)
+        self._record("store", begun_ns, keys, expected_of(keys), refused=refused, error=error)
 
     def fetch(self, document: int) -> None:
         """Fetches a document."""
@@ -123,13 +124,13 @@ class Worker:
             error = repr(raised)
         ended_ns, t = time.monotonic_ns(), LAYOUT.block_tokens
         digests = [digest_of(self._buffer[..., at * t : (at + 1) * t, :]) for at in range(blocks)]
-        self._write("fetch", begun_ns, keys[:blocks], digests, ended_ns=ended_ns, tiers=dict(tiers), deadline_ms=DEADLINE_MS, error=error)
+        self._record("fetch", begun_ns, keys[:blocks], digests, ended_ns=ended_ns, tiers=dict(tiers), deadline_ms=DEADLINE_MS, error=error)
 
-    def _write(self, kind: str, begun_ns: int, keys: list[BlockKey], digests: list[str], **more: Any) -> None:
+    def _record(self, kind: str, begun_ns: int, keys: list[BlockKey], digests: list[str], **more: Any) -> None:
         names = tuple(bytes(key).hex() for key in keys)
         more = {"ended_ns": time.monotonic_ns()} | more
         operation = Operation(self._name, kind, begun_ns, keys=names, asked=BLOCKS, digests=tuple(digests), **more)
-        self._out.write(operation.line())
+        self._write(operation)
 
 
 def client_on(cluster: str, node_id: str | None) -> Client:
@@ -157,8 +158,8 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     documents = Documents(given.number, given.workers, given.kept)
-    with client_on(given.cluster, given.node_id) as client:
-        worker = Worker(client, given.out.stem, given.out, documents)
+    with client_on(given.cluster, given.node_id) as client, given.out.open("a", buffering=1) as out:
+        worker = Worker(client, given.out.stem, documents, lambda operation: out.write(operation.line()))
         print("attached", flush=True)
         while not select.select([sys.stdin], [], [], given.pause_ms / 1000)[0]:
             worker.step()

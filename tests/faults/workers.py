@@ -31,10 +31,18 @@ class Workers:
         self._cluster = cluster
         self._processes: dict[str, subprocess.Popen] = {}
 
-    def start(self, name: str, *arguments: str, start: Start = subprocess.Popen, env: dict[str, str] | None = None) -> None:
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        start: Start = subprocess.Popen,
+        env: dict[str, str] | None = None,
+        module: str = "tests.faults.worker",
+        out: Path | None = None,
+    ) -> None:
         """Starts a worker, and waits until it has attached. `start`: as `subprocess.Popen`."""
-        out = self._folder / f"{name}.jsonl"
-        command = [sys.executable, "-m", "tests.faults.worker", "--cluster", self._cluster, "--out", str(out), *arguments]
+        out = out or self._folder / f"{name}.jsonl"
+        command = [sys.executable, "-m", module, "--cluster", self._cluster, "--out", str(out), *arguments]
         worker = start(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._processes[name] = worker
         assert worker.stdout.readline() == "attached\n", "the worker has ended; its error output says why"
@@ -52,6 +60,11 @@ class Workers:
         worker = self._processes.pop(name)
         worker.kill()
         self._close(worker)
+
+    def kill_all(self) -> None:
+        """`kill -9` for each that has not ended."""
+        for name in list(self._processes):
+            self.kill(name)
 
     def end(self, name: str) -> int:
         """Lets a worker finish its operation and end. Returns its exit status."""
