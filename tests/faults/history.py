@@ -17,16 +17,17 @@ class Operation:
 
     A killed worker leaves the beginning of its last store, because its blocks may be visible before it returns.
 
-    begun_ns, ended_ns: of CLOCK_MONOTONIC, which all processes of a machine share. keys: of the blocks that are stored or were
-    fetched, the first block of the prompt first, as hexadecimal digits. asked: number of blocks in the request. digests: of the bytes
-    of each of these blocks. tiers: tokens of a fetch by the tier that had them. refused: blocks of a store that the node did not take.
-    deadline_ms: of a fetch. error: the exception that left the client, "" if none did.
+    begun_ns, ended_ns: of CLOCK_MONOTONIC, which all processes of a machine share. document: its number in `tests.hostile.content`.
+    keys: of the blocks that are stored or were fetched, the first block of the prompt first, as hexadecimal digits. asked: number of
+    blocks in the request. digests: of the bytes of each of these blocks. tiers: tokens of a fetch by the tier that had them. refused:
+    blocks of a store that the node did not take. deadline_ms: of a fetch. error: the exception that left the client, "" if none did.
     """
 
     worker: str
     kind: str
     begun_ns: int
     ended_ns: int
+    document: int = -1
     keys: tuple[str, ...] = ()
     asked: int = 0
     digests: tuple[str, ...] = ()

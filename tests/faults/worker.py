@@ -106,12 +106,12 @@ class Worker:
         """Stores a document."""
         keys, error, refused = keys_of(document, TENANT, LAYOUT), "", 0
         begun_ns = time.monotonic_ns()
-        self._record("storing", begun_ns, keys, expected_of(keys))
+        self._record("storing", document, begun_ns, keys, expected_of(keys))
         try:
             refused = self._client.store(tokens_of(document), kv_of(keys, LAYOUT)).refused
         except Exception as raised:  # noqa: BLE001 - what the tests look for; the history says it
             error = repr(raised)
-        self._record("store", begun_ns, keys, expected_of(keys), refused=refused, error=error)
+        self._record("store", document, begun_ns, keys, expected_of(keys), refused=refused, error=error)
 
     def fetch(self, document: int) -> None:
         """Fetches a document."""
@@ -124,12 +124,14 @@ class Worker:
             error = repr(raised)
         ended_ns, t = time.monotonic_ns(), LAYOUT.block_tokens
         digests = [digest_of(self._buffer[..., at * t : (at + 1) * t, :]) for at in range(blocks)]
-        self._record("fetch", begun_ns, keys[:blocks], digests, ended_ns=ended_ns, tiers=dict(tiers), deadline_ms=DEADLINE_MS, error=error)
+        self._record(
+            "fetch", document, begun_ns, keys[:blocks], digests, ended_ns=ended_ns, tiers=dict(tiers), deadline_ms=DEADLINE_MS, error=error
+        )
 
-    def _record(self, kind: str, begun_ns: int, keys: list[BlockKey], digests: list[str], **more: Any) -> None:
+    def _record(self, kind: str, document: int, begun_ns: int, keys: list[BlockKey], digests: list[str], **more: Any) -> None:
         names = tuple(bytes(key).hex() for key in keys)
         more = {"ended_ns": time.monotonic_ns()} | more
-        operation = Operation(self._name, kind, begun_ns, keys=names, asked=BLOCKS, digests=tuple(digests), **more)
+        operation = Operation(self._name, kind, begun_ns, document=document, keys=names, asked=BLOCKS, digests=tuple(digests), **more)
         self._write(operation)
 
 
