@@ -85,7 +85,7 @@ def test_a_cut_that_is_healed_before_ray_gives_the_machine_up_costs_misses_only(
 
 @pytest.mark.skipif("TIERED_KV_LONG_TESTS" not in os.environ, reason="takes a minute; make hostile runs it")
 def test_after_a_cut_in_which_ray_gave_the_machine_up_its_worker_still_hits_what_is_in_memory(ray: RayMachines) -> None:
-    """Ray declares the machine dead, and its raylet ends itself after the heal, and with it the cache node."""
+    """Its raylet ends itself after the heal, and with it the cache node. A Ray that is started there again gets its node back."""
     begun_ns = time.monotonic_ns()
     wait_until(lambda: history.hits(ray.workers.history(begun_ns))["peer"], WHOLE_WITHIN_S, "blocks cross the link")
     ray.machines.cut(1)
@@ -103,4 +103,7 @@ def test_after_a_cut_in_which_ray_gave_the_machine_up_its_worker_still_hits_what
     alone = of(1, ray.workers.history(alone_ns))
     assert history.hits(alone)["host"] > 0, "files in shared memory outlive their node"
     assert all(each.refused for each in alone if each.kind == "store" and each.begun_ns > alone_ns + 1e9 / 2)
+    assert_right(ray, begun_ns)
+    ray.start_ray(1)
+    assert_whole(ray, time.monotonic_ns())
     assert_right(ray, begun_ns)

@@ -37,17 +37,18 @@ class RayMachines:
         return raylocal._ray_environment(self._token) | self._settings | state
 
     def start_ray(self, number: int) -> None:
-        """Starts the Ray node of a machine, and waits until it has joined."""
+        """Starts the Ray node of a machine, again if one has ended there, and waits until it has joined."""
         machine = self.machines[number]
         role = ["--head", f"--port={PORT}", "--include-dashboard=false", "--no-monitor"] if number == 0 else [f"--address={self.address}"]
         temp_dir = f"{self._own}/{number}"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", f"--node-ip-address={machine.address}"]
         command += ["--disable-usage-stats", "--include-log-monitor=false", "--num-cpus=1", f"--temp-dir={temp_dir}"]
         command += [f"--object-store-memory={raylocal.OBJECT_STORE_BYTES_MIN}"]
+        ready = machine.path(f"{temp_dir}/ray_current_cluster")
+        ready.unlink(missing_ok=True)
         log = (self._scratch / f"ray-{number}.log").open("a")
         ray = machine.start(command, env=self.environment(number), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         log.close()
-        ready = machine.path(f"{temp_dir}/ray_current_cluster")
         wait_until(lambda: ready.exists() or ray.poll() is not None, START_WITHIN_S, f"Ray on machine {number}")
         assert ready.exists(), (self._scratch / f"ray-{number}.log").read_text()[-2000:]
 
