@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.keys import BlockKey
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,18 @@ AWAY = (Tier.OBJECTS, Tier.CHECKPOINT)
 
 PEER = "peer"
 """The label in `tokens_by_tier` for tokens that another node holds or delivered."""
+
+
+class BlockInfo(NamedTuple):
+    """A block and its place in its chain: its key, its parent's key, the root of its model, and the number of its ancestors.
+
+    `parent`: None for the first block of a chain, or if unknown. `root`, `depth`: None if unknown.
+    """
+
+    key: BlockKey
+    parent: BlockKey | None
+    root: BlockKey | None
+    depth: int | None = None
 
 
 class Location(NamedTuple):

@@ -170,7 +170,7 @@ class Config:
         if getattr(self, other) not in (None, rest):
             raise TieredKVError(
                 Kind.CONFIG,
-                f"{setting}: its {other} must equal the setting {other}, got {value!r} and {getattr(self, other)!r}, which differ",
+                f"{setting}: names {other} {rest!r}, but the setting {other} is {getattr(self, other)!r}; give only one of them",
                 setting=setting,
             )
         object.__setattr__(self, setting, size)

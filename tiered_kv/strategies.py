@@ -65,9 +65,10 @@ class BaseEvictionStrategy:
         access_counts: Mapping[Hashable, int],
         num_to_evict: int,
     ) -> list[Hashable]:
-        """Returns victims computed from the times of last uses and the counts of uses. A new policy replays them in order of time.
+        """Returns `num_to_evict` keys of `cache`, chosen from the time of each key's last use and its number of uses.
 
-        Only the order of the counts matters. A key without a time is the oldest. A key without a count was used once.
+        A new policy of this kind is given each key at its time, the more often the higher its count ranks, and picks the victims. Only the
+        order of the counts matters. A key without a time is the oldest. A key without a count was used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))

@@ -23,6 +23,7 @@ from tiered_kv.config import Config, format_size, parse_size
 from tiered_kv.errors import Kind, TieredKVError
 
 if TYPE_CHECKING:
+    from tiered_kv.checkpoint.call_nodes import CallNodes
     from tiered_kv.checkpoint.garbage_collection import CollectionResult
     from tiered_kv.checkpoint.manifest import Model
     from tiered_kv.checkpoint.repository import CheckpointSummary, Repository
@@ -73,10 +74,14 @@ def _add_checkpoint(commands: Any, add_name: Callable) -> None:
         metavar="N",
         help="after each checkpoint, delete all but the newest N, and the packs that no checkpoint uses any more",
     )
+    _add_rate_and_cluster(command, add_name)
+    command.add_argument("--json", action="store_true", help="print the figures as JSON, one line per checkpoint")
+
+
+def _add_rate_and_cluster(command: argparse.ArgumentParser, add_name: Callable) -> None:
     command.add_argument("--max-rate", metavar="SIZE", help="maximum bytes per second, for example 100MiB (default: no limit)")
     add_name(command)
     command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON, one line per checkpoint")
 
 
 def _add_namespace(command: argparse.ArgumentParser) -> None:
@@ -120,13 +125,37 @@ def _checkpoint(options: argparse.Namespace, console: Console) -> int:
 def _write_checkpoint(
     options: argparse.Namespace, console: Console, repository: "Repository", given: _CheckpointOptions, stopped: Event
 ) -> None:
-    from tiered_kv.checkpoint.restore import matches
-    from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob
     from tiered_kv.cluster import start
     from tiered_kv.node.checkpoints.steps import NoteRequest, WrittenCheckpoint
 
     about = start.describe(options.name)
     nodes, call = [node["node"] for node in about["nodes"]], calls_to_nodes(options.name)
+    taken, seconds = _take_when_free(options, console, repository, given, stopped, nodes, call)
+    call(nodes, NoteRequest(WrittenCheckpoint(name=taken.name, url=repository.store.url, at_s=time.time(), blocks=taken.blocks)))
+    _report_checkpoint(console, taken, seconds)
+    collected = repository.collect(options.keep) if options.keep else None
+    if collected is not None:
+        _report_collected(console, collected)
+    tokens = about["config"].block_tokens
+    sized = "" if tokens == Config.block_tokens else f" --block-tokens {tokens}"
+    print_line(console, f"to restore it:  tiered-kv up{sized} --restore {options.url}")
+    if options.json:
+        print(json.dumps({**taken._asdict(), "seconds": round(seconds, 3), "collected": collected and collected._asdict()}), flush=True)
+
+
+def _take_when_free(
+    options: argparse.Namespace,
+    console: Console,
+    repository: "Repository",
+    given: _CheckpointOptions,
+    stopped: Event,
+    nodes: list[str],
+    call: "CallNodes",
+) -> "tuple[CheckpointResult, float]":
+    """Write a checkpoint as soon as no other one keeps the nodes busy. Returns its counts, and the seconds that it took."""
+    from tiered_kv.checkpoint.restore import matches
+    from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob
+
     wanted = CheckpointFilter(
         given.tiers, lambda model: not options.namespace or matches(model, options.namespace), options.min_hits, False
     )
@@ -145,8 +174,7 @@ def _write_checkpoint(
                 stopped=stopped,
             )
             try:
-                taken = job.take(wanted)
-                break
+                return job.take(wanted), time.monotonic() - begun_s
             except TieredKVError as error:
                 if not error.context.get("busy"):
                     raise
@@ -155,17 +183,6 @@ def _write_checkpoint(
                     print_line(console, f"waiting: {reported}")
         if stopped.wait(BUSY_POLL_S):
             raise TieredKVError(Kind.STORAGE, "the checkpoint was stopped before it started")
-    seconds = time.monotonic() - begun_s
-    call(nodes, NoteRequest(WrittenCheckpoint(name=taken.name, url=repository.store.url, at_s=time.time(), blocks=taken.blocks)))
-    _report_checkpoint(console, taken, seconds)
-    collected = repository.collect(options.keep) if options.keep else None
-    if collected is not None:
-        _report_collected(console, collected)
-    tokens = about["config"].block_tokens
-    sized = "" if tokens == Config.block_tokens else f" --block-tokens {tokens}"
-    print_line(console, f"to restore it:  tiered-kv up{sized} --restore {options.url}")
-    if options.json:
-        print(json.dumps({**taken._asdict(), "seconds": round(seconds, 3), "collected": collected and collected._asdict()}), flush=True)
 
 
 def _report_checkpoint(console: Console, taken: "CheckpointResult", seconds: float) -> None:
@@ -211,9 +228,7 @@ def _add_restore(commands: Any, add_name: Callable, add_settings: Callable, conf
         metavar="M",
         help="restore for M tensor-parallel ranks: blocks written for another number of ranks are split or joined by heads",
     )
-    command.add_argument("--max-rate", metavar="SIZE", help="maximum bytes per second (default: no limit)")
-    add_name(command)
-    command.add_argument("--address", help="host:port of the Ray cluster (default: the address in this machine's state file)")
+    _add_rate_and_cluster(command, add_name)
     add_settings(command)
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 

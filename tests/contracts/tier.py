@@ -123,16 +123,14 @@ class LogTierContract(TierContract):
             assert tier.keys_in(segment) == []
         self.assert_holds(tier, self.put_all(tier, range(1000, 1004)))
 
-    def test_the_next_owner_finds_everything_with_its_lineage(self, tier: LogTier, tmp_path: Path) -> None:
+    def test_the_next_owner_finds_everything_with_its_ancestry(self, tier: LogTier, tmp_path: Path) -> None:
         assert tier.recovered() == []
         records = {record.key: record for record in (self.record(number, 4096) for number in range(12))}
         held = self.put_all(tier, range(12))
         self.leave(tier)
         with self.make(tmp_path) as heir:
             recovered = heir.recovered()
-            assert [(block.key, block.parent, block.root) for block in recovered] == [
-                (key, record.parent, record.root) for key, record in records.items()
-            ]
+            assert [block.info for block in recovered] == [record.info for record in records.values()]
             assert {block.key: block.location for block in recovered} == held
             assert heir.recovered() == []
             self.assert_holds(heir, held)

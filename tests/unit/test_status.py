@@ -84,7 +84,7 @@ def test_a_restore_and_the_last_checkpoint_are_shown(node_factory, client_factor
     depths = {entry.key: depth for depth, entry in enumerate(info.entries)}
     blocks = [
         MountedBlock(
-            *(entry.key, entry.parent, entry.root, depths[entry.key]),
+            entry.info._replace(depth=depths[entry.key]),
             Location(Tier.CHECKPOINT, entry.codec, 0, entry.offset, entry.stored_bytes, entry.raw_bytes),
             1,
         )

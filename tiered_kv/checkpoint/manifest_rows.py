@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.keys import KEY_BYTES, BlockKey
 
 ROWS_MAX = 1 << 26
@@ -51,6 +52,11 @@ class Row(NamedTuple):
     codec: int
     tier: int
     hits: int
+
+    @property
+    def info(self) -> BlockInfo:
+        """The block and its place in its chain."""
+        return BlockInfo(self.key, self.parent, self.root, self.depth)
 
 
 def pack_rows(rows: Sequence[Row], roots: Sequence[BlockKey], packs: Sequence[int]) -> dict[str, bytes]:

@@ -196,11 +196,7 @@ class Repository:
         named = {pack for manifest in manifests for pack, _ in manifest.packs}
         entries: dict[BlockId, PackEntry] = {}
         for name, listed in self._each(self._entries, [(name, nbytes) for name, nbytes in packs.items() if name not in named]):
-            entries |= {
-                (each.key, each.root): PackEntry(name, each.offset, each.stored_bytes, each.raw_bytes, each.codec)
-                for each in listed
-                if each.root is not None
-            }
+            entries |= entries_in(name, listed)
         for manifest in sorted(manifests, key=lambda each: each.created_s):
             whole = [packs.get(name) == nbytes for name, nbytes in manifest.packs]
             entries |= {
@@ -402,3 +398,12 @@ def _listed(name: str, manifest: Manifest | TieredKVError, users: dict[str, int]
 
 def _name_digest(name: bytes) -> str:
     return blake2b(name, digest_size=32).hexdigest()
+
+
+def entries_in(pack: str, listed: Iterable[Entry]) -> dict[BlockId, PackEntry]:
+    """Returns the entries of a pack's footer by block, without blocks of an unknown root."""
+    return {
+        (each.key, each.root): PackEntry(pack, each.offset, each.stored_bytes, each.raw_bytes, each.codec)
+        for each in listed
+        if each.root is not None
+    }

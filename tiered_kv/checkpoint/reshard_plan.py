@@ -209,7 +209,7 @@ def _namespace(model: Model) -> Namespace:
     try:
         return Namespace(**(model.namespace or {}))
     except TypeError as error:
-        raise TieredKVError(Kind.LAYOUT, "its namespace is unknown") from error
+        raise TieredKVError(Kind.LAYOUT, "the checkpoint does not describe its namespace") from error
 
 
 def _name(model: Model) -> str:

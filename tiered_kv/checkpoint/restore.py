@@ -6,7 +6,7 @@ from operator import attrgetter
 from threading import Event
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.checkpoint.call_nodes import CallNodes, call_all
 from tiered_kv.checkpoint.manifest import Manifest, Model
 from tiered_kv.checkpoint.manifest_rows import Row
@@ -174,7 +174,9 @@ def _resharded(manifest: Manifest, targets: Iterable[Target], numbers: Mapping[i
     layouts = {model.root: model.layout for model in manifest.models if isinstance(model.layout, KVLayout)}
     return [
         ReshardedBlock(
-            *(target.key, target.parent, target.root, target.depth or 0, target.hits + 1, target.raw_bytes),
+            BlockInfo(target.key, target.parent, target.root, target.depth or 0),
+            target.hits + 1,
+            target.raw_bytes,
             tuple(_mounted(row, numbers[row.pack]) for row in target.sources),
             target.pieces,
             layouts[target.sources[0].root],
@@ -200,7 +202,7 @@ def _packs_of(manifest: Manifest, rows: Sequence[Row]) -> tuple[list[str], dict[
 
 def _mounted(row: Row, segment: int) -> MountedBlock:
     location = Location(Tier.CHECKPOINT, row.codec, segment, row.offset, row.stored_bytes, row.raw_bytes)
-    return MountedBlock(row.key, row.parent, row.root, row.depth, location, row.hits + 1)
+    return MountedBlock(row.info, location, row.hits + 1)
 
 
 def load(

@@ -15,7 +15,7 @@ from tiered_kv.checkpoint.leases import Lease
 from tiered_kv.checkpoint.manifest import Manifest, Model
 from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.checkpoint.merge import MergedBlock, MergedSnapshots, assign_writers, merge, without_descendants
-from tiered_kv.checkpoint.repository import BlockId, PackEntry, Repository, reusable
+from tiered_kv.checkpoint.repository import BlockId, PackEntry, Repository, entries_in, reusable
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -187,11 +187,9 @@ class CheckpointJob:
     ) -> CheckpointResult:
         """Write the manifest of the blocks in reused and newly written packs. Returns the counts of the checkpoint."""
         new_packs = {info.name: info for each in written.values() for info in each.packs}
-        entries = existing.entries | {
-            (entry.key, entry.root): PackEntry(info.name, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec)
-            for info in new_packs.values()
-            for entry in info.entries
-        }
+        entries = dict(existing.entries)
+        for info in new_packs.values():
+            entries |= entries_in(info.name, info.entries)
         blocks = without_descendants(
             whole.blocks, {block.best.key for block in whole.blocks if (block.best.key, block.best.root) not in entries}
         )
@@ -203,10 +201,9 @@ class CheckpointJob:
         described = tuple(model for model in models if model.root in roots)
         self._repository.confirm(packs)
         manifest = Manifest(packs, described, rows, self._repository.now_s(), self._origin, extra)
-        given = self._repository.publish(manifest, name, lease)
         new = [row for row in rows if (row.key, row.root) not in existing.entries]
         return CheckpointResult(
-            name=given,
+            name=self._repository.publish(manifest, name, lease),
             blocks=len(rows),
             nbytes=sum(row.stored_bytes for row in rows),
             new_blocks=len(new),

@@ -58,7 +58,7 @@ class PageClient(NodeClient):
 
     @while_open
     def look(self, keys: Sequence[BlockKey]) -> Look:
-        """Returns where the leading keys that this node has are. No call; about 0.7 µs a block."""
+        """Returns the tiers of the leading blocks that this node has. Reads shared memory only; about 0.7 µs a block."""
         found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)

@@ -140,7 +140,7 @@ class PartsCodec(BlockCodec):
         return x @ spreading_matrix(x.shape[-1]).to(x.device).T if part.is_spread else x
 
     def _from_code_space(self, part: Part, out: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Returns the inverse of `_to_code_space`: (x, spare memory like x) -> the numbers of the block, in either memory."""
+        """Returns a function f(x, spare) that undoes `_to_code_space` and returns the layers. It may overwrite both. `spare`: as x."""
         if part.rope:
             return self._turning(part, out).turn
         if not part.is_spread:

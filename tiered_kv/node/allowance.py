@@ -9,11 +9,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData, BlockEncoder
-from tiered_kv.tiers.host import BlockHeader
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class Allowance:
                 self._undecided.setdefault(root, {})[key] = error
         return True
 
-    def check(self, block: BlockData, header: BlockHeader) -> None:
+    def check(self, block: BlockData, info: BlockInfo) -> None:
         """Raise (kind `corrupt`) if this block, which has just been read, may not be shown."""
         codec = block.frame.codec.id if block.frame is not None else 0
-        if not self.admits(header.key, header.root, codec, block.error):
+        if not self.admits(info.key, info.root, codec, block.error):
             self.refuse("read", 1)
-            raise TieredKVError(Kind.CORRUPT, self._reason(block.error, header.root), too_lossy=True)
+            raise TieredKVError(Kind.CORRUPT, self._reason(block.error, info.root), too_lossy=True)
 
     def refuse(self, where: str, blocks: int) -> None:
         """Count blocks that may not be shown. `where`: their source. The first time for each source is logged."""

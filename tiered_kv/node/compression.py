@@ -205,7 +205,7 @@ class BlockEncoder:
             return _unchanged(frame)
         raw = block.decoded()
         encoded = codec.encode(raw, block.error)
-        made = EncodedFrame(frame_encoded(copy.key, copy.root or UNKNOWN_ROOT, encoded, raw.numel()), encoded.codec.id, raw.numel())
+        made = EncodedFrame(frame_encoded(copy.key, copy.info.root or UNKNOWN_ROOT, encoded, raw.numel()), encoded.codec.id, raw.numel())
         block.verify()
         if frame is not None and made.nbytes >= frame.nbytes:
             return _unchanged(frame)
@@ -218,16 +218,16 @@ class BlockEncoder:
         return made
 
     def _codec(self, copy: ev.Copy) -> Codec:
-        model = self._models.get(copy.root) if copy.root else None
+        model = self._models.get(copy.info.root) if copy.info.root else None
         if model is None:
             named = self._config.codec_by_tier.get(copy.target)
             return RAW if named == "raw" or (named is None and copy.target is Tier.HOST) else LosslessCodec()
         codec = model.codecs[copy.target]
         if not codec.is_lossy:
             return codec
-        if copy.depth is None:
+        if copy.info.depth is None:
             return LosslessCodec.for_layout(model.info.layout)  # without the depth, the rotation of its keys is not known
-        return codec.at(copy.depth * model.info.layout.block_tokens, copy.is_last_block)
+        return codec.at(copy.info.depth * model.info.layout.block_tokens, copy.is_last_block)
 
     # Figures
 

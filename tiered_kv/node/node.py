@@ -39,7 +39,6 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.threads import CheckedLock, Closer
-from tiered_kv.tiers.host import BlockHeader
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +172,7 @@ class Node:
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
         self.storage.allowance.refuse("introduced", dropped)
 
-    def commit(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
+    def commit(self, packed: list[Packed]) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
         If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
@@ -183,12 +182,12 @@ class Node:
             self._check_depths(packed)
             self.engine.note_touches()
             taken = packed[: self._index_room_for(packed)]
-            added = [not self.engine.machine.has(each.key, Tier.HOST) for each in taken]
-            for key, parent, location, depth, error, digest in taken:
-                self.storage.sign(location, BlockHeader(key, parent, root, depth), error, digest)
-            self.engine.handle(runs_of_packed(root, taken, self._clock.now_s()))
-            self.seals.committed([each.key for each in taken if each.digest is None])
-            self.seals.mend_slots([each.key for each, is_new in zip(taken, added, strict=True) if not is_new])
+            added = [not self.engine.machine.has(each.info.key, Tier.HOST) for each in taken]
+            for info, location, error, digest in taken:
+                self.storage.sign(location, info, error, digest)
+            self.engine.handle(runs_of_packed(taken, self._clock.now_s()))
+            self.seals.committed([each.info.key for each in taken if each.digest is None])
+            self.seals.mend_slots([each.info.key for each, is_new in zip(taken, added, strict=True) if not is_new])
             if len(taken) < len(packed):
                 self.free_extents(each.location.offset for each in packed[len(taken) :])
         if self._reporter:
@@ -197,7 +196,7 @@ class Node:
 
     def _check_depths(self, packed: list[Packed]) -> None:
         """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
-        wrong = self.engine.machine.chains.misplaced([(each.key, each.parent, each.depth) for each in packed])
+        wrong = self.engine.machine.chains.misplaced([each.info for each in packed])
         if wrong is not None:
             self.free_extents(each.location.offset for each in packed)
             raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
@@ -213,13 +212,13 @@ class Node:
         if len(blocks) <= self.storage.index_room:
             return len(blocks)
         known = self.engine.machine.blocks
-        missing = sum(each.key not in known for each in blocks) - self.storage.index_room
+        missing = sum(each.info.key not in known for each in blocks) - self.storage.index_room
         if missing <= 0:
             return len(blocks)
-        self.engine.handle([ev.Crowded(missing, blocks[0].parent, self._clock.now_s())])
+        self.engine.handle([ev.Crowded(missing, blocks[0].info.parent, self._clock.now_s())])
         room = self.storage.index_room
         for count, each in enumerate(blocks):
-            room -= each.key not in known
+            room -= each.info.key not in known
             if room < 0:
                 return count
         return len(blocks)

@@ -3,32 +3,31 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tiered_kv.blocks import Location
+from tiered_kv.blocks import BlockInfo, Location
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
 
 
 class Packed(NamedTuple):
-    """A packed block. `depth`: the number of its ancestors. `error`: the lossy error of its raw bytes.
+    """A packed block. `error`: the lossy error of its raw bytes.
 
     `digest`: the digest of its bytes (`ExtentHeaders.digest`); None if they have not been hashed yet.
     """
 
-    key: BlockKey
-    parent: BlockKey | None
+    info: BlockInfo
     location: Location
-    depth: int
     error: float = 0.0
     digest: int | None = None
 
 
-def runs_of_packed(root: BlockKey, packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
+def runs_of_packed(packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
     """Returns the blocks (parents first) as runs in which each block is the parent of the next."""
     runs: list[ev.Committed] = []
     keys: list[BlockKey] = []
     locations: list[Location] = []
-    for key, parent, location, depth, *_ in packed:
+    for (key, parent, root, depth), location, *_ in packed:
         if not keys or keys[-1] != parent:
+            assert root is not None, "a block that is committed has a root"
             keys, locations = [], []
             runs.append(ev.Committed(root, parent, keys, locations, now_s, depth))
         keys.append(key)

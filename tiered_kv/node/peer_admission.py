@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
@@ -15,7 +15,6 @@ from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_transport import FramePieces
 from tiered_kv.store.engine import BlockFormat
-from tiered_kv.tiers.host import BlockHeader
 
 if TYPE_CHECKING:
     from tiered_kv.node.node import Node
@@ -51,7 +50,7 @@ class Admission:
             wanted, parent, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
             offsets = self._session.reserve_within(form.nbytes, wanted, parent, ADMIT_WAIT_S, is_coded=is_coded)
             packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
-            done = len(self._session.commit_packed(self._root, packed))
+            done = len(self._session.commit_packed(packed))
             self._session.release(offsets[len(packed) :])
             taken += done
             if not done or done < len(offsets):
@@ -65,11 +64,11 @@ class Admission:
         """Write the frames into extents. Returns the packed blocks up to the first frame that cannot be decoded or may not be shown."""
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
-            parent, depth = self._parents[key], self._depths[key]
+            info = BlockInfo(key, self._parents[key], self._root, self._depths[key])
             try:
-                digest = self._storage.put(BlockData.of(frame), location, BlockHeader(key, parent, self._root, depth))
+                digest = self._storage.put(BlockData.of(frame), location, info)
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break
-            packed.append(Packed(key, parent, location, depth, frame.error, digest))
+            packed.append(Packed(info, location, frame.error, digest))
         return packed

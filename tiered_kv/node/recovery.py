@@ -53,9 +53,9 @@ class Recovery:
         in_host.sort(key=lambda item: self._last_use.get(item[0], 0))
         host = []
         for key, location in in_host:
-            _, parent, root, depth, *_, error = self._host.header(location.offset)
-            if self._allowance.admits(key, root, location.codec, self._error_of_frame(location) if location.codec else error):
-                host.append(ev.Recovered(key, parent, root, location, depth))
+            info, *_, error = self._host.header(location.offset)
+            if self._allowance.admits(key, info.root, location.codec, self._error_of_frame(location) if location.codec else error):
+                host.append(ev.Recovered(info, location))
             else:
                 self._index.remove(key)
                 free(location)
@@ -86,9 +86,11 @@ class Recovery:
                 continue
             look, admits = self._logs[tier].carried, self._allowance.admits  # `look` reads a header
             shown = [
-                each for each in recovered if admits(each.key, each.root, each.location.codec, each.error, partial(look, each.location))
+                each
+                for each in recovered
+                if admits(each.key, each.info.root, each.location.codec, each.error, partial(look, each.location))
             ]
-            found += [ev.Recovered(each.key, each.parent, each.root, each.location) for each in shown]
+            found += [ev.Recovered(each.info, each.location) for each in shown]
             self._allowance.refuse(tier.label, len(recovered) - len(shown))
         return found
 
@@ -96,11 +98,11 @@ class Recovery:
         """Returns host copies of blocks whose index entry pointed at the former device pool; erases all other stale headers."""
         found = []
         for offset, header in list(self._host.orphans()):
-            if header is not None and self._on_device.get(header.key) == header.raw_bytes and header.nbytes:
+            if header is not None and self._on_device.get(header.info.key) == header.raw_bytes and header.nbytes:
                 location = Location(Tier.HOST, header.codec, 0, offset, header.nbytes, header.raw_bytes)
-                if self._claim(header.key, location):
-                    del self._on_device[header.key]
-                    found.append((header.key, location))
+                if self._claim(header.info.key, location):
+                    del self._on_device[header.info.key]
+                    found.append((header.info.key, location))
                     continue
             self._host.disown(offset)
         return found

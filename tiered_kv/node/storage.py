@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from tiered_kv.blocks import AWAY, PEER, Location, Tier
+from tiered_kv.blocks import AWAY, PEER, BlockInfo, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -141,7 +141,7 @@ class NodeStorage:
         if tier is not Tier.HOST or not self.encoder.shrinks or room is Room.ANYWHERE:
             return self._memory[tier].reserve(nbytes, count)
         capacity_bytes = self.host.capacity_bytes
-        if room is Room.APART:
+        if room is Room.COMPRESSED:
             return self.host.reserve_apart(nbytes, staging_bytes(capacity_bytes))
         return self.host.stage(nbytes, count, staging_bytes(capacity_bytes), int(capacity_bytes * FULL_SHARE))
 
@@ -161,9 +161,9 @@ class NodeStorage:
         source = copy.source
         if copy.target is not Tier.HOST:
             return BlockFormat(0, source.raw_bytes)
-        return self._form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.root)
+        return self._form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.info.root)
 
-    def form_of(self, frame: Frame, root: BlockKey) -> BlockFormat:
+    def form_of(self, frame: Frame, root: BlockKey | None) -> BlockFormat:
         """Returns the form in host memory of a block whose frame a peer sent."""
         return self._form_in_host(BlockFormat(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
 
@@ -180,7 +180,7 @@ class NodeStorage:
     def _load(self, copy: ev.Copy, location: Location) -> FillOutcome:
         try:
             block = self._read(copy.key, copy.source)
-            self.put(block, location, BlockHeader(copy.key, copy.parent, copy.root, copy.depth))
+            self.put(block, location, copy.info)
         except TieredKVError as error:
             away = copy.source.tier in AWAY and error.kind is not Kind.CORRUPT and not error.context.get("missing")
             why = str(error)  # the error object itself would keep the arena mapped
@@ -188,12 +188,12 @@ class NodeStorage:
             return FillOutcome.LATER if away else FillOutcome.GONE
         return FillOutcome.DONE
 
-    def put(self, block: BlockData, location: Location, header: BlockHeader) -> int:
+    def put(self, block: BlockData, location: Location, info: BlockInfo) -> int:
         """Write a block, raw or as its frame, into a reserved extent of host memory. Then write its header and its seal.
 
         Returns its digest. Raises (kind `corrupt`) if it does not decode or may not be shown.
         """
-        self.allowance.check(block, header)
+        self.allowance.check(block, info)
         payload = self.host.payload(location.offset, location.stored_bytes)
         if location.codec:
             assert block.frame is not None
@@ -203,14 +203,13 @@ class NodeStorage:
         else:
             payload.copy_(block.decoded())
         digest = FRAME_DIGEST if location.codec else self.host.headers.digest(location.offset, location.stored_bytes)
-        self.sign(location, header, block.error, digest)
+        self.sign(location, info, block.error, digest)
         return digest
 
-    def sign(self, location: Location, header: BlockHeader, error: float = 0.0, digest: int | None = None) -> None:
-        """Write the header of an extent in host memory: its block's key, ancestry, codec and sizes. With a digest it is sealed as well."""
-        key, parent, root, depth, *_ = header
+    def sign(self, location: Location, info: BlockInfo, error: float = 0.0, digest: int | None = None) -> None:
+        """Write the header of an extent in host memory: its block, codec and sizes. With a digest it is sealed as well."""
         _, codec, _, offset, nbytes, raw_bytes = location
-        self.host.sign(offset, BlockHeader(key, parent, root, depth, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
+        self.host.sign(offset, BlockHeader(info, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
 
     def coded(self, copy: ev.Copy) -> EncodedFrame | None:
         return self._try_read(copy.key, copy.source, lambda block: self.encoder.coded(copy, block))
@@ -222,12 +221,12 @@ class NodeStorage:
         assert isinstance(coded, EncodedFrame)
         location = Location(Tier.HOST, coded.codec, 0, offset, coded.nbytes, coded.raw_bytes)
         put(coded.pieces, self.host.payload(offset, coded.nbytes))
-        self.sign(location, BlockHeader(copy.key, copy.parent, copy.root, copy.depth))
+        self.sign(location, copy.info)
         return location
 
     def append(self, tier: Tier, copies: Sequence[ev.Copy], coded: Sequence[EncodedBlock | None]) -> list[Location | None]:
         pairs = [(copy, block) for copy, block in zip(copies, coded, strict=True) if isinstance(block, EncodedFrame)]
-        records = [Record(copy.key, block.pieces, block.codec, block.raw_bytes, copy.parent, copy.root) for copy, block in pairs]
+        records = [Record(copy.info, block.pieces, block.codec, block.raw_bytes) for copy, block in pairs]
         answers = iter(self.logs[tier].append(records))
         locations: list[Location | None] = []
         refused: Counter[str] = Counter()

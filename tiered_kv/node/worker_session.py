@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tiered_kv.blocks import Hint, Location, Tier
+from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
@@ -81,14 +81,15 @@ class NodeSession:
         for block in blocks:
             key, parent, offset, depth = block[:4]
             digest = _digest(*block[4:]) if len(block) > 4 else None
-            packed.append(Packed(key, parent, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), _whole(depth), 0.0, digest))
-        return self.commit_packed(root, packed)
+            info = BlockInfo(key, parent, root, _whole(depth))
+            packed.append(Packed(info, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), 0.0, digest))
+        return self.commit_packed(packed)
 
-    def commit_packed(self, root: BlockKey, packed: list[Packed]) -> list[bool]:
+    def commit_packed(self, packed: list[Packed]) -> list[bool]:
         """As `commit`, for blocks of any size, raw or encoded."""
         with self._node.running():
             self._take({each.location.offset: each.location.stored_bytes for each in packed}, len(packed))
-            return self._node.commit(root, packed)
+            return self._node.commit(packed)
 
     def release(self, offsets: list[int]) -> None:
         with self._node.running():

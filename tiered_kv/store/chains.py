@@ -7,6 +7,7 @@ A block that is itself linked has a depth one less than its children. So depths 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.keys import BlockKey
 from tiered_kv.store.movement import Block
 
@@ -63,18 +64,18 @@ class Chains:
             last_block = block.link
         return frozenset(chain)
 
-    def misplaced(self, claims: Sequence[tuple[BlockKey, BlockKey | None, int]]) -> str | None:
-        """Check (key, parent, depth) of the blocks of one commit: every depth must be one more than its parent's.
+    def misplaced(self, claims: Sequence[BlockInfo]) -> str | None:
+        """Check the blocks of one commit: every depth must be one more than its parent's.
 
         Returns the text of the first error, or None if there is none.
         """
-        depths: dict[BlockKey, int] = {}
+        depths: dict[BlockKey, int | None] = {}
         if self._are_in_order(claims, depths):
             return None
-        for key, _, depth in claims:
+        for key, _, _, depth in claims:
             if depths.setdefault(key, depth) != depth:
                 return f"block {key.hex()} is committed twice, at the depths {depths[key]} and {depth}"
-        for key, parent, depth in claims:
+        for key, parent, _, depth in claims:
             above = self._blocks.get(parent) if parent is not None else None
             known = above.depth if above is not None and above.depth is not None else depths.get(parent) if parent is not None else -1
             if known is None and depth == 0 and parent is not None:
@@ -84,13 +85,13 @@ class Chains:
                 return f"block {key.hex()} has {of}, so its depth must be {known + 1}, got {depth}"
         return None
 
-    def _are_in_order(self, claims: Iterable[tuple[BlockKey, BlockKey | None, int]], depths: dict[BlockKey, int]) -> bool:
+    def _are_in_order(self, claims: Iterable[BlockInfo], depths: dict[BlockKey, int | None]) -> bool:
         """Whether each claim fits a parent that is known, or claimed before it: the usual case of `misplaced`, in one pass.
 
         Notes the depth of each key in `depths`. If False, the claims may be right all the same.
         """
         blocks = self._blocks
-        for key, parent, depth in claims:
+        for key, parent, _, depth in claims:
             if parent is None:
                 known: int | None = -1
             else:

@@ -60,7 +60,7 @@ class Room(Enum):
     """Where to place an extent in a tier in memory that has a codec; without a codec all are the same."""
 
     STAGING = "staging"  # uncompressed blocks: prefer the staging area, or anywhere while there is plenty of room
-    APART = "apart"  # compressed blocks: keep them together
+    COMPRESSED = "compressed"  # compressed blocks: keep them together
     ANYWHERE = "anywhere"  # a store that cannot wait
 
 
@@ -85,7 +85,7 @@ class Mover(Protocol):
         """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
 
     def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
-        """Returns offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one for `Room.APART`."""
+        """Returns offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one for `Room.COMPRESSED`."""
 
     def free(self, location: Location) -> None:
         """Free the bytes of one copy or of a reserved extent."""
@@ -495,4 +495,4 @@ class Engine:
 
 
 def _room(is_coded: bool) -> Room:
-    return Room.APART if is_coded else Room.STAGING
+    return Room.COMPRESSED if is_coded else Room.STAGING

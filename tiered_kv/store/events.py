@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tiered_kv.blocks import Hint, Location, Tier
+from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
 from tiered_kv.keys import BlockKey
 
 
@@ -30,12 +30,14 @@ class Recovered(NamedTuple):
     This is not a use of the block. `uses` is the number of its former uses, including its store.
     """
 
-    key: BlockKey
-    parent: BlockKey | None
-    root: BlockKey | None
+    info: BlockInfo
     location: Location
-    depth: int | None = None
     uses: int = 1
+
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
 
 
 class Ranked(NamedTuple):
@@ -197,18 +199,20 @@ class Free(NamedTuple):
 class Copy(NamedTuple):
     """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`.
 
-    If `target` is the tier of the source, compress the block in place. `depth`: its number of ancestors, None if unknown.
-    `is_last_block`: no child of it is known. `gain`: about how many bytes the copy will free in the source's tier.
+    If `target` is the tier of the source, compress the block in place. `is_last_block`: no child of it is known.
+    `gain`: about how many bytes the copy will free in the source's tier.
     """
 
-    key: BlockKey
-    root: BlockKey | None
-    parent: BlockKey | None
+    info: BlockInfo
     source: Location
     target: Tier
-    depth: int | None = None
     is_last_block: bool = False
     gain: int = 0
+
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
 
 
 Instruction = Show | Hide | Free | Copy

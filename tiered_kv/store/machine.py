@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
-from tiered_kv.blocks import AWAY, Location, Tier
+from tiered_kv.blocks import AWAY, BlockInfo, Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
@@ -141,7 +141,7 @@ class StoreMachine:
                     self._weigh(key, self.blocks[key])
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
-        block = self.chains.add(event.key, event.parent, event.root, event.depth)
+        block = self.chains.add(*event.info)
         block.uses = max(block.uses, event.uses)
         if event.location.tier in block.copies:
             return [ev.Free(event.key, event.location)]
@@ -296,7 +296,7 @@ class StoreMachine:
         block.copying_to = target
         if gain is None:
             gain = source.stored_bytes if target > source.tier else 0
-        return ev.Copy(key, block.root, block.parent, source, target, block.depth, self.chains.is_last_block(key), gain)
+        return ev.Copy(BlockInfo(key, block.parent, block.root, block.depth), source, target, self.chains.is_last_block(key), gain)
 
     def _shrink(self, nbytes: int = 0) -> list[ev.Instruction]:
         """Compress blocks in host memory in place, so that at least `nbytes` become free if that is possible."""

@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from tiered_kv import blocks
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.codecs.frame import open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
@@ -38,16 +39,13 @@ _UNKNOWN_DEPTH = (1 << 32) - 1
 
 
 class BlockHeader(NamedTuple):
-    """Content of an extent's header: a block's key, its parent's key and the root of its chain (None if unknown), and its encoding.
+    """Content of an extent's header: a block, and its encoding.
 
-    `depth`: its number of ancestors. The payload has `nbytes`, which encode `raw_bytes` with the codec of id `codec` (0: raw).
-    `error`: the coding error that raw bytes already contain (see `codecs.Encoded`); a frame records its own.
+    The payload has `nbytes`, which encode `raw_bytes` with the codec of id `codec` (0: raw). `error`: the coding error that raw bytes
+    already contain (see `codecs.Encoded`); a frame records its own.
     """
 
-    key: BlockKey
-    parent: BlockKey | None
-    root: BlockKey | None
-    depth: int | None = None
+    info: BlockInfo
     codec: int = 0
     nbytes: int = 0
     raw_bytes: int = 0
@@ -158,7 +156,7 @@ class HostTier(ExtentTier):
 
     def sign(self, offset: int, header: BlockHeader, digest: int | None = None) -> None:
         """Write the header of the extent whose payload is at `offset`; and its seal, if the payload's `digest` is given."""
-        key, parent, root, depth, codec, nbytes, raw_bytes, error = header
+        (key, parent, root, depth), codec, nbytes, raw_bytes, error = header
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
         fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
         _SIGNED.pack_into(self._bytes, offset - HEADER_BYTES, *fields, _UNSEALED)
@@ -171,7 +169,8 @@ class HostTier(ExtentTier):
         if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
             raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {offset}", offset=offset)
         parent, root = (each if each != _NONE else None for each in chain)
-        return BlockHeader(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None, codec, nbytes, raw_bytes, error)
+        info = BlockInfo(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None)
+        return BlockHeader(info, codec, nbytes, raw_bytes, error)
 
     def describes(self, key: BlockKey, location: blocks.Location) -> bool:
         """Whether the header at a location matches the key and the location."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from tiered_kv.blocks import Location
+from tiered_kv.blocks import BlockInfo, Location
 from tiered_kv.codecs.base import Buffer
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.keys import BlockKey
@@ -15,15 +15,18 @@ from tiered_kv.tiers.base import StorageTier
 class Record(NamedTuple):
     """A frame to write: its bytes in any number of buffers (see `encode_frame`), and the facts needed to find it again.
 
-    `parent` and `root` (None if unknown) let a restarted node rebuild the chain.
+    Parent and root in `info` let a restarted node rebuild the chain; the depth is not written.
     """
 
-    key: BlockKey
+    info: BlockInfo
     buffers: Sequence[Buffer]
     codec: int
     raw_bytes: int
-    parent: BlockKey | None = None
-    root: BlockKey | None = None
+
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
 
 
 class Refusal(StrEnum):
@@ -43,13 +46,16 @@ class AppendResult(NamedTuple):
 
 
 class RecoveredBlock(NamedTuple):
-    """A block found in the segments of a former owner, and its coding error (0 if none or unknown)."""
+    """A block found in the segments of a former owner, of unknown depth, and its coding error (0 if none or unknown)."""
 
-    key: BlockKey
-    parent: BlockKey | None
-    root: BlockKey | None
+    info: BlockInfo
     location: Location
     error: float = 0.0
+
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
 
 
 class LogTier(StorageTier):
@@ -57,6 +63,16 @@ class LogTier(StorageTier):
 
     segment_bytes: int
     """Approximate size of a full segment."""
+    _capacity_bytes: int
+    _used_bytes: int
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
 
     @property
     @abstractmethod

@@ -33,7 +33,7 @@ class Clock:
 
 def chained(number: int) -> Record:
     record = record_of(number, FRAME_BYTES)
-    return record if number % 10 else record._replace(parent=None)
+    return record if number % 10 else record._replace(info=record.info._replace(parent=None))
 
 
 def pack(store: ObjectStore, numbers: Iterable[int]) -> PackInfo:
@@ -47,7 +47,9 @@ def pack(store: ObjectStore, numbers: Iterable[int]) -> PackInfo:
 def row(number: int, at: int, offset: int, hits: int = 0) -> Row:
     """Returns the row of a block in pack number `at`."""
     record = chained(number)
-    return Row(record.key, record.parent, ROOT, number % 10, at, offset, FRAME_BYTES, record.raw_bytes, record.codec, Tier.HOST.value, hits)
+    return Row(
+        record.key, record.info.parent, ROOT, number % 10, at, offset, FRAME_BYTES, record.raw_bytes, record.codec, Tier.HOST.value, hits
+    )
 
 
 def manifest(packs: Sequence[PackInfo], created_s: float = NOW_S) -> Manifest:

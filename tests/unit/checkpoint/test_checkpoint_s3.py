@@ -303,7 +303,7 @@ def test_nodes_write_and_read_with_the_credentials_of_the_caller(cluster, proxy,
         names = [name for name, _ in manifest.packs]
         blocks = [
             MountedBlock(
-                *(row.key, row.parent, row.root, row.depth),
+                row.info,
                 Location(Tier.CHECKPOINT, row.codec, row.pack, row.offset, row.stored_bytes, row.raw_bytes),
             )
             for row in manifest.rows

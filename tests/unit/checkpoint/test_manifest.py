@@ -313,5 +313,5 @@ def test_version_1_leaves_out_blocks_without_their_parent(store, caplog):
 
 
 def test_a_block_knows_its_parent():
-    assert chained(11).parent == key_of(10)
+    assert chained(11).info.parent == key_of(10)
     assert MODELS[0].root == ROOT

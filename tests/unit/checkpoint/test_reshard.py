@@ -146,8 +146,8 @@ def test_other_models_are_not_mixed():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(namespace=None), "its namespace is unknown"),
-        (dict(namespace={"weight": "w"}), "its namespace is unknown"),
+        (dict(namespace=None), "the checkpoint does not describe its namespace"),
+        (dict(namespace={"weight": "w"}), "the checkpoint does not describe its namespace"),
         (dict(namespace={"weights": ""}), "must be a non-empty text"),
         (dict(layout=None), "unknown layout cannot be split"),
         (dict(layout=OPAQUE), "opaque layout cannot be split"),

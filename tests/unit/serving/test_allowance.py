@@ -12,7 +12,7 @@ import torch
 
 from tests.unit.serving.prompts import NAMESPACE, block_of, tokens_of
 from tiered_kv import Config, KVLayout
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.client.connect import client_of
 from tiered_kv.clock import ManualClock
 from tiered_kv.codecs import Int4Codec, Int8Codec, LosslessCodec
@@ -351,7 +351,7 @@ def checkpoint_of(node, folder) -> tuple[str, list[str], list[MountedBlock]]:
         for entry in pack.entries:
             places[entry.key] = Location(Tier.CHECKPOINT, entry.codec, number, entry.offset, entry.stored_bytes, entry.raw_bytes)
     blocks = [
-        MountedBlock(seen.key, seen.parent, seen.root, seen.depth, places[seen.key])
+        MountedBlock(BlockInfo(seen.key, seen.parent, seen.root, seen.depth), places[seen.key])
         for seen in sorted(snapshot.blocks, key=lambda seen: seen.depth)
     ]
     node.close()

@@ -11,7 +11,7 @@ import torch
 import tiered_kv
 from tests.unit.serving.prompts import NAMESPACE, tokens_of
 from tiered_kv import Config, KVLayout
-from tiered_kv.blocks import Stored, Tier
+from tiered_kv.blocks import BlockInfo, Stored, Tier
 from tiered_kv.client.connect import client_of
 from tiered_kv.clock import ManualClock
 from tiered_kv.codecs import Int4Codec, Int8Codec
@@ -142,7 +142,7 @@ def test_decoded_lossy_blocks_keep_their_recorded_error(attached, tmp_path) -> N
     key = next(key for key in node.engine.machine.blocks if key.hex() == client.explain(tokens_of(path, LAYOUT))[1].key)
     location = node.engine.machine.blocks[key].copies[Tier.HOST]
     assert 0 < node.storage.host.header(location.offset).error <= BOUND["int4"]
-    copy = ev.Copy(key, client.namespace.root(client.layout), None, location, Tier.OBJECTS, depth=1)
+    copy = ev.Copy(BlockInfo(key, None, client.namespace.root(client.layout), 1), location, Tier.OBJECTS)
     assert node.storage.coded(copy).codec != Int8Codec.id, "int8 after int4 is beyond int8's bound: it is kept exactly"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, key_of, keys_of
 from tests.unit.tiers.records import record_of
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints.steps import LoadRequest, MountRequest
 from tiered_kv.protocol.unix_socket import SocketSession
@@ -102,7 +102,10 @@ def test_a_commit_with_inconsistent_depths_is_rejected_as_a_whole(node_factory, 
 
 def test_reading_a_damaged_folder_with_a_cycle_ends(node_factory, tmp_path) -> None:
     cycle = {1: 2, 2: 3, 3: 1, 4: 4, 5: 1}
-    records = [record_of(number, 3000)._replace(parent=record_of(above, 3000).key) for number, above in cycle.items()]
+    records = [
+        record._replace(info=record.info._replace(parent=record_of(above, 3000).key))
+        for record, above in ((record_of(number, 3000), above) for number, above in cycle.items())
+    ]
     node = node_factory(host="1MiB", disk=f"8MiB:{tmp_path}", cluster_id="first")
     folder = node.storage.disk.folder
     node.close()
@@ -129,10 +132,7 @@ def test_a_checkpoint_with_a_cycle_is_loaded_without_parent_links(node_factory, 
     store.close()
     blocks = [
         MountedBlock(
-            entry.key,
-            record_of(above, 3000).key,
-            entry.root,
-            depth,
+            BlockInfo(entry.key, record_of(above, 3000).key, entry.root, depth),
             Location(Tier.CHECKPOINT, entry.codec, 0, entry.offset, entry.stored_bytes, entry.raw_bytes),
         )
         for entry, (above, depth) in zip(info.entries, places.values(), strict=True)
@@ -156,7 +156,8 @@ def test_cycles_in_damaged_headers_of_shared_memory_are_ignored(node_factory) ->
     storage = node.storage
     for key, parent, depth in ((A, C, 3), (C, B, (1 << 32) - 2)):
         offset = node.engine.machine.blocks[key].copies[Tier.HOST].offset
-        storage.host.sign(offset, storage.host.header(offset)._replace(parent=parent, depth=depth))
+        header = storage.host.header(offset)
+        storage.host.sign(offset, header._replace(info=header.info._replace(parent=parent, depth=depth)))
     node.close(remove=False)
     node = node_factory(host="1MiB", cluster_id=cluster_id, store_wait_ms=0)
     assert len(node.engine.machine.blocks) == 3

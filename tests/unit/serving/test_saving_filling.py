@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.serving.prompts import NAMESPACE, assert_is_prefix, kv_of, tokens_of
 from tiered_kv import Config, KVLayout
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints.loader import runs_of
@@ -112,7 +112,7 @@ def mounted_blocks(snapshot, state) -> tuple[list[str], list[MountedBlock]]:
     for seen in sorted(snapshot.blocks, key=lambda seen: seen.depth):
         number, entry = places[seen.key]
         location = Location(Tier.CHECKPOINT, entry.codec, number, entry.offset, entry.stored_bytes, entry.raw_bytes)
-        blocks.append(MountedBlock(seen.key, seen.parent, seen.root, seen.depth, location, seen.hits + 1))
+        blocks.append(MountedBlock(BlockInfo(seen.key, seen.parent, seen.root, seen.depth), location, seen.hits + 1))
     return [pack.name for pack in state.packs], blocks
 
 
@@ -322,7 +322,7 @@ def test_a_full_index_drops_blocks_that_only_the_checkpoint_has_first(cluster, t
 
 def test_blocks_of_one_pack_are_read_together() -> None:
     def block(number: int, segment: int, offset: int, nbytes: int = 100) -> MountedBlock:
-        return MountedBlock(bytes([number]) * 32, None, ROOT, 0, Location(Tier.CHECKPOINT, 0, segment, offset, nbytes, nbytes))
+        return MountedBlock(BlockInfo(bytes([number]) * 32, None, ROOT, 0), Location(Tier.CHECKPOINT, 0, segment, offset, nbytes, nbytes))
 
     near, far, other = [block(1, 0, 0), block(2, 0, 150), block(3, 0, 260)], block(4, 0, 1 << 20), block(5, 1, 0)
     runs = list(runs_of([near[2], far, other, near[0], near[1]]))
@@ -395,7 +395,7 @@ def test_over_a_slow_link_large_reads_fall_back_to_single_blocks(cluster, tmp_pa
 
 
 def test_requests_can_be_pickled_and_do_not_print_credentials() -> None:
-    block = MountedBlock(bytes(32), None, ROOT, 0, Location(Tier.CHECKPOINT, 0, 0, 0, 100, 100))
+    block = MountedBlock(BlockInfo(bytes(32), None, ROOT, 0), Location(Tier.CHECKPOINT, 0, 0, 0, 100, 100))
     secret = {"AWS_SECRET_ACCESS_KEY": "very secret"}
     requests = [
         SnapshotRequest((2, 3), 1, "ticket"),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store.world import HOST_BYTES, World, key_of, machine_of
-from tiered_kv.blocks import Hint, Tier
+from tiered_kv.blocks import BlockInfo, Hint, Tier
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
 from tiered_kv.store.movement import Block
@@ -105,7 +105,7 @@ def test_a_block_stored_again_is_linked_only_if_consistent_with_its_children(cha
 )
 def test_committed_blocks_must_be_one_deeper_than_their_parents(chains: Chains, claims: list, wrong: str | None) -> None:
     chains._blocks[key_of(8)] = Block(None, ROOT, 4)
-    said = chains.misplaced(claims)
+    said = chains.misplaced([BlockInfo(key, parent, ROOT, depth) for key, parent, depth in claims])
     assert (said is None) if wrong is None else (wrong in said)
 
 
@@ -116,7 +116,7 @@ def test_committed_blocks_must_be_one_deeper_than_their_parents(chains: Chains, 
 def test_the_check_of_a_commit_in_one_pass_equals_the_full_check(known: dict, claims: list) -> None:
     quick, full = (Chains({key_of(number): Block(None, ROOT, depth) for number, depth in known.items()}) for _ in range(2))
     full._are_in_order = lambda *_: False
-    committed = [(key_of(number), None if parent is None else key_of(parent), depth) for number, parent, depth in claims]
+    committed = [BlockInfo(key_of(number), None if parent is None else key_of(parent), ROOT, depth) for number, parent, depth in claims]
     assert quick.misplaced(committed) == full.misplaced(committed)
 
 
@@ -135,7 +135,7 @@ def test_for_any_claims_nothing_hangs_and_every_block_can_be_evicted(policy: str
         if what == "commit":
             tell(ev.Committed(ROOT, above, [key], [world.place(HOST, key)], now_s / 1e4, depth))
         elif what != "lost":
-            tell(ev.Recovered(key, above, ROOT, world.place(HOST if what == "found" else DISK, key), depth))
+            tell(ev.Recovered(BlockInfo(key, above, ROOT, depth), world.place(HOST if what == "found" else DISK, key)))
         elif key in machine.blocks:
             tell(ev.Lost(key, machine.blocks[key].best))
         touched = [(key_of((number + each) % 6), 1, each) for each in range(6)]

@@ -4,6 +4,7 @@ import pytest
 
 from tests.unit.store.story import DISK, HOST, ROOT, Story
 from tests.unit.store.world import HOST_BYTES, key_of
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.store import events as ev
 
 
@@ -120,7 +121,7 @@ def test_a_late_promotion_does_not_end_the_protection_of_a_demotion(story: Story
 
 
 def test_a_block_found_on_disk_after_a_restart_learns_its_parent(story: Story) -> None:
-    story.tell(ev.Recovered(key_of(2), None, None, story.world.place(DISK, key_of(2))))
+    story.tell(ev.Recovered(BlockInfo(key_of(2), None, None), story.world.place(DISK, key_of(2))))
     story.commit(2)
     block = story.machine.blocks[key_of(2)]
     assert (block.parent, block.root) == (key_of(1), ROOT)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.store.story import DEVICE, DISK, HOST, OBJECTS, ROOT, Story
 from tests.unit.store.world import FRAME_BYTES, HOST_BYTES, depth_of, key_of, parent_of
-from tiered_kv.blocks import Hint, Tier
+from tiered_kv.blocks import BlockInfo, Hint, Tier
 from tiered_kv.policy import EvictionPolicy, History, LRUPolicy
 from tiered_kv.store import events as ev
 from tiered_kv.store import movement
@@ -273,7 +273,7 @@ def test_blocks_used_since_their_write_are_reinserted_most_used_first() -> None:
     for number in (1, 2, 3):
         locations[number] = story.world.place(DISK, key_of(number))._replace(segment=9)
         story.world.content[locations[number]] = story.world.content.pop(locations[number]._replace(segment=(number) // 2))
-        story.tell(ev.Recovered(key_of(number), None, None, locations[number]))
+        story.tell(ev.Recovered(BlockInfo(key_of(number), None, None), locations[number]))
     keys = [key_of(number) for number in (1, 2, 3)]
     for number in (1, 3, 3):
         story.use(number)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.store.story import HOST, Story
 from tests.unit.store.world import CODED_BYTES, HOST_BYTES, key_of, machine_of
-from tiered_kv.blocks import Tier
+from tiered_kv.blocks import BlockInfo, Tier
 from tiered_kv.store import events as ev
 from tiered_kv.store.shrinking import FULL_SHARE, STAGING_BYTES_MAX, Shrinking, staging_bytes
 
@@ -142,7 +142,7 @@ def test_a_copy_has_the_depth_of_its_block(story: Story) -> None:
     below = [key_of(8), key_of(16)]
     story.tell(ev.Committed(bytes(32), key, below, [story.world.place(HOST, each) for each in below], 0.0))
     story.tell(ev.Needed(HOST, 8 * HOST_BYTES))
-    assert {copy.key: (copy.depth, copy.is_last_block) for copy in story.world.copies} == {
+    assert {copy.key: (copy.info.depth, copy.is_last_block) for copy in story.world.copies} == {
         key: (7, False),
         below[0]: (8, False),
         below[1]: (9, True),
@@ -150,9 +150,9 @@ def test_a_copy_has_the_depth_of_its_block(story: Story) -> None:
 
 
 def test_blocks_recovered_without_parents_have_no_depth(story: Story) -> None:
-    story.tell(ev.Recovered(key_of(4), key_of(2), bytes(32), story.world.place(HOST, key_of(4))))
+    story.tell(ev.Recovered(BlockInfo(key_of(4), key_of(2), bytes(32)), story.world.place(HOST, key_of(4))))
     story.tell(ev.Needed(HOST, 8 * HOST_BYTES))
-    assert [copy.depth for copy in story.world.copies] == [None]
+    assert [copy.info.depth for copy in story.world.copies] == [None]
 
 
 def test_the_staging_area_is_a_small_part_of_memory() -> None:

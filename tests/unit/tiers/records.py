@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiered_kv.blocks import Location
+from tiered_kv.blocks import BlockInfo, Location
 from tiered_kv.codecs.frame import encode_frame, frame_bytes
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.tiers.disk.tier import DiskTier
@@ -31,7 +31,7 @@ def record_of(number: int, frame_size: int) -> Record:
     """Returns a record whose frame has exactly `frame_size` bytes. Its parent is the block with the previous number."""
     raw = content_of(number, frame_size - OVERHEAD_BYTES)
     frame = encode_frame(key_of(number), ROOT, RawCodec(), raw)
-    return Record(key_of(number), frame, RawCodec.id, raw.numel(), key_of(number - 1) if number else None, ROOT)
+    return Record(BlockInfo(key_of(number), key_of(number - 1) if number else None, ROOT), frame, RawCodec.id, raw.numel())
 
 
 def assert_holds(reader, number: int, location: Location) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.contracts.tier import LogTierContract
 from tests.unit.tiers.records import KIB, QUARTER, assert_holds, key_of, put, record_of
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, footer_bytes
 from tiered_kv.tiers.disk.segments import Files, segments_in
@@ -136,7 +136,7 @@ def test_a_batch_is_written_as_far_as_there_is_room(make, frame_size: int, fit: 
 
 def test_an_empty_frame_is_an_error(make) -> None:
     with pytest.raises(ValueError, match="without bytes"):
-        make().append([Record(key_of(1), [b""], 0, 0)])
+        make().append([Record(BlockInfo(key_of(1), None, None), [b""], 0, 0)])
 
 
 def test_appending_nothing_does_nothing(make) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.tiers.records import KIB, QUARTER, ROOT, assert_holds, flip, key_of, put, record_of
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk import footer
 from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, Entry, footer_bytes, store_tag
@@ -64,7 +64,7 @@ def test_every_block_is_recovered_at_its_location_with_its_parents(left) -> None
     assert segments_in(folder) == {1: FULL, 2: FULL, 3: 2 * PIECE + footer_bytes(2)}
     assert reads_of(folder) == 6
     with disk(folder) as tier:
-        expected = [RecoveredBlock(key_of(n), key_of(n - 1) if n else None, ROOT, location) for n, location in held.items()]
+        expected = [RecoveredBlock(BlockInfo(key_of(n), key_of(n - 1) if n else None, ROOT), location) for n, location in held.items()]
         assert tier.recovered() == expected
         assert tier.recovered() == []
         assert tier.keys_in(2) == [key_of(number) for number in range(4, 8)]
@@ -104,7 +104,7 @@ def test_a_crash_loses_nothing_and_is_scanned_once(tmp_path: Path) -> None:
     assert segments_in(folder) == {1: FULL, 2: 2 * PIECE + footer_bytes(2)}
     assert reads_of(folder) == 4
     with disk(folder) as tier:
-        assert tier.recovered()[5][:3] == (key_of(5), key_of(4), ROOT)
+        assert tier.recovered()[5].info == (key_of(5), key_of(4), ROOT, None)
 
 
 HOLD = """

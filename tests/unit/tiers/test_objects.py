@@ -282,8 +282,8 @@ def test_a_restart_finds_every_block_in_order(store, checked):
     found = again.recovered()
     assert [block.key for block in found] == [key_of(number) for number in (0, 1, 2, 3, 4, 9)]
     assert [block.location for block in found] == list(placed.values())
-    assert [block.parent for block in found] == [record_of(number, 2600).parent for number in (0, 1, 2, 3, 4, 9)]
-    assert {block.root for block in found} == {ROOT}
+    assert [block.info.parent for block in found] == [record_of(number, 2600).info.parent for number in (0, 1, 2, 3, 4, 9)]
+    assert {block.info.root for block in found} == {ROOT}
     assert again.recovered() == []
     assert again.used_bytes == sum(store.sizes().values())
     assert put(again, [10], 2600)[10].segment == placed[9].segment + 1

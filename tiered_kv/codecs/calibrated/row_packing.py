@@ -40,9 +40,10 @@ _PARAMETERS = zstandard.ZstdCompressionParameters(
 
 @dataclass(frozen=True)
 class Alphabet:
-    """The tables that unpack bytes to numbers of some dtype, stored as words of a numpy dtype of the same width.
+    """The tables with which `unpack` turns packed bytes into numbers of one dtype, such as bf16.
 
-    `tables` has, for each mode but the last, a table (256, digits) from a byte to its numbers. `wide` has the word of every 16-bit number.
+    numpy lacks some of these dtypes, so a number is kept as a word: an unsigned integer of the same width with the same bits.
+    `tables` has, for each mode but the last, a table (256, digits) from a byte to its numbers. `wide` maps every 16-bit number to its word.
     """
 
     tables: tuple[np.ndarray, ...]
@@ -50,7 +51,7 @@ class Alphabet:
 
     @classmethod
     def of(cls, as_words: Callable[[np.ndarray], np.ndarray]) -> "Alphabet":
-        """Builds the tables. `as_words` converts an int16 array to the words of its numbers."""
+        """Builds the tables of a dtype. `as_words` converts an int16 array to that dtype, and returns the words."""
         tables = []
         for limit, digits in zip(LIMITS[:WIDE], DIGITS[:WIDE], strict=True):
             base = 2 * limit + 1

@@ -1,7 +1,7 @@
 """KV events for routers: which blocks the cache on this machine has, under vLLM's own hashes.
 
-A block is announced when a worker has stored it. That it left the cache is found by looking: each call looks at a few of the announced
-blocks. So a removal is told late, by seconds to minutes.
+A block is announced when a worker has stored it. Each call checks whether a few of the announced blocks are still in the cache, so a
+removal is announced seconds to minutes late.
 """
 
 from collections import OrderedDict
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 KNOWN_MAX = 1 << 16
-"""The most blocks that are watched. Of older ones no removal is told."""
+"""How many announced blocks are watched. The removal of older ones is not announced."""
 LOOKS = 64
-"""Blocks looked at in a call, which vLLM makes after each step."""
+"""Blocks checked in a call, which vLLM makes after each step."""
 MEDIUM = "CPU"
 
 
 class OfferedBlock(NamedTuple):
-    """What an event tells of a block besides its hash."""
+    """A block that a worker was given to store: what an event contains besides its hash."""
 
     scope: bytes
     parent: bytes | None

@@ -79,7 +79,7 @@ def hash_seed(config: Any) -> str:
 
 
 def external_hash(block_hash: bytes) -> Any:
-    """Returns a block's hash as vLLM tells it to routers."""
+    """Returns a block's hash as vLLM announces it to routers."""
     from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
     return maybe_convert_block_hash(block_hash)  # type: ignore[arg-type]

@@ -35,7 +35,6 @@ from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
 from tiered_kv.tiers.disk.tier import DiskTier
-from tiered_kv.tiers.host import BlockHeader
 from tiered_kv.tiers.log import Record
 from tiered_kv.tiers.objects.mounted import READ_BYTES, MountedBlock, PackRange, runs_of
 from tiered_kv.tiers.objects.open_store import open_store
@@ -85,7 +84,7 @@ class CheckpointLoader:
 
     def __init__(self, node: CheckpointHost) -> None:
         self._node = node
-        self._place = node.storage
+        self._storage = node.storage
         self._thread = DaemonThreads(1, "tkv-fill", stand_back)  # the thread starts at the first use
         self._copying = DaemonThreads(node.config.io_threads, "tkv-fill", stand_back)
         """Several threads, because copying takes the longest: the system allocates untouched memory page by page."""
@@ -96,8 +95,8 @@ class CheckpointLoader:
 
     def capacity(self) -> LoadCapacity:
         with self._node.running():
-            host, disk = self._place.host, self._place.disk
-            index = self._place.index
+            host, disk = self._storage.host, self._storage.disk
+            index = self._storage.index
             host_bytes = int(host.capacity_bytes * FILLED_SHARE) - host.used_bytes
             disk_bytes = int(disk.capacity_bytes * FILLED_SHARE) - disk.used_bytes if disk else 0
             blocks = int(index.capacity_blocks * INDEX_SHARE) - len(index)
@@ -107,12 +106,12 @@ class CheckpointLoader:
         with self._lock:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
-            first = self._place.mounted.mount(store, request.packs)
+            first = self._storage.mounted.mount(store, request.packs)
             self.models |= request.models
-            admits = self._place.allowance.admits
-            allowed = [each for each in request.blocks if admits(each.key, each.root, each.location.codec, None)]
+            admits = self._storage.allowance.admits
+            allowed = [each for each in request.blocks if admits(each.key, each.info.root, each.location.codec, None)]
             too_lossy = len(request.blocks) - len(allowed)
-            self._place.allowance.refuse(Tier.CHECKPOINT.label, too_lossy)
+            self._storage.allowance.refuse(Tier.CHECKPOINT.label, too_lossy)
             mounted = self._add_to_index(allowed, first)
             self._job = _LoadJob(mounted, self._batches(mounted), too_lossy=too_lossy)
         self._node.report()
@@ -130,8 +129,8 @@ class CheckpointLoader:
                     if room < 0:
                         break
                     block = each._replace(location=each.location._replace(tier=Tier.CHECKPOINT, segment=first + each.location.segment))
-                    self._place.mounted.hold(block.location.stored_bytes)
-                    events.append(ev.Recovered(block.key, block.parent, block.root, block.location, block.depth, block.uses))
+                    self._storage.mounted.hold(block.location.stored_bytes)
+                    events.append(ev.Recovered(block.info, block.location, block.uses))
                     mounted.append(block)
                 self._node.engine.handle(events)
             if room < 0:
@@ -150,7 +149,7 @@ class CheckpointLoader:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
             self.models |= request.models
-            resharder = Resharder(self._place.mounted, self._place.mounted.mount(store, request.packs))
+            resharder = Resharder(self._storage.mounted, self._storage.mounted.mount(store, request.packs))
             batches = (_LoadBatch(*each) for each in resharder.batches(request.blocks, self._is_missing))
             job = self._job = _LoadJob([each.block for each in request.blocks], batches)
             job.done = self._thread.submit(self._run, job, request.max_rate)
@@ -221,12 +220,12 @@ class CheckpointLoader:
     def _read(self, run: PackRange) -> list[Source]:
         """Read the frames of a run in one piece, or block by block if that fails, as it does on a slow link."""
         try:
-            return self._place.mounted.read_run(run)
+            return self._storage.mounted.read_run(run)
         except TieredKVError as error:
             if len(run.blocks) == 1 or error.kind is not Kind.STORAGE or error.context.get("missing"):
                 raise
             log.info("reading %d bytes at once failed, reading them block by block: %s", run.nbytes, str(error))
-        return [source for each in runs_of(run.blocks, 1) for source in self._place.mounted.read_run(each)]
+        return [source for each in runs_of(run.blocks, 1) for source in self._storage.mounted.read_run(each)]
 
     def _is_missing(self, key: BlockKey) -> bool:
         return key not in self._node.engine.machine.blocks
@@ -249,7 +248,7 @@ class CheckpointLoader:
         for block, source in zip(batch.blocks, sources, strict=True):
             if isinstance(source, TieredKVError):
                 self._drop_damaged(job, block, source)
-            elif not self._place.allowance.admits(block.key, block.root, source.codec.id, source.error):
+            elif not self._storage.allowance.admits(block.key, block.info.root, source.codec.id, source.error):
                 self._drop_too_lossy(job, block)
             else:
                 good.append((block, source))
@@ -267,7 +266,7 @@ class CheckpointLoader:
     def _drop_too_lossy(self, job: _LoadJob, block: MountedBlock) -> None:
         """Remove a mounted block whose error, known only after reading it, is larger than the settings allow."""
         job.too_lossy += 1
-        self._place.allowance.refuse(Tier.CHECKPOINT.label, 1)
+        self._storage.allowance.refuse(Tier.CHECKPOINT.label, 1)
         self._node.engine.handle([ev.Lost(block.key, block.location)])
 
     def _to_host(self, job: _LoadJob, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
@@ -293,7 +292,7 @@ class CheckpointLoader:
             for (block, _, location), error in outcomes:
                 if error is None:
                     del session.reserved[location.offset]
-                    events.append(ev.Recovered(block.key, block.parent, block.root, location, block.depth, block.uses))
+                    events.append(ev.Recovered(block.info, location, block.uses))
                     job.host.append(block.key)
             self._node.engine.handle(events)
 
@@ -301,21 +300,21 @@ class CheckpointLoader:
         """Write a block to its extent. Returns the error if its frame cannot be decoded."""
         block, frame, location = placed
         try:
-            self._place.put(BlockData.of(frame), location, BlockHeader(block.key, block.parent, block.root, block.depth))
+            self._storage.put(BlockData.of(frame), location, block.info)
         except TieredKVError as error:
             return TieredKVError(error.kind, str(error))  # the original's traceback would keep a reference to the arena
         return None
 
     def _reserve(self, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[Location]:
         """Reserve free extents for the blocks, in order, until there is no room. Returns their locations."""
-        host = self._place.host
+        host = self._storage.host
         locations: list[Location] = []
         with self._node.running():
             for block, frame in blocks:
-                form = self._place.form_of(frame, block.root)
+                form = self._storage.form_of(frame, block.info.root)
                 if host.used_bytes + form.nbytes > host.capacity_bytes * FILLED_SHARE:
                     break
-                offsets = self._place.reserve(Tier.HOST, form.nbytes, 1, Room.APART if form.codec else Room.STAGING)
+                offsets = self._storage.reserve(Tier.HOST, form.nbytes, 1, Room.COMPRESSED if form.codec else Room.STAGING)
                 if not offsets:
                     break
                 session.reserved[offsets[0]] = form.nbytes
@@ -324,10 +323,10 @@ class CheckpointLoader:
 
     def _to_disk(self, job: _LoadJob, blocks: list[tuple[MountedBlock, Frame]]) -> bool:
         """Append blocks to the disk tier. Returns False if it has no room for all of them without evicting others."""
-        disk = self._place.disk
+        disk = self._storage.disk
         if disk is None:
             return False
-        records = [Record(block.key, frame.pieces, frame.codec.id, frame.raw_bytes, block.parent, block.root) for block, frame in blocks]
+        records = [Record(block.info, frame.pieces, frame.codec.id, frame.raw_bytes) for block, frame in blocks]
         placed = self._node.engine.below(Tier.DISK, lambda: self._append(disk, blocks, records)).result()
         job.disk += placed
         return placed == len(blocks)
@@ -339,7 +338,7 @@ class CheckpointLoader:
             return 0
         results = disk.append(records)
         self._node.engine.handle(
-            ev.Recovered(block.key, block.parent, block.root, result.location, block.depth, block.uses)
+            ev.Recovered(block.info, result.location, block.uses)
             for (block, _), result in zip(blocks, results, strict=True)
             if result.location is not None
         )

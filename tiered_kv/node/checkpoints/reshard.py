@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.codecs import RawCodec
 from tiered_kv.codecs.frame import Frame, encode_frame, open_pieces
 from tiered_kv.errors import Kind, TieredKVError
@@ -25,10 +25,7 @@ class ReshardedBlock(NamedTuple):
     sources: for each of `pieces` the block that contains it. layout: the layout of the sources. See `reshard_layout.join`.
     """
 
-    key: BlockKey
-    parent: BlockKey | None
-    root: BlockKey
-    depth: int
+    info: BlockInfo
     uses: int
     raw_bytes: int
     sources: tuple[MountedBlock, ...]
@@ -36,10 +33,15 @@ class ReshardedBlock(NamedTuple):
     layout: KVLayout
 
     @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
+
+    @property
     def block(self) -> MountedBlock:
-        """The block as a mounted one. Its location is not in any pack."""
+        """This block in the form that the loader handles. Its location is a placeholder, because no pack contains it."""
         nowhere = Location(Tier.CHECKPOINT, 0, 0, 0, self.raw_bytes, self.raw_bytes)
-        return MountedBlock(self.key, self.parent, self.root, self.depth, nowhere, self.uses)
+        return MountedBlock(self.info, nowhere, self.uses)
 
 
 class ReshardBatch(NamedTuple):
@@ -111,6 +113,8 @@ def _decoded(frame: Frame) -> _Decoded | TieredKVError:
 
 def _joined(block: ReshardedBlock, raw: dict[BlockKey, _Decoded | TieredKVError]) -> Frame | TieredKVError:
     """Returns the frame of a block, or the error if one of its sources is damaged. Its error bound is the largest of its sources'."""
+    key, _, root, _ = block.info
+    assert root is not None, "a block to build has a root"
     parts: list[_Decoded] = []
     for source in block.sources:
         part = raw[source.key]
@@ -118,4 +122,4 @@ def _joined(block: ReshardedBlock, raw: dict[BlockKey, _Decoded | TieredKVError]
             return TieredKVError(Kind.CORRUPT, f"a source block cannot be read: {part}")
         parts.append(part)
     joined = join([part for part, _ in parts], block.pieces, block.layout)
-    return open_pieces(encode_frame(block.key, block.root, _RAW, joined, max(error for _, error in parts)), block.key)
+    return open_pieces(encode_frame(key, root, _RAW, joined, max(error for _, error in parts)), key)

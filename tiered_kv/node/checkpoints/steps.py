@@ -74,7 +74,7 @@ class LoadProgress(NamedTuple):
 
     mounted: blocks to load. host, disk: how many of them have been copied there. nbytes: bytes read. damaged: blocks that could
     not be restored; `problems` describes the first of them. error: the reason if loading ended early. too_lossy: blocks that are
-    no hits, because their error is larger than the settings allow.
+    misses, because their error is larger than the settings allow.
     """
 
     mounted: int

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.codecs.base import byte_view
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -198,8 +198,8 @@ class CheckpointWriter:
         if root is None or location.tier is not Tier.HOST or self._aside_bytes + location.stored_bytes > most_bytes:
             return
         for frame in _copied(list(self._node.storage.frames([(key, root, location)]))):
-            parent = self._node.storage.host.header(location.offset).parent
-            record = Record(key, [frame], location.codec, location.raw_bytes, parent, root)
+            parent = self._node.storage.host.header(location.offset).info.parent
+            record = Record(BlockInfo(key, parent, root), [frame], location.codec, location.raw_bytes)
             self._aside[key] = record
             self._aside_bytes += record_bytes(record)
 
@@ -249,7 +249,7 @@ class CheckpointWriter:
                 with self._node.pinned(rest) as pinned:
                     blocks, copied = self._node.engine.machine.blocks, _copied(list(self._node.storage.frames(pinned)))
                     for (key, root, at), frame in zip(pinned, copied, strict=False):
-                        records.append(Record(key, [frame], at.codec, at.raw_bytes, blocks[key].parent, root))
+                        records.append(Record(BlockInfo(key, blocks[key].parent, root), [frame], at.codec, at.raw_bytes))
                 done, rest = rest[: len(records) + 1], rest[len(records) + 1 :]
                 yield from self._completed(job, done, records)
 

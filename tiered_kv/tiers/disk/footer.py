@@ -19,6 +19,7 @@ import struct
 from hashlib import blake2b
 from typing import NamedTuple
 
+from tiered_kv.blocks import BlockInfo
 from tiered_kv.codecs.frame import checksum
 from tiered_kv.keys import KEY_BYTES, BlockKey
 
@@ -52,6 +53,11 @@ class Entry(NamedTuple):
     stored_bytes: int
     raw_bytes: int
     error: float = 0.0
+
+    @property
+    def info(self) -> BlockInfo:
+        """The block; its depth is not recorded."""
+        return BlockInfo(self.key, self.parent, self.root)
 
     @property
     def end(self) -> int:

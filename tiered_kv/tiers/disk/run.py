@@ -24,8 +24,8 @@ class Unwritten(NamedTuple):
         return ENTRY_BYTES + self.stored_bytes
 
     def entry(self, offset: int) -> Entry:
-        """Returns the frame's entry if the frame begins at `offset`."""
-        key, _, codec, raw_bytes, parent, root = self.record
+        """Returns the entry to write for the frame. `offset`: the byte of the segment at which the frame will begin."""
+        (key, parent, root, _), _, codec, raw_bytes = self.record
         return Entry(key, parent, root, codec, offset, self.stored_bytes, raw_bytes, carried_error(self.views[0]) or 0.0)
 
 

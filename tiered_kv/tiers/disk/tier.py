@@ -93,14 +93,6 @@ class DiskTier(LogTier):
         self._next_id = max(self._folder.inherited, default=0) + 1
 
     @property
-    def capacity_bytes(self) -> int:
-        return self._capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
-
-    @property
     def max_frame_bytes(self) -> int:
         """Size of the largest frame that the tier can ever take."""
         file_bytes = (self._append_limit_bytes - _FOLDER_BYTES) // PAGE_BYTES * PAGE_BYTES
@@ -410,7 +402,7 @@ class DiskTier(LogTier):
         except TieredKVError as error:
             log.warning("block %s is dropped: %s", entry.key.hex(), error)
             return None
-        return Record(entry.key, [frame], entry.codec, entry.raw_bytes, entry.parent, entry.root)
+        return Record(entry.info, [frame], entry.codec, entry.raw_bytes)
 
     def _rewrite(self, records: Sequence[Record]) -> list[tuple[BlockKey, Location]]:
         answers = self._append(records, self._capacity_bytes)
@@ -440,11 +432,7 @@ class DiskTier(LogTier):
         self._shrink_to_cap()
         for id in [id for id in self._segments if found[id].needs_footer]:
             self._add_footer(self._segments[id], entries[id])
-        return [
-            RecoveredBlock(entry.key, entry.parent, entry.root, location_of(id, entry), entry.error)
-            for id in self._segments
-            for entry in entries[id]
-        ]
+        return [RecoveredBlock(entry.info, location_of(id, entry), entry.error) for id in self._segments for entry in entries[id]]
 
     def _cut_tail(self, segment: Segment, end: int) -> None:
         """Cut off the partial frame that a crash left after the last whole frame."""

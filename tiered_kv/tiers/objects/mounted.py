@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import BlockInfo, Location, Tier
 from tiered_kv.codecs.frame import Frame, open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -16,14 +16,16 @@ _GAP_BYTES = 256 << 10  # reading so many unneeded bytes between two blocks cost
 
 
 class MountedBlock(NamedTuple):
-    """A block of a checkpoint: its place in its chain, its location, and its uses. `location.segment` is its pack's number."""
+    """A block of a checkpoint, its location, and its uses. `location.segment` is its pack's number."""
 
-    key: BlockKey
-    parent: BlockKey | None
-    root: BlockKey
-    depth: int
+    info: BlockInfo
     location: Location
     uses: int = 1
+
+    @property
+    def key(self) -> BlockKey:
+        """The block's key."""
+        return self.info.key
 
 
 class MountedPacks:
@@ -82,7 +84,7 @@ class MountedPacks:
         for block in run.blocks:
             start = block.location.offset - run.offset
             try:
-                frame = open_frame(data[start : start + block.location.stored_bytes], block.key, block.root)
+                frame = open_frame(data[start : start + block.location.stored_bytes], block.key, block.info.root)
                 _check(frame, block.location, name)
                 found.append(frame)
             except TieredKVError as error:

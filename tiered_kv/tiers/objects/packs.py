@@ -70,7 +70,7 @@ class PackWriter:
         """Append a frame. Returns its entry. The pack grows by `grown_bytes`."""
         nbytes, views = record_bytes(record), [byte_view(buffer) for buffer in record.buffers]
         error = carried_error(views[0]) or 0.0
-        entry = Entry(record.key, record.parent, record.root, record.codec, self._end, nbytes, record.raw_bytes, error)
+        entry = Entry(*record.info[:3], record.codec, self._end, nbytes, record.raw_bytes, error)
         self._entries.append(entry)
         self._views += views
         self._sums.update(b"".join(bytes(view[-CHECKSUM_BYTES:]) for view in views)[-CHECKSUM_BYTES:])

@@ -89,14 +89,6 @@ class ObjectsTier(LogTier):
         self._closed = False
 
     @property
-    def capacity_bytes(self) -> int:
-        return self._capacity_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used_bytes
-
-    @property
     def max_frame_bytes(self) -> int:
         return min(MAX_FRAME_BYTES, self._capacity_bytes - footer_bytes(1))
 
@@ -167,9 +159,7 @@ class ObjectsTier(LogTier):
                 raise self._store.failed("cannot be emptied", f"it holds {self._used_bytes} bytes of {self._capacity_bytes}")
             self._listed = True
             return [
-                RecoveredBlock(entry.key, entry.parent, entry.root, _location(number, entry), entry.error)
-                for number, pack in kept.items()
-                for entry in pack.entries
+                RecoveredBlock(entry.info, _location(number, entry), entry.error) for number, pack in kept.items() for entry in pack.entries
             ]
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:

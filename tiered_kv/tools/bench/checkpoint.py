@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tiered_kv.blocks import Tier
+from tiered_kv.blocks import BlockInfo, Tier
 from tiered_kv.checkpoint.manifest import Manifest, Model
 from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.checkpoint.repository import open_repository
@@ -303,7 +303,7 @@ def _write_large(url: str, blocks: BenchChains, chains: int) -> int:
             parent = None
             for depth, key in enumerate(blocks.keys(number)):
                 frame = encode_frame(key, root, _RAW, blocks.raw(number, depth))
-                record = Record(key, frame, _RAW.id, size, parent, root)
+                record = Record(BlockInfo(key, parent, root), frame, _RAW.id, size)
                 if len(writer) and writer.nbytes + grown_bytes(record_bytes(record)) > PACK_BYTES:
                     writer = _finished(writer, repository.store, packs)
                 entry = writer.add(record)

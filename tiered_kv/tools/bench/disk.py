@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tiered_kv.blocks import Location
+from tiered_kv.blocks import BlockInfo, Location
 from tiered_kv.codecs.frame import encode_frame
 from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.config import format_size
@@ -148,7 +148,7 @@ def _write(folder: Path, content: _DiskBlocks) -> float:
         start_s = time.perf_counter()
         for batch in content.batches():
             frames = [(content.key(number), encode_frame(content.key(number), _ROOT, _RAW, content.raw(number))) for number in batch]
-            answers = tier.append([Record(key, frame, _RAW.id, content.block_bytes) for key, frame in frames])
+            answers = tier.append([Record(BlockInfo(key, None, None), frame, _RAW.id, content.block_bytes) for key, frame in frames])
             if any(each.refused for each in answers):
                 raise TieredKVError(Kind.STORAGE, f"a block was not written to {folder}: {answers[-1].refused}")
         tier.close(remove=False)
