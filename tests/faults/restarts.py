@@ -115,7 +115,6 @@ class Restarts:
             "restart_s_max": max(self.restart_s),
             "restart_s_median": sorted(self.restart_s)[len(self.restart_s) // 2],
             "wrong": history.faults_of(self.cluster.workers.history()),
-            "longest_fetch_beyond_its_deadline_ms": history.longest_overrun_ms(self.cluster.workers.history()),
         }
 
 
