@@ -74,7 +74,8 @@ class RayMachines:
             self._surveyor = self.machines[0].start(command, env=self.environment(0), text=True, **pipes)
         self._surveyor.stdin.write("\n")
         self._surveyor.stdin.flush()
-        return json.loads(self._surveyor.stdout.readline())["degraded"]
+        lines = iter(self._surveyor.stdout.readline, "")
+        return json.loads(next(line for line in lines if line.startswith("{")))["degraded"]  # Ray prints lines of its own
 
     def start_worker(self, number: int, name: str, *arguments: str) -> None:
         """Starts a worker on a machine, and waits until it has attached."""
