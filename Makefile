@@ -69,6 +69,7 @@ sim: $(STAMP)  ## eviction policies on request traces; TRACES="my-b64.jsonl.zst"
 
 bench: $(STAMP)  ## fetch, store, disk, checkpoints and codecs as ratios to memcpy and plain system calls; the memory that codecs save
 	$(BIN)/tiered-kv bench fetch
+	$(BIN)/tiered-kv bench transfer
 	$(BIN)/tiered-kv bench disk
 	$(BIN)/tiered-kv bench checkpoint
 	$(BIN)/tiered-kv bench codec

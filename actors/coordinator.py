@@ -1,5 +1,6 @@
 """The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
 
+import logging
 from typing import TypedDict
 
 import ray
@@ -7,10 +8,16 @@ import ray
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
+from tiered_kv.coordinator.lookup_server import LookupServer
+from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import LiveNode
+from tiered_kv.protocol.peer_address import PeerPlace
+from tiered_kv.protocol.peer_channel import Credentials
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
+
+log = logging.getLogger(__name__)
 
 
 class ClusterDescription(TypedDict):
@@ -24,12 +31,25 @@ class ClusterDescription(TypedDict):
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
 class CoordinatorActor:
-    """Forwards calls to a `Coordinator`."""
+    """Forwards calls to a `Coordinator`. `secret`: as for `NodeActor`."""
 
-    def __init__(self, cluster_id: str, config: Config) -> None:
+    def __init__(self, cluster_id: str, config: Config, secret: str = "") -> None:
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
+        self._lookups = self._make_lookups(bytes.fromhex(secret))
+
+    def _make_lookups(self, secret: bytes) -> LookupServer | None:
+        """Returns the server of look-ups without Ray. Without it, which is logged, nodes ask through Ray."""
+        try:
+            place = PeerPlace.of(self._config.peer_address)
+            if place is None or not secret:
+                return None
+            listener = place.listen(ray.util.get_node_ip_address())
+        except TieredKVError as error:
+            log.warning("look-ups go through Ray: %s", error)
+            return None
+        return LookupServer(self._coordinator, Credentials(self._cluster_id, "coordinator", secret), listener)
 
     def describe(self) -> ClusterDescription:
         """Returns the cluster's id, its settings, its live nodes and its lost nodes."""
@@ -37,7 +57,7 @@ class CoordinatorActor:
         return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost}
 
     def report(self, report: Report) -> Answer:
-        return self._coordinator.report(report)
+        return self._coordinator.report(report)._replace(directory=self._lookups.address if self._lookups else None)
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
         return self._coordinator.locate(asker, keys)

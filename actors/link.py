@@ -17,7 +17,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces
+from tiered_kv.protocol.messages import NO_PEERS, PeerStats
+from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 from tiered_kv.threads import DaemonThreads
@@ -58,7 +59,13 @@ class RayLink:
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)
         threads = self._requesting.setdefault(name, DaemonThreads(1, "tkv-link"))
-        return RayTransfer(threads.submit(lambda: self._actor(name).serve.remote(keys)), lambda: self._handles.pop(name, None))
+        return RayTransfer(keys, threads.submit(lambda: self._actor(name).serve.remote(keys)), lambda: self._handles.pop(name, None))
+
+    def streams_from(self, node: str) -> bool:
+        return False
+
+    def stats(self) -> PeerStats:
+        return NO_PEERS
 
     # On the link's threads
 
@@ -98,7 +105,8 @@ class RayTransfer:
     `sent`: the call to the peer, which runs on a thread of the link.
     """
 
-    def __init__(self, sent: "Future[ray.ObjectRef]", on_failure: Callable[[], object]) -> None:
+    def __init__(self, keys: list[BlockKey], sent: "Future[ray.ObjectRef]", on_failure: Callable[[], object]) -> None:
+        self._keys = keys
         self._sent = sent
         self._on_failure = on_failure
         self._objects: list[ray.ObjectRef] | None = None
@@ -110,7 +118,14 @@ class RayTransfer:
             if self._objects:
                 ray.wait(self._objects, timeout=0, fetch_local=True)
 
+    def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
+        meanwhile()
+        frames = self.frames(wait_s)
+        meanwhile()
+        return receiver.take(self._keys[: len(frames)], frames)
+
     def frames(self, wait_s: float) -> list[FramePieces]:
+        """Returns the frames of the leading requested keys; fewer if the peer had fewer. Waits at most `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         if self._objects is None:
             hung = wait_s >= HUNG_AFTER_S

@@ -12,9 +12,13 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.node import Node
+from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.node.trace_recording import Recorded
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.node_record import NodeRecord, write_record
+from tiered_kv.protocol.peer_address import PeerPlace
+from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_transport import Link
 from tiered_kv.protocol.unix_socket import SessionServer
 
 log = logging.getLogger(__name__)
@@ -22,18 +26,27 @@ log = logging.getLogger(__name__)
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8, enable_task_events=False)
 class NodeActor:
-    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers through Ray's object store."""
+    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers over streams, or through Ray's object store.
 
-    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0) -> None:
+    `secret`: the cluster's secret in hexadecimal, "" for a cluster without one (`ClusterState.secret`).
+    """
+
+    def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
+        self._secret = bytes.fromhex(secret)
         self._refusal: TieredKVError | None = None
+        self._link: Link | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
         labels = {"ray_node_id": here.get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
-            link = RayLink(cluster, node_id)
+            link = self._link = self._make_link(cluster, cluster_id, node_id, config, labels["address"])
+            if isinstance(link, StreamLink):
+                labels["peer_address"] = link.address
             self._node = Node(
                 config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
             )
+            if isinstance(link, StreamLink):
+                link.serve(self._node)
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             write_record(
                 NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
@@ -42,6 +55,16 @@ class NodeActor:
         except TieredKVError as error:
             # Ray restarts an actor whose constructor raises forever, and loses its error. So `info` raises the error instead.
             self._refusal = error
+            if isinstance(self._link, StreamLink):
+                self._link.close()
+
+    def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> Link:
+        """Returns a link with streams; one through Ray only if the cluster has no secret, or the settings turn streams off."""
+        place = PeerPlace.of(config.peer_address)
+        link = RayLink(cluster, node_id)
+        if place is None or not self._secret:
+            return link
+        return StreamLink(link, Credentials(cluster_id, node_id, self._secret), place.listen(address))
 
     def _end_unless_in_place(self) -> None:
         """End the process if the node's files were removed or replaced. Ray then restarts the actor, which creates new files."""
@@ -86,5 +109,7 @@ class NodeActor:
         if self._refusal:
             raise TieredKVError(Kind.CLOSED, "the node must have started before it is closed, but its start failed")
         self._is_serving = False
+        if isinstance(self._link, StreamLink):
+            self._link.close()
         self._server.close()
         self._node.close(remove=True)

@@ -59,7 +59,9 @@ def up(
             }
         else:
             own = {"address": address}
-        cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
+        cluster = ClusterState(
+            cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), secret=state.new_secret(), **own
+        )
         cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
         log(f"joining Ray at {cluster.address}")
@@ -138,7 +140,9 @@ def _start_actors(cluster: ClusterState, config: Config, log: LogLine, mounted_b
     from tiered_kv.actors.node import NodeActor
 
     detached: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": "detached"}
-    coordinator = CoordinatorActor.options(name=coordinator_name(cluster.name), **detached).remote(cluster.cluster_id, config)
+    coordinator = CoordinatorActor.options(name=coordinator_name(cluster.name), **detached).remote(
+        cluster.cluster_id, config, cluster.secret
+    )
     _result(coordinator.describe.remote(), "the coordinator")
     started = {}
     for number, ray_node in enumerate(sorted((node for node in ray.nodes() if node["Alive"]), key=_age)):
@@ -146,7 +150,7 @@ def _start_actors(cluster: ClusterState, config: Config, log: LogLine, mounted_b
         log(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
         here = NodeAffinitySchedulingStrategy(ray_node["NodeID"], soft=False)
         actor = NodeActor.options(name=node_name(cluster.name, node_id), scheduling_strategy=here, **detached)
-        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config, mounted_bytes)
+        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config, mounted_bytes, cluster.secret)
     for node_id, actor in started.items():
         _result(actor.info.remote(), f"cache {node_id}")
 

@@ -33,7 +33,11 @@ _TYPES = {
     "processes": list,
     "temp_dir": str | None,
     "config": dict,
+    "secret": str,
 }
+_LATER_FIELDS = {"secret": ""}
+"""Fields that state files of older versions lack, and the values that stand for a missing one."""
+SECRET_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class ClusterState:
     address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head node's first; empty
     if Ray was started by others. owns_ray: whether `tiered-kv up` started Ray. processes: the leaders of the started
     sessions, one per node; empty unless `owns_ray`. temp_dir: folder with Ray's files of these sessions.
-    created_s: seconds since 1970. config: the settings as the user gave them.
+    created_s: seconds since 1970. config: the settings as the user gave them. secret: 32 random bytes in hexadecimal, with
+    which the cluster's processes prove to each other that they belong to it; "" for a cluster that an older version started.
     """
 
     cluster_id: str
@@ -56,6 +61,7 @@ class ClusterState:
     processes: tuple[Process, ...] = ()
     temp_dir: str | None = None
     config: dict = field(default_factory=dict)
+    secret: str = field(default="", repr=False)
 
     @property
     def node_ip(self) -> str | None:
@@ -88,6 +94,11 @@ class ClusterState:
 def new_cluster_id() -> str:
     """Returns eight random hexadecimal digits."""
     return secrets.token_hex(4)
+
+
+def new_secret() -> str:
+    """Returns a secret for a new cluster, in hexadecimal."""
+    return secrets.token_hex(SECRET_BYTES)
 
 
 def state_dir() -> Path:
@@ -192,11 +203,14 @@ def _of_record(record: object, path: Path) -> ClusterState:
     version = record.pop("version", None)
     if version != VERSION:
         raise _damaged(path, f"version must be {VERSION}, got {version!r}")
+    record = _LATER_FIELDS | record
     if set(record) != set(_TYPES):
         raise _damaged(path, f"missing or unknown fields: {sorted(set(record) ^ set(_TYPES))}")
     for name, expected in _TYPES.items():
         if not isinstance(record[name], expected):
             raise _damaged(path, f"{name} has the wrong type: {record[name]!r}")
+    if not re.fullmatch(rf"([0-9a-f]{{{2 * SECRET_BYTES}}})?", record["secret"]):
+        raise _damaged(path, f"secret must be {SECRET_BYTES} bytes in hexadecimal")  # its text is not for logs
     if not all(isinstance(ip, str) for ip in record["node_ips"]):
         raise _damaged(path, f"node_ips must be strings, got {record['node_ips']!r}")
     processes = tuple(_process(value, path) for value in record["processes"])

@@ -22,6 +22,7 @@ WITHIN_S = 6.0
 JOIN_WITHIN_S = 3.0
 ANSWER_WITHIN_S = 3.0
 QUESTIONS_AT_ONCE = 16
+FAILED_WITHIN_S = 60.0
 
 
 class Answers(NamedTuple):
@@ -144,7 +145,18 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
             nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": answer})
         elif node in listed:
             nodes.append(listed[node])
+    degraded += failing_pairs(nodes)
     return about | {"nodes": nodes, "expected_nodes": expected, "degraded": degraded}
+
+
+def failing_pairs(nodes: Iterable[dict]) -> list[str]:
+    """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since."""
+    return [
+        f"{node['node']} cannot fetch from {peer} over a stream: {pair['last_failure']}"
+        for node in nodes
+        for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
+        if pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+    ]
 
 
 def _problem(node: str, answer: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:

@@ -82,7 +82,7 @@ LIBRARIES = {
     "memory": {"numpy", "torch", "msgpack", "psutil"},
     "tiers": {"numpy", "torch", "msgpack", "xxhash", "obstore", "botocore"},  # botocore: for the profiles of AWS, where it is installed
     "store": set(),
-    "protocol": {"numpy", "msgpack"},
+    "protocol": {"numpy", "msgpack", "psutil"},
     "client": {"numpy", "torch"},
     "coordinator": set(),
     "node": {"numpy", "torch", "msgpack"},
@@ -102,6 +102,7 @@ ONLY_LATER = {
     "": {"torch", "matplotlib"},
     "cluster": {"torch", "ray"},
     "memory": {"psutil"},
+    "protocol": {"psutil"},
     "tiers": {"obstore", "botocore"},
     "checkpoint": {"torch"},
     "tools.bench": {"obstore"},
@@ -111,6 +112,7 @@ ONLY_LATER = {
 # Where anything that fails is caught: the edge of a thread, of a request, of other people's code.
 BOUNDARIES = {
     "tiered_kv/protocol/unix_socket.py SessionServer._answer",
+    "tiered_kv/protocol/peer_listener.py PeerListener._serve_guarded",
     "tiered_kv/node/node.py Node._run_beats",
     "tiered_kv/node/reporter.py Reporter._report_guarded",
     "tiered_kv/node/seals.py Seals._run",

@@ -121,8 +121,8 @@ def test_the_defaults_hold_their_own_rules():
 
 
 def test_settings_are_bytes_after_they_were_text():
-    config = Config.of({"host": "2GiB", "disk": "10GB"}, pull_chunk="1MiB")
-    assert (config.host, config.disk, config.pull_chunk) == (2 << 30, 10**10, 1 << 20)
+    config = Config.of({"host": "2GiB", "disk": "10GB"}, disk_segment="1MiB")
+    assert (config.host, config.disk, config.disk_segment) == (2 << 30, 10**10, 1 << 20)
 
 
 def test_changes_make_another_config_and_are_checked():
@@ -155,7 +155,7 @@ BAD = [
     *[("host", value) for value in (0, -1, "0", "1KiB", "", "lots", None, True, MIN_HOST_BYTES - 1)],
     *[("disk", value) for value in (-1, 1, "1KiB", "lots", None, True, MIN_TIER_BYTES - 1)],
     *[("disk_segment", value) for value in (0, "1KiB", "lots", None)],
-    *[("pull_chunk", value) for value in (0, "1KiB", "lots", None)],
+    *[("peer_address", value) for value in (0, "")],
     *[("block_tokens", value) for value in (0, -1, "64", None, True, 1.5)],
     *[("io_threads", value) for value in (0, -1, "2", None, True, 1.5)],
     *[("store_wait_ms", value) for value in (-1, "1", None, True, float("nan"))],
@@ -257,9 +257,7 @@ def test_a_pin_alone_foretells_nothing():
 
 
 def test_the_smallest_settings_that_can_be():
-    Config(
-        host=MIN_HOST_BYTES, disk=MIN_TIER_BYTES, disk_segment=64 << 10, pull_chunk=64 << 10, block_tokens=1, io_threads=1, store_wait_ms=0
-    )
+    Config(host=MIN_HOST_BYTES, disk=MIN_TIER_BYTES, disk_segment=64 << 10, block_tokens=1, io_threads=1, store_wait_ms=0)
     Config(disk=0, fetch_deadline_ms=0, heartbeat_s=0.01, node_timeout_s=0.01)
 
 

@@ -1,6 +1,7 @@
 """The settings: one frozen record, checked when it is created, the same for a cluster and for one process."""
 
 import difflib
+import logging
 import os
 import re
 import tomllib
@@ -12,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.file_sums import user_cache
+
+log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -58,7 +61,9 @@ class Config:
     tier's codec is then chosen by errors measured on the model. calibration: the file with these measurements, or a folder of such
     files; None for the user's cache.
     Limits. store_wait_ms: the wait of a store for room, before its blocks are refused. fetch_deadline_ms: the wait of a fetch for other
-    nodes and disks. pull_chunk: bytes that a node requests from a peer at once.
+    nodes and disks.
+    Network. peer_address: where a node listens for its peers: an interface, a network or an address, and ports, such as
+    "eth1:7400-7499" or "10.1.0.0/16"; None for the machine's address in Ray and any free port, "off" for Ray's transfers only.
     verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
     """
 
@@ -81,7 +86,7 @@ class Config:
     shm_path: str = "/dev/shm"
     store_wait_ms: int = 1000
     fetch_deadline_ms: int = 5000
-    pull_chunk: int = 16 << 20
+    peer_address: str | None = None
     verify_host: bool = False
     io_threads: int = 2
     heartbeat_s: float = 1.0
@@ -90,7 +95,7 @@ class Config:
     def __post_init__(self) -> None:
         for setting, other in _PARTS.items():
             self._part(setting, other)
-        for setting in ("device", "host", "disk", "disk_segment", "objects_cap", "pull_chunk"):
+        for setting in ("device", "host", "disk", "disk_segment", "objects_cap"):
             object.__setattr__(self, setting, parse_size(getattr(self, setting), setting))
         self._at_least("host", MIN_HOST_BYTES, "1MiB; the host tier cannot be left out")
         for setting in ("device", "disk"):
@@ -98,7 +103,6 @@ class Config:
                 self._at_least(setting, MIN_TIER_BYTES, f"1MiB, or 0 for no {setting} tier")
         self._at_least("objects_cap", MIN_TIER_BYTES, "1MiB")
         self._at_least("disk_segment", 64 << 10, "64KiB")
-        self._at_least("pull_chunk", 64 << 10, "64KiB")
         for setting in ("block_tokens", "io_threads"):
             self._at_least(setting, 1, "1, a whole number", whole=True)
         for setting in ("store_wait_ms", "fetch_deadline_ms"):
@@ -204,6 +208,9 @@ class Config:
             if ":" in str(changes.get(setting)):
                 given.pop(other, None)  # the new size names it too
         given |= changes
+        for setting in FORMER_SETTINGS & given.keys():
+            log.warning("the setting %s has no effect any more: it is ignored", setting)
+            del given[setting]
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
@@ -248,6 +255,8 @@ class Config:
 
 
 POLICIES = ("lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive")
+FORMER_SETTINGS = frozenset({"pull_chunk"})
+"""Settings of older versions that settings files and the records of running clusters may still have."""
 QUALITIES = ("exact", "near_exact", "balanced", "compact", "archive")
 CODED_TIERS = (Tier.HOST, Tier.DISK, Tier.OBJECTS)
 _TEXTS = {
@@ -257,5 +266,6 @@ _TEXTS = {
     "codec": "a list such as host=int8,disk=lossless",
     "error_budget": "a budget such as kl=1e-3",
     "calibration": "the path of a file or a folder",
+    "peer_address": "an interface, a network or an address, with ports",
 }
 _PARTS = {"device": "device_name", "disk": "disk_path"}

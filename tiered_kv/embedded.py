@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -15,34 +16,82 @@ from tiered_kv.client.page_client import PageClient
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
+from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.node.node import Node
-from tiered_kv.protocol.peer_transport import FramePieces
+from tiered_kv.node.peers.network import StreamLink
+from tiered_kv.protocol.messages import NO_PEERS, PeerStats
+from tiered_kv.protocol.peer_address import PeerPlace
+from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_transport import FramePieces, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
 
 class InProcessCluster:
-    """Nodes and their coordinator in this process. A context manager. Closing it removes all files."""
+    """Nodes and their coordinator in this process. A context manager. Closing it removes all files.
 
-    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None) -> None:
+    `streams`: the nodes transfer blocks over TCP on this machine, and ask the directory over TCP, as nodes of a real cluster do.
+    """
+
+    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None, *, streams: bool = False) -> None:
         self._clock = clock or SystemClock()
         self.cluster_id = uuid.uuid4().hex[:8]
         self.config = config
         self.coordinator = Coordinator(self._clock, config.node_timeout_s)
         self.nodes: dict[str, Node] = {}
         self.unreachable: set[str] = set()
-        """Names of nodes, or "coordinator", that do not answer: a network partition in a test."""
+        """Names of nodes, or "coordinator", that do not answer direct calls: a network partition in a test."""
+        self._secret = os.urandom(32) if streams else b""
+        self.links: dict[str, StreamLink] = {}
+        self._labels: dict[str, dict[str, str]] = {}  # by node: what its info says in addition
+        self._lookups: LookupServer | None = None
+        if streams:
+            self._lookups = LookupServer(self.coordinator, self._credentials("coordinator"), self._listener())
         for number in range(nodes):
             self.start_node(f"n{number}")
 
     def start_node(self, node_id: str) -> Node:
         """Start a node of this cluster. A node that was stopped without removing its files finds its blocks. Returns the node."""
-        link = InProcessLink(self, node_id)
-        self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock)
-        return self.nodes[node_id]
+        direct = InProcessLink(self, node_id)
+        if not self._secret:
+            self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock)
+            return self.nodes[node_id]
+        link = self.links[node_id] = StreamLink(direct, self._credentials(node_id), self._listener())
+        labels = self._labels[node_id] = {"peer_address": link.address}
+        try:
+            node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
+        except TieredKVError:
+            link.close()
+            raise
+        link.serve(node)
+        return node
+
+    def _credentials(self, name: str) -> Credentials:
+        return Credentials(self.cluster_id, name, self._secret)
+
+    def _listener(self) -> socket.socket:
+        place = PeerPlace.of(self.config.peer_address)
+        assert place is not None, "peer_address must not be off in a cluster with streams"
+        return place.listen("127.0.0.1")
+
+    def announce(self, node_id: str, address: str) -> None:
+        """Let peers connect to this address instead of the node's own: to a proxy, or to a stand-in of a test."""
+        self._labels[node_id]["peer_address"] = address
+        self.report_all()
+
+    def stop_node(self, node_id: str, *, remove: bool = True) -> None:
+        """Close a node and its streams."""
+        if node_id in self.links:
+            self.links.pop(node_id).close()
+        self.nodes[node_id].close(remove)
+
+    @property
+    def directory_address(self) -> str | None:
+        """Where the coordinator answers look-ups; None without streams."""
+        return self._lookups.address if self._lookups else None
 
     def client(self, node_id: str, layout: Layout, namespace: Namespace, **rope: Any) -> Client:
         """Returns a worker's client of one node, by direct calls. It follows a later node with the same id."""
@@ -68,8 +117,12 @@ class InProcessCluster:
 
     def close(self) -> None:
         """Stop all nodes and remove their files."""
+        for link in self.links.values():
+            link.close()
         for node in self.nodes.values():
             node.close()
+        if self._lookups:
+            self._lookups.close()
 
     def __enter__(self) -> "InProcessCluster":
         return self
@@ -87,7 +140,7 @@ class InProcessLink:
 
     def report(self, report: Report) -> Answer:
         self._reach("coordinator")
-        return self._cluster.coordinator.report(report)
+        return self._cluster.coordinator.report(report)._replace(directory=self._cluster.directory_address)
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         self._reach("coordinator")
@@ -100,7 +153,13 @@ class InProcessLink:
     def request(self, node: str, keys: list[BlockKey]) -> "InProcessTransfer":
         self._reach(node)
         with self._cluster.nodes[node].serving(keys) as frames:
-            return InProcessTransfer([[bytes(buffer) for buffer in pieces] for pieces in frames])
+            return InProcessTransfer(keys, [[bytes(buffer) for buffer in pieces] for pieces in frames])
+
+    def streams_from(self, node: str) -> bool:
+        return False
+
+    def stats(self) -> PeerStats:
+        return NO_PEERS
 
     def _reach(self, whom: str) -> None:
         known = whom == "coordinator" or whom in self._cluster.nodes
@@ -111,14 +170,16 @@ class InProcessLink:
 class InProcessTransfer:
     """A transfer whose frames have arrived already."""
 
-    def __init__(self, frames: list[FramePieces]) -> None:
+    def __init__(self, keys: list[BlockKey], frames: list[FramePieces]) -> None:
+        self._keys = keys
         self._frames = frames
 
     def prefetch(self) -> None:
         pass
 
-    def frames(self, wait_s: float) -> list[FramePieces]:
-        return self._frames
+    def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
+        meanwhile()
+        return receiver.take(self._keys[: len(self._frames)], self._frames)
 
 
 class Embedded:

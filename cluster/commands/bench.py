@@ -31,7 +31,8 @@ def add_bench(commands: Any) -> None:
     example = "tiered-kv bench fetch --json\n  tiered-kv bench disk --folder /nvme/tkv\n  tiered-kv bench codec --codec int8,int4"
     command = add_command(commands, "bench", text, example, _bench, text.partition(":")[0] + ".")
     what = (
-        "fetch: look-up, fetch and store from a second process and from another node; disk: writes, cold reads, and a restart; "
+        "fetch: look-up, fetch and store from a second process and from another node; "
+        "transfer: blocks from another node beside raw TCP, Ray and memcpy, and over slow links; disk: writes, cold reads, and a restart; "
         "codec: encode and decode with one and two threads; held: hit ratio with int8 in half the memory; "
         "checkpoint: writing and restoring with a folder and with S3, the slowdown of workers meanwhile, and the time to the first hit"
     )
@@ -98,4 +99,10 @@ def _held(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     return held.run_held_bench(options.model or "default", quick=options.quick, log=log), held.show
 
 
-RUNS = {"fetch": _fetch, "disk": _disk, "codec": _codec, "held": _held, "checkpoint": _checkpoint}
+def _transfer(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
+    from tiered_kv.tools.bench import transfer
+
+    return transfer.run_transfer_bench(quick=options.quick, log=log), transfer.show
+
+
+RUNS = {"fetch": _fetch, "transfer": _transfer, "disk": _disk, "codec": _codec, "held": _held, "checkpoint": _checkpoint}

@@ -33,6 +33,7 @@ def a_state(**changes: object) -> ClusterState:
         processes=(Process.of(os.getpid()),),
         temp_dir="/tmp/tkv-ray-x",
         config={"host": 1 << 20},
+        secret=state.new_secret(),
     )
     return replace(given, **changes)
 
@@ -47,6 +48,28 @@ def test_a_saved_state_is_loaded_unchanged_and_private() -> None:
     assert state.load() == saved
     assert (mode(path), mode(path.parent), mode(path.parent.parent)) == (0o600, 0o700, 0o700)
     assert [entry.name for entry in path.parent.iterdir()] == ["cluster.json"]
+
+
+def test_the_secret_is_new_for_each_cluster_and_not_shown() -> None:
+    first, second = a_state(), a_state()
+    assert len(bytes.fromhex(first.secret)) == 32 and first.secret != second.secret
+    assert first.secret not in repr(first)
+
+
+def test_a_state_file_of_an_older_version_has_no_secret() -> None:
+    path = a_state().save()
+    record = json.loads(path.read_text())
+    del record["secret"]
+    path.write_text(json.dumps(record))
+    assert state.load().secret == ""
+
+
+@pytest.mark.parametrize("secret", ["ab", "x" * 64, "0" * 63])
+def test_a_damaged_secret_is_refused_and_not_repeated(secret: str) -> None:
+    a_state(secret=secret).save()
+    with pytest.raises(TieredKVError, match="secret must be 32 bytes") as caught:
+        state.load()
+    assert caught.value.kind is Kind.CLUSTER and f"got {secret}" not in str(caught.value)
 
 
 def test_a_cluster_on_a_ray_of_others_has_no_processes() -> None:

@@ -141,3 +141,17 @@ def test_an_unknown_cluster_gives_exit_status_1(world: World, capsys) -> None:
     state.remove("main")
     world.coordinator = GONE
     assert cli.main(["status", "--name", "main"]) == 1
+
+
+def test_pairs_of_nodes_that_cannot_talk_are_named() -> None:
+    failed = {"blocks": 0, "bytes": 0, "seconds": 0.0, "failures": {"connect": 3}, "last_failure": "nobody answers at 10.0.0.2:7400"}
+    nodes = [
+        {
+            "node": "n0",
+            "stats": {"peers": {"peers": {"n1": failed | {"last_failure_age_s": 3.0}, "n2": failed | {"last_failure_age_s": 600.0}}}},
+        },
+        {"node": "n1", "stats": {"peers": {"peers": {"n0": {"blocks": 7, "failures": {"timeout": 1}}}}}},
+        {"node": "n2", "stats": {}},
+        {"node": "n3"},
+    ]
+    assert survey.failing_pairs(nodes) == ["n0 cannot fetch from n1 over a stream: nobody answers at 10.0.0.2:7400"]

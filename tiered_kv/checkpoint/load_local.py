@@ -58,7 +58,7 @@ def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[B
                 continue
             frame = read_frame(store, manifest.packs[row.pack][0], row.offset, row.stored_bytes, row.key, row.root)
             admit = Admission(node, session, BlockRun(row.root, layout.block_bytes, row.parent, [row.key], row.depth))
-            if admit([row.key], [frame.pieces]):
+            if admit.take([row.key], [frame.pieces]):
                 loaded.add(row.key)
             else:
                 refused += 1

@@ -23,6 +23,7 @@ from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout
 from tiered_kv.protocol.messages import BlockRun, NodeStats
 from tiered_kv.protocol.session import Session
+from tiered_kv.threads import DaemonThreads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,8 @@ WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """The longest wait of `match`, `explain`, `stats` and hints for an answer. The setting `fetch_deadline_ms` may shorten it."""
 EPOCH_BITS = 63
+PULLS_AT_ONCE = 8
+"""Pulls that fetches of one client wait for beside their own thread; further ones wait for their turn."""
 LABELS = {tier.value: tier.label for tier in Tier}
 
 P = ParamSpec("P")
@@ -94,6 +97,7 @@ class NodeClient:
         self._lock = threading.Lock()
         self._use_lock = threading.Lock()
         self._closed = False
+        self._pulls = DaemonThreads(PULLS_AT_ONCE, "tkv-pull")  # starts its threads at the first use
         self._warn_again_s = float("-inf")
         forking.register(self)
 
@@ -210,6 +214,7 @@ class NodeClient:
         """Unmap the node's memory and close the sessions. Closing twice is fine."""
         if not self._closed:
             self._closed = True
+            self._pulls.shutdown(wait=False)
             self._holder.close()
             self._on_close()
 

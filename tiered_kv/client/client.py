@@ -6,6 +6,7 @@ closed client (`closed`).
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -14,6 +15,7 @@ from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import Names, NodeClient, question_s, while_open
 from tiered_kv.client.kv_copy import LayerPairs
+from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiered_kv.protocol.probes import Probe
+
+READ_AHEAD_BYTES = 4 << 20
+"""A pull of at least this many bytes is read while it goes on. A smaller one is not worth a second thread."""
+LOOK_AGAIN_S = 0.0005
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
@@ -80,15 +86,19 @@ class Client(NodeClient):
         found = first_found = source.find(keys)
         if hidden := source.hidden(found):
             found = self._bring(access, keys, hidden, deadline_s)
-        local = len(found)
+        local, pulling = len(found), None
         if local < len(keys) and source.peers:
             parent = keys[local - 1] if local else None
             run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
-            found = found + self._pull(access, run, deadline_s)
+            pulling = self._pulls.submit(self._pull, access, run, deadline_s) if self._reads_ahead(run, out) else None
+            found = found if pulling else found + self._pull(access, run, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
         read = source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        if pulling is not None:
+            read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s)
+            found = found if len(read) < local else read
         if doubted := source.doubted():
             self._ask(access, lambda session: session.doubt(doubted), None, max(deadline_s - self._clock.now_s(), 0.0))
         # Includes the block that could not be read, which the node examines; excludes the blocks that this fetch pulled.
@@ -100,6 +110,38 @@ class Client(NodeClient):
         tokens = len(read) * self.layout.block_tokens
         self._note_fetch(source, len(keys), len(read), begun_s)
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
+
+    def _reads_ahead(self, run: BlockRun, out: torch.Tensor | None) -> bool:
+        """Whether to copy the leading blocks of a pull while the later ones arrive."""
+        return out is not None and len(run.keys) > 1 and len(run.keys) * run.nbytes >= READ_AHEAD_BYTES
+
+    def _read_pulled(
+        self,
+        source: BlockSource,
+        keys: list[BlockKey],
+        read: list[FoundBlock],
+        local: int,
+        pulling: "Future[list[FoundBlock]]",
+        kv: torch.Tensor,
+        deadline_s: float,
+    ) -> list[FoundBlock]:
+        """Read blocks as the node pulls them, until the pull has ended. Returns all blocks read.
+
+        `read`: the blocks that were read of the `local` ones before them. If one could not be read, the others are not read either.
+        """
+        step, is_broken = self.layout.block_tokens, len(read) < local
+        while not is_broken:
+            is_last = pulling.done()
+            new = pulling.result()[len(read) - local :] if is_last else source.find(keys[len(read) :])
+            good = source.read(new, kv[..., len(read) * step :, :], lambda: self._clock.now_s() >= deadline_s) if new else []
+            read = read + good
+            is_broken = len(good) < len(new)
+            if is_last:
+                break
+            if not new:
+                wait([pulling], LOOK_AGAIN_S)
+        pulling.result()
+        return read
 
     @while_open
     def store(

@@ -5,6 +5,8 @@ After a restart it rebuilds all of them from the nodes' reports.
 
 import logging
 import threading
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tiered_kv.clock import Clock
@@ -19,17 +21,23 @@ log = logging.getLogger(__name__)
 
 STATISTICS_BYTES_MAX = 1 << 20
 LOST_MAX = 1024
+KEYS_AT_ONCE = 2000
+"""How many keys of a report are entered in the directory under one hold of the lock: some milliseconds."""
 
 
 @dataclass
 class Member:
-    """A live node. `number`: of its last report; `seen_s`: when that arrived; `statistics`: the last that it sent, if any."""
+    """A live node. `number`: of its last report; `seen_s`: when that arrived; `statistics`: the last that it sent, if any.
+
+    `told`: the version of the addresses that the node knows.
+    """
 
     info: NodeInfo
     stats: NodeStats
     number: int
     seen_s: float
     statistics: bytes | None = None
+    told: int = -1
 
 
 class Coordinator:
@@ -47,6 +55,8 @@ class Coordinator:
         self._directory = Directory()
         self._lock = threading.Lock()
         self._probes = ProbeBook()
+        self._addresses: dict[str, str] = {}  # by live node: where its streams are
+        self._addresses_version = 0
 
     def report(self, report: Report) -> Answer:
         """Process a node's report. Returns the answer to it.
@@ -75,13 +85,46 @@ class Coordinator:
                 self._lost.pop(report.node, None)
                 member = self._members[report.node] = Member(report.info, report.stats, 0, now_s, statistics=known)
             elif member is None or report.number != member.number + 1:
-                return Answer(self._peers(report.node), resync=True)
+                return self._answer(report.node, member, resync=True)
             member.number, member.seen_s = report.number, now_s
             member.info, member.stats = report.info, report.stats
+            self._note_address(report.node, report.info.get("peer_address"))
             if statistics is not None:
                 member.statistics = statistics
-            self._directory.update(report.node, report.added, report.removed)
-            return Answer(self._peers(report.node), resync=False)
+        self._update(report)
+        with self._lock:
+            return self._answer(report.node, member, resync=False)
+
+    def _update(self, report: Report) -> None:
+        """Enter a report's keys in the directory, some at a time: look-ups need not wait for all of them."""
+        for start in range(0, max(len(report.added), len(report.removed)), KEYS_AT_ONCE):
+            part = slice(start, start + KEYS_AT_ONCE)
+            with self._lock:
+                if report.node in self._members:
+                    self._directory.update(report.node, report.added[part], report.removed[part])
+            time.sleep(0)  # let another thread have the lock
+
+    def _answer(self, node: str, member: Member | None, *, resync: bool) -> Answer:
+        """Returns the answer to a report, with the addresses of all nodes if they have changed since the last one."""
+        is_told = member is not None and member.told == self._addresses_version
+        if member is not None:
+            member.told = self._addresses_version
+        return Answer(self._peers(node), resync=resync, addresses=None if is_told else dict(self._addresses))
+
+    def _note_address(self, node: str, address: str | None) -> None:
+        """Remember where a node's streams are; None for nowhere."""
+        if self._addresses.get(node) == address:
+            return
+        if address is None:
+            del self._addresses[node]
+        else:
+            self._addresses[node] = address
+        self._addresses_version += 1
+
+    def addresses_of(self, nodes: Iterable[str]) -> dict[str, str]:
+        """Returns where the streams of these nodes are, for those that have any."""
+        with self._lock:
+            return {node: self._addresses[node] for node in nodes if node in self._addresses}
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
         """Returns the live nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
@@ -127,6 +170,7 @@ class Coordinator:
             self._members.pop(node, None)
             self._lost.pop(node, None)
             self._directory.drop_node(node)
+            self._note_address(node, None)
 
     def check(self) -> None:
         """Assert that the directory is consistent."""
@@ -141,6 +185,7 @@ class Coordinator:
         for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
             self._lost[node] = self._members.pop(node).seen_s
             self._directory.drop_node(node)
+            self._note_address(node, None)
         while len(self._lost) > LOST_MAX:
             del self._lost[next(iter(self._lost))]
 

@@ -31,7 +31,7 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import BlockRun, Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.peer_transport import FramePieces, Link
 from tiered_kv.protocol.probes import Probe, Variants
@@ -65,7 +65,7 @@ class Node:
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self._labels = labels or {}
+        self._labels, self._link = labels or {}, link
         self.node_id = node_id
         self._clock = clock or SystemClock()
         self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
@@ -172,7 +172,7 @@ class Node:
                 self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
         self.storage.allowance.refuse("introduced", dropped)
 
-    def commit(self, packed: list[Packed]) -> list[bool]:
+    def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
         If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
@@ -180,7 +180,8 @@ class Node:
         """
         with self.running():
             self._check_depths(packed)
-            self.engine.note_touches()
+            if note_touches:
+                self.engine.note_touches()
             taken = packed[: self._index_room_for(packed)]
             added = [not self.engine.machine.has(each.info.key, Tier.HOST) for each in taken]
             for info, location, error, digest in taken:
@@ -368,6 +369,7 @@ class Node:
                 "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
+                "peers": self._link.stats() if self._link else NO_PEERS,
             }
 
     def beat(self) -> None:
@@ -465,7 +467,7 @@ class Node:
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
         forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
-        return Puller(link, reporter.locate, self._clock, self.config.pull_chunk, forgotten_s)
+        return Puller(link, reporter.locate, self._clock, forgotten_s)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""

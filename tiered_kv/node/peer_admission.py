@@ -1,4 +1,7 @@
-"""Stores frames from a peer in the host tier: verifies, copies and commits them through a session of their own."""
+"""Stores blocks from peers in the host tier: verifies them and makes them visible, through a session of their own.
+
+Blocks arrive as whole frames (`take`), or over a stream, straight in their extents (`land`). Both pass the same checks.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -11,9 +14,11 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
+from tiered_kv.node.peers.landing import BlockLanding, FrameLanding, RawLanding, leading_form
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
-from tiered_kv.protocol.peer_transport import FramePieces
+from tiered_kv.protocol.peer_channel import refused
+from tiered_kv.protocol.peer_transport import FramePieces, Offer
 from tiered_kv.store.engine import BlockFormat
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ ADMIT_WAIT_S = 0.05
 
 
 class Admission:
-    """Stores the blocks of one run."""
+    """Stores the blocks of one run. Implements `Receiver`."""
 
     def __init__(self, node: "Node", session: NodeSession, run: BlockRun) -> None:
         self._storage = node.storage
@@ -35,8 +40,8 @@ class Admission:
         self._parents = dict(zip(run.keys, [run.parent, *run.keys], strict=False))
         self._depths = {key: run.depth + number for number, key in enumerate(run.keys)}
 
-    def __call__(self, keys: list[BlockKey], frames: list[FramePieces]) -> int:
-        """Store the leading frames. Returns how many were stored; it stops at a damaged frame and at one that is too lossy."""
+    def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
+        """As `Receiver.take`. It stops also at a frame that is too lossy."""
         opened = (self._storage.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
         good: list[Frame] = []
         for frame in opened:
@@ -47,28 +52,53 @@ class Admission:
         while taken < len(good):
             form = self._storage.form_of(good[taken], self._root)
             same = self._leading_of(form, good[taken:])
-            wanted, parent, is_coded = keys[taken : taken + len(same)], self._parents[keys[taken]], form.codec != 0
-            offsets = self._session.reserve_within(form.nbytes, wanted, parent, ADMIT_WAIT_S, is_coded=is_coded)
-            packed = self._packed(keys[taken:], same, [Location(Tier.HOST, form.codec, 0, at, form.nbytes, self._nbytes) for at in offsets])
-            done = len(self._session.commit_packed(packed))
-            self._session.release(offsets[len(packed) :])
+            locations = self._room(form, keys[taken : taken + len(same)])
+            done = self.show(self._put(keys[taken:], same, locations), locations)
             taken += done
-            if not done or done < len(offsets):
+            if not done or done < len(locations):
                 break
         return taken
+
+    def land(self, keys: Sequence[BlockKey], offers: Sequence[Offer]) -> BlockLanding:
+        form, same = leading_form(self._storage, keys, offers, self._root, self._nbytes)
+        locations = self._room(form, keys[: len(same)])
+        if not locations:
+            raise refused("no_room", "no room for a block of a peer", own_fault=True)
+        if same[0].head:
+            return RawLanding(self, self._storage, keys, locations, same)
+        return FrameLanding(self, self._storage, keys, locations, same, self._root)
+
+    def _room(self, form: BlockFormat, keys: Sequence[BlockKey]) -> list[Location]:
+        """Reserve extents for the leading `keys`, of one form. Returns where they are; [] without room."""
+        parent, is_coded = self._parents[keys[0]], form.codec != 0
+        offsets = self._session.reserve_within(form.nbytes, list(keys), parent, ADMIT_WAIT_S, is_coded=is_coded)
+        return [Location(Tier.HOST, form.codec, 0, offset, form.nbytes, self._nbytes) for offset in offsets]
+
+    def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
+        """Make the blocks visible that are packed at the leading `locations`, and free the others. Returns how many are visible."""
+        done = len(self._session.commit_packed(list(packed), note_touches=False)) if packed else 0
+        self._session.release([location.offset for location in locations[len(packed) :]])
+        return done
+
+    def info(self, key: BlockKey) -> BlockInfo:
+        """Returns the place of a block of this run in its chain."""
+        return BlockInfo(key, self._parents[key], self._root, self._depths[key])
+
+    def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
+        """Returns a block of this run that is complete and verified at `location`."""
+        return Packed(self.info(key), location, error, digest)
 
     def _leading_of(self, form: BlockFormat, frames: Sequence[Frame]) -> list[Frame]:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
 
-    def _packed(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
+    def _put(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
         """Write the frames into extents. Returns the packed blocks up to the first frame that cannot be decoded or may not be shown."""
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
-            info = BlockInfo(key, self._parents[key], self._root, self._depths[key])
             try:
-                digest = self._storage.put(BlockData.of(frame), location, info)
+                digest = self._storage.put(BlockData.of(frame), location, self.info(key))
             except TieredKVError as error:
                 log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))
                 break
-            packed.append(Packed(info, location, frame.error, digest))
+            packed.append(self.packed(key, location, frame.error, digest))
         return packed

@@ -1,24 +1,30 @@
-"""Pulls blocks from other nodes into the local host tier, in chunks. The next chunk is transferred while one is unpacked."""
+"""Pulls blocks from other nodes into the local host tier.
+
+From a peer with streams one request brings a whole run of blocks, each of which is visible while the next ones arrive. From other
+peers blocks are requested in chunks. The next chunk is transferred while one is unpacked.
+"""
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from tiered_kv.clock import Clock
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.protocol.peer_transport import FramePieces, Link, Transfer
+from tiered_kv.protocol.peer_transport import Link, Receiver, Transfer
 
 log = logging.getLogger(__name__)
 
-Admit = Callable[[list[BlockKey], list[FramePieces]], int]
-"""Stores the frames of these keys. Returns how many it could store."""
-
 CHUNKS_UNDER_WAY = 3
+CHUNK_BYTES = 16 << 20
+"""The bytes of one request to a peer that has no streams."""
 AVOID_S = 1.0
+PATIENCE_S_MAX = 1.0
+"""How long a stream may stand still while another node has the next block too: at most this, and half of the time left."""
+PATIENCE_S_MIN = 0.05
 
 
 class Chunk(NamedTuple):
@@ -29,131 +35,160 @@ class Chunk(NamedTuple):
 
 
 class _PeerFailed(Exception):
-    """A request to `node` failed; other nodes may have the blocks. `hung`: the node did not answer at all."""
+    """A request to `node` failed. Others may have the blocks, or the node itself in another way (`may_retry`).
 
-    def __init__(self, node: str, hung: bool) -> None:
+    `avoid_s`: how long no other pull sends it a request.
+    """
+
+    def __init__(self, node: str, avoid_s: float = 0.0, may_retry: bool = False) -> None:
         super().__init__(node)
         self.node = node
-        self.hung = hung
+        self.avoid_s = avoid_s
+        self.may_retry = may_retry
 
 
 class Puller:
     """Fetches blocks from the nodes that the directory names. A second pull of blocks in transfer waits for the first.
 
+    A holder that fails is replaced by others for the blocks that are still missing, in the time left.
+
     `locate` asks the directory, as `Link.locate`. A node whose request failed gets no further request for `AVOID_S`. A node that hangs
     gets none for `forgotten_s`: by then the directory no longer names it, unless it has reported again.
     """
 
-    def __init__(
-        self, link: Link, locate: Callable[[list[BlockKey], float], list[list[str]]], clock: Clock, chunk_bytes: int, forgotten_s: float
-    ) -> None:
+    def __init__(self, link: Link, locate: Callable[[list[BlockKey], float], list[list[str]]], clock: Clock, forgotten_s: float) -> None:
         self._link = link
         self._locate = locate
         self._clock = clock
-        self._chunk_bytes = chunk_bytes
         self._forgotten_s = forgotten_s
         self._under_way: set[BlockKey] = set()
         self._avoided_until_s: dict[str, float] = {}
         self._done = threading.Condition()
 
-    def pull(
-        self,
-        keys: list[BlockKey],
-        nbytes: int,
-        wait_s: float,
-        admit: Admit,
-        present: Callable[[BlockKey], bool],
-    ) -> int:
+    def pull(self, keys: list[BlockKey], nbytes: int, wait_s: float, receiver: Receiver, present: Callable[[BlockKey], bool]) -> int:
         """Fetch the leading blocks of `keys`, each of `nbytes`, within `wait_s`. Returns how many of them this node has afterwards.
 
-        `admit` stores the frames of one chunk and returns how many it could store. `present` tells whether this node has a block.
-        Any failure ends the pull early.
+        `receiver` stores the blocks. `present` tells whether this node has a block. Any failure ends the pull early.
         """
         deadline_s = self._clock.now_s() + wait_s
+        tried: set[BlockKey] = set()
+        while wanted := [key for key in keys if not present(key)]:
+            mine = self._claim(wanted, tried, deadline_s, present)
+            if not mine:
+                break
+            tried.update(mine)
+            try:
+                self._pull_mine(mine, nbytes, deadline_s, receiver, present)
+            except TieredKVError as error:
+                log.info("a pull ended early: %s", error)
+            finally:
+                with self._done:
+                    self._under_way.difference_update(mine)
+                    self._done.notify_all()
+        return next((count for count, key in enumerate(keys) if not present(key)), len(keys))
+
+    def _claim(
+        self, wanted: list[BlockKey], tried: set[BlockKey], deadline_s: float, present: Callable[[BlockKey], bool]
+    ) -> list[BlockKey]:
+        """Wait until no other pull is fetching the first missing block. Returns the blocks that this pull shall fetch now.
+
+        Returns [] at the deadline, or if this pull has tried to fetch the first missing block already.
+        """
+
+        def first_is_free() -> bool:
+            return next((key not in self._under_way for key in wanted if not present(key)), True)
+
         with self._done:
-            if not self._done.wait_for(lambda: keys[0] not in self._under_way, wait_s):
-                return 0
-            mine = [key for key in keys if key not in self._under_way and not present(key)]
+            if not self._done.wait_for(first_is_free, max(deadline_s - self._clock.now_s(), 0)):
+                return []
+            missing = [key for key in wanted if not present(key)]
+            if not missing or missing[0] in tried:
+                return []
+            mine = [key for key in missing if key not in self._under_way]
             self._under_way.update(mine)
-        try:
-            missing = mine
-            while self._has_failed_peer(missing, nbytes, deadline_s, admit) and self._clock.now_s() < deadline_s:
-                missing = [key for key in missing if not present(key)]
-        except TieredKVError as error:
-            log.info("a pull ended early: %s", error)
-        finally:
-            with self._done:
-                self._under_way.difference_update(mine)
-                self._done.notify_all()
-        count = 0
-        while count < len(keys) and present(keys[count]):
-            count += 1
-        return count
+            return mine
 
-    def _has_failed_peer(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Admit) -> bool:
-        """Fetch the keys. Returns whether a node failed. That node is avoided from now on, and a retry can use others."""
-        try:
-            self._fetch(keys, nbytes, deadline_s, admit)
-        except _PeerFailed as error:
-            log.info("a peer failed during a pull: %s", error.__cause__)
-            with self._done:
-                self._avoided_until_s[error.node] = self._clock.now_s() + (self._forgotten_s if error.hung else AVOID_S)
-            return True
-        return False
+    def _pull_mine(
+        self, mine: list[BlockKey], nbytes: int, deadline_s: float, receiver: Receiver, present: Callable[[BlockKey], bool]
+    ) -> None:
+        """Fetch blocks that no other pull fetches. Each holder that fails is left out when the rest is tried again."""
+        missing, excluded = mine, set[str]()
+        while missing and self._clock.now_s() < deadline_s:
+            try:
+                self._fetch(missing, nbytes, deadline_s, receiver, excluded)
+            except _PeerFailed as error:
+                log.info("a peer failed during a pull: %s", error.__cause__ or error)
+                if not error.may_retry:
+                    excluded.add(error.node)
+                if error.avoid_s:
+                    with self._done:
+                        self._avoided_until_s[error.node] = self._clock.now_s() + error.avoid_s
+            else:
+                return
+            missing = [key for key in missing if not present(key)]
 
-    def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, admit: Admit) -> None:
-        if not keys:
-            return
+    def _fetch(self, keys: list[BlockKey], nbytes: int, deadline_s: float, receiver: Receiver, excluded: Collection[str]) -> None:
         under_way: deque[tuple[Chunk, Transfer]] = deque()
-        holders = self._locate(keys, max(deadline_s - self._clock.now_s(), 0))
-        chunks = self._chunks(keys, self._reachable(holders), max(1, self._chunk_bytes // nbytes))
+        holders = self._reachable(self._locate(keys, max(deadline_s - self._clock.now_s(), 0)), excluded)
+        chunks = self._chunks(keys, holders, max(1, CHUNK_BYTES // nbytes))
+        fetched = 0
+
+        def prefetch() -> None:
+            for _, later in under_way:
+                later.prefetch()
+
         while True:
             while len(under_way) < CHUNKS_UNDER_WAY and (chunk := next(chunks, None)):
-                with _blaming(chunk.node):
+                with self._blaming(chunk.node):
                     under_way.append((chunk, self._link.request(chunk.node, chunk.keys)))
             left_s = deadline_s - self._clock.now_s()
             if not under_way or left_s <= 0:
                 return
             chunk, transfer = under_way.popleft()
-            with _blaming(chunk.node):
-                for _, later in under_way:
-                    later.prefetch()
-                frames = transfer.frames(left_s)
-                for _, later in under_way:
-                    later.prefetch()
-            if admit(chunk.keys[: len(frames)], frames) < len(chunk.keys):
+            has_others = len(holders[fetched]) > 1
+            patience_s = max(min(left_s / 2, PATIENCE_S_MAX), PATIENCE_S_MIN) if has_others else left_s
+            with self._blaming(chunk.node):
+                count = transfer.deliver(receiver, left_s, patience_s, prefetch)
+            fetched += count
+            if count < len(chunk.keys):
+                if len(holders[fetched]) > 1:
+                    raise _PeerFailed(chunk.node)  # it has dropped the next block, and others may still have it
                 return
 
-    def _reachable(self, holders: list[list[str]]) -> list[list[str]]:
-        """Returns the holders of each block without avoided nodes, up to the first block that has no other holder."""
+    def _reachable(self, holders: list[list[str]], excluded: Collection[str]) -> list[list[str]]:
+        """Returns the holders of each block without avoided and excluded nodes, up to the first block that has no other holder."""
         now_s = self._clock.now_s()
         with self._done:
             self._avoided_until_s = {node: until_s for node, until_s in self._avoided_until_s.items() if until_s > now_s}
-            left = [[node for node in nodes if node not in self._avoided_until_s] for nodes in holders]
+            left = [[node for node in nodes if node not in self._avoided_until_s and node not in excluded] for nodes in holders]
         return left[: next((count for count, nodes in enumerate(left) if not nodes), len(left))]
 
-    @staticmethod
-    def _chunks(keys: list[BlockKey], holders: list[list[str]], most: int) -> Iterator[Chunk]:
-        """Yields runs of blocks that one node holds, each as long as possible but at most `most` blocks.
+    def _chunks(self, keys: list[BlockKey], holders: list[list[str]], most: int) -> Iterator[Chunk]:
+        """Yields runs of blocks that one node holds, each as long as possible. Without streams a run has at most `most` blocks.
 
-        The first chunks are short, so that unpacking starts while the rest is in transfer.
+        Then the first chunks are short, so that unpacking starts while the rest is in transfer.
         """
         start, length = 0, max(1, most // 4)
         while start < len(holders):
             best, end = "", start
             for node in holders[start]:
+                limit = len(holders) if self._link.streams_from(node) else min(start + length, len(holders))
                 stop = start
-                while stop < len(holders) and stop - start < length and node in holders[stop]:
+                while stop < limit and node in holders[stop]:
                     stop += 1
                 if stop > end:
                     best, end = node, stop
             yield Chunk(best, keys[start:end])
             start, length = end, min(most, length * 2)
 
-
-@contextmanager
-def _blaming(node: str) -> Iterator[None]:
-    try:
-        yield
-    except TieredKVError as error:
-        raise _PeerFailed(node, bool(error.context.get("hung"))) from error
+    @contextmanager
+    def _blaming(self, node: str) -> Iterator[None]:
+        """Turn an error of a transfer into a failure of its peer. What is this node's own fault, such as no room, stays as it is."""
+        try:
+            yield
+        except TieredKVError as error:
+            if error.context.get("own_fault"):
+                raise
+            avoid_s = self._forgotten_s if error.context.get("hung") else AVOID_S
+            may_retry = bool(error.context.get("other_way"))
+            raise _PeerFailed(node, 0.0 if may_retry else avoid_s, may_retry) from error

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 KEYS_PER_REPORT = 50_000
 JOIN_WITHIN_S = 3.0  # for a report in progress when the node closes
+GATHER_S = 0.005
+"""How long changes are gathered before they are reported: a report takes the engine's lock, which the next store or pull needs."""
 STATISTICS_EVERY_S = 10.0
 """How often a report includes the policy's statistics. The first report after an inventory includes them too."""
 
@@ -55,7 +57,7 @@ class Reporter:
         self._number = 0
         self._turn = threading.Lock()
         self._wake = threading.Event()
-        self._closing = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tkv-report", daemon=True)
         self.reachable = False
 
@@ -125,10 +127,11 @@ class Reporter:
         return not answer.resync
 
     def _run(self) -> None:
-        while not self._closing:
-            self._wake.wait(self._heartbeat_s)
+        while not self._closed.is_set():
+            if self._wake.wait(self._heartbeat_s):
+                self._closed.wait(GATHER_S)
             self._wake.clear()
-            if not self._closing:
+            if not self._closed.is_set():
                 self._report_guarded()
 
     def _report_guarded(self) -> None:
@@ -140,7 +143,7 @@ class Reporter:
 
     def close(self) -> None:
         """Stop the thread."""
-        self._closing = True
+        self._closed.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_WITHIN_S)

@@ -161,13 +161,13 @@ class NodeStorage:
         source = copy.source
         if copy.target is not Tier.HOST:
             return BlockFormat(0, source.raw_bytes)
-        return self._form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.info.root)
+        return self.form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.info.root)
 
     def form_of(self, frame: Frame, root: BlockKey | None) -> BlockFormat:
         """Returns the form in host memory of a block whose frame a peer sent."""
-        return self._form_in_host(BlockFormat(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
+        return self.form_in_host(BlockFormat(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
 
-    def _form_in_host(self, present: BlockFormat, raw_bytes: int, root: BlockKey | None) -> BlockFormat:
+    def form_in_host(self, present: BlockFormat, raw_bytes: int, root: BlockKey | None) -> BlockFormat:
         """Returns the form in host memory of a block: encoded as it is if host memory keeps frames of its model, else raw."""
         return present if present.codec and self.encoder.keeps_frames(root) else BlockFormat(0, raw_bytes)
 
@@ -340,10 +340,28 @@ class NodeStorage:
     def _frame(self, key: BlockKey, root: BlockKey | None, location: Location) -> FramePieces | None:
         return self._try_read(key, location, lambda block: raw_frame(key, root, block))
 
+    def sealed_header(self, key: BlockKey, location: Location) -> bytes | None:
+        """Returns the header of a raw block in host memory with its seal, b"" for a frame; None if the block is damaged.
+
+        A block without a seal is verified and sealed. The block must stay pinned during the call.
+        """
+        if location.codec:
+            return b""
+        if not self.host.headers.is_sealed(location.offset) and self._try_read(key, location, lambda block: block.verify() or True) is None:
+            return None
+        return self.host.headers.sealed(location.offset)
+
     def opened(self, key: BlockKey, pieces: FramePieces, root: BlockKey) -> Frame | None:
         """Returns the frame in `pieces` from a peer; None if it is damaged, not of `key`, or may not be shown as a block below `root`."""
+        return self._admitted(key, root, lambda: open_pieces(pieces, key))
+
+    def opened_whole(self, key: BlockKey, buffer: memoryview, root: BlockKey) -> Frame | None:
+        """As `opened`, for a frame that fills `buffer`."""
+        return self._admitted(key, root, lambda: open_frame(buffer, key))
+
+    def _admitted(self, key: BlockKey, root: BlockKey, read: Callable[[], Frame]) -> Frame | None:
         try:
-            frame = open_pieces(pieces, key)
+            frame = read()
             if self.allowance.admits(key, root, frame.codec.id, frame.error):
                 return frame
             self.allowance.refuse(PEER, 1)

@@ -85,11 +85,14 @@ class NodeSession:
             packed.append(Packed(info, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), 0.0, digest))
         return self.commit_packed(packed)
 
-    def commit_packed(self, packed: list[Packed]) -> list[bool]:
-        """As `commit`, for blocks of any size, raw or encoded."""
+    def commit_packed(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
+        """As `commit`, for blocks of any size, raw or encoded.
+
+        Without `note_touches`, the policy hears of earlier uses at the next beat: that may cost a millisecond.
+        """
         with self._node.running():
             self._take({each.location.offset: each.location.stored_bytes for each in packed}, len(packed))
-            return self._node.commit(packed)
+            return self._node.commit(packed, note_touches=note_touches)
 
     def release(self, offsets: list[int]) -> None:
         with self._node.running():

@@ -39,6 +39,8 @@ class NodeInfo(TypedDict):
     store_wait_ms: float
     verify_host: NotRequired[bool]
     """Absent in the info of a node of an older version."""
+    peer_address: NotRequired[str]
+    """Where peers connect to the node ("HOST:PORT"); absent if it has no streams."""
     ray_node_id: NotRequired[str]
     """Only of a node that runs as a Ray actor, as is `address`."""
     address: NotRequired[str]
@@ -119,6 +121,37 @@ class SealStats(TypedDict):
     unsealed: int
 
 
+class PairStats(TypedDict):
+    """What a node has fetched from one peer: blocks, their bytes, the seconds that took, and failed requests by reason."""
+
+    blocks: int
+    bytes: int
+    seconds: float
+    failures: dict[str, int]
+    last_failure: NotRequired[str]
+    """The text of the last failure, until a request succeeds again; `last_failure_age_s`: the seconds since then."""
+    last_failure_age_s: NotRequired[float]
+
+
+class PeerStats(TypedDict):
+    """A node's transfers with its peers over streams since it started. `refused`: callers that it refused, by reason.
+
+    `address`: where its peers reach it; None without streams. `served_blocks`, `served_bytes`: what it has sent. `located`: look-ups
+    of the directory without Ray.
+    """
+
+    address: str | None
+    peers: dict[str, PairStats]
+    served_blocks: int
+    served_bytes: int
+    located: int
+    refused: dict[str, int]
+
+
+NO_PEERS: PeerStats = {"address": None, "peers": {}, "served_blocks": 0, "served_bytes": 0, "located": 0, "refused": {}}
+"""The figures of a node without streams."""
+
+
 class NodeStats(TypedDict):
     """A node's figures, up to the last use by any worker."""
 
@@ -141,6 +174,8 @@ class NodeStats(TypedDict):
     saved: dict[str, Any] | None
     """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
     seals: SealStats
+    peers: NotRequired[PeerStats]
+    """Absent in the figures of a node of an older version."""
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""
 

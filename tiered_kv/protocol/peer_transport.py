@@ -1,12 +1,15 @@
-"""The link: a node's calls to the coordinator and to its peers. `actors` implements it with Ray, `embedded` within one process.
+"""The link: a node's calls to the coordinator and to its peers.
+
+`actors` implements it with Ray, `embedded` within one process, and `node.peers` with streams of its own in front of either.
 
 Every method may raise `TieredKVError` (kind `transport`); the node treats that as a miss.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -20,16 +23,65 @@ FramePieces = Sequence[Buffer]
 """The buffers that make up a frame, in order."""
 
 
+class Offer(NamedTuple):
+    """One block that a peer sends next, as `nbytes` of payload.
+
+    `head`: the header of the block's extent in the peer's memory, with its seal, if the payload is the block's raw bytes. It is
+    empty if the payload is a frame, which the codec with the id `codec` made of `raw_bytes`.
+    """
+
+    nbytes: int
+    raw_bytes: int
+    codec: int = 0
+    head: bytes = b""
+
+
+class Target(NamedTuple):
+    """Memory that waits for one block's payload. `update`: called with each piece of it that has arrived, in order."""
+
+    memory: memoryview
+    update: Callable[[memoryview], object] | None = None
+
+
+class Landing(Protocol):
+    """Reserved memory for the leading blocks of a batch: one target each. End it with `commit` or `abandon`."""
+
+    targets: Sequence[Target]
+
+    def commit(self) -> int:
+        """Verify the payloads, all of which have arrived, and make the blocks visible. Returns how many are.
+
+        Raises (kind `transport`, with a reason) at a block that is not what was asked for; those before it are visible.
+        """
+
+    def abandon(self) -> None:
+        """Free the memory of payloads that will not arrive. Does nothing after `commit`."""
+
+
+class Receiver(Protocol):
+    """Stores the blocks that a transfer delivers. Only blocks that are verified become visible."""
+
+    def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
+        """Store the frames of the leading `keys`. Returns how many were stored; it stops at a damaged frame."""
+
+    def land(self, keys: Sequence[BlockKey], offers: Sequence[Offer]) -> Landing:
+        """Reserve memory for the leading offered blocks, at least one.
+
+        Raises (kind `transport`, with a reason) if the first offer is not of the first key or may not be shown, or without room.
+        """
+
+
 class Transfer(Protocol):
-    """A transfer of blocks from a peer, under way."""
+    """A transfer of consecutive blocks from a peer, under way."""
 
     def prefetch(self) -> None:
         """Start to fetch what the peer has ready. Returns at once."""
 
-    def frames(self, wait_s: float) -> list[FramePieces]:
-        """Returns the frames of the leading requested keys; fewer if the peer had fewer. Waits at most `wait_s`.
+    def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
+        """Hand the leading requested blocks to `receiver`. Returns how many it has stored; fewer if the peer had fewer.
 
-        Raises with `hung=True` if the peer has sent no answer for HUNG_AFTER_S or longer.
+        Waits at most `wait_s`, and at most `patience_s` for the next byte of a stream. `meanwhile` is called before each wait, and
+        before blocks are stored. Raises with `hung=True` if the peer has sent nothing for HUNG_AFTER_S or longer.
         """
 
 
@@ -47,6 +99,12 @@ class Link(Protocol):
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Start to fetch blocks from another node. Returns at once."""
+
+    def streams_from(self, node: str) -> bool:
+        """Whether a transfer from this node delivers blocks while later ones arrive, so that one request may name all of them."""
+
+    def stats(self) -> PeerStats:
+        """Returns figures of the transfers with each peer."""
 
 
 class Ask(Protocol):

@@ -28,8 +28,12 @@ class Answer(NamedTuple):
     """The coordinator's answer. `peers`: the number of other live nodes. `resync`: the node must report all its blocks, with number 0.
 
     `others`: the sum of the other nodes' statistics, for a node that has just sent its own; None if no other node has sent any.
+    `addresses`: where the streams of each node are; None if that has not changed since the coordinator's last answer. `directory`: where
+    the coordinator answers look-ups without Ray, as "HOST:PORT"; None if it does not.
     """
 
     peers: int
     resync: bool
     others: bytes | None = None
+    addresses: dict[str, str] | None = None
+    directory: str | None = None

@@ -52,6 +52,30 @@ class BlockHeader(NamedTuple):
     error: float = 0.0
 
 
+def read_header(buffer: bytes | memoryview, at: int = 0) -> BlockHeader:
+    """Returns the content of the header at byte `at`. Raises (kind `corrupt`) if there is no valid header."""
+    magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(buffer, at)
+    if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
+        raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {at + HEADER_BYTES}", offset=at + HEADER_BYTES)
+    parent, root = (each if each != _NONE else None for each in chain)
+    info = BlockInfo(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None)
+    return BlockHeader(info, codec, nbytes, raw_bytes, error)
+
+
+def is_sealed_for(header: bytes, digest: int) -> bool:
+    """Whether the seal in a header of HEADER_BYTES fits the header and a payload with this digest. False if there is no seal."""
+    return int(_SEAL.unpack_from(header, HEADER_BYTES - _SEAL.size)[0]) == _seal_of(header, digest)
+
+
+def running_digest() -> "xxhash.xxh3_64":
+    """Returns a digest of a payload that arrives in pieces: call its `update` with each, then `intdigest`."""
+    return xxhash.xxh3_64()
+
+
+def _seal_of(header: bytes, digest: int) -> int:
+    return xxhash.xxh3_64_intdigest(header[: HEADER_BYTES - _SEAL.size] + _SEAL.pack(digest)) or 1
+
+
 class ExtentHeaders:
     """Headers and seals in an arena (1-D uint8 tensor over mapped memory), as the node and its workers read them.
 
@@ -82,6 +106,10 @@ class ExtentHeaders:
         seal = self._seal(offset)
         return None if seal == _UNSEALED else seal == self._seal_for(offset, digest)
 
+    def sealed(self, offset: int) -> bytes | None:
+        """Returns the header with its seal, as it is in the arena; None if there is no seal yet."""
+        return bytes(self.bytes[offset - HEADER_BYTES : offset]) if self.is_sealed(offset) else None
+
     def is_sealed(self, offset: int) -> bool:
         """Whether the extent has a seal, right or wrong."""
         return self._seal(offset) != _UNSEALED
@@ -97,8 +125,7 @@ class ExtentHeaders:
         return int(_SEAL.unpack_from(self.bytes, offset - _SEAL.size)[0])
 
     def _seal_for(self, offset: int, digest: int) -> int:
-        header = bytes(self.bytes[offset - HEADER_BYTES : offset - _SEAL.size])
-        return xxhash.xxh3_64_intdigest(header + _SEAL.pack(digest)) or 1
+        return _seal_of(bytes(self.bytes[offset - HEADER_BYTES : offset]), digest)
 
 
 class HostTier(ExtentTier):
@@ -165,12 +192,7 @@ class HostTier(ExtentTier):
 
     def header(self, offset: int) -> BlockHeader:
         """Read the header of the payload at `offset`. Raises (kind `corrupt`) if there is no valid header."""
-        magic, version, codec, key, *chain, depth, nbytes, error, raw_bytes = _HEADER.unpack_from(self._bytes, offset - HEADER_BYTES)
-        if magic != _MAGIC or version not in _VERSIONS or not 0 <= error < math.inf:
-            raise TieredKVError(Kind.CORRUPT, f"arena: no valid block header before byte {offset}", offset=offset)
-        parent, root = (each if each != _NONE else None for each in chain)
-        info = BlockInfo(key, parent, root, depth if depth != _UNKNOWN_DEPTH else None)
-        return BlockHeader(info, codec, nbytes, raw_bytes, error)
+        return read_header(self._bytes, offset - HEADER_BYTES)
 
     def describes(self, key: BlockKey, location: blocks.Location) -> bool:
         """Whether the header at a location matches the key and the location."""

@@ -12,7 +12,7 @@ from tiered_kv.clock import ManualClock
 from tiered_kv.coordinator.coordinator import Answer, Coordinator, Report
 from tiered_kv.embedded import InProcessCluster, InProcessLink
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.node import reporter
+from tiered_kv.node import puller, reporter
 from tiered_kv.node.puller import AVOID_S
 from tiered_kv.protocol.messages import BlockRun
 
@@ -69,9 +69,9 @@ class Watch:
 
 
 def watched(cluster: InProcessCluster, node: str) -> Watch:
-    puller = cluster.nodes[node]._puller
-    puller._link = Watch(puller._link)
-    return puller._link
+    pulls = cluster.nodes[node]._puller
+    pulls._link = Watch(pulls._link)
+    return pulls._link
 
 
 def check_nodes(cluster: InProcessCluster) -> None:
@@ -138,8 +138,9 @@ def test_a_prefix_is_assembled_from_several_nodes(make_cluster, checked) -> None
     check_nodes(cluster)
 
 
-def test_blocks_are_pulled_in_chunks_with_short_first_ones(make_cluster, checked) -> None:
-    cluster = make_cluster(pull_chunk=8 * LAYOUT.block_bytes)
+def test_blocks_are_pulled_in_chunks_with_short_first_ones(make_cluster, checked, monkeypatch) -> None:
+    monkeypatch.setattr(puller, "CHUNK_BYTES", 8 * LAYOUT.block_bytes)
+    cluster = make_cluster()
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     path = tuple(range(30))
     here.store(tokens_of(path), kv_of(path))
@@ -150,8 +151,9 @@ def test_blocks_are_pulled_in_chunks_with_short_first_ones(make_cluster, checked
     check_nodes(cluster)
 
 
-def test_a_block_larger_than_a_chunk_is_pulled(make_cluster, checked) -> None:
-    cluster = make_cluster(pull_chunk="64KiB")
+def test_a_block_larger_than_a_chunk_is_pulled(make_cluster, checked, monkeypatch) -> None:
+    monkeypatch.setattr(puller, "CHUNK_BYTES", 64 << 10)
+    cluster = make_cluster()
     large = KVLayout(4, 2, 32, "float32", 64)
     here, there = (checked(cluster.client(node, large, NAMESPACE)) for node in cluster.nodes)
     here.store(tokens_of(PATH[:3], large), kv_of(PATH[:3], large))
@@ -176,14 +178,14 @@ def test_two_workers_that_need_the_same_blocks_pull_them_once(cluster, clients, 
     first.start()
     assert entered.wait(PATIENCE_S)
     waiting = threading.Event()
-    puller = cluster.nodes["n1"]._puller
-    wait_for = puller._done.wait_for
+    pulls = cluster.nodes["n1"]._puller
+    wait_for = pulls._done.wait_for
 
     def tell_and_wait(*arguments):
         waiting.set()
         return wait_for(*arguments)
 
-    puller._done.wait_for = tell_and_wait
+    pulls._done.wait_for = tell_and_wait
     second = threading.Thread(target=lambda: fetched.append(other.fetch(TOKENS)))
     second.start()
     assert waiting.wait(PATIENCE_S)
@@ -192,7 +194,7 @@ def test_two_workers_that_need_the_same_blocks_pull_them_once(cluster, clients, 
     second.join(PATIENCE_S)
     assert [assert_is_prefix(each, PATH) for each in fetched] == [8, 8]
     assert sum(count for _, count in watch.requests) == 8
-    assert not puller._under_way
+    assert not pulls._under_way
     check_nodes(cluster)
 
 
@@ -296,8 +298,9 @@ def test_a_block_of_another_size_under_the_right_key_is_rejected(cluster, client
     check_nodes(cluster)
 
 
-def test_blocks_pulled_before_a_peer_ends_are_kept(make_cluster, checked, clock) -> None:
-    cluster = make_cluster(pull_chunk=8 * LAYOUT.block_bytes)
+def test_blocks_pulled_before_a_peer_ends_are_kept(make_cluster, checked, clock, monkeypatch) -> None:
+    monkeypatch.setattr(puller, "CHUNK_BYTES", 8 * LAYOUT.block_bytes)
+    cluster = make_cluster()
     here, there = (checked(cluster.client(node, LAYOUT, NAMESPACE)) for node in cluster.nodes)
     path = tuple(range(30))
     here.store(tokens_of(path), kv_of(path))

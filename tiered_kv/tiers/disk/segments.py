@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,14 @@ class _OpenFile:
             os.close(self.fd)
 
 
+class FilePart(NamedTuple):
+    """A part of an open file."""
+
+    fd: int
+    offset: int
+    nbytes: int
+
+
 class SegmentReader:
     """Reads blocks from the segments in `folder`. It needs only the folder and a location, not the tier. Thread-safe.
 
@@ -104,6 +113,12 @@ class SegmentReader:
         with self._borrowed(location.segment) as (file, _):
             buffer, _ = self._verified(file.fd, location, key, None)
             return buffer
+
+    @contextmanager
+    def lend(self, location: Location) -> Iterator[FilePart]:
+        """A context that yields where the frame at `location` is, unverified. Raises (kind `storage`) if its segment is missing."""
+        with self._borrowed(location.segment) as (file, _):
+            yield FilePart(file.fd, location.offset, location.stored_bytes)
 
     def head(self, location: Location) -> memoryview:
         """Returns the first bytes at `location`, enough for any frame header, unverified. Raises (kind `storage`) if unreadable."""

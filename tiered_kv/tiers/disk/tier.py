@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 from tiered_kv import blocks
@@ -25,7 +26,7 @@ from tiered_kv.tiers.disk.footer import ENTRY_BYTES, ROW_BYTES, TRAILER_BYTES, E
 from tiered_kv.tiers.disk.recover import SegmentFrames, frames_in, newest
 from tiered_kv.tiers.disk.run import Unwritten, that_fit, unwritten
 from tiered_kv.tiers.disk.segment_table import LiveBlock, Segment, location_of, pages, room
-from tiered_kv.tiers.disk.segments import Files, SegmentReader, remove_segment, segment_path, segments_in
+from tiered_kv.tiers.disk.segments import FilePart, Files, SegmentReader, remove_segment, segment_path, segments_in
 from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter, reason_of
 from tiered_kv.tiers.log import AppendResult, LogTier, Record, RecoveredBlock, Refusal
 
@@ -128,6 +129,10 @@ class DiskTier(LogTier):
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
         """Read and verify the frame at `location`, as `SegmentReader.read` does."""
         return self._reader.read(location, key, namespace)
+
+    def lend(self, location: Location) -> AbstractContextManager[FilePart]:
+        """As `SegmentReader.lend`."""
+        return self._reader.lend(location)
 
     def carried(self, location: Location) -> float | None:
         """Returns the coding error in the header at `location`, or None. Cost: one small read."""
