@@ -52,8 +52,12 @@ class Workers:
         return self._processes[name].pid
 
     def history(self, since_ns: int = 0) -> list[Operation]:
-        """Returns what all workers have done since a moment of the monotonic clock."""
-        return [each for each in read(self._folder.glob("*.jsonl")) if each.begun_ns >= since_ns]
+        """Returns what all workers have done since a moment of the monotonic clock, and until now.
+
+        What ends while the files are read is left out: its cause may be in a file that was read before.
+        """
+        now_ns = time.monotonic_ns()
+        return [each for each in read(self._folder.glob("*.jsonl")) if each.begun_ns >= since_ns and each.ended_ns <= now_ns]
 
     def kill(self, name: str) -> None:
         """`kill -9`."""
