@@ -39,7 +39,7 @@ class ClusterDescription(TypedDict):
     fleet: FleetStatus
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
 class CoordinatorActor:
     """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8, enable_task_events=False)
 class NodeActor:
     """Runs a `Node`. Serves its workers' sessions on a socket, and its peers over streams, or through Ray's object store.
 
