@@ -49,7 +49,7 @@ class ModelInfo:
             info = cls(**{**message, "layout": layout_of(message["layout"])})
             is_valid = isinstance(info.weights, str) and isinstance(info.rope, bytes | None) and isinstance(info.rope_halves, bool)
             known = info.known_namespace()
-            is_valid &= known is None or asdict(known) == asdict(known.plain()) | (info.namespace or {})
+            is_valid &= known is None or asdict(known) == {"salt": "", "weight_epoch": 0, **(info.namespace or {})}
         except (TypeError, KeyError, ValueError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"invalid model description from a worker: {error}") from error
         if not is_valid:
