@@ -93,7 +93,7 @@ def main() -> None:
     """Run the benchmark."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--blocks", type=int, default=100_000, help="blocks of 1 KiB on the node that is drained (default: 100000)")
-    options.add_argument("--host", default="512MiB", help="host memory of each node (default: 512MiB)")
+    options.add_argument("--host", default="1GiB", help="host memory of each node (default: 1GiB)")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TIERED_KV_STATE"] = folder
