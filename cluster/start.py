@@ -38,8 +38,10 @@ def up(
     or of kind `cluster` if `name` is already running. Returns the cluster's state.
     """
     from tiered_kv.node.codec_plan import check_settings
+    from tiered_kv.protocol.peer_address import PeerPlace
 
     check_settings(config)
+    PeerPlace.of(config.peer_address)  # raises if it cannot be read
     if config.calibration is not None:  # nodes have a working directory of their own
         config = config.with_(calibration=str(Path(config.calibration).expanduser().absolute()))
     with state.starting(name), ExitStack() as undo:
