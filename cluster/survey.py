@@ -152,7 +152,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
 def failing_pairs(nodes: Iterable[dict]) -> list[str]:
     """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since."""
     return [
-        f"{node['node']} cannot fetch from {peer} over a stream: {pair['last_failure']}"
+        f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
         if pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S

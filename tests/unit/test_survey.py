@@ -154,4 +154,4 @@ def test_pairs_of_nodes_that_cannot_talk_are_named() -> None:
         {"node": "n2", "stats": {}},
         {"node": "n3"},
     ]
-    assert survey.failing_pairs(nodes) == ["n0 cannot fetch from n1 over a stream: nobody answers at 10.0.0.2:7400"]
+    assert survey.failing_pairs(nodes) == ["n0 cannot reach n1 over a stream: nobody answers at 10.0.0.2:7400"]
