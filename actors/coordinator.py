@@ -70,7 +70,7 @@ class CoordinatorActor:
             place = PeerPlace.of(self._config.peer_address)
             if place is None or not secret:
                 return None
-            listener = place.listen(ray.util.get_node_ip_address())
+            listener = place.beside_nodes().listen(ray.util.get_node_ip_address())
         except TieredKVError as error:
             log.warning("look-ups go through Ray: %s", error)
             return None

@@ -27,7 +27,7 @@ QUESTIONS_AT_ONCE = 16
 DRAINED = ("draining", "drained")
 ROUND_AGE_S_MAX = 15.0
 """The keeper runs a round every second; Ray may be slow for some."""
-FAILED_WITHIN_S = 60.0
+FAILED_WITHIN_S = 30.0
 
 
 class Answers(NamedTuple):
@@ -216,10 +216,10 @@ def failing_pairs(nodes: Iterable[dict], expected: Container[str] | None = None)
     `expected`: the nodes that should answer, None for all. Transfers from nodes that were drained or lost fail rightly.
     """
     return [
-        f"{node['node']} cannot fetch from {peer} over a stream: {pair['last_failure']}"
+        f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
-        if (expected is None or peer in expected) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+        if (expected is None or peer in expected or peer == "coordinator") and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
     ]
 
 

@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options, console)
     except TieredKVError as error:
-        console.print(f"[bold red]error[/] ({error.kind}): {error}", highlight=False, soft_wrap=True, markup=True)
+        console.print("[bold red]error[/]", end="", markup=True)
+        console.print(f" ({error.kind}): {error}", highlight=False, soft_wrap=True, markup=False, emoji=False)
         return 2 if error.kind in BAD_USAGE else 1
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -104,6 +105,11 @@ SETTINGS = {
     "verify-host": (
         "",
         "check each fetched host-memory block against its checksum (default: only a background scrubber checks)",
+    ),
+    "peer-address": (
+        "PLACE[:PORTS]",
+        "where nodes listen for each other: an interface, a network or an address, and ports, for example eth1:7400-7499; "
+        "off for transfers through Ray only (default: the machine's address in Ray, any free port)",
     ),
     "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
 }

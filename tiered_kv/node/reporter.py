@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 KEYS_PER_REPORT = 50_000
 JOIN_WITHIN_S = 3.0  # for a report in progress when the node closes
-GATHER_S = 0.005
+GATHER_S = 0.02
 """How long changes are gathered before they are reported: a report takes the engine's lock, which the next store or pull needs."""
 STATISTICS_EVERY_S = 10.0
 """How often a report includes the policy's statistics. The first report after an inventory includes them too."""

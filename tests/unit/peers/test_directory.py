@@ -154,6 +154,17 @@ def test_holders_and_their_addresses_are_answered(lookups) -> None:
     assert lookups.locate([key_of(99)], 30.0) == ([], {})
 
 
+def test_a_look_up_that_succeeds_ends_a_failure(lookups, server) -> None:
+    right = lookups._address
+    lookups.use("127.0.0.1:1")
+    assert lookups.locate([key_of(0)], 30.0) is None
+    figures = lookups._figures.stats(None, {})["peers"]["coordinator"]
+    assert figures["failures"] == {"connect": 1} and "nobody answers" in figures["last_failure"]
+    lookups.use(right)
+    assert lookups.locate([key_of(0)], 30.0)
+    assert "last_failure" not in lookups._figures.stats(None, {})["peers"]["coordinator"]
+
+
 def test_the_asking_node_is_left_out(server, checked) -> None:
     made = Lookups(checked(Streams(identity_of("n2"))), PeerFigures())
     made.use(server.address)
