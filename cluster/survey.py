@@ -6,7 +6,7 @@ without Ray, else through Ray. If nothing but this machine answers, its nodes' o
 """
 
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
@@ -210,7 +210,7 @@ def _member_problem(member: dict | None) -> str:
     return ""
 
 
-def failing_pairs(nodes: Iterable[dict], expected: Container[str] | None = None) -> list[str]:
+def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None) -> list[str]:
     """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since.
 
     `expected`: the nodes that should answer, None for all. Transfers from nodes that were drained or lost fail rightly.
@@ -219,7 +219,7 @@ def failing_pairs(nodes: Iterable[dict], expected: Container[str] | None = None)
         f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
-        if (expected is None or peer in expected or peer == "coordinator") and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+        if (expected is None or peer in {"coordinator", *expected}) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
     ]
 
 
