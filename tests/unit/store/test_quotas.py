@@ -19,11 +19,10 @@ STORES = st.lists(st.tuples(st.sampled_from(sorted(ROOTS)), st.integers(0, 5), s
 def test_a_tenant_above_its_quota_loses_its_own_blocks_leaf_before_parent(stores):
     quotas = Quotas(LIMITS, lambda root: ROOTS.get(root, ""))
     machine = StoreMachine({Tier.HOST: 10**6}, {Tier.HOST: LRUPolicy()}, History(), quotas=quotas)
-    owner, offset = {}, 0
-    for root, chain, blocks in stores:
-        keys = [key_of(hash((root, chain, depth)) & 0xFFFFFF) for depth in range(blocks)]
+    owner = {}
+    for offset, (root, chain, blocks) in enumerate(stores, 1):
+        keys = [key_of(1000 * root[0] + 10 * chain + depth) for depth in range(blocks)]
         owner |= dict.fromkeys(keys, ROOTS[root])
-        offset += 1
         places = [Location(Tier.HOST, 0, 0, 64 * (100 * offset + number), HOST_BYTES, HOST_BYTES) for number in range(blocks)]
         before = {key for key in machine.blocks if owner[key] != ROOTS[root]}
         machine.handle(ev.Committed(root, None, keys, places, float(offset), 0))
