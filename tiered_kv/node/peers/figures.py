@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from tiered_kv.errors import TieredKVError
 from tiered_kv.protocol.messages import PairStats, PeerStats
 
+COORDINATOR = "coordinator"
+"""The name of the directory's side among the peers."""
 PEERS_MAX = 64
 """Figures are kept of this many peers, those used last."""
 
@@ -48,9 +50,11 @@ class PeerFigures:
             self._sums.update(blocks=blocks, bytes=nbytes)
 
     def located(self) -> None:
-        """Count a look-up in the directory over its socket."""
+        """Count a look-up in the directory over its socket. Its last failure is over."""
         with self._lock:
             self._sums["located"] += 1
+            if COORDINATOR in self._pairs:
+                self._pairs[COORDINATOR].pop("last_failure", None)
 
     def stats(self, address: str | None, refused: Mapping[str, int]) -> PeerStats:
         """Returns all figures, ready for JSON. `refused`: callers that the listener refused, by reason."""

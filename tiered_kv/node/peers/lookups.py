@@ -5,7 +5,7 @@ from typing import Any
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.peers.figures import PeerFigures
+from tiered_kv.node.peers.figures import COORDINATOR, PeerFigures
 from tiered_kv.node.peers.streams import Streams
 from tiered_kv.protocol.peer_channel import Limit, refused
 
@@ -48,7 +48,7 @@ class Lookups:
             if channel is not None:
                 self._streams.drop(channel)
             if error.kind is not Kind.CLOSED:
-                self._figures.failed("coordinator", error)
+                self._figures.failed(COORDINATOR, error)
             self._paused_until_s = time.monotonic() + PAUSE_S
             return None
         self._streams.give_back(address, channel)
