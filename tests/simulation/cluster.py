@@ -22,7 +22,7 @@ from tiered_kv.node.node import Node
 from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.protocol.node_record import NodeRecord, write_record
 from tiered_kv.protocol.peer_address import PeerPlace
-from tiered_kv.protocol.peer_channel import Credentials
+from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_transport import Link
 from tiered_kv.protocol.unix_socket import SessionServer
 
@@ -82,7 +82,7 @@ class Cluster:
         self.lookups_at: str | None = None
 
         def serve() -> None:
-            server = LookupServer(coordinator, Credentials(CLUSTER, "coordinator", SECRET), _listener("10.0.0.1"))
+            server = LookupServer(coordinator, PeerIdentity(CLUSTER, "coordinator", SECRET), _listener("10.0.0.1"))
             self.lookups_at = server.address
 
         if self.plan.streams:
@@ -112,7 +112,7 @@ class Cluster:
         link: Link = SimulatedLink(self, process)
         labels = {}
         if self.plan.streams:
-            link = StreamLink(link, Credentials(CLUSTER, name, SECRET), _listener(f"10.0.1.{name[1:]}"))
+            link = StreamLink(link, PeerIdentity(CLUSTER, name, SECRET), _listener(f"10.0.1.{name[1:]}"))
             labels["peer_address"] = link.address
             self.streams[name] = link
         try:

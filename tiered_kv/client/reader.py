@@ -360,7 +360,7 @@ class DeviceReader:
         self._layout = layout
         self._pool: DevicePool | None = None
         self._blocks: ArenaBlocks | None = None
-        self._generation = -1
+        self._identity = -1
         self._lock = threading.Lock()
         forking.register(self)
 
@@ -373,22 +373,23 @@ class DeviceReader:
         return self._present()[1]
 
     def _present(self) -> tuple[DevicePool | None, ArenaBlocks | None]:
-        generation = self._view.generation
+        identity = self._view.identity
         with self._lock:
-            if generation != self._generation:
-                self._open(generation)
+            if identity != self._identity:
+                self._open(identity)
             return self._pool, self._blocks
 
-    def _open(self, generation: int) -> None:
+    def _open(self, identity: int) -> None:
         self.close()
         try:
             self._pool = DevicePool.open(self._view.directory)
         except TieredKVError as error:
             log.warning("cannot map the node's device pool, so its blocks are read through host memory: %s", error)
-            self._generation = generation
-        if self._pool is not None and self._pool.generation == generation:  # else the node is about to create a new pool
+            self._identity = identity
+        # Else the node is about to create a new pool, or the files that are mapped here were removed and the pool is a later node's.
+        if self._pool is not None and self._pool.generation == identity:
             self._blocks = ArenaBlocks(self._pool.tensor, self._layout)
-            self._generation = generation
+            self._identity = identity
 
     def unpack(self, runs: Iterable[CopyRun], kv: torch.Tensor) -> bool:
         """Copy runs of blocks to their tokens of `kv`, and wait until the copy has finished.
@@ -403,7 +404,7 @@ class DeviceReader:
             for run in runs:
                 blocks.unpack(run, kv)
         ticket.wait()
-        return pool.generation == self._view.generation
+        return pool.generation == self._view.identity
 
     def close(self) -> None:
         """Unmap the pool."""

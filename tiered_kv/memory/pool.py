@@ -60,8 +60,9 @@ class Ticket:
 class DevicePool:
     """A pool of device memory: `tensor` is 1-D uint8 on `device`, shared by the node that created it and all that opened it.
 
-    `generation` is the node's generation when it created the pool (see `NodeView.generation`). A worker that sees another
-    generation must open the pool again and discard what it read from this one. Thread-safe except `close`.
+    `generation` is the identity of the node's life that created the pool (see `NodeView.identity`). A worker that maps an index of
+    another identity must open the pool again and discard what it read from this one: the first lives of a node before and after
+    its files were removed have equal numbers, but not equal identities. Thread-safe except `close`.
     """
 
     def __init__(self, directory: Path, tensor: torch.Tensor, generation: int, mapping: Mapping | None, *, owner: bool) -> None:

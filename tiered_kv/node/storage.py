@@ -83,7 +83,7 @@ class NodeStorage:
             undo.callback(self.host.close)
             self._recovery: Recovery | None = Recovery(self.index, self.host, self.logs, self.allowance, inherited=self._inherited)
             if config.device:
-                self.device = device_tier(config, self.directory, self.index.generation)
+                self.device = device_tier(config, self.directory, self.index.identity)
             undo.pop_all()
         assert self._files.arena_fd is not None
         self._is_pinned = self.device is not None and self.device.pool.device.type == "cuda" and register_host(self._arena)

@@ -26,13 +26,13 @@ def own_name(cluster_id: str, node_id: str) -> str:
     return f"tkv-{cluster_id}-{node_id}"
 
 
-def device_tier(config: Config, directory: Path, generation: int) -> DeviceTier:
-    """Create the device pool for this life of the node. Workers find it through `directory`.
+def device_tier(config: Config, directory: Path, identity: int) -> DeviceTier:
+    """Create the device pool for this life of the node, whose `Life.identity` it gets. Workers find it through `directory`.
 
     Raises an error that names the setting `device`.
     """
     name = config.device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    return DeviceTier(DevicePool.create(name, config.device, directory, generation))
+    return DeviceTier(DevicePool.create(name, config.device, directory, identity))
 
 
 def disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:

@@ -264,7 +264,7 @@ def test_a_read_from_a_previous_device_pool_is_discarded(node_factory, client_fa
     copies = DevicePool.copies
 
     def restarts(self, *others):
-        monkeypatch.setattr(NodeView, "generation", pool.generation + 1)
+        monkeypatch.setattr(NodeView, "identity", pool.generation + 1)
         return copies(self, *others)
 
     monkeypatch.setattr(DevicePool, "copies", restarts)
