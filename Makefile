@@ -8,6 +8,7 @@ TEST_ARGS ?=
 MINUTES ?= 10
 HOURS ?= 1
 SEED ?=
+SEEDS ?=
 FUZZ_ARGS ?=
 VLLM_VERSION ?= 0.32.0
 VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM_VERSION)),-$(VLLM_VERSION))
@@ -15,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PINS := constraints-vllm.txt $(if $(filter-out 0.32.0,$(VLLM_VERSION)),constraints-vllm-$(VLLM_VERSION).txt)
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo demo-vllm test test-vllm fuzz hostile soak check sim bench docs clean
+.PHONY: help demo demo-vllm test test-vllm fuzz hostile soak sim-cluster check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -57,6 +58,9 @@ hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its f
 
 soak: $(STAMP)  ## a cluster used for hours, with eviction and disk: nothing may grow, no answer may be wrong; HOURS=8
 	$(BIN)/python -m tests.faults.soak --hours $(HOURS)
+
+sim-cluster: $(STAMP)  ## simulated clusters with faults of all kinds; SEEDS=10000, or SEED=123 to replay one
+	$(BIN)/python -m tests.simulation.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy types-psutil

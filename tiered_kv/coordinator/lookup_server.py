@@ -7,7 +7,7 @@ from typing import Any
 from tiered_kv.coordinator.coordinator import Coordinator
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
-from tiered_kv.protocol.peer_channel import Channel, Credentials, Limit, refused
+from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, refused
 from tiered_kv.protocol.peer_listener import PeerListener
 
 IDLE_S = 600.0
@@ -18,7 +18,7 @@ KEYS_MAX = 1 << 16
 class LookupServer:
     """Listens on `listener`, one thread a node. A node's name in its handshake is the one that is left out of the answers."""
 
-    def __init__(self, coordinator: Coordinator, own: Credentials, listener: socket.socket) -> None:
+    def __init__(self, coordinator: Coordinator, own: PeerIdentity, listener: socket.socket) -> None:
         self._coordinator = coordinator
         self._listener = PeerListener(listener, own)
         self.address = self._listener.address

@@ -18,7 +18,7 @@ from tiered_kv.node.peers.landing import BlockLanding, FrameLanding, RawLanding,
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_channel import refused
-from tiered_kv.protocol.peer_transport import FramePieces, Offer
+from tiered_kv.protocol.peer_transport import BlockOffer, FramePieces
 from tiered_kv.store.engine import BlockFormat
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Admission:
                 break
         return taken
 
-    def land(self, keys: Sequence[BlockKey], offers: Sequence[Offer]) -> BlockLanding:
+    def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> BlockLanding:
         form, same = leading_form(self._storage, keys, offers, self._root, self._nbytes)
         locations = self._room(form, keys[: len(same)])
         if not locations:

@@ -39,6 +39,13 @@ class PeerPlace(NamedTuple):
             raise _unusable(f"must be an interface, a network or an address, with ports from 1 to 65535, such as {EXAMPLES}, got {text!r}")
         return cls(found["bracketed"] or found["place"] or "", range(first, last + 1))
 
+    def beside_nodes(self) -> "PeerPlace":
+        """Returns the place for the coordinator, which shares a machine with a node: the same ports, the last first.
+
+        Of a single port, which is the node's, it leaves that one and takes any free port.
+        """
+        return PeerPlace(self.place, self.ports[::-1] if len(self.ports) > 1 else range(1))
+
     def listen(self, default: str) -> socket.socket:
         """Returns a listening socket at this place. `default`: the address to use if the setting names none.
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.unpacking import unpacked
 
 PEER_PROTOCOL = 1
 MAGIC = "tiered_kv peer"
@@ -27,10 +28,11 @@ NONCE_BYTES = 32
 MAC_BYTES = 16
 GREETING_BYTES_MAX = 1024
 MESSAGE_BYTES_MAX = 16 << 20
+ITEMS_MAX = 1 << 19  # keys of 32 bytes in a message
 BUFFER_BYTES = 16 << 10
 PIECE_BYTES = 256 << 10
 """A payload is received in pieces of this size, so that each is hashed while it is in the processor's cache."""
-LATE_S = 0.005  # how much too long the kernel's limit of a call may be
+NEAR_S = 0.005  # the kernel's limit of a call may differ by this much
 BOUND_S_MAX = 3600.0
 BUFFERS_AT_ONCE = 512  # below the kernel's limit for one call
 
@@ -38,7 +40,7 @@ _LENGTH = struct.Struct("<I")
 _NUMBER = struct.Struct("<Q")
 
 
-class Credentials(NamedTuple):
+class PeerIdentity(NamedTuple):
     """The identity that a process proves to its peers. `name`: its own, for their figures. `secret`: the cluster's."""
 
     cluster_id: str
@@ -138,9 +140,9 @@ class Channel:
         The socket stays in blocking mode, in which one call moves a whole payload. In non-blocking mode, as with Python's timeouts,
         a sender would wake up for each part of the payload that the receiver has taken, and use twice the processor time.
         """
-        set_s = self._bounds.get(direction, float("inf"))
-        if wait_s < set_s - LATE_S or set_s < wait_s / 2:
-            self._bounds[direction] = min(wait_s, BOUND_S_MAX)
+        wait_s = min(wait_s, BOUND_S_MAX)
+        if abs(self._bounds.get(direction, float("inf")) - wait_s) > NEAR_S:
+            self._bounds[direction] = wait_s
             self._connection.setsockopt(socket.SOL_SOCKET, direction, _timeval(self._bounds[direction]))
 
     # Receiving
@@ -156,7 +158,7 @@ class Channel:
             raise refused("mac", f"message {self._received} from {self.peer} was changed, repeated or moved")
         self._received += 1
         try:
-            return msgpack.unpackb(body)
+            return unpacked(body, items_max=ITEMS_MAX, depth_max=0)
         except ValueError as error:
             raise refused("message", f"a message from {self.peer} cannot be read: {error}") from error
 
@@ -224,7 +226,7 @@ class Channel:
         self._connection.close()
 
 
-def greet(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
+def greet(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
     """The caller's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if either side refuses."""
     tune(connection)
     hello = msgpack.packb([MAGIC, PEER_PROTOCOL, own.cluster_id, own.name, os.urandom(NONCE_BYTES)])
@@ -242,7 +244,7 @@ def greet(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
     return Channel(connection, peer, (ours, theirs))
 
 
-def answer_greeting(connection: socket.socket, own: Credentials, limit: Limit) -> Channel:
+def answer_greeting(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
     """The listener's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if it refuses the caller."""
     tune(connection)
     hello = _greeting(connection, limit)
@@ -268,10 +270,10 @@ def tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
-def _judge(hello: bytes, own: Credentials) -> tuple[str, str, str]:
+def _judge(hello: bytes, own: PeerIdentity) -> tuple[str, str, str]:
     """Returns the reason to refuse a caller ("" for none), a sentence about it, and the caller's name."""
     try:
-        magic, version, cluster_id, name, nonce = msgpack.unpackb(hello)
+        magic, version, cluster_id, name, nonce = unpacked(hello)
     except (ValueError, TypeError):
         magic = version = cluster_id = name = nonce = None
     if magic != MAGIC or not isinstance(name, str) or not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
@@ -291,7 +293,7 @@ def _split_answer(answer: bytes) -> tuple[bytes, bytes]:
 def _read_answer(signed: bytes) -> tuple[str, str, str]:
     """Returns the reason for which the listener refuses ("" for none), its name, and what it says."""
     try:
-        magic, version, reason, name, nonce = msgpack.unpackb(signed)
+        magic, version, reason, name, nonce = unpacked(signed)
     except (ValueError, TypeError) as error:
         raise refused("greeting", "the peer did not answer as a peer of tiered_kv does") from error
     if magic != MAGIC or not (isinstance(reason, str) and isinstance(name, str) and isinstance(nonce, bytes)) or len(nonce) != NONCE_BYTES:

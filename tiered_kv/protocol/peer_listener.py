@@ -11,7 +11,7 @@ from contextlib import suppress
 from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol.peer_address import address_text
-from tiered_kv.protocol.peer_channel import Channel, Credentials, Limit, answer_greeting
+from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, answer_greeting
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class PeerListener:
     A caller that does not prove the cluster's secret within GREET_WITHIN_S is refused, and counted by reason in `refusals`.
     """
 
-    def __init__(self, listener: socket.socket, own: Credentials) -> None:
+    def __init__(self, listener: socket.socket, own: PeerIdentity) -> None:
         host, port = listener.getsockname()[:2]
         self.address = address_text(host, port)
         """Where peers reach this process, as "HOST:PORT"."""

@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
 HUNG_AFTER_S = 0.05
 """A node that has sent no answer for this long may hang."""
+
+SPREAD_WITHIN_S = 5.0
+"""The longest wait until all nodes have adopted a new weight epoch."""
 
 Buffer = Any
 """Anything with the buffer protocol: bytes, memoryview, numpy array."""
@@ -23,7 +27,7 @@ FramePieces = Sequence[Buffer]
 """The buffers that make up a frame, in order."""
 
 
-class Offer(NamedTuple):
+class BlockOffer(NamedTuple):
     """One block that a peer sends next, as `nbytes` of payload.
 
     `head`: the header of the block's extent in the peer's memory, with its seal, if the payload is the block's raw bytes. It is
@@ -36,7 +40,7 @@ class Offer(NamedTuple):
     head: bytes = b""
 
 
-class Target(NamedTuple):
+class PayloadTarget(NamedTuple):
     """Memory that waits for one block's payload. `update`: called with each piece of it that has arrived, in order."""
 
     memory: memoryview
@@ -46,7 +50,7 @@ class Target(NamedTuple):
 class Landing(Protocol):
     """Reserved memory for the leading blocks of a batch: one target each. End it with `commit` or `abandon`."""
 
-    targets: Sequence[Target]
+    targets: Sequence[PayloadTarget]
 
     def commit(self) -> int:
         """Verify the payloads, all of which have arrived, and make the blocks visible. Returns how many are.
@@ -64,7 +68,7 @@ class Receiver(Protocol):
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
         """Store the frames of the leading `keys`. Returns how many were stored; it stops at a damaged frame."""
 
-    def land(self, keys: Sequence[BlockKey], offers: Sequence[Offer]) -> Landing:
+    def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> Landing:
         """Reserve memory for the leading offered blocks, at least one.
 
         Raises (kind `transport`, with a reason) if the first offer is not of the first key or may not be shown, or without room.
@@ -96,6 +100,15 @@ class Link(Protocol):
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Ask the coordinator for the variants of a root, one of which agrees with `probe`. `known`: the variants this node knows."""
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        """Have the coordinator raise the weight epochs of families. Waits some seconds.
+
+        Returns them, and all nodes that are alive or lost.
+        """
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        """Tell other nodes about epochs. Returns those that have not confirmed within `within_s` that they have adopted them."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Start to fetch blocks from another node. Returns at once."""

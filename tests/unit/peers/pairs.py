@@ -5,15 +5,15 @@ import threading
 from collections.abc import Callable
 
 from tiered_kv.errors import TieredKVError
-from tiered_kv.protocol.peer_channel import Channel, Credentials, Limit, answer_greeting, greet
+from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, answer_greeting, greet
 
 SECRET = bytes(range(32))
 KEYS = b"one way", b"the other"
 PATIENCE_S = 30.0
 
 
-def credentials(name: str = "n0", cluster_id: str = "c0", secret: bytes = SECRET) -> Credentials:
-    return Credentials(cluster_id, name, secret)
+def identity_of(name: str = "n0", cluster_id: str = "c0", secret: bytes = SECRET) -> PeerIdentity:
+    return PeerIdentity(cluster_id, name, secret)
 
 
 def within(wait_s: float = PATIENCE_S) -> Limit:
@@ -27,7 +27,7 @@ def channel_pair() -> tuple[Channel, Channel]:
 
 
 def shake_hands(
-    caller: Credentials, listener: Credentials, wait_s: float = PATIENCE_S
+    caller: PeerIdentity, listener: PeerIdentity, wait_s: float = PATIENCE_S
 ) -> tuple[Channel | TieredKVError, Channel | TieredKVError]:
     """Returns what the handshake gives the caller and the listener. The caller needs TCP options, so the pair is a TCP pair."""
     left, right = tcp_pair()

@@ -48,6 +48,11 @@ def test_the_setting_is_read(text, place, ports) -> None:
     assert PeerPlace.of(text) == (place, ports)
 
 
+def test_the_coordinator_leaves_the_first_ports_to_the_nodes() -> None:
+    assert list(PeerPlace.of("eth1:7400-7402").beside_nodes().ports) == [7402, 7401, 7400]
+    assert PeerPlace.of("eth1:7400").beside_nodes() == PeerPlace.of("eth1").beside_nodes() == ("eth1", range(1))
+
+
 def test_off_is_no_place() -> None:
     assert PeerPlace.of("off") is None
 

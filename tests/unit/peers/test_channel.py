@@ -8,7 +8,7 @@ import time
 import msgpack
 import pytest
 
-from tests.unit.peers.pairs import channel_pair, credentials, shake_hands, tcp_pair, tried, within
+from tests.unit.peers.pairs import channel_pair, identity_of, shake_hands, tcp_pair, tried, within
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol import peer_channel
 from tiered_kv.protocol.peer_channel import MESSAGE_BYTES_MAX, Channel, Limit, answer_greeting, greet
@@ -137,6 +137,17 @@ def test_patience_ends_an_exchange_that_stands_still(pair) -> None:
     assert time.monotonic() - begun_s < 5.0
 
 
+@pytest.mark.parametrize(("first_s", "second_s"), [(0.2, 0.3), (0.3, 0.1), (0.1, 0.102)])
+def test_each_limit_counts_whatever_the_one_before_was(pair, first_s: float, second_s: float) -> None:
+    left, right = pair
+    left.send("in time", within())
+    assert right.next(within(first_s)) == "in time"
+    begun_s = time.monotonic()
+    with pytest.raises(TieredKVError):
+        right.next(within(second_s))
+    assert second_s - 0.02 < time.monotonic() - begun_s < second_s + 5.0
+
+
 def test_a_full_peer_ends_a_sender_at_its_limit(pair) -> None:
     left, _ = pair
     begun_s = time.monotonic()
@@ -160,7 +171,7 @@ def test_an_idle_channel_is_known_from_a_closed_or_talking_one(pair) -> None:
 
 
 def test_both_sides_learn_each_others_names_and_can_talk(checked) -> None:
-    caller, listener = map(checked, shake_hands(credentials("n1"), credentials("n2")))
+    caller, listener = map(checked, shake_hands(identity_of("n1"), identity_of("n2")))
     assert (caller.peer, listener.peer) == ("n2", "n1")
     caller.send("hello", within())
     assert listener.next(within()) == "hello"
@@ -170,11 +181,11 @@ def test_both_sides_learn_each_others_names_and_can_talk(checked) -> None:
 
 @pytest.mark.parametrize(
     ("caller", "why"),
-    [(credentials(secret=bytes(32)), "secret"), (credentials(cluster_id="c1"), "cluster"), (credentials(secret=b""), "secret")],
+    [(identity_of(secret=bytes(32)), "secret"), (identity_of(cluster_id="c1"), "cluster"), (identity_of(secret=b""), "secret")],
     ids=["another secret", "another cluster", "no secret"],
 )
 def test_a_caller_of_another_secret_or_cluster_is_refused_on_both_sides(caller, why) -> None:
-    called, listened = shake_hands(caller, credentials())
+    called, listened = shake_hands(caller, identity_of())
     assert called.context["reason"] == why
     assert listened.context["reason"] in (why, "closed")
 
@@ -182,13 +193,13 @@ def test_a_caller_of_another_secret_or_cluster_is_refused_on_both_sides(caller, 
 def test_a_caller_of_another_version_is_refused_and_told(monkeypatch) -> None:
     left, right = tcp_pair()
     answers: list = []
-    thread = threading.Thread(target=lambda: answers.append(tried(right, lambda: answer_greeting(right, credentials(), within()))))
+    thread = threading.Thread(target=lambda: answers.append(tried(right, lambda: answer_greeting(right, identity_of(), within()))))
     judge = peer_channel._judge
     monkeypatch.setattr(
         peer_channel, "_judge", lambda hello, own: judge(msgpack.packb([*msgpack.unpackb(hello)[:1], 99, *msgpack.unpackb(hello)[2:]]), own)
     )
     thread.start()
-    called = tried(left, lambda: greet(left, credentials(), within()))
+    called = tried(left, lambda: greet(left, identity_of(), within()))
     thread.join()
     assert called.context["reason"] == answers[0].context["reason"] == "version"
     assert "got 99" in str(called)
@@ -201,7 +212,7 @@ def test_a_stranger_is_refused_and_gets_no_byte_that_proves_anything(said: bytes
         left.sendall(said)
         left.shutdown(socket.SHUT_WR)
         with pytest.raises(TieredKVError) as caught:
-            answer_greeting(right, credentials(), within())
+            answer_greeting(right, identity_of(), within())
         assert caught.value.context["reason"] in ("closed", "greeting")
         right.shutdown(socket.SHUT_WR)
         answer = left.recv(4096)
@@ -212,7 +223,7 @@ def test_a_caller_cannot_prove_itself_with_the_listeners_own_proof() -> None:
     left, right = tcp_pair()
     with left, right:
         outcome: list = []
-        thread = threading.Thread(target=lambda: outcome.append(tried(right, lambda: answer_greeting(right, credentials(), within()))))
+        thread = threading.Thread(target=lambda: outcome.append(tried(right, lambda: answer_greeting(right, identity_of(), within()))))
         thread.start()
         hello = msgpack.packb([peer_channel.MAGIC, peer_channel.PEER_PROTOCOL, "c0", "n1", bytes(32)])
         peer_channel._send_greeting(left, hello, within())
@@ -228,14 +239,14 @@ def test_a_listener_that_does_not_know_the_secret_gets_no_proof_from_the_caller(
         signed = msgpack.packb([peer_channel.MAGIC, peer_channel.PEER_PROTOCOL, "", "n2", bytes(32)])
         peer_channel._send_greeting(right, signed + bytes(32), within())
         with pytest.raises(TieredKVError, match="does not know this cluster's secret"):
-            greet(left, credentials(), within())
+            greet(left, identity_of(), within())
         left.close()
         peer_channel._greeting(right, within())
         assert right.recv(100) == b""
 
 
 def test_a_silent_caller_or_listener_ends_at_the_limit() -> None:
-    for side in (lambda sock: answer_greeting(sock, credentials(), within(0.05)), lambda sock: greet(sock, credentials(), within(0.05))):
+    for side in (lambda sock: answer_greeting(sock, identity_of(), within(0.05)), lambda sock: greet(sock, identity_of(), within(0.05))):
         left, right = tcp_pair()
         with left, right, pytest.raises(TieredKVError) as caught:
             side(right)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.peers.pairs import credentials, within
+from tests.unit.peers.pairs import identity_of, within
 from tiered_kv.clock import ManualClock
 from tiered_kv.coordinator import directory as module
 from tiered_kv.coordinator.coordinator import Coordinator
@@ -137,12 +137,12 @@ def server(checked) -> LookupServer:
     info = {"peer_address": "10.1.0.7:7400"}
     coordinator.report(Report("n0", 0, [key_of(number) for number in range(40)], [], info, {}))
     coordinator.report(Report("n2", 0, [key_of(number) for number in range(3)], [], {}, {}))
-    return checked(LookupServer(coordinator, credentials("coordinator"), PeerPlace.of(None).listen("127.0.0.1")))
+    return checked(LookupServer(coordinator, identity_of("coordinator"), PeerPlace.of(None).listen("127.0.0.1")))
 
 
 @pytest.fixture
 def lookups(server, checked) -> Lookups:
-    made = Lookups(checked(Streams(credentials("n1"))), PeerFigures())
+    made = Lookups(checked(Streams(identity_of("n1"))), PeerFigures())
     made.use(server.address)
     return made
 
@@ -154,8 +154,19 @@ def test_holders_and_their_addresses_are_answered(lookups) -> None:
     assert lookups.locate([key_of(99)], 30.0) == ([], {})
 
 
+def test_a_look_up_that_succeeds_ends_a_failure(lookups, server) -> None:
+    right = lookups._address
+    lookups.use("127.0.0.1:1")
+    assert lookups.locate([key_of(0)], 30.0) is None
+    figures = lookups._figures.stats(None, {})["peers"]["coordinator"]
+    assert figures["failures"] == {"connect": 1} and "nobody answers" in figures["last_failure"]
+    lookups.use(right)
+    assert lookups.locate([key_of(0)], 30.0)
+    assert "last_failure" not in lookups._figures.stats(None, {})["peers"]["coordinator"]
+
+
 def test_the_asking_node_is_left_out(server, checked) -> None:
-    made = Lookups(checked(Streams(credentials("n2"))), PeerFigures())
+    made = Lookups(checked(Streams(identity_of("n2"))), PeerFigures())
     made.use(server.address)
     assert made.locate([key_of(0)], 30.0)[0] == [["n0"]]
 
@@ -177,7 +188,7 @@ def test_a_directory_that_is_gone_is_not_asked_again_for_a_while(lookups, server
 
 @pytest.mark.parametrize("question", ["locate", ["locate"], ["locate", [b"short"]], ["locate", [7]], ["report", []], [], None, {"a": 1}])
 def test_a_question_that_is_none_ends_the_connection_and_is_counted(server, checked, question) -> None:
-    connections = checked(Streams(credentials("n1")))
+    connections = checked(Streams(identity_of("n1")))
     channel = connections.take(server.address, within())
     channel.send(question, within())
     with pytest.raises(TieredKVError):

@@ -13,7 +13,7 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.peers.figures import PeerFigures
 from tiered_kv.protocol.peer_channel import Channel, Limit, refused
-from tiered_kv.protocol.peer_transport import Offer
+from tiered_kv.protocol.peer_transport import BlockOffer
 from tiered_kv.tiers.disk.segments import FilePart
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ KEYS_MAX = 1 << 16
 class Item(NamedTuple):
     """A block to send: its offer, and where its payload is, in memory or in a file."""
 
-    offer: Offer
+    offer: BlockOffer
     payload: Sequence[memoryview] | FilePart
 
 
@@ -116,18 +116,18 @@ class BlockServer:
             if head is None:
                 return None
             memory = storage.host.headers.bytes[location.offset : location.offset + location.stored_bytes]
-            return Item(Offer(location.stored_bytes, location.raw_bytes, location.codec, head), [memory])
+            return Item(BlockOffer(location.stored_bytes, location.raw_bytes, location.codec, head), [memory])
         if location.tier is Tier.DISK and storage.disk is not None:
             try:
                 part = lent.enter_context(storage.disk.lend(location))
             except TieredKVError:
                 return None
-            return Item(Offer(location.stored_bytes, location.raw_bytes, location.codec), part)
+            return Item(BlockOffer(location.stored_bytes, location.raw_bytes, location.codec), part)
         pieces = next(storage.frames([(key, root, location)]), None)
         if pieces is None:
             return None
         views = [memoryview(piece).cast("B") for piece in pieces]
-        return Item(Offer(sum(view.nbytes for view in views), location.raw_bytes, location.codec), views)
+        return Item(BlockOffer(sum(view.nbytes for view in views), location.raw_bytes, location.codec), views)
 
 
 def _checked(message: Any) -> tuple[str, tuple[Any, ...]]:

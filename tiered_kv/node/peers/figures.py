@@ -9,7 +9,7 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.protocol.messages import PairStats, PeerStats
 
 COORDINATOR = "coordinator"
-"""The name under which failed look-ups in the directory are counted."""
+"""The name of the directory's side among the peers."""
 PEERS_MAX = 64
 """Figures are kept of this many peers, those used last."""
 

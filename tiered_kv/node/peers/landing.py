@@ -16,7 +16,7 @@ from tiered_kv.node.compression import BlockData
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.storage import NodeStorage
 from tiered_kv.protocol.peer_channel import refused
-from tiered_kv.protocol.peer_transport import Offer, Target
+from tiered_kv.protocol.peer_transport import BlockOffer, PayloadTarget
 from tiered_kv.store.engine import BlockFormat
 from tiered_kv.tiers.host import FRAME_DIGEST, is_sealed_for, read_header, running_digest
 
@@ -42,7 +42,7 @@ class Shelf(Protocol):
 class BlockLanding:
     """Implements `Landing`. Subclasses verify their kind of payload."""
 
-    targets: Sequence[Target]
+    targets: Sequence[PayloadTarget]
 
     def __init__(self, shelf: Shelf, storage: NodeStorage, keys: Sequence[BlockKey], locations: Sequence[Location]) -> None:
         self._shelf = shelf
@@ -87,12 +87,14 @@ class RawLanding(BlockLanding):
         storage: NodeStorage,
         keys: Sequence[BlockKey],
         locations: Sequence[Location],
-        offers: Sequence[Offer],
+        offers: Sequence[BlockOffer],
     ) -> None:
         super().__init__(shelf, storage, keys, locations)
         self._heads = [offer.head for offer in offers[: len(locations)]]
         self._digests = [running_digest() for _ in locations]
-        self.targets = [Target(self._memory(location), digest.update) for location, digest in zip(locations, self._digests, strict=True)]
+        self.targets = [
+            PayloadTarget(self._memory(location), digest.update) for location, digest in zip(locations, self._digests, strict=True)
+        ]
 
     def _verified(self, number: int) -> Packed:
         key, head, digest = self._keys[number], self._heads[number], self._digests[number].intdigest()
@@ -110,14 +112,14 @@ class FrameLanding(BlockLanding):
         storage: NodeStorage,
         keys: Sequence[BlockKey],
         locations: Sequence[Location],
-        offers: Sequence[Offer],
+        offers: Sequence[BlockOffer],
         root: BlockKey,
     ) -> None:
         super().__init__(shelf, storage, keys, locations)
         self._offers = offers[: len(locations)]
         self._root = root
         self.targets = [
-            Target(self._memory(location) if location.codec else memoryview(bytearray(offer.nbytes)))
+            PayloadTarget(self._memory(location) if location.codec else memoryview(bytearray(offer.nbytes)))
             for location, offer in zip(locations, self._offers, strict=True)
         ]
 
@@ -138,14 +140,14 @@ class FrameLanding(BlockLanding):
 
 
 def leading_form(
-    storage: NodeStorage, keys: Sequence[BlockKey], offers: Sequence[Offer], root: BlockKey, nbytes: int
-) -> tuple[BlockFormat, list[Offer]]:
+    storage: NodeStorage, keys: Sequence[BlockKey], offers: Sequence[BlockOffer], root: BlockKey, nbytes: int
+) -> tuple[BlockFormat, list[BlockOffer]]:
     """Returns the form in host memory of the leading offers that share one, and these offers.
 
     Raises (kind `transport`, with a reason) if the first offer is not of the first key, or may not be shown. `nbytes`: raw bytes of
     each block that was asked for.
     """
-    checked: list[Offer] = []
+    checked: list[BlockOffer] = []
     try:
         for key, offer in zip(keys, offers, strict=False):
             _check(storage, key, offer, root, nbytes)
@@ -158,7 +160,7 @@ def leading_form(
     return form, list(takewhile(lambda offer: (bool(offer.head), offer.codec, offer.nbytes) == kind, checked))
 
 
-def _form(storage: NodeStorage, offer: Offer, root: BlockKey) -> BlockFormat:
+def _form(storage: NodeStorage, offer: BlockOffer, root: BlockKey) -> BlockFormat:
     return (
         BlockFormat(0, offer.raw_bytes)
         if offer.head
@@ -166,7 +168,7 @@ def _form(storage: NodeStorage, offer: Offer, root: BlockKey) -> BlockFormat:
     )
 
 
-def _check(storage: NodeStorage, key: BlockKey, offer: Offer, root: BlockKey, nbytes: int) -> None:
+def _check(storage: NodeStorage, key: BlockKey, offer: BlockOffer, root: BlockKey, nbytes: int) -> None:
     """Raise (kind `transport`, with a reason) if an offer is not one of the block `key`, of `nbytes`, below `root`."""
     if offer.raw_bytes != nbytes or offer.nbytes > nbytes + max(nbytes, FRAME_BYTES_MORE) or (offer.head and offer.nbytes != nbytes):
         raise refused("size", f"block {key.hex()}: {nbytes} bytes expected, a peer offers {offer.nbytes} for {offer.raw_bytes}")

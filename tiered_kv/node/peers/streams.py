@@ -8,7 +8,7 @@ from collections import defaultdict
 from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol.peer_address import parse_address
-from tiered_kv.protocol.peer_channel import Channel, Credentials, Limit, greet, refused
+from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, greet, refused
 
 IDLE_MAX = 8
 """Connections to one address that are kept for later requests."""
@@ -18,7 +18,7 @@ CONNECT_WITHIN_S = 1.0
 class Streams:
     """Authenticated connections to other processes of the cluster, by address. Thread-safe."""
 
-    def __init__(self, own: Credentials) -> None:
+    def __init__(self, own: PeerIdentity) -> None:
         self._own = own
         self._idle: defaultdict[str, list[Channel]] = defaultdict(list)
         self._busy: set[Channel] = set()

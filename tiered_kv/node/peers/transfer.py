@@ -13,7 +13,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.peers.figures import PeerFigures, reason_of
 from tiered_kv.node.peers.streams import Streams
 from tiered_kv.protocol.peer_channel import Channel, Limit, refused
-from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, Offer, Receiver
+from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, BlockOffer, Receiver
 from tiered_kv.tiers.host import HEADER_BYTES
 
 NOT_A_PEER = frozenset({"connect", "secret", "version", "cluster", "greeting", "busy"})
@@ -65,14 +65,14 @@ class StreamTransfer:
             self._figures.fetched(self._node, self._stored, self._nbytes, time.monotonic() - begun_s)
         return self._stored
 
-    def _next(self, channel: Channel, limit: Limit) -> list[Offer]:
+    def _next(self, channel: Channel, limit: Limit) -> list[BlockOffer]:
         """Returns the offers of the next batch; [] at the end of the run. Raises (kind `transport`) for anything else."""
         offers = _offers_in(channel.next(limit))
         if len(offers) > len(self._keys) - self._stored:
             raise refused("unexpected", f"{self._node} must send at most the blocks that it was asked for, got {len(offers)} more")
         return offers
 
-    def _receive(self, channel: Channel, offers: list[Offer], receiver: Receiver, limit: Limit) -> None:
+    def _receive(self, channel: Channel, offers: list[BlockOffer], receiver: Receiver, limit: Limit) -> None:
         while offers:
             landing = receiver.land(self._keys[self._stored :], offers)
             try:
@@ -114,13 +114,13 @@ class StreamTransfer:
                 self._streams.drop(channel)
 
 
-def _offers_in(message: Any) -> list[Offer]:
+def _offers_in(message: Any) -> list[BlockOffer]:
     """Returns the offers in a peer's message; [] for the end of a run. Raises (kind `transport`) if it is neither."""
     if isinstance(message, list) and message[:1] == ["end"]:
         return []
     try:
         name, rows = message
-        offers = [Offer(*row) for row in rows]
+        offers = [BlockOffer(*row) for row in rows]
         is_valid = name == "blocks" and len(offers) > 0 and all(map(_is_valid, offers))
     except (TypeError, ValueError):
         is_valid = False
@@ -129,7 +129,7 @@ def _offers_in(message: Any) -> list[Offer]:
     return offers
 
 
-def _is_valid(offer: Offer) -> bool:
+def _is_valid(offer: BlockOffer) -> bool:
     numbers = (offer.nbytes, offer.raw_bytes, offer.codec)
     are_whole = all(type(number) is int and 0 <= number < 1 << 32 for number in numbers)
     return are_whole and offer.nbytes > 0 and type(offer.head) is bytes and len(offer.head) in (0, HEADER_BYTES)

@@ -85,13 +85,13 @@ class RaySource:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        class Source:
+        class ObjectSource:
             def put(self, nbytes: int, count: int) -> list:
                 return [ray.put(np.full(nbytes, number, np.uint8)) for number in range(count)]
 
         strategy = NodeAffinitySchedulingStrategy(ray_node_id, soft=False)
         self._ray = ray
-        self._actor = ray.remote(Source).options(num_cpus=0, scheduling_strategy=strategy).remote()
+        self._actor = ray.remote(ObjectSource).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
     def seconds(self, nbytes: int, count: int, target: memoryview) -> float:
         """Returns the seconds that `count` objects of `nbytes` take from the other node into `target`."""
@@ -233,7 +233,8 @@ def records_of(case: Case, seconds: dict[str, list[float]], link: str) -> list[d
             "chain": case.chain,
             "us_per_block": round(median(each) * 1e6 / case.chain, 1),
             "vs_tcp": round(tcp_s / median(each), 3),
-            "us_per_block_p10": round(sorted(each)[len(each) // 10] * 1e6 / case.chain, 1),
+            "us_per_block_min": round(min(each) * 1e6 / case.chain, 1),
+            "vs_tcp_by_min": round(min(seconds["tcp"]) / min(each), 3),
             "repetitions": len(each),
         }
         for transport, each in seconds.items()
