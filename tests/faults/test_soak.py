@@ -10,7 +10,7 @@ MIB = 1 << 20
 GOOD: Counter[str] = Counter(fetch=100, wrong=0, errors=0)
 
 
-def samples(values: list[float], thing: str = "node actor 0", figure: str = "pss_bytes") -> list[dict]:
+def samples(values: list[float], thing: str = "node actor 0", figure: str = "rss_bytes") -> list[dict]:
     return [{thing: {figure: value}} for value in values]
 
 
@@ -24,9 +24,9 @@ def test_memory_that_varies_without_growing_is_flat() -> None:
 
 def test_memory_that_grows_to_the_end_is_found() -> None:
     grown = samples([(100 + at) * MIB for at in range(60)])
-    assert growth_of(grown)["node actor 0"]["pss_bytes"] == pytest.approx(20 / 134, rel=0.1)
+    assert growth_of(grown)["node actor 0"]["rss_bytes"] == pytest.approx(20 / 134, rel=0.1)
     [fault] = faults_of(grown, GOOD)
-    assert "pss_bytes of node actor 0 grew by" in fault
+    assert "rss_bytes of node actor 0 grew by" in fault
 
 
 def test_a_few_more_open_files_are_not_a_leak_but_many_are() -> None:

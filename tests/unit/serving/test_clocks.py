@@ -33,8 +33,10 @@ def test_a_node_whose_clock_is_off_by_an_hour_is_neither_lost_nor_avoided(checke
     fetched = there.fetch(TOKENS)
     assert assert_is_prefix(fetched, PATH) == len(PATH)
     assert fetched.tokens_by_tier == {"peer": len(TOKENS)}
+    cluster.unreachable.add("n0")
     clocks[0].advance(TIMEOUT_S + 1)
     second.report()
     assert list(cluster.coordinator.lost()) == ["n0"], "who is silent is judged by the coordinator's clock alone"
+    cluster.unreachable.clear()
     cluster.report_all()
     assert cluster.coordinator.lost() == {}
