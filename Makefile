@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
 MINUTES ?= 10
+HOURS ?= 1
 SEED ?=
+SEEDS ?=
 FUZZ_ARGS ?=
 VLLM_VERSION ?= 0.32.0
 VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM_VERSION)),-$(VLLM_VERSION))
@@ -14,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PINS := constraints-vllm.txt $(if $(filter-out 0.32.0,$(VLLM_VERSION)),constraints-vllm-$(VLLM_VERSION).txt)
 TRACES ?= tests/data/sim/chat-b64.jsonl.zst tests/data/sim/documents-b64.jsonl.zst
 
-.PHONY: help demo demo-vllm test test-vllm fuzz hostile check sim bench docs clean
+.PHONY: help demo demo-vllm test test-vllm fuzz hostile soak sim-cluster check sim bench docs clean
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -49,8 +51,16 @@ test-vllm: $(VLLM_STAMP)  ## the tests of vLLM's connector, in a virtual environ
 fuzz: $(STAMP)  ## the property tests with fresh seeds; MINUTES=60, or SEED=123 to replay one round
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
 
-hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its files; MINUTES=20, SEED=7
+hostile: $(STAMP)  ## workers on a node that is killed, hung and robbed of its files; then all of Ray killed, stopped and cut; MINUTES=20, SEED=7
 	$(BIN)/python -m tests.hostile.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.faults.restarts --times 50
+	TIERED_KV_LONG_TESTS=1 $(BIN)/python -m pytest tests/cluster_tests/test_kills.py tests/cluster_tests/test_partitions.py
+
+soak: $(STAMP)  ## a cluster used for hours, with eviction and disk: nothing may grow, no answer may be wrong; HOURS=8
+	$(BIN)/python -m tests.faults.soak --hours $(HOURS)
+
+sim-cluster: $(STAMP)  ## simulated clusters with faults of all kinds; SEEDS=10000, or SEED=123 to replay one
+	$(BIN)/python -m tests.simulation.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint, format and types (of the folders that pyproject.toml lists for mypy)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy types-psutil

@@ -2,17 +2,24 @@
 
 import logging
 import sys
+import threading
+import time
+from dataclasses import asdict
 from typing import TypedDict
 
 import ray
 
+from tiered_kv.actors.fleet import RayPlatform, RayRecordStore
 from tiered_kv.actors.names import SWITCH_INTERVAL_S
 from tiered_kv.clock import SystemClock
 from tiered_kv.config import Config
 from tiered_kv.coordinator.coordinator import Coordinator
+from tiered_kv.coordinator.keeper import Keeper
 from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.fleet import FleetRecord, FleetStatus
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
@@ -23,24 +30,39 @@ log = logging.getLogger(__name__)
 
 
 class ClusterDescription(TypedDict):
-    """A cluster's id and settings, its live nodes, and by lost node the seconds since its last report."""
+    """A cluster's id and settings, its live nodes, by lost node the seconds since its last report, and its fleet."""
 
     cluster_id: str
     config: Config
     nodes: list[LiveNode]
     lost: dict[str, float]
+    fleet: FleetStatus
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
 class CoordinatorActor:
-    """Forwards calls to a `Coordinator`. `secret`: as for `NodeActor`."""
+    """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
 
-    def __init__(self, cluster_id: str, config: Config, secret: str = "") -> None:
+    The arguments are those of a new fleet's record (`FleetRecord`). A restart takes the record from Ray instead.
+    """
+
+    def __init__(
+        self, cluster: str, cluster_id: str, config: Config, mounted_bytes: int = 0, selector: str | None = None, secret: str = ""
+    ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._cluster_id = cluster_id
         self._config = config
         self._coordinator = Coordinator(SystemClock(), config.node_timeout_s)
-        self._lookups = self._make_lookups(bytes.fromhex(secret))
+        self._keeper = Keeper(
+            RayPlatform(cluster),
+            RayRecordStore(cluster),
+            FleetRecord(cluster_id, asdict(config), secret=secret, mounted_bytes=mounted_bytes, selector=selector),
+            SystemClock(),
+            reporting=self._coordinator.reporting,
+            forget=self._coordinator.forget,
+        )
+        self._lookups = self._make_lookups(bytes.fromhex(self._keeper.record.secret))
+        threading.Thread(target=self._keeper.run, args=(threading.Event(),), name="tkv-keep", daemon=True).start()
 
     def _make_lookups(self, secret: bytes) -> LookupServer | None:
         """Returns the server of look-ups without Ray. Without it, which is logged, nodes ask through Ray."""
@@ -55,9 +77,21 @@ class CoordinatorActor:
         return LookupServer(self._coordinator, PeerIdentity(self._cluster_id, "coordinator", secret), listener)
 
     def describe(self) -> ClusterDescription:
-        """Returns the cluster's id, its settings, its live nodes and its lost nodes."""
+        """Returns the cluster's id, its settings, its live nodes, its lost nodes and its fleet."""
         nodes, lost = self._coordinator.nodes(), self._coordinator.lost()
-        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost}
+        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost, "fleet": self._keeper.status()}
+
+    def drain(self, node: str, on: bool = True) -> None:
+        """Mark a node as drained, or take the mark away, as `Keeper.drain`."""
+        self._keeper.drain(node, on)
+
+    def finish_drain(self, node: str) -> None:
+        """End the actor of a drained node, as `Keeper.finish_drain`."""
+        self._keeper.finish_drain(node)
+
+    def retry(self) -> None:
+        """Start what is missing now, as `Keeper.retry`."""
+        self._keeper.retry()
 
     def report(self, report: Report) -> Answer:
         return self._coordinator.report(report)._replace(directory=self._lookups.address if self._lookups else None)
@@ -67,6 +101,9 @@ class CoordinatorActor:
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        return self._coordinator.raise_epoch(families, keep, int(time.time() * 1000))
 
     def forget(self, node: str) -> None:
         self._coordinator.forget(node)

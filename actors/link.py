@@ -6,7 +6,7 @@ that finds no free thread in time is cancelled.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NO_PEERS, PeerStats
 from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
@@ -26,6 +27,7 @@ from tiered_kv.threads import DaemonThreads
 CONTROL_WAIT_S = 2.0
 PROBE_WAIT_S = 0.5  # less than the second that a worker waits for the node's answer to a probe
 LOCATES_AT_ONCE = 4
+TELL_AGAIN_S = 0.2  # to a node whose call failed, which Ray may be restarting
 READY_WAIT_S = 0.05  # for an answer that Ray has reported as ready
 
 R = TypeVar("R")
@@ -56,10 +58,42 @@ class RayLink:
         call = partial(self._ask, lambda actor: actor.probe.remote(root, known, probe), PROBE_WAIT_S)
         return _within(PROBE_WAIT_S, self._coordinator, self._locating.submit(call))
 
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        call = partial(self._ask, lambda actor: actor.raise_epoch.remote(families, keep), CONTROL_WAIT_S)
+        return _within(CONTROL_WAIT_S, self._coordinator, self._locating.submit(call))
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        until_s = time.monotonic() + within_s
+        waiting = list(nodes)
+        while waiting:
+            names = {node: node_name(self._cluster, node) for node in waiting}
+            sent = {node: self._threads(name).submit(self._told, name, list(epochs)) for node, name in names.items()}
+            waiting = [node for node, call in sent.items() if not self._is_confirmed(names[node], call, until_s)]
+            if time.monotonic() + TELL_AGAIN_S >= until_s:
+                break
+            time.sleep(TELL_AGAIN_S if waiting else 0)
+        return waiting
+
+    def _told(self, name: str, epochs: list[Epoch]) -> "ray.ObjectRef":
+        return self._actor(name).adopt_epochs.remote(epochs)
+
+    def _is_confirmed(self, name: str, sent: "Future[ray.ObjectRef]", until_s: float) -> bool:
+        """Returns whether a node has adopted the epochs that it was sent. Waits until then at most until `until_s`."""
+        try:
+            reference = _within(max(until_s - time.monotonic(), 0), name, sent)
+            ray.get(reference, timeout=max(until_s - time.monotonic(), 0))
+        except (TieredKVError, RayError):
+            self._handles.pop(name, None)
+            return False
+        return True
+
+    def _threads(self, name: str) -> DaemonThreads:
+        return self._requesting.setdefault(name, DaemonThreads(1, "tkv-link"))
+
     def request(self, node: str, keys: list[BlockKey]) -> "RayTransfer":
         name = node_name(self._cluster, node)
-        threads = self._requesting.setdefault(name, DaemonThreads(1, "tkv-link"))
-        return RayTransfer(keys, threads.submit(lambda: self._actor(name).serve.remote(keys)), lambda: self._handles.pop(name, None))
+        sent = self._threads(name).submit(lambda: self._actor(name).serve.remote(keys))
+        return RayTransfer(keys, sent, lambda: self._handles.pop(name, None))
 
     def streams_from(self, node: str) -> bool:
         return False

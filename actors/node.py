@@ -3,30 +3,31 @@
 import logging
 import os
 import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
-from tiered_kv.actors.link import RayLink
 from tiered_kv.actors.names import SWITCH_INTERVAL_S
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
-from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
-from tiered_kv.node.node import Node
-from tiered_kv.node.peers.network import StreamLink
-from tiered_kv.node.trace_recording import Recorded
-from tiered_kv.protocol.messages import NodeInfo, NodeStats
-from tiered_kv.protocol.node_record import NodeRecord, write_record
+from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
+from tiered_kv.protocol.messages import BlockRun, NodeInfo, NodeStats
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
-from tiered_kv.protocol.peer_transport import Link
-from tiered_kv.protocol.unix_socket import SessionServer
+
+if TYPE_CHECKING:
+    from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
+    from tiered_kv.node.trace_recording import Recorded
+    from tiered_kv.protocol.peer_transport import Link
 
 log = logging.getLogger(__name__)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8, enable_task_events=False)
 class NodeActor:
     """Runs a `Node`. Serves its workers' sessions on a socket, and its peers over streams, or through Ray's object store.
 
@@ -34,6 +35,12 @@ class NodeActor:
     """
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
+        # Imported here, so that the coordinator, which creates these actors, does without torch.
+        from tiered_kv.node.node import Node
+        from tiered_kv.node.peers.network import StreamLink
+        from tiered_kv.protocol.node_record import NodeRecord, write_record
+        from tiered_kv.protocol.unix_socket import SessionServer
+
         self._secret = bytes.fromhex(secret)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._refusal: TieredKVError | None = None
@@ -46,14 +53,17 @@ class NodeActor:
             if isinstance(link, StreamLink):
                 labels["peer_address"] = link.address
             self._node = Node(
-                config, cluster_id, node_id, link, labels=labels, mounted_bytes=mounted_bytes, at_beat=self._end_unless_in_place
+                *(config, cluster_id, node_id, link),
+                labels=labels,
+                mounted_bytes=mounted_bytes,
+                secret=self._secret,
+                at_beat=self._end_unless_in_place,
             )
             if isinstance(link, StreamLink):
                 link.serve(self._node)
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
-            write_record(
-                NodeRecord(cluster, cluster_id, node_id, self._node.info(), ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"])
-            )
+            about: NodeInfo = {**self._node.info(), "settings": asdict(config)}
+            write_record(NodeRecord(cluster, cluster_id, node_id, about, ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]))
             self._is_serving = True
         except TieredKVError as error:
             # Ray restarts an actor whose constructor raises forever, and loses its error. So `info` raises the error instead.
@@ -61,8 +71,11 @@ class NodeActor:
             if isinstance(self._link, StreamLink):
                 self._link.close()
 
-    def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> Link:
+    def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> "Link":
         """Returns a link with streams; one through Ray only if the cluster has no secret, or the settings turn streams off."""
+        from tiered_kv.actors.link import RayLink
+        from tiered_kv.node.peers.network import StreamLink
+
         place = PeerPlace.of(config.peer_address)
         link = RayLink(cluster, node_id)
         if place is None or not self._secret:
@@ -85,7 +98,20 @@ class NodeActor:
     def stats(self) -> NodeStats:
         return self._node.stats()
 
-    def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
+    def adopt_epochs(self, epochs: list[Epoch]) -> bool:
+        """Merge weight epochs, as `NodeEpochs.adopt`. Returns True once no block of an ended epoch can be had here."""
+        self._node.epochs.adopt(epochs)
+        return True
+
+    def purge(self, families: list[bytes]) -> int:
+        """Drop all blocks of these families, as `NodeEpochs.purge`. Returns how many."""
+        return self._node.epochs.purge(families)
+
+    def end_purge(self, families: list[bytes]) -> None:
+        """Admit blocks of these families again."""
+        self._node.epochs.end_purge(families)
+
+    def checkpoint(self, request: "CheckpointRequest[StepAnswer]") -> "StepAnswer":
         """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""
         return self._node.checkpoint(request)
 
@@ -93,7 +119,7 @@ class NodeActor:
         """Start or stop recording requests, as `Node.record`."""
         return self._node.record(on, salt)
 
-    def recorded(self, everything: bool = False) -> Recorded:
+    def recorded(self, everything: bool = False) -> "Recorded":
         """Returns the requests recorded since the last call, as `Node.recorded`."""
         return self._node.recorded(everything)
 
@@ -107,12 +133,30 @@ class NodeActor:
                 return []
             return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
 
-    def close(self) -> None:
-        """Leave the cluster and delete all files of the node."""
+    def inventory(self) -> Inventory:
+        """Returns the node's blocks for a handover, as `leaving.inventory`."""
+        from tiered_kv.node.lifetime.leaving import inventory
+
+        return inventory(self._node)
+
+    def take_over(self, runs: list[BlockRun], models: ModelMessages, wait_s: float) -> int:
+        """Pull blocks of a node that ends, as `leaving.take_over`."""
+        from tiered_kv.node.lifetime.leaving import take_over
+
+        return take_over(self._node, runs, models, wait_s)
+
+    def close(self, flush_s: float = 0.0) -> EndReport:
+        """Leave the cluster, and delete all files of the node but a disk folder that the settings name.
+
+        Blocks that only memory has are written to that folder first, for at most `flush_s`. Returns what became of the blocks.
+        """
+        from tiered_kv.node.lifetime.leaving import end
+        from tiered_kv.node.peers.network import StreamLink
+
         if self._refusal:
             raise TieredKVError(Kind.CLOSED, "the node must have started before it is closed, but its start failed")
         self._is_serving = False
         if isinstance(self._link, StreamLink):
             self._link.close()
         self._server.close()
-        self._node.close(remove=True)
+        return end(self._node, flush_s)

@@ -8,6 +8,7 @@ Facts about Ray 2.60 that shape this module:
 * A token file that cannot be read aborts the process.
 """
 
+import logging
 import os
 import secrets
 import shutil
@@ -15,13 +16,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tiered_kv.cluster.processes import Process, spawn, stop_sessions
 from tiered_kv.errors import Kind, TieredKVError
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "tiered_kv"
 NODES_MAX = 200
@@ -83,19 +87,57 @@ def start_ray(nodes: int, object_store_bytes: int, cpus_per_node: int | None = N
         temp_dir = _make_temp_dir()
         undo.callback(lambda: stop_ray(started, str(temp_dir)))
 
-        def start_node(index: int, role: list[str]) -> None:
-            command = _node_command(index, role, temp_dir, object_store_bytes, cpus_per_node)
-            started.append(spawn(command, _ray_environment(token_path), directory / f"ray-node-{index}.log"))
-
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        start_node(0, ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"])
+        command = _node_command(0, HEAD_ROLE, temp_dir, object_store_bytes, cpus_per_node)
+        started.append(spawn(command, _ray_environment(token_path), directory / "ray-node-0.log"))
         address = _wait_ready(0, started[0], temp_dir, directory, deadline_s)
-        for index in range(1, nodes):
-            start_node(index, [f"--address={address}"])
-        for index in range(1, nodes):
-            _wait_ready(index, started[index], temp_dir, directory, deadline_s)
+        joining = _Joining(address, str(token_path), str(temp_dir), directory, object_store_bytes, cpus_per_node)
+        started += _join_nodes(range(1, nodes), joining, deadline_s)
         undo.pop_all()
-    return RayProcesses(address, tuple(_node_ip(i) for i in range(nodes)), str(token_path), str(temp_dir), tuple(started))
+    return RayProcesses(address, tuple(local_ip(i) for i in range(nodes)), str(token_path), str(temp_dir), tuple(started))
+
+
+HEAD_ROLE = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
+
+
+class _Joining(NamedTuple):
+    """What a Ray node needs to join a local cluster."""
+
+    address: str
+    token_path: str
+    temp_dir: str
+    directory: Path
+    object_store_bytes: int
+    cpus_per_node: int | None = None
+
+
+def add_nodes(indexes: Sequence[int], ray: RayProcesses, object_store_bytes: int, *, directory: Path) -> list[Process]:
+    """Start more nodes of a local cluster, or nodes that have ended, at the addresses of these indexes. Returns their processes.
+
+    If one does not start, all of them are stopped again. Raises as `start_ray`.
+    """
+    if any(not 1 <= index < NODES_MAX for index in indexes):
+        raise TieredKVError(Kind.CONFIG, f"nodes: must be 1 to {NODES_MAX}, got {max(indexes) + 1}", setting="nodes")
+    for index in indexes:
+        shutil.rmtree(_node_dir(Path(ray.temp_dir), index), ignore_errors=True)  # the former life's address would look like an answer
+    joining = _Joining(ray.address, ray.token_path, ray.temp_dir, directory, object_store_bytes)
+    return _join_nodes(indexes, joining, time.monotonic() + START_TIMEOUT_S)
+
+
+def _join_nodes(indexes: Iterable[int], joining: _Joining, deadline_s: float) -> list[Process]:
+    """Start nodes that join a head node, side by side. Returns their processes; stops all of them if one does not start."""
+    temp_dir, started = Path(joining.temp_dir), {}
+    with ExitStack() as undo:
+        undo.callback(lambda: stop_sessions(started.values(), temp_dir, STOP_WAIT_S))
+        for index in indexes:
+            role = [f"--address={joining.address}"]
+            command = _node_command(index, role, temp_dir, joining.object_store_bytes, joining.cpus_per_node)
+            environment = _ray_environment(Path(joining.token_path))
+            started[index] = spawn(command, environment, joining.directory / f"ray-node-{index}.log")
+        for index, process in started.items():
+            _wait_ready(index, process, temp_dir, joining.directory, deadline_s)
+        undo.pop_all()
+    return list(started.values())
 
 
 def stop_ray(processes: Iterable[Process], temp_dir: str | None, wait_s: float = STOP_WAIT_S) -> list[int]:
@@ -112,12 +154,13 @@ def stop_ray(processes: Iterable[Process], temp_dir: str | None, wait_s: float =
     return killed
 
 
-def _node_ip(index: int) -> str:
+def local_ip(index: int) -> str:
+    """Returns the address of node `index` of a local cluster."""
     return f"127.0.0.{index + 2}"
 
 
 def _node_command(index: int, role: list[str], temp_dir: Path, object_store_bytes: int, cpus: int | None) -> list[str]:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", f"--node-ip-address={_node_ip(index)}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", f"--node-ip-address={local_ip(index)}"]
     command += ["--disable-usage-stats", "--include-log-monitor=false", f"--object-store-memory={object_store_bytes}"]
     # one temporary directory per node keeps the nodes' sockets and their ready files apart
     command += [f"--temp-dir={_node_dir(temp_dir, index)}", f'--resources={{"{node_resource(index)}": 1}}']
@@ -188,6 +231,8 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
     import ray
 
     with _authentication(token_path) as kept:
+        if open_text := text_for_open_ray(address):
+            log.warning("%s", open_text)
         node_ip = _node_to_join(_nodes_alive(address), node_ip, address)
         before = _set_environment({"RAY_gcs_server_port_wait_time_s": "5"})  # limits Ray's own retries, by default 20 s
         try:
@@ -198,6 +243,16 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
             _set_environment(before)
         kept.pop_all()
     return node_ip
+
+
+def text_for_open_ray(address: str) -> str:
+    """Returns what it means to join a Ray without token authentication, as the environment is now; "" for one with it."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return ""
+    return (
+        f"the Ray at {address} has no token authentication: whoever reaches its ports can run code as the user of its nodes, so read and"
+        " change all cached blocks of all tenants. Start Ray with RAY_AUTH_MODE=token, or let only trusted machines reach it"
+    )
 
 
 def driver_environment(address: str, token_path: str | None) -> dict[str, str]:

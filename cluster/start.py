@@ -1,18 +1,21 @@
-"""Starts and stops a cluster: one node actor for each Ray node, and one coordinator, on our own Ray or an existing one."""
+"""Starts a cluster: a coordinator, whose keeper starts a cache node on each matching Ray node, on our own Ray or an existing one."""
 
-import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
+from tiered_kv.actors.names import NAMESPACE, coordinator_name
 from tiered_kv.cluster import raylocal, state
 from tiered_kv.cluster.state import ClusterState
+from tiered_kv.cluster.stop import end_actors, remove_files
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
+
+if TYPE_CHECKING:
+    from tiered_kv.protocol.fleet import FleetStatus
 
 OBJECT_STORE_BYTES = 512 << 20
 START_WITHIN_S = 120.0
@@ -26,32 +29,51 @@ def up(
     config: Config,
     *,
     name: str = state.DEFAULT_NAME,
-    nodes: int = 1,
+    nodes: int | None = None,
     address: str | None = None,
     log: LogLine = lambda _: None,
     mounted_bytes: int = 0,
+    nodes_with: str | None = None,
+    given: Collection[str] | None = None,
 ) -> ClusterState:
-    """Start a cluster called `name`, on new Ray nodes on this machine, or on every node of the Ray at `address`.
+    """Start a cluster called `name`, on new Ray nodes on this machine, or on the Ray at `address`. Returns its state.
 
-    `log` is called with a line for each step. `mounted_bytes`: the size of a checkpoint to mount, for which each node's index gets
-    slots. If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting,
-    or of kind `cluster` if `name` is already running. Returns the cluster's state.
+    A cluster of this name that runs already is checked instead, and what is missing is started (`resume`).
+
+    nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: the text of a `Selector`; None for all Ray nodes. `log` is
+    called with a line for each step. mounted_bytes: the size of a checkpoint to mount, for which each node's index gets slots. given:
+    the settings to compare with those of a cluster that runs already; None for all of them.
+
+    If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting.
     """
+    from tiered_kv.cluster import resume
     from tiered_kv.node.codec_plan import check_settings
+    from tiered_kv.protocol.fleet import Selector
     from tiered_kv.protocol.peer_address import PeerPlace
 
     check_settings(config)
+    Selector(nodes_with)
     PeerPlace.of(config.peer_address)  # raises if it cannot be read
     if config.calibration is not None:  # nodes have a working directory of their own
         config = config.with_(calibration=str(Path(config.calibration).expanduser().absolute()))
-    with state.starting(name), ExitStack() as undo:
-        _refuse_second(name)
-        cluster_id = state.new_cluster_id()
-        if address is None:
+    asked = resume.Asked(config, nodes, address, nodes_with, given)
+    with state.starting(name):
+        running = _running(name)
+        if running is not None:
+            return resume.resume(running, asked, log, mounted_bytes)
+        return _start(name, asked, log, mounted_bytes)
+
+
+def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterState:
+    from tiered_kv.cluster import resume
+
+    config, nodes, cluster_id = asked.config, 1 if asked.nodes is None else asked.nodes, state.new_cluster_id()
+    with ExitStack() as undo:
+        if asked.address is None:
             log(f"starting Ray with {nodes} node{'s' if nodes > 1 else ''} on this machine")
             ray_local = raylocal.start_ray(nodes, OBJECT_STORE_BYTES, directory=state.cluster_dir(name))
             undo.callback(raylocal.stop_ray, ray_local.processes, ray_local.temp_dir)
-            own = {
+            own: dict[str, Any] = {
                 "address": ray_local.address,
                 "node_ips": ray_local.node_ips,
                 "token_path": ray_local.token_path,
@@ -60,42 +82,76 @@ def up(
                 "owns_ray": True,
             }
         else:
-            own = {"address": address}
-        cluster = ClusterState(
-            cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), secret=state.new_secret(), **own
-        )
+            own = {"address": asked.address}
+        own |= {"secret": state.new_secret()}
+        cluster = ClusterState(cluster_id=cluster_id, created_s=time.time(), name=name, config=asdict(config), **own)
         cluster.save()  # before anything else can fail, so that `down` can clean up after an `up` that was killed
         undo.callback(state.remove, name)
         log(f"joining Ray at {cluster.address}")
         if not raylocal.is_joined():
             undo.callback(raylocal.leave_ray)
         raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-        _refuse_foreign(name)  # before the undo below could kill the actors of another cluster
+        existing = resume.existing(name)
+        if existing is not None:  # started from another machine: nothing of it may be undone
+            cluster = resume.adopt(cluster, existing, asked, log)
+            undo.pop_all()
+            return cluster
         undo.callback(remove_files, cluster)
-        undo.callback(_kill_actors, name)
-        _start_actors(cluster, config, log, mounted_bytes)
+        undo.callback(end_actors, name)
+        start_coordinator(cluster, config, mounted_bytes, asked.nodes_with)
+        fleet = await_nodes(name, log)
+        _raise_refusal(fleet)
+        if not fleet["members"]:
+            log(f"none of the {fleet['ray_nodes']} Ray nodes matches --nodes-with {asked.nodes_with}; nodes that join and match get one")
         undo.pop_all()
         return cluster
 
 
-def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None) -> list[int]:
-    """Stop a cluster and delete its files, even if parts of it are damaged or gone. Returns the pids that had to be killed."""
-    with state.starting(name):
-        cluster = state.load(name)
-        try:
-            raylocal.join_ray(cluster.address, cluster.node_ip, cluster.token_path)
-            log("closing the nodes")
-            _close_nodes(name)
-        except TieredKVError as error:
-            log(f"the cluster does not answer ({error}); stopping what is left of it")
-        raylocal.leave_ray()
-        killed: list[int] = []
-        if cluster.owns_ray:
-            log("stopping Ray")
-            killed = raylocal.stop_ray(cluster.processes, cluster.temp_dir)
-        remove_files(cluster)
-        state.remove(name)
-        return killed
+def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int = 0, nodes_with: str | None = None) -> None:
+    """Start the coordinator's actor, with its keeper, on the head node of the Ray that this process has joined.
+
+    Ray's head must live anyway, because it runs Ray's control store. On another node, the coordinator would end with that node.
+    """
+    import ray
+
+    from tiered_kv.actors.coordinator import CoordinatorActor
+    from tiered_kv.actors.fleet import HEAD_RESOURCE
+
+    options: dict[str, Any] = {"name": coordinator_name(cluster.name), "namespace": NAMESPACE, "lifetime": "detached"}
+    options["resources"] = {HEAD_RESOURCE: 0.001}  # an amount of this resource, which only the head has, binds the actor to it
+    about = cluster.name, cluster.cluster_id, config, mounted_bytes, nodes_with, cluster.secret
+    actor = CoordinatorActor.options(**options).remote(*about)
+    try:
+        ray.get(actor.describe.remote(), timeout=START_WITHIN_S)
+    except ray.exceptions.RayError as error:
+        raise TieredKVError(Kind.CLUSTER, f"the coordinator did not start: {error}", name=cluster.name) from error
+
+
+def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, within_s: float = START_WITHIN_S) -> "FleetStatus":
+    """Wait until no cache node is starting any more. Returns the fleet. `log` is called with a line for each node that starts.
+
+    `rounds`: how many rounds of the keeper must have succeeded. Raises (kind `cluster`) if a node neither serves nor refuses in time.
+    """
+    deadline_s, said = time.monotonic() + within_s, set()
+    while True:
+        fleet = describe_fleet(name)["fleet"]
+        starting = [member for member in fleet["members"] if member["state"] == "starting"]
+        for member in starting:
+            if member["node"] not in said:
+                said.add(member["node"])
+                log(f"starting cache node {member['node']} at {member['address']}")
+        if fleet["rounds"] >= rounds and not starting:
+            return fleet
+        if time.monotonic() > deadline_s:
+            late = ", ".join(member["node"] for member in starting) or fleet["problem"] or "the keeper"
+            raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is not complete after {within_s:.0f} s: {late}", name=name)
+        time.sleep(RETRY_S)
+
+
+def _raise_refusal(fleet: "FleetStatus") -> None:
+    for member in fleet["members"]:
+        if member["state"] == "refused":
+            raise TieredKVError(Kind(member["kind"]), f"{member['error']} (cache {member['node']} at {member['address']})")
 
 
 def ray_environment(cluster: ClusterState) -> dict[str, str]:
@@ -104,19 +160,35 @@ def ray_environment(cluster: ClusterState) -> dict[str, str]:
 
 
 def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) -> dict:
-    """Returns the coordinator's description of the cluster that this process has joined: cluster id, settings, nodes and statistics.
+    """Returns the coordinator's description of the cluster that this process has joined: id, settings, nodes, lost nodes and fleet.
 
     Waits at most `within_s` for a coordinator that is restarting, and as long again for its answer. Raises (kind `cluster`) if
     there is none, or if it does not answer.
     """
+    return call_coordinator(name, "describe", within_s=within_s)
+
+
+def describe_fleet(name: str) -> dict:
+    """As `describe`. Raises (kind `cluster`) if the coordinator is of an older version of tiered_kv, which knows no fleet."""
+    about = describe(name)
+    if "fleet" not in about:
+        message = f"cluster {name!r} was started by an older version of tiered_kv; stop it with that version's `tiered-kv down`"
+        raise TieredKVError(Kind.CLUSTER, message, name=name)
+    return about
+
+
+def call_coordinator(name: str, method: str, *arguments: Any, within_s: float = ANSWER_WITHIN_S) -> Any:
+    """Call a method of the coordinator. Returns its answer. Waits and raises as `describe`, or raises what the method raised."""
     import ray
 
     deadline_s = time.monotonic() + within_s
     while True:
         try:
             coordinator = ray.get_actor(coordinator_name(name), NAMESPACE)
-            return ray.get(coordinator.describe.remote(), timeout=within_s)
+            return ray.get(getattr(coordinator, method).remote(*arguments), timeout=within_s)
         except (ValueError, ray.exceptions.RayError) as error:
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, TieredKVError):
+                raise error.cause from error
             restarting = isinstance(error, ray.exceptions.ActorUnavailableError) and time.monotonic() < deadline_s
             if not restarting:
                 message = f"this Ray has no tiered_kv cluster {name!r} that answers ({type(error).__name__}); start one with: tiered-kv up"
@@ -124,104 +196,18 @@ def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) 
         time.sleep(RETRY_S)
 
 
-def _refuse_second(name: str) -> None:
-    running = state.find(name)
-    if running is not None and running.alive():
-        ways = "see `tiered-kv status`, stop it with `tiered-kv down`, or give another --name"
-        raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is already up at {running.address}; {ways}", name=name)
-    if running is not None:  # its Ray has ended, so remove its processes and files
-        raylocal.stop_ray(running.processes, running.temp_dir)
-        remove_files(running)
-
-
-def _start_actors(cluster: ClusterState, config: Config, log: LogLine, mounted_bytes: int) -> None:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from tiered_kv.actors.coordinator import CoordinatorActor
-    from tiered_kv.actors.node import NodeActor
-
-    detached: dict[str, Any] = {"namespace": NAMESPACE, "lifetime": "detached"}
-    coordinator = CoordinatorActor.options(name=coordinator_name(cluster.name), **detached).remote(
-        cluster.cluster_id, config, cluster.secret
-    )
-    _result(coordinator.describe.remote(), "the coordinator")
-    started = {}
-    for number, ray_node in enumerate(sorted((node for node in ray.nodes() if node["Alive"]), key=_age)):
-        node_id = f"node-{number}"
-        log(f"starting cache node {node_id} at {ray_node['NodeManagerAddress']}")
-        here = NodeAffinitySchedulingStrategy(ray_node["NodeID"], soft=False)
-        actor = NodeActor.options(name=node_name(cluster.name, node_id), scheduling_strategy=here, **detached)
-        started[node_id] = actor.remote(cluster.name, cluster.cluster_id, node_id, config, mounted_bytes, cluster.secret)
-    for node_id, actor in started.items():
-        _result(actor.info.remote(), f"cache {node_id}")
-
-
-def _age(node: dict) -> tuple:
-    return (not node["Resources"].get("node:__internal_head__"), node["NodeManagerAddress"])
-
-
-def _refuse_foreign(name: str) -> None:
-    """Raise (kind `cluster`) if the Ray already runs a cluster of this name, of which this machine has no state file."""
-    import ray
-
-    with suppress(ValueError):
-        ray.get_actor(coordinator_name(name), NAMESPACE)
-        raise TieredKVError(Kind.CLUSTER, f"this Ray already runs a cluster {name!r}; give another --name", name=name)
-
-
-def _result(reference: Any, who: str) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference, timeout=START_WITHIN_S)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, TieredKVError) else error
-        raise cause from error
-    except ray.exceptions.RayError as error:
-        raise TieredKVError(Kind.CLUSTER, f"{who} did not start: {error}") from error
-
-
 def nodes_of(name: str) -> list[str]:
     """Returns the ids of all nodes that have an actor in Ray, in any state."""
-    prefix = node_name(name, "")
-    return sorted(actor.removeprefix(prefix) for actor in _actors_of(name) if actor.startswith(prefix))
+    from tiered_kv.actors import fleet
+
+    return fleet.nodes_of(name)
 
 
-def _actors_of(name: str) -> list[str]:
-    from ray.util import list_named_actors
-
-    found = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
-    nodes = [actor for actor in found if actor.startswith(node_name(name, ""))]
-    return nodes + [actor for actor in found if actor == coordinator_name(name)]
-
-
-def _close_nodes(name: str) -> None:
-    import ray
-
-    for actor in _actors_of(name):
-        if actor.startswith(node_name(name, "")):
-            # A node that cannot close itself is killed below, and `down` removes its files.
-            with suppress(ray.exceptions.RayError, TieredKVError, ValueError):
-                ray.get(ray.get_actor(actor, NAMESPACE).close.remote(), timeout=ANSWER_WITHIN_S)
-    _kill_actors(name)
-
-
-def _kill_actors(name: str) -> None:
-    import ray
-
-    for actor in _actors_of(name):
-        with suppress(ValueError):
-            ray.kill(ray.get_actor(actor, NAMESPACE), no_restart=True)
-
-
-def remove_files(cluster: ClusterState) -> None:
-    """Delete the files of this cluster's nodes that did not close: shared memory, disk segments, and objects in a folder.
-
-    Disk content in a folder from the settings stays, because it has other names. Remote objects of a killed node stay as well,
-    below `tkv-<cluster id>-<node>` of the URL.
-    """
-    config = Config.of(cluster.config)
-    for place in (config.shm_path, config.disk_root, config.objects_folder):
-        for directory in Path(place).glob(f"tkv-{cluster.cluster_id}-*") if place else ():
-            shutil.rmtree(directory, ignore_errors=True)
+def _running(name: str) -> ClusterState | None:
+    """Returns the state of the cluster if its Ray may run; else removes its processes and files, and returns None."""
+    known = state.find(name)
+    if known is None or known.has_head():
+        return known
+    raylocal.stop_ray(known.processes, known.temp_dir)
+    remove_files(known)
+    return None

@@ -72,6 +72,10 @@ class ClusterState:
         """Returns the pids of the Ray processes that `tiered-kv up` started and that no longer run."""
         return [process.pid for process in self.processes if not process.alive()]
 
+    def has_head(self) -> bool:
+        """Returns whether the head of the Ray that `tiered-kv up` started is running. True if others started Ray."""
+        return not self.processes or self.processes[0].alive()
+
     def alive(self) -> bool:
         """Returns whether all Ray processes started by `tiered-kv up` are running. True if others started Ray."""
         return not self.gone()
@@ -101,12 +105,12 @@ def new_secret() -> str:
     return secrets.token_hex(SECRET_BYTES)
 
 
-def state_dir() -> Path:
-    """Returns the directory with the state of all clusters. Creates it (mode 0700) if it is missing."""
+def state_dir(*, create: bool = True) -> Path:
+    """Returns the directory with the state of all clusters. With `create`, it is created (mode 0700) if it is missing."""
     own = os.environ.get("TIERED_KV_STATE")
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     path = Path(own).expanduser() if own else Path(base) / "tiered_kv"
-    return _private_dir(path.absolute(), "TIERED_KV_STATE")
+    return _private_dir(path.absolute(), "TIERED_KV_STATE", create)
 
 
 def cluster_dir(name: str = DEFAULT_NAME) -> Path:
@@ -114,28 +118,31 @@ def cluster_dir(name: str = DEFAULT_NAME) -> Path:
 
     Creates it (mode 0700) if it is missing.
     """
-    return _private_dir(_cluster_path(name), "TIERED_KV_STATE")
+    state_dir()
+    return _private_dir(_cluster_path(name), "TIERED_KV_STATE", create=True)
 
 
 def _cluster_path(name: str) -> Path:
+    """Returns the path of a cluster's directory, and creates nothing: a mistyped name must leave no folder behind."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
         raise TieredKVError(Kind.CONFIG, f"name: a cluster name must be 1 to 40 letters, digits, - and _, got {name!r}", setting="name")
-    return state_dir() / name
+    return state_dir(create=False) / name
 
 
-def _private_dir(path: Path, setting: str) -> Path:
+def _private_dir(path: Path, setting: str, create: bool) -> Path:
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if create:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise TieredKVError(Kind.CONFIG, f"{setting}: cannot create {path} ({error.strerror})", setting=setting) from error
-    if path.stat().st_uid != os.getuid():
+    if (create or path.exists()) and path.stat().st_uid != os.getuid():
         raise TieredKVError(Kind.CONFIG, f"{setting}: {path} belongs to another user", setting=setting)
     return path
 
 
 def names() -> list[str]:
     """Returns the names of all clusters that have a state file, sorted."""
-    return sorted(path.parent.name for path in state_dir().glob(f"*/{_FILE}"))
+    return sorted(path.parent.name for path in state_dir(create=False).glob(f"*/{_FILE}"))
 
 
 def find(name: str = DEFAULT_NAME) -> ClusterState | None:
@@ -148,6 +155,9 @@ def find(name: str = DEFAULT_NAME) -> ClusterState | None:
         text = path.read_text()
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        message = f"TIERED_KV_STATE: must be a folder, but {path.parent.parent} is below a file"
+        raise TieredKVError(Kind.CONFIG, message, setting="TIERED_KV_STATE") from error
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
     try:
@@ -172,7 +182,7 @@ def load(name: str = DEFAULT_NAME) -> ClusterState:
 def remove(name: str = DEFAULT_NAME) -> None:
     """Delete the state file, token and logs of a cluster. Does nothing if there are none."""
     with suppress(FileNotFoundError):
-        shutil.rmtree(cluster_dir(name))
+        shutil.rmtree(_cluster_path(name))
 
 
 @contextmanager
@@ -181,7 +191,8 @@ def starting(name: str = DEFAULT_NAME) -> Iterator[None]:
 
     The kernel releases the lock when the process ends. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
     """
-    path = cluster_dir(name).with_suffix(".lock")  # next to the directory, which `remove` deletes
+    path = _cluster_path(name).with_suffix(".lock")  # next to the directory, which `remove` deletes
+    state_dir()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -16,32 +16,9 @@ def summarize(about: dict) -> dict:
     `about` is a result of `start.describe` or `survey.survey`. The field `degraded` has a text for each part that is missing,
     restarting or silent.
     """
-    nodes = []
-    for node in about["nodes"]:
-        stats = node["stats"]
-        nodes.append(
-            {
-                "node": node["node"],
-                "address": node.get("address"),
-                "directory": node["directory"],
-                "silent_s": round(node["silent_s"], 3),
-                "tiers": stats["tiers"],
-                "blocks": stats["blocks"],
-                "sessions": stats["sessions"],
-                "reserved_bytes": stats["reserved_bytes"],
-                "asked_blocks": stats["asked_blocks"],
-                "hit_blocks": stats["hit_blocks"],
-                "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
-                "prefill_tokens_saved": stats["prefill_tokens_saved"],
-                "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
-                "leaving_bytes": stats["leaving_bytes"],
-                "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
-                "codecs": stats["codecs"],
-                "policy": stats["policy"],
-                "recording": stats["recording"],
-                "filling": stats["filling"],
-            }
-        )
+    nodes = [_node_record(node) for node in about["nodes"]]
+    fleet = about.get("fleet")
+    members = fleet["members"] if fleet else []
     asked = sum(node["asked_blocks"] for node in nodes)
     hit = sum(node["hit_blocks"] for node in nodes)
     return {
@@ -54,6 +31,13 @@ def summarize(about: dict) -> dict:
         "block_tokens": about["config"].block_tokens,
         "nodes": nodes,
         "expected_nodes": about.get("expected_nodes", [node["node"] for node in nodes]),
+        "answering_nodes": sum(node["answers"] for node in nodes),
+        "lost_nodes": [member["node"] for member in members if member["state"] == "lost"],
+        "drained_nodes": about.get("drained", []),
+        "members": members,
+        "coordinator": {"restarts": fleet["restarts"], "uptime_s": round(fleet["uptime_s"], 3)} if fleet else None,
+        "nodes_with": fleet["selector"] if fleet else None,
+        "source": about.get("source", "coordinator"),
         "degraded": about.get("degraded", []),
         "last_checkpoint": max((node["stats"]["saved"] for node in about["nodes"] if node["stats"]["saved"]), key=_at, default=None),
         "asked_blocks": asked,
@@ -61,6 +45,35 @@ def summarize(about: dict) -> dict:
         "hit_ratio": _ratio(hit, asked),
         "prefill_tokens_saved": sum(node["prefill_tokens_saved"] for node in nodes),
         "prefill_seconds_saved": round(sum(node["prefill_seconds_saved"] for node in nodes), 3),
+    }
+
+
+def _node_record(node: dict) -> dict:
+    stats = node["stats"]
+    return {
+        "node": node["node"],
+        "address": node.get("address"),
+        "directory": node["directory"],
+        "silent_s": round(node["silent_s"], 3),
+        "tiers": stats["tiers"],
+        "blocks": stats["blocks"],
+        "answers": node.get("answers", True),
+        **{name: stats.get(name) for name in ("uptime_s", "restarts", "refused_blocks", "rates")},  # None: an older version
+        "sessions": stats["sessions"],
+        "reserved_bytes": stats["reserved_bytes"],
+        "asked_blocks": stats["asked_blocks"],
+        "hit_blocks": stats["hit_blocks"],
+        "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
+        "prefill_tokens_saved": stats["prefill_tokens_saved"],
+        "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
+        "leaving_bytes": stats["leaving_bytes"],
+        "counts": {"dropped_under_pressure": 0, "not_admitted": 0} | stats["counts"],
+        "codecs": stats["codecs"],
+        "policy": stats["policy"],
+        "recording": stats["recording"],
+        "filling": stats["filling"],
+        "namespaces": stats.get("namespaces", []),
+        "tenants": stats.get("tenants", {}),
     }
 
 
@@ -90,8 +103,12 @@ def show(summary: dict, console: Console) -> None:
     console.print(table)
     for text in summary["degraded"]:
         console.print(f"degraded: {text}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+    for text in fleet_lines(summary):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
     for node in summary["nodes"]:
-        if text := "; ".join(part for part in (saved(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part):
+        if text := "; ".join(
+            part for part in (saved(node), _quotas(node), _filling(node), _movement(node), _writes(node), _learned(node)) if part
+        ):
             console.print(f"{node['node']}: {text}", highlight=False, soft_wrap=True)
     for model, plan in summary["codecs"].items():
         chosen = ", ".join(f"{tier} {each['codec']} ({each['why']})" for tier, each in plan.items())
@@ -105,6 +122,34 @@ def show(summary: dict, console: Console) -> None:
     if last := summary["last_checkpoint"]:
         text = f"last checkpoint: {age(time.time() - last['at_s'])} ago, {count(last['blocks'], 'block')}, {last['name']} at {last['url']}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def fleet_lines(summary: dict) -> list[str]:
+    """Returns lines about the fleet: how many nodes answer, what was drained, and the service of coordinator and nodes."""
+    lines = []
+    if summary["source"] == "machine":
+        lines.append("shown are only the nodes on this machine, from their own files and sockets: the cluster's Ray does not answer")
+    expected = len(summary["expected_nodes"])
+    lines.append(f"nodes: {summary['answering_nodes']} of {count(expected, 'expected node')} answer")
+    if summary["nodes_with"]:
+        lines[-1] += f"; a Ray node with {summary['nodes_with']} gets one"
+    leaving = [member for member in summary["members"] if member["node"] in summary["drained_nodes"]]
+    lines += [f"{member['node']} at {member['address']} is {member['state']}" for member in leaving]
+    if about := summary["coordinator"]:
+        lines.append(f"coordinator: {_service(about)}")
+    return lines + [f"{node['node']}: {_service(node)}" for node in summary["nodes"] if node["uptime_s"] is not None]
+
+
+def _service(record: dict) -> str:
+    """Returns a text with the uptime, restarts, refusals and rates of a node or of the coordinator."""
+    texts = [f"up {_duration(record['uptime_s'])}"]
+    if restarts := record["restarts"]:
+        texts.append(f"restarted {count(restarts, 'time')}")
+    if refused := record.get("refused_blocks"):
+        texts.append(f"refused {count(refused, 'block')} for lack of room")
+    if (rates := record.get("rates")) and rates["hit_blocks_per_s"]:
+        texts.append(f"{_amount(rates['hit_blocks_per_s'])} hits/s, {format_size(rates['hit_bytes_per_s'])}/s")
+    return ", ".join(texts)
 
 
 def _plans(nodes: list[dict]) -> dict[str, dict]:
@@ -160,6 +205,17 @@ def _filling(node: dict) -> str:
     if filling["error"]:
         texts.append(f"loading from the checkpoint ended early: {filling['error']}")
     return "; ".join(texts)
+
+
+def _quotas(node: dict) -> str:
+    """Returns a text with the tenants that have quotas, and how much of them they use."""
+    texts = [
+        f"tenant {tenant} {tier} {format_size(each['used_bytes'])} of {format_size(each['quota_bytes'])}"
+        for tenant, tiers in node["tenants"].items()
+        for tier, each in tiers.items()
+        if each["quota_bytes"] is not None
+    ]
+    return ", ".join(texts)
 
 
 def _at(checkpoint: dict) -> float:

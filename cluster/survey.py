@@ -1,17 +1,19 @@
 """Describes a cluster within a few seconds, even if parts of it hang, with a text for each part that does not answer.
 
-The expected nodes are those that the coordinator lists or has lost, those with an actor in Ray, and those whose shared memory is on
-this machine. Each node is called directly: on this machine over its socket, which works without Ray, else through Ray.
+The expected nodes are the members of the fleet that are not drained, those that the coordinator lists or has lost, those with an actor
+in Ray, and those whose shared memory is on this machine. Each node is called directly: on this machine over its socket, which works
+without Ray, else through Ray. If nothing but this machine answers, its nodes' own files tell what they are.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiered_kv.cluster import attach, start, state
+from tiered_kv.cluster.localnodes import LocalNodes
 from tiered_kv.cluster.node_calls import calls_to
 from tiered_kv.cluster.state import ClusterState
 from tiered_kv.config import Config
@@ -22,6 +24,9 @@ WITHIN_S = 6.0
 JOIN_WITHIN_S = 3.0
 ANSWER_WITHIN_S = 3.0
 QUESTIONS_AT_ONCE = 16
+DRAINED = ("draining", "drained")
+ROUND_AGE_S_MAX = 15.0
+"""The keeper runs a round every second; Ray may be slow for some."""
 FAILED_WITHIN_S = 30.0
 
 
@@ -36,10 +41,13 @@ class Answers(NamedTuple):
 
 
 def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
-    """Returns the cluster as `start.describe` does, with `expected_nodes`, and `degraded`, a list of texts. Takes at most WITHIN_S.
+    """Returns the cluster as `start.describe` does, with `expected_nodes`, `drained`, `source`, and `degraded`, a list of texts.
 
-    Raises (kind `cluster`) only if there is neither a state file on this machine nor a coordinator that answers.
+    `source` is "coordinator", or "machine" if only the nodes on this machine could be asked. Takes at most WITHIN_S, and the time to
+    import torch. Raises (kind `cluster`) only if there is no coordinator that answers, and no state file and no node on this machine.
     """
+    from tiered_kv.protocol import unix_socket  # noqa: F401  # it imports torch, which must not count as a part's time to answer
+
     threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
     try:
         return _surveyed(name, address, _Caller(threads, time.monotonic() + WITHIN_S))
@@ -75,7 +83,7 @@ class _Caller:
 
 
 def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
-    known = state.find(name)
+    known = state.find(name) or on_this_machine(name)
     joined = caller.call({"join": lambda: attach.join(name, address)}, JOIN_WITHIN_S)["join"]
     if isinstance(joined, TieredKVError):
         if known is None or address is not None:
@@ -88,9 +96,8 @@ def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
         raise answers.coordinator
     here = directories(known, answers.coordinator)
     expected = expected_nodes(answers, here)
-    elsewhere = [node for node in expected if node not in here] if not isinstance(joined, TieredKVError) else []
-    from tiered_kv.protocol import unix_socket  # noqa: F401  # it imports torch, which must not count as a node's time to answer
-
+    absent = {node for node, member in members_of(answers).items() if member["state"] in ("lost", "refused")}
+    elsewhere = [node for node in expected if node not in here and node not in absent] if not isinstance(joined, TieredKVError) else []
     questions = {node: lambda node=node: _stats_by_socket(here[node]) for node in expected if node in here}
     if elsewhere:
         questions[""] = lambda: calls_to(name, ANSWER_WITHIN_S / 2)(elsewhere, "stats")
@@ -98,6 +105,25 @@ def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
     through_ray = stats.pop("", {})
     stats |= dict.fromkeys(elsewhere, through_ray) if isinstance(through_ray, TieredKVError) else through_ray
     return merged(answers, known, here, stats)
+
+
+def on_this_machine(name: str) -> ClusterState | None:
+    """Returns the state of the cluster `name` as a node on this machine has recorded it; None if there is no such node.
+
+    Of several clusters, it is that of the node with the latest heartbeat.
+    """
+    now_ns = time.monotonic_ns()
+    first = min(LocalNodes(name).records(), key=lambda record: record.age_s(now_ns), default=None)
+    if first is None:
+        return None
+    settings = first.info.get("settings", {"block_tokens": first.info["block_tokens"]})
+    return ClusterState(first.cluster_id, first.ray_address or "", 0.0, name, config=dict(settings))
+
+
+def members_of(answers: Answers) -> dict[str, dict]:
+    """Returns the members of the fleet by node id; none if the coordinator does not answer."""
+    fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
+    return {member["node"]: member for member in fleet.get("members", ())}
 
 
 def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
@@ -112,18 +138,25 @@ def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -
 
 
 def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
-    """Returns the sorted ids of all nodes known to the coordinator, to Ray, or from a directory on this machine."""
-    expected = set(here)
+    """Returns the ids of all nodes known to the coordinator, to Ray, or from a directory on this machine, without drained ones."""
+    members = members_of(answers)
+    expected = {*here, *members}
     if not isinstance(answers.coordinator, TieredKVError):
         expected |= {node["node"] for node in answers.coordinator["nodes"]} | set(answers.coordinator.get("lost", {}))
     if not isinstance(answers.actors, TieredKVError):
         expected |= set(answers.actors)
-    return sorted(expected)
+    return sorted((node for node in expected if members.get(node, {}).get("state") not in DRAINED), key=by_number)
+
+
+def by_number(node: str) -> tuple[str, int, str]:
+    """Sorts node-10 after node-9."""
+    start, _, number = node.rpartition("-")
+    return (start, int(number), "") if number.isdigit() else (node, -1, node)
 
 
 def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], stats: dict[str, Any]) -> dict:
     """Returns all answers as one record. `stats`: each node's own statistics, or an error in their place."""
-    degraded = []
+    degraded, members = _fleet_problems(answers), members_of(answers)
     if isinstance(answers.coordinator, TieredKVError):
         assert known is not None
         about: dict = {"cluster_id": known.cluster_id, "config": Config.of(known.config), "nodes": []}
@@ -139,23 +172,54 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
     nodes = []
     for node in expected:
         answer = stats.get(node, TieredKVError(Kind.TRANSPORT, "it could not be called, because Ray does not answer"))
-        if text := _problem(node, answer, listed.get(node), about.get("lost", {}), answers.coordinator):
+        text = _member_problem(members.get(node)) or _problem(node, answer, listed.get(node), about.get("lost", {}), answers.coordinator)
+        if text:
             degraded.append(text)
         if not isinstance(answer, TieredKVError):
             nodes.append({"node": node, "directory": here.get(node), "silent_s": 0.0} | listed.get(node, {}) | {"stats": answer})
         elif node in listed:
-            nodes.append(listed[node])
-    degraded += failing_pairs(nodes)
-    return about | {"nodes": nodes, "expected_nodes": expected, "degraded": degraded}
+            nodes.append(listed[node] | {"answers": False})
+    degraded += failing_pairs(nodes, {node for node in expected if members.get(node, {}).get("state") != "lost"})
+    drained = [node for node, member in members.items() if member["state"] in DRAINED]
+    source = "machine" if isinstance(answers.coordinator, TieredKVError) and isinstance(answers.actors, TieredKVError) else "coordinator"
+    return about | {"nodes": nodes, "expected_nodes": expected, "drained": drained, "source": source, "degraded": degraded}
 
 
-def failing_pairs(nodes: Iterable[dict]) -> list[str]:
-    """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since."""
+def _fleet_problems(answers: Answers) -> list[str]:
+    """Returns a text for each problem of the keeper."""
+    fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
+    if fleet.get("problem"):
+        return [f"nodes that join or leave are not followed: {fleet['problem']}"]
+    if fleet.get("round_age_s", 0.0) > ROUND_AGE_S_MAX:
+        return [f"nodes that join or leave have not been followed for {fleet['round_age_s']:.0f} s: Ray does not answer the coordinator"]
+    return []
+
+
+def _member_problem(member: dict | None) -> str:
+    """Returns a text if the keeper knows why a node does not serve, else an empty one."""
+    if member is None:
+        return ""
+    where = f"{member['node']} at {member['address']}"
+    if member["state"] == "lost":
+        since = f"its Ray node left {member['since_s']:.0f} s ago"
+        return f"{where} is lost: {since}; if it will not come back: tiered-kv drain {member['node']}"
+    if member["state"] == "refused":
+        return f"{where} cannot start: {member.get('error', 'it is tried again now')}"
+    if member["state"] == "starting":
+        return f"{where} has been starting for {member['since_s']:.0f} s"
+    return ""
+
+
+def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None) -> list[str]:
+    """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since.
+
+    `expected`: the nodes that should answer, None for all. Transfers from nodes that were drained or lost fail rightly.
+    """
     return [
         f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
-        if pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+        if (expected is None or peer in {"coordinator", *expected}) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
     ]
 
 

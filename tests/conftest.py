@@ -189,6 +189,11 @@ class AfterAllWorkers:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs one simulation again."""
+    parser.addoption("--sim-seed", type=int, default=None, help="simulate only the cluster of this seed (tests/simulation)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set the marks, of which a worker of pytest-xdist has inherited that of its run; and give torch one thread.
 

@@ -117,7 +117,7 @@ def test_the_defaults_hold_their_own_rules():
     config = Config()
     assert Config.of() == Config.of(None) == Config.of({}) == config
     assert Config.of(dataclasses.asdict(config)) == config
-    assert len(dataclasses.fields(Config)) <= 24
+    assert len(dataclasses.fields(Config)) <= 25
 
 
 def test_settings_are_bytes_after_they_were_text():
@@ -157,6 +157,9 @@ BAD = [
     *[("disk_segment", value) for value in (0, "1KiB", "lots", None)],
     *[("peer_address", value) for value in (0, "")],
     *[("block_tokens", value) for value in (0, -1, "64", None, True, 1.5)],
+    *[("tenants", value) for value in ("{", 5, [], {"quota": {}}, {"quotas": {"": {"host": 1}}}, {"quotas": {"a": {"ram": 1}}})],
+    *[("tenants", {"quotas": {"a": each}}) for each in ({}, {"host": 0}, {"host": "lots"}, "1GiB")],
+    *[("tenants", {"secret_file": each}) for each in ("", 5)],
     *[("io_threads", value) for value in (0, -1, "2", None, True, 1.5)],
     *[("store_wait_ms", value) for value in (-1, "1", None, True, float("nan"))],
     *[("fetch_deadline_ms", value) for value in (-1, "1", None, True, float("nan"))],

@@ -1,18 +1,22 @@
 """The settings: one frozen record, checked when it is created, the same for a cluster and for one process."""
 
 import difflib
+import hmac
+import json
 import logging
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.file_sums import user_cache
+from tiered_kv.keys import DEFAULT_TENANT, check_tenant
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,97 @@ def format_size(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+SECRET_BYTES_MIN = 16
+SECRET_BYTES_MAX = 1 << 20
+QUOTA_TIERS = {tier.label: tier for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.OBJECTS)}
+
+
+def salt_of(tenant: str, secret: bytes) -> str:
+    """Returns the salt of a tenant's namespaces in a cluster with this secret: HMAC-SHA256 in hexadecimal.
+
+    "" for the default tenant, and in a cluster without a secret.
+    """
+    return "" if tenant == DEFAULT_TENANT or not secret else hmac.new(secret, b"tiered_kv tenant\0" + tenant.encode(), sha256).hexdigest()
+
+
+@dataclass(frozen=True)
+class TenantSettings:
+    """The setting `tenants`. `secret_file`: a file on each machine with the secret of the salts; None for the cluster's own secret.
+
+    `quotas`: by tenant and tier, the most bytes of blocks.
+    """
+
+    secret_file: str | None = None
+    quotas: Mapping[str, Mapping[Tier, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any) -> Self:
+        """Returns the settings in a mapping, in its JSON text, or None. Raises (kind `config`) for anything else, and names it.
+
+        The mapping is {"secret_file": path, "quotas": {tenant: {tier: size}}}; both may be missing.
+        """
+        try:
+            found = json.loads(given) if isinstance(given, str) else {} if given is None else given
+        except ValueError as error:
+            raise _invalid_tenants(f"a mapping or its JSON, got {given!r:.100} ({error})") from error
+        if not isinstance(found, Mapping) or not found.keys() <= {"secret_file", "quotas"}:
+            raise _invalid_tenants(f"a mapping with the keys secret_file and quotas, got {found!r:.100}")
+        path, quotas = found.get("secret_file"), found.get("quotas", {})
+        if not isinstance(path, str | None) or path == "" or not isinstance(quotas, Mapping):
+            raise _invalid_tenants(f"the path of a file, and a mapping of quotas, got {found!r:.100}")
+        try:
+            return cls(path, {tenant: _quota_of(tenant, limits) for tenant, limits in quotas.items()})
+        except TieredKVError as error:
+            raise TieredKVError(error.kind, f"tenants: {error}", setting="tenants") from error
+
+    def check_block(self, tenant: str, nbytes: int) -> None:
+        """Raise (kind `config`) if a quota of a tenant is too small for a block of `nbytes`."""
+        for tier, limit in self.quotas.get(tenant, {}).items():
+            if limit < nbytes:
+                message = f"quota of {tenant!r} in {tier.label}: must be at least one block of this model, {nbytes} bytes, got {limit}"
+                raise TieredKVError(Kind.CONFIG, message, setting="quota")
+
+    def as_text(self) -> str | None:
+        """Returns the settings as JSON text; None for the defaults."""
+        quotas = {tenant: {tier.label: nbytes for tier, nbytes in limits.items()} for tenant, limits in sorted(self.quotas.items())}
+        given = ({"secret_file": self.secret_file} if self.secret_file else {}) | ({"quotas": quotas} if quotas else {})
+        return json.dumps(given, sort_keys=True) if given else None
+
+    def secret(self, cluster_secret: bytes) -> bytes:
+        """Returns the secret of the salts. Raises (kind `config`) if its file cannot be read, or is too short or too long."""
+        if self.secret_file is None:
+            return hmac.new(cluster_secret, b"tiered_kv tenants", sha256).digest() if cluster_secret else b""
+        try:
+            with open(self.secret_file, "rb") as file:
+                secret = file.read(SECRET_BYTES_MAX + 1).strip()
+        except OSError as error:
+            message = f"tenant-secret: cannot read {self.secret_file} ({error.strerror}); every machine needs the file"
+            raise TieredKVError(Kind.CONFIG, message, setting="tenant-secret") from error
+        if not SECRET_BYTES_MIN <= len(secret) <= SECRET_BYTES_MAX:
+            raise TieredKVError(
+                Kind.CONFIG,
+                f"tenant-secret: {self.secret_file} must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes, got {len(secret)}",
+                setting="tenant-secret",
+            )
+        return secret
+
+
+def _quota_of(tenant: str, limits: Any) -> dict[Tier, int]:
+    check_tenant(tenant)
+    unknown = [*limits.keys() - QUOTA_TIERS.keys()] if isinstance(limits, Mapping) else []
+    if unknown or not limits or not isinstance(limits, Mapping):
+        message = f"quota of {tenant!r}: must have sizes for some of {', '.join(QUOTA_TIERS)}, got {unknown[0] if unknown else limits!r}"
+        raise TieredKVError(Kind.CONFIG, message, setting="quota")
+    sizes = {QUOTA_TIERS[label]: parse_size(size, f"quota of {tenant!r} in {label}") for label, size in limits.items()}
+    if not all(sizes.values()):
+        raise TieredKVError(Kind.CONFIG, f"quota of {tenant!r}: each size must be more than 0 bytes, got {limits}", setting="quota")
+    return sizes
+
+
+def _invalid_tenants(expected: str) -> TieredKVError:
+    return TieredKVError(Kind.CONFIG, f"tenants: must be {expected}", setting="tenants")
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a cache. Sizes are bytes and may be given as "4GiB". Each size is a hard cap and applies to each node.
@@ -62,6 +157,7 @@ class Config:
     files; None for the user's cache.
     Limits. store_wait_ms: the wait of a store for room, before its blocks are refused. fetch_deadline_ms: the wait of a fetch for other
     nodes and disks.
+    Tenants. tenants: quotas, and the file of the tenants' secret (`TenantSettings.of`), as a mapping or its JSON text.
     Network. peer_address: where a node listens for its peers: an interface, a network or an address, and ports, such as
     "eth1:7400-7499" or "10.1.0.0/16"; None for the machine's address in Ray and any free port, "off" for Ray's transfers only.
     verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
@@ -91,6 +187,7 @@ class Config:
     io_threads: int = 2
     heartbeat_s: float = 1.0
     node_timeout_s: float = 5.0
+    tenants: str | None = None
 
     def __post_init__(self) -> None:
         for setting, other in _PARTS.items():
@@ -122,6 +219,7 @@ class Config:
         if self.policy not in POLICIES:
             raise TieredKVError(Kind.CONFIG, f"policy: must be one of {', '.join(POLICIES)}, got {self.policy!r}", setting="policy")
         self._check_quality()
+        object.__setattr__(self, "tenants", TenantSettings.of(self.tenants).as_text())
 
     def _check_quality(self) -> None:
         if self.quality not in QUALITIES:
@@ -130,6 +228,11 @@ class Config:
             message = f"error_budget: must be None unless quality is exact, for both choose codecs; got {self.error_budget}, {self.quality}"
             raise TieredKVError(Kind.CONFIG, message, setting="error_budget")
         _ = self.codec_by_tier
+
+    @property
+    def tenant_settings(self) -> TenantSettings:
+        """The setting `tenants`, parsed."""
+        return TenantSettings.of(self.tenants)
 
     @property
     def codec_by_tier(self) -> dict[Tier, str]:

@@ -5,8 +5,9 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
 from tiered_kv.node.node import Node
 from tiered_kv.node.peers.network import StreamLink
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NO_PEERS, PeerStats
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
@@ -34,9 +36,11 @@ class InProcessCluster:
     """Nodes and their coordinator in this process. A context manager. Closing it removes all files.
 
     `streams`: the nodes transfer blocks over TCP on this machine, and ask the directory over TCP, as nodes of a real cluster do.
+    `secret`: from which the salts of tenants are derived.
     """
 
-    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None, *, streams: bool = False) -> None:
+    def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None, *, streams: bool = False, secret: bytes = b"") -> None:
+        self._salting: dict[str, Any] = {"secret": secret}
         self._clock = clock or SystemClock()
         self.cluster_id = uuid.uuid4().hex[:8]
         self.config = config
@@ -57,12 +61,13 @@ class InProcessCluster:
         """Start a node of this cluster. A node that was stopped without removing its files finds its blocks. Returns the node."""
         direct = InProcessLink(self, node_id)
         if not self._secret:
-            self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock)
+            self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock, **self._salting)
             return self.nodes[node_id]
         link = self.links[node_id] = StreamLink(direct, self._identity(node_id), self._listener())
         labels = self._labels[node_id] = {"peer_address": link.address}
         try:
-            node = self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels)
+            node = Node(self.config, self.cluster_id, node_id, link, clock=self._clock, labels=labels, **self._salting)
+            self.nodes[node_id] = node
         except TieredKVError:
             link.close()
             raise
@@ -149,6 +154,20 @@ class InProcessLink:
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         self._reach("coordinator")
         return self._cluster.coordinator.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        self._reach("coordinator")
+        return self._cluster.coordinator.raise_epoch(families, keep, int(time.time() * 1000))
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        unreached = []
+        for node in nodes:
+            try:
+                self._reach(node)
+                self._cluster.nodes[node].epochs.adopt(epochs)
+            except TieredKVError:
+                unreached.append(node)
+        return unreached
 
     def request(self, node: str, keys: list[BlockKey]) -> "InProcessTransfer":
         self._reach(node)

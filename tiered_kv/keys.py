@@ -42,8 +42,24 @@ log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 FOREIGN_NAMED_MAX = 3
+TENANT_BYTES_MAX = 1024
+DEFAULT_TENANT = "default"
+"""The tenant of workers that name none. It has no salt, so that its blocks are shared between clusters through checkpoints and folders."""
 MAX_TOKEN_ID = (1 << 32) - 1
 BlockKey = bytes
+
+
+def check_tenant(name: object) -> None:
+    """Raise (kind `config`) unless `name` is a text of 1 to TENANT_BYTES_MAX bytes in UTF-8. Any characters may be in it."""
+    try:
+        nbytes = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError as error:
+        raise TieredKVError(
+            Kind.CONFIG, f"tenant: must be a text of valid Unicode, got {name!r:.100} ({error.reason})", setting="tenant"
+        ) from error
+    if not 0 < nbytes <= TENANT_BYTES_MAX:
+        got = f"{nbytes:,} bytes" if isinstance(name, str) else f"{name!r:.100}"
+        raise TieredKVError(Kind.CONFIG, f"tenant: must be a text of 1 to {TENANT_BYTES_MAX} bytes, got {got}", setting="tenant")
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -142,6 +158,9 @@ class Namespace:
     content, such as a checkpoint's digest; likewise the other fields. Ranks of one tensor-parallel model differ only in `rank`:
     `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose other fields are equal
     (docs/design/021). It is "" for the first of them, and then not part of the digest.
+
+    `weight_epoch` and `salt` are filled in by a client from its node (docs/design/029), and are not part of the digest while they
+    are 0 and "". `weight_epoch`: the cluster's number of the model's weights, which `Client.new_epoch` raises. `salt`: of a named tenant.
     """
 
     weights: str
@@ -156,20 +175,19 @@ class Namespace:
     world: int = 1
     epoch: int = 0
     variant: str = ""
+    salt: str = ""
+    weight_epoch: int = 0
 
     def __post_init__(self) -> None:
         if not self.weights or not isinstance(self.weights, str):
             raise TieredKVError(
                 Kind.MODEL, f"namespace: weights must be a non-empty text that identifies the weights' content, got {self.weights!r:.100}"
             )
-        if not isinstance(self.tenant, str) or not self.tenant:
-            raise TieredKVError(
-                Kind.CONFIG, f"namespace: tenant must be a text of at least one character, got {self.tenant!r}", setting="tenant"
-            )
-        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant"):
+        check_tenant(self.tenant)
+        for name in ("tokenizer", "adapter", "architecture", "rope", "dtype", "kv_scales", "variant", "salt"):
             if not isinstance(getattr(self, name), str):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a text, got {getattr(self, name)!r}", setting=name)
-        for name in ("rank", "world", "epoch"):
+        for name in ("rank", "world", "epoch", "weight_epoch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TieredKVError(Kind.CONFIG, f"namespace: {name} must be a whole number, got {value!r}", setting=name)
@@ -182,9 +200,23 @@ class Namespace:
     def digest(self) -> bytes:
         """32 bytes that identify this namespace."""
         fields = asdict(self)
-        if not self.variant:  # a field of later versions; without it keys are the same as in earlier versions
-            del fields["variant"]
+        for name in ("variant", "salt", "weight_epoch"):  # of later versions; without them keys are the same as in earlier versions
+            if not fields[name]:
+                del fields[name]
         return _digest(json.dumps(fields, sort_keys=True).encode())
+
+    @cached_property
+    def family(self) -> bytes:
+        """32 bytes that the ranks, variants and epochs of one model under one tenant have in common. A weight epoch is of a family."""
+        return replace(self.plain(), rank=0, world=1, epoch=0, variant="").digest
+
+    def plain(self) -> "Namespace":
+        """Returns this namespace without what its client has filled in: salt and weight epoch."""
+        return replace(self, salt="", weight_epoch=0) if self.salt or self.weight_epoch else self
+
+    def as_fields(self) -> dict[str, Any]:
+        """Returns the fields as plain data, those of later versions only if they are set. `Namespace(**fields)` is the inverse."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("salt", "weight_epoch")}
 
     def root(self, layout: Layout) -> BlockKey:
         """Returns the common root of the blocks of one layout under this namespace. Each layout has its own root."""

@@ -143,7 +143,8 @@ class DaemonThreads(Executor):
             raise ValueError(f"size: must be at least 1 thread, got {size}")
         self._crew = _Crew(size, name, initializer)
         _crews.add(self._crew)
-        weakref.finalize(self, self._crew.dismiss).atexit = False
+        self._finalizer = weakref.finalize(self, self._crew.dismiss)
+        self._finalizer.atexit = False
 
     def submit(self, call: Callable[P, R], /, *arguments: P.args, **options: P.kwargs) -> Future[R]:
         """Queue `call(*arguments, **options)`. Returns the future of its outcome. Raises (kind `closed`) after `shutdown` or `stop`."""
@@ -156,6 +157,7 @@ class DaemonThreads(Executor):
         if cancel_futures:
             self._crew.cancel()
         self._crew.dismiss()
+        self._finalizer.detach()  # it would keep what `initializer` refers to, which may refer to this pool
         if wait:
             self._crew.join(None)
 

@@ -242,7 +242,7 @@ def _restore(options: argparse.Namespace, console: Console, config_of: Callable)
     from tiered_kv.cluster.commands.record import interrupted
 
     rate, found = _rate(options.max_rate), state.find(options.name)
-    is_up = options.address is not None or (found is not None and found.alive())
+    is_up = options.address is not None or (found is not None and found.has_head())
     if options.nodes is not None and is_up:
         message = f"--nodes: only allowed if no cluster is up, but {options.name!r} is; leave the option out, or stop the cluster first"
         raise TieredKVError(Kind.CONFIG, message, setting="nodes")

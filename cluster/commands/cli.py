@@ -5,7 +5,9 @@ Exit status: 0 for success, 1 if a check or the command failed, 2 for bad usage,
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +16,21 @@ from tiered_kv.cluster.commands.bench import add_bench
 from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_option
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
+from tiered_kv.cluster.commands.fleet import (
+    DOWN_EXAMPLES,
+    DOWN_TEXT,
+    UP_EXAMPLES,
+    UP_TEXT,
+    add_drain,
+    add_flush,
+    add_nodes_with,
+    fleet_figures,
+    flush_option,
+    given_settings,
+    log_to,
+)
 from tiered_kv.cluster.commands.simulate import add_simulate
+from tiered_kv.cluster.commands.weights import add_weights
 from tiered_kv.config import POLICIES, QUALITIES, Config
 from tiered_kv.errors import Kind, TieredKVError
 
@@ -48,12 +64,14 @@ def parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    add_drain(commands, _add_name)
     _add_demo(commands)
     add_bench(commands)
     add_codec_eval(commands)
     add_calibrate(commands)
     add_simulate(commands)
     _add_record(commands)
+    add_weights(commands, _add_name)
     add_checkpoints(commands, _add_name, _add_settings, _config)
     return top
 
@@ -63,11 +81,11 @@ def _add_name(command: argparse.ArgumentParser) -> None:
 
 
 def _add_up(commands: Any) -> None:
-    text = "Start a cluster of cache nodes: on new Ray nodes on this machine, or one cache node on every node of a running Ray cluster."
-    command = add_command(commands, "up", text, "tiered-kv up --device 2GiB --host 16GiB --disk 200GiB:/nvme/tkv", _up)
+    command = add_command(commands, "up", UP_TEXT, UP_EXAMPLES, _up)
     _add_name(command)
     command.add_argument("--address", help="host:port of a running Ray cluster to join (default: start Ray on this machine)")
-    command.add_argument("--nodes", type=int, default=1, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    command.add_argument("--nodes", type=int, help="Ray nodes to start on this machine; not with --address (default: 1)")
+    add_nodes_with(command)
     add_restore_option(command)
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print the cluster's record as JSON")
@@ -105,28 +123,57 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
             command.add_argument(f"--{setting}", action="store_true", default=None, help=text)
             continue
         command.add_argument(f"--{setting}", metavar=value, help=text, type=int if value == "N" else str)
+    text = "most bytes of a tenant's blocks on one node, by tier, for example acme:host=2GiB,disk=10GiB; may be given once for each tenant"
+    command.add_argument("--quota", metavar="TENANT:TIER=SIZE,…", action="append", default=[], help=text)
+    text = "file on every machine with the secret of the tenants' salts; clusters with the same one share checkpoints of named tenants"
+    command.add_argument("--tenant-secret", metavar="FILE", help=f"{text} (default: a secret of the cluster's own)")
 
 
 def _config(options: argparse.Namespace) -> Config:
     given = {setting.replace("-", "_"): getattr(options, setting.replace("-", "_")) for setting in SETTINGS}
-    changes = {setting: value for setting, value in given.items() if value is not None}
+    changes: dict[str, Any] = {setting: value for setting, value in given.items() if value is not None}
+    if options.quota or options.tenant_secret:
+        changes["tenants"] = tenants_of(options.quota, options.tenant_secret)
     return Config.from_toml(options.config, **changes) if options.config else Config.of(changes)
+
+
+def tenants_of(quotas: Sequence[str], secret_file: str | None) -> dict[str, Any]:
+    """Returns the setting `tenants` for options. Raises (kind `config`) for a quota that is not TENANT:TIER=SIZE,…."""
+    found: dict[str, dict[str, str]] = {}
+    for text in quotas:
+        tenant, colon, limits = text.rpartition(":")
+        pairs = [part.partition("=") for part in limits.split(",")]
+        if not colon or tenant in found or not all(tier and equals and size for tier, equals, size in pairs):
+            message = f"--quota: must be TENANT:TIER=SIZE,…, once for each tenant, such as acme:host=2GiB,disk=10GiB, got {text!r:.200}"
+            raise TieredKVError(Kind.CONFIG, message, setting="quota")
+        found[tenant] = {tier.strip(): size for tier, _, size in pairs}
+    path = {} if secret_file is None else {"secret_file": os.path.abspath(os.path.expanduser(secret_file))}
+    return {"quotas": found, **path}
 
 
 def _up(options: argparse.Namespace, console: Console) -> int:
     from tiered_kv.cluster import start
     from tiered_kv.cluster.commands import restoring
 
-    if options.address and options.nodes != 1:
+    if options.address and options.nodes is not None:
         message = f"--nodes: not allowed with --address, which starts one cache node on each Ray node; got {options.nodes}"
         raise TieredKVError(Kind.CONFIG, message, setting="nodes")
     config = _config(options)
-    with restoring.warm(options.restore, options.name, options.nodes, config, console) as mounted_bytes:
+    with restoring.warm(options.restore, options.name, options.nodes or 1, config, console) as mounted_bytes:
         cluster = start.up(
-            config, name=options.name, nodes=options.nodes, address=options.address, log=console.print, mounted_bytes=mounted_bytes
+            config,
+            name=options.name,
+            nodes=options.nodes,
+            address=options.address,
+            log=log_to(console),
+            mounted_bytes=mounted_bytes,
+            nodes_with=options.nodes_with,
+            given=given_settings(options, SETTINGS),
         )
     if options.json:
-        print(json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address}))
+        print(
+            json.dumps({"name": cluster.name, "cluster_id": cluster.cluster_id, "address": cluster.address, **fleet_figures(cluster.name)})
+        )
         return 0
     console.print(f"cluster {cluster.name!r} is up at {cluster.address}")
     other = "" if cluster.name == "default" else cluster.name
@@ -140,15 +187,15 @@ def _up(options: argparse.Namespace, console: Console) -> int:
 
 
 def _add_down(commands: Any) -> None:
-    text = "Stop a cluster. No process, shared memory or temporary file is left behind; a folder named in --disk keeps its blocks."
-    command = add_command(commands, "down", text, "tiered-kv down", _down)
+    command = add_command(commands, "down", DOWN_TEXT, DOWN_EXAMPLES, _down)
     _add_name(command)
+    add_flush(command)
 
 
 def _down(options: argparse.Namespace, console: Console) -> int:
-    from tiered_kv.cluster import start
+    from tiered_kv.cluster import stop
 
-    killed = start.down(options.name, log=console.print)
+    killed = stop.down(options.name, log=log_to(console), flush_s=flush_option(options))
     if killed:
         console.print(f"{len(killed)} processes did not end within the time allowed and were killed")
     console.print(f"cluster {options.name!r} is down")
@@ -157,8 +204,9 @@ def _down(options: argparse.Namespace, console: Console) -> int:
 
 def _add_status(commands: Any) -> None:
     text = (
-        "Show the nodes of a cluster with their tiers, bytes, blocks and hit ratio, and name what does not answer. "
-        "Exit status 1 if anything is missing, restarting or silent. Takes a few seconds at most."
+        "Show the nodes of a cluster with their tiers, bytes, blocks, hit ratio, uptime, restarts and rates, and name what does not "
+        "answer. Exit status 1 if anything is missing, restarting, lost or silent. Takes a few seconds at most. While Ray does not "
+        "answer, it shows the nodes on this machine, from their own files and sockets, and says so."
     )
     command = add_command(commands, "status", text, "tiered-kv status --json", _status)
     _add_name(command)

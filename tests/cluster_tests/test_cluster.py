@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tiered_kv.cluster import raylocal, start, state
 from tiered_kv.cluster.attach import join, node_here
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.protocol.node_record import read_record
 from tiered_kv.tools.simulate.replay import replay
 from tiered_kv.tools.simulate.trace import read_trace
 
@@ -83,13 +85,6 @@ def clients(cluster: str, namespace: tiered_kv.Namespace) -> list[tiered_kv.Clie
     """Returns a client of each node. Both nodes are on this machine."""
     until(lambda: len(start.describe(cluster)["nodes"]) == 2, "both nodes have reported")
     return [client_of(node, LAYOUT, namespace) for node in start.describe(cluster)["nodes"]]
-
-
-def test_a_second_up_is_refused(cluster: str) -> None:
-    again = run("up", "--name", cluster)
-    assert again.returncode == 1
-    assert "already up" in again.stdout
-    assert "tiered-kv down" in again.stdout
 
 
 def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
@@ -260,7 +255,7 @@ def test_a_node_that_cannot_start_names_the_setting(cluster: str, own_shm: Path)
             ray.get_actor(node_name(name, "node-0"), NAMESPACE)
 
 
-def test_up_with_the_name_of_a_running_cluster_leaves_that_cluster_alone(
+def test_up_with_other_settings_than_the_running_cluster_leaves_that_cluster_alone(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if from another machine: this machine has no state file of the cluster."""
@@ -269,7 +264,7 @@ def test_up_with_the_name_of_a_running_cluster_leaves_that_cluster_alone(
         client.store(ids, kv)
         address = ray.get_runtime_context().gcs_address
         monkeypatch.setenv("TIERED_KV_STATE", str(tmp_path))
-        with pytest.raises(TieredKVError, match="already runs a cluster"):
+        with pytest.raises(TieredKVError, match=r"is up with other settings: disk: the cluster has 67108864, got 0; .*; block_tokens"):
             start.up(Config(host=HOST), name=cluster, address=address)
         assert state.find(cluster) is None
         assert len(start.describe(cluster)["nodes"]) == 2
@@ -315,3 +310,48 @@ def test_bad_usage_is_reported_within_seconds(
     assert ran.returncode == status, ran.stdout + ran.stderr
     assert words in ran.stdout + ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_an_epoch_and_a_purge_reach_all_nodes_and_name_one_that_hangs(cluster: str) -> None:
+    namespace = space("weights that change")
+    here, there = clients(cluster, namespace)
+    acme = clients(cluster, replace(namespace, tenant="acme"))
+    tokens, kv = prompt(77)
+    try:
+        assert {client.namespace.salt for client in acme} != {""}
+        assert acme[0].namespace == acme[1].namespace, "a tenant has one salt on all nodes"
+        for client in (here, acme[0]):
+            client.store(tokens, kv)
+        until(lambda: there.match(tokens).tokens == len(tokens), "the directory knows the blocks")
+        assert there.fetch(tokens).tokens == len(tokens)
+        raised = run("epoch", "--name", cluster, "--json")
+        assert raised.returncode == 0, raised.stdout + raised.stderr
+        number = json.loads(raised.stdout)["epoch"]
+        assert [client.fetch(tokens).tokens for client in (here, there, *acme)] == [0] * 4
+        assert {client.namespace.weight_epoch for client in (here, there, *acme)} == {number}
+        assert here.new_epoch() > number, "a worker raises it through its node, without Ray"
+        for client in (here, acme[0]):
+            client.store(tokens, kv)
+        purged = run("purge", "--name", cluster, "--namespace", "acme", "--json")
+        assert purged.returncode == 0, purged.stdout + purged.stderr
+        assert json.loads(purged.stdout)["dropped_blocks"] == 8
+        assert [client.fetch(tokens).tokens for client in (here, acme[0])] == [len(tokens), 0]
+        _hangs_during_an_epoch(cluster, here, there, tokens)
+    finally:
+        for client in (here, there, *acme):
+            client.close()
+
+
+def _hangs_during_an_epoch(cluster: str, here: tiered_kv.Client, there: tiered_kv.Client, tokens: list[int]) -> None:
+    record = read_record(there._source._view.directory)
+    assert record is not None
+    os.kill(record.pid, signal.SIGSTOP)
+    try:
+        raised = run("epoch", "--name", cluster, "--json")
+        assert raised.returncode == 1
+        assert list(json.loads(raised.stdout)["unreached"]) == [record.node_id]
+        assert here.fetch(tokens).tokens == 0
+    finally:
+        os.kill(record.pid, signal.SIGCONT)
+    until(lambda: there.namespace.weight_epoch == here.namespace.weight_epoch, "the node has learned the epoch")
+    assert there.fetch(tokens).tokens == 0

@@ -83,16 +83,23 @@ class Worker:
 
 
 def sessions_of(leaders: set[int]) -> list[int]:
-    """All processes of these sessions."""
+    """All processes of these sessions that have not ended."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) in leaders:
+        if int(fields[3]) in leaders and fields[0] != "Z":
             found.append(int(name))
     return found
+
+
+def left_of(cluster: state.ClusterState) -> list[str]:
+    """Returns what is left of a cluster on this machine: its processes, its shared memory, and Ray's folder."""
+    processes = [f"process {pid}" for pid in sessions_of({process.pid for process in cluster.processes})]
+    folders = [str(path) for path in [*Path("/dev/shm").glob(f"tkv-{cluster.cluster_id}*"), Path(cluster.temp_dir)] if path.exists()]
+    return processes + folders
 
 
 def directory_of(cluster_id: str) -> Path:
@@ -116,7 +123,10 @@ def test_a_worker_lives_through_down_and_the_death_of_everything(own_state: None
             time.sleep(0.1)
         worker.hits_again(3)
 
+        stopped = state.load(NAME)
         run("down", "--name", NAME)
+        assert left_of(stopped) == []
+        assert state.find(NAME) is None
         assert worker.prompt(3) == (0, 4, 0)
         run("up", "--name", NAME, "--host", "24MiB", "--block-tokens", "32")
         worker.hits_again(4)
@@ -130,6 +140,7 @@ def test_a_worker_lives_through_down_and_the_death_of_everything(own_state: None
         assert (before, refused, after) == (64, 0, 64), "what is in memory is read on"
         assert worker.prompt(5) == (0, 4, 0)
         run("up", "--name", NAME, "--host", "16MiB")
+        assert left_of(cluster) == [], "of a cluster that was killed, nothing is left once `up` has started the next"
         worker.hits_again(6)
     finally:
         status = worker.close()

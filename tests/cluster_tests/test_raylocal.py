@@ -285,3 +285,22 @@ def check_join_and_stop(second: RayProcesses) -> None:
     assert not any(process.alive() for process in members)
     assert not Path(second.temp_dir).exists()
     assert stop_ray(second.processes, second.temp_dir) == []
+
+
+def test_joining_a_ray_without_token_authentication_says_what_it_means(ray_cluster, no_auth, monkeypatch, caplog) -> None:
+    with pytest.raises(TieredKVError):  # it has one, which is asked for after the warning
+        join_ray(ray_cluster.ray.address)
+    assert "has no token authentication: whoever reaches its ports can run code" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert raylocal.text_for_open_ray("10.0.0.1:6379") == ""
+    assert not caplog.text
+
+
+def test_rays_tls_settings_are_passed_to_the_nodes_that_are_started(monkeypatch, tmp_path: Path) -> None:
+    tls = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": "/c", "RAY_TLS_SERVER_KEY": "/k", "RAY_TLS_CA_CERT": "/a"}
+    for name, value in tls.items():
+        monkeypatch.setenv(name, value)
+    environment = raylocal._ray_environment(tmp_path / "token")
+    assert {name: environment[name] for name in tls} == tls
+    assert environment["RAY_AUTH_MODE"] == "token"

@@ -7,7 +7,8 @@ Four workers, two of them forked from another after it had used its client, shar
 small for what they store: host memory is coded, and everything is evicted all the time. The driver kills the node every 0.2 to 4 s
 and starts it again, sometimes with another quality; now and then it hangs it for a second; twice in a run it deletes the node's
 folder in shared memory under it. The driver prints JSON: wrong blocks and exceptions must be 0, and after each restart that kept
-files and quality nearly all blocks that the index had shown must be shown again. Exit status 1 if not.
+files and quality nearly all blocks that the index had shown must be shown again. Each worker writes its history, and a store must
+explain every fetched block (`tests/history`). Exit status 1 if not.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.history.history import HistoryFiles, wrong_blocks
 from tests.hostile.board import Board
 from tests.hostile.node import NodeProcess
 from tests.hostile.nursery import Nursery
@@ -46,7 +48,7 @@ CHANGES_QUALITY, HANGS = 0.1, 0.1
 """Shares of the restarts that change the quality, and that come after the node hung."""
 KEPT_MIN = 0.999
 REMOVALS = 2
-MUST_HAPPEN = ("checked_blocks", "stored_blocks", "restarts", "shown_on_disk", "shown_coded_in_host")
+MUST_HAPPEN = ("recorded", "checked_blocks", "stored_blocks", "restarts", "shown_on_disk", "shown_coded_in_host")
 
 
 def shown(directory: Path) -> dict[BlockKey, tuple[int, int]]:
@@ -74,10 +76,16 @@ class Run:
         folder.mkdir()
         self._node = NodeProcess(nursery, scratch, uuid.uuid4().hex[:8], disk_path=str(folder), **SETTINGS)
         self._node.start()
-        cluster, path = self._node.ids["cluster_id"], str(scratch / "board")
+        self._history = scratch / "history"
+        self._history.mkdir()
+        shared = {
+            "board": str(scratch / "board"),
+            "history": str(self._history),
+            "cluster": self._node.ids["cluster_id"],
+            "documents": DOCUMENTS,
+        }
         self._workers = [
-            nursery.start("worker", board=path, workers=numbers, cluster=cluster, documents=DOCUMENTS, seed=self._draw.randrange(1 << 30))
-            for numbers in ([0, 1, 2], [3])
+            nursery.start("worker", **shared, workers=numbers, seed=self._draw.randrange(1 << 30)) for numbers in ([0, 1, 2], [3])
         ]
 
     def go(self, seconds: float) -> None:
@@ -141,6 +149,11 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Returns the counts of the run, ready for JSON."""
         before, after = self.counts["shown_before"], self.counts["shown_after"]
+        history = HistoryFiles(self._history)
+        self.counts["recorded"] = sum(1 for _ in history)
+        for wrong in wrong_blocks(history):
+            self.counts["unexplained_blocks"] += 1
+            print(wrong, flush=True)
         return self._board.totals() | dict(self.counts) | {"kept": after / before if before else None}
 
 
@@ -158,7 +171,7 @@ def hostile_run(seconds: float, seed: int) -> dict[str, Any]:
 
 def faults_of(result: dict[str, Any]) -> list[str]:
     """Returns a text for each way in which a result is wrong."""
-    faults = [f"{name} is {result[name]}, must be 0" for name in ("wrong_blocks", "exceptions") if result[name]]
+    faults = [f"{name} is {result[name]}, must be 0" for name in ("wrong_blocks", "unexplained_blocks", "exceptions") if result.get(name)]
     if result["kept"] is not None and result["kept"] < KEPT_MIN:
         faults.append(f"only {result['kept']:.4%} of the shown blocks were shown after a restart, must be {KEPT_MIN:.1%}")
     return faults + [f"{name} is 0: the run tested nothing" for name in MUST_HAPPEN if not result.get(name)]

@@ -155,3 +155,6 @@ def test_pairs_of_nodes_that_cannot_talk_are_named() -> None:
         {"node": "n3"},
     ]
     assert survey.failing_pairs(nodes) == ["n0 cannot reach n1 over a stream: nobody answers at 10.0.0.2:7400"]
+    assert survey.failing_pairs(nodes, {"n0", "n2"}) == [], "n1 was drained, or is lost and named as that"
+    nodes[0]["stats"]["peers"]["peers"] = {"coordinator": nodes[0]["stats"]["peers"]["peers"]["n1"]}
+    assert len(survey.failing_pairs(nodes, {"n0", "n2"})) == 1, "the coordinator is no node, and look-ups of n0 fail"

@@ -1,10 +1,12 @@
 """The pool of daemon threads: as `ThreadPoolExecutor`, but nobody waits for what hangs, and it works in a forked child."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -129,3 +131,21 @@ def test_the_interpreter_exits_while_a_call_hangs() -> None:
     ran = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert ran.stdout == "ended\n"
     assert not ran.stderr
+
+
+def test_a_pool_that_was_shut_down_is_freed_although_its_initializer_refers_to_its_owner() -> None:
+    """So is a node that has ended: its pools encode blocks with its own storage."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.pool = DaemonThreads(1, "tkv-test", self.begin)
+
+        def begin(self) -> None: ...
+
+    owner = Owner()
+    owner.pool.submit(int).result(PATIENCE_S)
+    owner.pool.shutdown()
+    freed = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert freed() is None

@@ -1,7 +1,7 @@
 """The two sides of the connector with requests, outputs and clients that the tests made: each rule for itself, without an engine."""
 
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +53,11 @@ class FakeClient:
         self.held.append(key)
 
     deadline_s = 5.0
+    weight_epoch = 0
+    root = property(lambda self: bytes([self.weight_epoch]) * 32)
+
+    def filled(self, namespace: Namespace) -> Namespace:
+        return replace(namespace, weight_epoch=self.weight_epoch)
 
     def missed(self, blocks: int) -> None:
         self.misses += blocks
@@ -321,6 +326,17 @@ def test_a_reset_that_keeps(make, client):
     assert side.step([]).resets == 0
 
 
+def test_a_raised_weight_epoch_is_a_reset_whatever_the_settings(make, client):
+    side, running = make(on_reset="keep"), request()
+    has(client, side, running, ["host"] * 4)
+    assert side.matched(running, 0)[0] == 4 * T
+    side.allocated(running, [1, 2, 3, 4, 5], 4 * T)
+    client.weight_epoch = 7
+    assert side.stores_of(output({"r": 0}, r=4 * T + 1)) == [], "its KV may be of the former weights"
+    assert side.step([]).resets == 1
+    assert side.matched(running, 0) == (0, False)
+
+
 def test_nothing_is_kept_of_requests_that_ended(make, client):
     side = make()
     client.has_peers = True
@@ -400,6 +416,16 @@ def test_a_reset_fails_the_load_that_is_under_way(worker, client):
     ended: set[str] = set()
     until(lambda: ended.update(worker.finished()) or ended == {"old"}, "the load has ended", 5.0)
     assert worker.failed() == {3}
+
+
+def test_blocks_that_were_planned_for_another_weight_epoch_are_neither_loaded_nor_stored(worker, client):
+    client.weight_epoch = 7
+    worker.load(Step(1, [blocks_of("r", [1, 2])], [], []))
+    worker.store(Step(1, [], [], [blocks_of("s", [7])]))
+    assert worker.failed() == {1, 2}
+    assert (client.loads, client.stores) == ([], [])
+    worker.store(Step(2, [], [], [replace(blocks_of("s", [7]), weight_epoch=7)], acknowledged=1))
+    assert len(client.stores) == 1
 
 
 def test_of_ranks_with_identical_kv_one_stores(client):

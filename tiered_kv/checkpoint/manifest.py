@@ -24,6 +24,7 @@ from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.layout import KVLayout, Layout, OpaqueLayout, layout_of
 from tiered_kv.tiers.objects.packs import pack_prefix, read_footer
 from tiered_kv.tiers.objects.store import ObjectStore
+from tiered_kv.unpacking import unpacked
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ VERSION = 2
 _START = struct.Struct("<8sI")
 _BODY_BYTES = {1: struct.Struct("<I"), 2: struct.Struct("<Q")}
 _DIGEST_BYTES = 32
+ITEMS_MAX = 1 << 24
+"""The most packs or models of a checkpoint. Rows are packed in columns, which are few."""
 _PICKLE = b"\x80"  # the first byte of a pickle of protocol 2 and above
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -83,7 +86,7 @@ class Manifest(NamedTuple):
         """
         version, body = _opened(name, store.get(name))
         try:
-            facts = msgpack.unpackb(body)
+            facts = unpacked(body, items_max=ITEMS_MAX)
             if version == 1:
                 facts |= {"created_s": 0.0, "origin": "", "models": [[*each, None] for each in facts["models"]]}
             models = _models(facts)

@@ -7,7 +7,7 @@ that the key of any rank in any world. No token ids are needed.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tiered_kv.checkpoint.manifest import Model
@@ -142,7 +142,7 @@ class _Planner:
         for rank in range(self._world):
             ours = replace(namespace, rank=rank, world=self._world)
             chain = ours.chain(layout)
-            named = model._replace(root=chain.root, layout=layout, namespace=asdict(ours))
+            named = model._replace(root=chain.root, layout=layout, namespace=ours.as_fields())
             ranks.append(_Rank(named, layout, chain, tuple(pieces(namespace.world, self._world, heads, rank))))
         return ranks
 

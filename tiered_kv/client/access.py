@@ -15,11 +15,12 @@ from tiered_kv.client.reader import BlockSource
 from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import BlockKey
 from tiered_kv.memory.shared import peek
 from tiered_kv.memory.view import NodeView
 from tiered_kv.memory.words import BEAT_AGE_NS_MAX
 from tiered_kv.protocol.messages import NodeInfo
-from tiered_kv.protocol.session import Session
+from tiered_kv.protocol.session import Life, Session
 
 LOOK_EVERY_S = 0.25
 LOOK_WITHIN_S = 1.0
@@ -33,6 +34,10 @@ class NodeAccess:
         self.source = source
         self.writer = writer
         self.pool = pool
+        self.introduced: dict[BlockKey, Life] = {}
+        """The roots that the node knows from this client, each with the life of the node in which it was told."""
+        self.salts: dict[str, str] = {}
+        """By tenant, the salts that the node has told."""
         self.is_vacant = not view.identity
         self.deadline_s: float = info["fetch_deadline_ms"] / 1000
         self.store_wait_s: float = info["store_wait_ms"] / 1000

@@ -1,7 +1,6 @@
 """What the clients of a node have in common: access to the present life of its files, its sessions, counts and the namespace."""
 
 import logging
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,9 +18,11 @@ from tiered_kv.client.session_pool import SessionPool
 from tiered_kv.client.writer import BlockWriter
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Namespace
+from tiered_kv.keys import DEFAULT_TENANT, BlockKey, Namespace
 from tiered_kv.layout import Layout
+from tiered_kv.protocol.epochs import FAMILIES_MAX
 from tiered_kv.protocol.messages import BlockRun, NodeStats
+from tiered_kv.protocol.peer_transport import SPREAD_WITHIN_S
 from tiered_kv.protocol.session import Session
 from tiered_kv.threads import DaemonThreads
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """The longest wait of `match`, `explain`, `stats` and hints for an answer. The setting `fetch_deadline_ms` may shorten it."""
-EPOCH_BITS = 63
 PULLS_AT_ONCE = 8
 """Pulls that fetches of one client wait for beside their own thread; further ones wait for their turn."""
 LABELS = {tier.value: tier.label for tier in Tier}
@@ -65,11 +65,16 @@ def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
 
 
 class Names(NamedTuple):
-    """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only."""
+    """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only.
+
+    `mark`: of the node's epochs when the namespace's weight epoch was read. None if that, or the tenant's salt, is not known: then every
+    look-up is a miss, and every store is refused.
+    """
 
     namespace: Namespace
     root: BlockKey
     keys: Callable[["np.ndarray"], list[BlockKey]]
+    mark: tuple[int, int] | None = None
 
 
 class NodeClient:
@@ -88,6 +93,7 @@ class NodeClient:
         self.layout = layout
         self._timed: Timed = untimed
         self._names = self._names_of(namespace)
+        self._numbers: dict[bytes, int] = {}  # by family, the largest weight epoch that this client has met
         self._introduce = introduce
         self._holder = holder
         self._clock = clock or SystemClock()
@@ -149,8 +155,12 @@ class NodeClient:
 
     @property
     def namespace(self) -> Namespace:
-        """The namespace of later calls."""
-        return self._names.namespace
+        """The namespace of later calls, with the present weight epoch.
+
+        Code that computes KV and stores it later takes it before it computes, and passes it to `store`. Then KV of former weights
+        cannot be stored as KV of newer ones.
+        """
+        return self._names.namespace if self._closed else self._present()[1].namespace
 
     def use(self, namespace: Namespace) -> None:
         """Use another namespace, of the same layout, from the next call on. Calls that are running keep the former one.
@@ -160,23 +170,48 @@ class NodeClient:
         self._check_open()
         with self._use_lock:
             access = self._holder.take()
+            names = self._read(access, self._names_of(namespace))
             try:
                 with access.pool.session(question_s(access)) as session:
-                    self._introduce(session, namespace)
+                    self._introduce(session, names.namespace)
             except TieredKVError as error:
                 if error.kind is not Kind.TRANSPORT:
                     raise
                 self._degraded("change of namespace", error)  # the next session will introduce it
-            self._names = self._names_of(namespace)
+            self._names = names
 
-    def new_epoch(self, epoch: int | None = None) -> int:
+    def new_epoch(self, epoch: int | None = None, *, keep: bool = False) -> int:
         """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns its number.
 
-        `epoch`: a number chosen by the caller, such as the training step. Workers with the same number share blocks. Without it, the
-        number is random and unique. Blocks stored under another epoch are never found under this one.
+        Without `epoch`, the weight epoch of all models that this client has served is raised for all workers of all nodes. When this
+        returns, no block of their former weights of this tenant can be fetched from any tier of any node, and no fetch or store that is
+        under way can bring one back. With `keep`, the former blocks are not dropped: they are unreachable, and are evicted in time.
+        Raises (kind `cluster`) if some nodes did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to
+        their own workers until they reach the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the
+        coordinator does not answer.
+
+        With `epoch`, a number chosen by the caller such as the training step, only this client moves. Workers with the same number share
+        blocks, blocks stored under another number are never found under this one, and nothing is dropped. See
+        docs/weights-and-tenants.md for when to use which.
         """
-        number = secrets.randbits(EPOCH_BITS) if epoch is None else epoch
-        self.use(replace(self.namespace, epoch=number))
+        if epoch is not None:
+            self.use(replace(self.namespace, epoch=epoch))
+            return epoch
+        self._check_open()
+        access, _ = self._present()
+        with self._lock:
+            families = list(self._numbers)
+        with access.pool.session(SPREAD_WITHIN_S + question_s(access)) as session:
+            number, unreached = session.new_epoch(families, keep)
+        self._present()
+        if unreached:
+            raise TieredKVError(
+                Kind.CLUSTER,
+                f"the weight epoch is {number} now, but these nodes did not confirm it and may still show former blocks to their"
+                f" workers: {', '.join(unreached)}. They adopt it as soon as they reach the coordinator; or end them",
+                epoch=number,
+                nodes=unreached,
+            )
         return number
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
@@ -228,9 +263,65 @@ class NodeClient:
         chain = namespace.chain(self.layout)
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
 
-    def _names_for(self, namespace: Namespace | None) -> Names:
+    def _present(self, namespace: Namespace | None = None) -> tuple[NodeAccess, Names]:
+        """Returns what one call uses: the access, and the names of `namespace` (default: of the client's, with its present epoch)."""
+        access = self._holder.take()
+        names = self._names
+        if names.mark != access.view.mark:
+            new = self._read(access, names)
+            with self._lock:
+                if self._names is names:
+                    self._names = new
+            names = new
+        if namespace is not None and namespace is not names.namespace:
+            names = self._names_of(namespace)._replace(mark=names.mark)
+        return access, names
+
+    def _read(self, access: NodeAccess, names: Names) -> Names:
+        """Returns the names with the weight epoch that the node publishes now. It never goes back."""
+        family, salt = names.namespace.family, self._salt(access, names.namespace.tenant)
+        mark, number = access.view.weight_epoch(family) or (None, 0)
+        with self._lock:
+            number = self._numbers[family] = max(number, self._numbers.pop(family, 0))
+            if len(self._numbers) > FAMILIES_MAX:
+                del self._numbers[next(iter(self._numbers))]
+        if (salt or "", number) != (names.namespace.salt, names.namespace.weight_epoch):
+            names = self._names_of(replace(names.namespace, salt=salt or "", weight_epoch=number))
+        return names._replace(mark=mark if salt is not None else None)
+
+    def _salt(self, access: NodeAccess, tenant: str) -> str | None:
+        """Returns the salt of a tenant; None while it is not known, because no node has answered yet."""
+        if tenant == DEFAULT_TENANT:
+            return ""
+        if tenant not in access.salts and not access.is_vacant:
+            self._ask(access, lambda session: self._learn_salt(access, session, tenant), None, question_s(access))
+        return access.salts.get(tenant)
+
+    @staticmethod
+    def _learn_salt(access: NodeAccess, session: Session, tenant: str) -> None:
+        if tenant != DEFAULT_TENANT and tenant not in access.salts:
+            access.salts[tenant] = session.salt(tenant)
+
+    def introduce_in(self, access: NodeAccess, session: Session) -> None:
+        """Introduce this client's namespace in a new session."""
         present = self._names
-        return present if namespace is None or namespace is present.namespace else self._names_of(namespace)
+        self._learn_salt(access, session, present.namespace.tenant)
+        names = self._read(access, present)
+        self._introduce(session, names.namespace)
+        access.introduced[names.root] = session.life
+
+    def _is_current(self, access: NodeAccess, names: Names) -> bool:
+        """Returns whether the weights that a call used have not ended meanwhile. To be called last, before the call returns blocks."""
+        if access.view.mark == names.mark:
+            return True
+        found = access.view.weight_epoch(names.namespace.family)
+        return names.mark is not None and found is not None and found[1] <= names.namespace.weight_epoch
+
+    def _tell(self, access: NodeAccess, session: Session, names: Names) -> None:
+        """Introduce a namespace in a session whose node does not know it yet, because its epoch has changed."""
+        if access.introduced.get(names.root) != session.life:
+            self._introduce(session, names.namespace)
+            access.introduced[names.root] = session.life
 
     def _ask(self, access: NodeAccess, question: Callable[[Session], R], otherwise: R, wait_s: float) -> R:
         """Returns the node's answer; `otherwise` if there is none within `wait_s`."""
@@ -248,13 +339,14 @@ class NodeClient:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
-    def _pull(self, access: NodeAccess, run: BlockRun, until_s: float) -> list[FoundBlock]:
+    def _pull(self, access: NodeAccess, names: Names, run: BlockRun, until_s: float) -> list[FoundBlock]:
         """Have the node fetch the blocks of `run` from other nodes. Returns those that the index then shows."""
         wait_s = until_s - self._clock.now_s()
         if wait_s <= 0:
             return []
 
         def question(session: Session) -> int | None:
+            self._tell(access, session, names)
             return session.pull(run, wait_s)
 
         count = self._ask(access, question, None, wait_s)
@@ -263,6 +355,7 @@ class NodeClient:
     def _store_missing(
         self,
         access: NodeAccess,
+        names: Names,
         missing: list[int],
         until_s: float,
         write: Callable[[Session, list[int], float], tuple[int, int]],
@@ -274,10 +367,13 @@ class NodeClient:
         much longer than `until_s` the node may take to answer.
         """
         new = present = 0
+        if names.mark is None:
+            return Stored(0, 0, len(missing))
         try:
             while missing:
                 wait_s = max(until_s - self._clock.now_s(), 0.0)
                 with access.pool.session(wait_s + answer_s) as session:
+                    self._tell(access, session, names)
                     taken, added = write(session, missing, wait_s)
                 new, present = new + added, present + taken - added
                 missing = missing[taken:]

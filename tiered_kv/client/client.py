@@ -13,7 +13,7 @@ import torch
 
 from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import Names, NodeClient, question_s, while_open
+from tiered_kv.client.base import NodeClient, question_s, while_open
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.codecs import codec_by_id
@@ -50,7 +50,7 @@ class Client(NodeClient):
 
         `token_ids`: one prompt, as a list, array or tensor of whole numbers.
         """
-        keys, access = self._keys(token_ids), self._holder.take()
+        access, keys = self._keys(token_ids)
         found = access.source.find(keys)
         by_tier = self._tokens_by_tier(found)
         rest = keys[len(found) :]
@@ -72,8 +72,9 @@ class Client(NodeClient):
         `namespace`: the namespace to read (default: the client's current one, which another thread may change with `use`).
         """
         begun_s = self._clock.now_s()
-        names, access = self._names_for(namespace), self._holder.take()
-        keys, source = self._keys(token_ids, names), access.source
+        self._check_open()
+        access, names = self._present(namespace)
+        keys, source = names.keys(as_token_ids(token_ids)), access.source
         if out is not None:
             room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
             self.layout.check_kv(out, room, "out")
@@ -90,8 +91,8 @@ class Client(NodeClient):
         if local < len(keys) and source.peers:
             parent = keys[local - 1] if local else None
             run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
-            pulling = self._pulls.submit(self._pull, access, run, deadline_s) if self._reads_ahead(run, out) else None
-            found = found if pulling else found + self._pull(access, run, deadline_s)
+            pulling = self._pulls.submit(self._pull, access, names, run, deadline_s) if self._reads_ahead(run, out) else None
+            found = found if pulling else found + self._pull(access, names, run, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
@@ -107,6 +108,8 @@ class Client(NodeClient):
         by_tier = self._tokens_by_tier(where[: len(read)])
         if len(read) > local:
             by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
+        if not self._is_current(access, names):
+            read, by_tier = [], {}
         tokens = len(read) * self.layout.block_tokens
         self._note_fetch(source, len(keys), len(read), begun_s)
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
@@ -164,11 +167,10 @@ class Client(NodeClient):
         begun_s = self._clock.now_s()
         ids = as_token_ids(token_ids)
         self._check_open()
-        access = self._holder.take()
+        access, names = self._present(namespace)
         deadline_s = begun_s + access.store_wait_s
         if hint is not None and not isinstance(hint, Hint):
             raise TieredKVError(Kind.CONFIG, f"hint: must be a tiered_kv.Hint or None, got {type(hint).__name__}", setting="hint")
-        names = self._names_for(namespace)
         keys = names.keys(ids)
         kv = access.writer.checked(kv, len(ids), start)
         first = -(-start // self.layout.block_tokens)
@@ -178,7 +180,7 @@ class Client(NodeClient):
         def write(session: Session, missing: list[int], wait_s: float) -> tuple[int, int]:
             return access.writer.write(session, names.root, keys, missing, kv, start, wait_s)
 
-        stored = self._store_missing(access, missing, deadline_s, write)
+        stored = self._store_missing(access, names, missing, deadline_s, write)
         if hint is not None and keys:
             known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
             self._ask(access, lambda session: session.hint(keys[-1], *known), None, max(deadline_s - self._clock.now_s(), 0.0))
@@ -189,7 +191,7 @@ class Client(NodeClient):
     @while_open
     def explain(self, token_ids: TokenIds) -> list[Explained]:
         """Returns a record of each block of the prompt: its tier and codec, or the reason why it would be a miss."""
-        keys, access = self._keys(token_ids), self._holder.take()
+        access, keys = self._keys(token_ids)
         slots = access.source.lookup_all(keys)
         rest = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
         elsewhere: dict[BlockKey, list[str]] = {}
@@ -210,16 +212,17 @@ class Client(NodeClient):
 
     def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
         """Returns the variant of a namespace that a model with this probe belongs to; None while the node does not answer. One call."""
-        root, access = namespace.root(self.layout), self._holder.take()
+        root, access = namespace.plain().root(self.layout), self._holder.take()  # a model's probe is the same in all epochs
 
         def question(session: Session) -> str | None:
             return session.probe(root, list(probe))
 
         return self._ask(access, question, None, question_s(access))
 
-    def _keys(self, token_ids: TokenIds, names: Names | None = None) -> list[BlockKey]:
+    def _keys(self, token_ids: TokenIds) -> tuple[NodeAccess, list[BlockKey]]:
         self._check_open()
-        return (names or self._names).keys(as_token_ids(token_ids))
+        access, names = self._present()
+        return access, names.keys(as_token_ids(token_ids))
 
     def _locate(self, access: NodeAccess, keys: list[BlockKey]) -> list[list[str]]:
         """Returns the other nodes that hold each of the leading keys; none if the node does not answer."""

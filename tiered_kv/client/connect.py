@@ -1,8 +1,8 @@
 """Builds a client from a node's info: the only place where a client is put together."""
 
 import logging
+import weakref
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TypeVar
 
 from tiered_kv.client.access import AccessHolder, NodeAccess
@@ -114,7 +114,7 @@ def _client(
 
     def introduce(session: Session, namespace: Namespace) -> None:
         """Describe the model to the node; once in each session, because the node may have been restarted."""
-        model = ModelInfo(layout, namespace.weights, rope, rope_halves, asdict(namespace))
+        model = ModelInfo(layout, namespace.weights, rope, rope_halves, namespace.as_fields())
         answer = session.introduce(namespace.root(layout), model.as_message())
         if answer["calibration"]:  # without it no block could be decoded
             registered(answer["calibration"])
@@ -124,13 +124,15 @@ def _client(
         view = NodeView.open(described["directory"]) if present else NodeView.vacant(described["directory"])
         options = {"has_device": bool(present and present["has_device"]), "verifies": described.get("verify_host", False)}
         source = BlockSource(view, _segments(present), layout, **options)
-        pool = SessionPool(
-            lambda wait_s: open_session(described, wait_s),
-            view,
-            clock or SystemClock(),
-            greet=lambda session: introduce(session, client.namespace),
-        )
-        return NodeAccess(described, view, source, BlockWriter(layout, source), pool)
+
+        def greet(session: Session) -> None:
+            if (access := made()) is not None:
+                client.introduce_in(access, session)
+
+        pool = SessionPool(lambda wait_s: open_session(described, wait_s), view, clock or SystemClock(), greet)
+        access = NodeAccess(described, view, source, BlockWriter(layout, source), pool)
+        made = weakref.ref(access)  # an access is closed once nothing refers to it any more, so its own pool must not
+        return access
 
     holder = AccessHolder(access_of(info), find, open_session, access_of, in_background=connect is None)
     client = kind(layout, namespace, holder, introduce, clock=clock, on_close=on_close)

@@ -5,16 +5,17 @@ a load ends early, and a store is refused.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from tiered_kv.blocks import PEER, Stored, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import LABELS, NodeClient, question_s, while_open
+from tiered_kv.client.base import LABELS, Names, NodeClient, question_s, while_open
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import FoundBlock
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.protocol.messages import BlockRun, PackedBlock
 from tiered_kv.protocol.session import Session
 
@@ -25,15 +26,20 @@ STAGED_BYTES_MAX = 32 << 20
 
 
 class Chain(NamedTuple):
-    """Consecutive blocks of one prompt. `parent`: the key of the block before them, None at the start. `depth`: blocks before them."""
+    """Consecutive blocks of one prompt. `parent`: the key of the block before them, None at the start. `depth`: blocks before them.
+
+    `root`: the client's root for which the keys were made. If the client has another one by then, because a weight epoch was raised, the
+    blocks are misses. None: the keys do not depend on it.
+    """
 
     keys: list[BlockKey]
     parent: BlockKey | None = None
     depth: int = 0
+    root: BlockKey | None = None
 
     def part(self, start: int, end: int | None = None) -> "Chain":
         """Returns the blocks `start` to `end` of this chain."""
-        return Chain(self.keys[start:end], self.keys[start - 1] if start else self.parent, self.depth + start)
+        return Chain(self.keys[start:end], self.keys[start - 1] if start else self.parent, self.depth + start, self.root)
 
 
 class Look(NamedTuple):
@@ -69,6 +75,21 @@ class PageClient(NodeClient):
         return self._holder.present.deadline_s
 
     @property
+    def root(self) -> BlockKey:
+        """The root of this client's blocks now. It changes when a weight epoch is raised. No call."""
+        return self._present()[1].root
+
+    @property
+    def weight_epoch(self) -> int:
+        """The weight epoch of this client's namespace now. No call."""
+        return self._present()[1].namespace.weight_epoch
+
+    def filled(self, namespace: Namespace) -> Namespace:
+        """Returns another rank's namespace with what this client has filled in of its own. No call."""
+        ours = self._present()[1].namespace
+        return replace(namespace, salt=ours.salt, weight_epoch=ours.weight_epoch)
+
+    @property
     def has_peers(self) -> bool:
         """Whether other nodes may have blocks that this node has not."""
         return bool(self._source.peers)
@@ -96,9 +117,9 @@ class PageClient(NodeClient):
         `fetch_deadline_ms`). Without `may_call`, only blocks that this process can read itself are loaded.
         """
         begun_s = self._clock.now_s()
-        access = self._holder.take()
+        access, names = self._present()
         until_s = begun_s + (access.deadline_s if deadline_s is None else deadline_s)
-        keys, source = list(chain.keys), access.source
+        keys, source = list(chain.keys) if chain.root in (None, names.root) else [], access.source
         found = first_found = source.find(keys)
         if may_call:
             if hidden := source.hidden(found):
@@ -106,11 +127,11 @@ class PageClient(NodeClient):
             local = len(found)
             if local < len(keys) and source.peers:
                 rest = chain.part(local)
-                run = BlockRun(self._names.root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth)
-                found = found + self._pull(access, run, until_s)
+                run = BlockRun(names.root, self.layout.block_bytes, rest.parent, rest.keys, rest.depth)
+                found = found + self._pull(access, names, run, until_s)
         else:
             local = len(found)
-        read = self._read(access, found, pages, blocks, until_s)
+        read = self._fill(access, found, pages, blocks, until_s)
         if doubted := source.doubted():
             self._ask(access, lambda session: session.doubt(doubted), None, max(until_s - self._clock.now_s(), 0.0))
         source.touch(found[: min(read + 1, local)])
@@ -119,6 +140,8 @@ class PageClient(NodeClient):
             by_tier[LABELS[each.slot.tier]] = by_tier.get(LABELS[each.slot.tier], 0) + 1
         if read > local:
             by_tier[PEER] = read - local
+        if not self._is_current(access, names):
+            read, by_tier = 0, {}
         self._note_fetch(source, len(keys), read, begun_s)
         return Loaded(read, by_tier)
 
@@ -129,16 +152,18 @@ class PageClient(NodeClient):
         `wait_s` bounds the wait for room (default: the setting `store_wait_ms`). Blocks that get no room are `refused`.
         """
         self._check_open()
-        access = self._holder.take()
+        access, names = self._present()
+        if chain.root not in (None, names.root):
+            return Stored(0, 0, len(chain.keys))
         until_s = self._clock.now_s() + (access.store_wait_s if wait_s is None else wait_s)
         keys = list(chain.keys)
         missing = [number for number, slot in enumerate(access.source.lookup_all(keys)) if slot is None]
         present = len(keys) - len(missing)
 
         def write(session: Session, missing: list[int], wait_s: float) -> tuple[int, int]:
-            return self._write(access, session, chain, missing, pages, blocks, wait_s)
+            return self._write(access, session, names, chain, missing, pages, blocks, wait_s)
 
-        stored = self._store_missing(access, missing, until_s, write, ANSWER_WITHIN_S)
+        stored = self._store_missing(access, names, missing, until_s, write, ANSWER_WITHIN_S)
         present += stored.present
         self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
         return Stored(stored.new, present, stored.refused)
@@ -150,7 +175,7 @@ class PageClient(NodeClient):
 
     # Loading
 
-    def _read(self, access: NodeAccess, found: list[FoundBlock], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
+    def _fill(self, access: NodeAccess, found: list[FoundBlock], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
         """Fill pages with the found blocks. Returns how many leading blocks were read."""
         source, done = access.source, 0
 
@@ -191,6 +216,7 @@ class PageClient(NodeClient):
         self,
         access: NodeAccess,
         session: Session,
+        names: Names,
         chain: Chain,
         missing: list[int],
         pages: Pages,
@@ -207,7 +233,7 @@ class PageClient(NodeClient):
             ]
 
         parent = chain.keys[missing[0] - 1] if missing[0] else chain.parent
-        return access.writer.write_packed(session, self._names.root, chain.keys, missing, parent, wait_s, pack)
+        return access.writer.write_packed(session, names.root, chain.keys, missing, parent, wait_s, pack)
 
 
 def _is_raw_in_host(found: FoundBlock) -> bool:

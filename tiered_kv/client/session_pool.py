@@ -90,8 +90,20 @@ class SessionPool:
         for each in ended:
             each.close()
         if session is None:
-            return self._opened(wait_s)
+            return self._opened_in_time(wait_s)
         session.allow(wait_s)
+        return session
+
+    def _opened_in_time(self, wait_s: float) -> Session:
+        """Open a session for a call. If that took all of the call's time, keeps the session for later and raises.
+
+        Connecting, greeting and the call may each end a little after their deadline. Together they would end too late.
+        """
+        until_s = self._clock.now_s() + wait_s
+        session = self._opened(wait_s)
+        if self._clock.now_s() > until_s:
+            self._give_back(session)
+            raise TieredKVError(Kind.TRANSPORT, f"connecting to the node took all of the call's {wait_s:.3f} s")
         return session
 
     def _kept(self) -> tuple[Session | None, list[Session]]:

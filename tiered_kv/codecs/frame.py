@@ -24,6 +24,7 @@ from tiered_kv.codecs import codec_from_spec
 from tiered_kv.codecs.base import Buffer, Codec, Encoded, byte_view
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES
+from tiered_kv.unpacking import unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,7 @@ def carried_error(buffer: Buffer) -> float | None:
         return None
     fixed = _Fixed(*_FIXED.unpack_from(view))
     try:
-        error = msgpack.unpackb(view[_FIXED.size : _FIXED.size + fixed.spec_bytes]).get("error", 0.0)
+        error = unpacked(view[_FIXED.size : _FIXED.size + fixed.spec_bytes]).get("error", 0.0)
     except (ValueError, TypeError, AttributeError):
         return None
     return error if isinstance(error, float) and 0 <= error < math.inf else None
@@ -226,7 +227,7 @@ def _codec(header: bytes, fixed: _Fixed) -> tuple[Codec, float]:
     if any(header[end:]):
         raise _corrupt("the header of a frame must end in zeros after its spec")
     try:
-        spec = msgpack.unpackb(header[_FIXED.size : end])
+        spec = unpacked(header[_FIXED.size : end])
         carried = spec.pop("error", 0.0) if isinstance(spec, dict) else 0.0
         codec = codec_from_spec(spec)
     except (ValueError, TypeError, TieredKVError) as error:

@@ -13,6 +13,7 @@ from tiered_kv.clock import Clock
 from tiered_kv.coordinator.directory import Directory
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy.reuse import merge_statistics
+from tiered_kv.protocol.epochs import Epoch, EpochBook
 from tiered_kv.protocol.messages import LiveNode, NodeInfo, NodeStats
 from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -55,6 +56,7 @@ class Coordinator:
         self._directory = Directory()
         self._lock = threading.Lock()
         self._probes = ProbeBook()
+        self._epochs = EpochBook()
         self._addresses: dict[str, str] = {}  # by live node: where its streams are
         self._addresses_version = 0
 
@@ -66,8 +68,11 @@ class Coordinator:
         """
         for root, variants in report.probes or ():
             self._probes.adopt(root, variants)
+        if report.epochs is not None:
+            self._epochs.adopt(report.epochs)
         statistics = _valid_statistics(report)
-        answer = self._take(report, statistics)
+        epochs = self._epochs.everything()
+        answer = self._take(report, statistics)._replace(epochs=None if epochs == report.epochs else epochs)
         if statistics is None or answer.resync:
             return answer
         with self._lock:
@@ -141,6 +146,16 @@ class Coordinator:
         self._probes.match(root, probe)
         return self._probes.variants(root)
 
+    def raise_epoch(self, families: list[bytes], keep: bool, now_ms: int) -> tuple[list[Epoch], list[str]]:
+        """Raise the weight epochs of families (or of EVERY). Returns them, and all nodes that are alive or lost: they must adopt them.
+
+        `now_ms`: Unix time. A node that is not told now gets the epoch with the answer to its next report.
+        """
+        raised = self._epochs.raised(families, now_ms, keep=keep)
+        with self._lock:
+            self._drop_silent()
+            return raised, sorted({*self._members, *self._lost})
+
     def nodes(self) -> list[LiveNode]:
         """Returns a record of each live node: its info, figures, and the age of its last report in seconds."""
         with self._lock:
@@ -156,6 +171,12 @@ class Coordinator:
                 }
                 for node, member in sorted(self._members.items())
             ]
+
+    def reporting(self) -> set[str]:
+        """Returns the ids of the live nodes."""
+        with self._lock:
+            self._drop_silent()
+            return set(self._members)
 
     def lost(self) -> dict[str, float]:
         """Returns the seconds since the last report of each lost node. A node that left with `forget` is not lost."""

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
     named = [(core.namespace_of_positions, layout, _POSITIONS) for layout in sorted(layouts, key=lambda each: each.spec)]
     if core.layout is not None:
         named.insert(0, (core.namespace, core.layout, _PREFIXES))
-    models = [Model(namespace.root(layout), layout, name, asdict(namespace)) for namespace, layout, name in named]
+    models = [Model(namespace.root(layout), layout, name, namespace.as_fields()) for namespace, layout, name in named]
     positions = [[at, plain_layout(each.layout), each.serial] for at, each in placed.items()]
     return models, positions
 

@@ -6,7 +6,7 @@ systems", 2005): sequence number odd, fields, sequence number even again. Sequen
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -162,6 +162,19 @@ class IndexWriter:
         Only workers that knew their rate of prefill have counted seconds.
         """
         return self._header[w.SAVED_TOKENS], self._header[w.SAVED_US] / 1e6
+
+    def set_epochs(self, epochs: Sequence[tuple[bytes, int]]) -> None:
+        """Publish the weight epochs (family, number) to readers, at most EPOCHS_MAX. Every reader notices the change at its next call."""
+        header, table = self._header, [word for family, number in epochs for word in (w.family_word(family), number)]
+        assert len(epochs) <= w.EPOCHS_MAX
+        odd = header[w.EPOCHS] | 1
+        header[w.EPOCHS] = odd
+        w.fence()
+        for at, word in enumerate(table):
+            header[w.EPOCH_TABLE + at] = word
+        header[w.EPOCH_COUNT] = len(epochs)
+        w.fence()
+        header[w.EPOCHS] = odd + 1 & _U64
 
     def set_peers(self, peers: int) -> None:
         """Publish the number of other live nodes to readers. With none, a miss here is a miss everywhere."""

@@ -19,6 +19,7 @@ import torch
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory.shared import Mapping, available_bytes
+from tiered_kv.unpacking import unpacked
 
 VERSION = 1
 _DESCRIPTOR, _FILE = "device", "device-pool"
@@ -279,7 +280,7 @@ def _uuid(device: int) -> str:
 def _read_descriptor(directory: Path, described: bytes) -> _Descriptor:
     """Unpack a descriptor and check that it is complete. Raises (kind `memory`) if it is not."""
     try:
-        content: dict[str, Any] = msgpack.unpackb(described)
+        content: dict[str, Any] = unpacked(described)
         version, device = content["version"], content["device"]
         needed = {"nbytes": int, "generation": int} | ({"uuid": str, "storage": list} if device == "cuda" else {})
         is_whole = device in ("cpu", "cuda") and all(isinstance(content[name], kind) for name, kind in needed.items())

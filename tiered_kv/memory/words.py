@@ -29,9 +29,13 @@ KEY_OFFSET = 8
 
 # Words of the header. The tick has a cache line of its own, because every reader writes it.
 MAGIC, VERSION, CLUSTER, NODE, SLOTS, ARENA_BYTES, GENERATION, STATE = range(8)
-HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY, ARENA_INODE = range(8, 14)
+HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY, ARENA_INODE, EPOCHS = range(8, 15)
 TICK = 16
 ASKED, HIT, SAVED_TOKENS, SAVED_US = range(24, 28)
+# Weight epochs: EPOCHS counts the changes, as a seqlock does (odd: being written). Then pairs of a family's first word and its number.
+EPOCH_COUNT = 32
+EPOCH_TABLE = 33
+EPOCHS_MAX = 160
 
 LIVE = 1
 CLOSED = 2
@@ -86,6 +90,11 @@ def new_identity() -> int:
 def name_hash(name: str) -> int:
     """Returns a 64-bit hash of a cluster's or a node's name."""
     return int(HOME.unpack(blake2b(name.encode(), digest_size=8).digest())[0])
+
+
+def family_word(family: bytes) -> int:
+    """Returns the word that stands for a family of namespaces in the table of epochs; 0 for all families."""
+    return int(HOME.unpack_from(family)[0])
 
 
 def ticks_offset(slots: int) -> int:

@@ -13,14 +13,17 @@ from typing import Any, cast
 from tiered_kv import forking
 from tiered_kv.blocks import Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
-from tiered_kv.config import Config
+from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import BlockKey, check_tenant
+from tiered_kv.node.admission.commits import commit
+from tiered_kv.node.admission.epochs import NodeEpochs, tenant_stats
 from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
-from tiered_kv.node.packed import Packed, runs_of_packed
+from tiered_kv.node.lifetime.counters import ServiceCounters
+from tiered_kv.node.packed import Packed
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.probes import NodeProbes
 from tiered_kv.node.puller import Puller
@@ -38,6 +41,7 @@ from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
 from tiered_kv.store.machine import StoreMachine
+from tiered_kv.store.quotas import Quotas
 from tiered_kv.threads import CheckedLock, Closer
 
 log = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ class Node:
     """One machine's part of the cache. `directory`: the folder in which its workers find index and arena.
 
     Raises a `TieredKVError` that names the setting if shared memory or disk cannot be allocated. `at_beat` is called after each beat.
+    `secret`: the cluster's; tenants have no salts without one.
     """
 
     def __init__(
@@ -62,21 +67,27 @@ class Node:
         clock: Clock | None = None,
         labels: dict[str, str] | None = None,
         mounted_bytes: int = 0,
+        secret: bytes = b"",
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self._labels, self._link = labels or {}, link
+        self.tenants = config.tenant_settings
+        self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
-        self._clock = clock or SystemClock()
+        self.clock = self._clock = clock or SystemClock()
         self.storage = NodeStorage(config, cluster_id, node_id, mounted_bytes)
+        self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
-        self.engine.handle(self.storage.restore())
+        self.epochs = NodeEpochs(self, self._lasting_folders(), link, self._clock.now_s)
+        self.engine.handle(recovered := self.storage.restore())
+        self.epochs.recovered(recovered)
+        self.service = ServiceCounters(self.clock, self.storage.index.generation)
         self.seals = Seals(self.engine, self.storage)
-        self.directory = self.storage.directory
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
         self.checkpoint_loader = CheckpointLoader(self)
         self.checkpoint_writer = CheckpointWriter(self, lambda: self.checkpoint_loader.models)
@@ -84,8 +95,7 @@ class Node:
         self._too_lossy: dict[BlockKey, None] = {}  # blocks to drop; guarded by the engine's lock
         self._reporter = self._make_reporter(link) if link else None
         self._puller = self._make_puller(link, self._reporter) if link and self._reporter else None
-        self._stopped = False  # guarded by the engine's lock
-        self._refusal = "is closed"
+        self._stopped, self._refusal = False, "is closed"  # guarded by the engine's lock
         self._closing = threading.Event()
         self._at_beat = at_beat
         forking.register(self)
@@ -107,7 +117,7 @@ class Node:
     def info(self) -> NodeInfo:
         """Returns the data that a worker needs to attach: the folders of index, arena, socket and segments, and the settings."""
         disk = self.storage.disk
-        info = {
+        info: dict[str, Any] = {
             "node": self.node_id,
             "directory": str(self.directory),
             "disk_folder": str(disk.folder) if disk else None,
@@ -116,8 +126,9 @@ class Node:
             "fetch_deadline_ms": self.config.fetch_deadline_ms,
             "store_wait_ms": self.config.store_wait_ms,
             "verify_host": self.config.verify_host,
+            **self._labels,
         }
-        return cast("NodeInfo", info | self._labels)
+        return cast("NodeInfo", info)
 
     def open_session(self) -> NodeSession:
         """Open a session for one worker. Close it when the worker leaves."""
@@ -147,8 +158,16 @@ class Node:
                 session.reserved.clear()
                 self.engine.freed.notify_all()
 
+    def salt(self, tenant: str) -> str:
+        """Returns the salt of a tenant's namespaces in this cluster."""
+        check_tenant(tenant)
+        return salt_of(tenant, self._tenant_secret)
+
     def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
         """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
+        self.epochs.learn(root, namespace := info.known_namespace())
+        if namespace is not None:
+            self.tenants.check_block(namespace.tenant, info.layout.block_bytes)
         encoder = self.storage.encoder
         is_new = not encoder.knows(root, info)
         introduction = encoder.introduce(root, info)
@@ -175,54 +194,24 @@ class Node:
     def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
 
-        If the list is shorter than `packed`, the index has no room for the rest, and their extents are freed. Raises (kind
-        `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
+        If the list is shorter than `packed`, the index has no room for the rest, or their weights have ended, and their extents are
+        freed. Raises (kind `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
         """
         with self.running():
-            self._check_depths(packed)
-            if note_touches:
-                self.engine.note_touches()
-            taken = packed[: self._index_room_for(packed)]
-            added = [not self.engine.machine.has(each.info.key, Tier.HOST) for each in taken]
-            for info, location, error, digest in taken:
-                self.storage.sign(location, info, error, digest)
-            self.engine.handle(runs_of_packed(taken, self._clock.now_s()))
-            self.seals.committed([each.info.key for each in taken if each.digest is None])
-            self.seals.mend_slots([each.info.key for each, is_new in zip(taken, added, strict=True) if not is_new])
-            if len(taken) < len(packed):
-                self.free_extents(each.location.offset for each in packed[len(taken) :])
-        if self._reporter:
-            self._reporter.wake()
+            added = commit(self, packed, self._clock.now_s(), note_touches=note_touches)
+        self.report_soon()
         return added
 
-    def _check_depths(self, packed: list[Packed]) -> None:
-        """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
-        wrong = self.engine.machine.chains.misplaced([each.info for each in packed])
-        if wrong is not None:
-            self.free_extents(each.location.offset for each in packed)
-            raise TieredKVError(Kind.TRANSPORT, f"commit: no block was made visible: {wrong}")
+    def report_soon(self) -> None:
+        """Have the reporter's thread report to the coordinator now."""
+        if self._reporter:
+            self._reporter.wake()
 
     def hint(self, last_block: BlockKey, hint: Hint) -> None:
         """Apply what a worker knows of the future use of the chain whose deepest block is `last_block`."""
         with self.running():
             self.engine.drain_touches()
             self.engine.handle([ev.Hinted(last_block, hint, self._clock.now_s())])
-
-    def _index_room_for(self, blocks: list[Packed]) -> int:
-        """Make room in the index. Returns how many of the leading blocks it has room for."""
-        if len(blocks) <= self.storage.index_room:
-            return len(blocks)
-        known = self.engine.machine.blocks
-        missing = sum(each.info.key not in known for each in blocks) - self.storage.index_room
-        if missing <= 0:
-            return len(blocks)
-        self.engine.handle([ev.Crowded(missing, blocks[0].info.parent, self._clock.now_s())])
-        room = self.storage.index_room
-        for count, each in enumerate(blocks):
-            room -= each.info.key not in known
-            if room < 0:
-                return count
-        return len(blocks)
 
     def free_extents(self, offsets: Iterable[int]) -> None:
         """Free reserved extents. No worker may be writing to them."""
@@ -233,9 +222,10 @@ class Node:
 
     def pull(self, run: BlockRun, wait_s: float) -> int:
         """Fetch the leading blocks of `run` from other nodes. Returns how many of them this node has afterwards."""
-        if not self._puller or not run.keys:
+        if not self._puller or not run.keys or self.epochs.is_closed(run.root):
             return 0
         with closing(self.open_session()) as session:
+            session.tenant = self.epochs.tenant_of(run.root)
             admit = Admission(self, session, run)
             return self._puller.pull(run.keys, run.nbytes, wait_s, admit, self.engine.machine.blocks.__contains__)
 
@@ -272,7 +262,7 @@ class Node:
             here: list[tuple[BlockKey, BlockKey | None, Location]] = []
             for key in keys:
                 block = machine.blocks.get(key)
-                if block is None:
+                if block is None or self.epochs.is_closed(block.root):
                     break
                 here.append((key, block.root, block.copies.get(Tier.HOST, block.best)))
             self.engine.handle([ev.Pinned(key) for key, _, _ in here])
@@ -287,7 +277,7 @@ class Node:
         with self.running():
             for key in keys:
                 block = self.engine.machine.blocks.get(key)
-                if block is None or Tier.HOST not in block.copies or block.copies[Tier.HOST].codec:
+                if block is None or Tier.HOST not in block.copies or block.copies[Tier.HOST].codec or self.epochs.is_closed(block.root):
                     break
                 offsets.append(block.copies[Tier.HOST].offset)
                 self.engine.handle([ev.Pinned(key)])
@@ -347,8 +337,7 @@ class Node:
                 figures["blocks"] = machine.blocks_by_tier[Tier[label.upper()]]
             if self.storage.disk:
                 tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
-            asked, hit = self.storage.index.tallies()
-            saved_tokens, saved_s = self.storage.index.savings()
+            (asked, hit), (saved_tokens, saved_s) = self.storage.index.tallies(), self.storage.index.savings()
             return {
                 "node": self.node_id,
                 "tiers": tiers,
@@ -357,6 +346,7 @@ class Node:
                 "hit_blocks": hit,
                 "prefill_tokens_saved": saved_tokens,
                 "prefill_seconds_saved": saved_s,
+                **self.service.stats(hit, machine.used_bytes),
                 "sessions": len(self._sessions),
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
                 "leaving_bytes": self.engine.leaving_bytes,
@@ -368,6 +358,8 @@ class Node:
                 "filling": self.checkpoint_loader.stats(),
                 "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
                 "seals": self.seals.stats(),
+                "namespaces": self.epochs.namespaces(),
+                "tenants": tenant_stats(machine.quotas),
                 "coordinator": self._reporter.reachable if self._reporter else None,
                 "peers": self._link.stats() if self._link else NO_PEERS,
             }
@@ -384,6 +376,7 @@ class Node:
         if self._too_lossy:
             self._drop_too_lossy()
         self.checkpoint_writer.beat()
+        self.epochs.beat()
 
     def _thin_out(self) -> None:
         """Unmount blocks that only a checkpoint has, if they use more than their share of index slots."""
@@ -411,7 +404,8 @@ class Node:
             if self._stopped:
                 raise TieredKVError(Kind.CLOSED, f"the node {self.node_id} is closed")
             self.engine.check()
-            self.storage.check(self.engine.machine.blocks, [session.reserved for session in self._sessions])
+            late = dict.fromkeys(self.engine.machine.endings.offsets(), 0)
+            self.storage.check(self.engine.machine.blocks, [late, *(session.reserved for session in self._sessions)])
 
     def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
         """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all files stay for a restart.
@@ -447,7 +441,8 @@ class Node:
         config, storage = self.config, self.storage
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks)
+        quotas = Quotas(self.tenants.quotas, lambda root: self.epochs.tenant_of(root))
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
@@ -462,17 +457,16 @@ class Node:
             set_peers=self.storage.index.set_peers,
             learning=self._learning,
             probes=self.probes.book.everything,
+            epochs=self.epochs,
             clock=self._clock,
         )
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
-        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
-        return Puller(link, reporter.locate, self._clock, forgotten_s)
+        return Puller(link, reporter.locate, self._clock, self.config.node_timeout_s + self.config.heartbeat_s)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""
-        disk = self.storage.disk
-        return [self.directory, *([Path(disk.folder)] if disk and self.storage.keeps_disk else [])]
+        return [self.directory, *([Path(disk.folder)] if (disk := self.storage.disk) and self.storage.keeps_disk else [])]
 
     def _ask_probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         assert self._reporter is not None

@@ -11,10 +11,12 @@ import msgpack
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
+from tiered_kv.unpacking import unpacked
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "probes"
+FILE_BYTES_MAX = 256 << 20
 
 
 class NodeProbes:
@@ -61,11 +63,20 @@ class NodeProbes:
                     log.warning("cannot write probes to %s: %s", file, error)
 
 
+def _read(file: Path) -> bytes:
+    """Returns the bytes of a file. Raises ValueError if they are too many for a file of probes."""
+    with file.open("rb") as opened:
+        data = opened.read(FILE_BYTES_MAX + 1)
+    if len(data) > FILE_BYTES_MAX:
+        raise ValueError(f"{file} must be at most {FILE_BYTES_MAX} bytes")
+    return data
+
+
 def _loaded(file: Path) -> list[tuple[BlockKey, Variants]]:
     """Returns the probes in a file; fewer or none if it is damaged or missing."""
     found: list[tuple[BlockKey, Variants]] = []
     with suppress(OSError, ValueError, TypeError, TieredKVError, msgpack.UnpackException):
-        for root, variants in msgpack.unpackb(file.read_bytes()):
+        for root, variants in unpacked(_read(file)):
             if type(root) is bytes and len(root) == KEY_BYTES:
                 found.append((root, [(str(name), Probe.of_message(probe)) for name, probe in variants]))
     return found

@@ -2,12 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.learning import Learning
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.peer_transport import Link
 from tiered_kv.protocol.probes import Probe, Variants
@@ -21,6 +23,16 @@ GATHER_S = 0.02
 """How long changes are gathered before they are reported: a report takes the engine's lock, which the next store or pull needs."""
 STATISTICS_EVERY_S = 10.0
 """How often a report includes the policy's statistics. The first report after an inventory includes them too."""
+
+
+class Epochs(Protocol):
+    """The node's weight epochs, as the reporter knows them (`NodeEpochs`)."""
+
+    def everything(self) -> list[Epoch]:
+        """Returns the epochs to report."""
+
+    def adopt(self, epochs: Sequence[Epoch]) -> None:
+        """Merge the epochs that the coordinator knows."""
 
 
 class Reporter:
@@ -41,6 +53,7 @@ class Reporter:
         set_peers: Callable[[int], None],
         learning: Learning,
         probes: Callable[[], list[tuple[BlockKey, Variants]]],
+        epochs: Epochs,
         clock: Clock,
     ) -> None:
         self._link = link
@@ -52,6 +65,7 @@ class Reporter:
         self._set_peers = set_peers
         self._learning = learning
         self._probes = probes
+        self._epochs = epochs
         self._clock = clock
         self._statistics_due_s = float("-inf")
         self._number = 0
@@ -116,7 +130,7 @@ class Reporter:
         due = number > 0 and now_s >= self._statistics_due_s  # not with an inventory: without a coordinator that is retried continually
         statistics = self._learning.statistics() if due else None
         probes = None if number else self._probes()  # a coordinator that missed a report may have lost them
-        answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics, probes))
+        answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics, probes, self._epochs.everything()))
         self.reachable = True
         self._number = number + 1
         self._set_peers(answer.peers)
@@ -124,6 +138,8 @@ class Reporter:
             self._statistics_due_s = now_s + STATISTICS_EVERY_S if due else now_s
         if answer.others is not None:
             self._learning.adopt(answer.others)
+        if answer.epochs is not None:
+            self._epochs.adopt(answer.epochs)
         return not answer.resync
 
     def _run(self) -> None:

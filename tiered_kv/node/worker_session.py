@@ -1,5 +1,6 @@
 """The node's side of one worker's session: checks the worker's arguments, and keeps track of its reservations."""
 
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.node.packed import Packed
+from tiered_kv.protocol.epochs import FAMILIES_MAX
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.probes import Probe
@@ -25,6 +27,8 @@ class NodeSession:
     def __init__(self, node: "Node") -> None:
         self._node = node
         self.reserved: dict[int, int] = {}
+        self.tenant = ""
+        """Of the namespace that was introduced last: its quota counts for reservations."""
         self.life = Life(node.storage.index.identity, node.storage.index.generation)
 
     def allow(self, wait_s: float) -> None:
@@ -44,7 +48,10 @@ class NodeSession:
         return {"protocol": PROTOCOL, **self.life._asdict(), "arena_bytes": self._node.storage.index.arena_bytes}
 
     def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
-        return self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
+        offsets = self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
+        if not offsets:
+            self._node.service.refused(len(keys))
+        return offsets
 
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float, *, is_coded: bool = False
@@ -62,7 +69,8 @@ class NodeSession:
         try:
             self._node.check_open()
             left_s = max(begun_s + wait_s - time.monotonic(), 0.0)
-            offsets = self._node.engine.reserve(nbytes, keys, parent, left_s, is_coded=is_coded)  # releases the lock while it waits
+            # releases the lock while it waits
+            offsets = self._node.engine.reserve(nbytes, keys, parent, left_s, is_coded=is_coded, tenant=self.tenant)
             if not self._node.is_open(self):
                 self._node.free_extents(offsets)
                 raise TieredKVError(Kind.TRANSPORT, "reserve: the session was closed while the reservation was made")
@@ -73,7 +81,9 @@ class NodeSession:
 
     def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
         _check_chain(root, [])
-        return self._node.introduce(root, ModelInfo.of_message(info))
+        introduction = self._node.introduce(root, ModelInfo.of_message(info))
+        self.tenant = self._node.epochs.tenant_of(root)
+        return introduction
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
         _check_chain(root, [block[:2] for block in blocks])
@@ -126,6 +136,16 @@ class NodeSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         _check_chain(root, [])
         return self._node.probes.match(root, Probe.of_message(probe))
+
+    def salt(self, tenant: str) -> str:
+        return self._node.salt(tenant)
+
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        if type(families) is not list or not 0 < len(families) <= FAMILIES_MAX:
+            raise TieredKVError(Kind.TRANSPORT, f"new_epoch: expected 1 to {FAMILIES_MAX} families, got {reprlib.repr(families)}")
+        for family in families:
+            _check_chain(family, [])
+        return self._node.epochs.new_epoch(families, bool(keep))
 
     def stats(self) -> NodeStats:
         return self._node.stats()

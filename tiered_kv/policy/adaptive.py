@@ -6,6 +6,7 @@ evicts the lowest of a sample of leaves. The best candidates of one sample are a
 IEEE/ACM ToN 2002).
 """
 
+import heapq
 import math
 from collections.abc import Container, Sequence
 
@@ -112,6 +113,24 @@ class AdaptivePolicy(EvictionPolicy):
         self._kept = [slot for *_, slot in search.pool]
         self._chosen = {key: slot for slot, key in search.chosen.items()}
         return list(self._chosen)
+
+    def ranked(self, now_s: float) -> list[Key]:
+        """As `EvictionPolicy.ranked`, without samples: at each step the leaf of the lowest value is evicted. About 4 µs a block."""
+        slots = list(self._keys)
+        values = dict(zip(slots, self.values(slots, now_s), strict=True)) if slots else {}
+        last_s, parent_of, order = self._history.last_s, self._history.parent, []
+        left = {slot: count for slot in slots if (count := self._children.item(slot))}
+        leaves = [(values[slot], last_s.item(slot), slot) for slot in slots if slot not in left]
+        heapq.heapify(leaves)
+        while leaves:
+            slot = heapq.heappop(leaves)[-1]
+            order.append(self._keys[slot])
+            parent = parent_of.item(slot)
+            if parent in left:
+                left[parent] -= 1
+                if not left[parent]:
+                    heapq.heappush(leaves, (values[parent], last_s.item(parent), parent))
+        return order[::-1]
 
     def _candidates(self, search: "_Search", everything: bool) -> list[int]:
         kept, self._kept = [slot for slot in self._kept if self._leaf_at[slot] >= 0], []

@@ -54,6 +54,14 @@ class EvictionPolicy(ABC):
         `incoming`: the blocks that need the room, root first. Nothing is evicted yet: the caller calls `remove` for each evicted block.
         """
 
+    def ranked(self, now_s: float) -> list[Key]:
+        """Returns all resident blocks, the most worth keeping first, and every block before its descendants.
+
+        It is the reverse of the order in which `victims` would evict them all. Asking may change the rank of blocks in some policies,
+        as `victims` does, so it is for a node that is about to end.
+        """
+        return self.victims(1 << 62, (), now_s)[::-1]
+
     @abstractmethod
     def resize(self, key: Key, nbytes: int) -> None:
         """Records that the resident `key` has a new size of `nbytes`. Its rank does not change, except where it depends on size."""

@@ -79,6 +79,12 @@ def _is_introduction(answer: object) -> bool:
     return path is None or (type(path) is str and "\0" not in path)
 
 
+def _is_epoch(answer: object) -> bool:
+    if type(answer) is not list or len(answer) != 2 or not is_whole(answer[0], U64_MAX):
+        return False
+    return type(answer[1]) is list and all(type(name) is str for name in answer[1])
+
+
 def _is_text(answer: object) -> bool:
     return type(answer) is str
 
@@ -93,6 +99,8 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "hello": _is_hello,
     "introduce": _is_introduction,
     "probe": _is_text,
+    "salt": _is_text,
+    "new_epoch": _is_epoch,
     "release": _is_none,
     "doubt": _is_none,
     "bring": _is_none,

@@ -44,6 +44,8 @@ class NodeInfo(TypedDict):
     ray_node_id: NotRequired[str]
     """Only of a node that runs as a Ray actor, as is `address`."""
     address: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+    """The cluster's settings. Only in a node's record on its machine, for commands that cannot ask the coordinator."""
 
 
 class TierStats(TypedDict):
@@ -121,6 +123,23 @@ class SealStats(TypedDict):
     unsealed: int
 
 
+class NamespaceStats(TypedDict):
+    """A family of namespaces that a node knows: all ranks and epochs of one model under one tenant. `epoch`: its weight epoch."""
+
+    family: str
+    weights: str
+    tenant: str
+    epoch: int
+
+
+class TenantStats(TypedDict):
+    """A tenant's share of a tier. `quota_bytes`: None without a quota."""
+
+    used_bytes: int
+    blocks: int
+    quota_bytes: int | None
+
+
 class PairStats(TypedDict):
     """What a node has fetched from one peer: blocks, their bytes, the seconds that took, and failed requests by reason."""
 
@@ -152,7 +171,24 @@ NO_PEERS: PeerStats = {"address": None, "peers": {}, "served_blocks": 0, "served
 """The figures of a node without streams."""
 
 
-class NodeStats(TypedDict):
+class Rates(TypedDict):
+    """A node's hits per second, and the bytes in them, over the last `over_s` seconds."""
+
+    over_s: float
+    hit_blocks_per_s: float
+    hit_bytes_per_s: float
+
+
+class ServiceStats(TypedDict):
+    """A node's service. `uptime_s`: since it started. `restarts`: of the node with these files. `refused_blocks`: stores without room."""
+
+    uptime_s: float
+    restarts: int
+    refused_blocks: int
+    rates: Rates
+
+
+class NodeStats(ServiceStats):
     """A node's figures, up to the last use by any worker."""
 
     node: str
@@ -174,6 +210,9 @@ class NodeStats(TypedDict):
     saved: dict[str, Any] | None
     """The last complete checkpoint (JSON-ready, as `tiered_kv.checkpoint` describes it); None before the first."""
     seals: SealStats
+    namespaces: list[NamespaceStats]
+    tenants: dict[str, dict[str, TenantStats]]
+    """By tenant and tier."""
     peers: NotRequired[PeerStats]
     """Absent in the figures of a node of an older version."""
     coordinator: bool | None

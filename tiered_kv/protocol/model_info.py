@@ -1,5 +1,6 @@
 """A worker's description of its model, sent when it attaches, so that its node can encode the model's blocks."""
 
+import reprlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -48,12 +49,12 @@ class ModelInfo:
             info = cls(**{**message, "layout": layout_of(message["layout"])})
             is_valid = isinstance(info.weights, str) and isinstance(info.rope, bytes | None) and isinstance(info.rope_halves, bool)
             known = info.known_namespace()
-            is_valid &= known is None or asdict(known) == info.namespace
+            is_valid &= known is None or asdict(known) == {"salt": "", "weight_epoch": 0, **(info.namespace or {})}
         except (TypeError, KeyError, ValueError, TieredKVError) as error:
             raise TieredKVError(Kind.TRANSPORT, f"invalid model description from a worker: {error}") from error
         if not is_valid:
             raise TieredKVError(
                 Kind.TRANSPORT,
-                f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {message!r}",
+                f"invalid model description from a worker: expected weights, rope, rope_halves and namespace, got {reprlib.repr(message)}",
             )
         return info

@@ -91,7 +91,7 @@ def read_record(directory: str | Path) -> NodeRecord | None:
             return None
         with path.open("rb") as file:
             found: Any = json.loads(file.read(BYTES_MAX))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT or set(found) != set(_TYPES):
         return None

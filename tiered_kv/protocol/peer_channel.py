@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.unpacking import unpacked
 
 PEER_PROTOCOL = 1
 MAGIC = "tiered_kv peer"
@@ -27,6 +28,7 @@ NONCE_BYTES = 32
 MAC_BYTES = 16
 GREETING_BYTES_MAX = 1024
 MESSAGE_BYTES_MAX = 16 << 20
+ITEMS_MAX = 1 << 19  # keys of 32 bytes in a message
 BUFFER_BYTES = 16 << 10
 PIECE_BYTES = 256 << 10
 """A payload is received in pieces of this size, so that each is hashed while it is in the processor's cache."""
@@ -156,7 +158,7 @@ class Channel:
             raise refused("mac", f"message {self._received} from {self.peer} was changed, repeated or moved")
         self._received += 1
         try:
-            return msgpack.unpackb(body)
+            return unpacked(body, items_max=ITEMS_MAX, depth_max=0)
         except ValueError as error:
             raise refused("message", f"a message from {self.peer} cannot be read: {error}") from error
 
@@ -271,7 +273,7 @@ def tune(connection: socket.socket) -> None:
 def _judge(hello: bytes, own: PeerIdentity) -> tuple[str, str, str]:
     """Returns the reason to refuse a caller ("" for none), a sentence about it, and the caller's name."""
     try:
-        magic, version, cluster_id, name, nonce = msgpack.unpackb(hello)
+        magic, version, cluster_id, name, nonce = unpacked(hello)
     except (ValueError, TypeError):
         magic = version = cluster_id = name = nonce = None
     if magic != MAGIC or not isinstance(name, str) or not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
@@ -291,7 +293,7 @@ def _split_answer(answer: bytes) -> tuple[bytes, bytes]:
 def _read_answer(signed: bytes) -> tuple[str, str, str]:
     """Returns the reason for which the listener refuses ("" for none), its name, and what it says."""
     try:
-        magic, version, reason, name, nonce = msgpack.unpackb(signed)
+        magic, version, reason, name, nonce = unpacked(signed)
     except (ValueError, TypeError) as error:
         raise refused("greeting", "the peer did not answer as a peer of tiered_kv does") from error
     if magic != MAGIC or not (isinstance(reason, str) and isinstance(name, str) and isinstance(nonce, bytes)) or len(nonce) != NONCE_BYTES:

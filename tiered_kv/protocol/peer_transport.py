@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
 HUNG_AFTER_S = 0.05
 """A node that has sent no answer for this long may hang."""
+
+SPREAD_WITHIN_S = 5.0
+"""The longest wait until all nodes have adopted a new weight epoch."""
 
 Buffer = Any
 """Anything with the buffer protocol: bytes, memoryview, numpy array."""
@@ -96,6 +100,15 @@ class Link(Protocol):
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Ask the coordinator for the variants of a root, one of which agrees with `probe`. `known`: the variants this node knows."""
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        """Have the coordinator raise the weight epochs of families. Waits some seconds.
+
+        Returns them, and all nodes that are alive or lost.
+        """
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        """Tell other nodes about epochs. Returns those that have not confirmed within `within_s` that they have adopted them."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Start to fetch blocks from another node. Returns at once."""

@@ -7,6 +7,7 @@ it shares with all workers whose probes agree with its own.
 
 import logging
 import os
+import reprlib
 import threading
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -50,7 +51,7 @@ class Probe(NamedTuple):
         if not is_valid:
             raise TieredKVError(
                 Kind.TRANSPORT,
-                f"expected a probe: pairs of rows of at most {VECTOR_BYTES_MAX} bytes in all and two tolerances, got {str(message)[:100]}",
+                f"expected a probe: pairs of rows of at most {VECTOR_BYTES_MAX} bytes and two tolerances, got {reprlib.repr(message)}",
             )
         return cls(vector, row_floats, tolerance, tolerance_max)
 

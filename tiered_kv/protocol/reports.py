@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
 from tiered_kv.protocol.probes import Variants
 
@@ -12,6 +13,7 @@ class Report(NamedTuple):
 
     `added`, `removed`: changes since the report before. `statistics`: the counts of the node's eviction policy, sent now and then;
     None otherwise, and always for a policy that does not learn. `probes`: the probes that the node knows, sent with number 0 only.
+    `epochs`: the weight epochs that the node knows.
     """
 
     node: str
@@ -22,11 +24,13 @@ class Report(NamedTuple):
     stats: NodeStats
     statistics: bytes | None = None
     probes: list[tuple[BlockKey, Variants]] | None = None
+    epochs: list[Epoch] | None = None
 
 
 class Answer(NamedTuple):
     """The coordinator's answer. `peers`: the number of other live nodes. `resync`: the node must report all its blocks, with number 0.
 
+    `epochs`: the weight epochs that the cluster knows, None if they are those of the report.
     `others`: the sum of the other nodes' statistics, for a node that has just sent its own; None if no other node has sent any.
     `addresses`: where the streams of each node are; None if that has not changed since the coordinator's last answer. `directory`: where
     the coordinator answers look-ups without Ray, as "HOST:PORT"; None if it does not.
@@ -35,5 +39,6 @@ class Answer(NamedTuple):
     peers: int
     resync: bool
     others: bytes | None = None
+    epochs: list[Epoch] | None = None
     addresses: dict[str, str] | None = None
     directory: str | None = None

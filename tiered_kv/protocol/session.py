@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages on a session's socket. A node and its workers must use the same version."""
 
 
@@ -78,6 +78,17 @@ class Session(Protocol):
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         """Register the `Probe` of a model whose namespace has this root. Returns the variant that the model belongs to; the first is ""."""
+
+    def salt(self, tenant: str) -> str:
+        """Returns the salt of a tenant's namespaces in this cluster; "" if they have none."""
+
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        """Raise the weight epochs of families of namespaces on all nodes.
+
+        Returns their number, and the nodes that did not confirm it in time.
+
+        Raises (kind `transport`), with nothing changed, if the coordinator does not answer.
+        """
 
     def stats(self) -> NodeStats:
         """Returns the node's figures."""

@@ -9,6 +9,7 @@ which ends its session.
 import itertools
 import logging
 import os
+import reprlib
 import socket
 import struct
 import threading
@@ -25,6 +26,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.protocol import answers
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.session import PROTOCOL, Life, Session
+from tiered_kv.unpacking import unpacked
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ PACKER_BYTES_MAX = 1 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
+METHODS |= {"new_epoch", "salt"}
 
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
@@ -66,7 +69,7 @@ class _Messages:
         end = _end_of(received)
         if len(received) == end:
             self._received = b""
-            return msgpack.unpackb(received[_LENGTH.size :])
+            return unpacked(received[_LENGTH.size :], depth_max=0)
         while len(received) < end:
             more = self._part(max(RECEIVE_BYTES, end - len(received)), until_s) if received else b""
             if not more:
@@ -76,7 +79,7 @@ class _Messages:
             received += more
             end = _end_of(received)
         self._received = bytes(received[end:])
-        return msgpack.unpackb(memoryview(received)[_LENGTH.size : end])
+        return unpacked(memoryview(received)[_LENGTH.size : end], depth_max=0)
 
     def _part(self, nbytes: int, until_s: float | None) -> bytes:
         if until_s is not None:
@@ -267,7 +270,7 @@ class SocketSession:
         if answers.is_error(answer, number):
             kind = Kind(answer[2])
             raise TieredKVError(Kind.TRANSPORT if kind is Kind.CLOSED else kind, answer[3], method=method)
-        raise self._broken(f"invalid answer from the node to {method!r}: {str(answer)[:100]}", method)
+        raise self._broken(f"invalid answer from the node to {method!r}: {reprlib.repr(answer)}", method)
 
     def _broken(self, message: str, method: str, timed_out: bool = False) -> TieredKVError:
         self.close()
@@ -322,6 +325,14 @@ class SocketSession:
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         variant: str = self._call("probe", root, probe)
         return variant
+
+    def salt(self, tenant: str) -> str:
+        salt: str = self._call("salt", tenant)
+        return salt
+
+    def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
+        number, unreached = self._call("new_epoch", families, keep)
+        return number, unreached
 
     def stats(self) -> NodeStats:
         answer: NodeStats = self._call("stats")

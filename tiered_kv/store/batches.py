@@ -1,8 +1,22 @@
-"""Batches of copies: how the engine groups them, and what it reports when one fails."""
+"""What the engine passes on inside: reservations that evict, and batches of copies with what it reports when one fails."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from tiered_kv.blocks import Tier
+from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
+
+
+class Reservation(NamedTuple):
+    """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`."""
+
+    tier: Tier
+    nbytes: int
+    keys: Sequence[BlockKey]
+    last_block: BlockKey | None
+    is_coded: bool
+    deadline_s: float
 
 
 def batches(copies: Sequence[ev.Copy], batch_bytes: int) -> Iterator[list[ev.Copy]]:

@@ -19,7 +19,7 @@ from tiered_kv.clock import Clock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
-from tiered_kv.store.batches import batches, failures, gain_bytes
+from tiered_kv.store.batches import Reservation, batches, failures, gain_bytes
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.movement import REINSERT_SHARE
 from tiered_kv.store.runs import uses_of
@@ -37,7 +37,7 @@ RECLAIM_WAIT_S = 1.0  # wait for the blocks of a removed segment to be copied do
 WANTED_WAIT_S = 0.25  # wait for room for blocks that a worker asked for; occupies one of the threads that copy into memory
 GIVING_UP_S = 0.01
 """How long after its deadline a store may go on evicting blocks one by one until an extent is large enough."""
-IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+IN_MEMORY = ev.IN_MEMORY
 
 
 class Index(Protocol):
@@ -130,17 +130,6 @@ class Mover(Protocol):
         """Remove a segment. The machine knows no copies in it any more."""
 
 
-class _Reservation(NamedTuple):
-    """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`."""
-
-    tier: Tier
-    nbytes: int
-    keys: Sequence[BlockKey]
-    last_block: BlockKey | None
-    is_coded: bool
-    deadline_s: float
-
-
 class Engine:
     """One node's store: keeps machine, index and tiers consistent. Thread-safe."""
 
@@ -204,6 +193,7 @@ class Engine:
         *,
         insist: bool = True,
         is_coded: bool = False,
+        tenant: str = "",
     ) -> list[int]:
         """Reserve extents of `nbytes` for the first of the new blocks `keys`. Returns their offsets.
 
@@ -211,21 +201,26 @@ class Engine:
         chain of `keys`; it and its ancestors are evicted last. Fewer offsets than keys are back-pressure: write and commit these
         blocks, then ask again. Returns [] if no room appeared in time. With `insist`, if a lower tier has taken nothing for `wait_s`,
         drops other blocks instead of waiting for it. If host memory has a staging area, reserves no more than its size at a time.
-        `is_coded`: the blocks are encoded, so no block is compressed for them.
+        `is_coded`: the blocks are encoded, so no block is compressed for them. `tenant`: its quota counts, and its own blocks are evicted.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # evicting other blocks would not help
         if self._staging_bytes and tier is Tier.HOST:
             keys = keys[: max(self._staging_bytes // nbytes, 1)]
         with self.lock:
-            offsets = self._mover.reserve(tier, nbytes, len(keys), _room(is_coded))
+            quotas = self.machine.quotas
+            if lacking := quotas.lacking(tenant, tier, nbytes * len(keys)):
+                self.drain_touches()
+                self.handle([ev.Limited(tenant, tier, lacking, last_block, self._clock.now_s())])
+                keys = keys[: quotas.fitting(tenant, tier, nbytes)]
+            offsets = self._mover.reserve(tier, nbytes, len(keys), _room(is_coded)) if keys else []
             if len(offsets) == len(keys):
                 return offsets
             self.drain_touches()  # so that eviction knows the latest uses
-            request = _Reservation(tier, nbytes, keys, last_block, is_coded, self._clock.now_s() + wait_s)
+            request = Reservation(tier, nbytes, keys, last_block, is_coded, self._clock.now_s() + wait_s)
             return self._reserve_and_evict(request, offsets, wait_s, insist)
 
-    def _reserve_and_evict(self, request: "_Reservation", offsets: list[int], wait_s: float, insist: bool) -> list[int]:
+    def _reserve_and_evict(self, request: Reservation, offsets: list[int], wait_s: float, insist: bool) -> list[int]:
         """Evict blocks and wait until at least one extent is reserved. `offsets`: extents that were free at once."""
         tier = request.tier
         while not self._closed:
@@ -245,7 +240,7 @@ class Engine:
                 return offsets
         return offsets
 
-    def _bytes_to_evict(self, request: "_Reservation", count: int) -> int:
+    def _bytes_to_evict(self, request: Reservation, count: int) -> int:
         """Returns how many bytes to evict for `count` extents, beyond the bytes that copies to a lower tier will free anyway."""
         leaving_bytes = self._leaving[request.tier]
         if request.is_coded:
@@ -254,11 +249,11 @@ class Engine:
             return 0  # one batch at a time: wait for the blocks that leave now
         return count * request.nbytes - leaving_bytes
 
-    def _stalled_at_s(self, request: "_Reservation", wait_s: float) -> float:
+    def _stalled_at_s(self, request: Reservation, wait_s: float) -> float:
         """Returns when the lower tier counts as stalled: `wait_s` after a block last arrived there, or the first one left."""
         return self._progress_s.get(request.tier, request.deadline_s) + wait_s
 
-    def _evict(self, request: "_Reservation", nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
+    def _evict(self, request: Reservation, nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
         """Evict blocks for `nbytes`, or compress them in place. Returns whether any block left the tier at once.
 
         `demote`: whether blocks may be copied to a lower tier first; they leave once the copy is complete. `shrink`: whether
@@ -272,7 +267,7 @@ class Engine:
         self.handle([ev.Needed(tier, nbytes, request.last_block, request.keys, self._clock.now_s(), queue_bytes, shrink)])
         return self.machine.blocks_by_tier[tier] < blocks_before
 
-    def _reserve_by_dropping(self, request: "_Reservation") -> list[int]:
+    def _reserve_by_dropping(self, request: Reservation) -> list[int]:
         """The lower tier has stalled: drop other blocks instead of those on their way there. Returns the reserved offsets."""
         offsets: list[int] = []
         count = len(request.keys)
@@ -280,7 +275,7 @@ class Engine:
             offsets = self._mover.reserve(request.tier, request.nbytes, count, Room.ANYWHERE)
         return offsets
 
-    def _reserve_by_defragmenting(self, request: "_Reservation", evicted: bool) -> list[int]:
+    def _reserve_by_defragmenting(self, request: Reservation, evicted: bool) -> list[int]:
         """Free room is in pieces: evict more blocks until one extent fits, no block can be evicted, or time is up."""
         while evicted and not self._leaving[request.tier] and self._is_in_time(request):
             evicted = self._evict(request, request.nbytes, shrink=True)
@@ -289,7 +284,7 @@ class Engine:
                 return offsets
         return []
 
-    def _is_in_time(self, request: "_Reservation") -> bool:
+    def _is_in_time(self, request: Reservation) -> bool:
         return self._clock.now_s() <= request.deadline_s + GIVING_UP_S
 
     def drain_touches(self) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
 from tiered_kv.keys import BlockKey
 
+IN_MEMORY = (Tier.DEVICE, Tier.HOST)
+
 
 class Committed(NamedTuple):
     """A worker stored consecutive blocks of one chain in host memory, each key at its location.
@@ -75,12 +77,28 @@ class Needed(NamedTuple):
     shrink: bool = True
 
 
+class Limited(NamedTuple):
+    """A tenant will add `nbytes` more to `tier` than its quota leaves: evict blocks of its own. `last_block`: as for `Needed`."""
+
+    tenant: str
+    tier: Tier
+    nbytes: int
+    last_block: BlockKey | None = None
+    now_s: float = 0.0
+
+
 class Crowded(NamedTuple):
     """The index lacks `slots` slots for new blocks. `last_block` is a block of their chain; it and its ancestors should stay."""
 
     slots: int
     last_block: BlockKey | None = None
     now_s: float = 0.0
+
+
+class Ending(NamedTuple):
+    """The node is about to end: copy these blocks from memory to the disk tier, in this order. They also stay in memory."""
+
+    keys: Sequence[BlockKey]
 
 
 class Unmounted(NamedTuple):
@@ -109,6 +127,19 @@ class Lost(NamedTuple):
 
     key: BlockKey
     location: Location
+
+
+class Ended(NamedTuple):
+    """From now on no block below `roots` may become visible. The blocks `keys` that are below ended roots are dropped in all tiers."""
+
+    roots: Sequence[BlockKey] = ()
+    keys: Sequence[BlockKey] = ()
+
+
+class Reopened(NamedTuple):
+    """Blocks below these roots may become visible again."""
+
+    roots: Sequence[BlockKey]
 
 
 class Aging(NamedTuple):
@@ -162,11 +193,15 @@ Event = (
     | Used
     | BringRequested
     | Needed
+    | Limited
     | Crowded
+    | Ending
     | Unmounted
     | Copied
     | CopyFailed
     | Lost
+    | Ended
+    | Reopened
     | Aging
     | Moved
     | Emptied

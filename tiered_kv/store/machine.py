@@ -7,6 +7,7 @@ links between blocks never form a cycle (`chains`).
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from tiered_kv.blocks import AWAY, BlockInfo, Location, Tier
@@ -14,8 +15,13 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
+from tiered_kv.store.endings import Endings
+from tiered_kv.store.eviction import limited, needed, within_quotas
 from tiered_kv.store.holds import HOLD_SHARE, Holds
+from tiered_kv.store.invariants import check_machine
 from tiered_kv.store.movement import Block, Fate, Movement
+from tiered_kv.store.protected import Protected
+from tiered_kv.store.quotas import Quotas
 from tiered_kv.store.shrinking import Shrinking
 
 UNREPORTED_MAX = 8
@@ -27,16 +33,23 @@ class StoreMachine:
 
     `capacities`: the cap in bytes of every tier of the node, host always included. `policies`: eviction policies of the tiers in
     memory (device, host); the other tiers remove whole segments. `history`: of all uses, shared with the policies.
-    `shrinks`: whether uncompressed blocks in host memory can be compressed in place.
+    `shrinks`: whether uncompressed blocks in host memory can be compressed in place. `quotas`: of tenants; they count from empty.
     """
 
     def __init__(
-        self, capacities: Mapping[Tier, int], policies: Mapping[Tier, EvictionPolicy], history: History, *, shrinks: bool = False
+        self,
+        capacities: Mapping[Tier, int],
+        policies: Mapping[Tier, EvictionPolicy],
+        history: History,
+        *,
+        shrinks: bool = False,
+        quotas: Quotas | None = None,
     ) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
+        self.used_bytes = 0  # raw bytes of all uses
         self.tiers = frozenset(capacities)
         self._movement = Movement(capacities, self.bytes_by_tier, history)
         self._policies = dict(policies)
@@ -44,6 +57,8 @@ class StoreMachine:
         self._holds = Holds(capacities[Tier.HOST] * HOLD_SHARE)
         self.shrinking = Shrinking(capacities[Tier.HOST] if shrinks else 0)
         self.chains = Chains(self.blocks)
+        self.endings = Endings()
+        self.quotas = quotas or Quotas()
         self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
         """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
         self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
@@ -54,12 +69,16 @@ class StoreMachine:
             ev.Ranked: self._ranked,
             ev.Used: self._used,
             ev.BringRequested: self._bring_requested,
-            ev.Needed: self._needed,
+            ev.Needed: partial(needed, self),
             ev.Crowded: self._crowded,
+            ev.Limited: partial(limited, self),
+            ev.Ending: self._ending,
             ev.Unmounted: self._unmounted,
             ev.Copied: self._copied,
             ev.CopyFailed: self._copy_failed,
             ev.Lost: self._lost,
+            ev.Ended: self._ended,
+            ev.Reopened: self._reopened,
             ev.Aging: self._aging,
             ev.Moved: self._moved,
             ev.Emptied: self._emptied,
@@ -72,7 +91,15 @@ class StoreMachine:
         """Take note of `event`. Returns the instructions to carry out, in this order."""
         if self._unreported and type(event) is not ev.Committed:
             self.report_commits()
-        return self._handlers[type(event)](event)
+        instructions = self._handlers[type(event)](event)
+        if self.quotas.limits and isinstance(event, ev.Committed | ev.Recovered | ev.Copied | ev.CopyFailed):
+            self.report_commits()
+            instructions = [*instructions, *within_quotas(self)]
+        if self.endings and isinstance(event, ev.Copied | ev.CopyFailed | ev.Unpinned):
+            if type(event) is not ev.Unpinned:
+                self.endings.copied(event.key)
+            instructions = [*instructions, *self.endings.released(event.key, self.pinned(event.key))]
+        return instructions
 
     def has(self, key: BlockKey, tier: Tier) -> bool:
         """Whether the block has a copy in the tier."""
@@ -94,6 +121,8 @@ class StoreMachine:
     # What workers do
 
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
+        if event.root in self.endings.roots:
+            return [ev.Free(key, location) for key, location in zip(event.keys, event.locations, strict=True)]
         instructions: list[ev.Instruction] = []
         run: list[BlockKey] = []
         run_parent: BlockKey | None = None
@@ -141,6 +170,8 @@ class StoreMachine:
                     self._weigh(key, self.blocks[key])
 
     def _recovered(self, event: ev.Recovered) -> list[ev.Instruction]:
+        if event.info.root in self.endings.roots:
+            return [ev.Free(event.info.key, event.location)]
         block = self.chains.add(*event.info)
         block.uses = max(block.uses, event.uses)
         if event.location.tier in block.copies:
@@ -161,10 +192,12 @@ class StoreMachine:
         for _, block in known:
             block.uses += 1
             block.used_below = True
+            self.used_bytes += next(iter(block.copies.values())).raw_bytes
         for tier, policy in self._policies.items():
             if here := [key for key, block in known if tier in block.copies]:
                 policy.use(here)
         self.shrinking.used([key for key, _ in known])
+        self.quotas.used(known)
         return self._promoted(known)
 
     def _bring_requested(self, event: ev.BringRequested) -> list[ev.Instruction]:
@@ -179,7 +212,7 @@ class StoreMachine:
         self.counts["off_device"] += 1
         if Tier.HOST in block.copies:
             return self._drop_copy(key, block, Tier.DEVICE)
-        block.leaving = Tier.DEVICE
+        self.quotas.leaves(block, Tier.DEVICE)
         return [self._copy(key, block, block.copies[Tier.DEVICE], Tier.HOST)]
 
     def _promoted(self, used: Sequence[tuple[BlockKey, Block]]) -> list[ev.Instruction]:
@@ -213,54 +246,14 @@ class StoreMachine:
 
     # Room
 
-    def _needed(self, event: ev.Needed) -> list[ev.Instruction]:
-        """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `last_block`.
-
-        The second spares only the blocks of that chain that would have no copy left.
-        """
-        tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
-        self._holds.expire(event.now_s)
-        chain = self.chains.to(event.last_block)
-        instructions: list[ev.Instruction] = []
-        if tier is Tier.HOST and event.shrink:
-            instructions += self._shrink(nbytes)
-            if self.shrinking.under_way:  # each compressed block will ask for its own, smaller room, and free more than that
-                return instructions
-        for is_second_pass in (False, True):
-            if nbytes <= 0:
-                break
-            spared = self._would_be_lost(chain, tier, queue_bytes) if is_second_pass else chain
-            for key in self._victims(tier, nbytes, self._protected(tier, spared), event.now_s, event.keys):
-                block = self.blocks[key]
-                location, fate = block.copies[tier], self._movement.fate(key, block, tier, queue_bytes)
-                nbytes -= location.stored_bytes
-                if fate is Fate.LEAVES:
-                    queue_bytes -= location.stored_bytes
-                    block.leaving = tier
-                    target = self._movement.target(key, block, tier)
-                    assert target is not None, "a block leaves for a tier that admits it"
-                    instructions.append(self._copy(key, block, location, target))
-                elif fate is Fate.FREED or key not in chain:
-                    self.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
-                    if fate is Fate.NOT_ADMITTED:
-                        self._movement.not_admitted(key)
-                    instructions += self._drop_copy(key, block, tier)
-        return instructions
-
     def _victims(
         self, tier: Tier, nbytes: int, protected: Container[BlockKey], now_s: float, incoming: Sequence[BlockKey] = ()
     ) -> list[BlockKey]:
         """Returns the blocks that the tier's policy would evict for `nbytes`. Policies know keys only as hashable values."""
         return cast("list[BlockKey]", self._policies[tier].victims(nbytes, protected, now_s, incoming))
 
-    def _would_be_lost(self, chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
-        """Returns the blocks of a chain in `tier` that have no other copy and would get none if evicted."""
-        here = ((key, self.blocks[key]) for key in chain if self.has(key, tier))
-        survives = (Fate.FREED, Fate.LEAVES)
-        return frozenset(key for key, block in here if self._movement.fate(key, block, tier, queue_bytes) not in survives)
-
-    def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "_Protected":
-        return _Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
+    def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "Protected":
+        return Protected(chain, self._holds if tier is Tier.HOST else (), self._pins, self.blocks)
 
     def _crowded(self, event: ev.Crowded) -> list[ev.Instruction]:
         chain, room = self.chains.to(event.last_block), len(self.blocks)
@@ -273,6 +266,16 @@ class StoreMachine:
                 for tier in sorted(self.blocks[key].copies):
                     instructions += self._drop_copy(key, self.blocks[key], tier)
         return instructions
+
+    def ranked(self, tier: Tier, now_s: float) -> list[BlockKey]:
+        """Returns the blocks of a tier in memory, as `EvictionPolicy.ranked`."""
+        self.report_commits()
+        return cast("list[BlockKey]", self._policies[tier].ranked(now_s)) if tier in self._policies else []
+
+    def _ending(self, event: ev.Ending) -> list[ev.Instruction]:
+        known = [(key, self.blocks[key]) for key in event.keys if key in self.blocks and Tier.DISK in self.tiers]
+        unsaved = [(key, block) for key, block in known if Tier.DISK not in block.copies and block.copying_to is None]
+        return [self._copy(key, block, block.best, Tier.DISK, 0) for key, block in unsaved if min(block.copies) in self._policies]
 
     def _unmounted(self, event: ev.Unmounted) -> list[ev.Instruction]:
         return self._unmount(event.slots, frozenset())
@@ -315,6 +318,7 @@ class StoreMachine:
         before, block.copies[Tier.HOST] = block.copies[Tier.HOST], location
         self.shrinking.done(key, location.stored_bytes)
         self.bytes_by_tier[Tier.HOST] += location.stored_bytes - before.stored_bytes
+        self.quotas.resized(key, block, before, location)
         self._policies[Tier.HOST].resize(key, location.stored_bytes)
         self.counts["shrunk"] += 1
         return [*([ev.Show(key, location)] if block.best is location else []), ev.Free(key, before)]
@@ -326,7 +330,8 @@ class StoreMachine:
             return self._shrunk(key, block, location)
         if block is None or block.copying_to is not tier:
             return [ev.Free(key, location)]  # the block was lost or committed again during the copy
-        leaving, block.leaving, block.copying_to = block.leaving, None, None
+        leaving, block.copying_to = block.leaving, None
+        self.quotas.leaves(block, None)
         if tier in block.copies:
             return [ev.Free(key, location)]
         self.counts["demoted" if tier > min(block.copies) else "promoted"] += 1
@@ -344,7 +349,8 @@ class StoreMachine:
             if event.target > min(block.copies):
                 self.counts["demote_failed"] += 1
                 block.refused = True  # when its room is needed again it is dropped instead
-            block.copying_to = block.leaving = None
+            block.copying_to = None
+            self.quotas.leaves(block, None)
         return []
 
     def _lost(self, event: ev.Lost) -> list[ev.Instruction]:
@@ -353,6 +359,25 @@ class StoreMachine:
             return []
         self.counts["lost"] += 1
         return self._drop_copy(event.key, block, event.location.tier)
+
+    def _ended(self, event: ev.Ended) -> list[ev.Instruction]:
+        self.endings.roots.update(event.roots)
+        instructions: list[ev.Instruction] = []
+        for key in reversed(event.keys):
+            block = self.blocks.get(key)
+            if block is None or block.root not in self.endings.roots:
+                continue
+            self.counts["ended"] += 1
+            is_copying, dropping = block.copying_to is not None, list[ev.Instruction]()
+            for tier in sorted(block.copies, reverse=True):  # the fastest copy last, so that readers are shown no other
+                dropping += self._drop_copy(key, block, tier)
+            in_use = is_copying or self.pinned(key)
+            instructions += self.endings.deferred(key, is_copying, dropping) if in_use else dropping
+        return instructions
+
+    def _reopened(self, event: ev.Reopened) -> list[ev.Instruction]:
+        self.endings.roots.difference_update(event.roots)
+        return []
 
     # Segments of the lower tiers
 
@@ -372,6 +397,7 @@ class StoreMachine:
             return [ev.Free(event.key, event.location)]  # its copy was dropped while it was rewritten
         self.counts["reinserted"] += 1
         self.bytes_by_tier[tier] += event.location.stored_bytes - there.stored_bytes
+        self.quotas.resized(event.key, block, there, event.location)
         block.copies[tier] = event.location
         block.used_below = False
         return [ev.Show(event.key, event.location)] if block.best is event.location else []
@@ -401,7 +427,10 @@ class StoreMachine:
 
     def _place(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
         tier = location.tier
+        if not block.copies:
+            block.tenant = self.quotas.tenant_of(block.root)
         block.copies[tier] = location
+        self.quotas.placed(key, block, location)
         block.refused = False
         if tier is Tier.CHECKPOINT:
             self._mounted[key] = None
@@ -420,7 +449,10 @@ class StoreMachine:
         `Hide` if none does, always comes before the `Free` of the old bytes.
         """
         was_best = min(block.copies) is tier
+        if block.leaving is tier:
+            self.quotas.leaves(block, None)
         location = block.copies.pop(tier)
+        self.quotas.dropped(key, block, location)
         self.bytes_by_tier[tier] -= location.stored_bytes
         self.blocks_by_tier[tier] -= 1
         if tier in self._policies:
@@ -449,37 +481,4 @@ class StoreMachine:
     def check(self) -> None:
         """Recompute every counter and every cross-reference, and compare."""
         self.report_commits()
-        for tier in Tier:
-            copies = [block.copies[tier] for block in self.blocks.values() if tier in block.copies]
-            assert not copies or tier in (*self.tiers, Tier.CHECKPOINT)
-            assert self.bytes_by_tier[tier] == sum(location.stored_bytes for location in copies)
-            assert self.blocks_by_tier[tier] == len(copies)
-            assert all(location.tier is tier for location in copies)
-        assert all(block.copies for block in self.blocks.values())
-        assert self._mounted.keys() == {key for key, block in self.blocks.items() if Tier.CHECKPOINT in block.copies}
-        assert all(count > 0 for count in self._pins.values())
-        for tier, policy in self._policies.items():
-            here = [key for key, block in self.blocks.items() if tier in block.copies]
-            assert len(policy) == len(here)
-            assert all(key in policy for key in here)
-            policy.check()
-        self._movement.check()
-        self._holds.check()
-        self.chains.check()
-        in_host = {key: block.copies[Tier.HOST] for key, block in self.blocks.items() if Tier.HOST in block.copies}
-        self.shrinking.check({key: each.stored_bytes for key, each in in_host.items() if each.stored_bytes == each.raw_bytes})
-        assert all(self.blocks[key].copying_to is Tier.HOST for key in self.shrinking.under_way)
-        assert all(self.has(key, Tier.HOST) for key in self.blocks if self.held(key))
-
-
-class _Protected(Container[BlockKey]):
-    """Blocks that must not leave a tier now: blocks of the growing chain, held for a worker, being copied, or being read."""
-
-    def __init__(
-        self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]
-    ) -> None:
-        self._chain, self._held, self._pins, self._blocks = chain, held, pins, blocks
-
-    def __contains__(self, key: object) -> bool:
-        stays = key in self._chain or key in self._held or key in self._pins
-        return stays or self._blocks[key].copying_to is not None  # type: ignore[index]
+        check_machine(self)

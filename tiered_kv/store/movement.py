@@ -42,7 +42,7 @@ class Block:
     `copying_to`: the tier that it is being copied to. `leaving`: the tier whose copy is dropped once that copy is complete.
     `refused`: the last attempt to copy it to a lower tier failed. `used_below`: it was used since it was written to a lower tier.
     `depth`: its number of ancestors, None if unknown. `linked`: whether its depth fits the depth of `parent`; until then
-    `parent` is only a claim (see `chains`).
+    `parent` is only a claim (see `chains`). `tenant`: whose it is, "" if unknown.
     """
 
     parent: BlockKey | None
@@ -55,6 +55,7 @@ class Block:
     leaving: Tier | None = None
     refused: bool = False
     used_below: bool = False
+    tenant: str = ""
 
     @property
     def link(self) -> BlockKey | None:

@@ -79,6 +79,11 @@ class LogTier(StorageTier):
     def max_frame_bytes(self) -> int:
         """Size of the largest frame that the tier can ever take."""
 
+    @property
+    @abstractmethod
+    def next_segment(self) -> int:
+        """The number of the next segment. Every block that was written so far is in a segment with a lower number."""
+
     @abstractmethod
     def append(self, records: Sequence[Record]) -> list[AppendResult]:
         """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read."""

@@ -60,7 +60,7 @@ def test_opaque_blocks_are_restored_beside_others(repository, nodes: int) -> Non
     assert repository.verify() == []
     assert len(manifest.rows) == 2 * COUNT
     by_root = {model.root: model for model in manifest.models}
-    assert (by_root[ROOT].layout, by_root[ROOT].namespace) == (OPAQUE, asdict(NAMESPACE))
+    assert (by_root[ROOT].layout, by_root[ROOT].namespace) == (OPAQUE, NAMESPACE.as_fields())
     assert by_root[NAMESPACE.root(WHOLE)].layout == WHOLE
     with cluster_of(nodes) as cluster:
         assert restored(cluster, repository, manifest).host == 2 * COUNT

@@ -42,7 +42,7 @@ def rank_of(rank: int, world: int, namespace: Namespace = NAMESPACE) -> tuple[Na
 
 def model_of(rank: int, world: int, namespace: Namespace = NAMESPACE) -> Model:
     ours, layout = rank_of(rank, world, namespace)
-    return Model(ours.root(layout), layout, "tiny", asdict(ours))
+    return Model(ours.root(layout), layout, "tiny", ours.as_fields())
 
 
 def rows_of(rank: int, world: int, ids=IDS, namespace: Namespace = NAMESPACE, hits: int = 0) -> list[Row]:

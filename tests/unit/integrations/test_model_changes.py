@@ -215,7 +215,7 @@ def test_a_client_with_a_fixed_namespace_serves_only_its_first_state():
     assert_as_plain(cached, 0)
 
 
-def test_callers_epochs_are_shared_and_random_epochs_are_not(served):
+def test_a_callers_epochs_are_shared_until_the_weight_epoch_is_raised(served):
     model, other = tiny(), tiny()
     cached = served(model)
     second = CachedModel(other, cached.client)
@@ -226,12 +226,15 @@ def test_callers_epochs_are_shared_and_random_epochs_are_not(served):
     assert_as_plain(cached, 0)
     layer(other).self_attn.k_proj.weight.data.mul_(2)
     assert_as_plain(second, 3 * BLOCK)
-    numbers = {cached.client.new_epoch() for _ in range(3)}
-    assert len(numbers) == 3
-    assert all(0 <= number < 1 << 63 for number in numbers)
+    cached.client.new_epoch(8)
     assert_as_plain(cached, 0)
     cached.client.new_epoch(7)
     assert_as_plain(cached, 3 * BLOCK)
+    numbers = [cached.client.new_epoch() for _ in range(3)]
+    assert numbers == sorted({*numbers})
+    for number in (8, 7):
+        cached.client.new_epoch(number)
+        assert_as_plain(cached, 0)
 
 
 # --- changes that are detected when a namespace is created

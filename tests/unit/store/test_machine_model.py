@@ -107,6 +107,12 @@ class MachineModel(RuleBasedStateMachine):
         assert len(gone) <= count
         assert not gone & self.chain_to(last_block)
 
+    @rule(numbers=st.lists(NUMBERS, max_size=4))
+    def end_soon(self, numbers: list[int]) -> None:
+        shown = dict(self.world.shown)
+        self.tell(ev.Ending([key_of(number) for number in numbers]))
+        assert self.world.shown == shown, "blocks stay where they are"
+
     @precondition(lambda self: self.world.copies)
     @rule(data=st.data())
     def finish_a_copy(self, data) -> None:

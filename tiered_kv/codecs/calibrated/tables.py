@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.unpacking import unpacked
 
 MAGIC = b"TKVC"
 VERSION = 1
@@ -189,7 +190,7 @@ class Calibration:
 
     @classmethod
     def _unpacked(cls, packed: memoryview, data: memoryview) -> Self:
-        meta = msgpack.unpackb(packed)
+        meta = unpacked(packed)
         tables: dict[str, dict[str, torch.Tensor]] = {"ecuq": {}, "xlayer": {}}
         at = 0
         for name, (dtype, shape) in meta.pop("arrays").items():

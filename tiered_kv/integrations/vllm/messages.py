@@ -31,7 +31,8 @@ class Handshake(KVConnectorHandshakeMetadata):
 class RequestBlocks:
     """Consecutive blocks of a request: vLLM's `hashes`, the hash `before` them, and their numbers in vLLM's KV cache.
 
-    `scope`: what must be equal besides the namespace: epoch and adapter. `depth`: the number of blocks before them.
+    `scope`: what must be equal besides the namespace: epoch and adapter. `depth`: the number of blocks before them. `weight_epoch`: the
+    cluster's, for which they were planned. Once the workers' client has another one, they are neither loaded nor stored.
     """
 
     request: str
@@ -40,11 +41,12 @@ class RequestBlocks:
     before: bytes | None
     depth: int
     blocks: list[int]
+    weight_epoch: int = 0
 
     def chain(self, root: BlockKey) -> Chain:
         """Returns the chain of the keys of these blocks under a rank's root."""
         parent = None if self.before is None else keys_of(root, self.scope, [self.before])[0]
-        return Chain(keys_of(root, self.scope, self.hashes), parent, self.depth)
+        return Chain(keys_of(root, self.scope, self.hashes), parent, self.depth, root)
 
 
 def keys_of(root: BlockKey, scope: bytes, hashes: Sequence[bytes]) -> list[BlockKey]:

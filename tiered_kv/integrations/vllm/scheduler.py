@@ -56,7 +56,10 @@ class Scheduler:
         self._can_load = config.kv_transfer_config.is_kv_consumer
         self._can_store = config.kv_transfer_config.is_kv_producer
         self._client: PageClient | None = None
+        self._ranks: list[tuple[Namespace, OpaqueLayout]] = []
         self._roots: list[BlockKey] = []
+        self._root = b""
+        self._weight_epoch = 0
         self._epoch = settings.epoch
         self._resets = 0
         self._number = 0
@@ -84,14 +87,28 @@ class Scheduler:
             return
         layouts = [OpaqueLayout(**each.layout) for each in ranks]
         namespaces = [Namespace(**each.namespace) for each in ranks]
-        roots = [namespace.root(layout) for namespace, layout in zip(namespaces, layouts, strict=True)]
-        self._roots = list(dict.fromkeys(roots))
         if len({layout.block_bytes for layout in layouts}) > 1:
             log.warning("tiered_kv: the ranks have blocks of different sizes, so nothing is shared")
-            self._roots = []
             return
+        self._ranks = list(zip(namespaces, layouts, strict=True))
         self._client = self._attach(layouts[0], namespaces[0])
+        self._learn_roots()
         self._asker.client = self._client
+
+    def _learn_roots(self) -> None:
+        """Compute the ranks' roots for the cluster's present weight epoch."""
+        assert self._client is not None
+        self._root, self._weight_epoch = self._client.root, self._client.weight_epoch
+        roots = [self._client.filled(namespace).root(layout) for namespace, layout in self._ranks]
+        self._roots = list(dict.fromkeys(roots))
+
+    def _follow(self) -> None:
+        """Forget all blocks if the cluster's weight epoch was raised. Requests that run now have KV of the former weights. No call."""
+        if self._client is not None and self._client.root != self._root:
+            log.info("tiered_kv: the cluster's weight epoch was raised, so blocks of the former weights are forgotten")
+            self._learn_roots()
+            self._known_keys.clear()
+            self._forget_all()
 
     # Look-up
 
@@ -100,6 +117,7 @@ class Scheduler:
 
         The number is None while other nodes are asked.
         """
+        self._follow()
         self._offers.pop(request.request_id, None)
         scope = self._scope(request)
         if self._client is None or scope is None or not self._can_load or request.request_id in self._failed:
@@ -209,6 +227,7 @@ class Scheduler:
 
     def stores_of(self, output: Any) -> list[RequestBlocks]:
         """Returns the blocks that the scheduled step completes."""
+        self._follow()
         computed = {each.req_id: each.num_computed_tokens for each in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         for name, tokens, new in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
@@ -247,7 +266,7 @@ class Scheduler:
         hashes = tracked.request.block_hashes
         before = bytes(hashes[start - 1]) if start else None
         named = [bytes(each) for each in hashes[start:end]]
-        return RequestBlocks(tracked.request.request_id, scope, named, before, start, tracked.blocks[start:end])
+        return RequestBlocks(tracked.request.request_id, scope, named, before, start, tracked.blocks[start:end], self._weight_epoch)
 
     # Results
 
@@ -304,6 +323,9 @@ class Scheduler:
         if self._settings.on_reset == "keep":
             return
         self._epoch = secrets.randbits(63)
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         self._resets += 1
         self._offers.clear()
         self._old.update(self._requests)

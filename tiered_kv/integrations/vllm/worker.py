@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from tiered_kv.client.page_client import PageClient
+from tiered_kv.client.page_client import Chain, PageClient
 from tiered_kv.client.page_copy import pages_of
 from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
 from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport
@@ -61,14 +61,13 @@ class Worker:
         begun_s = time.monotonic()
         self.namespace = namespace_of(self._config, tenant=self._settings.tenant, rank=self._rank, world=self._world)
         self._pages = pages_of(arrays)
-        self._root = self.namespace.root(self.layout)
         self._client = self._attach(self.layout, self.namespace)
         log.info(
             "tiered_kv shares blocks of %d tokens and %d bytes of %s under the root %s (identity read in %.2f s)",
             tokens,
             self.layout.block_bytes,
             self.layout.description,
-            self._root.hex()[:12],
+            self._client.root.hex()[:12],
             time.monotonic() - begun_s,
         )
 
@@ -117,7 +116,10 @@ class Worker:
         begun_s, wait_s = time.perf_counter(), self._settings.store_wait_ms / 1000
         for blocks in step.stores:
             left_s = max(wait_s - (time.perf_counter() - begun_s), 0.0)
-            stored = self._client.store(blocks.chain(self._root), self._pages, blocks.blocks, wait_s=left_s)
+            chain = self._chain(self._client, blocks)
+            if chain is None:
+                continue  # the engine may have computed them with former weights
+            stored = self._client.store(chain, self._pages, blocks.blocks, wait_s=left_s)
             with self._lock:
                 self._counts["stored_blocks"] += stored.new
                 self._counts["refused_blocks"] += stored.refused
@@ -125,6 +127,12 @@ class Worker:
                 self._stored += blocks.hashes
         with self._lock:
             self._counts["store_seconds"] += time.perf_counter() - begun_s
+
+    @staticmethod
+    def _chain(client: PageClient, blocks: RequestBlocks) -> Chain | None:
+        """Returns the chain of blocks; None if the weight epoch was raised since they were planned."""
+        root = client.root  # before the epoch, so that it is not the root of a later one
+        return blocks.chain(root) if client.weight_epoch == blocks.weight_epoch else None
 
     def finished(self) -> set[str]:
         """Returns the requests whose waiting loads have ended since the last call."""
@@ -174,13 +182,11 @@ class Worker:
         """Load blocks. Returns the numbers of those that could not be loaded. Never raises. `since_s`: when the request began to wait."""
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
         try:
-            if self._client is not None:
+            if self._client is not None and (chain := self._chain(self._client, blocks)) is not None:
                 deadline_s = self._settings.load_deadline_ms / 1000 or self._client.deadline_s
                 if since_s is not None:  # what is in this machine's memory is loaded in any case
                     deadline_s = max(deadline_s - (begun_s - since_s), 0.0)
-                done, by_tier = self._client.load(
-                    blocks.chain(self._root), self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call
-                )
+                done, by_tier = self._client.load(chain, self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call)
         except Exception:  # noqa: BLE001 - named boundary: a block that is not reported would be taken for loaded
             log.exception("tiered_kv: a load ended with an error, so its blocks are computed")
         with self._lock:

@@ -7,6 +7,7 @@ from typing import Protocol
 from tiered_kv.blocks import Location
 from tiered_kv.config import Config
 from tiered_kv.keys import BlockKey
+from tiered_kv.node.admission.epochs import NodeEpochs
 from tiered_kv.node.storage import NodeStorage
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.store.engine import Engine
@@ -18,6 +19,7 @@ class CheckpointHost(Protocol):
     config: Config
     engine: Engine
     storage: NodeStorage
+    epochs: NodeEpochs
 
     def running(self) -> AbstractContextManager[None]:
         """Hold the engine's lock while the node is running. Raises (kind `transport`) if it is closed."""

@@ -7,7 +7,7 @@ memory and then to disk, until each is filled to `FILLED_SHARE`. It evicts nothi
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from tiered_kv.node.checkpoints.writer import Pace, outcome_of, stand_back
 from tiered_kv.node.compression import BlockData
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import LoadStats
+from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import Room
 from tiered_kv.threads import DaemonThreads
@@ -107,7 +108,7 @@ class CheckpointLoader:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
             first = self._storage.mounted.mount(store, request.packs)
-            self.models |= request.models
+            self._learn(request.models)
             admits = self._storage.allowance.admits
             allowed = [each for each in request.blocks if admits(each.key, each.info.root, each.location.codec, None)]
             too_lossy = len(request.blocks) - len(allowed)
@@ -117,6 +118,12 @@ class CheckpointLoader:
         self._node.report()
         return len(mounted)
 
+    def _learn(self, models: Mapping[BlockKey, dict[str, Any]]) -> None:
+        """Take over a checkpoint's descriptions of models, and the weight epochs that they name."""
+        self.models |= models
+        for root, message in models.items():
+            self._node.epochs.learn(root, ModelInfo.of_message(message).known_namespace())
+
     def _add_to_index(self, blocks: Sequence[MountedBlock], first: int) -> list[MountedBlock]:
         """Make blocks hits until the index is full. Returns those that are. `first`: the number of the mount's first pack."""
         room, mounted = self.capacity().blocks, []
@@ -125,6 +132,8 @@ class CheckpointLoader:
                 known = self._node.engine.machine.blocks
                 events = []
                 for each in blocks[start : start + _EVENTS_AT_ONCE]:
+                    if self._node.epochs.is_closed(each.info.root):
+                        continue
                     room -= each.key not in known
                     if room < 0:
                         break
@@ -148,7 +157,7 @@ class CheckpointLoader:
         with self._lock:
             self._check_idle()
             store = open_store(request.url, setting="url", create=False, environ=request.credentials or None)
-            self.models |= request.models
+            self._learn(request.models)
             resharder = Resharder(self._storage.mounted, self._storage.mounted.mount(store, request.packs))
             batches = (_LoadBatch(*each) for each in resharder.batches(request.blocks, self._is_missing))
             job = self._job = _LoadJob([each.block for each in request.blocks], batches)

@@ -50,7 +50,7 @@ class PeerFigures:
             self._sums.update(blocks=blocks, bytes=nbytes)
 
     def located(self) -> None:
-        """Count a look-up in the directory over its socket."""
+        """Count a look-up in the directory over its socket. Its last failure is over."""
         with self._lock:
             self._sums["located"] += 1
             if COORDINATOR in self._pairs:

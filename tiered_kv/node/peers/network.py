@@ -6,7 +6,7 @@ Where no stream can be had, the other link does the same work: Ray, or direct ca
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tiered_kv.keys import BlockKey
@@ -15,6 +15,7 @@ from tiered_kv.node.peers.figures import PeerFigures
 from tiered_kv.node.peers.lookups import Lookups
 from tiered_kv.node.peers.streams import Streams
 from tiered_kv.node.peers.transfer import StreamTransfer
+from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_listener import PeerListener
@@ -76,6 +77,12 @@ class StreamLink:
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._other.probe(root, known, probe)
+
+    def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
+        return self._other.raise_epoch(families, keep)
+
+    def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
+        return self._other.spread(nodes, epochs, within_s)
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         address = self._stream_address(node)

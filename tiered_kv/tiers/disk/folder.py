@@ -157,7 +157,7 @@ def _facts_of(path: Path) -> _OwnerFile:
     try:
         facts = json.loads((path / "owner").read_text())
         return _OwnerFile(facts["format"], facts["owner"], facts.get("store"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _OwnerFile()
 
 

@@ -81,6 +81,10 @@ def store_tag(secret: str) -> bytes:
     return blake2b(b"tiered-kv segments", key=key, digest_size=TAG_BYTES).digest()
 
 
+ROWS_MAX = 1 << 22
+"""The most frames of a segment or pack whose footer is read: half a gigabyte of rows."""
+
+
 def footer_bytes(rows: int) -> int:
     """Returns the bytes of the footer of a segment with `rows` frames."""
     return rows * ROW_BYTES + TRAILER_BYTES
@@ -125,11 +129,12 @@ def pack_trailer(rows: bytes, tag: bytes, segment: int, rows_offset: int) -> byt
 
 
 def unpack_trailer(view: memoryview) -> Trailer | None:
-    """Unpack the last bytes of a file, without verifying them. Returns None if they are not a trailer."""
+    """Unpack the last bytes of a file, without verifying them. Returns None if they are no trailer of at most ROWS_MAX frames."""
     if len(view) != TRAILER_BYTES:
         return None
     magic, *facts = _TRAILER.unpack(view[: _TRAILER.size])
-    return Trailer(*facts) if magic == _TRAILER_MAGIC else None
+    trailer = Trailer(*facts) if magic == _TRAILER_MAGIC else None
+    return trailer if trailer is not None and trailer.rows <= ROWS_MAX else None
 
 
 def is_footer(trailer: memoryview, rows: memoryview) -> bool:

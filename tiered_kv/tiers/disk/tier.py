@@ -94,6 +94,10 @@ class DiskTier(LogTier):
         self._next_id = max(self._folder.inherited, default=0) + 1
 
     @property
+    def next_segment(self) -> int:
+        return self._next_id
+
+    @property
     def max_frame_bytes(self) -> int:
         """Size of the largest frame that the tier can ever take."""
         file_bytes = (self._append_limit_bytes - _FOLDER_BYTES) // PAGE_BYTES * PAGE_BYTES

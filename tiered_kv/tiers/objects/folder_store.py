@@ -53,7 +53,9 @@ class FolderStore(ObjectStore):
 
     def get(self, name: str) -> memoryview:
         try:
-            return memoryview((self.folder / name).read_bytes())
+            with (self.folder / name).open("rb") as file:
+                self.check_size(name, os.fstat(file.fileno()).st_size)
+                return memoryview(file.read())
         except OSError as error:
             raise self._unreadable(name, error) from error
 

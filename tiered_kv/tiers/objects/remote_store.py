@@ -53,7 +53,9 @@ class RemoteStore(ObjectStore):
 
     def get(self, name: str) -> memoryview:
         with self._naming(f"get {name}", object=name):
-            return memoryview(self._obstore.get(self._open(self._writing), name).bytes())
+            found = self._obstore.get(self._open(self._writing), name)
+            self.check_size(name, found.meta["size"])
+            return memoryview(found.bytes())
 
     def get_range(self, name: str, offset: int, nbytes: int) -> memoryview:
         with self._naming(f"get {name} at byte {offset}", object=name):

@@ -15,6 +15,10 @@ def role_of(setting: str) -> str:
     return OBJECTS if setting == OBJECTS else CHECKPOINT
 
 
+OBJECT_BYTES_MAX = 2 << 30
+"""The largest object that is read at once, such as the manifest of ten million blocks. Packs are read in ranges."""
+
+
 class ObjectStore(ABC):
     """Objects by name below one URL. Thread-safe. Failures raise `TieredKVError` of kind `storage` that names the store's setting.
 
@@ -62,6 +66,12 @@ class ObjectStore(ABC):
     def failed(self, doing: str, reason: object, **context: object) -> TieredKVError:
         """Returns the error for an operation that failed."""
         return TieredKVError(Kind.STORAGE, f"{role_of(self.setting)}: {self.url} {doing}: {reason}", setting=self.setting, **context)
+
+    def check_size(self, name: str, nbytes: int) -> None:
+        """Raise (kind `corrupt`) if an object is too large to be read at once."""
+        if nbytes > OBJECT_BYTES_MAX:
+            message = f"{role_of(self.setting)}: {self.url} {name} must be at most {OBJECT_BYTES_MAX} bytes, got {nbytes}"
+            raise TieredKVError(Kind.CORRUPT, message, object=name)
 
     def short(self, name: str, offset: int, nbytes: int, found: int) -> TieredKVError:
         """Returns the error for an object that ends before the requested range does."""

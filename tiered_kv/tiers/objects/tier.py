@@ -89,6 +89,10 @@ class ObjectsTier(LogTier):
         self._closed = False
 
     @property
+    def next_segment(self) -> int:
+        return self._next
+
+    @property
     def max_frame_bytes(self) -> int:
         return min(MAX_FRAME_BYTES, self._capacity_bytes - footer_bytes(1))
 

@@ -293,7 +293,7 @@ def subprocess_node(settings: dict) -> Iterator[dict]:
 @contextmanager
 def two_nodes(host: str, log: LogLine) -> Iterator[list[dict]]:
     """Start two nodes on a new Ray cluster, and stop them at the end. Yields their infos."""
-    from tiered_kv.cluster import start
+    from tiered_kv.cluster import start, stop
 
     name = f"bench-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="tkv-bench-") as state, _variable("TIERED_KV_STATE", state):
@@ -302,7 +302,7 @@ def two_nodes(host: str, log: LogLine) -> Iterator[list[dict]]:
             infos = sorted(start.describe(name)["nodes"], key=lambda node: node["node"])
             yield infos
         finally:
-            start.down(name, log=log)
+            stop.down(name, log=log)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tiered_kv.cluster import start, status
+from tiered_kv.cluster import start, status, stop
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tools.demo import report, workload
@@ -53,7 +53,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     name = f"demo-{os.getpid()}"
     with ExitStack() as stack:
         start.up(config, name=name, nodes=options.nodes, log=console.print)
-        stack.callback(start.down, name)
+        stack.callback(stop.down, name)
         with _Processes(options, model, name, console) as processes:
             requests = _ask(options, processes, asked, prompts, console)
             about = processes.about

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tiered_kv.cluster import start, status
+from tiered_kv.cluster.stop import down
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tools.demo import report, workload
@@ -50,7 +51,7 @@ def run_vllm_demo(options: "DemoOptions", config: Config, console: Console) -> d
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tkv-demo-"))
         stack.enter_context(_own_state(folder))
         start.up(config, name=name, nodes=options.nodes, log=console.print)
-        stack.callback(start.down, name)
+        stack.callback(down, name)
         nodes = [node["node"] for node in start.describe(name)["nodes"]]
         longest = max(map(len, prompts)) + options.new_tokens
         servers = _started(stack, options, model, (name, nodes), Path(folder), longest)

@@ -1,0 +1,106 @@
+"""Raises weight epochs and purges namespaces on all nodes of a cluster, through Ray."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from tiered_kv.actors.names import NAMESPACE, coordinator_name
+from tiered_kv.cluster import start
+from tiered_kv.cluster.node_calls import calls_to
+from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.protocol.epochs import EVERY, Epoch
+from tiered_kv.protocol.messages import NamespaceStats
+from tiered_kv.protocol.peer_transport import Ask
+
+PURGE_WITHIN_S = 60.0
+
+
+class Change(NamedTuple):
+    """What an epoch or a purge did. `namespaces`: those it concerns, [] for all. `by_node`: each node's answer, an error if none came.
+
+    `number`: the new epoch; 0 after a purge.
+    """
+
+    namespaces: list[NamespaceStats]
+    by_node: dict[str, Any]
+    number: int = 0
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """Returns by node why it did not confirm the change."""
+        return {node: str(answer) for node, answer in self.by_node.items() if isinstance(answer, TieredKVError)}
+
+
+def new_epoch(name: str, wanted: Sequence[str], *, keep: bool) -> Change:
+    """Raise the epoch of the namespaces that `wanted` names (of all, without any). This process must have joined the cluster's Ray.
+
+    Raises (kind `cluster`), with nothing changed, if the coordinator does not answer; (kind `config`) if nothing has such a name.
+    """
+
+    def raise_epoch(families: list[bytes]) -> tuple[list[Epoch], list[str]]:
+        return _coordinator(name, lambda actor: actor.raise_epoch.remote(families, keep))
+
+    return raise_on(nodes_of(name), calls_to(name), raise_epoch, wanted)
+
+
+def raise_on(
+    nodes: Sequence[str], ask: Ask, raise_epoch: Callable[[list[bytes]], tuple[list[Epoch], list[str]]], wanted: Sequence[str]
+) -> Change:
+    """As `new_epoch`. `raise_epoch` is the coordinator's; `ask` calls the nodes."""
+    namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted) if wanted else []
+    raised, listed = raise_epoch([bytes.fromhex(each["family"]) for each in namespaces] or [EVERY])
+    answers = ask(sorted({*nodes, *listed}), "adopt_epochs", raised)
+    return Change(namespaces, answers, raised[0].number)
+
+
+def purge(name: str, wanted: Sequence[str]) -> Change:
+    """Drop all blocks of the namespaces that `wanted` names, on all nodes. Their epochs stay. Raises as `new_epoch`."""
+    return purge_on(nodes_of(name), calls_to(name, PURGE_WITHIN_S), wanted)
+
+
+def purge_on(nodes: Sequence[str], ask: Ask, wanted: Sequence[str]) -> Change:
+    """As `purge`. No node admits such blocks before all that answer have dropped theirs, so none can come back from a peer."""
+    namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted)
+    families = [bytes.fromhex(each["family"]) for each in namespaces]
+    answers = ask(nodes, "purge", families)
+    ask([node for node, answer in answers.items() if not isinstance(answer, TieredKVError)], "end_purge", families)
+    return Change(namespaces, answers)
+
+
+def nodes_of(name: str) -> list[str]:
+    """Returns the ids of all nodes that Ray or the coordinator knows, also of those that are lost."""
+    about = start.describe(name)
+    return sorted({*start.nodes_of(name), *(node["node"] for node in about["nodes"]), *about.get("lost", {})})
+
+
+def known_namespaces(stats: Iterable[Any]) -> list[NamespaceStats]:
+    """Returns the namespaces in the statistics of several nodes, without duplicates. Errors in place of statistics are left out."""
+    found = {each["family"]: each for node in stats if not isinstance(node, TieredKVError) for each in node["namespaces"]}
+    return [found[family] for family in sorted(found)]
+
+
+def chosen(namespaces: Sequence[NamespaceStats], wanted: Iterable[str]) -> list[NamespaceStats]:
+    """Returns the namespaces whose tenant is one of these texts, or whose weights' name or family begins with one.
+
+    Raises (kind `config`) for a text that names none.
+    """
+    found: dict[str, NamespaceStats] = {}
+    for text in wanted:
+        named = [each for each in namespaces if text and (text == each["tenant"] or each["weights"].startswith(text))]
+        named += [each for each in namespaces if text and each["family"].startswith(text)]
+        if not named:
+            known = ", ".join(f"{each['weights'][:12]!r} of tenant {each['tenant']} ({each['family'][:12]})" for each in namespaces)
+            raise TieredKVError(
+                Kind.CONFIG, f"namespace: no namespace here has the name {text!r}; known are: {known or 'none'}", setting="namespace"
+            )
+        found |= {each["family"]: each for each in named}
+    return list(found.values())
+
+
+def _coordinator(name: str, call: Callable[[Any], Any]) -> Any:
+    import ray
+
+    try:
+        return ray.get(call(ray.get_actor(coordinator_name(name), NAMESPACE)), timeout=start.ANSWER_WITHIN_S)
+    except (ValueError, ray.exceptions.RayError) as error:
+        message = f"the coordinator of cluster {name!r} does not answer ({type(error).__name__}), so nothing was changed"
+        raise TieredKVError(Kind.CLUSTER, message, name=name) from error

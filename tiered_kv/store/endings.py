@@ -1,0 +1,58 @@
+"""Roots below which no block may be added: their weights have ended, or they are being purged.
+
+Bytes of their dropped blocks may still be in use.
+"""
+
+from collections.abc import Iterable
+
+from tiered_kv.blocks import Location
+from tiered_kv.keys import BlockKey
+from tiered_kv.store import events as ev
+
+
+class Late:
+    """The bytes in memory of a dropped block that a copy or a reader still uses. `is_copying`: whether a copy has not ended."""
+
+    def __init__(self, is_copying: bool) -> None:
+        self.is_copying = is_copying
+        self.locations: list[Location] = []
+
+
+class Endings:
+    """The `roots` that have ended. Bytes of their blocks are freed once no copy reads them and no reader has pinned the block."""
+
+    def __init__(self) -> None:
+        self.roots: set[BlockKey] = set()
+        self._late: dict[BlockKey, Late] = {}
+
+    def __bool__(self) -> bool:
+        """Whether bytes of dropped blocks are still in use."""
+        return bool(self._late)
+
+    def deferred(self, key: BlockKey, is_copying: bool, dropping: Iterable[ev.Instruction]) -> list[ev.Instruction]:
+        """Returns the instructions that drop a block, without freeing memory of it that is in use. `released` frees that later."""
+        late = self._late.setdefault(key, Late(is_copying))
+        now: list[ev.Instruction] = []
+        for each in dropping:
+            if isinstance(each, ev.Free) and each.location.tier in ev.IN_MEMORY:
+                late.locations.append(each.location)
+            else:
+                now.append(each)
+        return now
+
+    def copied(self, key: BlockKey) -> None:
+        """Note that the copy of a dropped block has ended."""
+        if key in self._late:
+            self._late[key].is_copying = False
+
+    def released(self, key: BlockKey, is_pinned: bool) -> list[ev.Instruction]:
+        """Returns the instructions that free a dropped block's bytes if nothing uses them any more."""
+        late = self._late.get(key)
+        if late is None or late.is_copying or is_pinned:
+            return []
+        del self._late[key]
+        return [ev.Free(key, location) for location in late.locations]
+
+    def offsets(self) -> list[int]:
+        """Returns the offsets in host memory of the bytes that are still in use."""
+        return [each.offset for late in self._late.values() for each in late.locations if each.tier is ev.IN_MEMORY[-1]]

@@ -1,0 +1,91 @@
+"""Evicts blocks from a tier whose room is needed, or of a tenant that is above its quota. What the machine does, apart from its state."""
+
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
+
+from tiered_kv.blocks import Tier
+from tiered_kv.keys import BlockKey
+from tiered_kv.store import events as ev
+from tiered_kv.store.movement import Fate
+from tiered_kv.store.quotas import Share
+
+if TYPE_CHECKING:
+    from tiered_kv.store.machine import StoreMachine
+
+
+def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
+    """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `last_block`.
+
+    The second spares only the blocks of that chain that would have no copy left.
+    """
+    tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
+    machine._holds.expire(event.now_s)
+    chain = machine.chains.to(event.last_block)
+    instructions: list[ev.Instruction] = []
+    if tier is Tier.HOST and event.shrink:
+        instructions += machine._shrink(nbytes)
+        if machine.shrinking.under_way:  # each compressed block will ask for its own, smaller room, and free more than that
+            return instructions
+    for is_second_pass in (False, True):
+        if nbytes <= 0:
+            break
+        spared = _would_be_lost(machine, chain, tier, queue_bytes) if is_second_pass else chain
+        victims = machine._victims(tier, nbytes, machine._protected(tier, spared), event.now_s, event.keys)
+        nbytes -= sum(machine.blocks[key].copies[tier].stored_bytes for key in victims)
+        evicted, queue_bytes = _evict(machine, victims, tier, queue_bytes, chain)
+        instructions += evicted
+    return instructions
+
+
+def _evict(
+    machine: "StoreMachine", victims: Sequence[BlockKey], tier: Tier, queue_bytes: float, spared: Container[BlockKey] = ()
+) -> tuple[list[ev.Instruction], float]:
+    """Free blocks' copies in a tier in memory, after copying them to a lower tier where that is worth it. Never drops the `spared`.
+
+    Returns the instructions, and how much of `queue_bytes` is left.
+    """
+    instructions: list[ev.Instruction] = []
+    for key in victims:
+        block = machine.blocks[key]
+        location, fate = block.copies[tier], machine._movement.fate(key, block, tier, queue_bytes)
+        if fate is Fate.LEAVES:
+            queue_bytes -= location.stored_bytes
+            machine.quotas.leaves(block, tier)
+            target = machine._movement.target(key, block, tier)
+            assert target is not None, "a block leaves for a tier that admits it"
+            instructions.append(machine._copy(key, block, location, target))
+        elif fate is Fate.FREED or key not in spared:
+            machine.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
+            if fate is Fate.NOT_ADMITTED:
+                machine._movement.not_admitted(key)
+            instructions += machine._drop_copy(key, block, tier)
+    return instructions, queue_bytes
+
+
+def limited(machine: "StoreMachine", event: ev.Limited) -> list[ev.Instruction]:
+    """Evict blocks of a tenant that is about to exceed its quota."""
+    return _evict_own(machine, (event.tenant, event.tier), event.nbytes, machine.chains.to(event.last_block), event.now_s)
+
+
+def within_quotas(machine: "StoreMachine") -> list[ev.Instruction]:
+    """Evict blocks of tenants that are above their quotas: their own, and nobody else's."""
+    instructions: list[ev.Instruction] = []
+    for share in machine.quotas.exceeded():
+        instructions += _evict_own(machine, share, -(machine.quotas.room(*share) or 0), (), 0.0)
+    return instructions
+
+
+def _evict_own(machine: "StoreMachine", share: Share, nbytes: int, chain: Container[BlockKey], now_s: float) -> list[ev.Instruction]:
+    tier = share[1]
+    victims = machine.quotas.victims(share, nbytes, machine._protected(tier, chain), now_s)
+    machine.counts["over_quota"] += len(victims)
+    if tier in machine._policies:
+        return _evict(machine, victims, tier, machine.quotas.queue_bytes(share), chain)[0]
+    return [each for key in victims for each in machine._drop_copy(key, machine.blocks[key], tier)]
+
+
+def _would_be_lost(machine: "StoreMachine", chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
+    """Returns the blocks of a chain in `tier` that have no other copy and would get none if evicted."""
+    here = ((key, machine.blocks[key]) for key in chain if machine.has(key, tier))
+    survives = (Fate.FREED, Fate.LEAVES)
+    return frozenset(key for key, block in here if machine._movement.fate(key, block, tier, queue_bytes) not in survives)
