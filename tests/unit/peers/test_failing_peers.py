@@ -174,6 +174,9 @@ def test_a_peer_of_another_secret_or_cluster_gets_no_request_and_the_other_link_
     reason = "cluster" if own.cluster_id == "other" else "secret"
     assert pair(cluster)["failures"] == {reason: 1}
     assert bad.asked == 0
+    deadline_s = time.monotonic() + 10
+    while not bad.listener.refusals and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # it sees the end of the connection a moment later
     assert sum(bad.listener.refusals.values()) == 1
 
 
