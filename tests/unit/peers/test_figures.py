@@ -18,10 +18,10 @@ def test_a_failed_look_up_is_over_with_the_next_that_succeeds() -> None:
     assert pair["failures"] == {"timeout": 1}
 
 
-def test_a_failed_transfer_is_over_with_the_next_that_brings_a_block() -> None:
+def test_a_failed_transfer_is_over_with_the_next_that_ends_well() -> None:
     figures = PeerFigures(lambda: 0.0)
     figures.failed("n1", CUT)
-    figures.fetched("n1", 0, 0, 0.1)
+    figures.fetched("n1", 3, 300, 0.1, is_whole=False)
     assert "last_failure" in figures.stats(None, {})["peers"]["n1"]
-    figures.fetched("n1", 1, 100, 0.1)
+    figures.fetched("n1", 1, 100, 0.1, is_whole=True)
     assert "last_failure" not in figures.stats(None, {})["peers"]["n1"]

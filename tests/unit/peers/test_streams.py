@@ -207,8 +207,9 @@ def test_a_peer_without_streams_is_asked_by_the_other_link(cluster, clients) -> 
     here, there = clients
     here.store(TOKENS, KV)
     cluster.report_all()
-    cluster.coordinator._addresses.clear()
-    cluster.links["n1"]._addresses.clear()
+    del cluster._labels["n0"]["peer_address"]
+    cluster.report_all()
+    assert not cluster.links["n1"].streams_from("n0")
     assert assert_is_prefix(there.fetch(TOKENS), PATH) == 8
     assert "n0" not in cluster.nodes["n1"].stats()["peers"]["peers"]
 

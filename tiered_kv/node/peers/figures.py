@@ -25,14 +25,14 @@ class PeerFigures:
         self._sums: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
-    def fetched(self, peer: str, blocks: int, nbytes: int, seconds: float) -> None:
-        """Count blocks that a peer has sent. With at least one block, its last failure is over."""
+    def fetched(self, peer: str, blocks: int, nbytes: int, seconds: float, *, is_whole: bool) -> None:
+        """Count blocks that a peer has sent. If the transfer did not fail (`is_whole`), the peer's last failure is over."""
         with self._lock:
             pair = self._pair(peer)
             pair["blocks"] += blocks
             pair["bytes"] += nbytes
             pair["seconds"] += seconds
-            if blocks:
+            if is_whole:
                 pair.pop("last_failure", None)
 
     def failed(self, peer: str, error: TieredKVError) -> None:

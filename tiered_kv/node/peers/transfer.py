@@ -47,7 +47,7 @@ class StreamTransfer:
     def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
         begun_s = time.monotonic()
         limit = Limit(begun_s + wait_s, patience_s)
-        channel = None
+        channel, is_whole = None, False
         meanwhile()
         try:
             channel = self._streams.take(self._address, limit)
@@ -55,6 +55,7 @@ class StreamTransfer:
             while offers := self._next(channel, limit):
                 self._receive(channel, offers, receiver, limit)
             self._streams.give_back(self._address, channel)
+            is_whole = True
         except BaseException as error:
             if channel is not None:
                 self._streams.drop(channel)
@@ -62,7 +63,7 @@ class StreamTransfer:
                 self._note(error, time.monotonic() - begun_s)
             raise
         finally:
-            self._figures.fetched(self._node, self._stored, self._nbytes, time.monotonic() - begun_s)
+            self._figures.fetched(self._node, self._stored, self._nbytes, time.monotonic() - begun_s, is_whole=is_whole)
         return self._stored
 
     def _next(self, channel: Channel, limit: Limit) -> list[BlockOffer]:
