@@ -198,7 +198,7 @@ def test_a_size_may_say_where():
     assert (config.device, config.device_name, config.disk, config.disk_path) == (2 << 30, "cuda:1", 200 << 30, "/nvme/tkv")
     assert Config.of(dataclasses.asdict(config)) == config
     assert Config.of(disk="1GiB:/x", disk_path="/x").disk_path == "/x"
-    with pytest.raises(TieredKVError, match=r"^disk: .* differ"):
+    with pytest.raises(TieredKVError, match=r"^disk: .*give only one of them"):
         Config.of(disk="1GiB:/x", disk_path="/y")
 
 
