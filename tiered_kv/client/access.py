@@ -1,8 +1,8 @@
 """A client's access to its node, renewed whenever the node gets new files.
 
-Once the node has new files, those that the client has mapped are useless: they are never updated again, and the client must not
-store into them. So a client takes the present access at the start of each call and uses it until the call ends, even if another
-access replaces it meanwhile.
+A client maps the files of its node. Once the node has new files, the mapped ones are obsolete: they are never updated again, and the
+client must not store into them. Each call takes the present access when it starts, and uses that access until it ends, even if
+another one replaces it meanwhile.
 """
 
 import threading
@@ -27,7 +27,10 @@ LOOK_WITHIN_S = 1.0
 
 
 class NodeAccess:
-    """A client's objects for one life of a node's files, and the node's settings. It is closed once no call uses it any more."""
+    """A client's view, reader, writer and sessions for one life of a node's files, and the node's settings.
+
+    It is closed once no call uses it any more.
+    """
 
     def __init__(self, info: NodeInfo, view: NodeView, source: BlockSource, writer: BlockWriter, pool: SessionPool) -> None:
         self.view = view
@@ -35,9 +38,9 @@ class NodeAccess:
         self.writer = writer
         self.pool = pool
         self.introduced: dict[BlockKey, Life] = {}
-        """The roots that the node knows from this client, each with the life of the node in which it was told."""
+        """The roots that this client has introduced to the node, each with the node's life at that time."""
         self.salts: dict[str, str] = {}
-        """By tenant, the salts that the node has told."""
+        """The tenants' salts that the node has sent."""
         self.is_vacant = not view.identity
         self.deadline_s: float = info["fetch_deadline_ms"] / 1000
         self.store_wait_s: float = info["store_wait_ms"] / 1000
@@ -55,10 +58,10 @@ class AccessHolder:
     """Holds the present access of a client. When the node is lost, it looks for the node again and replaces the access.
 
     `find()` returns the present info of the node, None if there is no node. `open_session(info, wait_s)` opens a session with it.
-    `make(info)` builds an access; `make(None)` builds one without a node, in which every look-up is a miss. With `in_background` a
+    `make(info)` builds an access; `make(None)` builds one without a node: every look-up in it is a miss. With `in_background` a
     thread does this work, so that no call waits for it: mapping memory takes 0.15 s a GiB. The thread also unmaps memory whose files
-    were removed, because the next node may need it. Without `in_background`, the call that notices the loss looks once. That is for
-    nodes in this process, where the order of events must be deterministic.
+    were removed, because the next node may need that memory. Without `in_background`, the call that notices the loss looks for the
+    node once. That is for nodes in this process, where the order of events must be deterministic.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class AccessHolder:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Reset the thread in a child process, which has no copy of it. The child starts its own when it needs one."""
+        """Forget the thread in a forked child process: threads are not copied to it. The child starts its own when it needs one."""
         closed = self._stop.is_set()
         self._lock, self._thread, self._stop = threading.Lock(), None, threading.Event()
         if closed:
@@ -99,12 +102,12 @@ class AccessHolder:
 
     @property
     def calls(self) -> int:
-        """Sessions lent so far, over all lives of the node."""
+        """The number of sessions lent to calls so far, over all lives of the node."""
         return self._calls + self.present.pool.calls
 
     @property
     def retries(self) -> int:
-        """Look-ups and reads that met a block while it changed, over all lives of the node."""
+        """The number of look-ups and reads during which the block changed, over all lives of the node."""
         return self._retries + self.present.source.retries
 
     def _look(self) -> None:
@@ -119,7 +122,7 @@ class AccessHolder:
     def look_once(self) -> bool:
         """Switch to the present node if there is one, and close unused former accesses.
 
-        Returns whether nothing is left to do: the node answers, and all former accesses are closed.
+        Returns True if nothing is left to do: the node answers, and all former accesses are closed.
         """
         try:
             if self.present.is_lost():
@@ -169,7 +172,7 @@ class AccessHolder:
             _close(pool, source)
 
     def _ended(self) -> bool:
-        """Look for the node once. Returns whether the thread may end; the next call that needs a thread starts another."""
+        """Look for the node once. Returns whether the thread may end. A later call that needs a thread starts another."""
         done = self.look_once()
         with self._lock:
             if done or self._stop.is_set():
@@ -188,7 +191,7 @@ class AccessHolder:
 
 
 def _run(holder: "weakref.ref[AccessHolder]", stop: threading.Event) -> None:
-    """Look every LOOK_EVERY_S. Holds only a weak reference in between, so that an unused holder can be freed."""
+    """Look for the node every LOOK_EVERY_S. Between two looks only a weak reference is kept, so that an unused holder can be freed."""
     while True:
         present = holder()
         if present is None or present._ended():

@@ -1,4 +1,4 @@
-"""What the clients of a node have in common: access to the present life of its files, its sessions, counts and the namespace."""
+"""The base class of a node's clients: access to the present life of the node's files, sessions, counts, and the namespace."""
 
 import logging
 import threading
@@ -35,7 +35,7 @@ WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """The longest wait of `match`, `explain`, `stats` and hints for an answer. The setting `fetch_deadline_ms` may shorten it."""
 PULLS_AT_ONCE = 8
-"""Pulls that fetches of one client wait for beside their own thread; further ones wait for their turn."""
+"""The most pulls of one client that run in threads of their own at a time. Further pulls wait for their turn."""
 LABELS = {tier.value: tier.label for tier in Tier}
 
 P = ParamSpec("P")
@@ -51,7 +51,10 @@ class ClientStats(TypedDict):
 
 
 def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
-    """Decorate a method whose memory another thread's `close` may unmap. Then it raises (kind `closed`), as later calls do."""
+    """Decorate a method that uses memory which `close`, called by another thread, may unmap.
+
+    The method then raises (kind `closed`), as calls after `close` do.
+    """
 
     @wraps(method)
     def guarded(self: C, /, *arguments: P.args, **options: P.kwargs) -> R:
@@ -67,8 +70,8 @@ def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C
 class Names(NamedTuple):
     """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only.
 
-    `mark`: of the node's epochs when the namespace's weight epoch was read. None if that, or the tenant's salt, is not known: then every
-    look-up is a miss, and every store is refused.
+    `mark`: the value of `NodeView.mark` when the weight epoch was read. None if the weight epoch or the tenant's salt is not known:
+    then every look-up is a miss, and every store is refused.
     """
 
     namespace: Namespace
@@ -108,7 +111,7 @@ class NodeClient:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Renew the locks in a child process: threads of the parent may have held them."""
+        """Renew the locks in a forked child process: threads of the parent may have held the old ones."""
         self._lock, self._use_lock = threading.Lock(), threading.Lock()
 
     @property
@@ -127,7 +130,10 @@ class NodeClient:
         return self._holder.present.pool
 
     def greet(self, wait_s: float, must_answer: bool = False) -> None:
-        """Connect to the node now. Raises if its settings do not fit this model; with `must_answer`, also if it does not answer."""
+        """Connect to the node now. Raises if the node's settings do not fit this model.
+
+        With `must_answer`, also raises if the node does not answer.
+        """
         try:
             self._pool.check(wait_s)
         except TieredKVError as error:
@@ -155,10 +161,10 @@ class NodeClient:
 
     @property
     def namespace(self) -> Namespace:
-        """The namespace of later calls, with the present weight epoch.
+        """The namespace that the next call will use, with the present weight epoch.
 
-        Code that computes KV and stores it later takes it before it computes, and passes it to `store`. Then KV of former weights
-        cannot be stored as KV of newer ones.
+        Code that computes KV and stores it later should read this before it computes, and pass it to `store`. Then KV of former
+        weights cannot be stored as KV of newer ones.
         """
         return self._names.namespace if self._closed else self._present()[1].namespace
 
@@ -184,8 +190,8 @@ class NodeClient:
         """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns its number.
 
         Without `epoch`, the weight epoch of all models that this client has served is raised for all workers of all nodes. When this
-        returns, no block of their former weights of this tenant can be fetched from any tier of any node, and no fetch or store that is
-        under way can bring one back. With `keep`, the former blocks are not dropped: they are unreachable, and are evicted in time.
+        returns, this tenant's blocks of the former weights cannot be fetched from any node any more. No fetch or store that is still
+        running can bring them back. With `keep`, these blocks are unreachable too, but they are evicted in time instead of dropped.
         Raises (kind `cluster`) if some nodes did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to
         their own workers until they reach the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the
         coordinator does not answer.
@@ -217,14 +223,14 @@ class NodeClient:
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """Record that the worker's model computed `tokens` of a prompt in `seconds`, with none of them fetched.
 
-        The average of these is the prefill rate. It gives the `prefill_seconds_saved` of later fetches: the time to compute their
-        tokens at that rate, less the time of the fetch. `CachedModel` calls this; code that calls `fetch` itself should too. Fewer
-        than 64 tokens measure no rate and are left out. Calls no other process.
+        The average of these records is the prefill rate. With it, later fetches add to `prefill_seconds_saved`: the time to compute
+        the fetched tokens at this rate, less the time of the fetch. `CachedModel` calls this. Code that calls `fetch` itself should
+        call it too. Records of fewer than 64 tokens are ignored: they do not measure the rate. Calls no other process.
         """
         self._savings.note_prefill(tokens, seconds)
 
     def measure(self, timed: Timed) -> None:
-        """Replace each stage's function by `timed(stage, function)` (`client.profile`). To be called once, before any use."""
+        """Measure each stage: replace its function by `timed(stage, function)` (`client.profile`). Call this once, before any use."""
 
         def prepare(access: NodeAccess) -> None:
             access.writer.measure(timed)
@@ -237,7 +243,7 @@ class NodeClient:
 
     @property
     def has_node(self) -> bool:
-        """Whether the client has found its node. It may have ended since."""
+        """Whether the client has found a node. The node may have ended since."""
         return not self._holder.present.is_vacant
 
     @property
@@ -264,7 +270,7 @@ class NodeClient:
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
 
     def _present(self, namespace: Namespace | None = None) -> tuple[NodeAccess, Names]:
-        """Returns what one call uses: the access, and the names of `namespace` (default: of the client's, with its present epoch)."""
+        """Returns the access and the `Names` that one call uses. `namespace`: default: the client's, with its present weight epoch."""
         access = self._holder.take()
         names = self._names
         if names.mark != access.view.mark:
@@ -278,7 +284,7 @@ class NodeClient:
         return access, names
 
     def _read(self, access: NodeAccess, names: Names) -> Names:
-        """Returns the names with the weight epoch that the node publishes now. It never goes back."""
+        """Returns `names` with the weight epoch that the node publishes now. The epoch never goes back to a smaller number."""
         family, salt = names.namespace.family, self._salt(access, names.namespace.tenant)
         mark, number = access.view.weight_epoch(family) or (None, 0)
         with self._lock:
@@ -311,20 +317,20 @@ class NodeClient:
         access.introduced[names.root] = session.life
 
     def _is_current(self, access: NodeAccess, names: Names) -> bool:
-        """Returns whether the weights that a call used have not ended meanwhile. To be called last, before the call returns blocks."""
+        """Returns whether the weights that a call used are still the present ones. Check this last, before a call returns blocks."""
         if access.view.mark == names.mark:
             return True
         found = access.view.weight_epoch(names.namespace.family)
         return names.mark is not None and found is not None and found[1] <= names.namespace.weight_epoch
 
     def _tell(self, access: NodeAccess, session: Session, names: Names) -> None:
-        """Introduce a namespace in a session whose node does not know it yet, because its epoch has changed."""
+        """Introduce a namespace in a session if the node does not know it yet, because the weight epoch has changed."""
         if access.introduced.get(names.root) != session.life:
             self._introduce(session, names.namespace)
             access.introduced[names.root] = session.life
 
     def _ask(self, access: NodeAccess, question: Callable[[Session], R], otherwise: R, wait_s: float) -> R:
-        """Returns the node's answer; `otherwise` if there is none within `wait_s`."""
+        """Returns the node's answer to `question`, or `otherwise` if the node does not answer within `wait_s`."""
         try:
             with access.pool.session(wait_s) as session:
                 return question(session)
@@ -333,14 +339,14 @@ class NodeClient:
             return otherwise
 
     def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[FoundBlock]:
-        """Have the node load blocks that only it can read. Returns the leading keys that the index then shows."""
+        """Have the node load the `hidden` blocks, which only it can read. Returns the leading blocks of `keys` that are then readable."""
         wait_s = until_s - self._clock.now_s()
         if wait_s > 0:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
         return access.source.find(keys)
 
     def _pull(self, access: NodeAccess, names: Names, run: BlockRun, until_s: float) -> list[FoundBlock]:
-        """Have the node fetch the blocks of `run` from other nodes. Returns those that the index then shows."""
+        """Have the node fetch the blocks of `run` from other nodes. Returns the leading ones that the index then contains."""
         wait_s = until_s - self._clock.now_s()
         if wait_s <= 0:
             return []
@@ -350,7 +356,7 @@ class NodeClient:
             return session.pull(run, wait_s)
 
         count = self._ask(access, question, None, wait_s)
-        return access.source.find(run.keys[:count])  # None, for no answer in time, finds all that arrived by now
+        return access.source.find(run.keys[:count])  # count is None without an answer in time: find all that have arrived
 
     def _store_missing(
         self,
@@ -361,10 +367,10 @@ class NodeClient:
         write: Callable[[Session, list[int], float], tuple[int, int]],
         answer_s: float = 0.0,
     ) -> Stored:
-        """Store the `missing` blocks, in as many turns as it takes until `until_s`.
+        """Store the `missing` blocks by calling `write` until none is left or `until_s` is over.
 
-        `write(session, missing, wait_s)` stores the leading ones and returns how many were stored, and how many are new. `answer_s`: how
-        much longer than `until_s` the node may take to answer.
+        `write(session, missing, wait_s)` stores some leading blocks of `missing`. It returns how many it stored, and how many of these
+        are new. `answer_s`: how much longer than `until_s` the node may take to answer.
         """
         new = present = 0
         if names.mark is None:
@@ -384,7 +390,10 @@ class NodeClient:
         return Stored(new, present, len(missing))
 
     def _note_fetch(self, source: BlockSource, asked: int, hit: int, begun_s: float) -> None:
-        """Count a fetch that began at `begun_s`, and what it saved, here and in the node's figures. `asked`, `hit`: in blocks."""
+        """Add a fetch and the prefill time that it saved to the counts of this client and of its node.
+
+        `asked`, `hit`: numbers of blocks. `begun_s`: when the fetch began.
+        """
         tokens = hit * self.layout.block_tokens
         self._count(fetches=1, asked_blocks=asked, hit_blocks=hit)
         saved_s = self._savings.fetched(tokens, self._clock.now_s() - begun_s)
@@ -417,7 +426,7 @@ class NodeClient:
 
 
 def question_s(access: NodeAccess) -> float:
-    """Returns the longest wait for a call that delivers no block."""
+    """Returns the longest time, in seconds, that a call which delivers no block may wait for the node."""
     return min(access.deadline_s, QUESTION_S_MAX)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tiered_kv.protocol.probes import Probe
 
 READ_AHEAD_BYTES = 4 << 20
-"""A pull of at least this many bytes is read while it goes on. A smaller one is not worth a second thread."""
+"""A pull of at least this many bytes gets a second thread, so that its first blocks are read while later ones arrive."""
 LOOK_AGAIN_S = 0.0005
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
@@ -42,11 +42,11 @@ class Client(NodeClient):
     """
 
     followed: object | None = None
-    """The `integrations.modelstate.ModelState` of the model that the client serves; None without one. Of several models, the last."""
+    """The `integrations.modelstate.ModelState` of the last model that this client served; None without a model."""
 
     @while_open
     def match(self, token_ids: TokenIds) -> Match:
-        """Returns the longest prefix of whole blocks that a fetch could return now, and its tiers. Moves no data.
+        """Returns how many tokens a fetch could return now, as whole blocks, in total and by tier. Moves no data.
 
         `token_ids`: one prompt, as a list, array or tensor of whole numbers.
         """
@@ -68,7 +68,7 @@ class Client(NodeClient):
 
         `out`: a tensor (L, 2, H, N, D) of the layout's dtype on any device, with any N. As many whole blocks of the prefix as fit are
         written to its first tokens; the rest of it is undefined. Without `out`, the KV is newly allocated on the CPU.
-        `deadline_ms` bounds the wait for other nodes and disks (default: the cluster's setting). Later blocks are misses.
+        `deadline_ms` bounds the wait for other nodes and disks (default: the cluster's setting). Blocks not read by then are misses.
         `namespace`: the namespace to read (default: the client's current one, which another thread may change with `use`).
         """
         begun_s = self._clock.now_s()
@@ -115,7 +115,7 @@ class Client(NodeClient):
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
 
     def _reads_ahead(self, run: BlockRun, out: torch.Tensor | None) -> bool:
-        """Whether to copy the leading blocks of a pull while the later ones arrive."""
+        """Returns whether to copy the leading blocks of a pull while later ones arrive."""
         return out is not None and len(run.keys) > 1 and len(run.keys) * run.nbytes >= READ_AHEAD_BYTES
 
     def _read_pulled(
@@ -128,9 +128,10 @@ class Client(NodeClient):
         kv: torch.Tensor,
         deadline_s: float,
     ) -> list[FoundBlock]:
-        """Read blocks as the node pulls them, until the pull has ended. Returns all blocks read.
+        """Read blocks as the node pulls them, until the pull has ended. Returns `read` and all blocks read here.
 
-        `read`: the blocks that were read of the `local` ones before them. If one could not be read, the others are not read either.
+        `local`: how many blocks of the prompt this node had before the pull. `read`: the leading ones of them that were read. If one
+        of them could not be read, no pulled block is read.
         """
         step, is_broken = self.layout.block_tokens, len(read) < local
         while not is_broken:
@@ -160,9 +161,9 @@ class Client(NodeClient):
 
         `kv`: a tensor (L, 2, H, N, D) on any device, or for each layer a pair (key, value), each (H, N, D), where
         N = len(token_ids) - start. A block that starts before token `start` is left out, as are tokens after the last whole block.
-        Waits for room at most for the setting `store_wait_ms` in all. Blocks that get no room are `refused`. Storing does not count
-        as a use of blocks that already exist; fetching them did. `hint`: expectations about the chain's future, also possible with
-        `kv` of no tokens if the whole prompt is stored already. It costs one more small call. `namespace`: as for `fetch`.
+        Waits for room, for at most the setting `store_wait_ms` in all. Blocks that get no room are `refused`. Storing does not count
+        as a use of blocks that already exist; fetching them did. `hint`: expectations about the chain's future, at the cost of one
+        more small call. If the whole prompt is stored already, a hint can be given with `kv` of no tokens. `namespace`: as for `fetch`.
         """
         begun_s = self._clock.now_s()
         ids = as_token_ids(token_ids)
@@ -225,6 +226,6 @@ class Client(NodeClient):
         return access, names.keys(as_token_ids(token_ids))
 
     def _locate(self, access: NodeAccess, keys: list[BlockKey]) -> list[list[str]]:
-        """Returns the other nodes that hold each of the leading keys; none if the node does not answer."""
+        """Returns the names of the other nodes that hold each leading key; an empty list if this node does not answer."""
         wait_s, no_nodes = question_s(access), list[list[str]]()
         return self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s)

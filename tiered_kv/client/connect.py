@@ -49,11 +49,12 @@ def client_of(
 ) -> Client:
     """Returns a client of the node that `info` describes, on this machine. It uses the node's socket unless `connect` is given.
 
-    `connect`: opens a session by direct calls. `rope`, `rope_halves`: the rotation of the model's keys (`ModelInfo`). `find`:
-    returns the info of the node that has replaced this one (default: that of the record in the same directory). With `connect` it
-    is called within the client's calls, else by a thread. Connects within GREET_WITHIN_S. If the node does not answer by then, raises
-    (kind `transport`) only with `must_answer`. Raises as `Session.introduce` does if the node's settings require a calibration that
-    the model lacks, and (kinds `storage`, `corrupt`) if a calibration that decoding needs cannot be read.
+    `connect`: opens a session of direct calls, for a node in this process. `rope`, `rope_halves`: the rotation of the model's keys
+    (`ModelInfo`). `find`: returns the info of the node that has replaced this one. It is called within the client's calls if
+    `connect` is given, else by a thread. The default reads the node record in the same directory. Connects within GREET_WITHIN_S. If
+    the node does not answer by then, raises (kind `transport`) only with `must_answer`. Raises as `Session.introduce` does if the
+    node's settings require a calibration that the model lacks. Raises (kinds `storage`, `corrupt`) if a calibration that decoding
+    needs cannot be read.
     """
     find = find or (lambda: _present_info(info))
     client = _client(Client, info, layout, namespace, rope, rope_halves, connect, find, clock, on_close)
@@ -113,7 +114,7 @@ def _client(
         return connect() if connect else SocketSession(f"{info['directory']}/sock", wait_s)
 
     def introduce(session: Session, namespace: Namespace) -> None:
-        """Describe the model to the node; once in each session, because the node may have been restarted."""
+        """Describe the model to the node. Done once in each session, because the node may have been restarted."""
         model = ModelInfo(layout, namespace.weights, rope, rope_halves, namespace.as_fields())
         answer = session.introduce(namespace.root(layout), model.as_message())
         if answer["calibration"]:  # without it no block could be decoded
@@ -154,7 +155,7 @@ def _no_node() -> NodeInfo:
 
 
 def _present_info(info: NodeInfo) -> NodeInfo:
-    """Returns the info in the record of the same directory; `info` itself if there is no record."""
+    """Returns the node info that the node record in `info`'s directory contains, or `info` itself if there is no record."""
     record = read_record(info["directory"])
     return record.info if record else info
 

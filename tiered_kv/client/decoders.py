@@ -13,11 +13,11 @@ from tiered_kv.threads import DaemonThreads, work_alone
 
 THREADS_MAX = 4
 CLOSE_WAIT_S = 0.1
-"""A block is decoded in milliseconds."""
+"""How long `close` waits for the blocks that are being decoded. One takes milliseconds."""
 
 
 class Results:
-    """The jobs of one fetch and their outcomes, in order."""
+    """The decoding jobs of one fetch and their outcomes, in the order in which the jobs were added."""
 
     def __init__(self, threads: DaemonThreads) -> None:
         self._threads = threads
@@ -30,7 +30,10 @@ class Results:
         self._jobs.append(self._threads.submit(job, *arguments))
 
     def settle(self) -> None:
-        """Wait for the jobs up to the first that failed, cancel the others, and wait for those that run. Afterwards no job writes."""
+        """Wait for the jobs, in order, until one has failed. Then cancel those that have not begun, and wait for the running ones.
+
+        Afterwards no job writes to the tensor of the fetch.
+        """
         try:
             while self.leading < len(self._jobs) and self._jobs[self.leading].result():
                 self.leading += 1
@@ -49,7 +52,7 @@ class Decoders:
 
     @contextmanager
     def side_by_side(self) -> Iterator[Results]:
-        """A context in which jobs are added to the yielded `Results`. When it exits, all jobs have ended."""
+        """Yields a `Results`: jobs added to it run in parallel. When the context exits, all jobs have ended."""
         results = Results(self._threads)
         try:
             yield results

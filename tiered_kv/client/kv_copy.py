@@ -16,7 +16,10 @@ LayerPairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class CopyRun(NamedTuple):
-    """`blocks` consecutive blocks, starting with block `first` of the prompt. The payloads start at `offset`, `stride` bytes apart."""
+    """`blocks` consecutive blocks, starting with block `first` of the prompt.
+
+    Their payloads start at `offset` of the arena and are `stride` bytes apart.
+    """
 
     first: int
     offset: int
@@ -25,7 +28,10 @@ class CopyRun(NamedTuple):
 
 
 def runs_of(offsets: Sequence[int], first: int = 0) -> Iterator[CopyRun]:
-    """Splits the payload offsets of consecutive blocks into few runs, each with one positive distance between payloads."""
+    """Yields few runs that cover consecutive blocks with these payload offsets, the first of which is block `first` of the prompt.
+
+    Within a run, each offset is larger than the one before by the same distance.
+    """
     start = 0
     while start < len(offsets):
         end = start + 1
@@ -65,22 +71,22 @@ class ArenaBlocks:
         return self._items.as_strided(shape, strides, self._items.storage_offset() + start)
 
     def unpack(self, run: CopyRun, kv_L2HND: torch.Tensor) -> None:
-        """Copy the run's blocks to their tokens of `kv`."""
+        """Copy the run's blocks from the arena to their tokens in `kv`."""
         self._columns(_detached(kv_L2HND), run).copy_(self.blocks(run))
 
     def pack(self, run: CopyRun, kv_L2HND: torch.Tensor) -> None:
-        """Copy the tokens of the run's blocks out of `kv`."""
+        """Copy the tokens of the run's blocks from `kv` to the arena."""
         self.blocks(run).copy_(self._columns(_detached(kv_L2HND), run))
 
     def pack_layers(self, run: CopyRun, pairs_HND: LayerPairs) -> None:
-        """As `pack`, from one (key, value) pair for each layer, each (H, N, D), without stacking them first."""
+        """As `pack`, from one (key, value) pair for each layer, each tensor (H, N, D), without stacking the layers first."""
         blocks = self.blocks(run)
         for layer, pair in enumerate(pairs_HND):
             for which, heads_HND in enumerate(pair):
                 blocks[:, layer, which].copy_(self._columns(_detached(heads_HND), run))
 
     def _columns(self, kv: torch.Tensor, run: CopyRun) -> torch.Tensor:
-        """Returns the run's tokens of `kv`, (…, N, D), as a tensor (blocks, …, T, D) that shares its memory."""
+        """Returns the run's tokens of `kv`, (…, N, D), as a tensor (blocks, …, T, D) that shares the memory of `kv`."""
         t = self._layout.block_tokens
         *outer, tokens, d = kv.shape
         end = run.first + run.blocks

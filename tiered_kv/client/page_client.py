@@ -20,16 +20,17 @@ from tiered_kv.protocol.messages import BlockRun, PackedBlock
 from tiered_kv.protocol.session import Session
 
 ANSWER_WITHIN_S = 0.25
-"""How much longer than its wait for room a store may take, if the node is slow to answer. Then the node counts as silent for a while."""
+"""How much longer than its wait for room a store waits for a slow node's answer. Afterwards the node counts as silent for a while."""
 STAGED_BYTES_MAX = 32 << 20
-"""The memory for blocks that are decoded or read from disk before their pages are filled. At least one block."""
+"""The most memory for blocks that are decoded or read from disk before they are copied to pages. One block may always use more."""
 
 
 class Chain(NamedTuple):
-    """Consecutive blocks of one prompt. `parent`: the key of the block before them, None at the start. `depth`: blocks before them.
+    """Consecutive blocks of one prompt.
 
-    `root`: the client's root for which the keys were made. If the client has another one by then, because a weight epoch was raised, the
-    blocks are misses. None: the keys do not depend on it.
+    `parent`: the key of the block before them, None at the start of the prompt. `depth`: how many blocks are before them. `root`: the
+    client's root for which the keys were made, None if the keys do not depend on it. If the client's root has changed since, because
+    a weight epoch was raised, the blocks are misses.
     """
 
     keys: list[BlockKey]
@@ -43,9 +44,9 @@ class Chain(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The tiers of the leading blocks of a chain that a node has, and how many leading ones can be loaded without waiting.
+    """The result of a look-up: the tier of each leading block that the node has.
 
-    Those are in this machine's memory and not encoded.
+    `at_once`: how many leading blocks can be loaded without waiting, because they are uncompressed in host memory.
     """
 
     tiers: list[str]
@@ -53,7 +54,7 @@ class Look(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The leading `blocks` of a chain that a load has copied to the engine's pages, and how many of them came from each tier."""
+    """The result of a load: how many leading blocks of a chain were copied to the engine's pages, in total and by tier."""
 
     blocks: int
     blocks_by_tier: dict[str, int]
@@ -64,7 +65,7 @@ class PageClient(NodeClient):
 
     @while_open
     def look(self, keys: Sequence[BlockKey]) -> Look:
-        """Returns the tiers of the leading blocks that this node has. Reads shared memory only; about 0.7 µs a block."""
+        """Returns the tier of each leading block that this node has. Reads shared memory only, in about 0.7 µs a block."""
         found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
@@ -76,22 +77,22 @@ class PageClient(NodeClient):
 
     @property
     def root(self) -> BlockKey:
-        """The root of this client's blocks now. It changes when a weight epoch is raised. No call."""
+        """The present root of this client's blocks. It changes when a weight epoch is raised. Calls no other process."""
         return self._present()[1].root
 
     @property
     def weight_epoch(self) -> int:
-        """The weight epoch of this client's namespace now. No call."""
+        """The present weight epoch of this client's namespace. Calls no other process."""
         return self._present()[1].namespace.weight_epoch
 
     def filled(self, namespace: Namespace) -> Namespace:
-        """Returns another rank's namespace with what this client has filled in of its own. No call."""
+        """Returns another rank's namespace with the salt and the weight epoch of this client's. Calls no other process."""
         ours = self._present()[1].namespace
         return replace(namespace, salt=ours.salt, weight_epoch=ours.weight_epoch)
 
     @property
     def has_peers(self) -> bool:
-        """Whether other nodes may have blocks that this node has not."""
+        """Whether there are other live nodes, which may have blocks that this node lacks."""
         return bool(self._source.peers)
 
     @while_open
@@ -111,9 +112,9 @@ class PageClient(NodeClient):
 
     @while_open
     def load(self, chain: Chain, pages: Pages, blocks: Sequence[int], *, deadline_s: float | None = None, may_call: bool = True) -> Loaded:
-        """Copy the chain's blocks to the pages of the engine's `blocks`, until one cannot be read in time.
+        """Copy the chain's blocks to the pages of the engine's blocks with the numbers `blocks`, until one cannot be read in time.
 
-        The pages of later blocks may then hold anything. `deadline_s`: seconds from now (default: the cluster's setting
+        The content of the pages from that block on is undefined. `deadline_s`: seconds from now (default: the cluster's setting
         `fetch_deadline_ms`). Without `may_call`, only blocks that this process can read itself are loaded.
         """
         begun_s = self._clock.now_s()
@@ -147,7 +148,7 @@ class PageClient(NodeClient):
 
     @while_open
     def store(self, chain: Chain, pages: Pages, blocks: Sequence[int], *, wait_s: float | None = None) -> Stored:
-        """Store the chain's blocks from the pages of the engine's `blocks`. They are visible when this returns.
+        """Store the chain's blocks from the pages of the engine's blocks with the numbers `blocks`. They are visible when this returns.
 
         `wait_s` bounds the wait for room (default: the setting `store_wait_ms`). Blocks that get no room are `refused`.
         """
@@ -169,14 +170,14 @@ class PageClient(NodeClient):
         return Stored(stored.new, present, stored.refused)
 
     def missed(self, blocks: int) -> None:
-        """Count blocks that a look-up of the engine asked for and did not find, as misses of the node's figures. No call."""
+        """Add `blocks` misses to the node's figures: blocks that the engine looked up and did not find. Calls no other process."""
         if blocks > 0:
             self._source.tally(blocks, 0)
 
     # Loading
 
     def _fill(self, access: NodeAccess, found: list[FoundBlock], pages: Pages, blocks: Sequence[int], until_s: float) -> int:
-        """Fill pages with the found blocks. Returns how many leading blocks were read."""
+        """Copy the found blocks to the engine's pages. Returns how many leading blocks were copied."""
         source, done = access.source, 0
 
         def expired() -> bool:
@@ -204,7 +205,7 @@ class PageClient(NodeClient):
     def _stage(
         self, access: NodeAccess, found: Sequence[FoundBlock], pages: Pages, blocks: Sequence[int], expired: Callable[[], bool]
     ) -> int:
-        """Read blocks of any tier into memory of their own, then fill pages. Returns how many leading blocks were read."""
+        """Read blocks of any tier into a temporary tensor, then copy them to pages. Returns how many leading blocks were copied."""
         staged = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=torch.uint8)
         read = len(access.source.read(found, staged, expired))
         pages.scatter(staged.view(-1), [number * self.layout.block_bytes for number in range(read)], blocks[:read])

@@ -2,9 +2,9 @@
 
 An engine keeps the KV of one of its blocks as one page in each of several arrays, such as an array a layer. A block of the cache is
 these pages one after the other. On the CPU each page is one `memmove`, which is fastest as long as no other thread wants the interpreter's
-lock. Beside a busy thread, 330 copies wait for the lock 330 times. So as soon as that is felt, all other copies are one system call,
-`process_vm_readv` of this process itself (docs/design/027). Pages on an accelerator are gathered there first, and cross the bus as one
-tensor a block.
+lock. Beside a busy thread, 330 copies wait for the lock 330 times. So as soon as copies take too long, one system call makes all that
+are left: `process_vm_readv` on this process itself (docs/design/027). Pages on an accelerator are gathered there first, and cross the
+bus as one tensor a block.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ PIECES_MAX = 1024
 """The most pieces that the kernel takes in one call (IOV_MAX)."""
 PATIENCE_S = 0.001
 SLOW_BYTES_PER_S = 2 << 30
-"""Copies one by one may take PATIENCE_S, and the time of a copy at this rate."""
+"""Copies one by one may take PATIENCE_S plus the time of a copy at this rate. After that a system call makes the rest."""
 BYTES_MAX = 1 << 30
-"""The kernel copies at most 2 GiB in one call."""
+"""The most bytes that we copy in one call. The kernel's limit is 2 GiB."""
 
 
 class Pages(Protocol):
@@ -37,16 +37,16 @@ class Pages(Protocol):
     block_bytes: int
 
     def scatter(self, memory: torch.Tensor, offsets: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy the payload at each offset of `memory` (1-D uint8, on the CPU) to the pages of the block with the same position."""
+        """Copy the payload at `offsets[i]` of `memory` (1-D uint8, on the CPU) to the pages of block `blocks[i]`, for each i."""
 
     def gather(self, memory: torch.Tensor, offsets: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy the pages of each block to the payload at the offset with the same position."""
+        """Copy the pages of block `blocks[i]` to the payload at `offsets[i]` of `memory`, for each i."""
 
 
 def pages_of(arrays: Sequence[torch.Tensor]) -> Pages:
-    """Returns the pages in `arrays`, each (blocks, page bytes) of uint8 with contiguous rows, all on one device.
+    """Returns the pages in `arrays`. Each array is (blocks, page bytes) of uint8 with contiguous rows, all on one device.
 
-    Raises (kind `layout`) for arrays that are not like this.
+    Raises (kind `layout`) for other arrays.
     """
     if not arrays:
         raise TieredKVError(Kind.LAYOUT, "pages: at least one array is needed")
@@ -96,7 +96,10 @@ class HostPages:
 
 
 class DevicePages:
-    """Pages on an accelerator, or anywhere that torch can index. One indexed copy an array, and one copy a block across the bus."""
+    """Pages on an accelerator, or anywhere that torch can index.
+
+    A transfer is one indexed copy for each array, and one copy across the bus for each block.
+    """
 
     def __init__(self, arrays: Sequence[torch.Tensor]) -> None:
         self._arrays = list(arrays)
@@ -154,7 +157,8 @@ _is_refused = _readv is None  # not Linux
 def copy_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
     """Copy `sizes[i]` bytes from the address `sources[i]` to `targets[i]`, for each i. All arrays are uint64.
 
-    The interpreter's lock is free meanwhile. The caller answers for the addresses. Raises (kind `memory`) if memory has gone.
+    A system call does not hold the interpreter's lock. The caller must ensure that all addresses are valid. Raises (kind `memory`) if
+    the memory is no longer mapped.
     """
     global _is_refused
     first, ends = 0 if _is_refused else _copied_alone(targets, sources, sizes), np.cumsum(sizes)

@@ -12,7 +12,7 @@ PREFILL_TOKENS_MIN = 64
 
 
 class SavingsStats(TypedDict):
-    """The sums over a client's fetches, and the prefill rate of its model (None before it was measured)."""
+    """The sums over a client's fetches, and the prefill rate of its model (None before the rate was measured)."""
 
     prefill_tokens_saved: int
     prefill_seconds_saved: float
@@ -20,7 +20,7 @@ class SavingsStats(TypedDict):
 
 
 class Savings:
-    """Sums over one client's fetches, and the measured prefill rate of its model. Thread-safe."""
+    """The prefill tokens and seconds that one client's fetches saved, and the measured prefill rate of its model. Thread-safe."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -36,7 +36,7 @@ class Savings:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens that the model computes in a second; None before it was measured."""
+        """The number of prompt tokens that the model computes in a second; None before this was measured."""
         return self._measured_tokens / self._measured_s if self._measured_s else None
 
     def note_prefill(self, tokens: int, seconds: float) -> None:

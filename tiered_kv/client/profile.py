@@ -8,15 +8,15 @@ from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 from tiered_kv.clock import Clock, SystemClock
 
 STAGES = ("hash", "look-up", "copy", "decode", "store")
-"""hash: the keys of a prompt. look-up: in the shared index. copy: of uncompressed blocks. decode: of encoded blocks, copying included,
-summed over the decoding threads. store: reserving, packing and committing new blocks."""
+"""hash: computing the keys of a prompt. look-up: searching the shared index. copy: copying uncompressed blocks. decode: copying and
+decoding encoded blocks, summed over the decoding threads. store: reserving, packing and committing new blocks."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Timed(Protocol):
-    """A function that wraps another one to measure it."""
+    """A function that wraps another function to measure its time."""
 
     def __call__(self, stage: str, function: Callable[P, R], /) -> Callable[P, R]:
         """Returns a function that calls `function` and counts its time to `stage`."""

@@ -3,8 +3,8 @@
 A block in memory is copied first and verified after the copy has finished: the sequence number of its slot must be the same as before
 (a seqlock), and in host memory the header in front of the bytes must name the block's key. So a damaged slot is a miss. If the block
 is encoded, its frame is copied and verified, then decoded straight into the tensor of the fetch. A block on disk is verified by its
-frame's checksum, which includes the key. Blocks in objects or a checkpoint, and on a device that this process cannot map, are
-hidden: the node must load them into host memory first.
+frame's checksum, which includes the key. Some blocks are hidden from this process: those in objects or a checkpoint, and those on a
+device that it cannot map. The node must load them into host memory first.
 """
 
 import logging
@@ -48,7 +48,7 @@ _MAY_HIDE = {int(Tier.DEVICE), *map(int, AWAY)}
 
 
 class FoundBlock(NamedTuple):
-    """A block of a prompt with its slot of the index."""
+    """A block's key, and the contents of its slot in the index."""
 
     key: BlockKey
     slot: Slot
@@ -76,7 +76,7 @@ class BlockSource:
         self.arena = ArenaBlocks(view.arena, layout)
         self._headers = ExtentHeaders(view.arena)
         self.verifies = verifies
-        """Whether blocks are hashed when they are stored and when they are fetched."""
+        """Whether uncompressed blocks are hashed when they are stored and when they are fetched."""
         self._decoders = Decoders()
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
@@ -117,7 +117,7 @@ class BlockSource:
     def read(self, found: Sequence[FoundBlock], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[FoundBlock]:
         """Copy or decode the found blocks to the first tokens of `kv`. Returns the blocks before the first that could not be read.
 
-        Once `expired()`, blocks on disk and encoded blocks are not read.
+        Once `expired()` is true, blocks on disk and encoded blocks are no longer read.
         """
         done = 0
         while done < len(found):
@@ -134,14 +134,14 @@ class BlockSource:
         return list(found[:done])
 
     def _read_alike(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Read blocks of one tier, all of them encoded or none. Returns how many leading blocks were read."""
+        """Read blocks of one tier that are all encoded or all uncompressed. Returns how many leading blocks were read."""
         slot = found[0].slot
         if slot.tier not in _IN_MEMORY:
             return self._read_disk(found, first, kv, expired)
         return self._read_coded(found, first, kv, expired) if slot.codec else self._read_memory(found, first, kv)
 
     def _read_coded(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Decode encoded blocks in host memory. Returns how many leading blocks were decoded before `expired()`."""
+        """Decode encoded blocks in host memory until `expired()` is true. Returns how many leading blocks were decoded."""
 
         def read(each: FoundBlock, block: int) -> bool:
             frame = None if expired() else self._frame(each)
@@ -180,14 +180,14 @@ class BlockSource:
         self._doubted.append(key)
 
     def doubted(self) -> list[BlockKey]:
-        """Returns the blocks found damaged since the last call."""
+        """Returns the keys of the blocks and slots that were found damaged since the last call."""
         doubted, self._doubted = self._doubted, []
         if damaged := self._view.damaged:
             doubted += [damaged.pop() for _ in range(len(damaged))]
         return doubted
 
     def digest(self, offset: int, nbytes: int) -> int:
-        """Returns the digest of the `nbytes` packed at `offset`."""
+        """Returns the digest of the `nbytes` bytes at `offset` of the arena."""
         return self._headers.digest(offset, nbytes)
 
     def _read_memory(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor) -> int:
@@ -204,7 +204,10 @@ class BlockSource:
         return self._believed(found, None)
 
     def read_pages(self, found: Sequence[FoundBlock], pages: Pages, blocks: Sequence[int]) -> int:
-        """Copy uncompressed blocks in host memory to the pages of an engine's `blocks`. Returns how many leading blocks are right."""
+        """Copy uncompressed blocks in host memory to the pages of an engine's `blocks`.
+
+        Returns how many leading blocks were copied without damage or change.
+        """
         offsets = [each.slot.offset for each in found]
         pages.scatter(self.memory, offsets, blocks)
         return self._believed(found, offsets)
@@ -215,7 +218,10 @@ class BlockSource:
         return self._view.arena
 
     def _believed(self, found: Sequence[FoundBlock], offsets: Sequence[int] | None) -> int:
-        """Returns how many leading blocks did not change while they were copied. `offsets`: of blocks in host memory, else None."""
+        """Returns how many leading blocks did not change while they were copied.
+
+        `offsets`: the payload offsets of blocks in host memory, whose headers are compared too; None for blocks on the device.
+        """
         # The headers are compared before `all_valid`, so that its result covers them too.
         named = len(found) if offsets is None else self._named(found, offsets)
         if named == len(found) and self._view.all_valid([each.slot for each in found]):
@@ -230,7 +236,7 @@ class BlockSource:
         return len(found)
 
     def _named(self, found: Sequence[FoundBlock], offsets: Sequence[int]) -> int:
-        """Returns how many leading blocks have headers that name their keys, and with `verify_host` also matching seals."""
+        """Returns how many leading blocks have a header that names their key, and with `verify_host` also a seal that matches."""
         if not self.verifies and self._headers.name_all(offsets, [each.key for each in found]):
             return len(found)
         is_its_own = self._is_sealed_for if self.verifies else self._headers.names
@@ -242,7 +248,7 @@ class BlockSource:
         return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 
     def _read_disk(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
-        """Read and decode blocks on disk. Returns how many leading blocks were read before `expired()`."""
+        """Read and decode blocks on disk until `expired()` is true. Returns how many leading blocks were read."""
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
         with self._decoders.side_by_side() as results:
@@ -266,16 +272,19 @@ class BlockSource:
 
     @property
     def live(self) -> bool:
-        """Whether the node has not shut down in order. A node that was killed still counts as live."""
+        """False once the node has shut down in an orderly way. A node that was killed still counts as live."""
         return self._view.live
 
     @property
     def generation(self) -> int:
-        """The generation of the node's present life. For `guard`, read it before reserving."""
+        """The generation of the node's present life. Read it before reserving extents, and pass it to `guard`."""
         return self._view.generation
 
     def guard(self, ranges: Sequence[tuple[int, int]], generation: int) -> AbstractContextManager[bool]:
-        """A context for packing into the reserved (offset, bytes) ranges of the arena. It yields False if the node was restarted."""
+        """A context for packing into reserved (offset, bytes) ranges of the arena.
+
+        Yields True, or False if the node's generation is no longer `generation`: it was restarted, and nothing may be written.
+        """
         return self._view.guard(ranges, generation)
 
     @property
@@ -285,12 +294,12 @@ class BlockSource:
 
     @property
     def reason_of_miss(self) -> str:
-        """The reason for the miss of a block that the index does not contain."""
+        """The reason why a block that the index does not contain is a miss, in words."""
         return "not stored here, or evicted" if self._view.live else "the node is closed"
 
     @property
     def retries(self) -> int:
-        """Look-ups and reads that met a block while it changed."""
+        """The number of look-ups and reads during which the block changed."""
         return self._view.retries + self.invalidated
 
     def close(self) -> None:
@@ -306,14 +315,14 @@ class BlockSource:
 
 
 class DiskReader:
-    """Reads blocks from the node's segments on its own threads, some ahead, so that a hanging disk blocks no caller."""
+    """Reads blocks from the node's segments in threads of its own, up to READS_AHEAD in advance. A hanging disk blocks no caller."""
 
     def __init__(self, segments: SegmentReader) -> None:
         self._segments = segments
         self._threads = DaemonThreads(READS_AHEAD, "tkv-read")  # threads start when they are first needed
 
     def frames(self, found: Sequence[FoundBlock], expired: Callable[[], bool]) -> Iterator[Frame]:
-        """Yields the verified frame of each block, up to the first that cannot be read, or that is not read when `expired()`.
+        """Yields the verified frame of each block. Ends at the first block that cannot be read, or once `expired()` is true.
 
         Threads read into memory of their own, so that a late read cannot write to the caller's tensor.
         """
@@ -346,14 +355,14 @@ class DiskReader:
 
 
 def _outcome(future: Future[T], expired: Callable[[], bool]) -> T | None:
-    """Returns the result of a read; None if it is not done when `expired()`."""
+    """Returns the result of a read, or None if the read is not done when `expired()` becomes true."""
     while not future.done() and not expired():
         wait([future], LOOK_AGAIN_S)
     return future.result() if future.done() else None
 
 
 class DeviceReader:
-    """This process's mapping of the node's device pool. It is opened when first needed, and again after the node was restarted."""
+    """This process's mapping of the node's device pool. It is opened at its first use, and again after a restart of the node."""
 
     def __init__(self, view: NodeView, layout: Layout) -> None:
         self._view = view
@@ -386,7 +395,7 @@ class DeviceReader:
         except TieredKVError as error:
             log.warning("cannot map the node's device pool, so its blocks are read through host memory: %s", error)
             self._identity = identity
-        # Else the node is about to create a new pool, or the files that are mapped here were removed and the pool is a later node's.
+        # If they differ, the node is about to create a new pool, or the files mapped here were removed and the pool is a later node's.
         if self._pool is not None and self._pool.generation == identity:
             self._blocks = ArenaBlocks(self._pool.tensor, self._layout)
             self._identity = identity

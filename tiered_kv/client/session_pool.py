@@ -38,13 +38,13 @@ class SessionPool:
         self._silent_since_ns: int | None = None  # the heartbeat at the time of a call without an answer
         self._closed = False
         self.is_cut_off = False
-        """Whether the last attempt to connect failed: the node has ended, or has new files."""
+        """Whether the last attempt to connect failed, because the node has ended or has new files."""
         self.calls = 0
-        """Sessions lent so far: every call that left this process went through one."""
+        """The number of sessions lent so far. Every call that leaves this process uses a lent session."""
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Empty the pool in a child process: the sessions belong to the parent."""
+        """Empty the pool in a forked child process: the sessions belong to the parent."""
         self._lock = threading.Lock()
         self._idle = []
 
@@ -66,7 +66,7 @@ class SessionPool:
         self._give_back(session)
 
     def check(self, wait_s: float) -> None:
-        """Connect once, so that errors show now. Raises as connecting does. Keeps no session and counts no call."""
+        """Connect once, so that an error is raised now and not in a later call. Keeps no session and counts no call."""
         self._opened(wait_s).close()
 
     def revive(self) -> None:
@@ -95,9 +95,9 @@ class SessionPool:
         return session
 
     def _opened_in_time(self, wait_s: float) -> Session:
-        """Open a session for a call. If that took all of the call's time, keeps the session for later and raises.
+        """Open a session for a call. If that took all of the call's time, keep the session for later calls and raise.
 
-        Connecting, greeting and the call may each end a little after their deadline. Together they would end too late.
+        Connecting, greeting and the call may each end a little after their deadline. Together they would end much too late.
         """
         until_s = self._clock.now_s() + wait_s
         session = self._opened(wait_s)

@@ -83,9 +83,9 @@ class BlockWriter:
         wait_s: float,
         pack: Callable[[list[int], list[int]], list[PackedBlock]],
     ) -> tuple[int, int]:
-        """As `write`, with a function that packs blocks. `parent`: the key before the first missing block.
+        """As `write`, with a function that packs blocks. `parent`: the parent's key of the first missing block.
 
-        `pack(taken, offsets)` packs the blocks `taken` at these offsets of the arena. It returns their (key, parent, offset, depth).
+        `pack(taken, offsets)` packs the blocks `taken` at these offsets of the arena. It returns (key, parent, offset, depth) of each.
         """
         nbytes = self._layout.block_bytes
         if not self._source.live:  # no worker reads these files any more
