@@ -1,7 +1,7 @@
-"""The check that a node shows only blocks whose lossy error is within the plan of their model.
+"""The check that a node shows only blocks whose lossy error the plan of their model allows.
 
-Every block that no worker stored here passes this one check: blocks that a former node left in memory, on disk or in objects, blocks of
-a checkpoint, and blocks from a peer. A block that fails is a miss and can be stored again (docs/design/023).
+All blocks that were not stored by this node's workers are checked here: blocks that a former node left in memory, on disk or in objects,
+blocks of a checkpoint, and blocks from a peer. A block that fails is a miss and can be stored again (docs/design/023).
 """
 
 import logging
@@ -21,10 +21,10 @@ _ROUNDING = 1 + 2.0**-22  # tolerance for errors that were stored as f32
 
 
 class Allowance:
-    """Checks blocks by the plans of a `BlockEncoder`, and counts the blocks that fail, by source. Thread-safe.
+    """Checks blocks against the plans of a `BlockEncoder`, and counts the blocks that fail, by source. Thread-safe.
 
-    Until a worker introduces a model, its blocks may have the largest error that the settings allow. Blocks that its plan may not allow
-    are remembered until then.
+    Until a worker introduces a model, its blocks may have the largest error that the settings allow. Lossy blocks that are admitted
+    before then are remembered, because the model's plan may not allow them.
     """
 
     def __init__(self, encoder: BlockEncoder) -> None:
@@ -38,8 +38,8 @@ class Allowance:
     ) -> bool:
         """Returns whether workers may read a block. `codec`: the id of its codec. `error`: its lossy error.
 
-        The error is unknown if it is None, or 0 with a lossy codec. Then `look` is called and may find it. A block whose error stays
-        unknown passes, unless no lossy block may; `check` sees its error when it is read.
+        The error is unknown if it is None, or 0 with a lossy codec. `look` is then called and may find it. A block whose error stays
+        unknown is admitted, unless no lossy block is allowed at all. `check` sees its error later, when the block is read.
         """
         most = self._encoder.most_error(root)
         if most == 0:
@@ -56,14 +56,14 @@ class Allowance:
         return True
 
     def check(self, block: BlockData, info: BlockInfo) -> None:
-        """Raise (kind `corrupt`) if this block, which has just been read, may not be shown."""
+        """Raise (kind `corrupt`) if workers may not read this block. Call it when the block has been read from its tier."""
         codec = block.frame.codec.id if block.frame is not None else 0
         if not self.admits(info.key, info.root, codec, block.error):
             self.refuse("read", 1)
             raise TieredKVError(Kind.CORRUPT, self._reason(block.error, info.root), too_lossy=True)
 
     def refuse(self, where: str, blocks: int) -> None:
-        """Count blocks that may not be shown. `where`: their source. The first time for each source is logged."""
+        """Count blocks that workers may not read. `where`: the source of the blocks. The first refusal of each source is logged."""
         if blocks:
             with self._lock:
                 is_first = not self._refused[where]
@@ -77,14 +77,14 @@ class Allowance:
                 )
 
     def decide(self, root: BlockKey) -> list[BlockKey]:
-        """Apply the new plan of a model. Returns the blocks that were admitted before and whose error is larger than it allows."""
+        """Apply a model's new plan. Returns the keys of blocks that were admitted before, with an error that the plan does not allow."""
         with self._lock:
             known = self._undecided.pop(root, {})
         most = self._encoder.most_error(root) * _ROUNDING
         return [key for key, error in known.items() if error > most]
 
     def stats(self) -> dict[str, int]:
-        """Returns, for each source, how many blocks carried more error than allowed and were left out, since the node started."""
+        """Returns by source how many blocks were refused since the node started, because their error was larger than allowed."""
         with self._lock:
             return dict(self._refused)
 

@@ -1,4 +1,4 @@
-"""Codec plans: which codec each tier uses for a model's blocks, by a named quality, by tier, or by an error budget.
+"""Codec plans: the codec that each tier uses for a model's blocks. The settings ask for a quality, for codecs by tier, or for a budget.
 
 A plan is a pure function of the settings, the tiers, and the measurements of `tiered-kv calibrate` for this model. Every node computes
 the same plan by itself, without the coordinator. The coordinator reports the plans on request (docs/design/016).
@@ -31,7 +31,7 @@ ONLY_LOSSLESS = "only lossless codecs apply to an opaque layout"
 
 @dataclass(frozen=True)
 class CodecPlan:
-    """The codec of each tier except the device, which keeps blocks raw, and the reason for it. Codecs are written as in the settings."""
+    """The codec of each tier, written as in the settings, and the reason for it. The device is left out: it keeps blocks raw."""
 
     codecs: Mapping[Tier, str]
     why: Mapping[Tier, str]
@@ -64,7 +64,7 @@ def tiers_of(config: Config) -> list[Tier]:
 
 
 def is_exact(config: Config) -> bool:
-    """Returns whether host memory keeps every block raw, whatever the model."""
+    """Returns whether host memory keeps every block of every model raw."""
     named = config.codec_by_tier.get(Tier.HOST)
     return named == "raw" or (named is None and config.quality == "exact" and config.kl_budget is None)
 
@@ -107,9 +107,9 @@ def plan(config: Config, calibration: Calibration | None) -> CodecPlan:
 
 
 def opaque_plan(config: Config) -> CodecPlan:
-    """Returns the plan for a model of an `OpaqueLayout`: the lossless codec in each tier for which the settings ask for a lossy one.
+    """Returns the plan for a model with an `OpaqueLayout`. Needs no calibration.
 
-    Needs no calibration. `why` says which codec is replaced.
+    A tier for which the settings ask for a lossy codec gets the lossless codec instead. Its `why` names the codec that is replaced.
     """
     tiers = tiers_of(config)
     if config.kl_budget is None:
@@ -138,9 +138,9 @@ def _preset(quality: str, tiers: Sequence[Tier], calibration: Calibration | None
 
 
 def _within(kl: float, tiers: Sequence[Tier], calibration: Calibration | None) -> tuple[dict[Tier, str], dict[Tier, str]]:
-    """Returns by tier the codec with the best ratio within the KL budget, and the reason.
+    """Returns by tier the codec with the largest compression ratio within the KL budget, and the reason.
 
-    The errors of host memory and of a colder tier add up, so both together must fit unless they use the same codec.
+    The errors of host memory and of a colder tier add up. So their sum must be within the budget, unless both use the same codec.
     """
     if calibration is None or not calibration.measured:
         raise TieredKVError(Kind.CONFIG, f"error_budget: choosing codecs needs a calibration of this model; {RUN}", setting="error_budget")
@@ -162,7 +162,7 @@ def _within(kl: float, tiers: Sequence[Tier], calibration: Calibration | None) -
 
 
 def _smallest(rows: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns the row with the largest ratio, or a row for raw if there is none."""
+    """Returns the measurement with the largest compression ratio, or that of the codec `raw` if there are none."""
     return max(rows, key=lambda row: row["ratio"], default={"codec": "raw", "kl": 0.0, "ratio": 1.0})
 
 

@@ -1,8 +1,8 @@
-"""Encoding of a node's blocks: for each model and tier the codec of its plan, and for each block its frame.
+"""Encodes a node's blocks as frames, each with the codec that the plan of its model names for the target tier.
 
-An encoded block is passed on unchanged, unless the codec of the next tier makes it smaller within that codec's error bound. The error
-that the block has already counts against the bound. So no block is encoded twice by the same codec, and a lossy frame never becomes
-a larger exact one.
+An encoded block is copied to another tier unchanged, unless that tier's codec makes it smaller within the codec's error bound. The
+error that the block has already counts against the bound. So no block is encoded twice by the same codec, and a lossy frame never
+becomes a larger exact one.
 """
 
 import logging
@@ -46,8 +46,8 @@ def _nothing_to_verify() -> None:
 class BlockData(NamedTuple):
     """One block's bytes as read from a tier, raw or as its frame, and its lossy error.
 
-    `verify` raises (kind `corrupt`) if the bytes differ from those that were stored. Code that gives them a new checksum, or copies
-    them raw, must call it afterwards. That finds a bit that flipped before; a bit that flips later does no harm to the copy.
+    `verify` raises (kind `corrupt`) if the bytes differ from those that were stored. Code that copies the bytes raw, or makes a new
+    checksum of them, must call it afterwards. So a bit that flipped earlier is found. A bit that flips later does not affect the copy.
     """
 
     raw: torch.Tensor | None
@@ -79,7 +79,7 @@ class EncodedFrame(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Size of the frame."""
+        """The size of the frame in bytes."""
         return sum(byte_view(piece).nbytes for piece in self.pieces)
 
 
@@ -111,7 +111,7 @@ class BlockEncoder:
         self._fell_back: Counter[str] = Counter()  # by reason
 
     def knows(self, root: BlockKey, info: ModelInfo) -> bool:
-        """Returns whether the model was introduced with the same description. A missing namespace counts as the known one."""
+        """Returns whether the model was introduced with this description. If `info` has no namespace, namespaces are not compared."""
         known = self._models.get(root)
         return known is not None and known.info == _filled(info, known)
 
@@ -123,9 +123,9 @@ class BlockEncoder:
     def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
         """Register a worker's model: from now on blocks below `root` are encoded for it.
 
-        Returns the plan, and the path of the calibration that the worker needs to decode its blocks. A model of an opaque layout needs
-        no calibration. Otherwise raises (kind `config`) if the settings need a calibration of the model and there is none; (kinds
-        `storage`, `corrupt`) if the calibration cannot be read.
+        Returns the plan, and the path of the calibration that the worker needs to decode its blocks (None if it needs none). Raises
+        (kind `config`) if the settings need a calibration of the model and there is none. Raises (kinds `storage`, `corrupt`) if the
+        calibration cannot be read. A model with an opaque layout needs no calibration.
         """
         if not self.knows(root, info):
             made = self._planned(_filled(info, self._models.get(root)))
@@ -184,7 +184,7 @@ class BlockEncoder:
         return self._most_error if model is None else model.most_error
 
     def has_plan(self, root: BlockKey) -> bool:
-        """Returns whether the allowed error of the model is final: a worker has introduced it, or it depends on the settings only."""
+        """Returns whether the model's allowed error is final: a worker has introduced the model, or the settings alone fix the error."""
         return root in self._models or self._most_error < math.inf
 
     # Blocks
@@ -232,7 +232,7 @@ class BlockEncoder:
     # Figures
 
     def stats(self) -> CodecStats:
-        """Returns the plans, the encoded blocks by tier and codec, and by reason how many fell back to a better codec; ready for JSON."""
+        """Returns figures, ready for JSON: plans, encoded blocks by tier and codec, and by reason how many got a better codec instead."""
         with self._lock:
             coded: dict[str, dict[str, EncodedStats]] = {}
             for (tier, name), blocks in sorted(self._blocks.items()):
@@ -245,7 +245,7 @@ class BlockEncoder:
 
 
 def _filled(info: ModelInfo, known: _IntroducedModel | None) -> ModelInfo:
-    """Returns the description; a missing namespace is taken from `known`, because a root has only one namespace."""
+    """Returns `info`. If it has no namespace, it gets that of `known`, because a root has only one namespace."""
     return info if info.namespace is not None or known is None else replace(info, namespace=known.info.namespace)
 
 
@@ -262,7 +262,10 @@ def raw_frame(key: BlockKey, root: BlockKey | None, block: BlockData) -> FramePi
 
 
 def _may_improve(codec: Codec, present: Codec) -> bool:
-    """Returns whether encoding again can give a smaller frame: an exact codec only of a raw one, a lossy one unless it made this one."""
+    """Returns whether `codec` can make a smaller frame of a block that `present` has encoded.
+
+    An exact codec can only if `present` is raw. A lossy codec can unless it equals `present`.
+    """
     return (isinstance(present, RawCodec) and not isinstance(codec, RawCodec)) or (codec.is_lossy and codec != present)
 
 

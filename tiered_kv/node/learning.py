@@ -46,7 +46,7 @@ class Learning:
     def stats(self) -> LearningStats:
         """Returns how many blocks the policy remembers, and the age of the other nodes' counts in seconds.
 
-        `known_blocks` is None if the policy does not learn, the age if no counts of other nodes were adopted.
+        The number is None if the policy does not learn. The age is None if no counts of other nodes were adopted.
         """
         if self._history is None:
             return {"known_blocks": None, "adopted_age_s": None}

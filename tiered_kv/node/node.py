@@ -54,7 +54,7 @@ class Node:
     """One machine's part of the cache. `directory`: the folder in which its workers find index and arena.
 
     Raises a `TieredKVError` that names the setting if shared memory or disk cannot be allocated. `at_beat` is called after each beat.
-    `secret`: the cluster's; tenants have no salts without one.
+    `secret`: the cluster's secret. Without one, tenants have no salts.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Node:
         return salt_of(tenant, self._tenant_secret)
 
     def introduce(self, root: BlockKey, info: ModelInfo) -> Introduction:
-        """Register a worker's model, as `Coder.introduce`. Its blocks that this node has already can be encoded from now on."""
+        """Register a worker's model, as `BlockEncoder.introduce`. The model's blocks on this node can be encoded from now on."""
         self.epochs.learn(root, namespace := info.known_namespace())
         if namespace is not None:
             self.tenants.check_block(namespace.tenant, info.layout.block_bytes)
@@ -192,10 +192,10 @@ class Node:
         self.storage.allowance.refuse("introduced", dropped)
 
     def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
-        """Make packed blocks visible, parents first. Returns for each whether it is new: False if this node had it already.
+        """Make packed blocks visible. Each block must follow its parent. Returns for each block whether it is new on this node.
 
-        If the list is shorter than `packed`, the index has no room for the rest, or their weights have ended, and their extents are
-        freed. Raises (kind `transport`), with all extents freed, unless the depth of each block is one more than its parent's.
+        If the list is shorter than `packed`, the other blocks stay invisible and their extents are freed: the index has no room for
+        them, or their weights have ended. Raises (kind `transport`), with all extents freed, unless each depth is the parent's plus 1.
         """
         with self.running():
             added = commit(self, packed, self._clock.now_s(), note_touches=note_touches)
@@ -208,7 +208,7 @@ class Node:
             self._reporter.wake()
 
     def hint(self, last_block: BlockKey, hint: Hint) -> None:
-        """Apply what a worker knows of the future use of the chain whose deepest block is `last_block`."""
+        """Apply a worker's hint about the future of the chain whose deepest block is `last_block`."""
         with self.running():
             self.engine.drain_touches()
             self.engine.handle([ev.Hinted(last_block, hint, self._clock.now_s())])
@@ -255,7 +255,7 @@ class Node:
     def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[BlockKey, BlockKey | None, Location]]]:
         """Yields the leading `keys` that this node has, with root and location. Their bytes do not change inside the with block.
 
-        Copies elsewhere may be added meanwhile. Read each block at this location, in the codec that it names.
+        Copies in other tiers may be added meanwhile. Read each block at the yielded location, in the codec that the location names.
         """
         machine = self.engine.machine
         with self.running():
@@ -302,14 +302,14 @@ class Node:
             self._reporter.report_once()
 
     def checkpoint(self, request: CheckpointRequest[StepAnswer]) -> StepAnswer:
-        """Carry out one step of writing or restoring a checkpoint. Returns its answer; raises as the step in `checkpoints.steps`."""
+        """Carry out one step of writing or restoring a checkpoint. Returns the step's answer. `checkpoints.steps` lists the errors."""
         return request.run(self)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
-        """Start or stop recording requests. Returns for how many seconds they have been recorded.
+        """Start or stop recording requests. Returns for how many seconds requests have been recorded, 0 after a stop.
 
         Block keys leave the node as numbers hashed with `salt`, at most 64 bytes. A start with the same salt continues a recording.
-        Raises (kind `cluster`) while one with another salt is running. Ends by itself if it is not read for a minute.
+        Raises (kind `cluster`) while a recording with another salt is running. A recording ends by itself if nobody reads it for a minute.
         """
         with self.running():
             self.engine.drain_touches()  # earlier uses are not part of the recording
@@ -321,14 +321,14 @@ class Node:
     def recorded(self, everything: bool = False) -> Recorded:
         """Returns the requests finished since the last call (with `everything`, all), in the simulator's format.
 
-        Their times are ms since `record`. Raises (kind `closed`) if no recording is running.
+        Their times are ms since the recording started. Raises (kind `closed`) if no recording is running.
         """
         with self.running():
             self.engine.drain_touches()
             return self._recording.take(self._clock.now_s(), everything)
 
     def stats(self) -> NodeStats:
-        """Returns the node's figures, up to the last use by any worker, ready for JSON. Sizes are bytes."""
+        """Returns the node's figures, including all uses by workers so far, ready for JSON. Sizes are bytes."""
         machine = self.engine.machine
         with self.running():
             self.engine.drain_touches()
@@ -379,13 +379,13 @@ class Node:
         self.epochs.beat()
 
     def _thin_out(self) -> None:
-        """Unmount blocks that only a checkpoint has, if they use more than their share of index slots."""
+        """Unmount blocks that only a checkpoint has, if more than INDEX_SHARE of the index slots are in use."""
         missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
         if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
             self.engine.handle([ev.Unmounted(missing)])
 
     def report_commits(self) -> None:
-        """Pass committed blocks on to the policy, while no worker waits for an answer."""
+        """Report committed blocks to the eviction policy, if many have not been. Call it while no worker waits for an answer."""
         if self.engine.machine.has_many_unreported_commits:
             with self.engine.lock:
                 self.engine.machine.report_commits()
@@ -408,11 +408,11 @@ class Node:
             self.storage.check(self.engine.machine.blocks, [late, *(session.reserved for session in self._sessions)])
 
     def close(self, remove: bool = True, *, afterwards: Callable[[], None] = lambda: None, within_s: float = CLOSE_WITHIN_S) -> None:
-        """Stop all threads. With `remove`, readers see a closed node and every file is deleted; without, all files stay for a restart.
+        """Stop all threads. With `remove`, readers see a closed node and every file is deleted. Else all files stay for a restart.
 
-        If a disk or an object store hangs, this returns after `within_s`, and a background thread finishes when they answer. It calls
-        `afterwards` at the end. Until then some work is left undone: running copies, footers of open segments (their frames are found
-        without them), and the removal of disk files.
+        If a disk or an object store hangs, this returns after `within_s`, and a background thread finishes the work once they answer:
+        running copies, the footers of open segments (their frames are found without footers), and the removal of disk files.
+        `afterwards` is called when all work is done.
         """
         if self._closing.is_set():
             return
@@ -424,7 +424,7 @@ class Node:
                 self.storage.withdraw()
 
     def _end(self, remove: bool, afterwards: Callable[[], None]) -> None:
-        """Close all parts, each after its users."""
+        """Close all parts of the node. Each part is closed after those that use it."""
         self._beats.join()
         self.seals.close()
         self.checkpoint_writer.close()
@@ -483,7 +483,7 @@ class Node:
             return list(self.engine.machine.blocks)
 
     def _run_beats(self) -> None:
-        """Run the thread. An error in a beat is logged, and the next beat runs."""
+        """Do the periodic work every BEAT_S until the node closes. An error in one beat is logged and does not stop the next."""
         while not self._closing.wait(BEAT_S):
             try:
                 self.beat()

@@ -9,7 +9,7 @@ from tiered_kv.store import events as ev
 
 
 class Packed(NamedTuple):
-    """A packed block. `error`: the lossy error of its raw bytes.
+    """A block that is complete in an extent but not visible yet. `error`: the lossy error of its raw bytes.
 
     `digest`: the digest of its bytes (`ExtentHeaders.digest`); None if they have not been hashed yet.
     """
@@ -21,7 +21,7 @@ class Packed(NamedTuple):
 
 
 def runs_of_packed(packed: Sequence[Packed], now_s: float) -> list[ev.Committed]:
-    """Returns the blocks (parents first) as runs in which each block is the parent of the next."""
+    """Returns the blocks as runs in which each block is the parent of the next. In `packed`, parents must be before their children."""
     runs: list[ev.Committed] = []
     keys: list[BlockKey] = []
     locations: list[Location] = []

@@ -24,7 +24,7 @@ class PageAllocator:
         self._session = node.open_session()
 
     def take(self, keys: Sequence[BlockKey | None]) -> list[int] | None:
-        """Reserve a page for each key. A key of None is for a page that is not full yet.
+        """Reserve a page for each key. None stands for a block without a key, because it is not full yet.
 
         Returns the offsets of the pages, or None if there is no room for all of them.
         """
@@ -48,7 +48,7 @@ class PageAllocator:
         return payload.view(self._layout.torch_dtype).view(self._layout.block_shape)
 
     def publish(self, key: BlockKey, parent: BlockKey | None, depth: int, offset: int) -> bool:
-        """Commit a full page as the block `key`, and hold it. If the block exists already, hold that one and free the page.
+        """Commit a full page as the block `key`, and hold it. If the block exists already, hold the existing one and free the page.
 
         Returns False, with the page freed, if the index has no room.
         """
@@ -57,11 +57,11 @@ class PageAllocator:
             return bool(added) and bool(self._node.hold([key]))
 
     def hold(self, keys: Sequence[BlockKey]) -> int:
-        """Hold the leading blocks that are in host memory. Returns how many."""
+        """Hold the leading blocks that are in host memory. Returns how many blocks were held."""
         return len(self._node.hold(keys))
 
     def let_go(self, keys: Sequence[BlockKey]) -> None:
-        """End one `hold` of each block, the deepest first. They may be evicted afterwards."""
+        """End one `hold` of each block, the deepest first. Blocks that nobody else holds may then be evicted."""
         self._node.let_go(list(reversed(keys)))
 
     def offsets(self, keys: Sequence[BlockKey]) -> list[int]:

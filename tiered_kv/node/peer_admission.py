@@ -1,6 +1,6 @@
-"""Stores blocks from peers in the host tier: verifies them and makes them visible, through a session of their own.
+"""Stores blocks from peers in the host tier: verifies them and makes them visible, through a session that the pull opened.
 
-Blocks arrive as whole frames (`take`), or over a stream, straight in their extents (`land`). Both pass the same checks.
+Blocks arrive as whole frames (`take`), or over a stream that writes straight into their extents (`land`). Both pass the same checks.
 """
 
 import logging
@@ -30,7 +30,7 @@ ADMIT_WAIT_S = 0.05
 
 
 class Admission:
-    """Stores the blocks of one run. Implements `Receiver`."""
+    """Stores the blocks of one block run that is pulled from peers. Implements `Receiver`."""
 
     def __init__(self, node: "Node", session: NodeSession, run: BlockRun) -> None:
         self._storage = node.storage
@@ -41,7 +41,7 @@ class Admission:
         self._depths = {key: run.depth + number for number, key in enumerate(run.keys)}
 
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
-        """As `Receiver.take`. It stops also at a frame that is too lossy."""
+        """As `Receiver.take`. It also stops at the first frame that is too lossy."""
         opened = (self._storage.opened(key, pieces, self._root) for key, pieces in zip(keys, frames, strict=False))
         good: list[Frame] = []
         for frame in opened:
@@ -69,19 +69,19 @@ class Admission:
         return FrameLanding(self, self._storage, keys, locations, same, self._root)
 
     def _room(self, form: BlockFormat, keys: Sequence[BlockKey]) -> list[Location]:
-        """Reserve extents for the leading `keys`, of one form. Returns where they are; [] without room."""
+        """Reserve extents of one block format for the leading `keys`. Returns their locations, [] if there is no room."""
         parent, is_coded = self._parents[keys[0]], form.codec != 0
         offsets = self._session.reserve_within(form.nbytes, list(keys), parent, ADMIT_WAIT_S, is_coded=is_coded)
         return [Location(Tier.HOST, form.codec, 0, offset, form.nbytes, self._nbytes) for offset in offsets]
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
-        """Make the blocks visible that are packed at the leading `locations`, and free the others. Returns how many are visible."""
+        """Commit the `packed` blocks, which fill the leading `locations`, and free the other locations. Returns how many are visible."""
         done = len(self._session.commit_packed(list(packed), note_touches=False)) if packed else 0
         self._session.release([location.offset for location in locations[len(packed) :]])
         return done
 
     def info(self, key: BlockKey) -> BlockInfo:
-        """Returns the place of a block of this run in its chain."""
+        """Returns the block info of a block of this run."""
         return BlockInfo(key, self._parents[key], self._root, self._depths[key])
 
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
@@ -92,7 +92,7 @@ class Admission:
         return list(takewhile(lambda frame: self._storage.form_of(frame, self._root) == form, frames))
 
     def _put(self, keys: Sequence[BlockKey], frames: Sequence[Frame], locations: Sequence[Location]) -> list[Packed]:
-        """Write the frames into extents. Returns the packed blocks up to the first frame that cannot be decoded or may not be shown."""
+        """Write the frames into extents. Ends at the first that cannot be decoded or is too lossy. Returns the blocks before it."""
         packed = []
         for key, frame, location in zip(keys, frames, locations, strict=False):
             try:

@@ -1,4 +1,4 @@
-"""A node's store of probes: saved in files that outlive it, and matched by the coordinator while it answers."""
+"""A node's probes: saved in files that outlive the node, and matched by the coordinator while that answers."""
 
 import logging
 import threading
@@ -64,7 +64,7 @@ class NodeProbes:
 
 
 def _read(file: Path) -> bytes:
-    """Returns the bytes of a file. Raises ValueError if they are too many for a file of probes."""
+    """Returns the bytes of a file. Raises ValueError if there are more than FILE_BYTES_MAX."""
     with file.open("rb") as opened:
         data = opened.read(FILE_BYTES_MAX + 1)
     if len(data) > FILE_BYTES_MAX:

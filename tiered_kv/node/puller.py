@@ -23,7 +23,7 @@ CHUNK_BYTES = 16 << 20
 """The bytes of one request to a peer that has no streams."""
 AVOID_S = 1.0
 PATIENCE_S_MAX = 1.0
-"""How long a stream may stand still while another node has the next block too: at most this, and half of the time left."""
+"""If another node has the next block too, a stream may pause for half of the time left, but at most for this long."""
 PATIENCE_S_MIN = 0.05
 
 
@@ -35,9 +35,10 @@ class Chunk(NamedTuple):
 
 
 class _PeerFailed(Exception):
-    """A request to `node` failed. Others may have the blocks, or the node itself in another way (`may_retry`).
+    """A request to `node` failed, and other nodes may have the blocks.
 
-    `avoid_s`: how long no other pull sends it a request.
+    `may_retry`: the same node can be asked again, because the next request takes another link to it. `avoid_s`: how long no pull
+    sends the node a request.
     """
 
     def __init__(self, node: str, avoid_s: float = 0.0, may_retry: bool = False) -> None:
@@ -48,9 +49,9 @@ class _PeerFailed(Exception):
 
 
 class Puller:
-    """Fetches blocks from the nodes that the directory names. A second pull of blocks in transfer waits for the first.
+    """Fetches blocks from the nodes that the directory names. A pull of blocks that another pull is fetching waits for the other pull.
 
-    A holder that fails is replaced by others for the blocks that are still missing, in the time left.
+    If a node fails, the blocks that are still missing are requested from other nodes that hold them, in the time left.
 
     `locate` asks the directory, as `Link.locate`. A node whose request failed gets no further request for `AVOID_S`. A node that hangs
     gets none for `forgotten_s`: by then the directory no longer names it, unless it has reported again.
@@ -68,7 +69,8 @@ class Puller:
     def pull(self, keys: list[BlockKey], nbytes: int, wait_s: float, receiver: Receiver, present: Callable[[BlockKey], bool]) -> int:
         """Fetch the leading blocks of `keys`, each of `nbytes`, within `wait_s`. Returns how many of them this node has afterwards.
 
-        `receiver` stores the blocks. `present` tells whether this node has a block. Any failure ends the pull early.
+        `receiver` stores the blocks. `present` returns whether this node has a block. A failure that no other node can make good ends
+        the pull early.
         """
         deadline_s = self._clock.now_s() + wait_s
         tried: set[BlockKey] = set()
@@ -111,7 +113,7 @@ class Puller:
     def _pull_mine(
         self, mine: list[BlockKey], nbytes: int, deadline_s: float, receiver: Receiver, present: Callable[[BlockKey], bool]
     ) -> None:
-        """Fetch blocks that no other pull fetches. Each holder that fails is left out when the rest is tried again."""
+        """Fetch blocks that no other pull is fetching. If a node fails, request the rest again without that node."""
         missing, excluded = mine, set[str]()
         while missing and self._clock.now_s() < deadline_s:
             try:
@@ -156,7 +158,7 @@ class Puller:
                 return
 
     def _reachable(self, holders: list[list[str]], excluded: Collection[str]) -> list[list[str]]:
-        """Returns the holders of each block without avoided and excluded nodes, up to the first block that has no other holder."""
+        """Returns the holders of each leading block, without avoided and excluded nodes. Ends at the first block with no holder left."""
         now_s = self._clock.now_s()
         with self._done:
             self._avoided_until_s = {node: until_s for node, until_s in self._avoided_until_s.items() if until_s > now_s}
@@ -183,7 +185,7 @@ class Puller:
 
     @contextmanager
     def _blaming(self, node: str) -> Iterator[None]:
-        """Turn an error of a transfer into a failure of its peer. What is this node's own fault, such as no room, stays as it is."""
+        """Raise an error of a transfer as `_PeerFailed`. An error of this node itself, such as no room, is raised unchanged."""
         try:
             yield
         except TieredKVError as error:

@@ -7,9 +7,9 @@ from tiered_kv.tiers.host import HostTier
 
 
 class ExtentQuarantine:
-    """Keeps such extents allocated until no process holds a lock on them. Not thread-safe: the engine's lock guards it.
+    """Keeps extents of ended sessions allocated until no process holds a lock on them. Not thread-safe: the engine's lock guards it.
 
-    `arena_fd`: the node's file descriptor of the arena. Through it the node sees the locks of workers.
+    `arena_fd`: the node's file descriptor of the arena, through which it finds the locks of workers.
     """
 
     def __init__(self, host: HostTier, arena_fd: int) -> None:
@@ -24,7 +24,7 @@ class ExtentQuarantine:
             self._bytes_by_start[start] = nbytes
 
     def abandon(self, reserved: Mapping[int, int]) -> None:
-        """Take over the extents that an ended session had reserved. `reserved` maps payload offsets to bytes."""
+        """Put the extents that an ended session had reserved into quarantine. `reserved` maps payload offsets to bytes."""
         for offset, nbytes in reserved.items():
             start, length = self._host.extent_range(offset, nbytes)
             self._bytes_by_start[start] = length

@@ -23,9 +23,10 @@ CROWDED_PART = 10
 class Recovery:
     """Recovers a node's blocks once, at its start.
 
-    The constructor repairs the index, hides the blocks on the device, and reads the footers of the lower tiers. It must run before the
-    device pool is created, so that no worker takes blocks of the former pool for blocks of the new one. `inherited`: whether the files
-    in shared memory existed already. If they did not, the constructor raises for a store that it cannot reach: its URL may be misspelt.
+    The constructor repairs the index, removes the blocks on the device from it, and reads the footers of the lower tiers. It must run
+    before the device pool is created, so that no worker takes blocks of the former pool for blocks of the new one. `inherited`:
+    whether the files in shared memory existed already. If not, an object store that cannot be reached is an error, because its URL may
+    be misspelt. Otherwise its blocks are just not recovered.
     """
 
     def __init__(self, index: IndexWriter, host: HostTier, logs: Mapping[Tier, LogTier], allowance: Allowance, *, inherited: bool) -> None:
@@ -41,7 +42,10 @@ class Recovery:
         self._below = self._recovered_below()
 
     def restore(self, free: Callable[[Location], None]) -> list[ev.Recovered]:
-        """Returns the blocks that match their index entry and may be shown, the least recently used first. Calls `free` for the others."""
+        """Returns the blocks that match their index entry and are not too lossy, the least recently used first.
+
+        Calls `free` for the other blocks.
+        """
         kept = {(each.key, each.location.tier): each.location for each in self._below}
         lost = [key for key, location in self._index.items() if not self._is_there(key, location, kept)]
         for key in lost:
@@ -95,7 +99,7 @@ class Recovery:
         return found
 
     def _hidden_by_device(self) -> list[tuple[BlockKey, Location]]:
-        """Returns host copies of blocks whose index entry pointed at the former device pool; erases all other stale headers."""
+        """Returns the host copies of blocks whose index entry pointed at the former device pool. Erases all other stale headers."""
         found = []
         for offset, header in list(self._host.orphans()):
             if header is not None and self._on_device.get(header.info.key) == header.raw_bytes and header.nbytes:

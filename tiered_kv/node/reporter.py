@@ -36,10 +36,10 @@ class Epochs(Protocol):
 
 
 class Reporter:
-    """A thread that reports to the coordinator which blocks were added and removed. A failed report is made up for later.
+    """A thread that reports to the coordinator which blocks were added and removed. After a failed report, it sends the whole inventory.
 
     It is also the circuit breaker for requests to the coordinator: after one fails, no other is sent until a report succeeds
-    (`reachable`). Until then the index shows no peers, so that workers do not ask their node either.
+    (`reachable`). Until then the index shows no peers, so that workers send no look-ups to their node either.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Reporter:
         self._thread.start()
 
     def wake(self) -> None:
-        """Report changes now."""
+        """Have the thread report changes now."""
         self._wake.set()
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
@@ -102,7 +102,7 @@ class Reporter:
         return self._link.probe(root, known, probe)
 
     def report_once(self) -> None:
-        """Send the changes since the last report. Sends the whole inventory if a report was lost."""
+        """Send the changes since the last report, or the whole inventory if a report was lost."""
         with self._turn:
             self._report()
 

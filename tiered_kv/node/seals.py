@@ -74,7 +74,7 @@ class Seals:
     def committed(self, keys: Iterable[BlockKey]) -> None:
         """Queue blocks that were stored without a seal, for the thread to seal. No store waits for it. Call with the engine's lock.
 
-        They are sealed about `LOOK_EVERY_S` after the stores pause, and `SEAL_WITHIN_S` later if they do not.
+        The thread seals them about `LOOK_EVERY_S` after the stores pause. If stores do not pause, it waits for at most `SEAL_WITHIN_S`.
         """
         self._stored_s = time.monotonic()
         if not self._backlog:
@@ -82,9 +82,9 @@ class Seals:
         self._backlog.extend(keys)
 
     def stats(self) -> SealStats:
-        """Returns the blocks since the node started: sealed, scrubbed, flipped (dropped as damaged); the index slots mended.
+        """Returns counts since the node started: blocks sealed, scrubbed, and flipped (dropped as damaged), and index slots mended.
 
-        `unsealed`: how many blocks wait for a seal.
+        `unsealed`: how many blocks wait for a seal now.
         """
         return {
             "sealed": self._counts["sealed"],
@@ -122,7 +122,7 @@ class Seals:
             self._scrub_some(keys)
 
     def _run(self) -> None:
-        """Run the thread. An error is logged, and the next round tries again."""
+        """Seal and scrub blocks until the node closes. An error is logged, and the next round tries again."""
         stand_back(_NICE)
         rest_s = 0.0
         while not self._closing.wait(rest_s or LOOK_EVERY_S):
@@ -169,9 +169,9 @@ class Seals:
         return sum(block.location.stored_bytes for block in batch)
 
     def _take_batch(self, keys: deque[BlockKey], is_wanted: Callable[[Location], bool]) -> list[_HostBlock]:
-        """Remove keys from the front of a queue. Returns those in host memory for whose location there `is_wanted` is true.
+        """Remove up to `BATCH_BLOCKS` keys from the front of a queue. Returns their blocks in host memory, about `BATCH_BYTES` at most.
 
-        A batch ends at `BATCH_BYTES` or `BATCH_BLOCKS`.
+        Blocks for whose location `is_wanted` is false are left out.
         """
         batch: list[_HostBlock] = []
         nbytes, left = 0, BATCH_BLOCKS
@@ -185,7 +185,7 @@ class Seals:
         return batch
 
     def _look(self, batch: list[_HostBlock]) -> int:
-        """Hash blocks without a lock, then seal those without a seal and drop damaged ones. Returns how many were undamaged."""
+        """Hash blocks without a lock, then seal those without a seal, and drop those that are damaged. Returns how many are undamaged."""
         host = self._storage.host
         verdicts = [host.judge(*block) for block in batch]
         sound = 0

@@ -1,4 +1,4 @@
-"""Sizes of host memory for a given number of block bytes: the inverse of `memory.words.plan`."""
+"""Computes how large host memory must be for a given number of bytes of blocks: the inverse of `memory.words.plan`."""
 
 from tiered_kv.config import MIN_HOST_BYTES
 from tiered_kv.memory import words
@@ -14,7 +14,7 @@ def extent_bytes(payload_bytes: int) -> int:
 
 
 def host_bytes_for(arena_bytes: int) -> int:
-    """Returns the smallest value of the setting `host` that gives blocks at least `arena_bytes` beside the index.
+    """Returns the smallest value of the setting `host` that leaves at least `arena_bytes` for blocks beside the index.
 
     The value is a multiple of 64 KiB.
     """

@@ -164,11 +164,11 @@ class NodeStorage:
         return self.form_in_host(BlockFormat(source.codec, source.stored_bytes), source.raw_bytes, copy.info.root)
 
     def form_of(self, frame: Frame, root: BlockKey | None) -> BlockFormat:
-        """Returns the form in host memory of a block whose frame a peer sent."""
+        """Returns the block format that a frame from a peer gets in host memory."""
         return self.form_in_host(BlockFormat(frame.codec.id, frame.nbytes), frame.raw_bytes, root)
 
     def form_in_host(self, present: BlockFormat, raw_bytes: int, root: BlockKey | None) -> BlockFormat:
-        """Returns the form in host memory of a block: encoded as it is if host memory keeps frames of its model, else raw."""
+        """Returns the block format in host memory of a block: its `present` format if host memory keeps frames of its model, else raw."""
         return present if present.codec and self.encoder.keeps_frames(root) else BlockFormat(0, raw_bytes)
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
@@ -191,7 +191,7 @@ class NodeStorage:
     def put(self, block: BlockData, location: Location, info: BlockInfo) -> int:
         """Write a block, raw or as its frame, into a reserved extent of host memory. Then write its header and its seal.
 
-        Returns its digest. Raises (kind `corrupt`) if it does not decode or may not be shown.
+        Returns the block's digest. Raises (kind `corrupt`) if the block does not decode or is too lossy.
         """
         self.allowance.check(block, info)
         payload = self.host.payload(location.offset, location.stored_bytes)
@@ -207,7 +207,7 @@ class NodeStorage:
         return digest
 
     def sign(self, location: Location, info: BlockInfo, error: float = 0.0, digest: int | None = None) -> None:
-        """Write the header of an extent in host memory: its block, codec and sizes. With a digest it is sealed as well."""
+        """Write the header of an extent in host memory: its block, codec and sizes. With a digest, the header also gets a seal."""
         _, codec, _, offset, nbytes, raw_bytes = location
         self.host.sign(offset, BlockHeader(info, codec, nbytes, raw_bytes, error), FRAME_DIGEST if codec else digest)
 
@@ -240,7 +240,7 @@ class NodeStorage:
         return locations
 
     def _read(self, key: BlockKey, location: Location) -> BlockData:
-        """Returns the block at `location`. If that is in host memory, its bytes or frame are views. Raises if it cannot be read."""
+        """Returns the block at `location`. A block in host memory is returned as a view of its bytes. Raises if it cannot be read."""
         if location.tier is Tier.DEVICE:
             assert self.device is not None
             raw = torch.empty(location.raw_bytes, dtype=torch.uint8)
@@ -313,7 +313,7 @@ class NodeStorage:
         return [self._verified(copy, block) for copy, block in zip(copies, blocks, strict=True)]
 
     def _verified(self, copy: ev.Copy, block: BlockData | None) -> FillOutcome:
-        """Returns how the copy of a block from `decoded` went. Its bytes are verified here, after they were copied."""
+        """Returns the outcome of a copy of `block` to the device. The bytes are verified here, after they were copied."""
         try:
             if block is None:
                 return FillOutcome.GONE
@@ -341,9 +341,9 @@ class NodeStorage:
         return self._try_read(key, location, lambda block: raw_frame(key, root, block))
 
     def sealed_header(self, key: BlockKey, location: Location) -> bytes | None:
-        """Returns the header of a raw block in host memory with its seal, b"" for a frame; None if the block is damaged.
+        """Returns the header of a raw block in host memory, with its seal. A block without a seal is verified and sealed first.
 
-        A block without a seal is verified and sealed. The block must stay pinned during the call.
+        Returns b"" for a frame, and None if the block is damaged. The block must stay pinned during the call.
         """
         if location.codec:
             return b""
@@ -352,7 +352,7 @@ class NodeStorage:
         return self.host.headers.sealed(location.offset)
 
     def opened(self, key: BlockKey, pieces: FramePieces, root: BlockKey) -> Frame | None:
-        """Returns the frame in `pieces` from a peer; None if it is damaged, not of `key`, or may not be shown as a block below `root`."""
+        """Returns the frame in `pieces` from a peer, or None if it is damaged, not of `key`, or too lossy for the model of `root`."""
         return self._admitted(key, root, lambda: open_pieces(pieces, key))
 
     def opened_whole(self, key: BlockKey, buffer: memoryview, root: BlockKey) -> Frame | None:
@@ -420,7 +420,7 @@ class NodeStorage:
                 os.rmdir(self._objects_folder)
 
     def withdraw(self) -> None:
-        """Show readers a closed node and delete the files in shared memory. Hanging threads may still read their mapping."""
+        """Show readers a closed node and delete the files in shared memory. Threads that hang may still read the mapped memory."""
         self._files.withdraw()
 
     def _close_tiers(self, remove: bool) -> None:

@@ -17,7 +17,7 @@ PENDING_S = 5.0
 """The longest time of a request: from its fetch to the store of the blocks that it computed."""
 
 REQUESTS_MAX = 100_000
-"""How many requests are kept until they are read. Beyond that the oldest are dropped and counted in `lost`."""
+"""The most requests that are kept until they are read. If there are more, the oldest are dropped and counted in `lost`."""
 
 
 @dataclass
@@ -55,10 +55,10 @@ class Recorder:
         self._open: OrderedDict[BlockKey, _RecordedRequest] = OrderedDict()  # by the deepest block, the oldest request first
         self._done: list[_RecordedRequest] = []
         self.lost = 0
-        """Number of requests missing from the trace: not read in time, or part of their chain was not known."""
+        """The number of requests missing from the trace, because they were not read in time or part of their chain was not known."""
 
     def seen(self, keys: Sequence[BlockKey], parent: BlockKey | None, now_s: float) -> None:
-        """Record that a run of a chain was used or stored. `parent`: the parent of its first block."""
+        """Record that consecutive blocks of a chain were used or stored. `parent`: the parent of the first of them."""
         self._close_before(now_s - PENDING_S)
         request = self._open.pop(parent, None) if parent is not None else None
         again = self._open.pop(keys[-1], None)
@@ -112,7 +112,7 @@ class Recorder:
 
 
 class ObservedHistory(History):
-    """Wraps a node's history, and passes uses and answer lengths on to `recorder` as well while there is one.
+    """Wraps a node's history. While there is a `recorder`, it gets all uses and answer lengths too.
 
     A node's keys are always block keys.
     """

@@ -1,4 +1,4 @@
-"""One node's part of a recording of requests. Its reader may disappear without ending it."""
+"""One node's part of a recording of requests. The process that reads the recording may disappear without ending it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,7 +13,7 @@ UNREAD_S = 60.0
 
 
 class Recorded(NamedTuple):
-    """Requests since the last reading, as lines of a trace. `lost`: how many are missing since the recording started."""
+    """The requests since the last reading, as lines of a trace. `lost`: how many requests of the whole recording are missing."""
 
     requests: list[TraceLine]
     lost: int

@@ -28,7 +28,7 @@ class NodeSession:
         self._node = node
         self.reserved: dict[int, int] = {}
         self.tenant = ""
-        """Of the namespace that was introduced last: its quota counts for reservations."""
+        """The tenant of the namespace that was introduced last. The tenant's quota limits reservations."""
         self.life = Life(node.storage.index.identity, node.storage.index.generation)
 
     def allow(self, wait_s: float) -> None:
@@ -56,7 +56,7 @@ class NodeSession:
     def reserve_within(
         self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float, *, is_coded: bool = False
     ) -> list[int]:
-        """As `reserve`, but with a wait of its own, and also for encoded blocks. Returns within `wait_s` and some milliseconds."""
+        """As `reserve`, but also for encoded blocks (`is_coded`). Returns within `wait_s` plus some milliseconds."""
         are_keys = isinstance(keys, list) and all(type(key) is bytes and len(key) == KEY_BYTES for key in keys)
         if not isinstance(nbytes, int) or nbytes < 1 or not are_keys:
             raise TieredKVError(
@@ -98,7 +98,7 @@ class NodeSession:
     def commit_packed(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """As `commit`, for blocks of any size, raw or encoded.
 
-        Without `note_touches`, the policy hears of earlier uses at the next beat: that may cost a millisecond.
+        `note_touches`: first report earlier uses to the policy, which may take a millisecond. Otherwise the next beat reports them.
         """
         with self._node.running():
             self._take({each.location.offset: each.location.stored_bytes for each in packed}, len(packed))
@@ -154,9 +154,9 @@ class NodeSession:
         self._node.session_closed(self)
 
     def _take(self, sizes: Mapping[int, int | None], count: int) -> None:
-        """Remove extents from the session. `sizes`: bytes by offset; None accepts any size. `count`: how many the worker named.
+        """Remove extents from the session. `sizes`: bytes by offset; None accepts any size. `count`: how many offsets the worker sent.
 
-        Raises (kind `transport`) unless the session has reserved each of them, with that size.
+        Raises (kind `transport`) if an offset was sent twice, or the session has not reserved an extent there with this size.
         """
         ours = all(offset in self.reserved and nbytes in (None, self.reserved[offset]) for offset, nbytes in sizes.items())
         if not ours or len(sizes) != count:

@@ -33,7 +33,7 @@ def commit(node: "Node", packed: list[Packed], now_s: float, *, note_touches: bo
 
 
 def _check_depths(node: "Node", packed: list[Packed]) -> None:
-    """Raise, and free the extents, if a depth does not fit the parent's: the links might be a cycle."""
+    """Raise (kind `transport`), with all extents freed, if a depth is not the parent's plus 1: the parents might form a cycle."""
     wrong = node.engine.machine.chains.misplaced([each.info for each in packed])
     if wrong is not None:
         node.free_extents(each.location.offset for each in packed)

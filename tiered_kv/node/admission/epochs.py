@@ -1,6 +1,6 @@
 """A node's weight epochs: checked where a block becomes visible, published to readers, and raised on all nodes of the cluster.
 
-When `adopt` has returned, this node shows no block of an ended epoch, admits none, and readers that looked one up discard it.
+After `adopt` has returned, this node neither shows nor admits blocks of an ended epoch. Readers that looked up such a block discard it.
 """
 
 import logging
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AT_ONCE = 500
-"""Blocks dropped while the engine's lock is held once: some milliseconds."""
+"""The most blocks that are dropped while the engine's lock is held once. Dropping them takes some milliseconds."""
 AHEAD_MS_MAX = 24 * 3600 * 1000
-"""A worker may know of an epoch that its node has forgotten. A number further in the future than this is an error of the worker."""
+"""A worker may report an epoch that its node has forgotten. An epoch further in the future than this is a worker's error, and ignored."""
 SETTLE_S = 1.0
 PURGE_WITHIN_S = 60.0
-"""A purge that its caller has not ended by then is ended: blocks of its namespaces are admitted again."""
+"""If its caller has not ended a purge after this time, the node ends it, and admits blocks of the purged families again."""
 
 
 class Purge(NamedTuple):
-    """A purge that has not ended: of these families, until a time of the node's clock."""
+    """A running purge of these families. It ends at `until_s` on the node's clock, or earlier if its caller ends it."""
 
     families: frozenset[bytes]
     until_s: float
@@ -43,7 +43,7 @@ class Purge(NamedTuple):
 class NodeEpochs:
     """The weight epochs of one node. Thread-safe.
 
-    `folders`: where the book of roots is saved. `link`: to the coordinator and the peers; None for a node without.
+    `folders`: where the book of roots is saved. `link`: the node's link to the coordinator and the peers, None if it has none.
     """
 
     def __init__(self, node: "Node", folders: Iterable[Path], link: Link | None, now_s: Callable[[], float]) -> None:
@@ -58,16 +58,16 @@ class NodeEpochs:
         return self.book.epochs.everything()
 
     def is_closed(self, root: BlockKey | None) -> bool:
-        """Returns whether no block below a root may become visible now. Call with the engine's lock."""
+        """Returns whether the node now refuses to make blocks below a root visible. Call with the engine's lock."""
         return root in self._node.engine.machine.endings.roots
 
     def tenant_of(self, root: BlockKey | None) -> str:
-        """Returns the tenant of a root; "" if it is not known."""
+        """Returns the tenant of a root, or "" if the root is not known."""
         info = self.book.facts(root)
         return info.tenant if info is not None else ""
 
     def learn(self, root: BlockKey, namespace: Namespace | None) -> None:
-        """Record the namespace of a root: of a worker, or of a checkpoint that is mounted."""
+        """Record the namespace of a root, as named by a worker or by a mounted checkpoint."""
         if namespace is None:
             return
         facts = RootInfo.of(namespace)
@@ -81,7 +81,7 @@ class NodeEpochs:
                     self._drop([root])
 
     def adopt(self, epochs: Sequence[Epoch]) -> None:
-        """Merge the epochs of another process. Then drop the blocks that have ended."""
+        """Merge the epochs that another process knows. Then drop the blocks of ended epochs."""
         with self._turn:
             if self.book.epochs.adopt(epochs):
                 self._apply()
@@ -102,7 +102,7 @@ class NodeEpochs:
         return raised[0].number, self._link.spread(others, raised, SPREAD_WITHIN_S)
 
     def recovered(self, found: Sequence[ev.Recovered]) -> None:
-        """Drop those of the recovered blocks that have ended, or were purged before they could be overwritten."""
+        """Drop recovered blocks whose epoch has ended. Also drop blocks that were purged, but whose bytes are still in a lower tier."""
         old = []
         for each in found:
             facts = self.book.facts(each.info.root)
@@ -129,7 +129,7 @@ class NodeEpochs:
         return dropped
 
     def end_purge(self, families: Sequence[bytes]) -> None:
-        """Admit blocks of these families again, once no copy of a dropped block is under way: soon, or at a later beat."""
+        """Admit blocks of these families again as soon as no dropped block is still being copied: within SETTLE_S, or at a later beat."""
         with self._turn:
             done = frozenset(families)
             self._purges = [each._replace(until_s=-inf) if each.families == done else each for each in self._purges]
@@ -138,7 +138,7 @@ class NodeEpochs:
         self.beat()
 
     def beat(self) -> None:
-        """End the purges whose time is over, unless a copy of a dropped block is under way."""
+        """End the purges whose time is over. While a dropped block is still being copied, wait for a later beat."""
         if not self._purges or self._node.engine.machine.endings:
             return
         with self._turn:
@@ -156,7 +156,7 @@ class NodeEpochs:
     # Changes
 
     def _apply(self) -> None:
-        """Carry out what the book says now."""
+        """Save the book of roots, publish its epochs to readers, and drop the blocks of ended epochs."""
         self.book.save()
         with self._node.engine.lock:
             ended = self.book.ended()
@@ -169,7 +169,7 @@ class NodeEpochs:
         self._node.storage.index.set_epochs([(each.family, each.number) for each in self.everything()])
 
     def _drop(self, roots: Sequence[BlockKey]) -> int:
-        """Close these roots and drop their blocks, some at a time. Returns how many."""
+        """Admit no more blocks below these roots, and drop those that exist, AT_ONCE at a time. Returns how many existed."""
         engine, wanted = self._node.engine, set(roots)
         with engine.lock:
             engine.handle([ev.Ended(roots)])
@@ -188,7 +188,10 @@ class NodeEpochs:
 
 
 def tenant_stats(quotas: Quotas) -> dict[str, dict[str, TenantStats]]:
-    """Returns by tenant ("" for blocks of unknown models) and tier: bytes, blocks, and the quota, None without one."""
+    """Returns by tenant and tier: the bytes used, the number of blocks, and the quota in bytes (None without one).
+
+    The tenant "" stands for blocks of unknown models.
+    """
     found: dict[str, dict[str, TenantStats]] = {}
     for tenant, tier in sorted({*quotas.bytes, *quotas.limits}):
         blocks, limit = quotas.blocks[tenant, tier], quotas.limits.get((tenant, tier))

@@ -1,4 +1,4 @@
-"""What a node knows of the roots of its blocks, and of the weight epochs: one file that outlives the node, in each of several folders."""
+"""A node's book of the roots of its blocks and of the weight epochs. It is saved as one file in each folder that outlives the node."""
 
 import logging
 import threading
@@ -25,7 +25,7 @@ NAME_CHARACTERS_MAX = 64
 class RootInfo(NamedTuple):
     """A root's family, weight epoch and tenant, and the start of the name of its weights.
 
-    `purged_below`: by number of a lower tier, the first segment that has blocks stored since the root was last purged.
+    `purged_below`: by number of a lower tier, the first segment that was begun after the root was last purged.
     """
 
     family: bytes
@@ -65,7 +65,7 @@ class RootBook:
             self._roots |= roots
 
     def learn(self, root: BlockKey, facts: RootInfo) -> bool:
-        """Record the facts of a root. Returns whether they are new. What was purged stays recorded."""
+        """Record the facts of a root, unless it is known. Returns whether it is new."""
         with self._lock:
             known = self._roots.pop(root, None)
             self._roots[root] = known if known is not None else facts
@@ -74,7 +74,7 @@ class RootBook:
         return known is None
 
     def facts(self, root: BlockKey | None) -> RootInfo | None:
-        """Returns what is known of a root."""
+        """Returns the facts of a root, or None if it is not known."""
         return self._roots.get(root) if root is not None else None
 
     def of_families(self, families: Iterable[bytes]) -> list[BlockKey]:
@@ -91,15 +91,15 @@ class RootBook:
         return facts.number < self.epochs.floor(facts.family)
 
     def purged(self, roots: Iterable[BlockKey], segments: dict[int, int]) -> None:
-        """Record that the blocks below these roots were purged. `segments`: by lower tier, the first segment that is not affected."""
+        """Record that the blocks below these roots were purged. `segments`: by lower tier, the first segment without purged blocks."""
         with self._lock:
             for root in roots:
                 self._roots[root] = self._roots[root]._replace(purged_below=segments)
 
     def forget_segments(self, next_segments: Mapping[int, int]) -> bool:
-        """Note the next segments of a node that has just started: it may use the numbers of segments that no longer exist again.
+        """Lower the segments in `purged_below` to the next segments of a node that has just started. Returns whether any was lowered.
 
-        Returns whether that changed anything.
+        Such a node may give the number of a removed segment to a new one, whose blocks were not purged.
         """
         with self._lock:
             before = dict(self._roots)
@@ -114,7 +114,10 @@ class RootBook:
             return dict(self._roots)
 
     def save(self) -> None:
-        """Rewrite the files. If one cannot be written, a restarted node may show ended blocks until the coordinator has answered it."""
+        """Rewrite the files.
+
+        If a file cannot be written, a restarted node may show blocks of ended epochs until the coordinator has answered it.
+        """
         with self._saving:
             packed = msgpack.packb({"epochs": self.epochs.everything(), "roots": list(self.everything().items())})
             for file in self._files:
@@ -131,7 +134,7 @@ class RootBook:
 
 
 def _loaded(file: Path) -> tuple[list[Epoch], dict[BlockKey, RootInfo]]:
-    """Returns the epochs and roots in a file; fewer or none if it is damaged or missing."""
+    """Returns the epochs and roots in a file; fewer or none if the file is damaged or missing."""
     epochs: list[Epoch] = []
     roots: dict[BlockKey, RootInfo] = {}
     with suppress(OSError, ValueError, TypeError, KeyError, TieredKVError, msgpack.UnpackException):

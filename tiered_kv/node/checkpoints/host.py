@@ -14,7 +14,7 @@ from tiered_kv.store.engine import Engine
 
 
 class CheckpointHost(Protocol):
-    """What `CheckpointWriter` and `CheckpointLoader` need of their node. `Node` describes the methods."""
+    """The part of a node that `CheckpointWriter` and `CheckpointLoader` use. `Node` describes the methods."""
 
     config: Config
     engine: Engine
@@ -25,7 +25,7 @@ class CheckpointHost(Protocol):
         """Hold the engine's lock while the node is running. Raises (kind `transport`) if it is closed."""
 
     def pinned(self, keys: Sequence[BlockKey]) -> AbstractContextManager[list[tuple[BlockKey, BlockKey | None, Location]]]:
-        """Pin the leading keys that are here. Yields each key with its root and location."""
+        """Pin the leading `keys` that the node has. Yields each with its root and location."""
 
     def open_session(self) -> NodeSession:
         """Returns a new session, which the caller must close."""

@@ -43,7 +43,7 @@ from tiered_kv.tiers.objects.open_store import open_store
 log = logging.getLogger(__name__)
 
 FILLED_SHARE = 7 / 8
-"""The share of a tier that loading fills at most. The rest is for blocks that workers store."""
+"""The largest share of a tier that loading fills. The rest is for blocks that workers store."""
 INDEX_SHARE = 7 / 8  # of the index that may be in use after a mount
 _EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
 _SHOWN_AT_ONCE = 16  # in memory, where each block is also added to a policy
@@ -119,13 +119,16 @@ class CheckpointLoader:
         return len(mounted)
 
     def _learn(self, models: Mapping[BlockKey, dict[str, Any]]) -> None:
-        """Take over a checkpoint's descriptions of models, and the weight epochs that they name."""
+        """Record a checkpoint's descriptions of models, and the weight epochs that they name."""
         self.models |= models
         for root, message in models.items():
             self._node.epochs.learn(root, ModelInfo.of_message(message).known_namespace())
 
     def _add_to_index(self, blocks: Sequence[MountedBlock], first: int) -> list[MountedBlock]:
-        """Make blocks hits until the index is full. Returns those that are. `first`: the number of the mount's first pack."""
+        """Add blocks to the index, so that they are hits, until it is full. Returns the blocks that were added.
+
+        `first`: the number of the mount's first pack.
+        """
         room, mounted = self.capacity().blocks, []
         for start in range(0, len(blocks), _EVENTS_AT_ONCE):
             with self._node.running():
@@ -227,7 +230,7 @@ class CheckpointLoader:
                 yield _LoadBatch(run.blocks, run.nbytes, partial(self._read, run))
 
     def _read(self, run: PackRange) -> list[Source]:
-        """Read the frames of a run in one piece, or block by block if that fails, as it does on a slow link."""
+        """Read the frames of a run with one request. If that fails, as it may on a slow link, read them block by block."""
         try:
             return self._storage.mounted.read_run(run)
         except TieredKVError as error:
@@ -245,7 +248,7 @@ class CheckpointLoader:
         return known is not None and known.best == block.location
 
     def _loaded(self, job: _LoadJob, session: NodeSession, batch: _LoadBatch, reading: Future[list[Source]]) -> bool:
-        """Store a batch in host memory, and what does not fit there on disk. Returns False if some blocks found no room."""
+        """Store a batch in host memory, and the blocks that do not fit there on disk. Returns False if some blocks found no room."""
         try:
             sources = reading.result()
         except TieredKVError as error:
@@ -295,7 +298,7 @@ class CheckpointLoader:
         return blocks[len(placed) :]
 
     def _show(self, job: _LoadJob, session: NodeSession, outcomes: Sequence[tuple[_Placed, TieredKVError | None]]) -> None:
-        """Make blocks that were copied without error hits in host memory."""
+        """Show the blocks that were copied to host memory without error, so that they are hits there."""
         events = []
         with self._node.running():
             for (block, _, location), error in outcomes:

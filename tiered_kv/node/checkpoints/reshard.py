@@ -22,7 +22,7 @@ _RAW = RawCodec()
 class ReshardedBlock(NamedTuple):
     """A block to build.
 
-    sources: for each of `pieces` the block that contains it. layout: the layout of the sources. See `reshard_layout.join`.
+    sources: for each of `pieces`, the block that contains this piece. layout: the layout of the sources. See `reshard_layout.join`.
     """
 
     info: BlockInfo
@@ -55,7 +55,7 @@ class ReshardBatch(NamedTuple):
 class Resharder:
     """Builds blocks from mounted packs. A source that several blocks of a batch share is read once.
 
-    `first`: the number in `packs` of the pack with segment 0.
+    `first`: the number that `packs` has given to the pack which the sources call segment 0.
     """
 
     def __init__(self, packs: MountedPacks, first: int) -> None:
@@ -112,7 +112,7 @@ def _decoded(frame: Frame) -> _Decoded | TieredKVError:
 
 
 def _joined(block: ReshardedBlock, raw: dict[BlockKey, _Decoded | TieredKVError]) -> Frame | TieredKVError:
-    """Returns the frame of a block, or the error if one of its sources is damaged. Its error bound is the largest of its sources'."""
+    """Returns the frame of a block, or the error if one of its sources is damaged. The lossy error is the largest of its sources'."""
     key, _, root, _ = block.info
     assert root is not None, "a block to build has a root"
     parts: list[_Decoded] = []

@@ -17,7 +17,7 @@ from tiered_kv.layout import KVLayout, Layout
 class Piece(NamedTuple):
     """Consecutive KV heads that a rank takes from rank `source` of the other world.
 
-    first: number of the first head in the source. heads: how many. target: number of the first head in this rank.
+    first: the number of the first head in the source. heads: how many heads. target: the number of the first head in this rank.
     """
 
     source: int

@@ -128,8 +128,8 @@ class SnapshotRequest(CheckpointRequest[Snapshot]):
 class WriteRequest(CheckpointRequest[None]):
     """Start writing blocks of the last snapshot to packs, in the order of `keys`.
 
-    url: the store; a folder must exist. max_rate: bytes per second, None for no limit. credentials: the caller's, as environment
-    variables; None for those of the node.
+    url: where to write; a folder must exist already. max_rate: bytes per second, None for no limit. credentials: the caller's, as
+    environment variables; None for those of the node.
     """
 
     url: str
@@ -156,7 +156,7 @@ class WriteStatusRequest(CheckpointRequest[WriteStatus]):
 
 @dataclass(frozen=True)
 class StopWritingRequest(CheckpointRequest[None]):
-    """Stop writing, or drop the snapshot. Finished packs are kept. `ticket`: only that checkpoint; None means any."""
+    """Stop writing, or drop the snapshot. Finished packs are kept. `ticket`: stop only the checkpoint with this ticket; None: any."""
 
     ticket: str | None = None
 
@@ -277,8 +277,9 @@ class LoadSteps(Protocol):
         """Returns the room for blocks of a checkpoint now."""
 
     def mount(self, request: MountRequest) -> int:
-        """Make blocks hits. Returns how many are. The others are too lossy (`progress` counts them), or the index is full.
+        """Mount blocks, so that they are hits. Returns how many were mounted.
 
+        The others are too lossy (`progress` counts them), belong to ended weights, or found no room in the index.
         Opening the store makes no request. Raises (kinds `config`, `storage`) for a store that cannot be opened, and (kind
         `storage`) while the node is loading.
         """
@@ -297,7 +298,7 @@ class LoadSteps(Protocol):
 
 
 class CheckpointSteps(Protocol):
-    """A node, as far as checkpoint requests use it."""
+    """The part of a node that checkpoint requests use."""
 
     @property
     def checkpoint_writer(self) -> WriteSteps:

@@ -1,4 +1,4 @@
-"""A node's part in writing a checkpoint: takes a snapshot of its blocks, and writes those that are requested to packs.
+"""A node's part in writing a checkpoint: takes a snapshot of its blocks, and writes the requested ones to packs.
 
 A block of the snapshot is written even if it is evicted meanwhile: its bytes are set aside at its eviction, up to an eighth of host
 memory. Frames are copied out of the tiers a few MiB at a time, so that no block is pinned while the store is slow. The writing
@@ -102,7 +102,10 @@ class CheckpointWriter:
             return Snapshot(entries, {root: message for root, message in models.items() if root in present})
 
     def _entry(self, key: BlockKey, block: Block, wanted: Container[Tier], min_hits: int) -> SnapshotEntry | None:
-        """Returns the entry of a block, or None if it does not match. Since the snapshot it may have moved, or been set aside."""
+        """Returns the snapshot's entry of a block, or None if the block does not match the request.
+
+        The block may have moved or been set aside since `block` was copied for the snapshot.
+        """
         if block.root is None or block.uses <= min_hits:
             return None
         copies = dict(block.copies)
@@ -151,7 +154,7 @@ class CheckpointWriter:
             self._expect({})
 
     def beat(self) -> None:
-        """Stop writing whose status has not been requested for `UNASKED_S`."""
+        """Stop writing if its status has not been requested for `UNASKED_S`."""
         job = self._job
         if job is not None and time.monotonic() - job.asked_s > UNASKED_S:
             job.stopping.set()

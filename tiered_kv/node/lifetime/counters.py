@@ -1,4 +1,4 @@
-"""What a node counts of its own service: how long it has run, how often it was restarted, refusals, and rates of hits."""
+"""Counts of a node's service: how long it has run, how often it was restarted, how many blocks it refused, and its rates of hits."""
 
 import threading
 from collections import deque
@@ -19,7 +19,7 @@ class _Sample(NamedTuple):
 
 
 class ServiceCounters:
-    """Counts of one life of a node. Thread-safe. `generation`: the number of writers that the node's files have had, this one included."""
+    """Counts of one life of a node. Thread-safe. `generation`: how often a node has been started on these files, this time included."""
 
     def __init__(self, clock: Clock, generation: int) -> None:
         self._clock = clock
@@ -35,7 +35,7 @@ class ServiceCounters:
             self._refused += blocks
 
     def stats(self, hit_blocks: int, hit_bytes: int) -> ServiceStats:
-        """Take a sample of the totals. Returns the figures up to now."""
+        """Take a sample of the node's totals of hits. Returns the figures up to now."""
         now_s = self._clock.now_s()
         with self._lock:
             return {

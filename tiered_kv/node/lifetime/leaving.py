@@ -1,4 +1,4 @@
-"""The end of a node: it lists its blocks by rank, writes those in memory to disk, and takes blocks of another node that ends."""
+"""The end of a node: it lists its blocks by value and writes blocks in memory to disk. Another node takes over its blocks."""
 
 import logging
 import time
@@ -24,11 +24,11 @@ RUN_BLOCKS_MAX = 256
 STALLED_S = 1.0
 PULL_AGAIN_S = 0.02
 FLUSH_BLOCKS = 64
-"""Blocks that are given to the disk's thread at once. Between two batches, the time is looked at."""
+"""The number of blocks that are given to the disk's thread at once. The deadline is checked after each batch."""
 
 
 def inventory(node: "Node") -> Inventory:
-    """Returns the node's blocks, the most worth keeping first: those in memory in the order of its policy, then those below.
+    """Returns the node's blocks, the most valuable first: blocks in memory in the order of its policy, then blocks in lower tiers.
 
     Blocks that only a mounted checkpoint has are left out: other nodes have mounted it too. Holds the engine's lock for about 5 µs a block.
     """
@@ -38,7 +38,7 @@ def inventory(node: "Node") -> Inventory:
 
 
 def take_over(node: "Node", runs: Sequence[BlockRun], models: ModelMessages, wait_s: float) -> int:
-    """Pull blocks of another node, which ends. Returns how many leading blocks of the runs this node has afterwards."""
+    """Pull blocks from a node that is about to end. Returns the total number of leading blocks of each run that this node has then."""
     for root in {run.root for run in runs} & models.keys():
         _introduce(node, root, models[root])
     deadline_s = time.monotonic() + wait_s
@@ -46,9 +46,9 @@ def take_over(node: "Node", runs: Sequence[BlockRun], models: ModelMessages, wai
 
 
 def _pull_whole(node: "Node", run: BlockRun, deadline_s: float) -> int:
-    """Pull a run until all of it is here, time is up, or nothing has come for STALLED_S: room may appear only as fast as the disk is.
+    """Pull a run again and again until this node has all its blocks, time is up, or no block has arrived for STALLED_S.
 
-    Returns how many leading blocks are here.
+    One pull may not be enough, because room appears only as fast as the disk writes. Returns how many leading blocks this node has.
     """
     have, progress_s = 0, time.monotonic()
     while (left_s := _left(deadline_s)) > 0:
@@ -62,7 +62,7 @@ def _pull_whole(node: "Node", run: BlockRun, deadline_s: float) -> int:
 
 
 def flush(node: "Node", within_s: float) -> tuple[int, int]:
-    """Write blocks that are only in memory to the disk tier, the most worth keeping first, until all are written or time is up.
+    """Write blocks that are not on disk to the disk tier, the most valuable first, until all are written or time is up.
 
     Returns how many blocks were written, and their bytes on disk. Does nothing unless the node has a disk whose folder stays.
     """
@@ -82,7 +82,7 @@ def flush(node: "Node", within_s: float) -> tuple[int, int]:
 
 
 def _is_written(node: "Node", keys: list[BlockKey], deadline_s: float) -> bool:
-    """Copy blocks to disk. Returns whether none of them is under way any more at the deadline."""
+    """Copy blocks to disk. Returns whether all copies have ended by the deadline, with or without success."""
     blocks = node.engine.machine.blocks
     with node.engine.lock:
         node.engine.handle([ev.Ending(keys)])
@@ -90,7 +90,7 @@ def _is_written(node: "Node", keys: list[BlockKey], deadline_s: float) -> bool:
 
 
 def end(node: "Node", flush_s: float) -> EndReport:
-    """Flush the node within `flush_s`, close it, and delete its files. Returns what became of its blocks."""
+    """Flush the node within `flush_s`, close it, and delete its files. Returns how many blocks were kept, flushed and lost."""
     flushed, flushed_bytes = flush(node, flush_s)
     stays = Tier.DISK if node.storage.keeps_disk else None
     with node.engine.lock:
@@ -111,7 +111,7 @@ def _is_copied(block: Block | None) -> bool:
 
 
 def _ranked(node: "Node") -> list[BlockKey]:
-    """Returns the keys of all blocks but those that only a checkpoint has. Call with the engine's lock."""
+    """Returns the keys of all blocks, the most valuable first, except those that only a checkpoint has. Call with the engine's lock."""
     machine, now_s = node.engine.machine, node.clock.now_s()
     order = dict.fromkeys(key for tier in IN_MEMORY for key in machine.ranked(tier, now_s))
     below = [key for key, block in machine.blocks.items() if key not in order and min(block.copies) is not Tier.CHECKPOINT]
@@ -144,7 +144,7 @@ def _models(node: "Node") -> ModelMessages:
 
 
 def _introduce(node: "Node", root: BlockKey, message: dict[str, Any]) -> None:
-    """Introduce a model that came with another node's blocks. Without that, they are kept like those of an unknown model."""
+    """Introduce a model that came with another node's blocks. If that fails, its blocks are kept like those of an unknown model."""
     if root in node.storage.encoder.models():
         return
     try:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
 BATCH_BYTES = 8 << 20
-"""Payload that is announced by one message. A larger block is a batch of its own."""
+"""The most payload bytes that one message announces. A larger block is a batch of its own."""
 BATCH_BLOCKS = 128
 FIRST_BLOCKS = 8  # in the first batch of a run, before the size of its blocks is known
 IDLE_S = 60.0
 """How long an unused connection stays open."""
 SERVE_S_MAX = 60.0
 STALLED_AFTER_S = 5.0
-"""A peer that takes no byte for this long is given up: blocks are pinned for it."""
+"""A transfer of which the peer accepts no byte for this long fails, because blocks are pinned for it."""
 KEYS_MAX = 1 << 16
 
 
@@ -46,7 +46,7 @@ class BlockServer:
         self._figures = figures
 
     def serve(self, channel: Channel) -> None:
-        """Answer one peer until it closes the connection, or is idle for IDLE_S, or sends what cannot be understood."""
+        """Answer one peer until it closes the connection, is idle for IDLE_S, or sends an invalid request."""
         while True:
             try:
                 message = channel.next(Limit.within(IDLE_S))
@@ -98,7 +98,7 @@ class BlockServer:
         self._figures.served(len(items), sum(item.offer.nbytes for item in items))
 
     def _items(self, here: Sequence[tuple[BlockKey, BlockKey | None, Location]], lent: ExitStack) -> Iterator[Item]:
-        """Yields the leading blocks that can be sent, about BATCH_BYTES of them. `lent`: closes what must stay open until they are sent."""
+        """Yields the leading blocks that can be sent, about BATCH_BYTES in all. `lent` keeps their segments' files open until it exits."""
         nbytes = 0
         for key, root, location in here:
             item = self._item(key, root, location, lent)
@@ -131,7 +131,7 @@ class BlockServer:
 
 
 def _checked(message: Any) -> tuple[str, tuple[Any, ...]]:
-    """Returns the name and the arguments of a request. Raises (kind `transport`) if it is none."""
+    """Returns the name and the arguments of a request. Raises (kind `transport`) if the message is not a valid request."""
     match message:
         case ["get", float() | int() as wait_s, [*keys]] if 0 <= wait_s < float("inf") and len(keys) <= KEYS_MAX and _are_keys(keys):
             return "get", (wait_s, keys)

@@ -9,13 +9,13 @@ from tiered_kv.errors import TieredKVError
 from tiered_kv.protocol.messages import PairStats, PeerStats
 
 COORDINATOR = "coordinator"
-"""The name of the directory's side among the peers."""
+"""The name under which the figures list the coordinator's directory among the peers."""
 PEERS_MAX = 64
-"""Figures are kept of this many peers, those used last."""
+"""The most peers of which figures are kept: those used last."""
 
 
 class PeerFigures:
-    """Counts of one node. Thread-safe."""
+    """Counts of one node's transfers with its peers. Thread-safe."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
@@ -26,7 +26,7 @@ class PeerFigures:
         self._refused: Counter[str] = Counter()
 
     def fetched(self, peer: str, blocks: int, nbytes: int, seconds: float, *, is_whole: bool) -> None:
-        """Count blocks that a peer has sent. If the transfer did not fail (`is_whole`), the peer's last failure is over."""
+        """Count blocks that a peer has sent. `is_whole`: the transfer did not fail, so the peer's last failure is forgotten."""
         with self._lock:
             pair = self._pair(peer)
             pair["blocks"] += blocks
@@ -50,7 +50,7 @@ class PeerFigures:
             self._sums.update(blocks=blocks, bytes=nbytes)
 
     def located(self) -> None:
-        """Count a look-up in the directory over its socket. Its last failure is over."""
+        """Count a successful look-up in the directory over its socket. The directory's last failure is forgotten."""
         with self._lock:
             self._sums["located"] += 1
             if COORDINATOR in self._pairs:
@@ -84,5 +84,5 @@ class PeerFigures:
 
 
 def reason_of(error: TieredKVError) -> str:
-    """Returns the word for an error in the figures."""
+    """Returns the word under which the figures count an error: its `reason`, or else its kind."""
     return str(error.context.get("reason", error.kind.value))

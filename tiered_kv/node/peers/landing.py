@@ -1,7 +1,8 @@
 """Memory for blocks that arrive over a stream, and the checks that they must pass before they are visible.
 
-A raw block arrives in its extent, and its bytes are hashed on the way. Its hash must agree with the seal in the header that the peer
-sent before it. A frame arrives in its extent too, if host memory keeps frames of its model; else in a buffer, from which it is decoded.
+A raw block is received into its extent, and its bytes are hashed on the way. The hash must match the seal in the header that the peer
+sent before. A frame is received into its extent too, if host memory keeps frames of its model. Else it is received into a buffer, from
+which it is decoded.
 """
 
 import logging
@@ -27,16 +28,16 @@ FRAME_BYTES_MORE = 64 << 10
 
 
 class Shelf(Protocol):
-    """Where the verified blocks of a run become visible: the run's `Admission`."""
+    """Makes verified blocks of a run visible. Implemented by the run's `Admission`."""
 
     def packed(self, key: BlockKey, location: Location, error: float, digest: int) -> Packed:
         """Returns a block of the run that is complete and verified at `location`."""
 
     def info(self, key: BlockKey) -> BlockInfo:
-        """Returns the place of a block of the run in its chain."""
+        """Returns the block info of a block of the run."""
 
     def show(self, packed: Sequence[Packed], locations: Sequence[Location]) -> int:
-        """Make the blocks visible that are packed at the leading `locations`, and free the others. Returns how many are visible."""
+        """Commit the `packed` blocks, which fill the leading `locations`, and free the other locations. Returns how many are visible."""
 
 
 class BlockLanding:
@@ -55,7 +56,7 @@ class BlockLanding:
         return self._storage.host.headers.bytes[location.offset : location.offset + location.stored_bytes]
 
     def _verified(self, number: int) -> Packed:
-        """Returns block `number`. Raises (kind `transport`, with a reason) if its payload is not what was offered."""
+        """Returns block `number`. Raises (kind `transport`, with a reason) if its payload does not match its offer."""
         raise NotImplementedError
 
     def commit(self) -> int:
@@ -142,10 +143,10 @@ class FrameLanding(BlockLanding):
 def leading_form(
     storage: NodeStorage, keys: Sequence[BlockKey], offers: Sequence[BlockOffer], root: BlockKey, nbytes: int
 ) -> tuple[BlockFormat, list[BlockOffer]]:
-    """Returns the form in host memory of the leading offers that share one, and these offers.
+    """Returns the block format in host memory of the first offer, and the leading offers of the same format.
 
-    Raises (kind `transport`, with a reason) if the first offer is not of the first key, or may not be shown. `nbytes`: raw bytes of
-    each block that was asked for.
+    `nbytes`: the raw bytes of each block that was requested. Raises (kind `transport`, with a reason) if the first offer does not fit
+    the first key, or is too lossy.
     """
     checked: list[BlockOffer] = []
     try:
@@ -169,7 +170,7 @@ def _form(storage: NodeStorage, offer: BlockOffer, root: BlockKey) -> BlockForma
 
 
 def _check(storage: NodeStorage, key: BlockKey, offer: BlockOffer, root: BlockKey, nbytes: int) -> None:
-    """Raise (kind `transport`, with a reason) if an offer is not one of the block `key`, of `nbytes`, below `root`."""
+    """Raise (kind `transport`, with a reason) unless an offer is of the block `key` below `root`, has `nbytes`, and is not too lossy."""
     if offer.raw_bytes != nbytes or offer.nbytes > nbytes + max(nbytes, FRAME_BYTES_MORE) or (offer.head and offer.nbytes != nbytes):
         raise refused("size", f"block {key.hex()}: {nbytes} bytes expected, a peer offers {offer.nbytes} for {offer.raw_bytes}")
     if not offer.head:

@@ -10,9 +10,9 @@ from tiered_kv.node.peers.streams import Streams
 from tiered_kv.protocol.peer_channel import Limit, refused
 
 TRY_S_MAX = 0.25
-"""How much of a look-up's time the stream may take before the other link is asked; at most half of it."""
+"""The longest time that a look-up waits for the stream before it uses the other link. At most half of the look-up's time."""
 PAUSE_S = 5.0
-"""After a failed look-up, streams are not tried for this long; or until the directory has another address."""
+"""After a failed look-up, streams are not tried for this long, or until the directory has another address."""
 KEYS_MAX = 1 << 16
 
 Located = tuple[list[list[str]], dict[str, str]]
@@ -29,12 +29,12 @@ class Lookups:
         self._paused_until_s = float("-inf")
 
     def use(self, address: str | None) -> None:
-        """Ask at this address from now on; None for nowhere."""
+        """Send look-ups to this address from now on. With None, send none."""
         if address != self._address:
             self._address, self._paused_until_s = address, float("-inf")
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> Located | None:
-        """Returns which nodes hold the leading keys, and where these nodes are; None if the directory cannot be asked this way now."""
+        """Returns the nodes that hold each leading key, and these nodes' addresses; None if no stream to the directory works now."""
         address, now_s = self._address, time.monotonic()
         if address is None or now_s < self._paused_until_s:
             return None
@@ -57,7 +57,10 @@ class Lookups:
 
 
 def _located_in(message: Any, count: int) -> Located:
-    """Returns what the directory answered: runs of [number of keys, holders], and addresses. Raises (kind `transport`) if invalid."""
+    """Returns the holders and addresses in the directory's answer, which lists runs of [number of keys, holders].
+
+    Raises (kind `transport`) for an invalid answer.
+    """
     match message:
         case ["located", list() as runs, dict() as addresses] if all(map(_is_run, runs)) and _are_addresses(addresses):
             holders = [names for number, names in runs for _ in range(number)]

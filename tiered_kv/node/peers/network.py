@@ -1,6 +1,6 @@
 """A node's link with streams: its listener, its connections to peers and to the coordinator's directory, in front of another link.
 
-Where no stream can be had, the other link does the same work: Ray, or direct calls within one process.
+Where no stream can be opened, the other link does the same work: with Ray, or with direct calls within one process.
 """
 
 import socket
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from tiered_kv.node.node import Node
 
 NO_STREAM_S = 10.0
-"""After a peer could not be reached by a stream, the other link is used for this long; or until the peer has another address."""
+"""After a peer could not be reached by a stream, it is reached by the other link for this long, or until its address changes."""
 
 
 class StreamLink:
     """Implements `Link`. `other`: the link that is used where there are no streams. `listener`: a listening socket.
 
-    Peers reach this node at `address` once `serve` was called. Addresses of peers, and of the directory, come with the coordinator's
-    answers to reports.
+    Peers can reach this node at `address` once `serve` was called. The addresses of the peers and of the directory are in the
+    coordinator's answers to reports.
     """
 
     def __init__(self, other: Link, own: PeerIdentity, listener: socket.socket, now_s: Callable[[], float] = time.monotonic) -> None:
@@ -50,7 +50,7 @@ class StreamLink:
 
     @property
     def address(self) -> str:
-        """Where peers reach this node."""
+        """The address at which peers reach this node."""
         return self._listener.address
 
     def serve(self, node: "Node") -> None:

@@ -11,7 +11,7 @@ from tiered_kv.protocol.peer_address import parse_address
 from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, greet, refused
 
 IDLE_MAX = 8
-"""Connections to one address that are kept for later requests."""
+"""The most idle connections to one address that are kept for later requests."""
 CONNECT_WITHIN_S = 1.0
 
 

@@ -17,11 +17,11 @@ from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, BlockOffer, Receiver
 from tiered_kv.tiers.host import HEADER_BYTES
 
 NOT_A_PEER = frozenset({"connect", "secret", "version", "cluster", "greeting", "busy"})
-"""Reasons for which no stream can be had, so that another way is tried."""
+"""Reasons why no stream to the peer can be opened. After an error with one of them, the puller may retry over the other link."""
 
 
 class StreamTransfer:
-    """Implements `Transfer`: blocks of one run from the peer `node` at `address`. `on_unreachable`: called if no stream can be had."""
+    """Implements `Transfer`: blocks of one run from the peer `node` at `address`. `on_unreachable`: called if no stream can be opened."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class StreamTransfer:
             self._doubt(error.context.get("key"))
 
     def _doubt(self, key: object) -> None:
-        """Tell the peer that a block of it is damaged, so that it examines its copy. Nothing depends on it."""
+        """Report to the peer that a block arrived damaged, so that the peer examines its copy. A failure to do so is ignored."""
         limit = Limit.within(HUNG_AFTER_S)
         channel = None
         try:
