@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 STATISTICS_BYTES_MAX = 1 << 20
 LOST_MAX = 1024
 KEYS_AT_ONCE = 2000
-"""How many keys of a report are entered in the directory under one hold of the lock: some milliseconds."""
+"""The most keys of a report that are entered in the directory while the lock is held once. This takes some milliseconds."""
 
 
 @dataclass
 class Member:
-    """A live node. `number`: of its last report; `seen_s`: when that arrived; `statistics`: the last that it sent, if any.
+    """A live node. `number`: the number of its last report. `seen_s`: when that report arrived.
 
-    `told`: the version of the addresses that the node knows.
+    `statistics`: the last policy statistics that the node sent, if any. `told`: the version of the addresses that were sent to it.
     """
 
     info: NodeInfo
@@ -63,8 +63,8 @@ class Coordinator:
     def report(self, report: Report) -> Answer:
         """Process a node's report. Returns the answer to it.
 
-        Report 0 lists all blocks of the node and replaces what was known of it. After a gap in the numbers, the answer requests a
-        report 0.
+        Report 0 lists all blocks of the node and replaces what was known of the node. After a gap in the numbers, the answer requests
+        a report 0.
         """
         for root, variants in report.probes or ():
             self._probes.adopt(root, variants)
@@ -101,7 +101,7 @@ class Coordinator:
             return self._answer(report.node, member, resync=False)
 
     def _update(self, report: Report) -> None:
-        """Enter a report's keys in the directory, some at a time: look-ups need not wait for all of them."""
+        """Enter a report's keys in the directory, KEYS_AT_ONCE at a time, so that look-ups need not wait for all of them."""
         for start in range(0, max(len(report.added), len(report.removed)), KEYS_AT_ONCE):
             part = slice(start, start + KEYS_AT_ONCE)
             with self._lock:
@@ -110,14 +110,14 @@ class Coordinator:
             time.sleep(0)  # let another thread have the lock
 
     def _answer(self, node: str, member: Member | None, *, resync: bool) -> Answer:
-        """Returns the answer to a report, with the addresses of all nodes if they have changed since the last one."""
+        """Returns the answer to a report. It has the addresses of all nodes if they have changed since the last answer to this node."""
         is_told = member is not None and member.told == self._addresses_version
         if member is not None:
             member.told = self._addresses_version
         return Answer(self._peers(node), resync=resync, addresses=None if is_told else dict(self._addresses))
 
     def _note_address(self, node: str, address: str | None) -> None:
-        """Remember where a node's streams are; None for nowhere."""
+        """Record the address of a node's streams, None if it has no streams."""
         if self._addresses.get(node) == address:
             return
         if address is None:
@@ -127,7 +127,7 @@ class Coordinator:
         self._addresses_version += 1
 
     def addresses_of(self, nodes: Iterable[str]) -> dict[str, str]:
-        """Returns where the streams of these nodes are, for those that have any."""
+        """Returns the stream address of each of these nodes that has streams."""
         with self._lock:
             return {node: self._addresses[node] for node in nodes if node in self._addresses}
 
@@ -138,18 +138,19 @@ class Coordinator:
             return self._directory.locate(keys, asker)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        """Add the variants of a root that the calling node knows (`known`), and match `probe` with them.
+        """Merge the variants of a root that the calling node knows (`known`), and match `probe` against all variants of the root.
 
-        Returns all variants of the root. The tolerance of one of them includes `probe`.
+        Returns all variants. If none of them matched, a new one is added for `probe`, unless the root has VARIANTS_MAX already.
         """
         self._probes.adopt(root, known)
         self._probes.match(root, probe)
         return self._probes.variants(root)
 
     def raise_epoch(self, families: list[bytes], keep: bool, now_ms: int) -> tuple[list[Epoch], list[str]]:
-        """Raise the weight epochs of families (or of EVERY). Returns them, and all nodes that are alive or lost: they must adopt them.
+        """Raise the weight epochs of families (or of EVERY). Returns the new epochs, and the ids of all live and lost nodes.
 
-        `now_ms`: Unix time. A node that is not told now gets the epoch with the answer to its next report.
+        All these nodes must adopt the epochs. A node that cannot be reached now gets them with the answer to its next report. `now_ms`:
+        Unix time.
         """
         raised = self._epochs.raised(families, now_ms, keep=keep)
         with self._lock:
@@ -186,7 +187,7 @@ class Coordinator:
             return {node: now_s - seen_s for node, seen_s in sorted(self._lost.items())}
 
     def forget(self, node: str) -> None:
-        """Remove a node that leaves on purpose."""
+        """Remove a node that leaves on purpose, so that it does not count as lost."""
         with self._lock:
             self._members.pop(node, None)
             self._lost.pop(node, None)

@@ -2,11 +2,11 @@
 
 It keeps pairs of block and node in hash tables made of two arrays: 8 bytes of the key's hash, and 4 bytes for a number of the node. A
 table is at most 2/3 full, so a pair takes 18 to 36 bytes (a dict of sets takes 200). Two keys with equal hashes would share their
-nodes, which costs a useless request; with 10 million blocks that happens to one of a million look-ups at most.
+nodes, which costs a useless request. With 10 million blocks, that happens in at most one of a million look-ups.
 
-A node gets a new number whenever it joins, and its former number is void. So dropping a node costs nothing, whatever it held. Its
-entries are overwritten, or left out when a table grows. The keys are spread over many small tables, so that no report waits long for
-one to grow.
+A node gets a new number whenever it joins, and its former number becomes invalid. So dropping a node costs nothing, however many blocks
+it held. Its entries are overwritten later, or left out when a table grows. The keys are spread over many small tables, so that no
+report waits long for a table to grow.
 """
 
 from array import array
@@ -21,7 +21,7 @@ REBUILT_PART = 1 / 2
 """A table that was rebuilt is at most half full."""
 _HASH_MASK = (1 << 64) - 1
 _VOID = 0
-"""The number in a slot that is free, if its hash is 0, or whose pair was removed."""
+"""The node number in a slot without a pair. The slot is free if its hash is 0 too; otherwise its pair was removed."""
 
 
 class _Table:
@@ -47,7 +47,7 @@ class _Table:
         return found
 
     def add(self, hash_: int, number: int, valid: Iterable[int]) -> bool:
-        """Add a pair. Returns whether it is new. Pairs whose number is not `valid` are overwritten."""
+        """Add a pair. Returns whether it is new. It may overwrite a pair whose number is not in `valid`."""
         hashes, numbers = self.hashes, self.numbers
         mask = len(hashes) - 1
         at, reusable = hash_ & mask, -1
@@ -66,7 +66,7 @@ class _Table:
         return True
 
     def remove(self, hash_: int, number: int) -> bool:
-        """Remove a pair. Returns whether it was there."""
+        """Remove a pair. Returns whether the table had it."""
         hashes = self.hashes
         mask = len(hashes) - 1
         at = hash_ & mask
@@ -78,7 +78,7 @@ class _Table:
         return False
 
     def rebuild(self, valid: Iterable[int]) -> None:
-        """Make the table large enough for its valid pairs, and leave the others out."""
+        """Rebuild the table with a size for its valid pairs, and without the other pairs."""
         pairs = [pair for pair in zip(self.hashes, self.numbers, strict=True) if pair[1] in valid]
         slots = SLOTS_MIN
         while slots * REBUILT_PART < len(pairs):
@@ -99,7 +99,7 @@ class _Table:
 
 
 class Directory:
-    """Maps block keys to the nodes that hold them. Not thread-safe. Cost: about 1 µs for each key, whatever the number of keys."""
+    """Maps block keys to the nodes that hold them. Not thread-safe. A call takes about 1 µs a key, however many keys are stored."""
 
     def __init__(self) -> None:
         self._tables = [_Table() for _ in range(TABLES)]

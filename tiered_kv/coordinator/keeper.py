@@ -1,7 +1,7 @@
-"""The keeper: holds one cache node on every matching Ray node, and follows Ray nodes that join and leave.
+"""The keeper: keeps one cache node running on every matching Ray node, also when Ray nodes join and leave.
 
 Plain Python: Ray is behind the protocols `Platform` and `RecordStore`. Each round compares the Ray nodes that are alive with the fleet's
-record, saves what it is about to do, and does it. So a keeper that dies at any point is continued by the next one.
+record, saves the changes that it is about to make, and makes them. So if a keeper dies at any point, the next one continues its work.
 """
 
 import logging
@@ -26,19 +26,19 @@ SILENT_AFTER_S = 60.0
 
 
 class Outcome(NamedTuple):
-    """The result of starting a cache node: it serves, or `error` says why it does not."""
+    """The result of starting a cache node. `error`: why the node does not serve, None if it does."""
 
     error: TieredKVError | None = None
 
 
 class Platform(Protocol):
-    """The actions of a keeper, carried out by Ray. Each may raise `TieredKVError` if Ray does not answer."""
+    """The operations of Ray that a keeper uses. Each may raise `TieredKVError` if Ray does not answer."""
 
     def ray_nodes(self) -> list[RayNode]:
         """Returns the Ray nodes that are alive."""
 
     def present(self) -> set[str]:
-        """Returns the ids of the cache nodes that have an actor, in any state but ended."""
+        """Returns the ids of the cache nodes whose actor exists and has not ended."""
 
     def start(self, node: str, ray_node: RayNode, record: FleetRecord) -> None:
         """Start the actor of a cache node on a Ray node. Does not wait for it."""
@@ -57,13 +57,13 @@ class RecordStore(Protocol):
         """Returns the record, or None if there is none."""
 
     def save(self, data: bytes) -> None:
-        """Replace the record. It is there for every later `load` when this returns."""
+        """Replace the record. Once this has returned, every later `load` returns it."""
 
 
 class Keeper:
-    """Keeps the fleet. Thread-safe; `run` is its thread's loop, and `step` one round of it.
+    """Keeps the cache nodes of a fleet running. Thread-safe. `run` is the loop of its thread, and `step` is one round of the loop.
 
-    `first`: the record to begin with, unless the store has one of the same cluster. `reporting` returns the nodes whose reports reach
+    `first`: the record to begin with, unless `store` has a record of the same cluster. `reporting` returns the nodes whose reports reach
     the coordinator. `forget` removes a node from the coordinator's members.
     """
 
@@ -114,7 +114,7 @@ class Keeper:
             self._wake.clear()
 
     def step(self) -> None:
-        """Run one round. Raises `TieredKVError` if Ray does not answer; the next round does what is left."""
+        """Run one round. Raises `TieredKVError` if Ray does not answer. The next round makes the changes that are left."""
         with self._turn:
             alive = self._platform.ray_nodes()
             present = self._platform.present()
@@ -129,10 +129,11 @@ class Keeper:
             self._problem = ""
 
     def drain(self, node: str, on: bool) -> None:
-        """Mark a node as drained: it is not started again. With `on` False, take the mark away: the next round starts it.
+        """Mark a cache node as drained, so that it is not started again. With `on` False, remove the mark: the next round starts it.
 
-        The mark is about the present Ray node. Once that has left, the node is no longer expected, and a new Ray node at its address
-        gets one. Draining a lost node has the same effect at once. Raises (kind `cluster`) if there is no such node.
+        The mark is for the present Ray node. Once that Ray node has left, the cache node is no longer a member of the fleet, and a new
+        Ray node at the same address gets a cache node. Draining a lost node removes it from the fleet at once. Raises (kind `cluster`)
+        if there is no such node.
         """
         with self._turn:
             if node not in self.record.members:
@@ -154,13 +155,13 @@ class Keeper:
         self._wake.set()
 
     def retry(self) -> None:
-        """Run a round at once, and try refused nodes again."""
+        """Have a round run at once, in which refused nodes are started again."""
         with self._turn:
             self._refused.clear()
         self._wake.set()
 
     def status(self) -> FleetStatus:
-        """Returns the fleet as of the last round."""
+        """Returns the state of the fleet after the last round."""
         now_s = self._clock.now_s()
         members = [self._status_of(node, member, now_s) for node, member in self.record.members.items()]
         return {
@@ -194,7 +195,7 @@ class Keeper:
         return chosen
 
     def _admit(self, here: dict[str, RayNode]) -> None:
-        """Give each new address a node id."""
+        """Add a member with a new node id for each new address."""
         known = {member.address for member in self.record.members.values()}
         for address in here:
             if address not in known:
@@ -233,7 +234,7 @@ class Keeper:
         self._set(node, "starting", again=True)
 
     def _await(self, node: str) -> None:
-        """Look at a node that has an actor and does not report."""
+        """Set the state of a node that has an actor but does not report: `refused`, `silent`, or still `starting`."""
         outcome = self._platform.outcome(node)
         if outcome is not None and outcome.error is not None:
             log.warning("%s cannot start: %s", node, outcome.error)
@@ -248,7 +249,7 @@ class Keeper:
             self._set(node, "starting")
 
     def _drop(self, node: str) -> None:
-        """Expect the node no longer."""
+        """Remove the node from the fleet and from the coordinator's members."""
         self._save(self.record.without_member(node))
         self._states.pop(node, None)
         self._forget(node)

@@ -16,13 +16,13 @@ KEYS_MAX = 1 << 16
 
 
 class LookupServer:
-    """Listens on `listener`, one thread a node. A node's name in its handshake is the one that is left out of the answers."""
+    """Listens on `listener`, with a thread for each node. Answers to a node leave out the node itself, as named in its handshake."""
 
     def __init__(self, coordinator: Coordinator, own: PeerIdentity, listener: socket.socket) -> None:
         self._coordinator = coordinator
         self._listener = PeerListener(listener, own)
         self.address = self._listener.address
-        """Where nodes ask, as "HOST:PORT"."""
+        """The address at which nodes reach this server, as "HOST:PORT"."""
         self._listener.start(self._serve)
 
     def _serve(self, channel: Channel) -> None:
@@ -44,7 +44,7 @@ class LookupServer:
 
     @property
     def refusals(self) -> dict[str, int]:
-        """Callers that were refused, by reason."""
+        """The number of callers that were refused, by reason."""
         return dict(self._listener.refusals)
 
     def close(self) -> None:

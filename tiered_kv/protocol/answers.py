@@ -1,6 +1,6 @@
 """Checks of a node's answers: a worker uses only answers of the expected types, within the bounds of its request.
 
-A node of another version, or damaged memory, must not make a worker pack over another worker's block.
+Otherwise a node of another version, or damaged memory, could make a worker overwrite another worker's block.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Weight epochs: for each family of namespaces, the number of its present weights, raised at run time on all nodes (docs/design/029).
 
-The number is part of the root of every block (`Namespace.weight_epoch`). So blocks of former weights have other keys. Nodes and
-coordinator hold an `EpochBook` each, and merge them by maximum.
+The number is part of the root of every block (`Namespace.weight_epoch`). So blocks of former weights have other keys. Each node and the
+coordinator hold an `EpochBook`. They exchange their books, and keep the larger numbers.
 """
 
 import reprlib
@@ -13,7 +13,7 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES
 
 EVERY = bytes(KEY_BYTES)
-"""Stands for all families."""
+"""The name of a family that stands for all families."""
 FAMILIES_MAX = 128
 EPOCH_MAX = (1 << 63) - 1
 
@@ -44,10 +44,10 @@ class Epoch(NamedTuple):
 
 
 class EpochBook:
-    """The epochs of at most FAMILIES_MAX families; 0 for all others. Numbers only grow. Thread-safe.
+    """The epochs of at most FAMILIES_MAX families. All others have the epoch of EVERY, at first 0. Numbers only grow. Thread-safe.
 
-    If a further family is raised, the one with the lowest number gives way: its numbers then count for all families. That can only make
-    blocks unreachable.
+    If there are more families, the one with the lowest number is dropped, and its numbers become those of EVERY. The only harm is that
+    some blocks become unreachable.
     """
 
     def __init__(self) -> None:
@@ -65,9 +65,10 @@ class EpochBook:
             return max((each.floor for each in self._of(family)), default=0)
 
     def raised(self, families: Sequence[bytes], now_ms: int, *, keep: bool) -> list[Epoch]:
-        """Raise the epochs of families, or of EVERY, to one number. Returns them. With `keep`, blocks of the former epochs do not end.
+        """Raise the epochs of families, or of EVERY, to one new number. Returns the new epochs.
 
-        `now_ms`: Unix time. It makes the number larger than any that another cluster has used by now.
+        With `keep`, blocks of the former epochs do not end. `now_ms`: Unix time. The number is at least this, so that it is larger
+        than any number that another cluster has used by now.
         """
         with self._lock:
             known = [each for family in families for each in ([*self._epochs.values()] if family == EVERY else self._of(family))]

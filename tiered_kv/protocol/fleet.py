@@ -1,6 +1,6 @@
-"""The fleet's state: which Ray nodes get a cache node, which cache node belongs to which, and which are drained. Plain data.
+"""The state of a fleet: which Ray nodes get a cache node, which cache node is on which Ray node, and which ones are drained. Plain data.
 
-It is one small JSON document. The keeper writes it before it acts, so a coordinator that was killed continues where it was.
+It is one small JSON document. The keeper writes it before it acts, so a coordinator that was killed continues where it stopped.
 """
 
 import json
@@ -56,11 +56,11 @@ class FleetMember:
 
 @dataclass(frozen=True)
 class FleetRecord:
-    """All that a fleet must remember.
+    """The state of a fleet that outlives its coordinator.
 
     settings: the fields of `Config`. mounted_bytes: as in `Node`. selector: the text of a `Selector`. members: by node id. drained:
-    ids of nodes that are not to be started. next_number: of the next new node. coordinator_starts: how often the coordinator has
-    started. secret: as in `ClusterState`.
+    the ids of nodes that must not be started. next_number: the number in the id of the next new node. coordinator_starts: how often
+    the coordinator has started. secret: as in `ClusterState`.
     """
 
     cluster_id: str
@@ -101,7 +101,7 @@ class FleetRecord:
         return replace(self.with_member(node, FleetMember(address)), next_number=self.next_number + 1)
 
     def with_member(self, node: str, member: FleetMember) -> "FleetRecord":
-        """Returns a copy in which `node` is `member`."""
+        """Returns a copy in which the node id `node` has the data `member`."""
         return replace(self, members=self.members | {node: member})
 
     def without_member(self, node: str) -> "FleetRecord":
@@ -115,9 +115,9 @@ class FleetRecord:
 
 
 class MemberStatus(TypedDict):
-    """A member as `status` shows it. `state`: one of MEMBER_STATES. `since_s`: how long it has been in this state.
+    """A member as `status` shows it. `state`: one of MEMBER_STATES. `since_s`: for how many seconds it has been in this state.
 
-    `error`, `kind`: why it cannot start, if it was refused.
+    `error`, `kind`: the error that prevents its start, if its state is `refused`.
     """
 
     node: str
@@ -131,8 +131,8 @@ class MemberStatus(TypedDict):
 class FleetStatus(TypedDict):
     """The keeper's view of the fleet. `ray_nodes`: how many are alive. `rounds`: how many rounds of the keeper have succeeded.
 
-    `round_age_s`: the time since the last of them. `problem`: why the last round failed, empty if it did not. `restarts`,
-    `uptime_s`: of the coordinator.
+    `round_age_s`: the seconds since the last successful round. `problem`: why the last round failed, empty if it did not. `restarts`,
+    `uptime_s`: how often the coordinator was restarted, and the seconds since its last start.
     """
 
     selector: str | None

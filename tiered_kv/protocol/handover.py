@@ -1,4 +1,4 @@
-"""The messages of a node that is about to end: the blocks that it hands over, and what became of its blocks."""
+"""The messages of a node that is about to end: the blocks that it hands over, and how many it kept or lost."""
 
 from typing import Any, NamedTuple
 
@@ -6,21 +6,21 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import BlockRun
 
 ModelMessages = dict[BlockKey, dict[str, Any]]
-"""By root, the description of a model (`ModelFacts.as_message`)."""
+"""By root, the description of a model (`ModelInfo.as_message`)."""
 
 
 class Inventory(NamedTuple):
-    """The blocks of a node, the most worth keeping first, and the descriptions of their models."""
+    """The blocks of a node, the most valuable first, and the descriptions of their models."""
 
     runs: list[BlockRun]
     models: ModelMessages
 
 
 class EndReport(NamedTuple):
-    """What became of a node's blocks when it closed.
+    """How many of a node's blocks were kept or lost when it closed.
 
-    kept: blocks on a disk whose folder stays. flushed: those of them that were written at the end. lost: blocks that are gone. `error`:
-    why the node could not be closed in order, or empty.
+    kept: blocks on a disk whose folder stays. flushed: kept blocks that were written to disk only at the end. lost: blocks that are
+    gone. `error`: why closing the node failed, empty if it did not.
     """
 
     node: str

@@ -26,7 +26,7 @@ class BlockRun(NamedTuple):
 
 
 class NodeInfo(TypedDict):
-    """What a worker needs to attach to a node: where its index, arena, socket and segments are, and the cluster's settings."""
+    """The data that a worker needs to attach to a node: the places of its index, arena, socket and segments, and the cluster's settings."""
 
     node: str
     directory: str
@@ -40,9 +40,9 @@ class NodeInfo(TypedDict):
     verify_host: NotRequired[bool]
     """Absent in the info of a node of an older version."""
     peer_address: NotRequired[str]
-    """Where peers connect to the node ("HOST:PORT"); absent if it has no streams."""
+    """The address at which peers connect to the node ("HOST:PORT"); absent if the node has no streams."""
     ray_node_id: NotRequired[str]
-    """Only of a node that runs as a Ray actor, as is `address`."""
+    """This and `address` are present only if the node runs as a Ray actor."""
     address: NotRequired[str]
     settings: NotRequired[dict[str, Any]]
     """The cluster's settings. Only in a node's record on its machine, for commands that cannot ask the coordinator."""
@@ -73,9 +73,10 @@ class TierPlan(TypedDict):
 
 
 class CodecStats(TypedDict):
-    """What a node encoded. `plans`: by the start of a model's root, its `weights` and its `TierPlan` by tier.
+    """The plans of a node's models, and the blocks that it encoded.
 
-    `coded`: by tier and codec. `fell_back`: by reason, blocks that got a better codec than planned.
+    `plans`: by the start of a model's root, its `weights` and its `TierPlan` by tier. `coded`: by tier and codec. `fell_back`: by
+    reason, how many blocks got a better codec than planned.
     """
 
     plans: dict[str, dict[str, str | TierPlan]]
@@ -84,9 +85,9 @@ class CodecStats(TypedDict):
 
 
 class LearningStats(TypedDict):
-    """What an eviction policy has learned: blocks that it remembers, and the age of what it adopted from other nodes, in seconds.
+    """The number of blocks that an eviction policy remembers, and the seconds since it adopted counts of other nodes.
 
-    Each is None where there is nothing of the kind.
+    The number is None if the policy does not learn. The age is None if no counts were adopted.
     """
 
     known_blocks: int | None
@@ -111,9 +112,9 @@ class LoadStats(TypedDict):
 
 
 class SealStats(TypedDict):
-    """Blocks since the node started: sealed, checked against their seals, dropped as damaged; index slots mended.
+    """Counts since the node started: blocks sealed, scrubbed (checked against their seals), and flipped (dropped as damaged).
 
-    `unsealed`: blocks that still wait for a seal.
+    `slots_mended`: index slots that were rewritten. `unsealed`: blocks that still wait for a seal.
     """
 
     sealed: int
@@ -141,7 +142,7 @@ class TenantStats(TypedDict):
 
 
 class PairStats(TypedDict):
-    """What a node has fetched from one peer: blocks, their bytes, the seconds that took, and failed requests by reason."""
+    """A node's fetches from one peer: blocks, their bytes, the seconds that the transfers took, and failed requests by reason."""
 
     blocks: int
     bytes: int
@@ -153,10 +154,10 @@ class PairStats(TypedDict):
 
 
 class PeerStats(TypedDict):
-    """A node's transfers with its peers over streams since it started. `refused`: callers that it refused, by reason.
+    """A node's transfers with its peers over streams since it started.
 
-    `address`: where its peers reach it; None without streams. `served_blocks`, `served_bytes`: what it has sent. `located`: look-ups
-    of the directory without Ray.
+    `address`: the address at which its peers reach it; None without streams. `served_blocks`, `served_bytes`: how much it has sent.
+    `located`: how many look-ups of the directory it made without Ray. `refused`: how many callers it refused, by reason.
     """
 
     address: str | None
@@ -180,7 +181,10 @@ class Rates(TypedDict):
 
 
 class ServiceStats(TypedDict):
-    """A node's service. `uptime_s`: since it started. `restarts`: of the node with these files. `refused_blocks`: stores without room."""
+    """How a node has served. `uptime_s`: the seconds since it started. `restarts`: how often it was restarted with the same files.
+
+    `refused_blocks`: how many blocks workers could not store, because no room appeared in time.
+    """
 
     uptime_s: float
     restarts: int
@@ -189,7 +193,7 @@ class ServiceStats(TypedDict):
 
 
 class NodeStats(ServiceStats):
-    """A node's figures, up to the last use by any worker."""
+    """A node's figures, including all uses by workers so far."""
 
     node: str
     tiers: dict[str, TierStats]
@@ -212,7 +216,7 @@ class NodeStats(ServiceStats):
     seals: SealStats
     namespaces: list[NamespaceStats]
     tenants: dict[str, dict[str, TenantStats]]
-    """By tenant and tier."""
+    """Each tenant's share of each tier, by tenant and tier."""
     peers: NotRequired[PeerStats]
     """Absent in the figures of a node of an older version."""
     coordinator: bool | None
@@ -220,11 +224,11 @@ class NodeStats(ServiceStats):
 
 
 class LiveNode(NodeInfo):
-    """A node that the coordinator takes for alive: its info and figures, and the age of its last report in seconds."""
+    """A node that the coordinator considers alive: its info and figures, and the age of its last report in seconds."""
 
     silent_s: float
     directory_blocks: int
-    """Blocks of this node in the coordinator's directory."""
+    """The number of blocks of this node in the coordinator's directory."""
     stats: NodeStats
 
 

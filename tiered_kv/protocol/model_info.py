@@ -15,12 +15,12 @@ FACTS_BYTES_MAX = 64 << 10
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as its node must know it.
+    """The description of a model that its node needs.
 
     `weights`: as in `Namespace`; identifies the model's calibration. `rope`: the inverse frequencies of the model's rotation of K
     (see `codecs.rotation`), b"" for a model without rotation, None if unknown. With None, K is encoded without undoing the
     rotation, which costs quality, not correctness. `rope_halves`: how channels are paired. `namespace`: the fields of the worker's
-    namespace as plain data, None from a worker of an older version. Descriptions of one root may differ only in whether they have it.
+    namespace as plain data, None from a worker of an older version. Descriptions of one root may differ only in whether they have one.
     """
 
     layout: Layout

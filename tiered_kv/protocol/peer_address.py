@@ -1,4 +1,4 @@
-"""Where a process listens for its peers: the setting `peer_address`, the addresses of this machine, and a bound socket.
+"""The address at which a process listens for its peers: reads the setting `peer_address`, and opens the listening socket.
 
 The setting names an interface, a network or an address, and the ports to choose from: `eth1`, `10.1.0.0/16:7400-7499`, `:7400`,
 `[fd00::/8]:7400`. Without it a process listens at its machine's address in Ray, at any free port. `off` turns the streams off.
@@ -20,14 +20,14 @@ LISTEN_QUEUE = 128
 
 
 class PeerPlace(NamedTuple):
-    """The setting, read. `place`: an interface, a network or an address; "" for the default address. `ports`: 0 stands for any."""
+    """The parsed setting. `place`: an interface, a network or an address; "" for the default address. `ports`: 0 stands for any port."""
 
     place: str
     ports: range
 
     @classmethod
     def of(cls, text: str | None) -> "PeerPlace | None":
-        """Returns what the setting says; None for `off`. Raises (kind `config`) if it cannot be read."""
+        """Parse the setting. Returns None for `off`. Raises (kind `config`) if the text is invalid."""
         if text is None:
             return cls("", range(1))
         if text == OFF:
@@ -42,14 +42,14 @@ class PeerPlace(NamedTuple):
     def beside_nodes(self) -> "PeerPlace":
         """Returns the place for the coordinator, which shares a machine with a node: the same ports, the last first.
 
-        Of a single port, which is the node's, it leaves that one and takes any free port.
+        If the setting has a single port, the node takes it, and the coordinator may use any free port.
         """
         return PeerPlace(self.place, self.ports[::-1] if len(self.ports) > 1 else range(1))
 
     def listen(self, default: str) -> socket.socket:
         """Returns a listening socket at this place. `default`: the address to use if the setting names none.
 
-        Raises (kind `config`) that names the setting if this machine has no such address, or if all the ports are in use.
+        Raises an error (kind `config`) that names the setting if this machine has no such address, or if all ports are in use.
         """
         host = self._host(default)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -94,7 +94,7 @@ def address_text(host: str, port: int) -> str:
 
 
 def parse_address(text: object) -> tuple[str, int]:
-    """Returns host and port of an address. Raises (kind `transport`) if it is none."""
+    """Returns the host and the port of an address. Raises (kind `transport`) if `text` is not an address."""
     host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise TieredKVError(Kind.TRANSPORT, f"a peer's address must be HOST:PORT, got {text!r}", reason="address")
@@ -102,7 +102,7 @@ def parse_address(text: object) -> tuple[str, int]:
 
 
 def _addresses() -> dict[str, list[str]]:
-    """Returns the addresses of each interface of this machine, those of IPv4 first. Link-local ones are left out: they need a scope."""
+    """Returns the addresses of each interface of this machine, IPv4 first. Link-local addresses are left out: they need a scope."""
     import psutil
 
     found: dict[str, list[str]] = {}

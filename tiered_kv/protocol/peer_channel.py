@@ -1,11 +1,11 @@
-"""The authenticated stream between two processes of a cluster: a handshake, then messages, each of which payload bytes may follow.
+"""The authenticated stream between two processes of a cluster: a handshake, then messages, each with or without payload bytes after it.
 
 A message is a 4-byte length, its body (msgpack) and 16 bytes of HMAC-SHA256 over its number and its body. Each side has a key of its own,
 derived from the cluster's secret and both sides' random numbers. So a message that was changed, left out, repeated or moved ends the
-connection. Payload bytes have no code here: the message before them contains their checksum, and the receiver verifies it.
+connection. Payload bytes are not authenticated here: the message before them contains their checksum, which the receiver verifies.
 
-The handshake is one message each way and a proof. Neither side sends anything else before the other has proved that it knows the
-secret. Nothing is encrypted: see TLS in docs/design/031.
+The handshake is one message each way, then the caller's proof. Neither side sends anything else before the other side has proved that
+it knows the secret. Nothing is encrypted: see TLS in docs/design/031.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _NUMBER = struct.Struct("<Q")
 
 
 class PeerIdentity(NamedTuple):
-    """The identity that a process proves to its peers. `name`: its own, for their figures. `secret`: the cluster's."""
+    """The identity that a process proves to its peers. `name`: the process's name in their figures. `secret`: the cluster's secret."""
 
     cluster_id: str
     name: str
@@ -49,7 +49,7 @@ class PeerIdentity(NamedTuple):
 
 
 class Limit:
-    """The time by which an exchange must end, and how long it may stand still before.
+    """The time by which an exchange must end, and how long it may pause until then.
 
     `until_s`: on the monotonic clock. `patience_s`: the longest wait for the next byte.
     """
@@ -135,7 +135,7 @@ class Channel:
             raise _broken(error) from error
 
     def _bound(self, direction: int, wait_s: float) -> None:
-        """Let the kernel end a call that waits longer than `wait_s`. A call that has moved some bytes by then returns their number.
+        """Have the kernel end a call that waits longer than `wait_s`. A call that has moved some bytes by then returns their number.
 
         The socket stays in blocking mode, in which one call moves a whole payload. In non-blocking mode, as with Python's timeouts,
         a sender would wake up for each part of the payload that the receiver has taken, and use twice the processor time.
@@ -203,7 +203,7 @@ class Channel:
         return count
 
     def is_idle(self) -> bool:
-        """Returns whether the connection is open and nothing has arrived that nobody asked for."""
+        """Returns whether the connection is open and has no unread bytes. Between two exchanges, unread bytes would be an error."""
         if self._start < self._end:
             return False
         try:
@@ -227,7 +227,7 @@ class Channel:
 
 
 def greet(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
-    """The caller's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if either side refuses."""
+    """Carry out the caller's side of the handshake. Returns the channel. Raises (kind `transport`, with a reason) if a side refuses."""
     tune(connection)
     hello = msgpack.packb([MAGIC, PEER_PROTOCOL, own.cluster_id, own.name, os.urandom(NONCE_BYTES)])
     _send_greeting(connection, hello, limit)
@@ -245,7 +245,10 @@ def greet(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel
 
 
 def answer_greeting(connection: socket.socket, own: PeerIdentity, limit: Limit) -> Channel:
-    """The listener's side of the handshake. Returns the channel. Raises (kind `transport`) with a reason if it refuses the caller."""
+    """Carry out the listener's side of the handshake. Returns the channel.
+
+    Raises (kind `transport`, with a reason) if it refuses the caller.
+    """
     tune(connection)
     hello = _greeting(connection, limit)
     reason, said, peer = _judge(hello, own)
@@ -291,7 +294,7 @@ def _split_answer(answer: bytes) -> tuple[bytes, bytes]:
 
 
 def _read_answer(signed: bytes) -> tuple[str, str, str]:
-    """Returns the reason for which the listener refuses ("" for none), its name, and what it says."""
+    """Returns the listener's reason to refuse ("" if it does not), then twice its name, or a sentence about the reason if it refuses."""
     try:
         magic, version, reason, name, nonce = unpacked(signed)
     except (ValueError, TypeError) as error:

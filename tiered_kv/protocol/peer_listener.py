@@ -30,7 +30,7 @@ class PeerListener:
     def __init__(self, listener: socket.socket, own: PeerIdentity) -> None:
         host, port = listener.getsockname()[:2]
         self.address = address_text(host, port)
-        """Where peers reach this process, as "HOST:PORT"."""
+        """The address at which peers reach this process, as "HOST:PORT"."""
         self.refusals: Counter[str] = Counter()
         self._listener = listener
         self._own = own
@@ -50,7 +50,7 @@ class PeerListener:
         self._connections, self._lock = {}, threading.Lock()
 
     def start(self, serve: Callable[[Channel], None]) -> None:
-        """Accept connections from now on. Those that came before wait in the kernel's queue."""
+        """Accept connections from now on. Connections that were made earlier have waited in the kernel's queue."""
         self._serve = serve
         self._acceptor.start()
 

@@ -15,7 +15,7 @@ from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
 HUNG_AFTER_S = 0.05
-"""A node that has sent no answer for this long may hang."""
+"""A node that has sent nothing for this long is treated as one that may hang."""
 
 SPREAD_WITHIN_S = 5.0
 """The longest wait until all nodes have adopted a new weight epoch."""
@@ -41,21 +41,21 @@ class BlockOffer(NamedTuple):
 
 
 class PayloadTarget(NamedTuple):
-    """Memory that waits for one block's payload. `update`: called with each piece of it that has arrived, in order."""
+    """Memory into which one block's payload is received. `update`: called with each piece of the payload after it has arrived."""
 
     memory: memoryview
     update: Callable[[memoryview], object] | None = None
 
 
 class Landing(Protocol):
-    """Reserved memory for the leading blocks of a batch: one target each. End it with `commit` or `abandon`."""
+    """Reserved memory for the leading blocks of a batch: one target for each block. End it with `commit` or `abandon`."""
 
     targets: Sequence[PayloadTarget]
 
     def commit(self) -> int:
-        """Verify the payloads, all of which have arrived, and make the blocks visible. Returns how many are.
+        """Verify the payloads, all of which must have arrived, and make the blocks visible. Returns how many are visible.
 
-        Raises (kind `transport`, with a reason) at a block that is not what was asked for; those before it are visible.
+        Raises (kind `transport`, with a reason) if a block does not match its offer. The blocks before it are then visible.
         """
 
     def abandon(self) -> None:
@@ -63,26 +63,26 @@ class Landing(Protocol):
 
 
 class Receiver(Protocol):
-    """Stores the blocks that a transfer delivers. Only blocks that are verified become visible."""
+    """Stores the blocks that a transfer delivers. Only verified blocks become visible."""
 
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
-        """Store the frames of the leading `keys`. Returns how many were stored; it stops at a damaged frame."""
+        """Store the frames of the leading `keys`, up to the first damaged frame. Returns how many were stored."""
 
     def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> Landing:
         """Reserve memory for the leading offered blocks, at least one.
 
-        Raises (kind `transport`, with a reason) if the first offer is not of the first key or may not be shown, or without room.
+        Raises (kind `transport`, with a reason) if the first offer does not fit the first key or is too lossy, or if there is no room.
         """
 
 
 class Transfer(Protocol):
-    """A transfer of consecutive blocks from a peer, under way."""
+    """A running transfer of consecutive blocks from a peer."""
 
     def prefetch(self) -> None:
-        """Start to fetch what the peer has ready. Returns at once."""
+        """Start to fetch the bytes that the peer has ready. Returns at once."""
 
     def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
-        """Hand the leading requested blocks to `receiver`. Returns how many it has stored; fewer if the peer had fewer.
+        """Pass the leading requested blocks to `receiver`. Returns how many it has stored: fewer than requested if the peer lacks some.
 
         Waits at most `wait_s`, and at most `patience_s` for the next byte of a stream. `meanwhile` is called before each wait, and
         before blocks are stored. Raises with `hung=True` if the peer has sent nothing for HUNG_AFTER_S or longer.
@@ -99,22 +99,25 @@ class Link(Protocol):
         """Ask the coordinator which nodes hold the leading keys. Returns their names for each key; waits at most `wait_s`."""
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        """Ask the coordinator for the variants of a root, one of which agrees with `probe`. `known`: the variants this node knows."""
+        """Have the coordinator match `probe` against the variants of a root, and add a variant if none agrees. Returns all variants.
+
+        `known`: the variants that this node knows.
+        """
 
     def raise_epoch(self, families: list[bytes], keep: bool) -> tuple[list[Epoch], list[str]]:
-        """Have the coordinator raise the weight epochs of families. Waits some seconds.
+        """Have the coordinator raise the weight epochs of families. Waits some seconds at most.
 
-        Returns them, and all nodes that are alive or lost.
+        Returns the new epochs, and the names of all live and lost nodes.
         """
 
     def spread(self, nodes: Sequence[str], epochs: Sequence[Epoch], within_s: float) -> list[str]:
-        """Tell other nodes about epochs. Returns those that have not confirmed within `within_s` that they have adopted them."""
+        """Have other nodes adopt epochs. Returns the names of the nodes that did not confirm this within `within_s`."""
 
     def request(self, node: str, keys: list[BlockKey]) -> Transfer:
         """Start to fetch blocks from another node. Returns at once."""
 
     def streams_from(self, node: str) -> bool:
-        """Whether a transfer from this node delivers blocks while later ones arrive, so that one request may name all of them."""
+        """Returns whether transfers from this node deliver blocks while later ones arrive. If so, one request may name all blocks."""
 
     def stats(self) -> PeerStats:
         """Returns figures of the transfers with each peer."""

@@ -1,8 +1,8 @@
-"""Probes: a model's KV of a few fixed tokens, compared to tell models with equal namespaces apart.
+"""Probes: a model's KV of a few fixed tokens. Comparing probes shows whether two models with one namespace compute the same KV.
 
-The first worker of a namespace leaves its probe with the node and the cluster; its variant of the namespace is "". A later worker
-whose probe agrees with it, up to rounding, gets the same variant. A worker whose probe does not agree gets another variant, which
-it shares with all workers whose probes agree with its own.
+The first worker of a namespace registers its probe with its node and the coordinator. Its variant of the namespace is "". A later
+worker whose probe agrees with the first one, up to rounding, gets the same variant. A worker whose probe does not agree gets another
+variant, which it shares with all workers whose probes agree with its own.
 """
 
 import logging
@@ -84,7 +84,8 @@ class ProbeBook:
     def match(self, root: BlockKey, probe: Probe) -> str:
         """Returns the variant of `root` that a model with this probe belongs to: the nearest within the tolerance, else a new one.
 
-        The first variant of a root is "". A root keeps at most VARIANTS_MAX variants; beyond them every worker gets one of its own.
+        The first variant of a root is "". A root keeps at most VARIANTS_MAX variants. If all exist and none matches, each call returns
+        a variant of its own, which is not kept.
         """
         with self._lock:
             known = self._touched(root)
@@ -98,7 +99,7 @@ class ProbeBook:
             return name
 
     def adopt(self, root: BlockKey, variants: Iterable[tuple[str, Probe]]) -> None:
-        """Add variants that another process knows. Variants known here already stay unchanged."""
+        """Add variants that another process knows. Variants that are known here already stay unchanged."""
         with self._lock:
             known = self._touched(root)
             for name, probe in variants:

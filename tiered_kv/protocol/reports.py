@@ -11,8 +11,8 @@ from tiered_kv.protocol.probes import Variants
 class Report(NamedTuple):
     """A node's report. `number` counts the node's reports; a gap means that one was lost. Number 0 lists all blocks of the node.
 
-    `added`, `removed`: changes since the report before. `statistics`: the counts of the node's eviction policy, sent now and then;
-    None otherwise, and always for a policy that does not learn. `probes`: the probes that the node knows, sent with number 0 only.
+    `added`, `removed`: blocks added and removed since the report before. `statistics`: the counts of the node's eviction policy, sent
+    now and then; None in other reports, and in all if the policy does not learn. `probes`: the node's probes, with number 0 only.
     `epochs`: the weight epochs that the node knows.
     """
 
@@ -30,10 +30,10 @@ class Report(NamedTuple):
 class Answer(NamedTuple):
     """The coordinator's answer. `peers`: the number of other live nodes. `resync`: the node must report all its blocks, with number 0.
 
-    `epochs`: the weight epochs that the cluster knows, None if they are those of the report.
+    `epochs`: the weight epochs that the cluster knows, None if they equal those of the report.
     `others`: the sum of the other nodes' statistics, for a node that has just sent its own; None if no other node has sent any.
-    `addresses`: where the streams of each node are; None if that has not changed since the coordinator's last answer. `directory`: where
-    the coordinator answers look-ups without Ray, as "HOST:PORT"; None if it does not.
+    `addresses`: the address of each node's streams; None if no address has changed since the coordinator's last answer. `directory`:
+    the address for look-ups without Ray, as "HOST:PORT"; None if the coordinator has none.
     """
 
     peers: int

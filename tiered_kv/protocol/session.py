@@ -21,7 +21,7 @@ class Life(NamedTuple):
 
 
 class Session(Protocol):
-    """The few calls that shared memory cannot answer. A full tier is a return value, never an exception."""
+    """A worker's calls to its node, for what shared memory cannot do. A lack of room shows in the returned value, not as an exception."""
 
     @property
     def life(self) -> Life:
@@ -33,13 +33,13 @@ class Session(Protocol):
     def reserve(self, nbytes: int, keys: list[BlockKey], parent: BlockKey | None, wait_s: float | None = None) -> list[int]:
         """Reserve extents for the new blocks `keys`. Returns their payload offsets in the arena, for the leading blocks.
 
-        Fewer offsets than keys are back-pressure, none is a refusal. `parent`: the parent of the first block, or None. Blocks of its
-        chain should not be evicted for the new blocks. `wait_s` bounds the wait for room (None: the node's setting
-        `store_wait_ms`).
+        Fewer offsets than keys mean that room is short, and [] means that there is none. `parent`: the parent of the first block, or
+        None. Blocks of the parent's chain should not be evicted for the new blocks. `wait_s` bounds the wait for room (None: the
+        node's setting `store_wait_ms`).
         """
 
     def introduce(self, root: BlockKey, info: dict[str, Any]) -> Introduction:
-        """Describe the model of the blocks below `root` (`ModelInfo.as_message`). From now on they are encoded for it.
+        """Describe the model of the blocks below `root` (`ModelInfo.as_message`). From now on, these blocks are encoded for the model.
 
         Returns the plan by tier, and the path of the calibration that decoding the blocks needs (None: no calibration). Raises
         (kind `config`) if the node's settings require a calibration that the model lacks.
@@ -50,7 +50,8 @@ class Session(Protocol):
 
         `nbytes`: the bytes of each block. The depth of a block is the number of its ancestors. A digest
         (`ExtentHeaders.digest`) seals the block at once. Returns for each block whether it is new: False if it was stored already.
-        If the list is shorter than `blocks`, there was no room for the rest; their extents are freed.
+        If the list is shorter than `blocks`, the rest was not stored and its extents are freed: the index has no room, or the weights
+        have ended.
         """
 
     def release(self, offsets: list[int]) -> None:
@@ -63,7 +64,7 @@ class Session(Protocol):
         """Report blocks in host memory that the worker could not read."""
 
     def bring(self, keys: list[BlockKey], wait_s: float) -> None:
-        """Load blocks into host memory that this node has in tiers which the worker cannot read itself."""
+        """Have the node load blocks into host memory from tiers that the worker cannot read itself. Waits at most `wait_s`."""
 
     def hint(
         self, last_block: BlockKey, answer_tokens: int | None, pinned_s: float | None, reuse_within_s: float | None, ended: bool
@@ -85,7 +86,7 @@ class Session(Protocol):
     def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
         """Raise the weight epochs of families of namespaces on all nodes.
 
-        Returns their number, and the nodes that did not confirm it in time.
+        Returns the new number, and the names of the nodes that did not confirm it in time.
 
         Raises (kind `transport`), with nothing changed, if the coordinator does not answer.
         """

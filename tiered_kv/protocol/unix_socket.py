@@ -43,7 +43,7 @@ METHODS |= {"new_epoch", "salt"}
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
 COMMIT_GRACE_S = 0.25
-"""The same for a commit whose deadline passed while the worker packed. The work is done, and a live node will accept it."""
+"""A commit gets this long if its deadline passed while the worker packed the blocks: the work is done, and a live node accepts it."""
 
 
 class _Messages:
@@ -63,7 +63,7 @@ class _Messages:
     def next(self, until_s: float | None = None) -> Any:
         """Returns the next message; None at the end of the stream.
 
-        `until_s`: the deadline on the monotonic clock. Raises `TimeoutError` then, even if bytes keep arriving slowly.
+        `until_s`: the deadline on the monotonic clock. Raises `TimeoutError` at the deadline, even if bytes keep arriving slowly.
         """
         received: bytes | bytearray = self._received or self._part(RECEIVE_BYTES, until_s)
         end = _end_of(received)
@@ -93,7 +93,10 @@ class _Messages:
 
 
 def _end_of(received: bytes | bytearray) -> int:
-    """Returns where the first message ends. Raises (kind `transport`) if it is too long."""
+    """Returns the offset at which the first message ends, or its length field if that is incomplete.
+
+    Raises (kind `transport`) if the message is too long.
+    """
     if len(received) < _LENGTH.size:
         return _LENGTH.size
     length: int = _LENGTH.unpack_from(received)[0]
@@ -103,7 +106,7 @@ def _end_of(received: bytes | bytearray) -> int:
 
 
 class SessionServer:
-    """Serves sessions on the socket at `path`, one thread a worker, until `close`. Calls `afterwards` after sending each answer."""
+    """Serves sessions on the socket at `path`, with a thread for each worker. Calls `afterwards` after sending each answer."""
 
     def __init__(self, path: str, open_session: Callable[[], Session], afterwards: Callable[[], None] = lambda: None) -> None:
         self._open_session = open_session
@@ -204,8 +207,8 @@ class SocketSession:
     """A worker's end of a session: the calls of `Session`. One thread at a time may use it.
 
     `wait_s` bounds connecting and the first exchange together, and each later call until `allow` sets another bound. An error of
-    kind `transport` closes the session; the error's context has `timed_out`: whether the node sent no answer in time. In a child
-    process the session is closed.
+    kind `transport` closes the session. Its context has `timed_out`: True if the node sent no answer in time. In a forked child process
+    the session is closed.
     """
 
     def __init__(self, path: str, wait_s: float) -> None:
@@ -248,8 +251,8 @@ class SocketSession:
     ) -> Any:
         """Send a request. Returns the answer, if `check` (default: the check in `answers`) accepts it.
 
-        After `allow`, the call ends at the time that it set, or after `late_s` if that time has passed. Without `allow`, it ends
-        within the session's `wait_s` plus this call's.
+        The call ends soon after the time that `allow` set, or after `late_s` if that time has passed already. If `allow` was not
+        called, it ends within the session's `wait_s` plus this call's.
         """
         now_s = time.monotonic()
         until_s = now_s + self._wait_s + wait_s if self._until_s is None else self._until_s + GRACE_S
