@@ -1,4 +1,4 @@
-"""What the engine passes on inside: reservations that evict, and batches of copies with what it reports when one fails."""
+"""The engine's internal data: reservations that must evict blocks, and batches of copies with the events that report their failure."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,7 +9,10 @@ from tiered_kv.store import events as ev
 
 
 class Reservation(NamedTuple):
-    """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`."""
+    """A reservation that must evict blocks: `nbytes` in `tier` for each of the new blocks `keys`, until `deadline_s`.
+
+    `last_block`, `is_coded`: as for `Engine.reserve`.
+    """
 
     tier: Tier
     nbytes: int
@@ -34,7 +37,7 @@ def batches(copies: Sequence[ev.Copy], batch_bytes: int) -> Iterator[list[ev.Cop
 
 
 def failures(batch: Sequence[ev.Copy]) -> list[ev.CopyFailed]:
-    """Returns the events that report a whole batch as failed, not to be tried again."""
+    """Returns the events that report a whole batch as failed. The blocks will not be tried again."""
     return [ev.CopyFailed(copy.key, copy.target, again=False) for copy in batch]
 
 

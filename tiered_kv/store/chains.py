@@ -1,6 +1,6 @@
-"""Parent links between blocks. A link exists only where the depths fit, so following links always ends.
+"""Parent links between blocks. A link exists only where the depths fit, so that following links always ends.
 
-A link leads from a block to its parent; the parent itself may not be known yet. All linked children of a block have the same depth.
+A link leads from a block to its parent, which may not be known yet. All linked children of a block have the same depth.
 A block that is itself linked has a depth one less than its children. So depths fall along every path of links, and no path is a cycle.
 """
 
@@ -27,7 +27,7 @@ class Chains:
     def add(self, key: BlockKey, parent: BlockKey | None, root: BlockKey | None, depth: int | None) -> Block:
         """Add a block, or complete one whose place in the chain was unknown. Returns the block.
 
-        A place in the chain that is already known is kept; the claim is then ignored.
+        If the block's place in the chain is known already, it is kept, and the arguments are ignored.
         """
         block = self._blocks.get(key)
         if block is None:
@@ -53,7 +53,7 @@ class Chains:
         self._stop_waiting(key, block)
 
     def is_last_block(self, key: BlockKey) -> bool:
-        """Whether no child of the block is known."""
+        """Returns whether the block has no known child."""
         return key not in self._children and key not in self._waiting
 
     def to(self, last_block: BlockKey | None) -> frozenset[BlockKey]:
@@ -86,9 +86,10 @@ class Chains:
         return None
 
     def _are_in_order(self, claims: Iterable[BlockInfo], depths: dict[BlockKey, int | None]) -> bool:
-        """Whether each claim fits a parent that is known, or claimed before it: the usual case of `misplaced`, in one pass.
+        """Returns True if the depth of each claim fits its parent, which is known or claimed earlier in the list.
 
-        Notes the depth of each key in `depths`. If False, the claims may be right all the same.
+        This is the fast path of `misplaced`, in one pass. Writes the depth of each key to `depths`. If False, the claims may still be
+        right.
         """
         blocks = self._blocks
         for key, parent, _, depth in claims:
@@ -125,14 +126,14 @@ class Chains:
             self._child_depth[parent] = depth
 
     def _depth_from_parent(self, block: Block) -> int | None:
-        """Returns the depth that follows from the parent's depth, or None if the parent's is unknown."""
+        """Returns the depth that follows from the parent's depth, or None if the parent's depth is unknown."""
         if block.parent is None:
             return 0 if block.root is not None else None
         above = self._blocks.get(block.parent)
         return above.depth + 1 if above is not None and above.depth is not None else None
 
     def _fits(self, key: BlockKey, parent: BlockKey, depth: int) -> bool:
-        """Whether block `key` of known `depth` can be linked to `parent` without contradicting a link that exists."""
+        """Returns whether the block `key` of known `depth` can be linked to `parent` without contradicting an existing link."""
         if parent == key:
             return False
         above = self._blocks.get(parent)

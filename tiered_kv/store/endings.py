@@ -11,7 +11,7 @@ from tiered_kv.store import events as ev
 
 
 class Late:
-    """The bytes in memory of a dropped block that a copy or a reader still uses. `is_copying`: whether a copy has not ended."""
+    """The bytes in memory of a dropped block that a copy or a reader still uses. `is_copying`: whether a copy is still running."""
 
     def __init__(self, is_copying: bool) -> None:
         self.is_copying = is_copying
@@ -30,7 +30,7 @@ class Endings:
         return bool(self._late)
 
     def deferred(self, key: BlockKey, is_copying: bool, dropping: Iterable[ev.Instruction]) -> list[ev.Instruction]:
-        """Returns the instructions that drop a block, without freeing memory of it that is in use. `released` frees that later."""
+        """Returns the instructions `dropping` without those that free the block's memory, which is in use. `released` frees it later."""
         late = self._late.setdefault(key, Late(is_copying))
         now: list[ev.Instruction] = []
         for each in dropping:
@@ -46,7 +46,7 @@ class Endings:
             self._late[key].is_copying = False
 
     def released(self, key: BlockKey, is_pinned: bool) -> list[ev.Instruction]:
-        """Returns the instructions that free a dropped block's bytes if nothing uses them any more."""
+        """Returns the instructions that free a dropped block's bytes, [] while a copy or a reader still uses them."""
         late = self._late.get(key)
         if late is None or late.is_copying or is_pinned:
             return []

@@ -32,7 +32,7 @@ T = TypeVar("T")
 COPY_BATCH_BYTES = 8 << 20
 QUEUE_BYTES_MIN = 64 << 20
 QUEUE_SHARE = 1 / 8
-"""Share of a tier that may be queued for a lower tier; blocks that exceed it are dropped instead."""
+"""Share of a tier that may be queued for a lower tier. Further blocks are dropped instead of copied."""
 RECLAIM_WAIT_S = 1.0  # wait for the blocks of a removed segment to be copied down; blocks only that tier's thread
 WANTED_WAIT_S = 0.25  # wait for room for blocks that a worker asked for; occupies one of the threads that copy into memory
 GIVING_UP_S = 0.01
@@ -57,7 +57,7 @@ class FillOutcome(Enum):
 
 
 class Room(Enum):
-    """Where to place an extent in a tier in memory that has a codec; without a codec all are the same."""
+    """The region for an extent in a tier in memory. In a tier without a codec, all regions are the same."""
 
     STAGING = "staging"  # uncompressed blocks: prefer the staging area, or anywhere while there is plenty of room
     COMPRESSED = "compressed"  # compressed blocks: keep them together
@@ -65,7 +65,7 @@ class Room(Enum):
 
 
 class BlockFormat(NamedTuple):
-    """The form of a block in a tier in memory: the id of its codec, and its bytes."""
+    """The form of a block in a tier in memory: the id of its codec, and its number of bytes."""
 
     codec: int
     nbytes: int
@@ -82,25 +82,28 @@ class Mover(Protocol):
     """Moves bytes between tiers. It knows frames, codecs and tiers, and decides nothing."""
 
     def fits(self, tier: Tier, nbytes: int) -> bool:
-        """Whether a tier in memory could hold a block of `nbytes` if it were empty."""
+        """Returns whether a tier in memory could hold a block of `nbytes` if the tier were empty."""
 
     def reserve(self, tier: Tier, nbytes: int, count: int, room: Room) -> list[int]:
-        """Returns offsets of up to `count` extents for blocks of `nbytes` in a tier in memory; of at most one for `Room.COMPRESSED`."""
+        """Reserve up to `count` extents of `nbytes` in a tier in memory, at most one for `Room.COMPRESSED`. Returns their offsets."""
 
     def free(self, location: Location) -> None:
         """Free the bytes of one copy or of a reserved extent."""
 
     def form(self, copy: ev.Copy) -> BlockFormat:
-        """Returns the form that a block will have in the tier in memory that it is copied to."""
+        """Returns the block format that a block will have in the tier in memory that it is copied to."""
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
-        """Read blocks of one source tier into reserved extents, sized by `form`, of one tier in memory. Returns each outcome."""
+        """Read blocks of one source tier into reserved extents of one tier in memory. Returns the outcome of each.
+
+        The extents have the sizes that `form` returned.
+        """
 
     def coded(self, copy: ev.Copy) -> EncodedBlock | None:
         """Encode a block for the tier that it is copied to. Returns None if the block cannot be read. Slow; called by several threads."""
 
     def settle_in(self) -> None:
-        """Prepare a thread that will call `coded`; runs once, at its start."""
+        """Prepare a thread that will call `coded`. Called once in each such thread, at its start."""
 
     def keep(self, copy: ev.Copy, coded: EncodedBlock, offset: int) -> Location:
         """Write an encoded block into a reserved extent of host memory. Returns its location."""
@@ -112,10 +115,10 @@ class Mover(Protocol):
         """Returns how many bytes to write to `tier` at once."""
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
-        """Returns the segment to remove before blocks of these sizes can be written; None if there is room, or no segment."""
+        """Returns the segment to remove before blocks of these sizes can be written; None if there is room, or no segment to remove."""
 
     def segment_to_age(self, tier: Tier) -> int | None:
-        """Returns the segment that will be removed next if the tier is nearly full, else None."""
+        """Returns the segment that will be removed next, or None while the tier is not nearly full."""
 
     def keys_in(self, tier: Tier, segment: int) -> list[BlockKey]:
         """Returns the keys of the blocks in a segment."""
@@ -127,7 +130,7 @@ class Mover(Protocol):
         """Rewrite blocks of a segment about to be removed into the newest segment. Returns the rewritten keys with new locations."""
 
     def drop_segment(self, tier: Tier, segment: int) -> None:
-        """Remove a segment. The machine knows no copies in it any more."""
+        """Remove a segment, after the machine has forgotten all copies in it."""
 
 
 class Engine:
@@ -147,7 +150,7 @@ class Engine:
         self.lock = threading.RLock()
         self.freed = threading.Condition(self.lock)
         self.journal: dict[BlockKey, bool] = {}
-        """Keys that became visible (True) or invisible (False) since it was last emptied."""
+        """Keys that became visible (True) or invisible (False) since the journal was last emptied."""
         self.on_gone: Callable[[BlockKey, Location], None] | None = None
         """Called with the lock held before the last copy of a block is freed."""
         self._index = index
@@ -163,7 +166,7 @@ class Engine:
         self._leaving: Counter[Tier] = Counter()
         """By tier: bytes that copies to a lower tier, or in-place compression, will free."""
         self._progress_s: dict[Tier, float] = {}
-        """By tier: when the last of these copies ended, or the first began."""
+        """By tier: when one of the copies counted in `_leaving` last ended, or the first of them began."""
         self._batches = 0
         self._closed = False
 
@@ -201,7 +204,8 @@ class Engine:
         chain of `keys`; it and its ancestors are evicted last. Fewer offsets than keys are back-pressure: write and commit these
         blocks, then ask again. Returns [] if no room appeared in time. With `insist`, if a lower tier has taken nothing for `wait_s`,
         drops other blocks instead of waiting for it. If host memory has a staging area, reserves no more than its size at a time.
-        `is_coded`: the blocks are encoded, so no block is compressed for them. `tenant`: its quota counts, and its own blocks are evicted.
+        `is_coded`: the blocks are encoded, so no block is compressed for them. `tenant`: its quota applies. If the quota is exceeded,
+        blocks of this tenant are evicted.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # evicting other blocks would not help
@@ -250,7 +254,7 @@ class Engine:
         return count * request.nbytes - leaving_bytes
 
     def _stalled_at_s(self, request: Reservation, wait_s: float) -> float:
-        """Returns when the lower tier counts as stalled: `wait_s` after a block last arrived there, or the first one left."""
+        """Returns when the lower tier will count as stalled: `wait_s` after a copy to it last ended, or the first copy began."""
         return self._progress_s.get(request.tier, request.deadline_s) + wait_s
 
     def _evict(self, request: Reservation, nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
@@ -268,7 +272,7 @@ class Engine:
         return self.machine.blocks_by_tier[tier] < blocks_before
 
     def _reserve_by_dropping(self, request: Reservation) -> list[int]:
-        """The lower tier has stalled: drop other blocks instead of those on their way there. Returns the reserved offsets."""
+        """Drop blocks that are not on their way to the lower tier, because that tier has stalled. Returns the reserved offsets."""
         offsets: list[int] = []
         count = len(request.keys)
         while not offsets and self._is_in_time(request) and self._evict(request, count * request.nbytes, demote=False, shrink=False):
@@ -276,7 +280,7 @@ class Engine:
         return offsets
 
     def _reserve_by_defragmenting(self, request: Reservation, evicted: bool) -> list[int]:
-        """Free room is in pieces: evict more blocks until one extent fits, no block can be evicted, or time is up."""
+        """Evict more blocks until one extent fits, because free room is in pieces. Returns its offset, [] if that is impossible in time."""
         while evicted and not self._leaving[request.tier] and self._is_in_time(request):
             evicted = self._evict(request, request.nbytes, shrink=True)
             offsets = self._mover.reserve(request.tier, request.nbytes, 1, Room.ANYWHERE)
@@ -294,7 +298,7 @@ class Engine:
             self.machine.report_commits()
 
     def note_touches(self) -> None:
-        """As `drain_touches`, but blocks that were committed and not used since may wait. Call with the lock."""
+        """As `drain_touches`, but reports commits to the policy only if some blocks were used. Call with the lock."""
         if not self._closed and (touched := self._index.harvest()):
             self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
 
@@ -418,7 +422,7 @@ class Engine:
         self._age(tier, self._mover.segment_to_age(tier))
 
     def _reclaim(self, tier: Tier, segment: int) -> None:
-        """Remove a segment. First rewrite its useful blocks, and copy the others to a lower tier if that is quick."""
+        """Remove a segment. First copy its blocks to a lower tier if that ends within RECLAIM_WAIT_S, and rewrite those worth keeping."""
         keys = self._mover.keys_in(tier, segment)
         self._age(tier, segment)
         with self.lock:
@@ -458,7 +462,7 @@ class Engine:
             rest = [copy for copy in rest if id(copy) not in done]
 
     def _shrink(self, batch: list[ev.Copy]) -> None:
-        """Compress blocks in place: each into the region of compressed blocks, evicting others if there is no room."""
+        """Compress blocks of host memory, each into the region of compressed blocks. Evicts other blocks if there is no room."""
         for copy in batch:
             tier, coded = copy.target, self._mover.coded(copy)
             if coded is None or coded.nbytes >= copy.source.stored_bytes:

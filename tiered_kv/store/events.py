@@ -43,7 +43,7 @@ class Recovered(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Orders blocks by how likely they are to be used again, the most likely last. It is not a use of them."""
+    """Blocks ordered by how likely they are to be used again, the most likely last. The blocks do not count as used."""
 
     keys: Sequence[BlockKey]
 
@@ -56,7 +56,7 @@ class Used(NamedTuple):
 
 
 class BringRequested(NamedTuple):
-    """A worker waits for blocks that it cannot read itself: they are on a device invisible to it, in objects or in a checkpoint."""
+    """A worker waits for blocks that it cannot read itself: blocks on a device that it cannot map, in objects, or in a checkpoint."""
 
     keys: Sequence[BlockKey]
 
@@ -64,8 +64,8 @@ class BringRequested(NamedTuple):
 class Needed(NamedTuple):
     """`tier` needs `nbytes` more for the blocks `keys`. `last_block` is a block of their chain; it and its ancestors should stay.
 
-    `queue_bytes`: how much may be queued for the tier below; what exceeds it is dropped, because that tier is too slow. `shrink`: whether
-    blocks may be compressed in place before any block is evicted.
+    `queue_bytes`: how many bytes may be queued for the tier below. Further blocks are dropped, because that tier is too slow. `shrink`:
+    whether blocks may be compressed in place before any block is evicted.
     """
 
     tier: Tier
@@ -78,7 +78,7 @@ class Needed(NamedTuple):
 
 
 class Limited(NamedTuple):
-    """A tenant will add `nbytes` more to `tier` than its quota leaves: evict blocks of its own. `last_block`: as for `Needed`."""
+    """A tenant will exceed its quota in `tier` by `nbytes`: evict blocks of this tenant. `last_block`: as for `Needed`."""
 
     tenant: str
     tier: Tier
@@ -108,14 +108,14 @@ class Unmounted(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """A copy is complete: the block is now also at `location`. In the tier of the source, the new copy replaces the source."""
+    """A copy is complete: the block is now also at `location`. If this is in the tier of the source, the copy replaces the source."""
 
     key: BlockKey
     location: Location
 
 
 class CopyFailed(NamedTuple):
-    """A copy to `target` failed; the source is unchanged. `again`: whether it may succeed once there is more room."""
+    """A copy to `target` failed. The source is unchanged. `again`: whether the copy may succeed once there is more room."""
 
     key: BlockKey
     target: Tier
@@ -225,7 +225,7 @@ class Hide(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Free the bytes at `location`. It always follows the `Show` or `Hide` after which no reader finds them."""
+    """Free the bytes at `location`. This always follows the `Show` or `Hide` after which no reader finds these bytes."""
 
     key: BlockKey
     location: Location
@@ -234,7 +234,7 @@ class Free(NamedTuple):
 class Copy(NamedTuple):
     """Copy a block from `source` to the tier `target`, then report `Copied` or `CopyFailed`.
 
-    If `target` is the tier of the source, compress the block in place. `is_last_block`: no child of it is known.
+    If `target` is the tier of the source, compress the block in place. `is_last_block`: whether the block has no known child.
     `gain`: about how many bytes the copy will free in the source's tier.
     """
 

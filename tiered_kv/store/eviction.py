@@ -1,4 +1,4 @@
-"""Evicts blocks from a tier whose room is needed, or of a tenant that is above its quota. What the machine does, apart from its state."""
+"""The eviction part of the store machine, which keeps the state: makes room in a tier, and evicts blocks of tenants above their quota."""
 
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
-    """Evict blocks for `nbytes`, in two passes. The first spares the chain that grows at `last_block`.
+    """Evict blocks to free `nbytes`, in two passes. The first pass spares the chain of `last_block`, which is being stored.
 
-    The second spares only the blocks of that chain that would have no copy left.
+    The second pass spares only the blocks of that chain that would have no copy left.
     """
     tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
     machine._holds.expire(event.now_s)
@@ -40,9 +40,9 @@ def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
 def _evict(
     machine: "StoreMachine", victims: Sequence[BlockKey], tier: Tier, queue_bytes: float, spared: Container[BlockKey] = ()
 ) -> tuple[list[ev.Instruction], float]:
-    """Free blocks' copies in a tier in memory, after copying them to a lower tier where that is worth it. Never drops the `spared`.
+    """Remove `victims` from a tier in memory. A block without a copy in a lower tier is first copied to one if that is worth it.
 
-    Returns the instructions, and how much of `queue_bytes` is left.
+    A block in `spared` stays if it would be lost. Returns the instructions, and how much of `queue_bytes` is left.
     """
     instructions: list[ev.Instruction] = []
     for key in victims:
@@ -68,7 +68,7 @@ def limited(machine: "StoreMachine", event: ev.Limited) -> list[ev.Instruction]:
 
 
 def within_quotas(machine: "StoreMachine") -> list[ev.Instruction]:
-    """Evict blocks of tenants that are above their quotas: their own, and nobody else's."""
+    """Evict blocks of each tenant that is above a quota. Blocks of other tenants stay."""
     instructions: list[ev.Instruction] = []
     for share in machine.quotas.exceeded():
         instructions += _evict_own(machine, share, -(machine.quotas.room(*share) or 0), (), 0.0)

@@ -9,7 +9,7 @@ HOLD_SHARE = 1 / 2
 
 
 class Holds:
-    """Held keys, each with the time when its hold ends; at most `max_bytes` in all."""
+    """Held blocks, each with the time when its hold ends. All together have at most `max_bytes`."""
 
     def __init__(self, max_bytes: float) -> None:
         self._max_bytes = max_bytes

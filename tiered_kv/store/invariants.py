@@ -1,4 +1,4 @@
-"""What must hold for a `StoreMachine` between two events."""
+"""The invariants of a `StoreMachine`: conditions that hold between two events."""
 
 from typing import TYPE_CHECKING
 

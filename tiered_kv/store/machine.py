@@ -25,15 +25,15 @@ from tiered_kv.store.quotas import Quotas
 from tiered_kv.store.shrinking import Shrinking
 
 UNREPORTED_MAX = 8
-"""So many commits are reported to the policy at once, at most: a few together cost the next store less than each on its own."""
+"""From this number on, unreported commits count as many. Reporting several at once costs the next store less than one by one."""
 
 
 class StoreMachine:
     """Decides admission, promotion, demotion and dropping for the tiers of one node.
 
     `capacities`: the cap in bytes of every tier of the node, host always included. `policies`: eviction policies of the tiers in
-    memory (device, host); the other tiers remove whole segments. `history`: of all uses, shared with the policies.
-    `shrinks`: whether uncompressed blocks in host memory can be compressed in place. `quotas`: of tenants; they count from empty.
+    memory (device, host); the other tiers remove whole segments. `history`: the history of all uses, shared with the policies.
+    `shrinks`: whether uncompressed blocks in host memory can be compressed in place. `quotas`: the tenants' quotas, without blocks yet.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StoreMachine:
         }
 
     def handle(self, event: ev.Event) -> list[ev.Instruction]:
-        """Take note of `event`. Returns the instructions to carry out, in this order."""
+        """Update the state as `event` says. Returns the instructions to carry out, in this order."""
         if self._unreported and type(event) is not ev.Committed:
             self.report_commits()
         instructions = self._handlers[type(event)](event)
@@ -152,14 +152,14 @@ class StoreMachine:
 
     @property
     def has_many_unreported_commits(self) -> bool:
-        """Whether so many commits are unreported that `report_commits` should not wait for the next event."""
+        """Whether there are so many unreported commits that `report_commits` should not wait for the next event."""
         return len(self._unreported) >= UNREPORTED_MAX
 
     def report_commits(self) -> None:
         """Report the blocks committed since the last call to history and policy. Runs before any event other than a commit.
 
-        A commit does not do it itself, so that the worker's store returns as soon as its blocks are visible, and the next store does
-        not wait for it either.
+        The event `Committed` does not report its own blocks, so that a worker's store returns as soon as its blocks are visible. The
+        next store does not wait for the report either.
         """
         unreported, self._unreported = self._unreported, []
         for run, parent, nbytes, now_s in unreported:
@@ -443,10 +443,10 @@ class StoreMachine:
         return [ev.Show(key, location)] if block.best is location else []
 
     def _drop_copy(self, key: BlockKey, block: Block, tier: Tier) -> list[ev.Instruction]:
-        """Forget the block's copy in `tier`. Here the invariant could break: no reader may ever find the block in neither tier.
+        """Forget the block's copy in `tier`. While another copy remains, readers must find the block at any moment.
 
-        A demoted block gets its new copy before its old one is dropped (`_copied`). Its `Show` of the copy that remains, or its
-        `Hide` if none does, always comes before the `Free` of the old bytes.
+        So a demoted block gets its new copy before its old one is dropped (`_copied`). The `Show` of the remaining copy, or the `Hide`
+        if none remains, always comes before the `Free` of the old bytes.
         """
         was_best = min(block.copies) is tier
         if block.leaving is tier:
@@ -479,6 +479,6 @@ class StoreMachine:
                 policy.weigh(key, block.restore_factor(tier))
 
     def check(self) -> None:
-        """Recompute every counter and every cross-reference, and compare."""
+        """Assert that every counter and every cross-reference agrees with the blocks."""
         self.report_commits()
         check_machine(self)

@@ -26,7 +26,7 @@ RESTORE_FACTOR = {Tier.HOST: 0.1, Tier.DISK: 0.25, Tier.OBJECTS: 0.5, Tier.CHECK
 
 
 class Fate(StrEnum):
-    """What happens to a copy whose room is needed. The value is the name of its counter."""
+    """The outcome for a copy whose room is needed. The value is the name of the outcome's counter."""
 
     FREED = "freed"  # another copy exists
     LEAVES = "leaves"  # it is first copied to a lower tier
@@ -37,12 +37,12 @@ class Fate(StrEnum):
 
 @dataclass(slots=True)
 class Block:
-    """What the machine knows about one block: its place in the chain, its copies, and its uses.
+    """The machine's record of one block: its place in the chain, its copies, and its uses.
 
-    `copying_to`: the tier that it is being copied to. `leaving`: the tier whose copy is dropped once that copy is complete.
-    `refused`: the last attempt to copy it to a lower tier failed. `used_below`: it was used since it was written to a lower tier.
-    `depth`: its number of ancestors, None if unknown. `linked`: whether its depth fits the depth of `parent`; until then
-    `parent` is only a claim (see `chains`). `tenant`: whose it is, "" if unknown.
+    `copying_to`: the tier to which the block is being copied. `leaving`: the tier from which the block is dropped once this copy is
+    complete. `refused`: the last attempt to copy the block to a lower tier failed. `used_below`: the block was used since it was
+    written to a lower tier. `depth`: the number of its ancestors, None if unknown. `linked`: whether its depth fits the depth of
+    `parent`; until then `parent` is only a claim (see `chains`). `tenant`: the tenant that stored it, "" if unknown.
     """
 
     parent: BlockKey | None
@@ -68,7 +68,10 @@ class Block:
         return self.copies[min(self.copies)]
 
     def restore_factor(self, tier: Tier) -> float:
-        """Returns the cost of restoring the block into `tier` if that copy were lost, as a share of computing it again (1)."""
+        """Returns the cost of restoring the block's copy in `tier` if it were lost, as a share of the cost of computing it again.
+
+        The cost is 1 if no lower tier has the block.
+        """
         return min((RESTORE_FACTOR[other] for other in self.copies if other > tier), default=1.0)
 
 
@@ -110,12 +113,12 @@ class Movement:
         return fate if alone or fate is Fate.LEAVES else Fate.FREED
 
     def admits(self, tier: Tier, key: BlockKey, block: Block) -> bool:
-        """Whether a block may be written to `tier`: the tier has room, or the block is likely to be used again.
+        """Returns whether a block may be written to `tier`: the tier has room, or the block is likely to be used again.
 
-        It is likely if the block was used before; or if it was refused before (the keys of the last REFUSED_KEPT refused
-        blocks are remembered, a doorkeeper: Einziger et al., TinyLFU, 2017); or if similar blocks are likely to be used
-        during their stay in the tier. That stay is estimated as the block's age (how long memory kept it) times the ratio
-        of the tier's size to the size of memory.
+        A use is likely in three cases. The block was used before. Or it was refused before: the keys of the last REFUSED_KEPT refused
+        blocks are remembered (a doorkeeper: Einziger et al., TinyLFU, 2017). Or similar blocks are likely to be used during their stay
+        in the tier. The stay is estimated as the block's age (how long the faster tiers kept it) times the ratio of this tier's size
+        to theirs.
         """
         if self._bytes[tier] < ROOMY_SHARE * self._capacities[tier]:
             return True
@@ -150,8 +153,8 @@ class Movement:
     def wanted(self, tier: Tier, blocks: Iterable[tuple[BlockKey, Block]], budget_bytes: float) -> list[BlockKey]:
         """Returns the blocks of a segment about to be removed that are worth rewriting, of at most `budget_bytes` in all.
 
-        These are the blocks that were used since they were written, the most used first. For objects it returns []: the
-        blocks would have to be fetched first.
+        These are the blocks that were used since they were written, the most used first. Returns [] for objects, because
+        the blocks would have to be fetched first.
         """
         if tier is not Tier.DISK:
             return []
@@ -166,7 +169,7 @@ class Movement:
         return chosen
 
     def check(self) -> None:
-        """Assert that the memory for refused keys is bounded and every tier is within its cap."""
+        """Assert that at most REFUSED_KEPT refused keys are remembered, and that every tier is within its cap."""
         assert len(self._refused) <= REFUSED_KEPT
         for tier, capacity_bytes in self._capacities.items():
             assert 0 <= self._bytes[tier] <= capacity_bytes, f"{self._bytes[tier]} bytes in {tier.label}, {capacity_bytes} allowed"

@@ -1,4 +1,4 @@
-"""Which blocks must not leave a tier in memory now."""
+"""The set of blocks that must not leave a tier in memory now."""
 
 from collections.abc import Container
 
@@ -7,7 +7,7 @@ from tiered_kv.store.movement import Block
 
 
 class Protected(Container[BlockKey]):
-    """Blocks that must not leave a tier now: blocks of the growing chain, held for a worker, being copied, or being read."""
+    """Blocks that must not leave a tier now: blocks of the chain that is being stored, and blocks held for a worker, copied or read."""
 
     def __init__(
         self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]

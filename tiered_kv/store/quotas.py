@@ -1,4 +1,4 @@
-"""Tenants' shares of the tiers: bytes and blocks of each, and which of its own blocks a tenant above its quota gives up."""
+"""Tenants' shares of the tiers: the bytes and blocks of each tenant, and the blocks that a tenant above its quota loses."""
 
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -10,15 +10,15 @@ from tiered_kv.policy import EvictionPolicy, LRUPolicy
 from tiered_kv.store.movement import Block
 
 QUEUE_SHARE = 1 / 8
-"""The share of a quota that may be on its way to a lower tier; blocks beyond it are dropped instead."""
+"""The share of a quota that may be on its way to a lower tier. Further blocks are dropped instead of copied."""
 Share = tuple[str, Tier]
 
 
 class Quotas:
     """Counts blocks by tenant and tier. `limits`: the most bytes of some tenants in some tiers.
 
-    `tenant_of` returns the tenant of a root, "" for one that is unknown. A tenant with a limit has an order of its own in that tier, least
-    recently used first and leaf before parent, so that finding its victims costs nothing for other tenants' blocks.
+    `tenant_of` returns the tenant of a root, "" if the root is unknown. For each limit, the tenant's blocks in the tier are kept in an
+    order of their own: least recently used first, children before parents. So finding victims does not look at other tenants' blocks.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Quotas:
             self._orders[share].resize(key, after.stored_bytes)
 
     def used(self, known: Sequence[tuple[BlockKey, Block]]) -> None:
-        """Note a use of consecutive blocks of one chain, which are of one tenant."""
+        """Note a use of consecutive blocks of one chain. All of them have the same tenant."""
         for share, order in self._orders.items():
             if share[0] == known[0][1].tenant and (here := [key for key, block in known if share[1] in block.copies]):
                 order.use(here)
 
     def leaves(self, block: Block, tier: Tier | None) -> None:
-        """Set the tier that a block leaves once a copy of it is complete; None if it leaves none."""
+        """Set the tier from which a block is dropped once the running copy of it is complete; None if it is dropped from no tier."""
         for each, sign in ((block.leaving, -1), (tier, 1)):
             if each is not None and each in block.copies and (block.tenant, each) in self.limits:
                 self._leaving[block.tenant, each] += sign * block.copies[each].stored_bytes
@@ -74,7 +74,7 @@ class Quotas:
         return None if limit is None else limit - self.bytes[share] + self._leaving[share]
 
     def lacking(self, tenant: str, tier: Tier, nbytes: int) -> int:
-        """Returns how many bytes a tenant must free in a tier before it may add `nbytes`; 0 if none, or without a quota."""
+        """Returns how many bytes a tenant must free in a tier before it may add `nbytes`; 0 if there is room, or no quota."""
         room = self.room(tenant, tier)
         return 0 if room is None else max(nbytes - room, 0)
 
@@ -87,11 +87,11 @@ class Quotas:
         return [share for share in self.limits if self.bytes[share] - self._leaving[share] > self.limits[share]]
 
     def victims(self, share: Share, nbytes: int, protected: Container[BlockKey], now_s: float) -> list[BlockKey]:
-        """Returns blocks of a tenant that free `nbytes` of its share of a tier, or fewer."""
+        """Returns blocks of a tenant to evict from a tier. They free `nbytes`, or less if too few blocks may be evicted."""
         return cast("list[BlockKey]", self._orders[share].victims(nbytes, protected, now_s))
 
     def queue_bytes(self, share: Share) -> float:
-        """Returns how many more bytes of a tenant may be on their way to a lower tier."""
+        """Returns how many more bytes of a tenant may now be sent on their way to a lower tier."""
         return max(self.limits[share] * QUEUE_SHARE - self._leaving[share], 0)
 
     def check(self, blocks: Mapping[BlockKey, Block]) -> None:

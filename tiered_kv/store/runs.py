@@ -7,14 +7,14 @@ from tiered_kv.store.events import Used
 from tiered_kv.store.movement import Block
 
 REPEATS_MAX = 8
-"""Limit: more uses of a prefix than this since the last harvest count as this many."""
+"""The most uses of a prefix that are counted since the last harvest, however often it was used."""
 
 
 def uses_of(touched: Sequence[tuple[BlockKey, int, int]], blocks: Mapping[BlockKey, Block], now_s: float) -> Iterator[Used]:
-    """Yields the uses that explain the touches: (key, touches since the last harvest, tick of the last touch), by ascending tick.
+    """Yields the uses that explain `touched`: (key, touches since the last harvest, tick of the last touch), by ascending tick.
 
     A reader touches a chain from the deepest block up to the first. So consecutive touches, each of the parent of the previous block,
-    are one use of a chain. If the first blocks of it were touched more often than the rest, that prefix was also used alone.
+    are one use of a chain. If the first blocks of the chain were touched more often than the rest, that prefix was also used alone.
     """
     start = 0
     while start < len(touched):

@@ -17,7 +17,7 @@ SHARE_AT_FIRST = 0.55  # expected size of an encoded block, as a share of its ra
 
 
 def staging_bytes(capacity_bytes: int) -> int:
-    """Returns the size of the staging area: host memory that encoded blocks avoid, for new uncompressed ones.
+    """Returns the size of the staging area: host memory kept free of encoded blocks, so that new uncompressed blocks find room.
 
     One store reserves no more than this at a time.
     """
@@ -25,7 +25,7 @@ def staging_bytes(capacity_bytes: int) -> int:
 
 
 class UnderWay(NamedTuple):
-    """A block that is being encoded: its bytes until then, and how many bytes less it is expected to take."""
+    """A block that is being encoded: its present size in bytes, and how many bytes encoding is expected to free."""
 
     nbytes: int
     gain: int
@@ -34,7 +34,7 @@ class UnderWay(NamedTuple):
 class Shrinking:
     """Uncompressed blocks in host memory: waiting to be encoded, being encoded (`under_way`), or found incompressible.
 
-    `capacity_bytes`: the size of host memory; 0 if blocks are never encoded there, then nothing is recorded here.
+    `capacity_bytes`: the size of host memory; 0 if blocks are never encoded there. With 0, nothing is recorded here.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -77,9 +77,9 @@ class Shrinking:
         return max(used_bytes - self._gain_bytes - FULL_SHARE * self.capacity_bytes, nbytes)
 
     def choose(self, nbytes: float, is_busy: Callable[[BlockKey], bool]) -> list[tuple[BlockKey, int]]:
-        """Choose blocks to encode now so that `nbytes` are freed, the least recently used first. They count as under way from now on.
+        """Choose blocks to encode now, the least recently used first, so that `nbytes` are freed. Adds them to `under_way`.
 
-        Returns each key with its expected gain in bytes.
+        Leaves out blocks for which `is_busy` is true. Returns each key with its expected gain in bytes.
         """
         if self._is_stuck:  # until a block leaves
             return []
@@ -103,7 +103,7 @@ class Shrinking:
         self._after_bytes += after_bytes
 
     def failed(self, key: BlockKey, again: bool) -> None:
-        """Record that a block was not encoded. `again`: only room was lacking, so it will be tried again when there is some."""
+        """Record that a block was not encoded. `again`: only for lack of room, so it will be tried again once a block has left."""
         nbytes = self._end(key)
         if again:
             self._plain[key] = nbytes
