@@ -46,11 +46,11 @@ class NodeAccess:
         self.store_wait_s: float = info["store_wait_ms"] / 1000
 
     def is_lost(self) -> bool:
-        """Whether the node may have been replaced: it has shut down, is silent, or refused the last connection. Takes about 0.3 µs."""
+        """Returns whether the node may have been replaced: it has shut down, is silent, or refused a connection. Takes about 0.3 µs."""
         return self.pool.is_cut_off or not self.view.seems_alive(time.monotonic_ns())
 
     def is_left(self) -> bool:
-        """Whether the mapped memory is obsolete: the node has shut down, or its files were removed."""
+        """Returns whether the mapped memory is obsolete: the node has shut down, or its files were removed."""
         return not self.is_vacant and not (self.view.live and self.view.is_in_place())
 
 

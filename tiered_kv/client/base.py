@@ -187,14 +187,14 @@ class NodeClient:
             self._names = names
 
     def new_epoch(self, epoch: int | None = None, *, keep: bool = False) -> int:
-        """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns its number.
+        """Move to another epoch of the namespace, after a change of the model that the client cannot detect. Returns the new number.
 
         Without `epoch`, the weight epoch of all models that this client has served is raised for all workers of all nodes. When this
         returns, this tenant's blocks of the former weights cannot be fetched from any node any more. No fetch or store that is still
         running can bring them back. With `keep`, these blocks are unreachable too, but they are evicted in time instead of dropped.
-        Raises (kind `cluster`) if some nodes did not confirm; the context has `epoch` and `nodes`. Those nodes may show former blocks to
-        their own workers until they reach the coordinator again. Raises (kind `transport`), with nothing changed, if the node or the
-        coordinator does not answer.
+        Raises (kind `cluster`) if some nodes did not confirm. The error's context has `epoch` and `nodes`. These nodes may show former
+        blocks to their own workers until they reach the coordinator again. Raises (kind `transport`), with nothing changed, if the node
+        or the coordinator does not answer.
 
         With `epoch`, a number chosen by the caller such as the training step, only this client moves. Workers with the same number share
         blocks, blocks stored under another number are never found under this one, and nothing is dropped. See
@@ -270,7 +270,7 @@ class NodeClient:
         return Names(namespace, chain.root, self._timed("hash", chain.keys))
 
     def _present(self, namespace: Namespace | None = None) -> tuple[NodeAccess, Names]:
-        """Returns the access and the `Names` that one call uses. `namespace`: default: the client's, with its present weight epoch."""
+        """Returns the access and the `Names` that one call uses. Without `namespace`, they are of the client's own, as it is now."""
         access = self._holder.take()
         names = self._names
         if names.mark != access.view.mark:

@@ -57,7 +57,7 @@ class ArenaBlocks:
         self._block_shape, self._block_strides = tuple(shape), tuple(strides)
 
     def holds(self, run: CopyRun) -> bool:
-        """Whether the run's payloads are aligned to the dtype and within the arena."""
+        """Returns whether the run's payloads are aligned to the dtype and within the arena."""
         itemsize, end = self._dtype.itemsize, run.offset + run.stride * (run.blocks - 1) + self._layout.block_bytes
         return not run.offset % itemsize and not run.stride % itemsize and run.offset >= 0 and end <= self._items.nbytes
 

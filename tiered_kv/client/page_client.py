@@ -39,7 +39,7 @@ class Chain(NamedTuple):
     root: BlockKey | None = None
 
     def part(self, start: int, end: int | None = None) -> "Chain":
-        """Returns the blocks `start` to `end` of this chain."""
+        """Returns the part of this chain from block `start` up to, and without, block `end`."""
         return Chain(self.keys[start:end], self.keys[start - 1] if start else self.parent, self.depth + start, self.root)
 
 
@@ -97,7 +97,7 @@ class PageClient(NodeClient):
 
     @while_open
     def locate(self, keys: list[BlockKey]) -> int:
-        """Returns how many of the leading keys other nodes hold; 0 if the node does not answer. Waits for the coordinator."""
+        """Returns how many of the leading keys other nodes hold; 0 if this node does not answer. Waits for the coordinator."""
         access = self._holder.take()
         if not keys or not access.source.peers:
             return 0

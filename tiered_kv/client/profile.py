@@ -19,7 +19,7 @@ class Timed(Protocol):
     """A function that wraps another function to measure its time."""
 
     def __call__(self, stage: str, function: Callable[P, R], /) -> Callable[P, R]:
-        """Returns a function that calls `function` and counts its time to `stage`."""
+        """Returns a function that calls `function` and adds its time to `stage`."""
 
 
 def untimed(stage: str, function: Callable[P, R], /) -> Callable[P, R]:
@@ -50,7 +50,7 @@ class Profile:
             self._stages = {stage: Stage(stage, 0, 0.0, 0.0) for stage in STAGES}
 
     def timed(self, stage: str, function: Callable[P, R], /) -> Callable[P, R]:
-        """Returns a function that calls `function` and counts its time to `stage`."""
+        """Returns a function that calls `function` and adds its time to `stage`."""
 
         @wraps(function)
         def measured(*arguments: P.args, **options: P.kwargs) -> R:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 READS_AHEAD = 4
-"""Disk blocks read at the same time for one worker. Each takes the memory of one block."""
+"""The most blocks on disk that are read at the same time for one worker. Each needs memory for one block."""
 LOOK_AGAIN_S = 0.01  # the interval of checks for the deadline, while a disk is slow
 _IN_MEMORY = (Tier.DEVICE, Tier.HOST)
 _CODEC_IDS = frozenset(codec.id for codec in CODECS)
@@ -243,7 +243,7 @@ class BlockSource:
         return next((count for count, (key, slot) in enumerate(found) if not is_its_own(slot.offset, key)), len(found))
 
     def _is_sealed_for(self, offset: int, key: BlockKey) -> bool:
-        """Whether the header names the key, and the seal matches header and bytes. A block without a seal passes."""
+        """Returns whether the header names the key, and the seal matches header and bytes. A block without a seal passes."""
         headers = self._headers
         return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 

@@ -57,7 +57,7 @@ class Coordinator:
         self._lock = threading.Lock()
         self._probes = ProbeBook()
         self._epochs = EpochBook()
-        self._addresses: dict[str, str] = {}  # by live node: where its streams are
+        self._addresses: dict[str, str] = {}  # by live node: the address of its streams
         self._addresses_version = 0
 
     def report(self, report: Report) -> Answer:

@@ -1,7 +1,8 @@
-"""Codec plans: the codec that each tier uses for a model's blocks. The settings ask for a quality, for codecs by tier, or for a budget.
+"""Codec plans: the codec that each tier uses for a model's blocks.
 
-A plan is a pure function of the settings, the tiers, and the measurements of `tiered-kv calibrate` for this model. Every node computes
-the same plan by itself, without the coordinator. The coordinator reports the plans on request (docs/design/016).
+The settings ask for a named quality, for codecs by tier, or for an error budget. A plan is a pure function of the settings, the tiers,
+and the measurements of `tiered-kv calibrate` for this model. Every node computes the same plan by itself, without the coordinator. The
+coordinator reports the plans on request (docs/design/016).
 """
 
 import math

@@ -33,7 +33,7 @@ class Learning:
             return self._history.statistics()
 
     def adopt(self, others: bytes) -> None:
-        """Use the other nodes' counts from the next reuse table on. Invalid counts are logged and ignored."""
+        """Use the other nodes' counts as soon as the policy computes its next reuse table. Invalid counts are logged and ignored."""
         if self._history is None:
             return
         try:

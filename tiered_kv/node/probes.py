@@ -1,4 +1,4 @@
-"""A node's probes: saved in files that outlive the node, and matched by the coordinator while that answers."""
+"""A node's probes (`protocol.probes`): saved in files that outlive the node, and matched by the coordinator while it answers."""
 
 import logging
 import threading

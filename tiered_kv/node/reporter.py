@@ -127,7 +127,7 @@ class Reporter:
         self._number = 0  # until the report has arrived: after any failure the next one is a whole inventory
         info, stats = self._describe()
         now_s = self._clock.now_s()
-        due = number > 0 and now_s >= self._statistics_due_s  # not with an inventory: without a coordinator that is retried continually
+        due = number > 0 and now_s >= self._statistics_due_s  # never with an inventory, which is repeated while there is no coordinator
         statistics = self._learning.statistics() if due else None
         probes = None if number else self._probes()  # a coordinator that missed a report may have lost them
         answer = self._link.report(Report(self._node, number, added, removed, info, stats, statistics, probes, self._epochs.everything()))

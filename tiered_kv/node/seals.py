@@ -39,7 +39,7 @@ _NICE = 19
 
 
 class _HostBlock(NamedTuple):
-    """A block in host memory: a snapshot of what the machine knows."""
+    """A block and its location in host memory, as the machine listed them at one moment."""
 
     key: BlockKey
     location: Location
@@ -135,7 +135,7 @@ class Seals:
                 log.exception("checking the blocks in host memory failed")
 
     def _is_due(self) -> bool:
-        """Whether the backlog is to be sealed now: the stores have paused, or its first block has waited long enough."""
+        """Returns whether the backlog is to be sealed now: the stores have paused, or its first block has waited long enough."""
         now_s = time.monotonic()
         return now_s - self._stored_s >= QUIET_S or now_s - self._waiting_since_s >= SEAL_WITHIN_S
 

@@ -105,7 +105,7 @@ class NodeStorage:
 
     @property
     def capacities(self) -> dict[Tier, int]:
-        """The cap of each tier."""
+        """The cap of each tier in bytes."""
         return {tier: store.capacity_bytes for tier, store in self._tiers().items()}
 
     def _tiers(self) -> dict[Tier, HostTier | DeviceTier | DiskTier | ObjectsTier]:
@@ -271,7 +271,7 @@ class NodeStorage:
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
         log_tier = self.logs[tier]
-        is_lowest = tier is max(self.logs)  # in other tiers, a dropped block may also be in a lower tier and keep its slot
+        is_lowest = tier is max(self.logs)  # blocks dropped from another tier may also be in a lower one, and keep their slots
         crowded = is_lowest and self.index_room < self.index.capacity_blocks // CROWDED_PART
         segment = log_tier.oldest_sealed() if crowded else None
         if segment is None:

@@ -27,7 +27,7 @@ def own_name(cluster_id: str, node_id: str) -> str:
 
 
 def device_tier(config: Config, directory: Path, identity: int) -> DeviceTier:
-    """Create the device pool for this life of the node, whose `Life.identity` it gets. Workers find it through `directory`.
+    """Create the device pool for one life of the node. `identity`: that of the life (`Life`). Workers find the pool in `directory`.
 
     Raises an error that names the setting `device`.
     """
@@ -36,7 +36,7 @@ def device_tier(config: Config, directory: Path, identity: int) -> DeviceTier:
 
 
 def disk_tier(config: Config, cluster_id: str, node_id: str) -> DiskTier:
-    """Open the node's disk segments. In a folder that the settings name they outlive the cluster; otherwise they are removed with it.
+    """Open the node's disk segments. They outlive the cluster if the settings name their folder. Else they are removed with the cluster.
 
     Raises (kind `storage`) if the folder cannot be used.
     """

@@ -39,8 +39,8 @@ class TraceLine(TypedDict):
 class Recorder:
     """Records the requests of one node, in order. Not thread-safe.
 
-    Keys leave it as 53-bit numbers, hashed with `salt`; nobody can invert them without it. Input lengths count whole blocks only; the
-    tokens after the last whole block are not known here.
+    Keys leave the recorder as 53-bit numbers, hashed with `salt`. Without the salt, nobody can find the keys of the numbers. Input
+    lengths count whole blocks only: the tokens after the last whole block are not known here.
     """
 
     def __init__(self, salt: bytes, block_tokens: int, chain_to: Callable[[BlockKey], list[BlockKey]], *, start_s: float = 0.0) -> None:

@@ -17,12 +17,12 @@ _PAYLOAD_ALIGNED = HEADER_BYTES % ALIGNMENT
 
 
 def is_answer(message: object, number: int) -> TypeGuard[list[Any]]:
-    """Whether a message is the value that answers request `number`."""
+    """Returns whether a message is the value that answers request `number`."""
     return type(message) is list and len(message) == 3 and _is_numbered(message, number) and message[1] is True
 
 
 def is_error(message: object, number: int) -> TypeGuard[list[Any]]:
-    """Whether a message is the error that answers request `number`: its kind and a text."""
+    """Returns whether a message is the error that answers request `number`: its kind and a text."""
     if type(message) is not list or len(message) != 4 or not _is_numbered(message, number) or message[1] is not False:
         return False
     return type(message[2]) is str and message[2] in _KINDS and type(message[3]) is str
@@ -33,7 +33,7 @@ def _is_numbered(message: list[Any], number: int) -> bool:
 
 
 def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -> bool:
-    """Whether the answer lists valid payload offsets of at most `requested` extents of `nbytes` each.
+    """Returns whether the answer lists valid payload offsets of at most `requested` extents of `nbytes` each.
 
     The extents must be aligned, within the arena, and must not overlap.
     """
@@ -49,19 +49,19 @@ def are_offsets(answer: object, requested: int, nbytes: int, arena_bytes: int) -
 
 
 def are_booleans(answer: object, count_max: int) -> bool:
-    """Whether the answer is a list of at most `count_max` booleans."""
+    """Returns whether the answer is a list of at most `count_max` booleans."""
     return type(answer) is list and len(answer) <= count_max and set(map(type, answer)) <= {bool}
 
 
 def are_names(answer: object, count_max: int) -> bool:
-    """Whether the answer is a list of at most `count_max` lists of names."""
+    """Returns whether the answer is a list of at most `count_max` lists of names."""
     if type(answer) is not list or len(answer) > count_max:
         return False
     return all(type(names) is list and all(type(name) is str for name in names) for names in answer)
 
 
 def is_whole(answer: object, largest: int) -> bool:
-    """Whether the answer is a whole number from 0 to `largest`."""
+    """Returns whether the answer is a whole number from 0 to `largest`."""
     return type(answer) is int and 0 <= answer <= largest
 
 

@@ -15,7 +15,7 @@ MEMBER_STATES = ("starting", "serving", "silent", "refused", "lost", "draining",
 
 
 class RayNode(NamedTuple):
-    """A Ray node that is alive. `ray_node_id` is new after each start of the Ray node; `address` is the machine's."""
+    """A Ray node that is alive. `ray_node_id` is new after each start of the Ray node; `address` is that of its machine."""
 
     ray_node_id: str
     address: str
@@ -129,7 +129,7 @@ class MemberStatus(TypedDict):
 
 
 class FleetStatus(TypedDict):
-    """The keeper's view of the fleet. `ray_nodes`: how many are alive. `rounds`: how many rounds of the keeper have succeeded.
+    """The keeper's view of the fleet. `ray_nodes`: how many Ray nodes are alive. `rounds`: how many of the keeper's rounds succeeded.
 
     `round_age_s`: the seconds since the last successful round. `problem`: why the last round failed, empty if it did not. `restarts`,
     `uptime_s`: how often the coordinator was restarted, and the seconds since its last start.

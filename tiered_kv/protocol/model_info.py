@@ -19,8 +19,9 @@ class ModelInfo:
 
     `weights`: as in `Namespace`; identifies the model's calibration. `rope`: the inverse frequencies of the model's rotation of K
     (see `codecs.rotation`), b"" for a model without rotation, None if unknown. With None, K is encoded without undoing the
-    rotation, which costs quality, not correctness. `rope_halves`: how channels are paired. `namespace`: the fields of the worker's
-    namespace as plain data, None from a worker of an older version. Descriptions of one root may differ only in whether they have one.
+    rotation, which costs quality, not correctness. `rope_halves`: whether the rotation pairs channels of two halves, as in Llama, or
+    neighbouring channels, as in GPT-J. `namespace`: the fields of the worker's namespace as plain data, None from a worker of an older
+    version. Descriptions of one root may differ only in whether they have one.
     """
 
     layout: Layout

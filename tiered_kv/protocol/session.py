@@ -46,7 +46,7 @@ class Session(Protocol):
         """
 
     def commit(self, root: BlockKey, nbytes: int, blocks: list[PackedBlock]) -> list[bool]:
-        """Make packed blocks visible: (key, parent, offset, depth[, digest]), parents first.
+        """Make packed blocks visible. Each is (key, parent, offset, depth[, digest]), and parents must be before their children.
 
         `nbytes`: the bytes of each block. The depth of a block is the number of its ancestors. A digest
         (`ExtentHeaders.digest`) seals the block at once. Returns for each block whether it is new: False if it was stored already.
@@ -78,10 +78,10 @@ class Session(Protocol):
         """
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
-        """Register the `Probe` of a model whose namespace has this root. Returns the variant that the model belongs to; the first is ""."""
+        """Register the `Probe` of a model whose namespace has this root. Returns the model's variant. The first variant is ""."""
 
     def salt(self, tenant: str) -> str:
-        """Returns the salt of a tenant's namespaces in this cluster; "" if they have none."""
+        """Returns the salt of a tenant's namespaces in this cluster, or "" if they have none."""
 
     def new_epoch(self, families: list[bytes], keep: bool) -> tuple[int, list[str]]:
         """Raise the weight epochs of families of namespaces on all nodes.

@@ -52,13 +52,13 @@ class _Messages:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._packer = msgpack.Packer()
-        self._received = b""  # bytes of later messages
+        self._received = b""  # bytes received after the last message
 
     def send(self, message: object) -> None:
         body = self._packer.pack(message)
         self._connection.sendall(_LENGTH.pack(len(body)) + body)
         if len(body) > PACKER_BYTES_MAX:
-            self._packer = msgpack.Packer()  # the buffer of the former one has grown with the message
+            self._packer = msgpack.Packer()  # the old packer's buffer has grown with the message
 
     def next(self, until_s: float | None = None) -> Any:
         """Returns the next message; None at the end of the stream.
@@ -144,7 +144,7 @@ class SessionServer:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 if not self._closing:
-                    log.warning("cannot accept a worker's connection: %s", error)  # the process is out of descriptors, for a while
+                    log.warning("cannot accept a worker's connection: %s", error)  # the process has no free file descriptor for a while
                     time.sleep(ACCEPT_AGAIN_S)
                 continue
             with self._lock:

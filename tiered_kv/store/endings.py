@@ -26,7 +26,7 @@ class Endings:
         self._late: dict[BlockKey, Late] = {}
 
     def __bool__(self) -> bool:
-        """Whether bytes of dropped blocks are still in use."""
+        """Returns whether bytes of dropped blocks are still in use."""
         return bool(self._late)
 
     def deferred(self, key: BlockKey, is_copying: bool, dropping: Iterable[ev.Instruction]) -> list[ev.Instruction]:

@@ -433,7 +433,7 @@ class Engine:
         self._mover.drop_segment(tier, segment)
 
     def _is_leaving(self, tier: Tier, keys: Iterable[BlockKey]) -> bool:
-        """Whether any of the blocks is being copied to a lower tier."""
+        """Returns whether any of the blocks is being copied to a lower tier."""
         found = (self.machine.blocks.get(key) for key in keys)
         return any(block is not None and block.copying_to is not None and block.copying_to > tier for block in found)
 

@@ -25,7 +25,7 @@ from tiered_kv.store.quotas import Quotas
 from tiered_kv.store.shrinking import Shrinking
 
 UNREPORTED_MAX = 8
-"""From this number on, unreported commits count as many. Reporting several at once costs the next store less than one by one."""
+"""From this number of unreported commits on, they are reported soon. Reporting several at once delays the next store less."""
 
 
 class StoreMachine:
@@ -62,7 +62,7 @@ class StoreMachine:
         self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
         """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
         self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
-        self._pins: Counter[BlockKey] = Counter()  # readers a block; kept apart, as a block on disk may be removed while it is read
+        self._pins: Counter[BlockKey] = Counter()  # readers by block; not in `Block`, because a block may be removed while it is read
         self._handlers: dict[type[ev.Event], Callable[[Any], list[ev.Instruction]]] = {
             ev.Committed: self._committed,
             ev.Recovered: self._recovered,
@@ -102,23 +102,23 @@ class StoreMachine:
         return instructions
 
     def has(self, key: BlockKey, tier: Tier) -> bool:
-        """Whether the block has a copy in the tier."""
+        """Returns whether the block has a copy in the tier."""
         block = self.blocks.get(key)
         return block is not None and tier in block.copies
 
     def held(self, key: BlockKey) -> bool:
-        """Whether a worker's hold on this block has not expired, as of the last clock value seen."""
+        """Returns whether a worker holds this block in memory, as of the last clock value seen."""
         return key in self._holds
 
     def pinned(self, key: BlockKey) -> bool:
-        """Whether a reader uses the block in memory now."""
+        """Returns whether a reader uses the block in memory now."""
         return key in self._pins
 
     def wanted_in(self, tier: Tier, segment: int, keys: Sequence[BlockKey], budget_bytes: float) -> list[BlockKey]:
         """Returns the blocks of a segment about to be removed that are worth rewriting, of at most `budget_bytes` in all."""
         return self._movement.wanted(tier, self._in_segment(tier, segment, keys), budget_bytes)
 
-    # What workers do
+    # Events of workers
 
     def _committed(self, event: ev.Committed) -> list[ev.Instruction]:
         if event.root in self.endings.roots:
@@ -156,7 +156,7 @@ class StoreMachine:
         return len(self._unreported) >= UNREPORTED_MAX
 
     def report_commits(self) -> None:
-        """Report the blocks committed since the last call to history and policy. Runs before any event other than a commit.
+        """Report to history and policy the blocks committed since the last call. Runs before any event other than a commit.
 
         The event `Committed` does not report its own blocks, so that a worker's store returns as soon as its blocks are visible. The
         next store does not wait for the report either.
@@ -249,7 +249,7 @@ class StoreMachine:
     def _victims(
         self, tier: Tier, nbytes: int, protected: Container[BlockKey], now_s: float, incoming: Sequence[BlockKey] = ()
     ) -> list[BlockKey]:
-        """Returns the blocks that the tier's policy would evict for `nbytes`. Policies know keys only as hashable values."""
+        """Returns the blocks that the tier's policy would evict for `nbytes`. The cast is needed because policies accept any keys."""
         return cast("list[BlockKey]", self._policies[tier].victims(nbytes, protected, now_s, incoming))
 
     def _protected(self, tier: Tier, chain: Container[BlockKey]) -> "Protected":

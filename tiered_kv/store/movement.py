@@ -13,10 +13,10 @@ from tiered_kv.blocks import Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import History
 
-USES_FOR_DEVICE = 2  # the store is the first use: the least that is reuse
+USES_FOR_DEVICE = 2  # the store is the first use, so 2 is the smallest number that means reuse
 USES_FOR_FULL_TIER = 2
 CHANCE_FOR_FULL_TIER = 0.05
-PROMOTED_SHARE = 1 / 2  # of a tier in memory: of a larger chain only the first blocks are promoted
+PROMOTED_SHARE = 1 / 2  # of a tier in memory; of a chain larger than this, only the first blocks are promoted
 ROOMY_SHARE = 7 / 8  # below this share of its cap a lower tier admits everything
 REFUSED_KEPT = 1 << 16
 REINSERT_SHARE = 0.2  # of a segment; so at most 1 / (1 - 0.2) = 1.25 times the demoted bytes are written

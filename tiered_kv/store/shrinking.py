@@ -81,7 +81,7 @@ class Shrinking:
 
         Leaves out blocks for which `is_busy` is true. Returns each key with its expected gain in bytes.
         """
-        if self._is_stuck:  # until a block leaves
+        if self._is_stuck:  # no room for encoded blocks, until a block leaves
             return []
         share = self._after_bytes / self._before_bytes if self._before_bytes else SHARE_AT_FIRST
         chosen: list[tuple[BlockKey, int]] = []

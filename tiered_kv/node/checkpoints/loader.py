@@ -47,7 +47,7 @@ FILLED_SHARE = 7 / 8
 INDEX_SHARE = 7 / 8  # of the index that may be in use after a mount
 _EVENTS_AT_ONCE = 500  # with the engine's lock held: under 5 ms
 _SHOWN_AT_ONCE = 16  # in memory, where each block is also added to a policy
-_WINDOW_BYTES, _WINDOW_SHARE = 64 << 20, 1 / 16  # of host: within so many bytes of blocks, those of one pack are read together
+_WINDOW_BYTES, _WINDOW_SHARE = 64 << 20, 1 / 16  # (share of host) within this many bytes of blocks, those of one pack are read together
 READS_AHEAD = 4
 _PROBLEMS_KEPT = 100
 
@@ -57,7 +57,7 @@ _Placed = tuple[MountedBlock, Frame, Location]
 
 
 class _LoadBatch(NamedTuple):
-    """Blocks that are read together. `read`: returns the source of each."""
+    """Blocks that are read together. `read`: returns the frame of each block, or its error."""
 
     blocks: list[MountedBlock]
     nbytes: int

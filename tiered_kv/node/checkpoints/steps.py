@@ -244,7 +244,7 @@ class StopLoadingRequest(CheckpointRequest[None]):
         steps.checkpoint_loader.stop()
 
 
-# Who carries them out
+# Interfaces of the parts that carry them out
 
 
 class WriteSteps(Protocol):

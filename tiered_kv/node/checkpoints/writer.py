@@ -167,7 +167,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _check_idle(self, ticket: str) -> None:
-        """Raises (kind `storage`, `busy`) while a checkpoint with another ticket is being written."""
+        """Raise (kind `storage`, `busy`) while a checkpoint with another ticket is being written."""
         job = self._job
         if job is None:
             return

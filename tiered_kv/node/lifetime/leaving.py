@@ -38,7 +38,7 @@ def inventory(node: "Node") -> Inventory:
 
 
 def take_over(node: "Node", runs: Sequence[BlockRun], models: ModelMessages, wait_s: float) -> int:
-    """Pull blocks from a node that is about to end. Returns the total number of leading blocks of each run that this node has then."""
+    """Pull blocks from a node that is about to end. Returns, summed over the runs, how many leading blocks it then has."""
     for root in {run.root for run in runs} & models.keys():
         _introduce(node, root, models[root])
     deadline_s = time.monotonic() + wait_s
@@ -106,7 +106,7 @@ def _left(deadline_s: float) -> float:
 
 
 def _is_copied(block: Block | None) -> bool:
-    """Whether the block is being copied to disk."""
+    """Returns whether the block is being copied to disk."""
     return block is not None and block.copying_to is Tier.DISK
 
 

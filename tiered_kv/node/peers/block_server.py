@@ -32,7 +32,7 @@ KEYS_MAX = 1 << 16
 
 
 class Item(NamedTuple):
-    """A block to send: its offer, and where its payload is, in memory or in a file."""
+    """A block to send: its offer, and its payload in memory or in a file."""
 
     offer: BlockOffer
     payload: Sequence[memoryview] | FilePart

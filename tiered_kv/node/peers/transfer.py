@@ -89,7 +89,7 @@ class StreamTransfer:
             offers = offers[done:]
 
     def _note(self, error: TieredKVError, took_s: float) -> None:
-        """Count a failure, and complete the error's context for the puller."""
+        """Count a failure, and add to the error's context what the puller needs to react to it."""
         if error.context.get("own_fault") or error.kind is Kind.CLOSED:
             return
         self._figures.failed(self._node, error)
