@@ -2,7 +2,7 @@
 
 Codes that share bytes are far apart in the sequence, so that packing and unpacking are a few operations over
 long runs. With 4 bits, byte i has code i and code i + n/2. With 6 bits, three bytes have the codes i, i + n/4, i + n/2 and
-the three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of `GROUP_CODES`.
+the three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of `GROUP_CODES[bits]`.
 """
 
 import numpy as np

@@ -30,8 +30,8 @@ class Part(NamedTuple):
     """K or V of a block: its position in a payload, and the space in which it is quantized.
 
     `which`: 0 for K, 1 for V. `per_channel`: the groups are channels, not tokens. `rope`: the inverse frequencies by which the part is
-    rotated back, or b"" if it is not. `is_spread`: the part is multiplied by the spreading matrix. `scales`, `codes`: their bytes
-    in the payload.
+    rotated back, or b"" if it is not. `is_spread`: the part is multiplied by the spreading matrix. `scales`, `codes`: where these
+    are in the payload.
     """
 
     which: int

@@ -84,7 +84,7 @@ class ARCPolicy(RankedPolicy):
         self._queue_of(key).leaves.push(key)
 
     def _next(self) -> Key | None:
-        """Applies the paper's case IV if the incoming block is not a ghost, then its REPLACE."""
+        """Applies the paper's case IV if the incoming block is not a ghost, then the paper's REPLACE."""
         self._ghostless = None
         ghosts = self._returning.get(next(self._incoming, None))
         if ghosts is None and self._forget_for_newcomer():

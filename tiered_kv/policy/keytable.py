@@ -27,7 +27,7 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
 
 
 class KeyTable:
-    """A hash table with open addressing and linear probing. It is rebuilt instead of deleting keys.
+    """A hash table with open addressing and linear probing. Keys are never deleted: the table is rebuilt without them.
 
     It takes 4 bytes a place; 25 to 70 % of the places are used. The owner stores the tags, in an array indexed by slot. It passes
     that array as `tag_of` to methods that compare tags.

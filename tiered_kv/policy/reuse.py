@@ -10,14 +10,14 @@ import numpy as np
 
 FIRST_S = 2.0**-8
 OCTAVES = 28
-"""Octaves of age. The first ones end at 2^-8 s, 2^-7 s and so on; each is as long as all earlier ones. The last has no end."""
+"""Number of octaves of age. The first ones end at 2^-8 s, 2^-7 s and so on; each is as long as all earlier ones. The last has no end."""
 
 USES, GAPS, HOTS, ANSWERS = 6, 5, 8, 3
 CLASSES = USES * GAPS * HOTS * ANSWERS
 """A class combines four buckets: uses so far, gap since the chain's previous turn, hot prefix, length of the answer."""
 
 ENDED = CLASSES
-"""Kind of blocks that will not be used again, as their worker reported. Kinds from `ENDED + 1` on: the octave of the expected use."""
+"""Kind of blocks that will not be used again, as their worker reported. A greater kind gives the octave of the expected use."""
 ROWS = CLASSES + 1 + OCTAVES
 
 _USES_FROM = np.array([2, 3, 5, 9, 17])
@@ -134,8 +134,8 @@ def merge_statistics(statistics: list[bytes]) -> bytes:
 def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
     """Returns hazards (classes, OCTAVES): the probability that a block that reached an octave of age is used within that octave.
 
-    `used`, `open_`: counts of intervals by class, and by the octave in which they ended or were last seen open. They have one
-    class or all classes.
+    `used`, `open_`: counts of intervals by class, and by the octave in which they ended or were last seen open. Each has one
+    row, or a row for every class.
     """
     prior = np.full((1, 1, 1, 1, OCTAVES), _NOTHING_KNOWN)
     for ended, censored in zip(_coarse_to_fine(used), _coarse_to_fine(open_), strict=True):

@@ -11,7 +11,7 @@ from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter
 
 
 class LiveBlock(NamedTuple):
-    """A block that was not forgotten."""
+    """A block of a segment, not dropped by `forget`."""
 
     key: BlockKey
     stored_bytes: int

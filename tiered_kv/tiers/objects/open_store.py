@@ -26,7 +26,7 @@ def open_store(
     read_deadline_s: float = READ_DEADLINE_S,
     write_deadline_s: float = WRITE_DEADLINE_S,
 ) -> ObjectStore:
-    """Open the store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
+    """Open the object store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
 
     `below`: appended to the prefix, for example a node's name. `setting`: the setting that errors name, which also decides what
     the store is for (`store.role_of`); a checkpoint cannot be in memory. `create`: whether to create a missing folder, which
