@@ -84,7 +84,7 @@ class Codec(ABC):
             kv.copy_(flat)
 
     def most_error(self) -> float:
-        """Returns the largest relative error that encoding can cause in an exact block, with this codec or the one it falls back to.
+        """Returns the largest relative error that encoding can cause in a block without earlier errors, fallbacks included.
 
         Returns infinity if the error depends on a calibration that is not loaded.
         """

@@ -171,9 +171,9 @@ class BlockCodec(Codec):
 
 
 def _thread_buffer_like(kv: torch.Tensor) -> torch.Tensor:
-    """Returns memory for as many numbers as `kv`, of the same shape and dtype. Its contents are undefined.
+    """Returns a tensor of the shape, dtype and device of `kv`. Its contents are undefined.
 
-    On the CPU it is reused by every call of the same thread: allocating new memory costs as much as filling it twice.
+    On the CPU, every call of the same thread reuses one memory: allocating new memory costs as much as filling it twice.
     """
     if kv.device.type != "cpu":
         return torch.empty_like(kv)

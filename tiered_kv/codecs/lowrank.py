@@ -17,7 +17,7 @@ from tiered_kv.codecs.reduced import ReducedCodec
 
 ELEMENTS = 1 << 19
 SCALES_BYTES = 8
-"""Scales of a component: a least number and a step in bf16, for its column and for its row."""
+"""Bytes of a component's scales: a least number and a step in bf16, for its column of the basis and its row of the coordinates."""
 
 
 @dataclass(frozen=True)

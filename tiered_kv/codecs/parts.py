@@ -85,7 +85,7 @@ class PartsCodec(BlockCodec):
     def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
         """Encodes the part `kv`, in the block's dtype and of any strides. Returns scales (bf16) and codes (1-D u8, as stored).
 
-        The result for numbers that are not finite does not matter, but they must not raise an error.
+        The result for numbers that are not finite does not matter, but such numbers must not raise an error.
         """
 
     @abstractmethod

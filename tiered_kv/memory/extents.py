@@ -105,7 +105,7 @@ class ExtentAllocator:
     def allocate_run(self, nbytes: int, count: int) -> list[int]:
         """Allocate up to `count` extents of `nbytes` each; each is freed separately. Returns their offsets.
 
-        They are neighbours, aligned(nbytes) apart, if one free range is large enough; else in as few runs as possible, the
+        The extents are neighbours, aligned(nbytes) apart, if one free range is large enough; else in as few runs as possible, the
         longest first. Returns fewer than `count`, or [], when the arena is full.
         """
         stride = self._aligned(nbytes)

@@ -186,7 +186,7 @@ class NodeFiles:
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def is_in_place(self) -> bool:
-        """Whether other processes still find the directory, the index and the arena that are open here under their paths."""
+        """Whether the directory, index and arena opened here are still those at their paths, where other processes look for them."""
         try:
             return [os.stat(path).st_ino for path in (self.directory, self.index_path, self.arena_path)] == self._inodes
         except FileNotFoundError:

@@ -111,7 +111,7 @@ class NodeView:
 
     @property
     def mark(self) -> tuple[int, int]:
-        """Two numbers of which one changes if the node restarts or a weight epoch is raised: the identity, and a counter. About 0.2 µs."""
+        """The identity, and a counter of changes of weight epochs. The pair changes with a restart or a new epoch. About 0.2 µs."""
         header = self._header
         try:
             return header[w.IDENTITY], header[w.EPOCHS]
@@ -181,8 +181,8 @@ class NodeView:
     def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
         """Find the longest prefix of `keys` that is visible as blocks of `raw_bytes`. Returns its slots, at half the cost of `lookup`.
 
-        A raw block in host memory whose slot is the first of its probe, and is not being written, is read here. All other
-        keys are passed to `lookup`.
+        Finds a raw block in host memory itself, if its slot is the first of its probe and is not being written. Passes all
+        other keys to `lookup`.
         """
         lengths_of_raw, offset_max = raw_bytes | raw_bytes << 32, self.arena_bytes - raw_bytes
         words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from

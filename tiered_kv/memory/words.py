@@ -41,7 +41,7 @@ LIVE = 1
 CLOSED = 2
 
 BEAT_AGE_NS_MAX = 2_000_000_000
-"""A node writes its heartbeat every 0.1 s. If it is older than this, the node is dead, stopped, or gets no processor time."""
+"""A node writes its heartbeat every 0.1 s. If the last one is older than this, the node is dead, stopped, or gets no processor time."""
 
 BYTES_PER_SLOT_OF_HOST = 4096
 BLOCK_BYTES_BELOW = 64 << 10

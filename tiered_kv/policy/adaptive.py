@@ -190,7 +190,7 @@ class AdaptivePolicy(EvictionPolicy):
         return index * cost * self._factors.get(slot, 1.0) / self._bytes.item(slot)
 
     def parent_freed_by(self, slot: int, gone: dict[int, int]) -> int | None:
-        """Returns the parent of the chosen block `slot` if all the resident parent's children are chosen now, else None.
+        """Returns the parent of the chosen block `slot`, if it is resident and all its resident children are chosen now. Else None.
 
         `gone` has the number of chosen children by parent; this call counts `slot`.
         """

@@ -33,7 +33,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, keys: Sequence[Key], parent: Key | None, nbytes: int) -> None:
-        """Records a run of one chain, root first, as resident with `nbytes` each. No block of it was resident.
+        """Records a run of one chain, root first, as resident with `nbytes` each. None of them may be resident already.
 
         `parent` is the parent of the first block.
         """

@@ -249,7 +249,7 @@ class BlockHistory(History):
     def _last_use_of(self, last_block: int) -> np.ndarray:
         """Returns the slots of `last_block` and of those of its ancestors that were last used by the same request, root first.
 
-        Each step goes to a smaller depth: the parents of blocks that are remembered but not resident may form a cycle.
+        Each step must go to a smaller depth, because the parents of blocks that are remembered but not resident may form a cycle.
         """
         if self._run and self._run[-1][-1] == last_block:
             return np.concatenate(self._run)

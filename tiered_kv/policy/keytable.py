@@ -15,7 +15,7 @@ _LOAD_MAX = 0.7
 
 
 def tags_of(keys: Sequence[Key]) -> np.ndarray:
-    """Returns a 64-bit tag for each key: all words of a store's key folded, an integer itself, or the hash of any other key."""
+    """Returns a 64-bit tag for each key: the combined words of a 32-byte key, an integer key itself, or the hash of any other key."""
     first = keys[0]
     if isinstance(first, bytes) and len(first) == KEY_BYTES:
         words = np.frombuffer(b"".join(cast("Sequence[bytes]", keys)), np.uint64)

@@ -88,7 +88,7 @@ class ReuseModel:
             counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)[:, :, bucket] = 0
 
     def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
-        """Returns the index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
+        """Returns the reuse index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
 
         `kind`, `age_s`: the intervals that are open now.
         """
@@ -151,7 +151,7 @@ def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
 
 
 def gittins(hazard: np.ndarray) -> np.ndarray:
-    """Returns the index (classes, OCTAVES) at the start of each octave of age, in uses a second."""
+    """Returns the Gittins index (classes, OCTAVES) at the start of each octave of age, in uses a second."""
     index, alive, held_s = (np.full(hazard.shape, each) for each in (0.0, 1.0, 0.0))  # by the octave in which the interval starts
     for octave in range(OCTAVES):
         started = slice(0, octave + 1)
@@ -165,7 +165,7 @@ def gittins(hazard: np.ndarray) -> np.ndarray:
 def _expected(usual: np.ndarray) -> np.ndarray:
     """Returns the index of blocks with an expected use: (octave of the expected use, octave of age).
 
-    It is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
+    The index is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
     """
     left_s = _ENDS_S[:, None] - _EDGES_S[None, :]
     return np.where(left_s > 0, np.maximum(_EXPECTED_TRUE / np.maximum(left_s, FIRST_S), usual), usual)

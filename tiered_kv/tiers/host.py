@@ -183,7 +183,7 @@ class HostTier(ExtentTier):
         return self._arena[offset : offset + nbytes]
 
     def sign(self, offset: int, header: BlockHeader, digest: int | None = None) -> None:
-        """Write the header of the extent whose payload is at `offset`; and its seal, if the payload's `digest` is given."""
+        """Write the header of the extent whose payload is at `offset`. Also writes the seal if the payload's `digest` is given."""
         (key, parent, root, depth), codec, nbytes, raw_bytes, error = header
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
         fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)

@@ -105,7 +105,7 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks of a former owner, oldest first. Call it once, before any other method. They are live until `forget`."""
+        """Returns the blocks of a former owner, oldest first. They stay until `forget`. Call this once, before any other method."""
 
     @abstractmethod
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:

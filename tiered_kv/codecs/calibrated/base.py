@@ -29,7 +29,7 @@ from tiered_kv.layout import KVLayout, Layout
 
 STEP_LEAST, STEP_GREATEST = 1e-7, 1e-1
 FINISH_ELEMENTS = 1 << 18
-"""Whole layers of about this many numbers are finished at a time, so that intermediate results stay in the processor's cache."""
+"""`_finish` decodes whole layers of about this many numbers at a time, so that intermediate results stay in the processor's cache."""
 _of_thread = threading.local()
 
 
@@ -41,7 +41,7 @@ class CalibratedCodec(BlockCodec):
     gives the bound on the error (`Calibration.bound`), unless `max_error` is given.
 
     A block above the bound falls back to int8 ("error"). A block falls back to an integer codec ("domain") if that
-    makes it at least as small at the same quality: int4, int6 or int8, depending on the step.
+    codec makes the block at least as small at the same quality: int4, int6 or int8, depending on the step.
     Decoding raises (kind `corrupt`) if the calibration is not registered.
     """
 

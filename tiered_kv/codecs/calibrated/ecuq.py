@@ -41,8 +41,8 @@ def _prepared(fingerprint: str, step: float) -> EcuqStepTables:
 class EcuqCodec(CalibratedCodec):
     """The codec of quality `balanced` for calibrated models, at the default step: about 4 times smaller than bf16.
 
-    A number decodes with an error of at most half a step of its channel, plus rounding to bf16 precision. Two values are rounded:
-    codes above 256, and the number itself.
+    A number decodes with an error of at most half a step of its channel, plus two roundings to bf16: of codes above
+    256, and of the number itself.
     """
 
     id: ClassVar[int] = 6

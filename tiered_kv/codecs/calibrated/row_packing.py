@@ -61,7 +61,7 @@ class Alphabet:
 
 
 def pack(codes: np.ndarray) -> bytes:
-    """Packs rows (R, T) of int16, none below -32767, sorted by falling deviation. Returns the bytes. Cost: about 15 ns a number."""
+    """Packs rows (R, T) of int16, from -32767 on, sorted by falling deviation. Returns the bytes. Cost: about 15 ns a number."""
     greatest = np.abs(codes).max(1, initial=0)
     modes = np.searchsorted(LIMITS, greatest).astype(np.uint8)
     streams = [modes]

@@ -53,7 +53,7 @@ class EcuqTables(NamedTuple):
 class XlayerTables(NamedTuple):
     """The tables of the xlayer codec.
 
-    `mean` (L, C) and `spread` (L, C) are float32; `spread` is the deviation of each coefficient at step 1. `matrix` is
+    `mean` (L, C) and `spread` (L, C) are float32; `spread` is the standard deviation of each coefficient at step 1. `matrix` is
     (L, G, C/G, 3C/G), bf16. A layer's channels form G groups of KV heads, each (2, H/G, D). The columns of `matrix` take, from the
     left: the group's decoded channels two layers earlier, those one layer earlier, and the coefficients, the greatest first.
     `mean` and `spread` list the channels and coefficients group by group too.

@@ -56,7 +56,7 @@ def _prepared(fingerprint: str, step: float, product: str) -> XlayerStepTables:
 
 @lru_cache(maxsize=3)
 def _analysis(fingerprint: str, step: float, product: str) -> torch.Tensor:
-    """Returns the inverse of the codes' matrix (G, L, c, c), float32. Only encoding needs it."""
+    """Returns the inverse of the columns of `matrix` that multiply the codes: (G, L, c, c), float32. Only encoding needs it."""
     matrix = _prepared(fingerprint, step, product).matrix
     basis = matrix[..., PREVIOUS_LAYERS * matrix.shape[2] :].double().numpy()
     return torch.from_numpy(np.linalg.inv(basis).astype(np.float32))  # torch's batched LU factorization fails on CPUs in some builds
@@ -130,9 +130,9 @@ class XlayerCodec(CalibratedCodec):
         return _prepared(self._fingerprint(), self.step, self.product)
 
     def _space(self, tokens: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Returns a tensor of zeros (G, 2 + L, c, T), and the same memory as rows of words. Each layer's codes are decoded in place.
+        """Returns a tensor of zeros (G, 2 + L, c, T), and the same memory as rows of words.
 
-        The first two layers stay zero: they are the previous layers of the first layer.
+        Decoding replaces each layer's codes in place. The first two layers stay zero, as the previous layers of the first layer.
         """
         groups, layers, size, _ = self._tables().matrix.shape
         shape = (groups, layers + PREVIOUS_LAYERS, size, tokens)

@@ -142,7 +142,7 @@ def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path]
 def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:
     """Returns the node folders below `root` that no process uses, with the bytes in each. Includes older formats (`tkv-…`).
 
-    These bytes count against no cap. The check takes no lock, which a starting node could mistake for an owner. Raises
+    These bytes count against no cap. The check takes no lock, because a starting node could mistake it for an owner's. Raises
     OSError if the folders cannot be read.
     """
     folders = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) or path.name.startswith("tkv-")]

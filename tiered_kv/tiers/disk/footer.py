@@ -76,13 +76,13 @@ class Trailer(NamedTuple):
 
 
 def store_tag(secret: str) -> bytes:
-    """Returns 16 bytes that identify a secret, written to all its segments. The secret cannot be computed from them."""
+    """Returns 16 bytes that identify a secret and mark all its segments. The secret cannot be computed from these bytes."""
     key = blake2b(secret.encode()).digest()
     return blake2b(b"tiered-kv segments", key=key, digest_size=TAG_BYTES).digest()
 
 
 ROWS_MAX = 1 << 22
-"""The most frames of a segment or pack whose footer is read: half a gigabyte of rows."""
+"""The most rows in a valid footer of a segment or pack: half a gigabyte."""
 
 
 def footer_bytes(rows: int) -> int:
@@ -129,7 +129,7 @@ def pack_trailer(rows: bytes, tag: bytes, segment: int, rows_offset: int) -> byt
 
 
 def unpack_trailer(view: memoryview) -> Trailer | None:
-    """Unpack the last bytes of a file, without verifying them. Returns None if they are no trailer of at most ROWS_MAX frames."""
+    """Unpack the last bytes of a file, without verifying them. Returns None if they are not a trailer of at most ROWS_MAX frames."""
     if len(view) != TRAILER_BYTES:
         return None
     magic, *facts = _TRAILER.unpack(view[: _TRAILER.size])

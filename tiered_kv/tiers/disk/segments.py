@@ -188,7 +188,7 @@ class SegmentReader:
             return file
 
     def _opened(self, segment: int) -> _OpenFile:
-        """Open a segment's file. Takes no lock, because on a hung disk this never returns."""
+        """Open a segment's file. Takes no lock, because this call never returns on a hung disk."""
         path = segment_path(self._folder, segment)
         try:
             fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)

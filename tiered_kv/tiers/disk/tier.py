@@ -147,9 +147,9 @@ class DiskTier(LogTier):
             return None
 
     def forget(self, location: Location) -> bool:
-        """Drop the block at `location`. Returns False if it was not there. Never waits for the disk.
+        """Drop the block at `location`. Returns False if no block was there. Never waits for the disk.
 
-        If it was the last block of its segment, the next append or reclaim removes the segment; until then its bytes count. A
+        After the last block of a segment, the next append or reclaim removes the segment, whose bytes count until then. A
         block dropped after its segment was sealed may be found again after a restart.
         """
         with self._state:
@@ -161,7 +161,7 @@ class DiskTier(LogTier):
             return True
 
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They are live until `forget`."""
+        """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They stay until `forget`."""
         with self._state:
             found, self._recovered = self._recovered, []
             return found

@@ -154,7 +154,10 @@ class AwsProfile(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "AwsProfile | None":
-        """Returns the selected profile, or None. Raises (kind `config`) if AWS_PROFILE names one that does not exist."""
+        """Returns the selected profile, or None if it gives no credentials.
+
+        Raises (kind `config`) if AWS_PROFILE names a profile that does not exist.
+        """
         name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or ""
         settings = _section(environ, "AWS_CONFIG_FILE", "~/.aws/config", {"profile " + name, name} if name else {"default"})
         settings |= _section(environ, "AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", {name or "default"})

@@ -67,7 +67,7 @@ class MountedPacks:
         self.hold(-location.stored_bytes)
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """Read and verify the frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) if missing or damaged."""
+        """Read and verify the frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) if it is missing or damaged."""
         store, name = self._pack(location.segment)
         frame = read_frame(store, name, location.offset, location.stored_bytes, key, namespace)
         _check(frame, location, name)

@@ -26,7 +26,7 @@ class ObjectStore(ABC):
     """
 
     url: str
-    """The store's URL without credentials. `open_store` opens the same store by it."""
+    """The store's URL without credentials. `open_store(url)` opens the same store."""
     setting: str = OBJECTS
     """The setting that named the URL, for error messages."""
 

@@ -49,7 +49,7 @@ class _Pack:
 
 
 class _Planned(NamedTuple):
-    """A pack to be uploaded under `number`. `records`: indexes in the batch. Its bytes are already reserved under the cap."""
+    """A pack to be uploaded under `number`. `records`: indexes in the batch. The pack's bytes are already reserved."""
 
     number: int
     writer: PackWriter
@@ -132,9 +132,9 @@ class ObjectsTier(LogTier):
         return frame
 
     def forget(self, location: Location) -> bool:
-        """Drop the block at `location`. Returns False if it was not there. Makes no request.
+        """Drop the block at `location`. Returns False if no block was there. Makes no request.
 
-        If it was the last block of its pack, the next append or reclaim deletes the pack; until then its bytes count.
+        After the last block of a pack, the next append or reclaim deletes the pack, whose bytes count until then.
         """
         with self._state:
             pack = self._packs.get(location.segment)
@@ -145,7 +145,7 @@ class ObjectsTier(LogTier):
             return True
 
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks in the packs of a former owner, oldest first. They are live until `forget`.
+        """Returns the blocks in the packs of a former owner, oldest first. They stay until `forget`.
 
         Call it once, before any other method. Deletes packs with a damaged footer, and the oldest packs if the cap is exceeded.
         Raises (kind `storage`, setting `objects`) if the store cannot be listed or read; no block is lost then, and `recovered` may
