@@ -98,7 +98,7 @@ class IndexWriter:
             return slot
         if self._header[w.BLOCKS] >= self.capacity_blocks:
             return None
-        self._write(slot, fields)  # its touches are zero since it was emptied, except those of a late reader
+        self._write(slot, fields)  # the slot was emptied with its touches; only a late reader can have added some
         self._header[w.BLOCKS] += 1
         return slot
 
@@ -153,7 +153,7 @@ class IndexWriter:
         return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
     def tallies(self) -> tuple[int, int]:
-        """Returns how many blocks workers asked for, and how many of them they got, since these files were created."""
+        """Returns the numbers of blocks that workers asked for, and that they got, since these files were created."""
         return self._header[w.ASKED], self._header[w.HIT]
 
     def savings(self) -> tuple[int, float]:
@@ -194,7 +194,7 @@ class IndexWriter:
         self._views.release()
 
     def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> RebuildResult:
-        """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns the numbers of blocks.
+        """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns what was kept and dropped.
 
         Drops slots that were being written; blocks out of bounds; host blocks that are not `is_trusted`; keys with several
         different locations; and all host extents that overlap, as none of them can be trusted. Makes every other block

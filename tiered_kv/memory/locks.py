@@ -33,7 +33,7 @@ def unlock_range(fd: int, start: int, nbytes: int) -> None:
 
 
 def try_exclusive(fd: int, start: int, nbytes: int) -> bool:
-    """Try to take a write lock on a range. Returns False if another description holds a lock in it. `fd` must be writable."""
+    """Try to take a write lock on a range. Returns False if another file description holds a lock in it. `fd` must be writable."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK, start, nbytes))
     except OSError as error:

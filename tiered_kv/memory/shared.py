@@ -319,7 +319,7 @@ def _has_writer(directory: Path) -> bool:
 
 
 def _is_its_arena(header: memoryview, facts: os.stat_result) -> bool:
-    """Whether a file is the arena created with this index, and no copy. True for older indexes, which do not record the arena."""
+    """Whether a file is the arena created with this index, not a copy. True for older indexes, which do not record the arena."""
     return header[w.ARENA_INODE] in (0, facts.st_ino)
 
 

@@ -215,7 +215,7 @@ class AdaptivePolicy(EvictionPolicy):
 
 
 class _Search:
-    """One search for victims: the blocks chosen so far, and the best candidates that are not chosen."""
+    """One search for victims: the blocks chosen so far, and the candidates of the lowest values that are not chosen."""
 
     def __init__(self, policy: AdaptivePolicy, protected: Container[Key], now_s: float) -> None:
         self.chosen: dict[int, Key] = {}
