@@ -28,13 +28,13 @@ CHAIN = 8
 POLL_S = 0.005
 """Seconds between two polls of a checkpoint or restore.
 
-By default 0.1 s, which would add waiting to the measured time.
+The cache's default of 0.1 s would add waiting to the measured time.
 """
 CONTENT_BYTES = 64 << 20
 
 
 class BenchChains:
-    """Chains of `CHAIN` blocks of one layout. Each has its own prompt and keys; the KV of some chains is equal."""
+    """Chains of `CHAIN` blocks of one layout. Each chain has its own prompt and keys. Some chains have equal KV."""
 
     def __init__(self, layout: KVLayout, weights: str = "tiered-kv bench checkpoint") -> None:
         self.layout = layout
@@ -111,23 +111,23 @@ class BenchNode:
         return client_of(self.node.info(), blocks.layout, blocks.namespace, connect=self.node.open_session)
 
     def touch(self) -> None:
-        """Touch all host memory, so that the system has allocated it, as after earlier use."""
+        """Write to all host memory, so that the system has allocated it, as in a node that has been used."""
         host = self.node.storage.host
         host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
 
     def take(self, url: str, stopped: Event | None = None) -> CheckpointResult:
-        """Write a checkpoint of all blocks. Returns its counts."""
+        """Write a checkpoint of all blocks. Returns the checkpoint's counts."""
         with open_repository(url) as repository:
             return CheckpointJob(self._call, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
 
     def mount(self, url: str) -> int:
-        """Read the manifest of the latest checkpoint and mount its blocks. Returns how many were mounted."""
+        """Read the manifest of the latest checkpoint and mount its blocks. Returns the number of mounted blocks."""
         with open_repository(url) as repository:
             manifest = repository.read()
         return sum(restore.mount(self._call, [NODE], url, manifest, manifest.rows).by_node.values())
 
     def fill(self, stopped: Event | None = None) -> LoadProgress:
-        """Copy the mounted blocks to host memory, and wait for it. Returns the counts."""
+        """Copy the mounted blocks to host memory, and wait until that is done. Returns the counts."""
         return restore.load(self._call, [NODE], poll_s=POLL_S, stopped=stopped)
 
     def close(self) -> None:

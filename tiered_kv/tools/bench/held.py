@@ -97,7 +97,7 @@ def requests_of(subject: Subject, per_document: int, log: LogLine) -> list[Docum
 
 @torch.inference_mode()
 def _computed(model: Any, ids: list[int], before: DocumentPrompt | None) -> torch.Tensor:
-    """Returns the KV of a prompt in bf16. The KV of the prefix that it shares with `before` is copied from there."""
+    """Returns the KV of a prompt in bf16. The KV of the prefix that the prompt shares with `before` is copied from `before`."""
     tokens = torch.tensor([ids])
     if before is None:
         return prefix_kv(model, tokens, torch.bfloat16)
@@ -111,8 +111,8 @@ def _computed(model: Any, ids: list[int], before: DocumentPrompt | None) -> torc
 def held(config: dict[str, Any], requests: Sequence[DocumentPrompt], cache: dict[str, Any]) -> WorkloadResult:
     """Run the workload once from a cold start, in a cache with the settings `config`. Returns its figures.
 
-    `cache`: the arguments of `tiered_kv.open` that describe the model. After each request the background work of the node is
-    awaited, because it would also finish while a model computes.
+    `cache`: the arguments of `tiered_kv.open` that describe the model. Waits after each request until the node's background work
+    is done: in real use there is time for it while the model computes.
     """
     asked = hit = 0
     with tiered_kv.open(config, **cache) as client:

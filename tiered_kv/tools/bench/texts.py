@@ -13,7 +13,7 @@ import torch
 from tiered_kv.errors import Kind, TieredKVError
 
 CHARACTERS_A_TOKEN = 12
-"""Only this many characters per token are tokenized first, so that a long text is not tokenized for its first page."""
+"""Only this many characters per wanted token are tokenized first, so that a long text need not be tokenized whole."""
 
 
 class Prompts(NamedTuple):
