@@ -27,7 +27,7 @@ from tiered_kv.threads import DaemonThreads
 CONTROL_WAIT_S = 2.0
 PROBE_WAIT_S = 0.5  # less than the second that a worker waits for the node's answer to a probe
 LOCATES_AT_ONCE = 4
-TELL_AGAIN_S = 0.2  # to a node whose call failed, which Ray may be restarting
+TELL_AGAIN_S = 0.2  # pause before a failed call to a node is repeated: Ray may be restarting the node
 READY_WAIT_S = 0.05  # for an answer that Ray has reported as ready
 
 R = TypeVar("R")

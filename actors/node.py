@@ -87,7 +87,7 @@ class NodeActor:
         if self._is_serving and not self._node.is_in_place():
             log.error("%s was removed or replaced; this node ends and restarts with new files", self._node.directory)
             self._node.abdicate()
-            os._exit(1)  # Ray restarts an actor whose process ends this way, but not after an orderly exit
+            os._exit(1)  # Ray restarts an actor whose process ends this way, but not one that exits as usual
 
     def info(self) -> NodeInfo:
         """Returns what a worker needs to attach. Raises the error that kept the node from starting, if any."""

@@ -206,7 +206,7 @@ class _Handover:
         if taken < blocks:
             why = f"{peer}: {answer}" if isinstance(answer, TieredKVError) else f"{peer} took only {taken} of {blocks} blocks"
             self._drained.why = self._drained.why or why
-        if not taken:  # it gets no more; the others may have room for these, too
+        if not taken:  # the peer gets no more blocks; other peers may have room for these
             self._room[peer] = 0
             for run in runs:
                 self._assign(run)

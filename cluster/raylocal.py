@@ -120,7 +120,7 @@ def add_nodes(indexes: Sequence[int], ray: RayProcesses, object_store_bytes: int
     if any(not 1 <= index < NODES_MAX for index in indexes):
         raise TieredKVError(Kind.CONFIG, f"nodes: must be 1 to {NODES_MAX}, got {max(indexes) + 1}", setting="nodes")
     for index in indexes:
-        shutil.rmtree(_node_dir(Path(ray.temp_dir), index), ignore_errors=True)  # the former life's address would look like an answer
+        shutil.rmtree(_node_dir(Path(ray.temp_dir), index), ignore_errors=True)  # a former address file would look new to `_wait_ready`
     joining = _Joining(ray.address, ray.token_path, ray.temp_dir, directory, object_store_bytes)
     return _join_nodes(indexes, joining, time.monotonic() + START_TIMEOUT_S)
 

@@ -189,7 +189,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
 
 
 def _fleet_problems(answers: Answers) -> list[str]:
-    """Returns a text if the keeper's rounds fail or do not end, else []."""
+    """Returns a list with one text if the keeper's rounds fail or do not end, else []."""
     fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
     if fleet.get("problem"):
         return [f"nodes that join or leave are not followed: {fleet['problem']}"]

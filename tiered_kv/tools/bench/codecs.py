@@ -46,7 +46,7 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     codecs = asked or [
         *CODECS,
         *(CALIBRATED[:-1] if calibration else ()),
-    ]  # the last one differs from the one before only in a chain's last block
+    ]  # left out: the last codec, which differs from the one before only in a chain's last block
     results = []
     for threads in (1,) if quick else (1, 2):
         for tokens in (64,) if quick else BLOCK_TOKENS:

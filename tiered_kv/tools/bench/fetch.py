@@ -88,7 +88,7 @@ class Case(NamedTuple):
 class Buffers:
     """Memory to copy from and to.
 
-    All its pages are allocated. Its pieces are used in rotation, so that no piece is in the processor's cache.
+    The system has allocated all of it. Its pieces are used in rotation, so that no piece is in the processor's cache.
     """
 
     def __init__(self) -> None:

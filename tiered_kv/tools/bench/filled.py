@@ -74,7 +74,7 @@ class BenchChains:
         return part.contiguous().view(-1).view(torch.uint8)
 
     def bodies(self, sizes: Sequence[int]) -> list[bytes]:
-        """Returns for each size that many bytes of content. The content repeats."""
+        """Returns, for each size, a body of that many bytes. Their content repeats."""
         content = self._content.view(torch.uint8).numpy()
         return [
             np.resize(np.roll(content, -(number << 20)) if size > 1 << 20 else content[:size], size).tobytes()
@@ -82,13 +82,13 @@ class BenchChains:
         ]
 
     def store(self, client: Client, numbers: Sequence[int]) -> None:
-        """Store chains. Raises (kind `storage`) if one was not stored whole."""
+        """Store the chains with these numbers. Raises (kind `storage`) if a chain was not stored whole."""
         for number in numbers:
             if client.store(self.prompt(number), self.kv(number)).new != CHAIN:
                 raise TieredKVError(Kind.STORAGE, f"chain {number} was not stored whole")
 
     def check(self, client: Client, number: int) -> None:
-        """Fetch a chain. Raises (kind `corrupt`) unless it is complete and equal to the stored one."""
+        """Fetch a chain. Raises (kind `corrupt`) unless all of its tokens hit and their KV equals the stored KV."""
         out = torch.empty(self.layout.kv_shape(self.tokens), dtype=self.layout.torch_dtype)
         fetched = client.fetch(self.prompt(number), out, deadline_ms=60_000)
         if fetched.tokens != self.tokens or not torch.equal(out.view(torch.int16), self.kv(number).view(torch.int16)):

@@ -56,7 +56,7 @@ class WorkloadResult(NamedTuple):
 def run_held_bench(model: str = "default", quick: bool = False, log: LogLine = print) -> dict:
     """Measure the hit ratios. Returns the report.
 
-    Takes two minutes, most of it for computing the KV. Raises as `Subject.load` if the model cannot be loaded.
+    Takes two minutes, most of it for computing the KV. Raises what `Subject.load` raises if the model cannot be loaded.
     """
     subject = Subject.load(model)
     in_turn = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, log)
@@ -126,7 +126,7 @@ def held(config: dict[str, Any], requests: Sequence[DocumentPrompt], cache: dict
 
 
 def _settled(client: tiered_kv.Client) -> dict[str, Any]:
-    """Wait until the node's statistics no longer change, at most `SETTLE_S_MAX` seconds. Returns them."""
+    """Wait until the node's statistics no longer change, at most `SETTLE_S_MAX` seconds. Returns the last statistics."""
     end_s = time.monotonic() + SETTLE_S_MAX
     before, node = None, client.stats()["node"]
     while (node["tiers"], node["codecs"]["coded"]) != before and time.monotonic() < end_s:

@@ -54,7 +54,7 @@ class Quality:
 
 @dataclass
 class _Tally:
-    """The raw counts of one codec. `errors` has one entry per block, every other list one per prompt."""
+    """The raw counts of one codec. The list `errors` has one entry per block, all other lists have one entry per prompt."""
 
     tokens: int = 0
     raw_bytes: list[int] = field(default_factory=list)

@@ -33,7 +33,7 @@ class Subject(NamedTuple):
         return cls(name, model, tokenizer)
 
     def check_length(self, tokens: int) -> None:
-        """Raises (kind `config`) if the model cannot read prompts of `tokens` tokens."""
+        """Raise (kind `config`) if the model cannot read prompts of `tokens` tokens."""
         longest = longest_prompt(self.model)
         if longest and tokens > longest:
             message = f"--prefix-tokens: the sum with --continue-tokens must be at most {longest} for {self.name}, got {tokens}"

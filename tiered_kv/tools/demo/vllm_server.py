@@ -125,9 +125,9 @@ class VllmServer:
         return found
 
     def block(self) -> tuple[int, int] | None:
-        """Returns how many tokens and bytes one block has that the connector shares, as the server's log says.
+        """Returns the size of one block that the connector shares, as (tokens, bytes), from the server's log.
 
-        Returns None if the log does not say it, because the server does not use the connector.
+        Returns None if the log has no such line, as without the connector.
         """
         found = _SHARES.search(self._log.read_text(errors="replace"))
         return (int(found[1]), int(found[2])) if found else None

@@ -68,7 +68,7 @@ def run_cells(
 
 
 def _run_in_processes(traces: Sequence[Trace], cells: list[Cell], jobs: int, advance: Progress) -> list[Any]:
-    context = multiprocessing.get_context("spawn")  # the processes need nothing of this one, and must not inherit its threads
+    context = multiprocessing.get_context("spawn")  # the new processes need nothing of this one, and must not inherit its threads
     done = context.Value("q", 0)
     with ProcessPoolExecutor(jobs, context, _start, (traces, done)) as pool:
         futures = [pool.submit(_run, cell) for cell in cells]
