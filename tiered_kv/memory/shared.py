@@ -367,9 +367,9 @@ def _directory_fd(directory: Path) -> Iterator[int]:
     """Open a directory so that names are looked up in it even if another directory takes its place. Yields its descriptor."""
     fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        facts = os.fstat(fd)
-        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-            raise TieredKVError(Kind.MEMORY, f"shm_path: {directory} must belong to this user alone, also for writing", setting="shm_path")
+        if (facts := os.fstat(fd)).st_uid != os.geteuid() or facts.st_mode & 0o022:
+            message = f"shm_path: {directory} must be owned by this user, and no other user may have write permission to it"
+            raise TieredKVError(Kind.MEMORY, message, setting="shm_path")
         yield fd
     finally:
         os.close(fd)
