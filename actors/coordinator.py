@@ -1,4 +1,4 @@
-"""The coordinator as a Ray actor: named, detached, and restarted by Ray. The nodes' reports then restore its state."""
+"""The coordinator as a Ray actor: named, detached, and restarted by Ray. After a restart the nodes' reports restore its state."""
 
 import logging
 import sys
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class ClusterDescription(TypedDict):
-    """A cluster's id and settings, its live nodes, by lost node the seconds since its last report, and its fleet."""
+    """A cluster's id, settings, live nodes, lost nodes and fleet. `lost`: by lost node, the seconds since its last report."""
 
     cluster_id: str
     config: Config
@@ -43,7 +43,7 @@ class ClusterDescription(TypedDict):
 class CoordinatorActor:
     """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
 
-    The arguments are those of a new fleet's record (`FleetRecord`). A restart takes the record from Ray instead.
+    The arguments are the fields of a new fleet's record (`FleetRecord`). After a restart the record saved in Ray is used instead.
     """
 
     def __init__(
@@ -65,7 +65,11 @@ class CoordinatorActor:
         threading.Thread(target=self._keeper.run, args=(threading.Event(),), name="tkv-keep", daemon=True).start()
 
     def _make_lookups(self, secret: bytes) -> LookupServer | None:
-        """Returns the server of look-ups without Ray. Without it, which is logged, nodes ask through Ray."""
+        """Returns the server through which nodes look blocks up without Ray.
+
+        Returns None if streams are off, if the cluster has no secret, or, with a warning in the log, if the server cannot listen. Nodes
+        then look blocks up through Ray.
+        """
         try:
             place = PeerPlace.of(self._config.peer_address)
             if place is None or not secret:
@@ -82,15 +86,15 @@ class CoordinatorActor:
         return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost, "fleet": self._keeper.status()}
 
     def drain(self, node: str, on: bool = True) -> None:
-        """Mark a node as drained, or take the mark away, as `Keeper.drain`."""
+        """Mark a node as drained, or with `on` False as no longer drained. See `Keeper.drain`."""
         self._keeper.drain(node, on)
 
     def finish_drain(self, node: str) -> None:
-        """End the actor of a drained node, as `Keeper.finish_drain`."""
+        """End the actor of a drained node. See `Keeper.finish_drain`."""
         self._keeper.finish_drain(node)
 
     def retry(self) -> None:
-        """Start what is missing now, as `Keeper.retry`."""
+        """Start missing nodes at once, also those whose start failed before. See `Keeper.retry`."""
         self._keeper.retry()
 
     def report(self, report: Report) -> Answer:

@@ -1,6 +1,7 @@
-"""Ray, as the fleet's keeper uses it: Ray nodes, the actors of cache nodes, and Ray's key-value store for the fleet's record.
+"""The keeper's access to Ray: Ray nodes, the actors of cache nodes, and Ray's key-value store for the fleet's record.
 
-The key-value store is part of Ray's control store. So the record lives exactly as long as the detached actors that it describes.
+The key-value store is part of Ray's control store, as the list of detached actors is. So the record exists exactly as long as the
+actors that it describes.
 """
 
 from contextlib import suppress
@@ -28,20 +29,20 @@ def _ray_node(node: dict[str, Any]) -> RayNode:
 
 
 def nodes_of(cluster: str) -> list[str]:
-    """Returns the sorted ids of all cache nodes of a cluster that have an actor in Ray, in any state but ended."""
+    """Returns the sorted ids of a cluster's cache nodes whose actors in Ray have not ended."""
     prefix = node_name(cluster, "")
     names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
     return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 def end_actor(name: str) -> None:
-    """End a named actor for good. Does nothing if there is none."""
+    """End a named actor, so that Ray does not restart it. Does nothing if there is no such actor."""
     with suppress(ValueError):
         ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
 
 
 class RayPlatform:
-    """Carries out the actions of a keeper (`Platform`)."""
+    """Carries out a keeper's actions with Ray (implements `Platform`)."""
 
     def __init__(self, cluster: str) -> None:
         self._cluster = cluster
@@ -88,7 +89,7 @@ class RayPlatform:
 
 
 class RayRecordStore:
-    """Keeps a fleet's record in Ray's key-value store (`RecordStore`)."""
+    """Keeps a fleet's record in Ray's key-value store (implements `RecordStore`)."""
 
     def __init__(self, cluster: str) -> None:
         self._key = f"fleet:{cluster}"

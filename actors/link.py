@@ -1,8 +1,8 @@
 """A node's link to the rest of its cluster through Ray: small calls to actors, blocks through the object store.
 
-While Ray's control store does not answer, `get_actor` and `.remote()` may block without a bound. So these calls run on threads of the
-link, and callers wait for the answer only for a bounded time. Hanging calls do not pile up: each target has few threads, and a call
-that finds no free thread in time is cancelled.
+While Ray's control store does not answer, `get_actor` and `.remote()` may block for an unlimited time. So these calls run on threads
+of the link, and callers wait for the answer only for a limited time. Hanging calls do not accumulate: each called actor has few
+threads, and a call that finds no free thread in time is cancelled.
 """
 
 import time
@@ -27,14 +27,14 @@ from tiered_kv.threads import DaemonThreads
 CONTROL_WAIT_S = 2.0
 PROBE_WAIT_S = 0.5  # less than the second that a worker waits for the node's answer to a probe
 LOCATES_AT_ONCE = 4
-TELL_AGAIN_S = 0.2  # to a node whose call failed, which Ray may be restarting
+TELL_AGAIN_S = 0.2  # pause before a failed call to a node is repeated: Ray may be restarting the node
 READY_WAIT_S = 0.05  # for an answer that Ray has reported as ready
 
 R = TypeVar("R")
 
 
 class RayLink:
-    """Finds the coordinator and the peers by name. After a failed call, the next call looks the actor up again."""
+    """Finds the coordinator and the other nodes by their actors' names. After a failed call, the next call looks the actor up again."""
 
     def __init__(self, cluster: str, node_id: str) -> None:
         self._coordinator = coordinator_name(cluster)
@@ -78,7 +78,7 @@ class RayLink:
         return self._actor(name).adopt_epochs.remote(epochs)
 
     def _is_confirmed(self, name: str, sent: "Future[ray.ObjectRef]", until_s: float) -> bool:
-        """Returns whether a node has adopted the epochs that it was sent. Waits until then at most until `until_s`."""
+        """Returns whether a node has confirmed that it has adopted the epochs sent to it. Waits for that until `until_s` at most."""
         try:
             reference = _within(max(until_s - time.monotonic(), 0), name, sent)
             ray.get(reference, timeout=max(until_s - time.monotonic(), 0))
@@ -104,7 +104,11 @@ class RayLink:
     # On the link's threads
 
     def _reported(self, report: Report) -> Answer:
-        """Send a report, unless the coordinator has not answered the former report yet, which is still in its queue."""
+        """Send a report, and return the coordinator's answer.
+
+        Raises (kind `transport`) without sending it if the coordinator has not answered the former report yet. That report is still
+        in the coordinator's queue.
+        """
         if self._unanswered is not None and not ray.wait([self._unanswered], timeout=CONTROL_WAIT_S)[0]:
             raise _silent(self._coordinator, "it has not answered an earlier report yet")
 
@@ -134,9 +138,9 @@ class RayLink:
 
 
 class RayTransfer:
-    """A transfer of frames through Ray's object store: first the peer's answer, which names an object, then the object.
+    """A transfer of frames through Ray's object store. First the peer answers with a reference to an object, then the object is fetched.
 
-    `sent`: the call to the peer, which runs on a thread of the link.
+    `sent`: the call to the peer, which runs on a thread of the link. `on_failure` is called if the peer's actor fails.
     """
 
     def __init__(self, keys: list[BlockKey], sent: "Future[ray.ObjectRef]", on_failure: Callable[[], object]) -> None:
@@ -159,7 +163,7 @@ class RayTransfer:
         return receiver.take(self._keys[: len(frames)], frames)
 
     def frames(self, wait_s: float) -> list[FramePieces]:
-        """Returns the frames of the leading requested keys; fewer if the peer had fewer. Waits at most `wait_s`."""
+        """Returns the frames of the leading requested keys that the peer has, perhaps none. Waits at most `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         if self._objects is None:
             hung = wait_s >= HUNG_AFTER_S
@@ -178,7 +182,10 @@ class RayTransfer:
 
 
 def _within(wait_s: float, whom: str, call: Future[R], **context: object) -> R:
-    """Returns the outcome of a call on a thread of the link. Raises (kind `transport`, with `context`) if it takes longer than `wait_s`."""
+    """Returns the result of a call that runs on a thread of the link.
+
+    Raises what the call raised, or an error (kind `transport`, with `context`) if the call takes longer than `wait_s`.
+    """
     try:
         return call.result(wait_s)
     except TimeoutError as error:

@@ -4,8 +4,8 @@ NAMESPACE = "tiered_kv"
 
 
 SWITCH_INTERVAL_S = 0.0005
-"""In the actors' processes, how long a thread may compute while another waits for the interpreter's lock. Python's default of 5 ms would
-be added to a transfer between nodes whenever the thread that reports happens to run."""
+"""How long a thread in an actor's process may compute while another thread waits for the interpreter's lock. With Python's default of
+5 ms, a transfer between nodes would take that much longer whenever the reporting thread runs meanwhile."""
 
 
 def coordinator_name(cluster: str) -> str:

@@ -1,4 +1,4 @@
-"""The node as a Ray actor: one on each machine, detached. Ray restarts it on the same machine, where it finds its blocks again."""
+"""The node as a detached Ray actor, one on each matching Ray node. Ray restarts it on the same machine, where it finds its blocks again."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8, enable_task_events=False)
 class NodeActor:
-    """Runs a `Node`. Serves its workers' sessions on a socket, and its peers over streams, or through Ray's object store.
+    """Runs a `Node`. It serves workers on a Unix socket, and other nodes over streams or through Ray's object store.
 
     `secret`: the cluster's secret in hexadecimal, "" for a cluster without one (`ClusterState.secret`).
     """
@@ -72,7 +72,7 @@ class NodeActor:
                 self._link.close()
 
     def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> "Link":
-        """Returns a link with streams; one through Ray only if the cluster has no secret, or the settings turn streams off."""
+        """Returns a link with streams, or a link through Ray if the cluster has no secret or the settings turn streams off."""
         from tiered_kv.actors.link import RayLink
         from tiered_kv.node.peers.network import StreamLink
 
@@ -87,7 +87,7 @@ class NodeActor:
         if self._is_serving and not self._node.is_in_place():
             log.error("%s was removed or replaced; this node ends and restarts with new files", self._node.directory)
             self._node.abdicate()
-            os._exit(1)  # Ray restarts an actor whose process ends this way, but not after an orderly exit
+            os._exit(1)  # Ray restarts an actor whose process ends this way, but not one that exits as usual
 
     def info(self) -> NodeInfo:
         """Returns what a worker needs to attach. Raises the error that kept the node from starting, if any."""
@@ -99,34 +99,35 @@ class NodeActor:
         return self._node.stats()
 
     def adopt_epochs(self, epochs: list[Epoch]) -> bool:
-        """Merge weight epochs, as `NodeEpochs.adopt`. Returns True once no block of an ended epoch can be had here."""
+        """Merge weight epochs, as `NodeEpochs.adopt` does. Returns True when no block of an ended epoch can be read here."""
         self._node.epochs.adopt(epochs)
         return True
 
     def purge(self, families: list[bytes]) -> int:
-        """Drop all blocks of these families, as `NodeEpochs.purge`. Returns how many."""
+        """Drop all blocks of these families, as `NodeEpochs.purge` does. Returns the number of dropped blocks."""
         return self._node.epochs.purge(families)
 
     def end_purge(self, families: list[bytes]) -> None:
-        """Admit blocks of these families again."""
+        """Admit blocks of these families again after a purge, as `NodeEpochs.end_purge` does."""
         self._node.epochs.end_purge(families)
 
     def checkpoint(self, request: "CheckpointRequest[StepAnswer]") -> "StepAnswer":
-        """Carry out one step of writing or restoring a checkpoint, as `Node.checkpoint`."""
+        """Carry out one step of writing or restoring a checkpoint. See `Node.checkpoint`."""
         return self._node.checkpoint(request)
 
     def record(self, on: bool, salt: bytes = b"") -> float:
-        """Start or stop recording requests, as `Node.record`."""
+        """Start or stop recording requests. See `Node.record`."""
         return self._node.record(on, salt)
 
     def recorded(self, everything: bool = False) -> "Recorded":
-        """Returns the requests recorded since the last call, as `Node.recorded`."""
+        """Returns the requests recorded since the last call. See `Node.recorded`."""
         return self._node.recorded(everything)
 
     def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
-        """Returns the frames of the leading keys that this node has, as one object in Ray's object store; [] if it has none.
+        """Returns a reference to the frames of the leading keys that this node has, in a list; [] if it does not have the first key.
 
-        The object is a list of frames, each a list of buffers. Payloads are copied once, from the arena to the store.
+        The frames are one object in Ray's object store: a list of frames, each a list of buffers. Payloads are copied once, from
+        the arena to the object store.
         """
         with self._node.serving(keys) as frames:
             if not frames:
@@ -134,21 +135,22 @@ class NodeActor:
             return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
 
     def inventory(self) -> Inventory:
-        """Returns the node's blocks for a handover, as `leaving.inventory`."""
+        """Returns the node's blocks, to be handed over to other nodes. See `leaving.inventory`."""
         from tiered_kv.node.lifetime.leaving import inventory
 
         return inventory(self._node)
 
     def take_over(self, runs: list[BlockRun], models: ModelMessages, wait_s: float) -> int:
-        """Pull blocks of a node that ends, as `leaving.take_over`."""
+        """Pull blocks of a node that is about to end. Returns how many of them are here then. See `leaving.take_over`."""
         from tiered_kv.node.lifetime.leaving import take_over
 
         return take_over(self._node, runs, models, wait_s)
 
     def close(self, flush_s: float = 0.0) -> EndReport:
-        """Leave the cluster, and delete all files of the node but a disk folder that the settings name.
+        """Leave the cluster, and delete the node's files. A disk folder that the settings name is kept.
 
-        Blocks that only memory has are written to that folder first, for at most `flush_s`. Returns what became of the blocks.
+        Before that, blocks that only memory has are written to the kept folder, for at most `flush_s`. Returns what became of the
+        blocks.
         """
         from tiered_kv.node.lifetime.leaving import end
         from tiered_kv.node.peers.network import StreamLink

@@ -1,4 +1,4 @@
-"""The life of a cluster on real machines: its state file, starting, joining and stopping Ray, and the command line.
+"""Starts, inspects and stops clusters on real machines: state files, starting, joining and stopping Ray, and the command line.
 
 May import actors, client, node, protocol, checkpoint, config, errors; psutil; ray only inside functions that need it.
 Must never import torch. Must never touch a process that it did not start, or a file that it did not write.

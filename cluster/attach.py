@@ -1,7 +1,7 @@
 """Attaches any process on a machine of the cluster to that machine's node.
 
-A node writes a record beside its socket. A process of the same user that finds the record needs no Ray, and does not end when
-Ray does. Ray is used only if there is no record.
+A node writes a record beside its socket. A process of the same user that finds the record needs no Ray, and continues if Ray
+ends. Ray is used only if there is no record.
 """
 
 import os
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 HEARTBEATS_TO_WAIT = 3
 ATTACH_WITHIN_S = 8.0
-"""How long `attach` waits for a node on this machine that runs but does not answer. Mapping its memory is not included."""
+"""How long `attach` waits for a node on this machine that runs but does not answer. The time to map the node's memory is extra."""
 RESTART_WITHIN_S = 3.0
-"""How long `attach` waits for a node that has ended, which Ray may be restarting, before it uses Ray to find one."""
+"""How long `attach` waits for a node that has ended, which Ray may be restarting, before it uses Ray to find a node."""
 LOOK_AGAIN_S = 0.1
 
 
 def join(name: str, address: str | None = None) -> None:
     """Connect this process to the cluster's Ray, unless it is connected already.
 
-    The address is `address`, else that of the cluster's state file on this machine, else `RAY_ADDRESS`. Raises (kind `cluster`) if
-    there is none, or if this process is connected to another Ray than `address`.
+    Ray's address is `address`, else the one in the cluster's state file on this machine, else `RAY_ADDRESS`. Raises (kind `cluster`)
+    if none of them is set, or if this process is connected to another Ray than `address`.
     """
     import ray
 
@@ -52,7 +52,7 @@ def join(name: str, address: str | None = None) -> None:
 def node_here(nodes: list[dict]) -> dict:
     """Returns the record of the cache node on this process's Ray node, else of any node whose shared memory is on this machine.
 
-    Raises (kind `cluster`) if there is none.
+    Raises (kind `cluster`) if there is no such node.
     """
     import ray
 
@@ -68,11 +68,11 @@ def node_here(nodes: list[dict]) -> dict:
 def attach(
     namespace: Namespace, layout_of_block_tokens, *, name: str = state.DEFAULT_NAME, address: str | None = None, **rope: Any
 ) -> "Client":
-    """Returns a client of the node on this machine, without Ray if the node's record is here.
+    """Returns a client of the node on this machine. Does not use Ray if the node's record is on this machine.
 
-    `layout_of_block_tokens` is a function from the cluster's block size to the layout. `rope`: as in `client_of`. The client finds
-    the node of the cluster `name` again by itself, even after the cluster was stopped and started again. Raises (kind `cluster`) if
-    there is no node, or if it does not answer within ATTACH_WITHIN_S.
+    `layout_of_block_tokens` is a function from the cluster's block size in tokens to the layout. `rope`: as in `client_of`. The
+    client reconnects to the node of the cluster `name` by itself, even after the cluster was stopped and started again. Raises
+    (kind `cluster`) if there is no node, or if the node does not answer within ATTACH_WITHIN_S.
     """
     from tiered_kv.client.connect import client_of
 
@@ -102,7 +102,7 @@ def attach_pages(
 ) -> "PageClient":
     """Returns a client of the node on this machine for an engine's pages. Never uses Ray.
 
-    If there is no node now, the client finds it once there is one. `node_id`: use only the node with this id.
+    If there is no node now, the client connects as soon as there is one. `node_id`: use only the node with this id.
     """
     from tiered_kv.client.connect import page_client_of
 

@@ -1,4 +1,4 @@
-"""Drains a node: its blocks go to other nodes that have room, the hottest first; then it closes and is not started again."""
+"""Drains a node: hands its blocks to other nodes that have room, the hottest first. Then the node closes and is not started again."""
 
 import time
 from collections.abc import Callable
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 32 << 20
 CALL_S = 10.0
-"""The longest wait of a peer for one batch."""
+"""How long one peer may take to pull one batch."""
 PASSES = 3
-"""How often the node is asked for its blocks: workers store more of them meanwhile."""
+"""How often at most the node is asked for its blocks: workers store more blocks during the handover."""
 
 Advance = Callable[[float, float, str], None]
 
 
 @dataclass
 class Drained:
-    """What became of a drained node's blocks. taken: by peer, how many it has now. left, left_bytes: not handed over, because of `why`.
+    """What became of a drained node's blocks.
 
-    end: the node's own report of its end; an error if it did not close in order, None if it did not run.
+    taken: by peer, how many blocks it has taken over. left, left_bytes: number and bytes of the blocks that were not handed over.
+    why: the first reason for that. end: the node's own report when it closed, an error if it did not close as it should,
+    None if it was not asked to close.
     """
 
     node: str
@@ -39,7 +41,7 @@ class Drained:
     end: "EndReport | TieredKVError | None" = None
 
     def as_record(self) -> dict[str, Any]:
-        """Returns the figures, ready for JSON."""
+        """Returns the fields as a dict for JSON."""
         end = {"error": str(self.end)} if isinstance(self.end, TieredKVError) else self.end._asdict() if self.end else None
         return {"node": self.node, "taken": self.taken, "left": self.left, "left_bytes": self.left_bytes, "why": self.why, "end": end}
 
@@ -55,9 +57,9 @@ def drain(
 ) -> Drained:
     """Drain a node of the cluster whose Ray this process has joined. Returns what became of its blocks.
 
-    node: its id, or the address of its Ray node. within_s: how long blocks are handed over. If that is interrupted, the node goes on as
-    before. Raises (kind `cluster`) if there is no such node, or if it is the last one and has no disk folder that keeps its blocks,
-    unless `force` is set.
+    node: its id, or the address of its Ray node. within_s: for how long blocks are handed over at most. If the handover is interrupted,
+    the node continues to serve. Raises (kind `cluster`) if there is no such node. Raises also, unless `force` is set, if it is the
+    last node and has no disk folder that keeps its blocks.
     """
     about = start.describe_fleet(name)
     node = node_at(about, node)
@@ -85,7 +87,10 @@ def drain(
 
 
 def undo(name: str, node: str, log: start.LogLine) -> None:
-    """Start a drained node again, and wait until it serves. Raises (kind `cluster`) if there is no such node, or if it does not start."""
+    """Start a drained node again, and wait until it serves.
+
+    `node`: as in `drain`. Raises (kind `cluster`) if there is no such node, or if it does not start.
+    """
     about = start.describe_fleet(name)
     node, before = node_at(about, node), about["fleet"]["rounds"]
     start.call_coordinator(name, "drain", node, False)
@@ -97,12 +102,12 @@ def undo(name: str, node: str, log: start.LogLine) -> None:
 
 
 def node_at(about: dict, node: str) -> str:
-    """Returns the id of the node at an address; anything else as it is."""
+    """Returns the id of the node whose address is `node`, or `node` itself if no node has this address."""
     return {member["address"]: member["node"] for member in about["fleet"]["members"]}.get(node, node)
 
 
 def peers_with_room(about: dict, node: str) -> dict[str, int]:
-    """Returns, for each other live node that stays, the bytes that it has room for in host memory and on its disk."""
+    """Returns the free bytes in host memory and on disk of each live node except `node` and nodes that are draining or drained."""
     leaving = {member["node"] for member in about["fleet"]["members"] if member["state"] in ("draining", "drained")}
     room = {}
     for each in about["nodes"]:
@@ -130,9 +135,9 @@ def hand_over(
     advance: Advance = lambda *_: None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Let peers pull the blocks of a node, the most worth keeping first. Adds the outcome to `drained`.
+    """Let peers pull the blocks of the node `drained.node`, the most valuable first. Adds the outcome to `drained`.
 
-    ask: calls methods of nodes. room: by peer, the bytes that it has room for. Never raises for a peer that fails: it gets no more blocks.
+    ask: calls methods of nodes. room: by peer, its free bytes. A peer that fails gets no more blocks, and causes no exception.
     """
     handover = _Handover(ask, drained, dict(room), now_s() + within_s, advance, now_s)
     for _ in range(PASSES):
@@ -155,7 +160,7 @@ class _Handover:
         self._models: ModelMessages = {}
 
     def pass_on(self, inventory: "Inventory") -> bool:
-        """Hand over the blocks that were not seen before. Returns whether there were any."""
+        """Hand over the blocks of the inventory that no earlier inventory had. Returns whether there were any."""
         self._models = inventory.models
         fresh = [run for run in map(self._unseen, inventory.runs) if run.keys]
         total_bytes = self._done_bytes + sum(run.nbytes * len(run.keys) for run in fresh)
@@ -168,12 +173,12 @@ class _Handover:
         return bool(fresh)
 
     def _unseen(self, run: "BlockRun") -> "BlockRun":
-        """Returns the run from its first block on that was not seen before. Chains only grow at their end."""
+        """Returns the part of the run from its first unseen block on. All later blocks are unseen too, because chains grow at their end."""
         known = next((at for at, key in enumerate(run.keys) if key not in self._seen), len(run.keys))
         return _part(run, known, len(run.keys))
 
     def _assign(self, run: "BlockRun") -> list[str]:
-        """Queue a run, or parts of it, for peers with room: first for the peer that has its parent. Returns these peers."""
+        """Queue a run, whole or in parts, for peers with room, preferably for the peer that has the run's parent. Returns these peers."""
         chosen = []
         home = self._seen.get(run.parent, "") if run.parent is not None else ""
         while run.keys:
@@ -201,7 +206,7 @@ class _Handover:
         if taken < blocks:
             why = f"{peer}: {answer}" if isinstance(answer, TieredKVError) else f"{peer} took only {taken} of {blocks} blocks"
             self._drained.why = self._drained.why or why
-        if not taken:  # it gets no more; the others may have room for these, too
+        if not taken:  # the peer gets no more blocks; other peers may have room for these
             self._room[peer] = 0
             for run in runs:
                 self._assign(run)
@@ -220,5 +225,5 @@ class _Handover:
 
 
 def _part(run: "BlockRun", start: int, end: int) -> "BlockRun":
-    """Returns the blocks `start` to `end` of a run, as a run."""
+    """Returns the blocks `start` to `end` (exclusive) of a run, as a run."""
     return run._replace(parent=run.keys[start - 1] if start else run.parent, depth=run.depth + start, keys=run.keys[start:end])

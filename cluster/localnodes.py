@@ -1,4 +1,4 @@
-"""Finds the nodes of a cluster on this machine by their records in shared memory. Makes no calls, and does not import ray."""
+"""Finds the nodes of a cluster on this machine by their records in shared memory. Calls no node, and does not import ray."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tiered_kv.protocol.node_record import NodeRecord
 
 LIVE_S = 2.0
-"""A node is alive if its last heartbeat is younger than this. Heartbeats are written every 0.1 s."""
+"""A node counts as alive if its last heartbeat is younger than this. Nodes write one every 0.1 s."""
 STAY_S = 5.0
 """How long a client waits for its own node's next heartbeat before it uses another node of the cluster on this machine."""
 
@@ -34,7 +34,7 @@ class LocalNodes:
         self._chosen: NodeRecord | None = None
 
     def records(self) -> "list[NodeRecord]":
-        """Returns all records that match, including those of nodes that ended without removing them."""
+        """Returns all matching records, including those of nodes that ended without removing their record."""
         from tiered_kv.protocol.node_record import records_below
 
         known = self._known()
@@ -52,8 +52,9 @@ class LocalNodes:
     def find(self) -> dict | None:
         """Returns the description (`Node.info`) of the node to use, or None while no node is alive.
 
-        This is the previous node, for STAY_S after its last heartbeat. Else it is the node on this process's Ray node, if the
-        process uses Ray, else the first by name. Raises (kind `cluster`) if the node has another protocol version.
+        For STAY_S after its last heartbeat, only the node that was chosen last is used. After that a live node is chosen: preferably one
+        with the same id, else the one on this process's Ray node if the process uses Ray, else the first by id. Raises
+        (kind `cluster`) if the chosen node has another protocol version.
         """
         from tiered_kv.protocol.session import PROTOCOL
 
@@ -79,11 +80,11 @@ class LocalNodes:
         return best.info
 
     def running(self) -> list[bool]:
-        """Returns, for each node with a record here, whether its process runs."""
+        """Returns, for each matching record, whether the node's process is running."""
         return [os.path.exists(f"/proc/{record.pid}") for record in self.records()]
 
     def silent(self, waited_s: float, error: TieredKVError | None) -> TieredKVError:
-        """Returns the error (kind `cluster`) for nodes that run here and do not answer. `error`: the last error of an attempt."""
+        """Returns the error to raise (kind `cluster`) if nodes run here but do not answer. `error`: that of the last attempt to attach."""
         now_ns = time.monotonic_ns()
         silent = [f"{record.node_id} (process {record.pid}, last heartbeat {record.age_s(now_ns):.0f} s ago)" for record in self.records()]
         why = f": {error}" if error else ""

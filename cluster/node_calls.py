@@ -14,8 +14,8 @@ RECEIVE_WITHIN_S = 30.0  # for copying an answer that is ready, which may be lar
 def calls_to(cluster: str, within_s: float = ANSWER_WITHIN_S) -> Ask:
     """Returns a function that calls a method on several nodes at once. This process must have joined the cluster's Ray.
 
-    The function returns one answer for each node. A node that fails, or does not answer within `within_s` seconds,
-    is answered by a `TieredKVError`, which is returned and not raised.
+    The function returns a dict with the answer of each node. For a node that fails, or does not answer within `within_s`
+    seconds, the dict has a `TieredKVError` instead of an answer. The function itself never raises it.
     """
     import ray
 

@@ -19,7 +19,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
-    """Identifies a process; a later process with the same pid is not equal.
+    """Identifies a process. A later process with the same pid has another start time, so it is not equal.
 
     `start_time` is in clock ticks since boot.
     """
@@ -38,7 +38,7 @@ class Process(NamedTuple):
     def alive(self) -> bool:
         """Returns whether the process is running.
 
-        A process that has ended but was not reaped (a zombie) is not running; a child of this process is reaped here.
+        A process that has ended but was not reaped (a zombie) is not running. If it is a child of this process, it is reaped here.
         """
         with suppress(psutil.NoSuchProcess):
             if _start_time(self.pid) == self.start_time:
@@ -56,9 +56,9 @@ class Process(NamedTuple):
 
 
 def _start_time(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks since boot; None if there is no such process.
+    """Returns when a process started, in clock ticks since boot, or None if there is no such process.
 
-    psutil's own start time is a time of day, which changes when the system's clock is set; state files outlive that.
+    psutil's own start time is a time of day. It changes when the system's clock is set, so a state file must not contain it.
     """
     boot_s = psutil.boot_time()  # before the start time: psutil below 7.1 adds the boot time that was read last
     with suppress(psutil.NoSuchProcess):
@@ -82,7 +82,7 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 def session_members(leader: Process, directory: Path) -> list[Process]:
     """Returns the running processes of a leader's session, including the leader.
 
-    Once the leader has ended, its number may be the id of an unrelated session. Then only processes that have a file
+    Once the leader has ended, its pid may be the id of an unrelated session. Then only processes that have a file
     below `directory` open (Ray's own log files) are returned. Cost: one system call for each process of the machine.
     """
     start_time = _start_time(leader.pid)
@@ -104,17 +104,20 @@ def _session(number: int) -> list[Process]:
 
 
 def _has_open_file_below(pid: int, directory: Path) -> bool:
-    """Reads /proc: psutil's `open_files` leaves out files that were deleted, and a cleaner of /tmp may have deleted Ray's logs."""
+    """Returns whether a process has a file below `directory` open.
+
+    Reads /proc, because psutil's `open_files` leaves out deleted files, and a cleaner of /tmp may have deleted Ray's logs.
+    """
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to another user
         return any(os.path.realpath(f"/proc/{pid}/fd/{fd}").startswith(f"{directory}/") for fd in os.listdir(f"/proc/{pid}/fd"))
     return False
 
 
 def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) -> list[int]:
-    """Stop sessions: send SIGTERM to each leader, wait up to `wait_s`, then send SIGKILL to the processes that are left.
+    """Stop sessions: send SIGTERM to each leader, wait up to `wait_s`, then send SIGKILL to the processes that still run.
 
-    A process that outlives its leader also gets SIGTERM, and 2 s to end. Returns the pids that had to be killed, or []
-    if all ended by themselves. `directory`: see `session_members`.
+    A process that outlives its leader also gets SIGTERM, and 2 s to end. Returns the pids that got SIGKILL, or [] if all ended
+    after SIGTERM. `directory`: see `session_members`.
     """
     leaders = list(leaders)
     known = {process for leader in leaders for process in session_members(leader, directory)}
@@ -136,8 +139,8 @@ def stop_sessions(leaders: Iterable[Process], directory: Path, wait_s: float) ->
 def _wait_gone(leaders: list[Process], known: set[Process], directory: Path, wait_s: float) -> list[Process]:
     """Wait until all `known` processes and the leaders' sessions have ended. Adds the session members to `known`.
 
-    Returns the processes that are still running. A process that outlives its leader has no parent left to stop it
-    (Ray's agents keep running): it gets SIGTERM, and less time.
+    Returns the processes that are still running. A process that outlives its leader, as Ray's agents do, has no parent left to
+    stop it. So it gets SIGTERM here, and must end within `_ORPHANS_WAIT_S`.
     """
     deadline_s = time.monotonic() + wait_s
     signalled: set[Process] = set()

@@ -4,7 +4,7 @@ Facts about Ray 2.60 that shape this module:
 
 * A node at 127.0.0.1 hangs. Nodes at 127.0.0.2 and above work.
 * Ray listens on all interfaces even then, so token authentication is always on.
-* A driver with a wrong token, address or node retries for 20 to 60 s, so everything is checked before `ray.init`.
+* A driver with a wrong token, address or node retries for 20 to 60 s, so all three are checked before `ray.init`.
 * A token file that cannot be read aborts the process.
 """
 
@@ -48,9 +48,9 @@ _LEAN = {
 
 @dataclass(frozen=True)
 class RayProcesses:
-    """A local Ray cluster started by this package.
+    """A local Ray cluster that this package has started.
 
-    `processes`: its session leaders, one per node, the head node's first.
+    `processes`: the leaders of its nodes' sessions, one per node, the head node's first.
     """
 
     address: str
@@ -63,7 +63,7 @@ class RayProcesses:
 def node_resource(index: int) -> str:
     """Returns the name of a custom resource that only node `index` of a local cluster has (quantity 1).
 
-    Used to place actors.
+    Actors that require the resource are placed on that node.
     """
     return f"tiered_kv_node_{index}"
 
@@ -72,8 +72,8 @@ def start_ray(nodes: int, object_store_bytes: int, cpus_per_node: int | None = N
     """Start a local Ray cluster of `nodes` nodes at 127.0.0.2, 127.0.0.3, … The cluster outlives this process.
 
     The token (mode 0600) and one log per node are written to `directory`. `cpus_per_node`: None means all CPUs of the
-    machine. Takes about 3 s for the head node and 3 s more for all others. Any number of clusters may run side by side.
-    If the start fails or is interrupted, every started process is stopped again. Raises `TieredKVError` (kind `config`
+    machine. Takes about 3 s for the head node, and 3 s more for all other nodes together. Any number of clusters may run side by
+    side. If the start fails or is interrupted, every started process is stopped again. Raises `TieredKVError` (kind `config`
     or `cluster`).
     """
     if not 1 <= nodes <= NODES_MAX:
@@ -101,7 +101,7 @@ HEAD_ROLE = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
 
 
 class _Joining(NamedTuple):
-    """What a Ray node needs to join a local cluster."""
+    """The arguments with which a Ray node is started that joins a local cluster."""
 
     address: str
     token_path: str
@@ -112,20 +112,21 @@ class _Joining(NamedTuple):
 
 
 def add_nodes(indexes: Sequence[int], ray: RayProcesses, object_store_bytes: int, *, directory: Path) -> list[Process]:
-    """Start more nodes of a local cluster, or nodes that have ended, at the addresses of these indexes. Returns their processes.
+    """Start new nodes of a local cluster, or restart nodes that have ended. Returns their processes.
 
-    If one does not start, all of them are stopped again. Raises as `start_ray`.
+    `indexes`: the numbers of these nodes, which determine their addresses (`local_ip`). If one node does not start, all of
+    `indexes` are stopped again. Raises what `start_ray` raises.
     """
     if any(not 1 <= index < NODES_MAX for index in indexes):
         raise TieredKVError(Kind.CONFIG, f"nodes: must be 1 to {NODES_MAX}, got {max(indexes) + 1}", setting="nodes")
     for index in indexes:
-        shutil.rmtree(_node_dir(Path(ray.temp_dir), index), ignore_errors=True)  # the former life's address would look like an answer
+        shutil.rmtree(_node_dir(Path(ray.temp_dir), index), ignore_errors=True)  # a former address file would look new to `_wait_ready`
     joining = _Joining(ray.address, ray.token_path, ray.temp_dir, directory, object_store_bytes)
     return _join_nodes(indexes, joining, time.monotonic() + START_TIMEOUT_S)
 
 
 def _join_nodes(indexes: Iterable[int], joining: _Joining, deadline_s: float) -> list[Process]:
-    """Start nodes that join a head node, side by side. Returns their processes; stops all of them if one does not start."""
+    """Start nodes that join a head node, all at once. Returns their processes. If one node does not start, stops all of them."""
     temp_dir, started = Path(joining.temp_dir), {}
     with ExitStack() as undo:
         undo.callback(lambda: stop_sessions(started.values(), temp_dir, STOP_WAIT_S))
@@ -141,10 +142,10 @@ def _join_nodes(indexes: Iterable[int], joining: _Joining, deadline_s: float) ->
 
 
 def stop_ray(processes: Iterable[Process], temp_dir: str | None, wait_s: float = STOP_WAIT_S) -> list[int]:
-    """Stop exactly these sessions (see `start_ray`) and delete their temporary directory. Safe to repeat.
+    """Stop exactly the sessions of these leaders (see `start_ray`) and delete their temporary directory. Safe to repeat.
 
     Takes about 2 s, at most twice `wait_s`. A process that has joined the cluster should leave it first. Returns the
-    pids that did not end by themselves and were killed. Ray's plasma files need no cleanup: they are already unlinked,
+    pids that did not end after SIGTERM and were killed. Ray's plasma files need no cleanup: they are already unlinked,
     and the kernel frees them when their process ends.
     """
     directory = Path(temp_dir or "/nonexistent")
@@ -246,7 +247,7 @@ def join_ray(address: str, node_ip: str | None = None, token_path: str | None = 
 
 
 def text_for_open_ray(address: str) -> str:
-    """Returns what it means to join a Ray without token authentication, as the environment is now; "" for one with it."""
+    """Returns a warning if the environment sets no token authentication for the Ray at `address`, else ""."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return ""
     return (
@@ -278,9 +279,9 @@ def leave_ray() -> None:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Returns host and port of "host:port".
+    """Returns the host and the port in the text "host:port".
 
-    Raises `TieredKVError` (kind `cluster`) for any other form, including ray://.
+    Raises `TieredKVError` (kind `cluster`) for any other form, such as ray://.
     """
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     host = host.removeprefix("[").removesuffix("]")
@@ -290,7 +291,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def probe(address: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Raises `TieredKVError` (kind `cluster`) unless a gRPC server, as Ray is one, answers at `address` in time."""
+    """Raise `TieredKVError` (kind `cluster`) unless a gRPC server, which Ray is, answers at `address` within `timeout_s`."""
     host, port = parse_address(address)
     try:
         with socket.create_connection((host, port), timeout_s) as connection:
@@ -326,7 +327,7 @@ def _stay(joined: str, address: str) -> str:
 
 
 def _nodes_alive(address: str) -> list:
-    """Returns Ray's records of the live nodes. Asks only once, so that a refused token is reported at once."""
+    """Returns Ray's records of the live nodes. Does not retry, so that a refused token is reported at once."""
     import ray
     from ray._raylet import GcsClient
 
@@ -352,9 +353,10 @@ def _node_to_join(nodes: list, node_ip: str | None, address: str) -> str:
 
 @contextmanager
 def _authentication(token_path: str | None) -> Iterator[ExitStack]:
-    """Set Ray's authentication from a token file.
+    """Set Ray's authentication from a token file, and undo it at the end of the with block.
 
-    At the end it is undone, unless the caller empties the stack (`pop_all`).
+    Yields the stack of undo steps. If the caller empties it (`pop_all`), the authentication stays. None as `token_path` leaves the
+    environment as it is.
     """
     with ExitStack() as undo:
         if token_path is not None:
@@ -367,7 +369,7 @@ def _authentication(token_path: str | None) -> Iterator[ExitStack]:
 
 
 def _check_token() -> None:
-    """Raises (kind `cluster`) if Ray is set to use a token and has none, because Ray would abort the process."""
+    """Raise (kind `cluster`) if Ray is set to use a token but has none: Ray itself would abort the process."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -380,7 +382,7 @@ def _check_token() -> None:
 
 
 def _reload_authentication() -> None:
-    """Make Ray read its authentication settings again. By default it keeps those from its first import."""
+    """Make Ray read its authentication settings again. By default it keeps the settings that it read when it was imported."""
     from ray._raylet import AuthenticationTokenLoader, Config
 
     Config.initialize("")

@@ -1,4 +1,4 @@
-"""A second `up` of a cluster that runs already: checks its settings, and starts what is missing of it."""
+"""The work of `up` for a cluster that runs already: checks its settings, and starts its missing parts."""
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 def differences(asked: Asked, running: Config, selector: str | None) -> list[str]:
-    """Returns a text for each given setting that differs from the running cluster's."""
+    """Returns a text for each setting of `asked` that differs in the running cluster. `selector`: the running cluster's."""
     wanted, has = asdict(asked.config), asdict(running)
     names = has if asked.given is None else [setting for setting in has if setting in asked.given]
     found = [
@@ -36,9 +36,9 @@ def differences(asked: Asked, running: Config, selector: str | None) -> list[str
 
 
 def resume(cluster: ClusterState, asked: Asked, log: start.LogLine, mounted_bytes: int = 0) -> ClusterState:
-    """Start what is missing of a cluster that this machine has a state file of. Returns its state.
+    """Start the missing parts of a cluster whose state file is on this machine. Returns its state.
 
-    Raises (kind `config`) if settings differ, and changes nothing then; (kind `cluster`) if its Ray does not answer.
+    Raises (kind `config`), with nothing changed, if settings differ. Raises (kind `cluster`) if the cluster's Ray does not answer.
     """
     _check_address(cluster, asked)
     before = len(cluster.gone()), len(cluster.processes)
@@ -64,7 +64,10 @@ def resume(cluster: ClusterState, asked: Asked, log: start.LogLine, mounted_byte
 
 
 def existing(name: str) -> "FleetRecord | None":
-    """Returns the record of the cluster of this name on the Ray that this process has joined, whether it answers or not."""
+    """Returns the fleet's record of the cluster `name` in the Ray that this process has joined, or None if Ray has no such record.
+
+    Reads Ray's key-value store, so the cluster's coordinator need not answer.
+    """
     from tiered_kv.actors.fleet import RayRecordStore
     from tiered_kv.protocol.fleet import FleetRecord
 
@@ -73,9 +76,9 @@ def existing(name: str) -> "FleetRecord | None":
 
 
 def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, log: start.LogLine) -> ClusterState:
-    """Write the state file of a cluster that was started from another machine, and start what is missing of it. Returns its state.
+    """Write the state file of a cluster that was started from another machine, and start its missing parts. Returns its state.
 
-    `cluster`: its name and address. Raises (kind `config`) if settings differ.
+    `cluster`: a state with the cluster's name and address. `found`: the fleet's record. Raises (kind `config`) if settings differ.
     """
     running = Config.of(found.settings)
     _refuse(cluster.name, differences(asked, running, found.selector))
@@ -101,7 +104,7 @@ def _refuse(name: str, found: list[str]) -> None:
 
 
 def _with_ray_nodes(cluster: ClusterState, nodes: int | None, log: start.LogLine) -> ClusterState:
-    """Start the cluster's Ray nodes on this machine that have ended, and new ones up to `nodes`. Returns its new state."""
+    """Restart the cluster's Ray nodes on this machine that have ended, and add nodes up to `nodes`. Returns the cluster's new state."""
     have = len(cluster.processes)
     if nodes is not None and nodes < have:
         message = f"--nodes: cluster {cluster.name!r} has {have}, got {nodes}; `tiered-kv drain` takes nodes out"
@@ -122,7 +125,7 @@ def _with_ray_nodes(cluster: ClusterState, nodes: int | None, log: start.LogLine
 
 
 def _complete(cluster: ClusterState, config: Config, log: start.LogLine, mounted_bytes: int, nodes_with: str | None, changed: bool) -> None:
-    """Start the coordinator if there is none, let its keeper start the nodes that are missing, and say what was done."""
+    """Start the coordinator if there is none, let its keeper start the missing nodes, and log what was done."""
     if not _has_coordinator(cluster.name):
         log("starting the coordinator")
         start.start_coordinator(cluster, config, mounted_bytes, nodes_with)

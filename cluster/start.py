@@ -1,4 +1,5 @@
-"""Starts a cluster: a coordinator, whose keeper starts a cache node on each matching Ray node, on our own Ray or an existing one."""
+"""Starts a cluster, on a Ray that it starts or on an existing one. The coordinator's keeper starts a cache node on each matching
+Ray node."""
 
 import time
 from collections.abc import Callable, Collection
@@ -38,13 +39,13 @@ def up(
 ) -> ClusterState:
     """Start a cluster called `name`, on new Ray nodes on this machine, or on the Ray at `address`. Returns its state.
 
-    A cluster of this name that runs already is checked instead, and what is missing is started (`resume`).
+    If a cluster of this name runs already, its settings are checked instead, and its missing parts are started (`resume`).
 
     nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: the text of a `Selector`; None for all Ray nodes. `log` is
     called with a line for each step. mounted_bytes: the size of a checkpoint to mount, for which each node's index gets slots. given:
-    the settings to compare with those of a cluster that runs already; None for all of them.
+    the names of the settings to compare with those of a cluster that runs already; None for all settings.
 
-    If anything fails, everything that was started is stopped again. Raises `TieredKVError` with the name of a wrong setting.
+    If anything fails, everything that was started is stopped again. Raises `TieredKVError` naming the setting that is wrong.
     """
     from tiered_kv.cluster import resume
     from tiered_kv.node.codec_plan import check_settings
@@ -110,7 +111,8 @@ def _start(name: str, asked: Any, log: LogLine, mounted_bytes: int) -> ClusterSt
 def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int = 0, nodes_with: str | None = None) -> None:
     """Start the coordinator's actor, with its keeper, on the head node of the Ray that this process has joined.
 
-    Ray's head must live anyway, because it runs Ray's control store. On another node, the coordinator would end with that node.
+    Without the head node there is no Ray, because it runs Ray's control store. On another node, the coordinator would end with
+    that node.
     """
     import ray
 
@@ -130,7 +132,8 @@ def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int 
 def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, within_s: float = START_WITHIN_S) -> "FleetStatus":
     """Wait until no cache node is starting any more. Returns the fleet. `log` is called with a line for each node that starts.
 
-    `rounds`: how many rounds of the keeper must have succeeded. Raises (kind `cluster`) if a node neither serves nor refuses in time.
+    `rounds`: how many rounds the keeper must have completed. Raises (kind `cluster`) if after `within_s` a node is still starting, or
+    the keeper has completed fewer rounds.
     """
     deadline_s, said = time.monotonic() + within_s, set()
     while True:
@@ -162,14 +165,14 @@ def ray_environment(cluster: ClusterState) -> dict[str, str]:
 def describe(name: str = state.DEFAULT_NAME, within_s: float = ANSWER_WITHIN_S) -> dict:
     """Returns the coordinator's description of the cluster that this process has joined: id, settings, nodes, lost nodes and fleet.
 
-    Waits at most `within_s` for a coordinator that is restarting, and as long again for its answer. Raises (kind `cluster`) if
-    there is none, or if it does not answer.
+    Waits at most `within_s` while the coordinator is restarting, and as long again for its answer. Raises (kind `cluster`) if there is
+    no coordinator, or if it does not answer.
     """
     return call_coordinator(name, "describe", within_s=within_s)
 
 
 def describe_fleet(name: str) -> dict:
-    """As `describe`. Raises (kind `cluster`) if the coordinator is of an older version of tiered_kv, which knows no fleet."""
+    """Returns what `describe` returns. Raises (kind `cluster`) also if the coordinator's version of tiered_kv has no fleets yet."""
     about = describe(name)
     if "fleet" not in about:
         message = f"cluster {name!r} was started by an older version of tiered_kv; stop it with that version's `tiered-kv down`"
@@ -178,7 +181,7 @@ def describe_fleet(name: str) -> dict:
 
 
 def call_coordinator(name: str, method: str, *arguments: Any, within_s: float = ANSWER_WITHIN_S) -> Any:
-    """Call a method of the coordinator. Returns its answer. Waits and raises as `describe`, or raises what the method raised."""
+    """Call a method of the coordinator. Returns its answer. Waits and raises as `describe` does. Also raises what the method raised."""
     import ray
 
     deadline_s = time.monotonic() + within_s
@@ -197,14 +200,14 @@ def call_coordinator(name: str, method: str, *arguments: Any, within_s: float = 
 
 
 def nodes_of(name: str) -> list[str]:
-    """Returns the ids of all nodes that have an actor in Ray, in any state."""
+    """Returns the sorted ids of a cluster's nodes whose actors in Ray have not ended."""
     from tiered_kv.actors import fleet
 
     return fleet.nodes_of(name)
 
 
 def _running(name: str) -> ClusterState | None:
-    """Returns the state of the cluster if its Ray may run; else removes its processes and files, and returns None."""
+    """Returns the state of the cluster if its Ray may be running. Else stops its processes, deletes its files, and returns None."""
     known = state.find(name)
     if known is None or known.has_head():
         return known

@@ -36,7 +36,7 @@ _TYPES = {
     "secret": str,
 }
 _LATER_FIELDS = {"secret": ""}
-"""Fields that state files of older versions lack, and the values that stand for a missing one."""
+"""Fields that state files of older versions lack, each with the value to use instead."""
 SECRET_BYTES = 32
 
 
@@ -46,9 +46,9 @@ class ClusterState:
 
     address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head node's first; empty
     if Ray was started by others. owns_ray: whether `tiered-kv up` started Ray. processes: the leaders of the started
-    sessions, one per node; empty unless `owns_ray`. temp_dir: folder with Ray's files of these sessions.
-    created_s: seconds since 1970. config: the settings as the user gave them. secret: 32 random bytes in hexadecimal, with
-    which the cluster's processes prove to each other that they belong to it; "" for a cluster that an older version started.
+    sessions, one per node; empty unless `owns_ray`. temp_dir: the folder with Ray's files. created_s: seconds since 1970.
+    config: the settings as the user gave them. secret: 32 random bytes in hexadecimal. With it the cluster's processes prove to
+    each other that they are of this cluster. It is "" if an older version started the cluster.
     """
 
     cluster_id: str
@@ -65,7 +65,7 @@ class ClusterState:
 
     @property
     def node_ip(self) -> str | None:
-        """The address of the node that drivers on this machine join. None leaves the choice to `join_ray`."""
+        """The address of the Ray node that drivers on this machine join. If it is None, `join_ray` chooses a node."""
         return self.node_ips[0] if self.node_ips else None
 
     def gone(self) -> list[int]:
@@ -73,7 +73,7 @@ class ClusterState:
         return [process.pid for process in self.processes if not process.alive()]
 
     def has_head(self) -> bool:
-        """Returns whether the head of the Ray that `tiered-kv up` started is running. True if others started Ray."""
+        """Returns whether the head node of the Ray that `tiered-kv up` started is running. True if others started Ray."""
         return not self.processes or self.processes[0].alive()
 
     def alive(self) -> bool:
@@ -96,7 +96,7 @@ class ClusterState:
 
 
 def new_cluster_id() -> str:
-    """Returns eight random hexadecimal digits."""
+    """Returns an id for a new cluster: eight random hexadecimal digits."""
     return secrets.token_hex(4)
 
 
@@ -123,7 +123,7 @@ def cluster_dir(name: str = DEFAULT_NAME) -> Path:
 
 
 def _cluster_path(name: str) -> Path:
-    """Returns the path of a cluster's directory, and creates nothing: a mistyped name must leave no folder behind."""
+    """Returns the path of a cluster's directory. Does not create it, so that a mistyped name leaves no folder behind."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
         raise TieredKVError(Kind.CONFIG, f"name: a cluster name must be 1 to 40 letters, digits, - and _, got {name!r}", setting="name")
     return state_dir(create=False) / name
@@ -146,9 +146,9 @@ def names() -> list[str]:
 
 
 def find(name: str = DEFAULT_NAME) -> ClusterState | None:
-    """Returns the state of a cluster, or None if there is none.
+    """Returns the state of a cluster, or None if it has no state file.
 
-    Raises `TieredKVError` (kind `cluster`) if its file is damaged.
+    Raises `TieredKVError` (kind `cluster`) if the state file is damaged.
     """
     path = _cluster_path(name) / _FILE
     try:
@@ -170,7 +170,7 @@ def find(name: str = DEFAULT_NAME) -> ClusterState | None:
 def load(name: str = DEFAULT_NAME) -> ClusterState:
     """Returns the state of a cluster.
 
-    Raises `TieredKVError` (kind `cluster`) if there is none or its file is damaged.
+    Raises `TieredKVError` (kind `cluster`) if its state file is missing or damaged.
     """
     state = find(name)
     if state is None:
@@ -180,16 +180,16 @@ def load(name: str = DEFAULT_NAME) -> ClusterState:
 
 
 def remove(name: str = DEFAULT_NAME) -> None:
-    """Delete the state file, token and logs of a cluster. Does nothing if there are none."""
+    """Delete the state file, token and logs of a cluster, if there are any."""
     with suppress(FileNotFoundError):
         shutil.rmtree(_cluster_path(name))
 
 
 @contextmanager
 def starting(name: str = DEFAULT_NAME) -> Iterator[None]:
-    """Lock the cluster while it is started or stopped.
+    """Lock the cluster until the end of the with block, in which it is started or stopped.
 
-    The kernel releases the lock when the process ends. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
+    The kernel releases the lock if this process dies. Raises `TieredKVError` (kind `cluster`) at once if another process holds it.
     """
     path = _cluster_path(name).with_suffix(".lock")  # next to the directory, which `remove` deletes
     state_dir()

@@ -1,4 +1,4 @@
-"""Shows a cluster to people: its nodes, their tiers, bytes, blocks and hits."""
+"""Shows a cluster to people: its nodes, and their tiers, bytes, blocks and hits."""
 
 import time
 from collections import Counter
@@ -78,7 +78,7 @@ def _node_record(node: dict) -> dict:
 
 
 def show(summary: dict, console: Console) -> None:
-    """Print a record from `summarize`: a table with a row for each tier of each node, and lines of text."""
+    """Print the result of `summarize`: a table with a row for each tier of each node, and lines of text."""
     table = Table(title=f"cluster {summary['cluster_id']}: policy {summary['policy']}, blocks of {summary['block_tokens']} tokens")
     for column in ("node", "address", "workers", "tier"):
         table.add_column(column)
@@ -125,7 +125,7 @@ def show(summary: dict, console: Console) -> None:
 
 
 def fleet_lines(summary: dict) -> list[str]:
-    """Returns lines about the fleet: how many nodes answer, what was drained, and the service of coordinator and nodes."""
+    """Returns lines about the fleet: how many nodes answer, which are drained, and uptime and restarts of coordinator and nodes."""
     lines = []
     if summary["source"] == "machine":
         lines.append("shown are only the nodes on this machine, from their own files and sockets: the cluster's Ray does not answer")
@@ -153,9 +153,9 @@ def _service(record: dict) -> str:
 
 
 def _plans(nodes: list[dict]) -> dict[str, dict]:
-    """Returns, for each model (named by the start of its weights' digest), each tier's codec and the reason for it.
+    """Returns, for each model (named by the start of its weights' digest), each tier's codec and why it was chosen.
 
-    All nodes choose the same codecs.
+    It is one plan per model, because all nodes choose the same codecs.
     """
     plans: dict[str, dict] = {}
     for node in nodes:
@@ -165,9 +165,9 @@ def _plans(nodes: list[dict]) -> dict[str, dict]:
 
 
 def coded_blocks(summary: dict) -> str:
-    """Returns a text with the blocks that all nodes have compressed so far, by tier and codec, and those that fell back.
+    """Returns a text on how many blocks all nodes have compressed so far, by tier and codec, and how many fell back to another codec.
 
-    It is empty if there are none.
+    Returns "" if there are none.
     """
     blocks, raw_bytes, kept_bytes = Counter(), Counter(), Counter()
     fell_back: Counter[str] = Counter()
@@ -187,14 +187,14 @@ def coded_blocks(summary: dict) -> str:
 
 
 def saved(record: dict) -> str:
-    """Returns a text with the prefill that a node or the cluster has saved its workers. It is empty if there is none."""
+    """Returns a text on how much prefill a node or the cluster has saved its workers, or "" if none."""
     tokens, seconds = record["prefill_tokens_saved"], record["prefill_seconds_saved"]
     time = f", {_duration(seconds)}" if seconds else ""
     return f"prefill saved: {_amount(tokens)} tokens{time}" if tokens else ""
 
 
 def _filling(node: dict) -> str:
-    """Returns a text with the progress of the last restore, and its problems."""
+    """Returns a text on a node's last restore: its progress and problems. Returns "" if there was none."""
     filling = node["filling"]
     if filling is None:
         return ""
@@ -208,7 +208,7 @@ def _filling(node: dict) -> str:
 
 
 def _quotas(node: dict) -> str:
-    """Returns a text with the tenants that have quotas, and how much of them they use."""
+    """Returns a text on each tenant that has a quota, and how much of the quota it uses."""
     texts = [
         f"tenant {tenant} {tier} {format_size(each['used_bytes'])} of {format_size(each['quota_bytes'])}"
         for tenant, tiers in node["tenants"].items()
@@ -234,7 +234,7 @@ MOVEMENT = {
     "lost": "lost",
     "pins_refused": "pins refused",
 }
-"""The counts of a node to show, with their words. All count blocks, except the last one."""
+"""The counts of a node that are shown, each with its text. They are numbers of blocks, except the last one."""
 
 
 def _movement(node: dict) -> str:
@@ -257,7 +257,7 @@ def _learned(node: dict) -> str:
 
 
 def _amount(number: float) -> str:
-    """Returns a number with two or three significant digits: 950, 12 k, 1.2 M."""
+    """Returns a number as short text: 950, 12 k, 1.2 M."""
     units = ["", " k", " M", " G"]
     while number >= 1000 and len(units) > 1:
         number /= 1000

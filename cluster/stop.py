@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tiered_kv.protocol.handover import EndReport
 
 FLUSH_S = 30.0
-"""How long `down` lets nodes write blocks to disk, unless the caller says otherwise."""
+"""How long `down` lets nodes write blocks to disk if the caller gives no time."""
 CLOSE_WITHIN_S = 10.0
 
 LogLine = Callable[[str], None]
@@ -24,8 +24,8 @@ LogLine = Callable[[str], None]
 def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None, flush_s: float | None = None) -> list[int]:
     """Stop a cluster and delete its files, even if parts of it are damaged or gone. Returns the pids that had to be killed.
 
-    If the settings name a folder for the disk, nodes first write the blocks that only memory has, for at most `flush_s` (None: FLUSH_S).
-    `log` is called with a line for each node that says what stays and what is lost.
+    If the settings name a folder for the disk, nodes first write to it the blocks that only memory has, for at most `flush_s`
+    (None: FLUSH_S). `log` is called with a line for each node on which blocks stay on disk and which are lost.
     """
     state.load(name)  # raises for a mistyped name before anything is created for it
     with state.starting(name):
@@ -47,15 +47,18 @@ def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None, flush
 
 
 def flush_seconds(config: Config, flush_s: float | None) -> float:
-    """Returns how long nodes may flush: `flush_s`, or FLUSH_S if it is None. 0 if there is no disk folder that outlives the cluster."""
+    """Returns how many seconds nodes may flush: `flush_s`, or FLUSH_S if it is None.
+
+    Returns 0 if the settings name no disk folder, because then no block outlives the cluster.
+    """
     has_folder = bool(config.disk and config.disk_path)
     return (FLUSH_S if flush_s is None else flush_s) if has_folder else 0.0
 
 
 def close_nodes(name: str, flush_s: float, log: LogLine) -> None:
-    """Close all nodes side by side, and end all actors. Takes at most `flush_s` and CLOSE_WITHIN_S.
+    """Close all nodes at the same time, then end all actors. Takes at most the sum of `flush_s` and CLOSE_WITHIN_S.
 
-    The coordinator ends first, for its keeper would start the nodes again.
+    The coordinator is ended first, because its keeper would start the closed nodes again.
     """
     from tiered_kv.actors.fleet import end_actor, nodes_of
     from tiered_kv.cluster.node_calls import calls_to
@@ -68,7 +71,7 @@ def close_nodes(name: str, flush_s: float, log: LogLine) -> None:
 
 
 def end_actors(name: str) -> None:
-    """End the coordinator and all nodes of a cluster for good, and forget the fleet."""
+    """End the actors of the coordinator and all nodes, so that Ray does not restart them, and delete the fleet's record."""
     from tiered_kv.actors.fleet import RayRecordStore, end_actor, nodes_of
 
     end_actor(coordinator_name(name))
@@ -78,7 +81,7 @@ def end_actors(name: str) -> None:
 
 
 def outcome(answer: "EndReport | TieredKVError | Any") -> str:
-    """Returns the words for what became of a node's blocks."""
+    """Returns a text on what became of a node's blocks. `answer`: the node's report, or an error if it did not close as it should."""
     if isinstance(answer, TieredKVError):
         return f"did not close in order ({answer}); blocks that only its memory had are lost"
     texts = []
@@ -95,10 +98,11 @@ def _blocks(number: int, nbytes: int) -> str:
 
 
 def remove_files(cluster: ClusterState) -> None:
-    """Delete the files of this cluster's nodes that did not close: shared memory, disk segments, and objects in a folder.
+    """Delete what nodes that did not close have left: folders named `tkv-<cluster id>-<node>` on this machine.
 
-    Disk content in a folder from the settings stays, because it has other names. Remote objects of a killed node stay as well,
-    below `tkv-<cluster id>-<node>` of the URL.
+    They are in shared memory, in the folder for objects, and, if the settings name no disk folder, in the default folder for disk
+    segments. Disk segments in a folder that the settings name are kept, because they outlive the cluster: their folders have
+    other names. Remote objects of a killed node are kept too, below `tkv-<cluster id>-<node>` of the URL.
     """
     config = Config.of(cluster.config)
     for place in (config.shm_path, config.disk_root, config.objects_folder):

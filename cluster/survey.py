@@ -1,8 +1,9 @@
-"""Describes a cluster within a few seconds, even if parts of it hang, with a text for each part that does not answer.
+"""Describes a cluster within a few seconds, even if parts of it hang. Adds a text for each part that does not answer.
 
-The expected nodes are the members of the fleet that are not drained, those that the coordinator lists or has lost, those with an actor
-in Ray, and those whose shared memory is on this machine. Each node is called directly: on this machine over its socket, which works
-without Ray, else through Ray. If nothing but this machine answers, its nodes' own files tell what they are.
+The expected nodes are the nodes that the coordinator lists or has lost, the fleet's members, the nodes with an actor in Ray, and the
+nodes whose shared memory is on this machine, except drained ones. Each node is called directly: over its socket if it is on this
+machine, which works without Ray, else through Ray. If neither the coordinator nor Ray answers, the nodes on this machine are found by
+their own files.
 """
 
 import time
@@ -26,12 +27,12 @@ ANSWER_WITHIN_S = 3.0
 QUESTIONS_AT_ONCE = 16
 DRAINED = ("draining", "drained")
 ROUND_AGE_S_MAX = 15.0
-"""The keeper runs a round every second; Ray may be slow for some."""
+"""The keeper is reported as a problem if its last successful round is older. It runs a round every second, but Ray may delay some."""
 FAILED_WITHIN_S = 30.0
 
 
 class Answers(NamedTuple):
-    """The answers of coordinator and Ray; a `TieredKVError` in place of each missing one.
+    """The answers of the coordinator and of Ray, with a `TieredKVError` in place of each missing answer.
 
     `coordinator`: the result of `start.describe`. `actors`: the ids of nodes with an actor in Ray.
     """
@@ -41,10 +42,12 @@ class Answers(NamedTuple):
 
 
 def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
-    """Returns the cluster as `start.describe` does, with `expected_nodes`, `drained`, `source`, and `degraded`, a list of texts.
+    """Returns the result of `start.describe` with four more fields: `expected_nodes`, `drained`, `source` and `degraded`.
 
-    `source` is "coordinator", or "machine" if only the nodes on this machine could be asked. Takes at most WITHIN_S, and the time to
-    import torch. Raises (kind `cluster`) only if there is no coordinator that answers, and no state file and no node on this machine.
+    `expected_nodes`, `drained`: ids of nodes. `source`: "coordinator", or "machine" if only the nodes on this machine could be asked.
+    `degraded`: a text for each problem. Takes at most WITHIN_S, and the time to import torch. Raises `TieredKVError` if the
+    coordinator does not answer and this machine has no state file and no node of the cluster, or if the Ray at `address` cannot be
+    joined.
     """
     from tiered_kv.protocol import unix_socket  # noqa: F401  # it imports torch, which must not count as a part's time to answer
 
@@ -56,16 +59,16 @@ def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
 
 
 class _Caller:
-    """Makes calls on threads, and waits for all of them until one deadline."""
+    """Makes calls on threads, and waits for their results until one common deadline."""
 
     def __init__(self, threads: DaemonThreads, deadline_s: float) -> None:
         self._threads = threads
         self._deadline_s = deadline_s
 
     def call(self, functions: dict[str, Callable[[], Any]], within_s: float) -> dict[str, Any]:
-        """Call named functions side by side. Returns, by name, each result or a `TieredKVError` in its place.
+        """Call functions at the same time. Returns, by the functions' names, each result or a `TieredKVError` in its place.
 
-        A call without a result after `within_s` seconds counts as failed.
+        A call without a result after `within_s` seconds, or at the common deadline, counts as failed.
         """
         futures = {name: self._threads.submit(function) for name, function in functions.items()}
         deadline_s = min(time.monotonic() + within_s, self._deadline_s)
@@ -108,9 +111,9 @@ def _surveyed(name: str, address: str | None, caller: _Caller) -> dict:
 
 
 def on_this_machine(name: str) -> ClusterState | None:
-    """Returns the state of the cluster `name` as a node on this machine has recorded it; None if there is no such node.
+    """Returns the state of the cluster `name` from the record of a node on this machine, or None if there is no such record.
 
-    Of several clusters, it is that of the node with the latest heartbeat.
+    If clusters of several runs have records, the one with the latest heartbeat is used.
     """
     now_ns = time.monotonic_ns()
     first = min(LocalNodes(name).records(), key=lambda record: record.age_s(now_ns), default=None)
@@ -121,13 +124,13 @@ def on_this_machine(name: str) -> ClusterState | None:
 
 
 def members_of(answers: Answers) -> dict[str, dict]:
-    """Returns the members of the fleet by node id; none if the coordinator does not answer."""
+    """Returns the members of the fleet by node id, or {} if the coordinator does not answer."""
     fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
     return {member["node"]: member for member in fleet.get("members", ())}
 
 
 def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
-    """Returns the directory in shared memory of each of the cluster's nodes on this machine."""
+    """Returns, by node id, the directories in shared memory of the cluster's nodes on this machine."""
     if not isinstance(coordinator, TieredKVError):
         cluster_id, shm_path = coordinator["cluster_id"], coordinator["config"].shm_path
     else:
@@ -138,7 +141,7 @@ def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -
 
 
 def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
-    """Returns the ids of all nodes known to the coordinator, to Ray, or from a directory on this machine, without drained ones."""
+    """Returns the ids of all nodes that the coordinator, Ray, or a directory on this machine names, except those drained or draining."""
     members = members_of(answers)
     expected = {*here, *members}
     if not isinstance(answers.coordinator, TieredKVError):
@@ -149,13 +152,13 @@ def expected_nodes(answers: Answers, here: Iterable[str]) -> list[str]:
 
 
 def by_number(node: str) -> tuple[str, int, str]:
-    """Sorts node-10 after node-9."""
+    """Returns a sort key that puts node-10 after node-9."""
     start, _, number = node.rpartition("-")
     return (start, int(number), "") if number.isdigit() else (node, -1, node)
 
 
 def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], stats: dict[str, Any]) -> dict:
-    """Returns all answers as one record. `stats`: each node's own statistics, or an error in their place."""
+    """Returns the result of `survey`, merged from all answers. `stats`: each node's own statistics, or an error in their place."""
     degraded, members = _fleet_problems(answers), members_of(answers)
     if isinstance(answers.coordinator, TieredKVError):
         assert known is not None
@@ -186,7 +189,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
 
 
 def _fleet_problems(answers: Answers) -> list[str]:
-    """Returns a text for each problem of the keeper."""
+    """Returns a list with one text if the keeper's rounds fail or do not end, else []."""
     fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
     if fleet.get("problem"):
         return [f"nodes that join or leave are not followed: {fleet['problem']}"]
@@ -196,7 +199,7 @@ def _fleet_problems(answers: Answers) -> list[str]:
 
 
 def _member_problem(member: dict | None) -> str:
-    """Returns a text if the keeper knows why a node does not serve, else an empty one."""
+    """Returns a text on why a node does not serve, if the keeper knows it, else ""."""
     if member is None:
         return ""
     where = f"{member['node']} at {member['address']}"
@@ -211,9 +214,10 @@ def _member_problem(member: dict | None) -> str:
 
 
 def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None) -> list[str]:
-    """Returns a text for each pair of nodes whose last transfer failed within FAILED_WITHIN_S, and none has succeeded since.
+    """Returns a text for each pair of nodes whose last transfer failed, less than FAILED_WITHIN_S ago.
 
-    `expected`: the nodes that should answer, None for all. Transfers from nodes that were drained or lost fail rightly.
+    `expected`: the nodes that should answer, or None for all nodes. Failed transfers from other nodes, which are drained or lost, are
+    no problem and are left out.
     """
     return [
         f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
@@ -224,7 +228,7 @@ def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None
 
 
 def _problem(node: str, answer: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:
-    """Returns a text that describes a node's problem. It is empty if there is none."""
+    """Returns a text on a node that does not answer or has not reported yet, else ""."""
     if isinstance(answer, TieredKVError):
         silent_s = listed["silent_s"] if listed else lost.get(node)
         return f"{node} does not answer ({f'last report {silent_s:.0f} s ago' if silent_s is not None else answer})"

@@ -15,8 +15,9 @@ PURGE_WITHIN_S = 60.0
 
 
 class Change(NamedTuple):
-    """What an epoch or a purge did. `namespaces`: those it concerns, [] for all. `by_node`: each node's answer, an error if none came.
+    """The result of a new epoch or of a purge.
 
+    `namespaces`: the namespaces that were changed, [] for all. `by_node`: each node's answer, or an error if it did not answer.
     `number`: the new epoch; 0 after a purge.
     """
 
@@ -26,14 +27,15 @@ class Change(NamedTuple):
 
     @property
     def unreached(self) -> dict[str, str]:
-        """Returns by node why it did not confirm the change."""
+        """The nodes that did not confirm the change, each with the reason."""
         return {node: str(answer) for node, answer in self.by_node.items() if isinstance(answer, TieredKVError)}
 
 
 def new_epoch(name: str, wanted: Sequence[str], *, keep: bool) -> Change:
-    """Raise the epoch of the namespaces that `wanted` names (of all, without any). This process must have joined the cluster's Ray.
+    """Raise the weight epoch of the namespaces that `wanted` names (see `chosen`), or of all namespaces if it is empty.
 
-    Raises (kind `cluster`), with nothing changed, if the coordinator does not answer; (kind `config`) if nothing has such a name.
+    `keep`: do not drop the blocks of the former epoch. This process must have joined the cluster's Ray. Raises (kind `cluster`), with
+    nothing changed, if the coordinator does not answer. Raises (kind `config`) if a text in `wanted` names no namespace.
     """
 
     def raise_epoch(families: list[bytes]) -> tuple[list[Epoch], list[str]]:
@@ -45,7 +47,11 @@ def new_epoch(name: str, wanted: Sequence[str], *, keep: bool) -> Change:
 def raise_on(
     nodes: Sequence[str], ask: Ask, raise_epoch: Callable[[list[bytes]], tuple[list[Epoch], list[str]]], wanted: Sequence[str]
 ) -> Change:
-    """As `new_epoch`. `raise_epoch` is the coordinator's; `ask` calls the nodes."""
+    """Do the work of `new_epoch`.
+
+    `nodes`: ids of known nodes. `ask`: calls methods of nodes. `raise_epoch`: raises the epochs of families at the coordinator, and
+    returns the new epochs and the ids of the nodes that the coordinator lists.
+    """
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted) if wanted else []
     raised, listed = raise_epoch([bytes.fromhex(each["family"]) for each in namespaces] or [EVERY])
     answers = ask(sorted({*nodes, *listed}), "adopt_epochs", raised)
@@ -53,12 +59,16 @@ def raise_on(
 
 
 def purge(name: str, wanted: Sequence[str]) -> Change:
-    """Drop all blocks of the namespaces that `wanted` names, on all nodes. Their epochs stay. Raises as `new_epoch`."""
+    """Drop all blocks of the namespaces that `wanted` names, on all nodes. The epochs do not change. Raises what `new_epoch` raises."""
     return purge_on(nodes_of(name), calls_to(name, PURGE_WITHIN_S), wanted)
 
 
 def purge_on(nodes: Sequence[str], ask: Ask, wanted: Sequence[str]) -> Change:
-    """As `purge`. No node admits such blocks before all that answer have dropped theirs, so none can come back from a peer."""
+    """Do the work of `purge`.
+
+    Nodes admit blocks of these namespaces again only after all answering nodes have dropped theirs. So no node gets a dropped block
+    back from another node.
+    """
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted)
     families = [bytes.fromhex(each["family"]) for each in namespaces]
     answers = ask(nodes, "purge", families)
@@ -67,21 +77,21 @@ def purge_on(nodes: Sequence[str], ask: Ask, wanted: Sequence[str]) -> Change:
 
 
 def nodes_of(name: str) -> list[str]:
-    """Returns the ids of all nodes that Ray or the coordinator knows, also of those that are lost."""
+    """Returns the ids of all nodes that Ray or the coordinator knows, lost nodes included."""
     about = start.describe(name)
     return sorted({*start.nodes_of(name), *(node["node"] for node in about["nodes"]), *about.get("lost", {})})
 
 
 def known_namespaces(stats: Iterable[Any]) -> list[NamespaceStats]:
-    """Returns the namespaces in the statistics of several nodes, without duplicates. Errors in place of statistics are left out."""
+    """Returns the namespaces in the statistics of several nodes, without duplicates. Skips errors in place of statistics."""
     found = {each["family"]: each for node in stats if not isinstance(node, TieredKVError) for each in node["namespaces"]}
     return [found[family] for family in sorted(found)]
 
 
 def chosen(namespaces: Sequence[NamespaceStats], wanted: Iterable[str]) -> list[NamespaceStats]:
-    """Returns the namespaces whose tenant is one of these texts, or whose weights' name or family begins with one.
+    """Returns the namespaces that the texts in `wanted` name. A text is a tenant, or the start of a weights' name or of a family.
 
-    Raises (kind `config`) for a text that names none.
+    Raises (kind `config`) for a text that names no namespace.
     """
     found: dict[str, NamespaceStats] = {}
     for text in wanted:

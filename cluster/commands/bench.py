@@ -18,7 +18,7 @@ ONLY_OF = {
     "model": ("codec", "held"),
     "verify_host": ("fetch",),
 }
-"""Options that only some benchmarks accept, and which ones."""
+"""The options that only some benchmarks accept, each with these benchmarks."""
 
 
 def add_bench(commands: Any) -> None:

@@ -1,6 +1,6 @@
 """The commands `checkpoint`, `restore`, `verify` and `checkpoints`, and the option `up --restore`.
 
-They write the blocks of a cluster to object storage and load them back.
+They write a cluster's blocks to object storage, load them back, and check and list what was written.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def _take_when_free(
     nodes: list[str],
     call: "CallNodes",
 ) -> "tuple[CheckpointResult, float]":
-    """Write a checkpoint as soon as no other one keeps the nodes busy. Returns its counts, and the seconds that it took."""
+    """Write a checkpoint as soon as the nodes are not busy with another one. Returns its counts, and the seconds that it took."""
     from tiered_kv.checkpoint.restore import matches
     from tiered_kv.checkpoint.take import CheckpointFilter, CheckpointJob
 

@@ -138,7 +138,7 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def tenants_of(quotas: Sequence[str], secret_file: str | None) -> dict[str, Any]:
-    """Returns the setting `tenants` for options. Raises (kind `config`) for a quota that is not TENANT:TIER=SIZE,…."""
+    """Returns the setting `tenants` for the values of --quota and --tenant-secret. Raises (kind `config`) for a malformed quota."""
     found: dict[str, dict[str, str]] = {}
     for text in quotas:
         tenant, colon, limits = text.rpartition(":")

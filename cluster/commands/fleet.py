@@ -49,7 +49,7 @@ def add_nodes_with(command: argparse.ArgumentParser) -> None:
 
 
 def given_settings(options: argparse.Namespace, settings: Iterable[str]) -> set[str]:
-    """Returns the names of the settings that the command line or its TOML file gives."""
+    """Returns the names of the settings that are given on the command line or in its TOML file."""
     values = {setting.replace("-", "_"): getattr(options, setting.replace("-", "_")) for setting in settings}
     given = {setting: value for setting, value in values.items() if value is not None}
     if options.config:
@@ -77,14 +77,14 @@ def add_flush(command: argparse.ArgumentParser) -> None:
 
 
 def flush_option(options: argparse.Namespace) -> float | None:
-    """Returns the value of `--flush`; None for the default. Raises (kind `config`) if it is negative or not a number."""
+    """Returns the value of `--flush` in seconds, or None for the default. Raises (kind `config`) if it is negative or not a number."""
     if options.flush is not None and not 0 <= options.flush < float("inf"):
         raise TieredKVError(Kind.CONFIG, f"--flush: must be a number of seconds, 0 or more, got {options.flush}", setting="flush")
     return options.flush
 
 
 def add_drain(commands: Any, add_name: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add the command `drain`."""
+    """Add `drain` to the parser's `commands`."""
     command = add_command(commands, "drain", DRAIN_TEXT, DRAIN_EXAMPLES, _drain)
     command.add_argument("node", metavar="NODE", help="the node's id or address, as `tiered-kv status` shows them")
     command.add_argument("--within", metavar="SECONDS", type=float, default=WITHIN_S, help="how long to hand blocks over (default: 60)")

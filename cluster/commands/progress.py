@@ -27,7 +27,7 @@ def count(number: int, what: str) -> str:
 
 
 def age(seconds: float) -> str:
-    """Returns a time span in its largest fitting unit, with one decimal: 1.5 min, 5.0 h; below a minute 59 s."""
+    """Returns a time span as text in its largest fitting unit: 59 s, 1.5 min, 5.0 h."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -49,7 +49,8 @@ def words(done: float, total: float, what: str, seconds: float) -> str:
 def bar(console: Console, doing: str, now_s: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
     """Show progress until the end of the with block.
 
-    Yields the function that updates it. Not on a terminal, a line is printed at most every `SAY_EVERY_S` seconds.
+    Yields the function to call with the progress. On a terminal a bar is drawn. Elsewhere a line is printed at most every
+    `SAY_EVERY_S` seconds.
     """
     begun_s = now_s()
     if not console.is_terminal:

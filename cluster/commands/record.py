@@ -27,7 +27,7 @@ NOBODY_S = 60.0
 class _Source:
     """The state of one node's recording, in milliseconds of the trace.
 
-    `begun_ms`: when the node started to record; the true time is up to `slack_ms` later. None while it does not record.
+    `begun_ms`: when the node started to record, or None while it does not record. The true time is up to `slack_ms` later.
     `complete_ms`: all requests that began before this time have been received.
     """
 
@@ -78,13 +78,13 @@ class ClusterRecording:
         return self._now_s() - self._answered_s > NOBODY_S
 
     def start(self) -> None:
-        """Start recording on every node. If no node could start, raises the first error."""
+        """Start recording on every node. Raises the first error if recording started on no node."""
         errors = self._start_missing()
         if not self.recording:
             raise next(iter(errors.values()), TieredKVError(Kind.CLUSTER, "the cluster has no nodes"))
 
     def poll(self, everything: bool = False) -> None:
-        """Read all nodes. Writes each request once no earlier request can still arrive."""
+        """Read the new requests of all nodes. Write those requests before which no other request can still arrive."""
         self._start_missing()
         asked_ms = self._now_ms()
         for node, answer in self._ask(self.recording, "recorded", everything).items():
@@ -100,7 +100,7 @@ class ClusterRecording:
         self._write_before(min((self._sources[node].complete_ms for node in self.recording), default=float("inf")))
 
     def finish(self) -> None:
-        """Read and write all remaining requests, and stop the recording on all nodes."""
+        """Read and write all remaining requests, then stop the recording on all nodes."""
         self.poll(everything=True)
         self._write_before(float("inf"))
         self.stop()
@@ -152,7 +152,7 @@ class ClusterRecording:
 def record(recording: ClusterRecording, seconds: float | None, console: Console, stopped: threading.Event) -> None:
     """Record for `seconds` or until `stopped` is set, then finish.
 
-    The nodes' recorders are stopped in any case, also if the trace cannot be written.
+    The nodes' recorders are always stopped at the end, also if the trace cannot be written.
     """
     end_s = time.monotonic() + (float("inf") if seconds is None else seconds)
     recording.start()
@@ -175,7 +175,7 @@ def record(recording: ClusterRecording, seconds: float | None, console: Console,
 def interrupted() -> Iterator[threading.Event]:
     """Yields an event that the first Ctrl-C or SIGTERM sets instead of ending the process.
 
-    The second one has its usual effect. The previous signal handlers are restored at the end.
+    A second signal has its usual effect. The previous signal handlers are restored at the end.
     """
     event = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -28,7 +28,7 @@ MOUNTED_SPARE = 1.3  # index slots per node, relative to an even share of the ch
 
 
 def opened(url: str, must_exist: bool = False) -> "AbstractContextManager[Repository]":
-    """Opens the checkpoints at a URL, as a context manager.
+    """Open the repository of checkpoints at a URL. Returns a context manager.
 
     A missing folder is created, or is an error with `must_exist`.
     """
@@ -50,16 +50,16 @@ def calls_to_nodes(cluster: str) -> "CallNodes":
 
 
 def must_be_there(repository: "Repository", name: str) -> None:
-    """Raises (kind `storage`) unless a checkpoint of this name exists. The error lists the existing ones."""
+    """Raise (kind `storage`) unless a checkpoint of this name exists. The error lists the existing checkpoints."""
     if "/" in name or not repository.is_there(name):
         known = ", ".join(repository.names()) or "none"
         raise TieredKVError(Kind.STORAGE, f"--checkpoint: there is no {name!r} at {repository.store.url}; there are: {known}", missing=True)
 
 
 def read(repository: "Repository", name: str | None, console: Console) -> "tuple[str, Manifest]":
-    """Read the checkpoint `name`, or the latest if None, and print its description.
+    """Read the manifest of the checkpoint `name`, or of the latest one if None, and print a description.
 
-    Returns its name and its manifest.
+    Returns the checkpoint's name and its manifest.
     """
     if name is None:
         chosen, manifest = repository.read_latest(
@@ -98,7 +98,7 @@ def warm(url: str | None, cluster: str, nodes: int, config: Config, console: Con
 
 
 def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
-    """Raises (kind `model`) if no block of a checkpoint could be a hit under these settings."""
+    """Raise (kind `model`) if no block of a checkpoint could be a hit under these settings."""
     from tiered_kv.checkpoint.restore import select
 
     picked = select(manifest, block_tokens=config.block_tokens)
@@ -110,10 +110,10 @@ def must_have_use(manifest: "Manifest", name: str, config: Config) -> None:
 
 
 def mounted_bytes(manifest: "Manifest", nodes: int) -> int:
-    """Returns a number of bytes for `start.up`, which sizes each node's index as if its lower tiers were larger by that.
+    """Returns `mounted_bytes` for `start.up`: each node's index is sized as if its lower tiers were larger by this many bytes.
 
-    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes of lower tiers. With these additional slots, the node's share of the
-    checkpoint fits into it.
+    The index has one slot per `INDEX_BYTES_A_BLOCK` bytes of lower tiers. With the additional slots, the index has room for the
+    node's share of the checkpoint.
     """
     return int(MOUNTED_SPARE * len(manifest.rows) * INDEX_BYTES_A_BLOCK / nodes)
 
@@ -134,7 +134,7 @@ class Restoring:
         self._mounted = self._no_room = self._too_lossy = 0
 
     def mount(self, namespaces: list[str], world: int | None) -> None:
-        """Make the blocks hits, and print which are left out.
+        """Mount the checkpoint's blocks, so that they are hits, and print which blocks are left out.
 
         `namespaces`: restore only these, or all if empty. `world`: the number of tensor-parallel ranks to restore for,
         or None for the blocks as they are. Raises `TieredKVError` (kind `model`) if no block can be restored.
@@ -169,7 +169,7 @@ class Restoring:
             print_line(self._console, text)
 
     def begin_to_load(self) -> None:
-        """Make the nodes copy blocks to host memory and disk in the background. Returns at once."""
+        """Make the nodes copy the mounted blocks to host memory and disk in the background. Returns at once."""
         from tiered_kv.checkpoint.call_nodes import call_all
         from tiered_kv.node.checkpoints.steps import LoadRequest
 
@@ -177,9 +177,9 @@ class Restoring:
         print_line(self._console, "blocks are copied to host memory and disk in the background; `tiered-kv status` shows the progress")
 
     def load(self, max_rate: float | None, stopped: Event) -> "LoadProgress":
-        """Make the nodes copy blocks to host memory and disk, and convert blocks of another number of ranks.
+        """Make the nodes copy the mounted blocks to host memory and disk, and convert blocks of another number of ranks.
 
-        Waits until they are done or `stopped` is set. `max_rate`: bytes per second, None for no limit. Returns the counts.
+        Waits until the nodes are done or `stopped` is set. `max_rate`: bytes per second, None for no limit. Returns the counts.
         """
         from tiered_kv.checkpoint.restore import load, reshard, total_of
         from tiered_kv.node.checkpoints.steps import LoadProgress

@@ -12,7 +12,7 @@ from tiered_kv.cluster.commands.progress import count
 
 
 def add_weights(commands: Any, add_name: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add both commands."""
+    """Add `epoch` and `purge` to the parser's `commands`."""
     text = (
         "Raise the weight epoch after a change of weights: from then on, no block of the former weights can be had from any tier "
         "of any node. Call it when all workers have the new weights, and before they serve again. Exit status 1 if a node did not confirm."

@@ -417,7 +417,7 @@ def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path,
         (["checkpoint", "--name", main, "--namespace", "nope", tmp_path / "none"], 1, "there is nothing to write"),
         (["checkpoint", "--name", main, "/proc/nope"], 1, "file:///proc/nope cannot be used"),
         (["checkpoint", "--name", main, "s4://bucket"], 2, "'s4://bucket' is not the URL of an object store"),
-        (["up", "--name", main, "--block-tokens", 16, "--restore", place], 1, "already up"),
+        (["up", "--name", main, "--policy", "lru", "--block-tokens", 16, "--restore", place], 2, "is up with other settings: policy"),
         (["up", "--name", "sizes", "--restore", place], 1, "--block-tokens 16 would fit"),
     ):
         done = run(*given)

@@ -213,8 +213,9 @@ class NodeClient:
         if unreached:
             raise TieredKVError(
                 Kind.CLUSTER,
-                f"the weight epoch is {number} now, but these nodes did not confirm it and may still show former blocks to their"
-                f" workers: {', '.join(unreached)}. They adopt it as soon as they reach the coordinator; or end them",
+                f"the weight epoch is {number} now, but these nodes did not confirm it and may still show blocks of the former weights to"
+                f" their workers: {', '.join(unreached)}. Each node adopts the epoch as soon as it reaches the coordinator; if you cannot"
+                " wait for that, end these nodes",
                 epoch=number,
                 nodes=unreached,
             )

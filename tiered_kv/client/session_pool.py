@@ -15,6 +15,8 @@ from tiered_kv.memory.view import NodeView
 from tiered_kv.protocol.session import Session
 
 RETRY_AFTER_S = 0.5
+CONNECT_GRACE_S = 0.015
+"""How long after a call's deadline its session may be opened. With the `GRACE_S` of the call itself, it ends within 50 ms."""
 
 
 class SessionPool:
@@ -95,11 +97,12 @@ class SessionPool:
         return session
 
     def _opened_in_time(self, wait_s: float) -> Session:
-        """Open a session for a call. If that took all of the call's time, keep the session for later calls and raise.
+        """Open a session for a call. If that took longer than the call may take, keep the session for later calls and raise.
 
-        Connecting, greeting and the call may each end a little after their deadline. Together they would end much too late.
+        Connecting, greeting and the call may each end a little after their deadline. Together they would end much too late. A call
+        without any time, such as a store that does not wait for room, gets CONNECT_GRACE_S to connect.
         """
-        until_s = self._clock.now_s() + wait_s
+        until_s = self._clock.now_s() + wait_s + CONNECT_GRACE_S
         session = self._opened(wait_s)
         if self._clock.now_s() > until_s:
             self._give_back(session)

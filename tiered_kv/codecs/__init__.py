@@ -72,7 +72,7 @@ def codec_by_id(codec_id: int) -> Codec:
 
 
 def is_lossy(codec_id: int) -> bool:
-    """Whether what comes back from the codec of an id may differ from what was stored; so it may of one that is unknown."""
+    """Returns whether a block decoded by the codec with this id may differ from what was stored. True for an unknown id."""
     return codec_id not in _BY_ID or _BY_ID[codec_id].is_lossy
 
 
@@ -100,11 +100,12 @@ def codec_for(
     calibration: Calibration | None = None,
     **parameters: Any,
 ) -> Codec:
-    """Returns the codec written as `text` (see `parse_codec`) for blocks of `layout`; None means that nothing is known of the layout.
+    """Returns the codec written as `text` (see `parse_codec`) for blocks of `layout`. None means that the layout is unknown.
 
-    Only lossless codecs apply to an `OpaqueLayout`: if `text` names a lossy one, returns the lossless codec, without a calibration.
-    Call `.at(start)` on the result to get the codec of one block. `rope` holds the model's inverse frequencies (see `rotation`):
-    b"" if the model has no RoPE, None if unknown. Calibrated codecs take RoPE from `calibration` instead.
+    Only lossless codecs apply to an `OpaqueLayout`: if `text` names a lossy one, returns the codec `lossless`, which needs
+    no calibration. Call `.at(start)` on the result to get the codec of one block. `rope` holds the model's inverse frequencies
+    (see `rotation`): b"" if the model has no RoPE, None if unknown. `rope_halves` says how channels are paired (see `rotation.turning`).
+    Calibrated codecs take RoPE from `calibration` instead.
     Raises as `parse_codec`, and (kind `config`) for a calibrated codec without a calibration.
     """
     cls, written = parse_codec(text)

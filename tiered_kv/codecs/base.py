@@ -32,8 +32,9 @@ def byte_view(buffer: Buffer) -> memoryview:
 class Encoded:
     """The result of encoding a block: a payload, and the codec that decodes it.
 
-    A codec may fall back to another one. `codec` is then that other codec, and `fell_back` gives the reason: "opaque", "error",
-    "no gain" or "domain". Without a fallback, `fell_back` is empty.
+    A codec may fall back to another one. `codec` is then that other codec, and `fell_back` gives the reason:
+    "opaque" (unknown layout), "error" (error above the bound), "no gain" (payload not smaller than the block), or
+    "domain" (a codec without tables makes the block at least as small). Without a fallback, `fell_back` is empty.
     `error` is the block's total relative mean squared error, including that of earlier lossy codecs.
     """
 
@@ -47,7 +48,7 @@ class Encoded:
 class Codec(ABC):
     """One way to store a block. Two codecs are equal when they have the same type and parameters.
 
-    `id` (u8) is stored in the shared index and `name` in frames. Neither ever changes, nor does the meaning of a parameter.
+    `id` (u8) is stored in the shared index and `name` in frames. Ids, names and the meanings of parameters never change.
     A parameter is a dataclass field that msgpack can serialize, and is not called `error` or `codec`.
     `__post_init__` rejects invalid values. `is_lossy`: whether a decoded block may differ from the original.
     `needs_calibration`: whether `for_layout` needs a calibration of the model.
@@ -60,20 +61,21 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, raw: "torch.Tensor", carried_error: float = 0.0) -> Encoded:
-        """Encodes `raw`, a 1-D contiguous uint8 tensor on any device. The payload may share its memory; `raw` is never changed.
+        """Encodes `raw`, a 1-D contiguous uint8 tensor on any device. Never changes `raw`, but the payload may share its memory.
 
-        `carried_error` is the error that the block already has. Raises (kind `layout`) for a tensor of another kind.
+        `carried_error` is the relative error that `raw` already has from earlier lossy codecs. Raises (kind `layout`) unless `raw` is
+        such a tensor.
         """
 
     @abstractmethod
     def decode(self, payload: memoryview, out: "torch.Tensor") -> None:
-        """Decodes a payload into `out`, a 1-D contiguous uint8 tensor on any device with exactly the block's raw bytes.
+        """Decodes a payload into `out`, a 1-D contiguous uint8 tensor on any device, as large as the block.
 
-        Raises (kind `corrupt`) when the payload does not decode to that many bytes. `out` is then undefined.
+        Raises (kind `corrupt`) when the payload does not decode to that many bytes. The contents of `out` are then undefined.
         """
 
     def decode_kv(self, payload: memoryview, kv: "torch.Tensor") -> None:
-        """Decodes a payload into `kv` (L, 2, H, T, D), which may be a strided view of a larger tensor. Raises as `decode`."""
+        """Decodes a payload into `kv` (layers, K and V, heads, tokens, head dim), of any strides. Raises as `decode`."""
         import torch
 
         flat = kv if kv.is_contiguous() else torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
@@ -82,22 +84,21 @@ class Codec(ABC):
             kv.copy_(flat)
 
     def most_error(self) -> float:
-        """Returns the largest error that a block can carry after this codec, or the one it falls back to, has encoded exact KV.
+        """Returns the largest relative error that encoding can cause in a block without earlier errors, fallbacks included.
 
-        Infinity if that depends on a calibration that is not loaded.
+        Returns infinity if the error depends on a calibration that is not loaded.
         """
         return 0.0
 
     @abstractmethod
     def max_payload_bytes(self, raw_bytes: int) -> int:
-        """Returns the largest payload in bytes that `encode` makes of `raw_bytes` bytes without falling back to another codec."""
+        """Returns the size in bytes of the largest payload that `encode` makes from `raw_bytes` bytes if it does not fall back."""
 
     @classmethod
     def for_layout(cls, layout: Layout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
         """Returns the codec for blocks of `layout`. None means that the layout is unknown.
 
-        A lossy codec knows no more of an `OpaqueLayout` than of an unknown one, and falls back for its blocks ("opaque").
-
+        A lossy codec treats an `OpaqueLayout` as unknown: it falls back for every block ("opaque").
         `rope` and `rope_halves` describe the model's RoPE (see `rotation`). Codecs that do not rotate ignore them.
         """
         return cls(**parameters)

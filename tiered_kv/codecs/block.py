@@ -1,7 +1,7 @@
 """Shared base of the codecs that encode a block of known shape and measure the error they cause.
 
-Shapes: kv (L, 2, H, T, D). The first tokens of a sequence are stored unchanged, because all later tokens attend to them
-strongly (Xiao et al. 2023). They are at the start of the payload: (L, 2, H, sinks, D).
+Shapes: kv (L, 2, H, T, D): layers, K and V, heads, tokens, head dim. The first tokens of a sequence are stored unchanged,
+because all later tokens attend to them strongly (Xiao et al. 2023). They are at the start of the payload: (L, 2, H, sinks, D).
 """
 
 import math
@@ -27,8 +27,8 @@ class BlockCodec(Codec):
     """A lossy codec with a bound on the error of each block.
 
     The relative mean squared error of any layer's K or V, together with the error that the block had before, is within the bound.
-    A block that would break the bound, or has numbers that are not finite, is encoded by a better codec (`fell_back` is "error").
-    So is a block that would not shrink ("no gain"), and one of an unknown or opaque layout ("opaque").
+    A block that would break the bound, or has numbers that are not finite, is encoded by a more exact codec (`fell_back` is "error").
+    The codec also falls back for a block that would not shrink ("no gain"), and for an unknown or opaque layout ("opaque").
 
     `shape` is (L, H, T, D). `start` is the position of the first token. The first `sinks` tokens of a sequence stay exact.
     `max_error` is the bound; None means the codec's own.
@@ -64,7 +64,7 @@ class BlockCodec(Codec):
 
     @abstractmethod
     def _fill(self, payload: memoryview, kv: torch.Tensor) -> None:
-        """Decodes a payload into `kv`, of any strides. Raises (kind `corrupt`) if it is not a payload of such a block."""
+        """Decodes a payload into `kv`, of any strides. Raises (kind `corrupt`) if the payload does not fit a block of this shape."""
 
     @abstractmethod
     def _bound(self) -> float:
@@ -171,9 +171,9 @@ class BlockCodec(Codec):
 
 
 def _thread_buffer_like(kv: torch.Tensor) -> torch.Tensor:
-    """Returns memory for as many numbers as `kv`, of the same shape and dtype. Its contents are undefined.
+    """Returns a tensor of the shape, dtype and device of `kv`. Its contents are undefined.
 
-    On the CPU it is reused by every call of the same thread: allocating new memory costs as much as filling it twice.
+    On the CPU, every call of the same thread reuses one memory: allocating new memory costs as much as filling it twice.
     """
     if kv.device.type != "cpu":
         return torch.empty_like(kv)
@@ -184,5 +184,5 @@ def _thread_buffer_like(kv: torch.Tensor) -> torch.Tensor:
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:
-    """Disables autocast, so that products are computed in the dtype of their factors inside a caller's autocast region as well."""
+    """Returns a context without autocast. Products then have the dtype of their factors even inside a caller's autocast region."""
     return torch.autocast(device.type, enabled=False)

@@ -15,7 +15,7 @@ GREATEST = 448.0
 
 @dataclass(frozen=True)
 class Fp8Codec(GroupedCodec):
-    """Codes are e4m3 floats. The scale maps a group's greatest number to 448, the greatest e4m3 number.
+    """The codec whose codes are e4m3 floats. The scale maps a group's greatest number to 448, the greatest e4m3 number.
 
     A finite number x decodes with an error of at most |x| / 16 or 2 ** -10 of the scale, whichever is greater, plus the rounding
     of the block's dtype. The bound of `BlockCodec` holds for the whole block.

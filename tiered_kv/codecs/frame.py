@@ -82,7 +82,10 @@ class Frame:
         return len(self.header) + self.payload.nbytes + len(self.tail)
 
     def decode(self, out: "torch.Tensor") -> None:
-        """Decodes the block into `out`, a 1-D contiguous uint8 tensor of `raw_bytes` bytes on any device. Raises (kind `corrupt`)."""
+        """Decodes the block into `out`, a 1-D contiguous uint8 tensor of `raw_bytes` bytes on any device.
+
+        Raises (kind `corrupt`) if `out` has another size or the payload is invalid.
+        """
         if out.numel() != self.raw_bytes:
             raise TieredKVError(Kind.CORRUPT, f"block of {out.numel()} bytes expected, the frame holds one of {self.raw_bytes} bytes")
         self.codec.decode(self.payload, out)
@@ -133,7 +136,7 @@ def encode_header(key: bytes, namespace: bytes, codec: Codec, raw_bytes: int, pa
 
 
 def checksum(header: bytes, payload_buffers: Iterable[Buffer]) -> bytes:
-    """Returns the 16 bytes that end a frame. The payload may be in any number of buffers. Reads, never copies. About 10 GB/s."""
+    """Returns the checksum that ends a frame, 16 bytes. The payload may be in any number of buffers. Copies nothing. About 10 GB/s."""
     hasher = xxhash.xxh3_128(header[_KEY])
     hasher.update(header)
     for buffer in payload_buffers:
@@ -149,13 +152,16 @@ def encode_frame(
 
 
 def frame_encoded(key: bytes, namespace: bytes, encoded: Encoded, raw_bytes: int) -> tuple[bytes, memoryview, bytes]:
-    """Same as `encode_frame`, for a block of `raw_bytes` bytes that a codec has already encoded."""
+    """Returns the frame, as `encode_frame` does, of a block of `raw_bytes` bytes that a codec has already encoded."""
     header = encode_header(key, namespace, encoded.codec, raw_bytes, encoded.payload.nbytes, encoded.error)
     return header, encoded.payload, checksum(header, [encoded.payload])
 
 
 def carried_error(buffer: Buffer) -> float | None:
-    """The error that the header at the beginning of `buffer` says its block carries; None if no header is there. Verifies nothing."""
+    """Returns the block's relative error, as recorded in the frame header at the start of `buffer`. Verifies no checksum.
+
+    Returns None if there is no valid header.
+    """
     view = byte_view(buffer)
     if view.nbytes < _FIXED.size or view[: len(MAGIC)] != MAGIC:
         return None

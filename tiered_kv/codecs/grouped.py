@@ -1,10 +1,11 @@
 """Shared base of the codecs that store 8 bits or fewer for each number, with scales for each group of numbers.
 
 A group is a channel of K over the block's tokens, or a token of V over a head's channels (KIVI, Liu et al. 2024; KVQuant, Hooper et
-al. 2024; QuaRot, Ashkboos et al. 2024). K is grouped like V if its rotation is unknown, and in blocks too short to pay for a
-scale for each channel. Module `parts` covers exact tokens and rotations, and module `block` the bound on the error.
+al. 2024; QuaRot, Ashkboos et al. 2024). K is grouped like V if its rotation is unknown, and in blocks too short
+for a scale for each channel to pay off. Module `parts` covers exact tokens and rotations, and module `block` the bound on the error.
 
-A part has scales (S, L, H, n) bf16 and packed codes (L, H, T, D). n = D if groups are channels, n = T if they are tokens.
+A part (K or V without the exact tokens) has scales (S, L, H, n) bf16 and packed codes (L, H, T, D).
+n = D if groups are channels, n = T if they are tokens.
 """
 
 from abc import abstractmethod
@@ -22,7 +23,7 @@ ENCODE_ELEMENTS = 1 << 17
 DECODE_ELEMENTS = 1 << 19
 """Whole layers of about this many numbers are decoded at a time, in 4 MiB of scratch memory that each thread reuses.
 
-Blocks of small models then take few calls.
+A block of a small model then decodes in few steps.
 """
 
 
@@ -44,7 +45,7 @@ class GroupedCodec(PartsCodec):
         """Decodes codes and scales, as `_quantized` returned them, into `out`, contiguous float32."""
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """Packs the codes of a part as they are stored. `_unpack` returns the codes again, in new memory."""
+        """Packs the codes of a part into the bytes to store. `_unpack` is the inverse, and returns new memory."""
         return pack(codes, self.bits)
 
     def _unpack(self, packed: np.ndarray, codes: int) -> np.ndarray:
@@ -81,7 +82,7 @@ class GroupedCodec(PartsCodec):
 
 
 def as_bytes(codes: torch.Tensor) -> torch.Tensor:
-    """Converts float32 numbers that are whole and below 256 to u8. Goes through int32, a conversion four times faster on processors."""
+    """Converts float32 numbers that are whole and below 256 to u8. Converts through int32, which is four times faster on CPUs."""
     return codes.to(torch.int32).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Integer codecs: each number becomes one of 2 ** bits steps between the least and the greatest number of its group.
+"""Integer codecs: each number is rounded to one of 2 ** bits evenly spaced values, from the least to the greatest number of its group.
 
 The scales of a group are its least number and the size of its step. See `grouped` for groups.
 """
@@ -20,8 +20,8 @@ class IntegerCodec(GroupedCodec):
     """Codes of `bits` bits, evenly spaced over the span [a, b] of each group.
 
     A finite number decodes with an error of at most (b - a) / (2 (2 ** bits - 1)), plus the rounding of the scales to bf16 (which
-    may widen the span by 1/64 of |a| + |b|) and of the block's dtype. In a part that is rotated, this holds in the rotated space;
-    rotation keeps the mean squared error. The bound of `BlockCodec` holds for the whole block.
+    may widen the span by 1/64 of |a| + |b|) and of the block's dtype. In a rotated part, this limit holds in the rotated space.
+    Rotation keeps the mean squared error. The bound of `BlockCodec` holds for the whole block.
     """
 
     scales_of_group: ClassVar[int] = 2
@@ -84,7 +84,10 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Int8Codec(IntegerCodec):
-    """8 bits: 1.87 times smaller than bf16. Quality `near_exact`: its error is a sixtieth of bf16 arithmetic's on the demo's model."""
+    """8 bits: 1.87 times smaller than bf16. Quality `near_exact`.
+
+    On the demo's model its error is a sixtieth of that of bf16 arithmetic.
+    """
 
     id: ClassVar[int] = 2
     name: ClassVar[str] = "int8"

@@ -1,10 +1,10 @@
 """Triton kernels that decode the integer codecs on a GPU: they unpack, dequantize, rotate and scatter a part in one pass.
 
-The reference is the torch path of `grouped`. A GPU multiplies and adds in one step. So a kernel's numbers may differ from the
-reference by one unit in the last place of float32 before the final rounding. In a part that is spread, the unit is that of the
-product's dtype. So a decoded number is the same, or, near the middle of two numbers of the destination's dtype, the adjacent one.
-Triton's interpreter on CPUs differs in two ways: it truncates instead of rounding to bf16, which also gives the adjacent number
-at most, and it cannot multiply bf16 matrices.
+The reference is the torch path of `grouped`. A GPU multiplies and adds in one step. So before the final rounding, a kernel's
+numbers may differ from the reference by one unit in the last place of float32, or of the product's dtype in a part that is
+multiplied by the spreading matrix. After rounding, a number equals the reference or is the adjacent number of the destination's
+dtype. Triton's interpreter on CPUs truncates instead of rounding to bf16, which also gives the adjacent number at most.
+The interpreter cannot multiply bf16 matrices.
 Importing this module needs triton (Tillet et al. 2019) from the extra `triton`. No other module imports triton.
 Shapes: a part is (L, H, T, D) as in `parts`. One program decodes some tokens of one head.
 """
@@ -109,12 +109,13 @@ def restore(
 ) -> None:
     """Decodes packed codes (1-D u8) and scales (2, L, H, n) in float32 into `out` (L, H, T, D), of one of DTYPES and of any strides.
 
-    `turn` is RoPE for the part's tokens, with channels paired as halves or as neighbours. `matrix` (D, D) undoes the spreading.
+    `turn` is RoPE for the part's tokens; `is_halves` says how its channels are paired (see `rotation.turning`).
+    `matrix` (D, D), if given, multiplies the decoded numbers to undo spreading (see `rotation.spreading_matrix`).
     All tensors must be on one device.
     """
     layers, heads, tokens, dim = out.shape
     count = layers * heads * tokens * dim
-    none = scales  # never read
+    none = scales  # a placeholder that the kernel never reads
     how = NO_TURN if turn is None or not turn.sin.shape[1] else HALVES if is_halves else NEIGHBOURS
     channels = triton.next_power_of_2(dim)
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
@@ -142,9 +143,9 @@ def restore(
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether the kernels compile on a device and decode correctly there. Tests RoPE and spreading on a small block. Costs seconds, once.
+    """Whether the kernels compile on a device and decode correctly there. Costs seconds.
 
-    Failures are logged. The torch path then decodes on that device.
+    Tests RoPE and spreading on a small block. Logs a failure; the torch path then decodes on that device.
     """
     try:
         right = _turns_rightly(device) and _spreads_rightly(device)

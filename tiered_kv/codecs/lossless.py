@@ -8,7 +8,7 @@ The payload, little-endian:
 
     bytes of plane 0 u32 | … | plane 0 | … | the bytes after the last whole item
 
-A plane of as many bytes as there are items is not compressed. A shorter one is a zstd frame with its content size.
+A plane with one byte for each item is not compressed. A shorter plane is a zstd frame that records its content size.
 docs/design/012 says why zstd is used, and with which parameters.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 MIN_GAIN = 1 / 16
-"""A block is stored raw unless compression saves at least this part of its bytes: decoding costs about ten times a copy."""
+"""A block is stored raw unless compression saves at least this fraction of its bytes: decoding costs about ten times a copy."""
 SAMPLE_BYTES = 1 << 14
 CHUNK_ITEMS = 1 << 16
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -44,9 +44,9 @@ _of_thread = threading.local()
 
 @dataclass(frozen=True)
 class LosslessCodec(Codec):
-    """Bit-identical, at about 2/3 the size of bf16 KV. Accepts any number of bytes.
+    """A bit-identical codec: bf16 KV shrinks to about 2/3. Accepts any number of bytes.
 
-    A block that does not shrink enough is stored raw, at its own size. `item_bytes` is the width of the block's numbers:
+    A block that does not shrink enough is stored raw. `item_bytes` is the width of the block's numbers:
     1 for fp8 and for bytes of unknown content.
     """
 
@@ -150,7 +150,10 @@ def _join(planes: list[np.ndarray], target: np.ndarray) -> None:
 
 
 def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
-    """Returns the plane as a zstd frame if that is shorter, else unchanged. Tests a sample of a long plane before trying all of it."""
+    """Returns the plane as a zstd frame if that is shorter, else unchanged.
+
+    A long plane stays unchanged if compressing a sample of it saves less than `MIN_GAIN`.
+    """
     middle = len(plane) // 2
     sample = plane[middle : middle + SAMPLE_BYTES]
     if len(plane) > 4 * SAMPLE_BYTES and len(_compressor().compress(memoryview(sample))) > len(sample) * (1 - MIN_GAIN):
@@ -160,7 +163,7 @@ def _compressed(plane: np.ndarray) -> bytes | np.ndarray:
 
 
 def _compressor() -> zstandard.ZstdCompressor:
-    """Returns this thread's compressor. One cannot be shared by threads, and creating one costs as much as compressing a small block."""
+    """Returns this thread's compressor. Threads cannot share a compressor, and creating one costs as much as compressing a small block."""
     if not hasattr(_of_thread, "compressor"):
         _of_thread.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
     compressor: zstandard.ZstdCompressor = _of_thread.compressor

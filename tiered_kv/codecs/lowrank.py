@@ -17,7 +17,7 @@ from tiered_kv.codecs.reduced import ReducedCodec
 
 ELEMENTS = 1 << 19
 SCALES_BYTES = 8
-"""Scales of a component: a least number and a step in bf16, for its column and for its row."""
+"""Bytes of a component's scales: a least number and a step in bf16, for its column of the basis and its row of the coordinates."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class LowRankCodec(ReducedCodec):
     name: ClassVar[str] = "lowrank"
 
     def rank(self, tokens: int) -> int:
-        """Returns how many components are stored for a block of which `tokens` tokens are encoded. The others are stored unchanged."""
+        """Returns the number of components stored for each layer's K or V, if `tokens` tokens of the block are encoded.
+
+        The block's other tokens are stored unchanged.
+        """
         _, heads, _, dim = self._dims
         component_bytes = tokens + heads * dim + SCALES_BYTES
         return min(max(int(self._budget_bytes(tokens * heads * dim) / component_bytes), 1), tokens, heads * dim)
@@ -70,9 +73,10 @@ class LowRankCodec(ReducedCodec):
 
 
 def _basis(wide: torch.Tensor, rank: int) -> torch.Tensor:
-    """Returns the left singular vectors (L, n, rank) of matrices (L, n, m) for their greatest singular values. NaN if that fails.
+    """Returns the left singular vectors (L, n, rank) of matrices (L, n, m) for their greatest singular values.
 
-    They are computed as eigenvectors of the matrix times its transpose, scaled so that no square overflows.
+    They are computed as eigenvectors of the matrix times its transpose, scaled so that no square overflows. Returns NaN for
+    matrices with numbers that are not finite.
     """
     greatest = wide.abs().amax((1, 2), keepdim=True)
     unit = wide / torch.where(greatest == 0, 1, greatest)

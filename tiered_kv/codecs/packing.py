@@ -1,8 +1,8 @@
 """Packs codes of 4, 6 or 8 bits tightly into bytes.
 
-Codes that share bytes come from different parts of the sequence, so that packing and unpacking are a few operations over
+Codes that share bytes are far apart in the sequence, so that packing and unpacking are a few operations over
 long runs. With 4 bits, byte i has code i and code i + n/2. With 6 bits, three bytes have the codes i, i + n/4, i + n/2 and
-the three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of the group.
+the three pairs of bits of code i + 3n/4. Codes are padded with zeros to a multiple of `GROUP_CODES[bits]`.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ GROUP_CODES = {8: 1, 6: 4, 4: 2}
 
 
 def packed_bytes(codes: int, bits: int) -> int:
-    """Returns the size in bytes of what `pack` makes of this many codes."""
+    """Returns the number of bytes that `pack` returns for this many codes."""
     group = GROUP_CODES[bits]
     return -(-codes // group) * group * bits // 8
 

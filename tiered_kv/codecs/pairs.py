@@ -1,4 +1,4 @@
-"""Encodes a key and a value of a library user with a codec. The pair is one block to the codec, and two records to the user.
+"""Encodes a library user's key and value tensors. The codec sees the pair as one block; the user gets two records.
 
 Key and value are (B, H, T, D): batch, heads, tokens, head dim. The codec gets a block (B, 2, H, T, D), in which each sequence of
 the batch takes the place of a layer. Positions and rotation are unknown: K is encoded like V, and no token is stored unchanged.
@@ -22,7 +22,7 @@ class CodedTensor:
     """The encoded key (`which` 0) or value (`which` 1) of a pair. It can be pickled and copied, and holds no GPU memory.
 
     `shape`, `dtype` and `device` are those of the tensor. `error` is the relative mean squared error of the pair, measured when it
-    was encoded, plus the error that it had before. It is that of the worst key or value of any sequence in the batch.
+    was encoded, plus the error that it had before. It is the greatest error of any sequence's key or value.
     `fell_back` is empty, or says why the pair is stored exactly: "error" (numbers that are not finite, or an error above the
     codec's bound) or "no gain". Both records of a pair share `payload`.
     """
@@ -86,7 +86,7 @@ def encode_pair(
 
 
 def decode_pair(key: CodedTensor, value: CodedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decodes two records. Returns key and value in their shapes and dtypes, on their devices. A shared payload is decoded once."""
+    """Decodes two records. Returns key and value in their shapes and dtypes, on their devices. Decodes a shared payload once."""
     of_key = _decoded(key)
     of_value = of_key if value.payload is key.payload else _decoded(value)
     return of_key[:, key.which], of_value[:, value.which]

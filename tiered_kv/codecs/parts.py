@@ -1,11 +1,12 @@
 """Shared base of the codecs that encode K and V of a block as two independent parts.
 
-K is rotated back by the model's RoPE before it is quantized, if RoPE is known and the block is long enough for channel-wise scales.
-A part that is not rotated back is multiplied by a fixed matrix if its codes have fewer than 8 bits (see `rotation`).
+A part is K or V of a block, without the exact tokens. K is rotated back by the model's RoPE before it is quantized, if RoPE is
+known and the block is long enough for channel-wise scales. A part that is not rotated back is multiplied by a fixed matrix
+if its codes have fewer than 8 bits. This is called spreading (see `rotation`).
 
 The payload: the exact tokens (L, 2, H, sinks, D) | for K, then for V: scales bf16 | codes
 
-Shapes: kv (L, 2, H, T, D). A part, K or V, is (L, H, T, D) without the exact tokens, and float32 during computation.
+Shapes: kv (L, 2, H, T, D). A part is (L, H, T, D), and float32 during computation.
 """
 
 import threading
@@ -26,10 +27,11 @@ _of_thread = threading.local()
 
 
 class Part(NamedTuple):
-    """The position of K or V in a payload, and the space in which it is quantized.
+    """K or V of a block: its position in a payload, and the space in which it is quantized.
 
-    `which`: 0 for K, 1 for V. `per_channel`: the groups are channels, not tokens. `rope`: what the part is rotated back by, or b"".
-    `is_spread`: the part is multiplied by the spreading matrix. `scales`, `codes`: its bytes in the payload.
+    `which`: 0 for K, 1 for V. `per_channel`: the groups are channels, not tokens. `rope`: the inverse frequencies by which the part is
+    rotated back, or b"" if it is not. `is_spread`: the part is multiplied by the spreading matrix. `scales`, `codes`: where these
+    are in the payload.
     """
 
     which: int
@@ -42,7 +44,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class PartsCodec(BlockCodec):
-    """A `BlockCodec` that falls back to the lossless codec. The size of a payload is known in advance.
+    """A `BlockCodec` that encodes K and V as two parts, and falls back to the lossless codec.
+
+    The size of a payload is known before encoding.
 
     `rope`: the inverse frequencies (see `rotation`), b"" for a model without RoPE, None if unknown.
     `rope_halves`: how channels are paired (see `turning`).
@@ -79,9 +83,9 @@ class PartsCodec(BlockCodec):
 
     @abstractmethod
     def _write(self, part: Part, kv: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-        """Encodes a part in the block's dtype, with any strides. Returns scales (bf16) and codes (1-D u8, as stored).
+        """Encodes the part `kv`, in the block's dtype and of any strides. Returns scales (bf16) and codes (1-D u8, as stored).
 
-        The result for numbers that are not finite does not matter, but they must not raise an error.
+        The result for numbers that are not finite does not matter, but such numbers must not raise an error.
         """
 
     @abstractmethod
@@ -134,13 +138,16 @@ class PartsCodec(BlockCodec):
         return payload
 
     def _to_code_space(self, part: Part, x: torch.Tensor) -> torch.Tensor:
-        """Returns some layers of a part, rotated into the space in which they are quantized."""
+        """Returns some layers `x` of a part, rotated back by RoPE or spread, as they are quantized."""
         if part.rope:
             return self._turning(part, x).turn(x, torch.empty_like(x), back=True)
         return x @ spreading_matrix(x.shape[-1]).to(x.device).T if part.is_spread else x
 
     def _from_code_space(self, part: Part, out: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Returns a function f(x, spare) that undoes `_to_code_space` and returns the layers. It may overwrite both. `spare`: as x."""
+        """Returns a function f(x, spare) that undoes `_to_code_space` and returns the layers.
+
+        `spare` is scratch memory of the shape and dtype of `x`. The function may overwrite both.
+        """
         if part.rope:
             return self._turning(part, out).turn
         if not part.is_spread:
@@ -151,7 +158,10 @@ class PartsCodec(BlockCodec):
         return lambda x, spare: _narrow(spare, matrix.dtype).copy_(x) @ matrix
 
     def _spreading(self, out: torch.Tensor) -> torch.Tensor:
-        """Returns the matrix that undoes the spreading of a part."""
+        """Returns the matrix (D, D) that multiplies a decoded part, K or V, to undo its spreading.
+
+        Spreading multiplied the part by the transpose before it was quantized (see `rotation.spreading_matrix`).
+        """
         return spreading_matrix(out.shape[-1]).to(out.device, product_dtype(out))
 
     def _turning(self, part: Part, like: torch.Tensor) -> Turning:
@@ -169,7 +179,7 @@ def product_dtype(out: torch.Tensor) -> torch.dtype:
 
 
 def _narrow(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns contiguous float32 memory as a tensor of as many numbers of a dtype of half the width, in its first half."""
+    """Returns a view of the first half of `memory` (contiguous float32), in the same shape and a dtype of half the width."""
     return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RawCodec(Codec):
-    """Bit-identical, and as large as the block. Encoding host memory is free (a view). Decoding is one copy."""
+    """The codec that stores a block unchanged. Encoding a block in host memory is free: the payload is a view. Decoding is one copy."""
 
     id: ClassVar[int] = 0
     name: ClassVar[str] = "raw"
@@ -31,7 +31,7 @@ class RawCodec(Codec):
         fill(out, source)
 
     def decode_kv(self, payload: memoryview, kv: "torch.Tensor") -> None:
-        """Decodes by one strided copy."""
+        """Decodes by one strided copy (see `Codec.decode_kv`)."""
         import torch
 
         source = np.frombuffer(payload, np.uint8)

@@ -1,7 +1,7 @@
-"""Shared base of `lowrank` and `sparse`, which store a given part of a block's bytes and drop the rest of its content.
+"""Shared base of `lowrank` and `sparse`, which keep a given fraction of a block's bytes and drop the rest of its content.
 
-Both are dominated: at the same size, int8 and int4 are closer to the block (docs/design/015). They exist for users
-who ask for them by name.
+At the same size, int8 and int4 are closer to the block than both (docs/design/015). `lowrank` and `sparse` exist for
+users who ask for them by name.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from tiered_kv.layout import ITEM_BYTES
 
 @dataclass(frozen=True)
 class ReducedCodec(PartsCodec):
-    """A `PartsCodec` whose payload takes at most the part `keep` of the bytes of the tokens that are encoded.
+    """A `PartsCodec` whose encoded tokens take at most the fraction `keep` of their raw bytes.
 
     `keep` is above 0 and at most 1. It covers scales and other side information as well. A payload has at least one component
-    (lowrank) or one number of each head (sparse), even if that takes more.
+    (lowrank) or one number of each head (sparse), even if that exceeds `keep`.
     """
 
     bits: ClassVar[int] = 8
@@ -41,5 +41,5 @@ class ReducedCodec(PartsCodec):
             raise TieredKVError(Kind.CONFIG, message, setting="keep") from None
 
     def _budget_bytes(self, numbers: int) -> float:
-        """Returns the bytes that `numbers` numbers of the block may take."""
+        """Returns the bytes that `numbers` numbers of the block may take when encoded."""
         return self.keep * numbers * ITEM_BYTES[self.dtype]

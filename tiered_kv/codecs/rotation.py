@@ -1,7 +1,7 @@
-"""Rotations of keys and values: RoPE, which the model applied to K, and a fixed one that spreads a token's values evenly.
+"""Rotations of keys and values: RoPE, which the model applied to K, and spreading, a fixed rotation that spreads a token's values evenly.
 
 K is rotated back by RoPE before it is quantized. In K without RoPE, a channel has nearly the same size at every token.
-V, and K of unknown rotation, are multiplied by a fixed orthogonal matrix, so that no single channel decides a token's range.
+Spreading multiplies V, or K of unknown rotation, by a fixed orthogonal matrix, so that no single channel decides a token's range.
 All computations are in float32.
 """
 
@@ -16,7 +16,10 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 def rope_of_theta(theta: float, rotary_dim: int) -> bytes:
-    """Returns the `rope` parameter of codecs for a model with plain RoPE (Su et al., RoFormer, 2021): theta ^ (-2i / rotary_dim)."""
+    """Returns the `rope` parameter of codecs for a model with plain RoPE (Su et al., RoFormer, 2021).
+
+    The inverse frequencies are theta ^ (-2i / rotary_dim).
+    """
     return rope_of(1.0 / theta ** (np.arange(0, rotary_dim, 2) / rotary_dim))
 
 
@@ -43,8 +46,8 @@ def check_rope(rope: bytes | None, head_dim: int) -> None:
 class Turning(NamedTuple):
     """RoPE at a range of positions. Channels form pairs of a first and a second channel.
 
-    Each channel is multiplied by `cos` (T, D). The other channel of its pair times `sin` (T, pairs) is then subtracted from the
-    first and added to the second. Channels without a partner have the cosine 1. The tensors are shared: do not write to them.
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin), with `cos` (T, D) and `sin` (T, pairs). `first` and `second` select the
+    channels. Channels without a partner have the cosine 1. The tensors are shared: do not write to them.
     """
 
     cos: torch.Tensor
@@ -53,7 +56,10 @@ class Turning(NamedTuple):
     second: slice
 
     def turn(self, x: torch.Tensor, out: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Writes `x` (…, T, D), rotated by RoPE, to `out`, another tensor, and returns `out`. `back` undoes RoPE. Both are float32."""
+        """Writes `x` (…, T, D), rotated by RoPE, to `out`, and returns `out`. `back` undoes RoPE.
+
+        Both are float32 and must not share memory.
+        """
         torch.mul(x, self.cos, out=out)
         out[..., self.first].addcmul_(x[..., self.second], self.sin, value=1 if back else -1)
         out[..., self.second].addcmul_(x[..., self.first], self.sin, value=-1 if back else 1)
@@ -81,9 +87,10 @@ def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -
 
 @lru_cache(maxsize=16)
 def spreading_matrix(dim: int) -> torch.Tensor:
-    """Returns an orthogonal matrix (dim, dim) whose entries are all small. Multiplying by its transpose undoes it.
+    """Returns the spreading matrix: orthogonal (dim, dim), with small entries only. Its transpose is its inverse.
 
-    It is Hadamard's matrix if `dim` is a power of two, else that of the cosine transform. The matrix is shared: do not write to it.
+    It is Hadamard's matrix if `dim` is a power of two, else that of the cosine transform. Codecs multiply by the transpose to
+    encode, and by the matrix to decode. The matrix is shared: do not write to it.
     """
     if dim & (dim - 1):
         angles = torch.arange(dim, dtype=torch.float64)[:, None] * (torch.arange(dim, dtype=torch.float64) + 0.5) * (math.pi / dim)

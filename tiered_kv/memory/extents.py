@@ -1,7 +1,7 @@
 """Allocation of extents of variable size in an arena. Pure bookkeeping: it touches no memory.
 
-Best fit, and a freed extent merges with free neighbours at once. Of the simple strategies it wastes least here (measured against
-first fit, worst fit and segregated fits: see `tests/unit/memory/test_extents_churn.py`). Wilson et al., "Dynamic Storage
+The strategy is best fit. A freed extent merges with free neighbours at once. Of the simple strategies, best fit wastes least here
+(measured against first fit, worst fit and segregated fits: see `tests/unit/memory/test_extents_churn.py`). Wilson et al., "Dynamic Storage
 Allocation: A Survey and Critical Review" (1995), explain why.
 """
 
@@ -75,10 +75,10 @@ class ExtentAllocator:
         return offset
 
     def allocate_apart(self, nbytes: int, floor: int) -> int | None:
-        """Allocate an extent that is smaller than others and stays longer, at byte `floor` or above. Returns as `allocate` does.
+        """Allocate a small, long-lived extent at byte `floor` or above. Returns its offset, or None if no free range is large enough.
 
         Takes a free range of about this size, else the end of the last range that is large enough. So these extents gather at
-        the arena's end, and short-lived ones at its beginning. Cost: O(free ranges).
+        the arena's end, and short-lived extents at its beginning. Cost: O(free ranges).
         """
         size = self._aligned(nbytes)
         snug_bytes = size + int(size * SNUG_SHARE)
@@ -105,7 +105,7 @@ class ExtentAllocator:
     def allocate_run(self, nbytes: int, count: int) -> list[int]:
         """Allocate up to `count` extents of `nbytes` each; each is freed separately. Returns their offsets.
 
-        They are neighbours, aligned(nbytes) apart, if one free range is large enough; else in as few runs as possible, the
+        The extents are neighbours, aligned(nbytes) apart, if one free range is large enough; else in as few runs as possible, the
         longest first. Returns fewer than `count`, or [], when the arena is full.
         """
         stride = self._aligned(nbytes)

@@ -26,7 +26,7 @@ _Words = npt.NDArray[np.uint64]
 
 
 class RebuildResult(NamedTuple):
-    """Result of `IndexWriter.rebuild`: blocks kept, blocks dropped by reason, and `moved` blocks that had been unreachable."""
+    """Result of `IndexWriter.rebuild`: numbers of blocks kept, dropped for each reason, and `moved` because they were unreachable."""
 
     kept: int
     torn: int
@@ -39,7 +39,7 @@ class RebuildResult(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    Creating one gives the files a new identity and increments the generation before anything else, and sets the state to live.
+    The constructor first gives the files a new identity and increments the generation. At last it sets the state to live.
     After attaching to existing files, call `rebuild` before any change. Besides the file it uses 12 bytes of private memory a slot.
     """
 
@@ -48,7 +48,7 @@ class IndexWriter:
             raise TieredKVError(Kind.MEMORY, f"IndexWriter: the files of {files.directory} are not open for writing")
         self._views = w.IndexViews(files.index.map, files.slots)
         self._header, self._words = self._views.header, self._views.slot_words
-        self._header[w.IDENTITY] = w.new_identity()  # who maps the files that these are a copy of keeps the former one
+        self._header[w.IDENTITY] = w.new_identity()  # processes that map the original of copied files keep the former one
         self._header[w.GENERATION] += 1
         w.fence()
         self._slots, self._mask, self._arena_bytes = files.slots, files.slots - 1, files.arena_bytes
@@ -98,7 +98,7 @@ class IndexWriter:
             return slot
         if self._header[w.BLOCKS] >= self.capacity_blocks:
             return None
-        self._write(slot, fields)  # its touches are zero since it was emptied, except those of a late reader
+        self._write(slot, fields)  # the slot was emptied with its touches; only a late reader can have added some
         self._header[w.BLOCKS] += 1
         return slot
 
@@ -125,7 +125,7 @@ class IndexWriter:
 
         The first harvest after a restart returns all blocks that were ever touched, so that a policy can learn their order
         again. Cost: about 1 µs if no reader touched anything; else 16 bytes read per slot of the index (0.2 ms per
-        GiB of host memory) and 0.5 µs a touched block. Reader races may lose a touch, never invent a block.
+        GiB of host memory) and 0.5 µs a touched block. A race with a reader may lose a touch, but never invents a block.
         """
         tick = self._header[w.TICK]
         if tick == self._seen_tick:
@@ -153,7 +153,7 @@ class IndexWriter:
         return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
     def tallies(self) -> tuple[int, int]:
-        """Returns how many blocks workers asked for, and how many of them they got, since these files were created."""
+        """Returns the numbers of blocks that workers asked for, and that they got, since these files were created."""
         return self._header[w.ASKED], self._header[w.HIT]
 
     def savings(self) -> tuple[int, float]:
@@ -177,7 +177,7 @@ class IndexWriter:
         header[w.EPOCHS] = odd + 1 & _U64
 
     def set_peers(self, peers: int) -> None:
-        """Publish the number of other live nodes to readers. With none, a miss here is a miss everywhere."""
+        """Publish the number of other live nodes to readers. Without peers, a miss in this index is a miss in the whole cluster."""
         self._header[w.PEERS] = peers
 
     def beat(self, now_ns: int) -> None:
@@ -194,7 +194,7 @@ class IndexWriter:
         self._views.release()
 
     def rebuild(self, is_trusted: Callable[[BlockKey, Location], bool] = lambda key, location: True) -> RebuildResult:
-        """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns what was found.
+        """Repair the index of a writer that may have died at any point. Readers may read meanwhile. Returns what was kept and dropped.
 
         Drops slots that were being written; blocks out of bounds; host blocks that are not `is_trusted`; keys with several
         different locations; and all host extents that overlap, as none of them can be trusted. Makes every other block
@@ -238,7 +238,7 @@ class IndexWriter:
     def _find(self, key: BlockKey) -> tuple[int, bool]:
         """Returns (slot, True) if the key is in the index, else (slot, False) with the slot to put it in.
 
-        If all slots are occupied, it is the last slot tried.
+        If all slots are occupied, that slot is the last one tried.
         """
         words, view, mask = self._words, self._views.slot_bytes, self._mask
         start = w.HOME.unpack_from(key)[0] & mask

@@ -20,7 +20,7 @@ def _request(kind: int, start: int, nbytes: int) -> bytes:
 
 
 def share_range(fd: int, start: int, nbytes: int) -> None:
-    """Take a read lock on a range; several descriptions may hold one. `fd` must be readable. Raises (kind `memory`) if refused."""
+    """Take a read lock on a range, which several file descriptions may share. `fd` must be readable. Raises (kind `memory`) if refused."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_RDLCK, start, nbytes))
     except OSError as error:
@@ -28,12 +28,12 @@ def share_range(fd: int, start: int, nbytes: int) -> None:
 
 
 def unlock_range(fd: int, start: int, nbytes: int) -> None:
-    """Release all locks of this description on a range."""
+    """Release all locks on a range that the file description of `fd` holds."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, start, nbytes))
 
 
 def try_exclusive(fd: int, start: int, nbytes: int) -> bool:
-    """Try to take a write lock on a range. Returns False if another description holds a lock in it. `fd` must be writable."""
+    """Try to take a write lock on a range. Returns False if another file description holds a lock in it. `fd` must be writable."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK, start, nbytes))
     except OSError as error:

@@ -29,7 +29,7 @@ _CUDA_MIN_BYTES = 10 << 20  # smaller tensors get part of a larger allocation, w
 
 
 class _Descriptor(TypedDict):
-    """Content of the descriptor file. `uuid` and `storage` (torch's IPC handles) are there on CUDA only."""
+    """Content of the descriptor file. `uuid` and `storage` (torch's IPC handles) exist on CUDA only."""
 
     version: int
     device: str
@@ -60,9 +60,9 @@ class Ticket:
 class DevicePool:
     """A pool of device memory: `tensor` is 1-D uint8 on `device`, shared by the node that created it and all that opened it.
 
-    `generation` is the identity of the node's life that created the pool (see `NodeView.identity`). A worker that maps an index of
-    another identity must open the pool again and discard what it read from this one: the first lives of a node before and after
-    its files were removed have equal numbers, but not equal identities. Thread-safe except `close`.
+    `generation` is the identity of the node's files when the node created the pool (see `NodeView.identity`). A worker that maps an
+    index of another identity must open the pool again, and discard what it read from this pool. A count of restarts would not
+    do, because it starts again after the node's files were removed. Thread-safe except `close`.
     """
 
     def __init__(self, directory: Path, tensor: torch.Tensor, generation: int, mapping: Mapping | None, *, owner: bool) -> None:
@@ -232,7 +232,7 @@ def _cuda_memory(device: torch.device, nbytes: int) -> torch.Tensor:
 
 def _new_mapping(directory: Path, nbytes: int) -> Mapping:
     """Create, allocate and map a file of `nbytes`."""
-    if nbytes > available_bytes(directory):  # else the file system would fill up before it fails, for all its users
+    if nbytes > available_bytes(directory):  # else the allocation fills the file system for all its users before it fails
         raise _too_small(str(directory), nbytes)
     fd = -1
     try:
@@ -263,7 +263,7 @@ def _mapping(directory: Path, nbytes: int) -> Mapping:
 
 
 def _mapped_cuda(directory: Path, descriptor: _Descriptor) -> torch.Tensor:
-    """Map the memory that the IPC handles of a descriptor refer to. The device is found by its UUID, as numbers differ by process."""
+    """Map the memory that the IPC handles of a descriptor refer to. Finds the device by its UUID, as device numbers differ by process."""
     device = next((index for index in range(torch.cuda.device_count()) if _uuid(index) == descriptor["uuid"]), None)
     if device is None:
         raise _unusable(directory, f"its device {descriptor['uuid']} is not visible to this process; see CUDA_VISIBLE_DEVICES")

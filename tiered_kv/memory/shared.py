@@ -186,7 +186,7 @@ class NodeFiles:
         return cls.create(shm_path, cluster_id, node_id, host_bytes, disk_bytes), False
 
     def is_in_place(self) -> bool:
-        """Whether directory, index and arena still have their names, so that other processes find them there."""
+        """Whether the directory, index and arena opened here are still those at their paths, where other processes look for them."""
         try:
             return [os.stat(path).st_ino for path in (self.directory, self.index_path, self.arena_path)] == self._inodes
         except FileNotFoundError:
@@ -223,7 +223,7 @@ class NodeFiles:
 
 
 class VacantFiles:
-    """Stands in for `NodeFiles` in a view: private memory that looks like a closed node without blocks."""
+    """A stand-in for `NodeFiles` in a view: private memory with the content of a closed node without blocks."""
 
     slots = w.SLOTS_MIN
     arena_bytes = w.PAGE_BYTES
@@ -236,7 +236,7 @@ class VacantFiles:
             header[w.SLOTS], header[w.ARENA_BYTES], header[w.STATE] = self.slots, self.arena_bytes, w.CLOSED
 
     def is_in_place(self) -> bool:
-        """Returns False: these files are in no directory."""
+        """Returns False, because no path leads other processes to this private memory."""
         return False
 
     def close(self) -> None:
@@ -246,7 +246,7 @@ class VacantFiles:
 
 
 class Header(NamedTuple):
-    """State of a node, read from its index without mapping it. The fields are as the properties of `NodeView`."""
+    """State of a node, read from its index without mapping it. The fields mean the same as the properties of `NodeView`."""
 
     identity: int
     is_live: bool
@@ -298,8 +298,8 @@ def _age_s(directory: Path, now_ns: int) -> float:
 def _reclaim_unusable(directory: Path) -> bool:
     """Delete files that no writer can attach to. Returns whether the directory is gone.
 
-    Files that a process uses are kept, unless the index or the arena was removed or replaced: a process that maps the old file
-    has no use for what is here now. Then only a writer that is about to create them keeps them.
+    Files of another version, or without a valid header, are deleted if no process uses them. If the index or the arena was removed
+    or replaced, only a writer, which may be creating them, protects the files: a process that maps the old file has no use for them.
     """
     with suppress(FileNotFoundError), _unused(directory) as unused:
         header = _header_words(directory / _INDEX)
@@ -319,7 +319,7 @@ def _has_writer(directory: Path) -> bool:
 
 
 def _is_its_arena(header: memoryview, facts: os.stat_result) -> bool:
-    """Whether a file is the arena that was made with this index, and no copy; older indexes do not say."""
+    """Whether a file is the arena created with this index, not a copy. True for older indexes, which do not record the arena."""
     return header[w.ARENA_INODE] in (0, facts.st_ino)
 
 
@@ -333,7 +333,7 @@ def _header_words(path: Path) -> memoryview | None:
 
 
 LOOKED_AT_S = 0.5
-"""How long a node waits while another process holds the lock of its directory, to see whether it is in use."""
+"""How long to wait for a directory's lock: a process that checks whether the directory is in use holds the lock only briefly."""
 
 
 @contextmanager
@@ -367,9 +367,9 @@ def _directory_fd(directory: Path) -> Iterator[int]:
     """Open a directory so that names are looked up in it even if another directory takes its place. Yields its descriptor."""
     fd = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        facts = os.fstat(fd)
-        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-            raise TieredKVError(Kind.MEMORY, f"shm_path: {directory} must belong to this user alone, also for writing", setting="shm_path")
+        if (facts := os.fstat(fd)).st_uid != os.geteuid() or facts.st_mode & 0o022:
+            message = f"shm_path: {directory} must be owned by this user, and no other user may have write permission to it"
+            raise TieredKVError(Kind.MEMORY, message, setting="shm_path")
         yield fd
     finally:
         os.close(fd)

@@ -111,7 +111,7 @@ class NodeView:
 
     @property
     def mark(self) -> tuple[int, int]:
-        """A mark that changes when the node is restarted or a weight epoch is raised. Takes about 0.2 µs."""
+        """The identity, and a counter of changes of weight epochs. The pair changes with a restart or a new epoch. About 0.2 µs."""
         header = self._header
         try:
             return header[w.IDENTITY], header[w.EPOCHS]
@@ -119,7 +119,7 @@ class NodeView:
             raise _closed() from error
 
     def weight_epoch(self, family: bytes) -> tuple[tuple[int, int], int] | None:
-        """Returns the `mark`, and the weight epoch of a family at that mark. Returns None while the node changes its epochs."""
+        """Returns the `mark`, and the weight epoch that a family has at this mark. Returns None while the node changes its epochs."""
         header, wanted = self._header, (0, w.family_word(family))
         try:
             for _ in range(EPOCH_TRIES):
@@ -148,8 +148,8 @@ class NodeView:
     def lookup(self, key: BlockKey, _tries: int = 2) -> Slot | None:
         """Find a block. Returns its slot, or None if it is not visible. Cost: about 1 µs.
 
-        A block that is being moved is looked up once more, then it is a miss. A damaged slot (an unknown tier, bytes out of
-        bounds) is a miss, and its key is added to `damaged`. Raises (kind `closed`) after `close`.
+        A block that is being moved is looked up once more. If it still is being moved, it is a miss. A damaged slot (an
+        unknown tier, bytes out of bounds) is a miss too, and its key is added to `damaged`. Raises (kind `closed`) after `close`.
         """
         self.lookups += 1
         words, view, mask, unpack = self._words, self._bytes, self._mask, w.FIELDS.unpack_from
@@ -181,8 +181,8 @@ class NodeView:
     def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
         """Find the longest prefix of `keys` that is visible as blocks of `raw_bytes`. Returns its slots, at half the cost of `lookup`.
 
-        A raw block in host memory whose slot is the first of its probe, and is not being written, is read here. All other
-        keys are passed to `lookup`.
+        Finds a raw block in host memory itself, if its slot is the first of its probe and is not being written. Passes all
+        other keys to `lookup`.
         """
         lengths_of_raw, offset_max = raw_bytes | raw_bytes << 32, self.arena_bytes - raw_bytes
         words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from
@@ -259,7 +259,7 @@ class NodeView:
             raise _closed() from error
 
     def touch(self, slots: Iterable[Slot]) -> None:
-        """Record that blocks were used, the deepest of a chain first. Cost: about 0.3 µs a block. A race can at most lose a touch."""
+        """Record uses of blocks. Pass the deepest block of a chain first. Cost: about 0.3 µs a block. A race can at most lose a touch."""
         ticks, counts = self._views.ticks, self._views.counts
         tick = self._head(w.TICK)
         for slot in slots:

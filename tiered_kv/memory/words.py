@@ -41,7 +41,7 @@ LIVE = 1
 CLOSED = 2
 
 BEAT_AGE_NS_MAX = 2_000_000_000
-"""A node writes its heartbeat every 0.1 s. If it is older than this, the node is dead, stopped, or gets no processor time."""
+"""A node writes its heartbeat every 0.1 s. If the last one is older than this, the node is dead, stopped, or gets no processor time."""
 
 BYTES_PER_SLOT_OF_HOST = 4096
 BLOCK_BYTES_BELOW = 64 << 10
@@ -49,7 +49,7 @@ SLOTS_PER_BLOCK = 2.25  # at most half of the slots are used; the rest of 2.25 i
 BYTES_OF_SLOT = SLOT_BYTES + 8 + 4  # with its tick and its count
 SLOTS_MIN = 64
 FRAME_BYTES_MORE = 8192
-"""Limit: stored bytes of a block beyond its raw bytes, for the header and checksum of a frame."""
+"""Limit on a block's stored bytes minus its raw bytes: room for the header and checksum of a frame."""
 OFFSET_MAX = (1 << 63) - 1
 PAYLOAD_ALIGN = 64
 """Payloads in memory begin at multiples of this, as extents and their headers are aligned."""
@@ -83,7 +83,7 @@ os.register_at_fork(after_in_child=_renew_fence)
 
 
 def new_identity() -> int:
-    """A random number for the header's word IDENTITY; never 0."""
+    """Returns a random number for the header's word IDENTITY; never 0."""
     return secrets.randbits(64) | 1
 
 
@@ -93,7 +93,7 @@ def name_hash(name: str) -> int:
 
 
 def family_word(family: bytes) -> int:
-    """Returns the word that stands for a family of namespaces in the table of epochs; 0 for all families."""
+    """Returns the word that stands for a family of namespaces in the table of epochs. The word 0 stands for all families."""
     return int(HOME.unpack_from(family)[0])
 
 

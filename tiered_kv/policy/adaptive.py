@@ -1,9 +1,9 @@
 """Adaptive policy: evicts the blocks with the lowest value, by a reuse index learned from this node's own traffic.
 
 The index of a block is its Gittins index over hazards of reuse by class and age (`reuse`, `blockhistory`). A block's value is
-its index times the cost of getting it back, for each byte. As in hyperbolic caching (Blankstein, Sen & Freedman, ATC 2017), it
-evicts the lowest of a sample of leaves. The best candidates of one sample are added to the next (Psounis & Prabhakar,
-IEEE/ACM ToN 2002).
+its index times the cost of getting it back, divided by its size. As in hyperbolic caching (Blankstein, Sen & Freedman, ATC 2017),
+the policy evicts the leaf of the lowest value in a sample. The leaves of the next lowest values are added to the next sample
+(Psounis & Prabhakar, IEEE/ACM ToN 2002).
 """
 
 import heapq
@@ -22,7 +22,7 @@ _PER_FIRST = 1 / reuse.FIRST_S
 _BARREN_ROUNDS_MAX = 4
 
 COST_TOKENS = 30_500
-"""Position at which a token costs twice the FLOPs of the first one in an 8B Llama: attention costs as much as the rest there."""
+"""The position at which a token of an 8B Llama costs twice the FLOPs of the first token: attention then costs as much as the rest."""
 
 
 class AdaptivePolicy(EvictionPolicy):
@@ -167,7 +167,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._leaf_at = np.concatenate([self._leaf_at, np.full(more, -1, np.int32)])
 
     def values(self, slots: list[int], now_s: float) -> list[float]:
-        """Returns the value of each block for each byte: its index times its cost over its size."""
+        """Returns the value per byte of each block: its index times its cost, divided by its size."""
         known, at = self._history, np.array(slots, np.int64)
         octaves = np.log2(np.maximum((now_s - known.last_s[at]) * _PER_FIRST, 1.0)) + 1.0
         octave = np.minimum(octaves.astype(np.int64), reuse.OCTAVES - 2)
@@ -190,7 +190,10 @@ class AdaptivePolicy(EvictionPolicy):
         return index * cost * self._factors.get(slot, 1.0) / self._bytes.item(slot)
 
     def parent_freed_by(self, slot: int, gone: dict[int, int]) -> int | None:
-        """Returns the resident parent of a chosen block if it becomes a leaf now, else None. Counts chosen children in `gone`."""
+        """Returns the parent of the chosen block `slot`, if it is resident and all its resident children are chosen now. Else None.
+
+        `gone` has the number of chosen children by parent; this call counts `slot`.
+        """
         parent = self._history.parent.item(slot)
         if parent not in self._keys:
             return None
@@ -212,7 +215,7 @@ class AdaptivePolicy(EvictionPolicy):
 
 
 class _Search:
-    """One search for victims: the blocks chosen so far, and the best candidates that are not chosen."""
+    """One search for victims: the blocks chosen so far, and the candidates of the lowest values that are not chosen."""
 
     def __init__(self, policy: AdaptivePolicy, protected: Container[Key], now_s: float) -> None:
         self.chosen: dict[int, Key] = {}

@@ -84,7 +84,7 @@ class ARCPolicy(RankedPolicy):
         self._queue_of(key).leaves.push(key)
 
     def _next(self) -> Key | None:
-        """Applies the paper's case IV if the incoming block is not a ghost, then its REPLACE."""
+        """Applies the paper's case IV if the incoming block is not a ghost, then the paper's REPLACE."""
         self._ghostless = None
         ghosts = self._returning.get(next(self._incoming, None))
         if ghosts is None and self._forget_for_newcomer():
@@ -98,7 +98,7 @@ class ARCPolicy(RankedPolicy):
         return second.leaves.pop() if key is None else key
 
     def _forget_for_newcomer(self) -> bool:
-        """Makes room among the ghosts. Returns True if there are none to forget, so that T1 must evict a block without a ghost."""
+        """Forgets a ghost if the lists are full. Returns True if B1 is full but has no ghost: T1 must then evict a block without one."""
         once_bytes = self._t1.nbytes + self._chosen_t1_bytes + self._b1.nbytes
         if once_bytes >= self._capacity_bytes:
             return not self._b1.forget_oldest()

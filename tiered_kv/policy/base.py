@@ -33,7 +33,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, keys: Sequence[Key], parent: Key | None, nbytes: int) -> None:
-        """Records a run of one chain, root first, as resident with `nbytes` each. No block of it was resident.
+        """Records a run of one chain, root first, as resident with `nbytes` each. None of them may be resident already.
 
         `parent` is the parent of the first block.
         """
@@ -57,8 +57,8 @@ class EvictionPolicy(ABC):
     def ranked(self, now_s: float) -> list[Key]:
         """Returns all resident blocks, the most worth keeping first, and every block before its descendants.
 
-        It is the reverse of the order in which `victims` would evict them all. Asking may change the rank of blocks in some policies,
-        as `victims` does, so it is for a node that is about to end.
+        It is the reverse of the order in which `victims` would evict them all. In some policies this call changes the rank of
+        blocks, as `victims` does. So it is for a node that is about to close.
         """
         return self.victims(1 << 62, (), now_s)[::-1]
 
@@ -67,7 +67,10 @@ class EvictionPolicy(ABC):
         """Records that the resident `key` has a new size of `nbytes`. Its rank does not change, except where it depends on size."""
 
     def weigh(self, key: Key, factor: float) -> None:  # noqa: B027 - most policies know no costs
-        """Records the cost of getting the resident `key` back, as a factor (0 to 1) of computing it again. A nearby copy makes it cheap."""
+        """Records the cost of getting the resident `key` back, as a fraction (0 to 1) of the cost of computing it again.
+
+        The fraction is small if there is a copy nearby.
+        """
 
     @abstractmethod
     def check(self) -> None:
@@ -198,7 +201,7 @@ class RankedPolicy(EvictionPolicy):
         """Returns the blocks in the queues. The result may include blocks that are no longer queued."""
 
     def _prepare_for(self, incoming: Sequence[Key]) -> None:
-        """Prepares to choose victims that make room for these blocks, root first."""
+        """Prepares to choose victims that make room for the blocks `incoming`, root first."""
 
     def _resized(self, key: Key, before: int) -> None:
         """Adjusts to the new size of a resident block, which had `before` bytes. The block may be chosen."""

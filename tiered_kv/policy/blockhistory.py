@@ -13,7 +13,7 @@ from tiered_kv.policy.keytable import KeyTable, tags_of
 GHOSTS_MIN = 65_536
 GHOSTS_PER_BLOCK = 4
 LEARN_EVERY = 200
-"""Runs recorded between two tables. A request has about two runs."""
+"""The number of runs recorded before a new table is computed. A request has about two runs."""
 
 _SAMPLE = 4  # the model learns from every fourth block
 _HOT_USES = 64
@@ -217,7 +217,7 @@ class BlockHistory(History):
     def _chain_features(self, before: np.ndarray, parent_slot: int, now_s: float) -> tuple[int, int]:
         """Returns the buckets of the time since this chain's last turn, and of its hot prefix.
 
-        `before`: slots of its blocks that were used before.
+        A hot prefix is one that many requests share. `before`: slots of the chain's blocks that were used before.
         """
         gap, hot = reuse.inherited(int(self.kind[parent_slot])) if parent_slot >= 0 else (0, 0)
         if len(before):
@@ -249,7 +249,7 @@ class BlockHistory(History):
     def _last_use_of(self, last_block: int) -> np.ndarray:
         """Returns the slots of `last_block` and of those of its ancestors that were last used by the same request, root first.
 
-        Each step goes to a smaller depth: the parents of blocks that are remembered but not resident may form a cycle.
+        Each step must go to a smaller depth, because the parents of blocks that are remembered but not resident may form a cycle.
         """
         if self._run and self._run[-1][-1] == last_block:
             return np.concatenate(self._run)

@@ -15,7 +15,7 @@ _LOAD_MAX = 0.7
 
 
 def tags_of(keys: Sequence[Key]) -> np.ndarray:
-    """Returns a 64-bit tag for each key: all words of a store's key folded, an integer itself, or the hash of any other key."""
+    """Returns a 64-bit tag for each key: the combined words of a 32-byte key, an integer key itself, or the hash of any other key."""
     first = keys[0]
     if isinstance(first, bytes) and len(first) == KEY_BYTES:
         words = np.frombuffer(b"".join(cast("Sequence[bytes]", keys)), np.uint64)
@@ -27,7 +27,7 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
 
 
 class KeyTable:
-    """A hash table with open addressing and linear probing. It is rebuilt instead of deleting keys.
+    """A hash table with open addressing and linear probing. Keys are never deleted: the table is rebuilt without them.
 
     It takes 4 bytes a place; 25 to 70 % of the places are used. The owner stores the tags, in an array indexed by slot. It passes
     that array as `tag_of` to methods that compare tags.

@@ -28,7 +28,7 @@ class Leaves:
             heapq.heappush(self._heap, (rank, key))
 
     def pop(self) -> Key | None:
-        """Removes the free key with the lowest rank and returns it. Returns None if there is none."""
+        """Removes and returns the key with the lowest rank among those that `is_free` accepts. Returns None if there is none."""
         heap, rank, queued = self._heap, self._rank, self.queued
         while heap:
             was, key = heap[0]

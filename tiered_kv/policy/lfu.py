@@ -1,4 +1,5 @@
-"""Least frequently used. Uses are counted while a block is resident. Of equal counts, the block that reached it first is evicted.
+"""Least frequently used. Uses are counted while a block is resident. Of blocks with equal counts, the one
+that reached the count first is evicted.
 
 Aho, Denning, Ullman: Principles of Optimal Page Replacement (JACM 1971).
 """

@@ -8,7 +8,7 @@ from tiered_kv.policy.leaves import Leaves
 
 
 class Queue:
-    """Some of a policy's blocks, lowest rank first. `nbytes` counts the blocks that are not chosen as victims."""
+    """A queue of some of a policy's blocks, lowest rank first. `nbytes` counts the blocks that are not chosen as victims."""
 
     def __init__(self, is_free: Callable[[Key], bool]) -> None:
         self.rank: dict[Key, int] = {}

@@ -10,14 +10,14 @@ import numpy as np
 
 FIRST_S = 2.0**-8
 OCTAVES = 28
-"""Octaves of age. The first ones end at 2^-8 s, 2^-7 s and so on; each is as long as all earlier ones. The last has no end."""
+"""Number of octaves of age. The first ones end at 2^-8 s, 2^-7 s and so on; each is as long as all earlier ones. The last has no end."""
 
 USES, GAPS, HOTS, ANSWERS = 6, 5, 8, 3
 CLASSES = USES * GAPS * HOTS * ANSWERS
 """A class combines four buckets: uses so far, gap since the chain's previous turn, hot prefix, length of the answer."""
 
 ENDED = CLASSES
-"""Kind of blocks that will not be used again, as their worker reported. Kinds from `ENDED + 1` on: the octave of the expected use."""
+"""Kind of blocks that will not be used again, as their worker reported. A greater kind gives the octave of the expected use."""
 ROWS = CLASSES + 1 + OCTAVES
 
 _USES_FROM = np.array([2, 3, 5, 9, 17])
@@ -88,7 +88,7 @@ class ReuseModel:
             counts.reshape(USES, GAPS, HOTS, ANSWERS, OCTAVES)[:, :, bucket] = 0
 
     def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
-        """Returns the index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
+        """Returns the reuse index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
 
         `kind`, `age_s`: the intervals that are open now.
         """
@@ -134,8 +134,8 @@ def merge_statistics(statistics: list[bytes]) -> bytes:
 def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
     """Returns hazards (classes, OCTAVES): the probability that a block that reached an octave of age is used within that octave.
 
-    `used`, `open_`: counts of intervals by class, and by the octave in which they ended or were last seen open. They have one
-    class or all classes.
+    `used`, `open_`: counts of intervals by class, and by the octave in which they ended or were last seen open. Each has one
+    row, or a row for every class.
     """
     prior = np.full((1, 1, 1, 1, OCTAVES), _NOTHING_KNOWN)
     for ended, censored in zip(_coarse_to_fine(used), _coarse_to_fine(open_), strict=True):
@@ -151,7 +151,7 @@ def hazards(used: np.ndarray, open_: np.ndarray) -> np.ndarray:
 
 
 def gittins(hazard: np.ndarray) -> np.ndarray:
-    """Returns the index (classes, OCTAVES) at the start of each octave of age, in uses a second."""
+    """Returns the Gittins index (classes, OCTAVES) at the start of each octave of age, in uses a second."""
     index, alive, held_s = (np.full(hazard.shape, each) for each in (0.0, 1.0, 0.0))  # by the octave in which the interval starts
     for octave in range(OCTAVES):
         started = slice(0, octave + 1)
@@ -165,7 +165,7 @@ def gittins(hazard: np.ndarray) -> np.ndarray:
 def _expected(usual: np.ndarray) -> np.ndarray:
     """Returns the index of blocks with an expected use: (octave of the expected use, octave of age).
 
-    It is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
+    The index is high until the expected time is over. From then on it is `usual`, the index of blocks of any class.
     """
     left_s = _ENDS_S[:, None] - _EDGES_S[None, :]
     return np.where(left_s > 0, np.maximum(_EXPECTED_TRUE / np.maximum(left_s, FIRST_S), usual), usual)

@@ -1,4 +1,4 @@
-"""The device tier (hot): raw extents of a device pool. They need no headers, because no block in it outlives the node."""
+"""The device tier (hot): raw extents of a device pool, without headers, because no block of this tier outlives the node."""
 
 import torch
 
@@ -21,7 +21,7 @@ class DeviceTier(ExtentTier):
         super().__init__(pool.nbytes)
 
     def payload(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Returns the payload as a uint8 tensor on the device that shares the pool's memory."""
+        """Returns the payload as a uint8 device tensor that shares the pool's memory."""
         return self.pool.extent(offset, nbytes)
 
     def close(self) -> None:

@@ -5,7 +5,10 @@ from tiered_kv.tiers.base import StorageTier
 
 
 class ExtentTier(StorageTier):
-    """A tier whose blocks are extents of one memory. Every offset is that of a payload. Not thread-safe: the engine's lock guards it."""
+    """A tier whose blocks are extents of one memory. Every offset is that of a payload, after its header.
+
+    Not thread-safe: the engine's lock guards it.
+    """
 
     header_bytes = 0
     """Bytes of the header before each payload."""

@@ -16,13 +16,13 @@ from tiered_kv.tiers.log import AppendResult, Record, Refusal
 
 Fault = Callable[..., Any]
 EVERY = 0
-"""In a plan, in place of a call's number: every call that has no fault of its own."""
+"""The number that stands in a plan for every call without a fault of its own."""
 
 _PATIENCE_S = 60.0
 
 
 class FaultPlan:
-    """The planned faults: for each operation by name, a fault by number of the call, from 1. Thread-safe."""
+    """The planned faults, by name of the operation and number of the call (from 1, or `EVERY`). Thread-safe."""
 
     def __init__(self, **faults: Mapping[int, Fault]) -> None:
         self._faults = faults
@@ -40,7 +40,7 @@ class FaultPlan:
 
 
 class Faulty:
-    """Stands in for `wrapped`: has the same attributes, and runs its methods as `plan` says."""
+    """A wrapper with the attributes of `wrapped`. Its methods run with the faults of `plan`."""
 
     def __init__(self, wrapped: Any, plan: FaultPlan) -> None:
         self._wrapped = wrapped
@@ -54,7 +54,7 @@ class Faulty:
 
 
 def fails(code: int) -> Fault:
-    """A system call that fails with an errno."""
+    """Returns a fault: a system call that fails with the errno `code`."""
 
     def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise OSError(code, os.strerror(code))
@@ -63,7 +63,7 @@ def fails(code: int) -> Fault:
 
 
 def raises(error: Exception) -> Fault:
-    """A call that raises `error`."""
+    """Returns a fault: a call that raises `error`."""
 
     def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise error
@@ -72,7 +72,7 @@ def raises(error: Exception) -> Fault:
 
 
 def short(nbytes: int) -> Fault:
-    """A `pwritev` or `preadv` that moves only the first `nbytes` bytes."""
+    """Returns a fault: a `pwritev` or `preadv` that moves only the first `nbytes` bytes."""
 
     def fault(call: Callable[..., int], fd: int, buffers: list[memoryview], offset: int) -> int:
         first, left = [], nbytes
@@ -85,7 +85,7 @@ def short(nbytes: int) -> Fault:
 
 
 def waits(entered: threading.Event, gate: threading.Event) -> Fault:
-    """A slow call: sets `entered`, and is made when `gate` is set."""
+    """Returns a fault: a slow call, which sets `entered` and then waits until `gate` is set."""
 
     def fault(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         entered.set()
@@ -97,7 +97,7 @@ def waits(entered: threading.Event, gate: threading.Event) -> Fault:
 
 
 def refuses(reason: Refusal) -> Fault:
-    """An `append` that writes nothing and answers every record with `reason`."""
+    """Returns a fault: an `append` that writes nothing and refuses every record for `reason`."""
 
     def fault(call: Callable[..., Any], records: list[Record]) -> list[AppendResult]:
         return [AppendResult(None, reason) for _ in records]

@@ -33,7 +33,7 @@ _ERASED = struct.Struct("<I")  # overwrites the magic
 _VERSIONS = _VERSION, _UNSEALED_VERSION = 3, 2
 _UNSEALED = 0
 FRAME_DIGEST = 0
-"""In place of the digest of a frame, which has a checksum of its own."""
+"""The digest of every frame, because a frame has a checksum of its own."""
 _NONE = bytes(KEY_BYTES)
 _UNKNOWN_DEPTH = (1 << 32) - 1
 
@@ -41,8 +41,8 @@ _UNKNOWN_DEPTH = (1 << 32) - 1
 class BlockHeader(NamedTuple):
     """Content of an extent's header: a block, and its encoding.
 
-    The payload has `nbytes`, which encode `raw_bytes` with the codec of id `codec` (0: raw). `error`: the coding error that raw bytes
-    already contain (see `codecs.Encoded`); a frame records its own.
+    `codec`: the id of the payload's codec (0: raw). `nbytes`: size of the payload. `raw_bytes`: size of the decoded block.
+    `error`: the coding error that a raw payload already contains (see `codecs.Encoded`); a frame records its own error.
     """
 
     info: BlockInfo
@@ -63,7 +63,7 @@ def read_header(buffer: bytes | memoryview, at: int = 0) -> BlockHeader:
 
 
 def is_sealed_for(header: bytes, digest: int) -> bool:
-    """Whether the seal in a header of HEADER_BYTES fits the header and a payload with this digest. False if there is no seal."""
+    """Whether the seal in `header` (HEADER_BYTES) fits this header and a payload with this digest. False if there is no seal."""
     return int(_SEAL.unpack_from(header, HEADER_BYTES - _SEAL.size)[0]) == _seal_of(header, digest)
 
 
@@ -86,13 +86,13 @@ class ExtentHeaders:
         self.bytes = memoryview(arena.numpy())
 
     def names(self, offset: int, key: BlockKey) -> bool:
-        """Whether the header names `key` as the block in the payload."""
+        """Whether the header of the payload at `offset` has the key `key`."""
         return self.name_all([offset], [key])
 
     def name_all(self, offsets: Sequence[int], keys: Sequence[BlockKey]) -> bool:
-        """Whether each header names its key. About 0.2 µs a block.
+        """Whether the header of the payload at each offset has the key in the same position of `keys`. About 0.2 µs a block.
 
-        For an offset too small to have a header, bytes at the arena's end are compared; they contain no header.
+        False if an offset is too small to have a header: bytes at the arena's end are compared then, and they contain no header.
         """
         unpack, memory = _OWNER.unpack_from, self.bytes
         return [unpack(memory, offset - HEADER_BYTES) for offset in offsets] == [(_MAGIC, key) for key in keys]
@@ -115,7 +115,7 @@ class ExtentHeaders:
         return self._seal(offset) != _UNSEALED
 
     def seal(self, offset: int, digest: int) -> None:
-        """Write the seal of a payload with this digest over the present header."""
+        """Write the seal for the present header and a payload with this digest."""
         self.bytes[offset - HEADER_BYTES + 4] = _VERSION  # turns a header of an older version into one of this version
         _SEAL.pack_into(self.bytes, offset - _SEAL.size, self._seal_for(offset, digest))
 
@@ -144,9 +144,10 @@ class HostTier(ExtentTier):
         super().__init__(len(arena))
 
     def stage(self, nbytes: int, count: int, staging_bytes: int, roomy_bytes: int) -> list[int]:
-        """Reserve up to `count` extents in the first `staging_bytes`, or anywhere while at most `roomy_bytes` are used.
+        """Reserve up to `count` extents in the staging area, or anywhere while at most `roomy_bytes` are used.
 
-        Extents larger than the staging area may be anywhere at any time. Returns the payload offsets.
+        Returns their payload offsets. The staging area is the first `staging_bytes` of the arena, for short-lived extents.
+        Extents that are larger than the staging area are reserved anywhere, whatever is used.
         """
         size = HEADER_BYTES + nbytes
         offsets = self.extents.allocate_below(size, count, staging_bytes)
@@ -156,7 +157,7 @@ class HostTier(ExtentTier):
         return [offset + HEADER_BYTES for offset in offsets + self.extents.allocate_run(size, more)]
 
     def reserve_apart(self, nbytes: int, staging_bytes: int) -> list[int]:
-        """Reserve one extent after the first `staging_bytes`, apart from larger ones. Returns its payload offset, or [] without room."""
+        """Reserve one extent after the first `staging_bytes`, apart from larger ones. Returns [its payload offset], or [] without room."""
         offset = self.extents.allocate_apart(HEADER_BYTES + nbytes, staging_bytes)
         return [] if offset is None else [offset + HEADER_BYTES]
 
@@ -182,7 +183,7 @@ class HostTier(ExtentTier):
         return self._arena[offset : offset + nbytes]
 
     def sign(self, offset: int, header: BlockHeader, digest: int | None = None) -> None:
-        """Write the header of the extent whose payload is at `offset`; and its seal, if the payload's `digest` is given."""
+        """Write the header of the extent whose payload is at `offset`. Also writes the seal if the payload's `digest` is given."""
         (key, parent, root, depth), codec, nbytes, raw_bytes, error = header
         known_depth = _UNKNOWN_DEPTH if depth is None else depth
         fields = (_MAGIC, _VERSION, codec, key, parent or _NONE, root or _NONE, known_depth, nbytes, error, raw_bytes)
@@ -202,7 +203,10 @@ class HostTier(ExtentTier):
         return bool(found == key and (codec, nbytes, raw_bytes) == (location.codec, location.stored_bytes, location.raw_bytes))
 
     def judge(self, key: BlockKey, location: blocks.Location) -> tuple[bool, int | None]:
-        """Check that header, seal, payload and `location` agree. Returns (agree, digest if there is no seal yet). Writes nothing."""
+        """Check that header, seal, payload and `location` agree. Writes nothing.
+
+        Returns whether they agree, and the payload's digest if there is no seal yet, else None.
+        """
         if not self.describes(key, location):
             return False, None
         if location.codec:
@@ -226,9 +230,9 @@ class HostTier(ExtentTier):
             self.headers.seal(location.offset, digest)
 
     def orphans(self) -> Iterator[tuple[int, BlockHeader | None]]:
-        """Yields (payload offset, header) for each block of a former node in free memory; None for a damaged header.
+        """Yields (payload offset, header) for each block that a former node left in free memory. A damaged header is None.
 
-        This finds complete blocks only: a header is written when its payload is complete, and erased before the bytes are
+        Finds complete blocks only: a header is written when its payload is complete, and erased before the bytes are
         reused. Cost: reads one word for each 512 free bytes.
         """
         step = self.extents.alignment

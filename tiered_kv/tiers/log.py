@@ -46,7 +46,7 @@ class AppendResult(NamedTuple):
 
 
 class RecoveredBlock(NamedTuple):
-    """A block found in the segments of a former owner, of unknown depth, and its coding error (0 if none or unknown)."""
+    """A block found in the segments of a former owner, without its depth. `error`: its coding error, 0 if none or unknown."""
 
     info: BlockInfo
     location: Location
@@ -90,7 +90,10 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """Read and verify the frame at `location`. Raises (kinds `storage`, `corrupt`) if it is missing or damaged; both are a miss."""
+        """Read and verify the frame at `location`.
+
+        Raises (kinds `storage`, `corrupt`) if the frame is missing or damaged. The caller counts both as a miss.
+        """
 
     def carried(self, location: Location) -> float | None:
         """Returns the coding error in the header at `location`, not verified; None if reading it would take a network request."""
@@ -98,17 +101,17 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def forget(self, location: Location) -> bool:
-        """Drop the block at `location`. Returns False if it was not there."""
+        """Drop the block at `location`. Returns False if no block was there."""
 
     @abstractmethod
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks of a former owner, oldest first. Call it once, before any other method. They are live until `forget`."""
+        """Returns the blocks of a former owner, oldest first. They stay until `forget`. Call this once, before any other method."""
 
     @abstractmethod
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit.
+        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
 
-        Returns None if they fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
+        Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
         """
 
     @abstractmethod

@@ -31,6 +31,9 @@ MAY_READ_THE_TIME_OF_DAY = {
     "tiered_kv/file_sums.py": "the times of files on the same machine",
     "tiered_kv/checkpoint/repository.py": "names and leases of checkpoints",
     "cluster/start.py": "shown to people",
+    "actors/coordinator.py": "the number of a new weight epoch, which is larger than the former one whatever the clock says",
+    "tiered_kv/embedded.py": "the same, in one process",
+    "tiered_kv/node/admission/epochs.py": "the same, without a cluster; and the bound of a day for numbers that workers tell",
     "cluster/status.py": "shown to people",
     "cluster/commands/checkpoints.py": "shown to people, and the time of the last checkpoint",
 }

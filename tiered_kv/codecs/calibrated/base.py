@@ -1,7 +1,9 @@
 """Shared base of codecs with tables fitted to a model: table lookup, quantization step, and fallback when the tables do not fit.
 
-Numbers are rounded along axes on which a step has the same effect on the next tokens' distribution; the KL divergence grows with
-the square of the step. The codes are packed by `modepack`. The payload: the exact tokens (see `block`) | packed codes.
+Numbers are rounded along axes that are scaled so that a step on any of them changes the next tokens' distribution equally.
+The KL divergence grows with the square of the step. The codes are packed by `row_packing`.
+
+The payload: the exact tokens (see `block`) | packed codes.
 """
 
 import math
@@ -27,7 +29,7 @@ from tiered_kv.layout import KVLayout, Layout
 
 STEP_LEAST, STEP_GREATEST = 1e-7, 1e-1
 FINISH_ELEMENTS = 1 << 18
-"""Whole layers of about this many numbers are finished at a time, so that intermediate results stay in the processor's cache."""
+"""`_finish` decodes whole layers of about this many numbers at a time, so that intermediate results stay in the processor's cache."""
 _of_thread = threading.local()
 
 
@@ -35,11 +37,11 @@ _of_thread = threading.local()
 class CalibratedCodec(BlockCodec):
     """A `BlockCodec` that quantizes with the tables of the calibration `fingerprint`.
 
-    `step` is the quantization step. `tail_step`, if given, is the step for the last block of a chain. The bound on the error is that of
-    the calibration (`Calibration.bound`), unless `max_error` is given.
+    `step` is the quantization step. `tail_step`, if given, is the step for the last block of a chain. The calibration
+    gives the bound on the error (`Calibration.bound`), unless `max_error` is given.
 
-    A block above the bound falls back to int8 ("error"). A block that is not smaller than with the simple codec of the same quality
-    falls back to that codec ("domain"): int4, int6 or int8, depending on the step.
+    A block above the bound falls back to int8 ("error"). A block falls back to an integer codec ("domain") if that
+    codec makes the block at least as small at the same quality: int4, int6 or int8, depending on the step.
     Decoding raises (kind `corrupt`) if the calibration is not registered.
     """
 
@@ -83,7 +85,7 @@ class CalibratedCodec(BlockCodec):
 
     @classmethod
     def parameters_of(cls, text: str) -> dict[str, Any]:
-        """Parses `STEP` or `STEP:STEP_OF_LAST_BLOCK`, the second for the last block of a chain. Raises (kind `config`)."""
+        """Parses `STEP` or `STEP:STEP_OF_LAST_BLOCK`, the second for the last block of a chain. Raises (kind `config`) for other texts."""
         try:
             steps = [float(part) for part in text.split(":")]
         except ValueError:
@@ -130,7 +132,7 @@ class CalibratedCodec(BlockCodec):
         return max(*(each._bound() for each in own), *(each._simple().most_error() for each in own), self._as(Int8Codec).most_error())
 
     def _simple(self) -> GroupedCodec:
-        """Returns the codec without tables whose quality is about as good at this step, or better."""
+        """Returns the integer codec that is about as exact as this codec at its step, or more exact."""
         cls = Int4Codec if self._step >= 1.5e-4 else Int6Codec if self._step >= 2.5e-5 else Int8Codec
         return self._as(cls)
 
@@ -149,7 +151,7 @@ class CalibratedCodec(BlockCodec):
 
     @abstractmethod
     def _quantized(self, kv: torch.Tensor) -> np.ndarray:
-        """Quantizes the tokens after the exact ones. Returns codes as rows (R, T) of int16, sorted by falling spread."""
+        """Quantizes the tokens after the exact ones. Returns codes as rows (R, T) of int16, those of the greatest deviation first."""
 
     @abstractmethod
     def _restored(self, data: memoryview, tokens: int, kv: torch.Tensor) -> None:
@@ -241,7 +243,7 @@ def alphabet(dtype: torch.dtype) -> Alphabet:
 
 
 def descending_order(spread: torch.Tensor) -> np.ndarray:
-    """Returns the indices of a table's numbers, flattened, sorted by falling number."""
+    """Returns the indices into the flattened table `spread`, those of the greatest numbers first."""
     return np.argsort(-spread.reshape(-1).numpy(), kind="stable")
 
 

@@ -1,6 +1,6 @@
 """The ecuq codec: entropy-coded uniform quantization, with a step of its own for each channel.
 
-A channel is one of K before RoPE, or one of V. The calibration has its mean and its step. The step is derived from the
+A channel is one of K before RoPE, or one of V. The calibration has the mean and the step of each channel. The step is derived from the
 Fisher information of the next tokens' distribution, so that channels that matter more are rounded more finely. The codec needs no
 matrix products.
 """
@@ -39,10 +39,10 @@ def _prepared(fingerprint: str, step: float) -> EcuqStepTables:
 
 @dataclass(frozen=True)
 class EcuqCodec(CalibratedCodec):
-    """About 4 times smaller than bf16 at the default step, which is quality `balanced` of calibrated models.
+    """The codec of quality `balanced` for calibrated models, at the default step: about 4 times smaller than bf16.
 
-    A number decodes with an error of at most half a step of its channel, plus rounding to bf16 precision. Two values are rounded:
-    codes above 256, and the number itself.
+    A number decodes with an error of at most half a step of its channel, plus two roundings to bf16: of codes above
+    256, and of the number itself.
     """
 
     id: ClassVar[int] = 6

@@ -1,9 +1,9 @@
-"""Mode packing: packs rows of small whole numbers into few bytes, and compresses those with an entropy coder.
+"""Mode packing: packs rows of small whole numbers into few bytes, and compresses the bytes with an entropy coder.
 
 The greatest absolute number of a row decides its mode. A row of zeros takes no bytes. In rows with numbers up to 1, four numbers
-share a byte as digits of base 3. In rows with numbers up to 7, two numbers share a byte as digits of base 15. Larger numbers
+share a byte, as digits of base 3. In rows with numbers up to 7, two numbers share a byte as digits of base 15. Larger numbers
 take one byte or two. Tables make unpacking fast. A byte then carries about two to six bits of information. So Huffman coding,
-which cannot go below one bit a symbol, loses almost nothing. Rows are sorted by falling spread, so that neighbouring rows are
+which cannot go below one bit a symbol, loses almost nothing. Rows are sorted by falling deviation, so that neighbouring rows are
 similar, and each part of the bytes gets its own Huffman code.
 docs/design/014 says why zstd is used, and with which parameters.
 
@@ -61,7 +61,7 @@ class Alphabet:
 
 
 def pack(codes: np.ndarray) -> bytes:
-    """Packs rows (R, T) of int16, none below -32767, sorted by falling spread. Returns the bytes. Cost: about 15 ns a number."""
+    """Packs rows (R, T) of int16, from -32767 on, sorted by falling deviation. Returns the bytes. Cost: about 15 ns a number."""
     greatest = np.abs(codes).max(1, initial=0)
     modes = np.searchsorted(LIMITS, greatest).astype(np.uint8)
     streams = [modes]
@@ -142,7 +142,7 @@ def _restored(stream: memoryview, count: int) -> np.ndarray:
 
 
 class _Tools(threading.local):
-    """This thread's compressor and decompressor. They cannot be shared by threads."""
+    """This thread's compressor and decompressor. Threads cannot share them."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)

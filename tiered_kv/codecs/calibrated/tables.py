@@ -32,7 +32,7 @@ VERSION = 1
 DIGEST_BYTES = 32
 FINGERPRINT_BYTES = 16
 BOUND_MARGIN = 4.0
-"""A block's error may be this many times that of the worst block of the calibration."""
+"""The bound on a block's error, as a multiple of the error of the worst block of the calibration."""
 
 _HEAD = struct.Struct("<4sHI")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,10 +53,10 @@ class EcuqTables(NamedTuple):
 class XlayerTables(NamedTuple):
     """The tables of the xlayer codec.
 
-    `mean` (L, C) and `spread` (L, C) are float32; `spread` is the deviation of each coefficient at step 1. `matrix` is
+    `mean` (L, C) and `spread` (L, C) are float32; `spread` is the standard deviation of each coefficient at step 1. `matrix` is
     (L, G, C/G, 3C/G), bf16. A layer's channels form G groups of KV heads, each (2, H/G, D). The columns of `matrix` take, from the
     left: the group's decoded channels two layers earlier, those one layer earlier, and the coefficients, the greatest first.
-    `mean` and `spread` are in the order of the groups too.
+    `mean` and `spread` list the channels and coefficients group by group too.
     """
 
     mean: torch.Tensor
@@ -73,9 +73,9 @@ class XlayerTables(NamedTuple):
 class Calibration:
     """The content of one calibration file. Neither the object nor its tensors may be changed. Equal fingerprints mean equal tables.
 
-    `weights`: digests of the weights it is valid for (`Namespace.weights`), one for each dtype in which the model may be loaded.
-    `rope` and `rope_halves` are as in `rotation`; b"" means no RoPE. `tokens`: how many tokens it was fitted on. `errors`: for each
-    codec the steps that were tried, ascending, each with the relative error of the worst block (see `Encoded`).
+    `weights`: digests of the model's weights (`Namespace.weights`), one for each dtype in which the model may be loaded.
+    `rope` and `rope_halves` are as in `rotation`; b"" means no RoPE. `tokens`: the number of tokens that the tables were fitted on.
+    `errors`: for each codec, the steps that were tried, ascending, each with the relative error of the worst block (see `Encoded`).
     `measured`: one record of measurements for each codec.
     """
 
@@ -123,11 +123,11 @@ class Calibration:
         return BOUND_MARGIN * at * beyond**2
 
     def with_measured(self, rows: Iterable[Mapping[str, Any]]) -> Self:
-        """Returns a copy with other records of measurements. The fingerprint stays the same."""
+        """Returns a copy with `rows` as its records of measurements. The fingerprint stays the same."""
         return replace(self, measured=tuple(dict(row) for row in rows))
 
     def with_errors(self, errors: Mapping[str, tuple[tuple[float, float], ...]]) -> Self:
-        """Returns a copy with other errors of blocks. The fingerprint stays the same."""
+        """Returns a copy with these `errors` (see `Calibration`). The fingerprint stays the same."""
         return replace(self, errors=dict(errors))
 
     def save(self, path: str | Path) -> None:
@@ -238,11 +238,11 @@ def _bytes_of(array: torch.Tensor) -> bytes:
 
 
 def registered(path: str | Path) -> Calibration:
-    """The calibration in a file, ready for codecs to find; read once as long as the file stays as it is. Raises as `Calibration.load`."""
+    """Returns the calibration in a file, after registering it for codecs. Reads an unchanged file once. Raises as `Calibration.load`."""
     with suppress(OSError):
         found = os.stat(path)
         return _loaded(str(path), found.st_mtime_ns, found.st_size)
-    return Calibration.load(path)  # which says what is wrong
+    return Calibration.load(path)  # its error says what is wrong
 
 
 @lru_cache(maxsize=8)

@@ -3,10 +3,10 @@
 KV is redundant across layers (AQUA-KV, Shutova et al. 2025). The transform is Karhunen-Loève's in the metric of the Fisher information
 of the next tokens' distribution (compare KVTC, Staniszewski and Łańcucki 2025). All matrices come from the calibration.
 The prediction uses the decoded previous layers, so that errors do not add up. A block decodes on its own, layer by layer.
-Decoding a layer is one matrix product: its channels from [channels two layers earlier, channels one layer earlier, codes].
+Decoding a layer is one matrix product. Its input is [channels two layers earlier, channels one layer earlier, codes].
 
 Shapes: a layer has C = 2 H D channels, in G groups of KV heads, with c = C / G. Tokens are the last axis, so that the three inputs are
-contiguous. Coefficients are sorted by falling spread, so that rows of zero codes come last and cost nothing.
+contiguous. Coefficients are sorted by falling deviation, so that rows of zero codes come last and cost nothing.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from tiered_kv.layout import Layout
 PREVIOUS_LAYERS = 2
 """How many previous layers predict a layer."""
 CODES_STEP = 64
-"""Products take a count of codes rounded up to a multiple of this, because torch prepares products once for each size."""
+"""A matrix product has a number of codes rounded up to a multiple of this, because torch prepares products once for each size."""
 
 
 class XlayerStepTables(NamedTuple):
@@ -56,7 +56,7 @@ def _prepared(fingerprint: str, step: float, product: str) -> XlayerStepTables:
 
 @lru_cache(maxsize=3)
 def _analysis(fingerprint: str, step: float, product: str) -> torch.Tensor:
-    """Returns the inverse of the codes' matrix (G, L, c, c), float32. Only encoding needs it."""
+    """Returns the inverse of the columns of `matrix` that multiply the codes: (G, L, c, c), float32. Only encoding needs it."""
     matrix = _prepared(fingerprint, step, product).matrix
     basis = matrix[..., PREVIOUS_LAYERS * matrix.shape[2] :].double().numpy()
     return torch.from_numpy(np.linalg.inv(basis).astype(np.float32))  # torch's batched LU factorization fails on CPUs in some builds
@@ -70,7 +70,7 @@ class XlayerCodec(CalibratedCodec):
     Quality `archive` has the step 2e-4.
 
     `product`: the dtype of the matrix products, "bfloat16" or "float32". Encoding and decoding use the same one. Sums are float32 and
-    rounded at the end. Rounding on another machine may differ in the last bit, which costs a little quality and nothing else.
+    rounded at the end. Rounding on another machine may differ in the last bit. That costs a little quality, and nothing else.
     """
 
     id: ClassVar[int] = 7
@@ -86,7 +86,7 @@ class XlayerCodec(CalibratedCodec):
 
     @classmethod
     def for_layout(cls, layout: Layout | None, **parameters: Any) -> Self:
-        """Returns the codec for a layout (see `CalibratedCodec.for_layout`). Products are in bf16 where the hardware has them fast."""
+        """Returns the codec for a layout (see `CalibratedCodec.for_layout`). Products are in bf16 where the hardware is fast at it."""
         is_fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
         return super().for_layout(layout, **{"product": "bfloat16" if is_fast else "float32"} | parameters)
 
@@ -130,9 +130,9 @@ class XlayerCodec(CalibratedCodec):
         return _prepared(self._fingerprint(), self.step, self.product)
 
     def _space(self, tokens: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Returns a tensor of zeros (G, 2 + L, c, T), and the same memory as rows of words. Each layer's codes are decoded in place.
+        """Returns a tensor of zeros (G, 2 + L, c, T), and the same memory as rows of words.
 
-        The first two layers stay zero: they are the previous layers of the first layer.
+        Decoding replaces each layer's codes in place. The first two layers stay zero, as the previous layers of the first layer.
         """
         groups, layers, size, _ = self._tables().matrix.shape
         shape = (groups, layers + PREVIOUS_LAYERS, size, tokens)
@@ -151,6 +151,6 @@ class XlayerCodec(CalibratedCodec):
 
 
 def _end(codes: torch.Tensor) -> int:
-    """Returns the count of rows (c, T) up to the last one that is not all zero."""
+    """Returns the number of rows (c, T) up to the last row that is not all zero."""
     some = codes.any(1).nonzero()
     return int(some[-1]) + 1 if len(some) else 0

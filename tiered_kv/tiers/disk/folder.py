@@ -1,4 +1,4 @@
-"""Ownership of a disk tier's folder: one owner at a time, and the store that its segments belong to."""
+"""Ownership of a disk tier's folder: one owner at a time, and only segments of one format and secret."""
 
 import fcntl
 import json
@@ -32,8 +32,8 @@ class _OwnerFile(NamedTuple):
 class OwnedFolder:
     """A folder for segments, locked while this object is open: its file `lock` is locked, its file `owner` names the owner.
 
-    The lock (flock) ends with the process and its forked children. Segments of the same format and `tag` (see
-    `footer.store_tag`) are kept, whoever wrote them: `inherited` has the bytes of each. No segment is removed here.
+    The lock (flock) ends when the process and its forked children end. Segments of the same format and `tag` (see
+    `footer.store_tag`) are kept, whoever wrote them; `inherited` maps their numbers to their sizes. No segment is removed here.
 
     Raises `TieredKVError` (kind `storage`) that names `disk_path` if the folder is in use by another process (context
     `in_use`), holds segments of another format or secret, or cannot be used.
@@ -79,7 +79,7 @@ class OwnedFolder:
         )
 
     def _is_ours(self, fd: int) -> bool:
-        """Lock an open lock file. Returns whether it is still the folder's; otherwise it is closed."""
+        """Lock an open lock file. Returns whether it is still the folder's lock file. If not, closes it."""
         is_ours = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +142,7 @@ def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path]
 def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:
     """Returns the node folders below `root` that no process uses, with the bytes in each. Includes older formats (`tkv-…`).
 
-    These bytes count against no cap. The check takes no lock, which a starting node could mistake for an owner. Raises
+    These bytes count against no cap. The check takes no lock, because a starting node could mistake it for an owner's. Raises
     OSError if the folders cannot be read.
     """
     folders = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) or path.name.startswith("tkv-")]

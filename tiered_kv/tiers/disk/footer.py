@@ -11,8 +11,8 @@ unknown. Version 1:
     trailer   64  magic "TKVSEGMT" | version u32 | rows u32 | segment u64 | offset of the first row u64 | store 16 | checksum 16
 
 The checksum is xxh3-128, as in frames. An entry's checksum also covers store, segment and the frame's offset; a trailer's covers its
-first 48 bytes and the rows. So neither is valid in another place. The error is the coding error of the frame; older rows have zero
-there, then only the frame has it. `store` is the digest of a format and a secret (`store_tag`).
+first 48 bytes and the rows. So neither is valid in another place. The error is the coding error of the frame. In older
+rows it is zero, and only the frame records the error. `store` is the digest of a format and a secret (`store_tag`).
 """
 
 import struct
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
     @property
     def info(self) -> BlockInfo:
-        """The block; its depth is not recorded."""
+        """The block, without its depth, which is not recorded."""
         return BlockInfo(self.key, self.parent, self.root)
 
     @property
@@ -76,13 +76,13 @@ class Trailer(NamedTuple):
 
 
 def store_tag(secret: str) -> bytes:
-    """Returns 16 bytes that identify a secret, written to all its segments. The secret cannot be computed from them."""
+    """Returns 16 bytes that identify a secret and mark all its segments. The secret cannot be computed from these bytes."""
     key = blake2b(secret.encode()).digest()
     return blake2b(b"tiered-kv segments", key=key, digest_size=TAG_BYTES).digest()
 
 
 ROWS_MAX = 1 << 22
-"""The most frames of a segment or pack whose footer is read: half a gigabyte of rows."""
+"""The most rows in a valid footer of a segment or pack: half a gigabyte."""
 
 
 def footer_bytes(rows: int) -> int:
@@ -98,7 +98,7 @@ def pack_entry(entry: Entry, tag: bytes, segment: int) -> bytes:
 
 
 def unpack_entry(view: memoryview, tag: bytes, segment: int, offset: int) -> Entry | None:
-    """Returns the entry before the frame at `offset`; None unless it was written for this store, segment and offset."""
+    """Returns the entry before the frame at `offset`; None unless it was written for this store tag, segment and offset."""
     if len(view) < ENTRY_BYTES:
         return None
     head = bytes(view[: _ENTRY.size])
@@ -129,7 +129,7 @@ def pack_trailer(rows: bytes, tag: bytes, segment: int, rows_offset: int) -> byt
 
 
 def unpack_trailer(view: memoryview) -> Trailer | None:
-    """Unpack the last bytes of a file, without verifying them. Returns None if they are no trailer of at most ROWS_MAX frames."""
+    """Unpack the last bytes of a file, without verifying them. Returns None if they are not a trailer of at most ROWS_MAX frames."""
     if len(view) != TRAILER_BYTES:
         return None
     magic, *facts = _TRAILER.unpack(view[: _TRAILER.size])

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class SegmentFrames(NamedTuple):
-    """The frames of a segment in the order written, the offset after the last one, and whether a footer is missing."""
+    """The frames of a segment in the order written, the offset after the last one, and whether to add a footer."""
 
     entries: list[Entry]
     data_end: int
@@ -26,7 +26,7 @@ def frames_in(folder: Path, segment: int, tag: bytes, files: Files) -> SegmentFr
     """Find the frames of a segment. Cost: two reads with a footer; without one, every byte is read and verified.
 
     Raises OSError if the file cannot be read, `TieredKVError` (kind `storage`, naming `disk_path`) for a segment of another
-    version or secret. A frame listed by a footer is not verified here, but when it is read.
+    version or secret. A frame listed by a footer is not verified until it is read.
     """
     fd = files.open(segment_path(folder, segment), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -92,6 +92,6 @@ def newest(entries_by_segment: dict[int, list[Entry]]) -> dict[int, list[Entry]]
 
 
 def foreign(folder: Path, what: str) -> TieredKVError:
-    """Returns the error for segments of another store. They are neither read nor removed."""
+    """Returns the error for segments of another version or secret, which are neither read nor removed."""
     message = f"disk_path: {folder} holds segments of {what}; remove them or name another folder"
     return TieredKVError(Kind.STORAGE, message, setting="disk_path", path=str(folder))

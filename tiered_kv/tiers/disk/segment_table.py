@@ -11,7 +11,7 @@ from tiered_kv.tiers.disk.writer import PAGE_BYTES, SegmentWriter
 
 
 class LiveBlock(NamedTuple):
-    """A block that was not forgotten."""
+    """A block that is still stored in its segment: `forget` has not dropped it."""
 
     key: BlockKey
     stored_bytes: int
@@ -21,7 +21,7 @@ class LiveBlock(NamedTuple):
 class Segment:
     """A segment file of `nbytes`, and its live blocks by offset, in the order written.
 
-    While it is being written it has a `writer`, and `rows`: by offset of each frame, the row that the footer will contain.
+    While the segment is being written, it has a `writer`, and `rows` maps each frame's offset to its row of the future footer.
     """
 
     id: int
@@ -32,7 +32,7 @@ class Segment:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes that it takes from the cap, including a footer that is still to be written."""
+        """Bytes that the segment takes from the cap, including a footer that is still to be written."""
         return pages(self.nbytes) if self.writer is None else room(self.nbytes, len(self.rows))
 
     def place(self, entry: Entry) -> Location:

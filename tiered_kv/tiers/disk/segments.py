@@ -61,7 +61,7 @@ class _OpenFile:
 
 
 class FilePart(NamedTuple):
-    """A part of an open file."""
+    """A range of bytes in an open file."""
 
     fd: int
     offset: int
@@ -95,7 +95,7 @@ class SegmentReader:
         """Read and verify the frame at `location`: one allocation, one read, one pass over the bytes.
 
         Raises `TieredKVError`: kind `storage` if the segment is missing or cannot be read, kind `corrupt` if the bytes are
-        not the block stored under `key`. Both are a miss to the caller. Never returns other bytes.
+        not the block stored under `key`. The caller counts both as a miss. Never returns the bytes of another block.
         """
         with self._borrowed(location.segment) as (file, was_open):
             try:
@@ -116,7 +116,10 @@ class SegmentReader:
 
     @contextmanager
     def lend(self, location: Location) -> Iterator[FilePart]:
-        """A context that yields where the frame at `location` is, unverified. Raises (kind `storage`) if its segment is missing."""
+        """Yields the file range of the frame at `location`, unverified. The file stays open during the `with` block.
+
+        Raises (kind `storage`) if the segment is missing.
+        """
         with self._borrowed(location.segment) as (file, _):
             yield FilePart(file.fd, location.offset, location.stored_bytes)
 
@@ -167,9 +170,9 @@ class SegmentReader:
                 file.close_if_done()
 
     def _lent(self, segment: int, opened: _OpenFile | None = None) -> _OpenFile | None:
-        """Returns a segment's open file, or None if it is not open; counts one more reader of it.
+        """Returns a segment's open file, and counts one more reader of the file. Returns None if it is not open.
 
-        If `opened` is given, keeps it as the segment's file, or closes it if there already is one.
+        If `opened` is given, keeps `opened` as the segment's file, or closes it if the segment already has an open file.
         """
         with self._lock:
             if self._closed or (opened and segment in self._open):
@@ -185,7 +188,7 @@ class SegmentReader:
             return file
 
     def _opened(self, segment: int) -> _OpenFile:
-        """Open a segment's file. Takes no lock, because on a hung disk this never returns."""
+        """Open a segment's file. Takes no lock, because this call never returns on a hung disk."""
         path = segment_path(self._folder, segment)
         try:
             fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -45,7 +45,7 @@ class DiskTier(LogTier):
     Thread-safe: appends run one at a time, reads never wait for them. A segment is at most an eighth of the cap; a larger
     frame has a segment of its own. The room of one segment is reserved for `reinsert`.
 
-    The next tier on the folder finds the appended blocks again (`recovered`), whoever its owner is and however this one
+    The next tier on the folder finds the appended blocks again (`recovered`), whoever its owner is and however this tier
     ended. It may also find forgotten blocks again. The folder is locked, and its segments are bound to `secret`: with another
     secret they are neither read nor removed. If the cap is smaller than what is there, the oldest segments are removed.
 
@@ -115,7 +115,7 @@ class DiskTier(LogTier):
 
     @property
     def write_amplification(self) -> float:
-        """`written_bytes` divided by the bytes of frames taken by `append`; 1.0 before the first."""
+        """`written_bytes` divided by the bytes of the frames that `append` wrote; 1.0 before the first."""
         return self._written_bytes / self._new_bytes if self._new_bytes else 1.0
 
     def append(self, records: Sequence[Record]) -> list[AppendResult]:
@@ -135,7 +135,7 @@ class DiskTier(LogTier):
         return self._reader.read(location, key, namespace)
 
     def lend(self, location: Location) -> AbstractContextManager[FilePart]:
-        """As `SegmentReader.lend`."""
+        """Yields the file range of the frame at `location` (see `SegmentReader.lend`)."""
         return self._reader.lend(location)
 
     def carried(self, location: Location) -> float | None:
@@ -147,9 +147,9 @@ class DiskTier(LogTier):
             return None
 
     def forget(self, location: Location) -> bool:
-        """Drop the block at `location`. Returns False if it was not there. Never waits for the disk.
+        """Drop the block at `location`. Returns False if no block was there. Never waits for the disk.
 
-        If it was the last block of its segment, the next append or reclaim removes the segment; until then its bytes count. A
+        After the last block of a segment, the next append or reclaim removes the segment, whose bytes count until then. A
         block dropped after its segment was sealed may be found again after a restart.
         """
         with self._state:
@@ -161,17 +161,17 @@ class DiskTier(LogTier):
             return True
 
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They are live until `forget`."""
+        """Returns the blocks of a former owner, oldest first, without duplicates; at later calls []. They stay until `forget`."""
         with self._state:
             found, self._recovered = self._recovered, []
             return found
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit: the oldest.
+        """Returns the segment to reclaim next, the oldest, if `count` frames of `nbytes` in total may not fit.
 
-        Returns None if they fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
-        Usage: ask, `reinsert` the useful blocks of `keys_in`, report the others lost, `reclaim`, and ask again. If every block
-        is reinserted, no room is ever made. May close the segment being written, if all room is in that one. Do not ask for a
+        Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
+        Usage: ask, `reinsert` the useful blocks of `keys_in`, report the other blocks as lost, `reclaim`, and ask again. If every block
+        is reinserted, no room is ever made. May seal the segment being written, if no other can be reclaimed. Do not ask for a
         frame above `max_frame_bytes`: a batch larger than the tier would remove every segment.
         """
         if self._unwanted:
@@ -197,8 +197,8 @@ class DiskTier(LogTier):
     def reinsert(self, segment: int, wanted: Collection[BlockKey]) -> list[tuple[BlockKey, Location]]:
         """Write live blocks of a sealed segment again, unchanged, at the end of the log. Returns their keys and new locations.
 
-        Frames are verified while they are copied. A block is left out if it is damaged, not live, or has no room. There is
-        room for all if the last segment so treated was reclaimed and is no larger than `segment_bytes`. The old locations
+        Frames are verified while they are copied. A block is left out if it is damaged, not live, or has no room. All
+        have room if the segment reinserted before was reclaimed, and this one is no larger than `segment_bytes`. The old locations
         stay valid until `reclaim`. Cost: a read and a write of the frames, without decoding.
         """
         wanted, moved = set(wanted), []
@@ -254,7 +254,7 @@ class DiskTier(LogTier):
             self._reader.check()
 
     def _append(self, records: Sequence[Record], limit_bytes: int) -> list[AppendResult]:
-        """Append as `append` does, up to `limit_bytes` instead of its limit."""
+        """Write frames as `append` does, while at most `limit_bytes` of the cap are used."""
         frames = [unwritten(record) for record in records]
         answers: list[AppendResult] = []
         with self._writing:
@@ -269,7 +269,7 @@ class DiskTier(LogTier):
         return answers
 
     def _append_run(self, frames: Sequence[Unwritten], limit_bytes: int) -> list[AppendResult]:
-        """Answers for the first frames that go side by side into one segment; at least one."""
+        """Write as many of the first frames as fit side by side into one segment. Returns their answers, at least one."""
         if frames[0].stored_bytes > self.max_frame_bytes:
             return [AppendResult(None, Refusal.TOO_LARGE)]
         own = room(frames[0].nbytes, 1) > self.segment_bytes

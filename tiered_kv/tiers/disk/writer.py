@@ -24,7 +24,7 @@ _BUFFERS_PER_CALL = os.sysconf("SC_IOV_MAX")
 
 
 class SegmentWriter:
-    """The file of one segment, open for writing: a new one, or one of a former owner that lacks its footer.
+    """The file of one segment, open for writing: a new one, or a former owner's file without a footer.
 
     Not thread-safe. The constructor raises OSError; the methods return failures as values.
     """
@@ -36,7 +36,7 @@ class SegmentWriter:
         self._fd = files.open(segment_path(folder, segment), os.O_WRONLY | os.O_CLOEXEC | is_new * (os.O_CREAT | os.O_EXCL), 0o600)
 
     def write(self, views: Sequence[memoryview], offset: int) -> tuple[int, Refusal | None]:
-        """Write bytes at `offset`. Returns how many were written, and the reason if not all were."""
+        """Write bytes at `offset`. Returns the number of bytes written, and the reason if some were not written."""
         written, left = 0, list(views)
         while left:
             try:

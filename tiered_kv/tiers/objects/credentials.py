@@ -72,7 +72,7 @@ class Credentials(dict[str, str]):
 
 
 class Access(NamedTuple):
-    """How to connect. `config`: options of obstore. `provider`: returns the keys of S3. `allows_http`: whether TLS is optional.
+    """Settings of a connection. `config`: options of obstore. `provider`: returns the keys of S3. `allows_http`: whether TLS is optional.
 
     `is_machines`: no credentials are given, so the machine's own identity is used.
     """
@@ -87,7 +87,7 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
     """Returns the credentials that another process needs to use the store at `url` as this process does.
 
     They are empty for folders, and if this process uses its machine's identity. Keys of an AWS profile and of a Google service
-    account are read here, because their files are here; temporary keys are not renewed then. Raises (kind `config`) if
+    account are read here, because the other machine lacks their files. Temporary keys are not renewed then. Raises (kind `config`) if
     AWS_PROFILE names a profile that does not exist.
     """
     kind = _KINDS.get(urlsplit(url).scheme)
@@ -110,7 +110,7 @@ def credentials(url: str, environ: Mapping[str, str] = os.environ) -> Credential
 
 
 def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
-    """Returns how to connect to the remote store at `url` with the credentials in `environ` (None: those of this process)."""
+    """Returns the settings to connect to the remote store at `url` with the credentials in `environ` (None: those of this process)."""
     kind = _KINDS[urlsplit(url).scheme]
     given = os.environ if environ is None else environ
     config = {} if environ is None else {name.lower(): environ[name] for name in _OPTIONS[kind] if environ.get(name)}
@@ -154,7 +154,10 @@ class AwsProfile(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "AwsProfile | None":
-        """Returns the selected profile, or None. Raises (kind `config`) if AWS_PROFILE names one that does not exist."""
+        """Returns the selected profile, or None if it gives no credentials.
+
+        Raises (kind `config`) if AWS_PROFILE names a profile that does not exist.
+        """
         name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or ""
         settings = _section(environ, "AWS_CONFIG_FILE", "~/.aws/config", {"profile " + name, name} if name else {"default"})
         settings |= _section(environ, "AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", {name or "default"})
@@ -189,7 +192,7 @@ class AwsProfile(NamedTuple):
         return lambda: {**keys, "token": self.settings.get("aws_session_token"), "expires_at": None}
 
     def keys(self) -> dict[str, Any]:
-        """Returns the current keys of the profile. Raises (kind `config`) if they cannot be had."""
+        """Returns the current keys of the profile. Raises (kind `config`) if they cannot be obtained."""
         provider = self.provider()
         try:
             return provider()
@@ -237,7 +240,7 @@ def _given(environ: Mapping[str, str]) -> Provider:
 
 
 def _service_account(path: str) -> str | None:
-    """Returns the content of a Google service account's key file, or None if it is not one."""
+    """Returns the content of a Google service account's key file, or None if the file is not such a key."""
     with suppress(OSError, ValueError, AttributeError):
         content = Path(path).read_text()
         if json.loads(content).get("type") == "service_account":

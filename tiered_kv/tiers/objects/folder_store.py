@@ -22,8 +22,8 @@ class FolderStore(ObjectStore):
     """Objects as files of `folder`, which is created if missing, unless `create` is False. Needs Python's standard library only.
 
     An object is first written under a temporary name. Temporary files of a killed writer are removed when the folder is next
-    opened; those of a live writer are locked and stay. Subfolders are ignored. With `create=False` opening changes nothing,
-    so that a read-only folder can be read.
+    opened; those of a live writer are locked and stay. Subfolders are ignored. With `create=False`, opening changes nothing,
+    so a read-only folder can be opened.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, setting: str = OBJECTS, create: bool = True) -> None:

@@ -16,7 +16,7 @@ _GAP_BYTES = 256 << 10  # reading so many unneeded bytes between two blocks cost
 
 
 class MountedBlock(NamedTuple):
-    """A block of a checkpoint, its location, and its uses. `location.segment` is its pack's number."""
+    """A block of a checkpoint, its location, and its number of uses. `location.segment` is its pack's number."""
 
     info: BlockInfo
     location: Location
@@ -47,7 +47,7 @@ class MountedPacks:
     """The mounted bytes; this tier has no cap."""
 
     def mount(self, store: ObjectStore, names: Sequence[str]) -> int:
-        """Add packs of a store. Returns the number of the first; the others follow. The store is closed with this tier."""
+        """Add packs of a store. Returns the first pack's number; the next packs have the next numbers. `close` closes the store."""
         with self._lock:
             if self._closed:
                 store.close()
@@ -58,16 +58,16 @@ class MountedPacks:
             return first
 
     def hold(self, nbytes: int) -> None:
-        """Add the bytes of frames that become visible to `used_bytes`."""
+        """Add `nbytes`, the size of frames that become visible, to `used_bytes`."""
         with self._lock:
             self._used_bytes += nbytes
 
     def forget(self, location: Location) -> None:
-        """Subtract a block that is no longer visible from `used_bytes`. Its bytes stay, as they belong to the checkpoint."""
+        """Subtract the size of a block that is no longer visible from `used_bytes`. The checkpoint keeps the block's bytes."""
         self.hold(-location.stored_bytes)
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
-        """Read and verify the frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) if missing or damaged."""
+        """Read and verify the frame at `location`, by one ranged read. Raises (kinds `storage`, `corrupt`) if it is missing or damaged."""
         store, name = self._pack(location.segment)
         frame = read_frame(store, name, location.offset, location.stored_bytes, key, namespace)
         _check(frame, location, name)
@@ -114,7 +114,7 @@ class PackRange(NamedTuple):
 
 
 def runs_of(blocks: Iterable[MountedBlock], most_bytes: int = READ_BYTES) -> Iterator[PackRange]:
-    """Yields the blocks as few runs of at most `most_bytes` each. Runs of one pack are consecutive."""
+    """Yields the blocks in few runs of neighbours, at most `most_bytes` each. Runs of one pack are consecutive."""
     by_pack: dict[int, list[MountedBlock]] = {}
     for block in blocks:
         by_pack.setdefault(block.location.segment, []).append(block)

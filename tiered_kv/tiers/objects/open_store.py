@@ -26,11 +26,12 @@ def open_store(
     read_deadline_s: float = READ_DEADLINE_S,
     write_deadline_s: float = WRITE_DEADLINE_S,
 ) -> ObjectStore:
-    """Open the store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
+    """Open the object store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
 
-    `below`: appended to the prefix, for example a node's name. `setting`: the setting that errors name, which also decides what
-    the store is for (`store.role_of`); a checkpoint cannot be in memory. `create`: whether to create a missing folder, which
-    must be writable. `environ`: credentials of another process (`credentials.credentials`), used instead of this process's own.
+    `below`: appended to the prefix, for example a node's name. `setting`: the setting that errors name. It also decides whether
+    the store is for the objects tier or for checkpoints (`store.role_of`), which cannot be in memory. `create`: whether to create
+    a missing folder, which must be writable. `environ`: credentials of another process (`credentials.credentials`), used instead
+    of this process's own.
     The deadlines apply to remote stores.
 
     Raises (kind `config`) for other URLs, or if a remote URL needs a library that is not installed; (kind `storage`) for a

@@ -78,11 +78,11 @@ class PackWriter:
         return entry
 
     def seal(self) -> PackInfo:
-        """Returns what `finish` would write now, without writing it. A pack of that name that exists need not be written again."""
+        """Returns the pack that `finish` would write now, without writing it. A stored pack of the same name makes `finish` unnecessary."""
         return self._sealed()[0]
 
     def finish(self) -> PackInfo:
-        """Write the pack by one put, durable and atomic. Raises (kind `storage`) if the store does; it may be called again then."""
+        """Write the pack by one put, durable and atomic. If the put fails, raises (kind `storage`), and may be called again."""
         info, footer = self._sealed()
         self._store.put(info.name, [*self._views, footer])
         return info
@@ -96,7 +96,7 @@ class PackWriter:
 
 
 def grown_bytes(frame_bytes: int, frames: int = 1) -> int:
-    """Returns by how many bytes a pack grows for `frames` frames of `frame_bytes` in all."""
+    """Returns the number of bytes by which `frames` frames of `frame_bytes` in total make a pack larger."""
     return frame_bytes + frames * ROW_BYTES
 
 

@@ -24,8 +24,8 @@ _LATE = re.compile(r"\bkind: Timeout\b|\bTimedOut\b")
 class RemoteStore(ObjectStore):
     """Objects below a URL `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
-    Every call ends within its deadline. One request may take half of it; in the other half, further requests are started
-    with growing pauses if the server does not answer, or answers 5xx. `read_deadline_s` applies to `get_range`,
+    Every call ends within its deadline. One request may take half of the deadline. In the other half, further requests
+    are started with growing pauses if the server does not answer, or answers 5xx. `read_deadline_s` applies to `get_range`,
     `write_deadline_s` to all other calls. Opening makes no request. `environ`: credentials to use instead of this process's.
     Raises (kind `config`) if obstore is not installed or does not understand the URL.
     """

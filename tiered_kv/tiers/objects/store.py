@@ -11,7 +11,7 @@ OBJECTS, CHECKPOINT = "objects", "checkpoint"
 
 
 def role_of(setting: str) -> str:
-    """Returns what a store is for, by the setting that named it: "objects" for that tier, else "checkpoint". For messages."""
+    """Returns "objects" if `setting` is that of the objects tier, else "checkpoint". Error messages begin with this word."""
     return OBJECTS if setting == OBJECTS else CHECKPOINT
 
 
@@ -26,7 +26,7 @@ class ObjectStore(ABC):
     """
 
     url: str
-    """The store's URL without credentials. `open_store` opens the same store by it."""
+    """The store's URL without credentials. `open_store(url)` opens the same store."""
     setting: str = OBJECTS
     """The setting that named the URL, for error messages."""
 
@@ -43,7 +43,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def get_range(self, name: str, offset: int, nbytes: int) -> memoryview:
-        """Returns exactly `nbytes` from `offset` on. Raises as `get` does, and (kind `corrupt`) if the object ends before."""
+        """Returns exactly `nbytes` from `offset` on. Raises as `get` does, and (kind `corrupt`) if the object ends earlier."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ class _Pack:
 
 
 class _Planned(NamedTuple):
-    """A pack to be uploaded under `number`. `records`: indexes in the batch. Its bytes are already reserved under the cap."""
+    """A pack to be uploaded under `number`. `records`: indexes in the batch. The pack's bytes are already reserved."""
 
     number: int
     writer: PackWriter
@@ -132,9 +132,9 @@ class ObjectsTier(LogTier):
         return frame
 
     def forget(self, location: Location) -> bool:
-        """Drop the block at `location`. Returns False if it was not there. Makes no request.
+        """Drop the block at `location`. Returns False if no block was there. Makes no request.
 
-        If it was the last block of its pack, the next append or reclaim deletes the pack; until then its bytes count.
+        After the last block of a pack, the next append or reclaim deletes the pack, whose bytes count until then.
         """
         with self._state:
             pack = self._packs.get(location.segment)
@@ -145,11 +145,11 @@ class ObjectsTier(LogTier):
             return True
 
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks in the packs of a former owner, oldest first. They are live until `forget`.
+        """Returns the blocks in the packs of a former owner, oldest first. They stay until `forget`.
 
-        Call it once, before any other method. Deletes packs with a damaged footer, and the oldest packs if all exceed the cap.
-        Raises (kind `storage`, setting `objects`) if the store cannot be listed or read; nothing is lost then, and it may be
-        called again. Cost: a listing, and one small ranged read a pack, four at a time.
+        Call it once, before any other method. Deletes packs with a damaged footer, and the oldest packs if the cap is exceeded.
+        Raises (kind `storage`, setting `objects`) if the store cannot be listed or read; no block is lost then, and `recovered` may
+        be called again. Cost: a listing, and one small ranged read a pack, four at a time.
         """
         with self._writing:
             self._must_be_open()
@@ -167,9 +167,9 @@ class ObjectsTier(LogTier):
             ]
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim before `count` frames of `nbytes` in all are sure to fit.
+        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
 
-        Returns None if they fit, if no segment is left, or if the store fails to delete; the append is refused then.
+        Returns None if all frames fit, if no segment is left, or if the last deletion failed: the append is refused then.
         Without `count`, frames of at least 1 KiB are assumed.
         """
         whole = grown_bytes(nbytes, nbytes // _FRAME_BYTES_MIN + 1 if count is None else count) + footer_bytes(0) * (
@@ -193,7 +193,7 @@ class ObjectsTier(LogTier):
     def reclaim(self, segment: int) -> int:
         """Delete a pack with all its blocks. Returns the bytes that this freed, 0 if it no longer exists.
 
-        If the store does not answer, returns 0; the pack's bytes still count, and the next append tries to delete it again.
+        Returns 0 if the store does not answer. The pack's bytes then still count, and the next append tries to delete the pack again.
         """
         with self._state:
             if segment not in self._packs:
@@ -202,7 +202,7 @@ class ObjectsTier(LogTier):
         return pack.nbytes if self._swept() else 0
 
     def close(self, remove: bool = True) -> None:
-        """Close the store. With `remove`, delete all packs first if it answers; without, a restart finds them again."""
+        """Close the store. With `remove`, first delete all packs, if the store answers. Without, a restart finds them again."""
         with self._writing:
             if self._closed:
                 return
@@ -234,9 +234,9 @@ class ObjectsTier(LogTier):
             raise TieredKVError(Kind.CLOSED, "the objects tier is closed")
 
     def _ready(self) -> bool:
-        """Prepare for an append: find packs that `recovered` was not called for, and delete unwanted ones.
+        """Prepare for an append: take over a former owner's packs, unless `recovered` did, and delete unwanted packs.
 
-        Returns whether the store answered. Blocks that no caller of `recovered` knows are dropped.
+        Returns whether the store answered. Drops the blocks of packs taken over here, because no caller knows them.
         """
         try:
             for block in self.recovered():
@@ -288,7 +288,7 @@ class ObjectsTier(LogTier):
         return [AppendResult(_location(number, entry), None) for entry in info.entries]
 
     def _footer(self, listed: tuple[str, int]) -> PackInfo | None:
-        """Read a pack's footer. Returns no entries if it is damaged, None if the pack no longer exists."""
+        """Read a pack's footer. Returns a pack without entries if the footer is damaged, None if the pack no longer exists."""
         try:
             return read_footer(self._store, *listed)
         except TieredKVError as error:
@@ -320,13 +320,13 @@ class ObjectsTier(LogTier):
         return kept
 
     def _discard(self, number: int) -> _Pack:
-        """Mark a pack for deletion; it is not read from any more. The caller holds `_state`."""
+        """Mark a pack for deletion and stop reads from it. The caller holds `_state`."""
         pack = self._packs.pop(number)
         self._unwanted[pack.name] = pack.nbytes
         return pack
 
     def _swept(self) -> bool:
-        """Delete all packs marked for deletion. Returns whether the store did it."""
+        """Delete all packs marked for deletion. Returns whether the store deleted them."""
         with self._state:
             names = list(self._unwanted)
         try:

@@ -95,10 +95,10 @@ def _prompts(subject: Subject, count: int) -> tuple[int, Prompts]:
 
 
 def written(calibration: Calibration, out: str | None) -> list[Path]:
-    """Save the calibration to `out`, or by default in the folder in which nodes look. Returns the paths.
+    """Save the calibration to `out`, or by default in the folder in which nodes look for it. Returns the paths.
 
-    In that folder the file has one name (a hard link) per dtype, the digest of the weights in it. Raises (kind `storage`)
-    if it cannot be written.
+    In that folder the file has one name (a hard link) per dtype: the digest of the weights in that dtype. Raises
+    (kind `storage`) if the file cannot be written.
     """
     if out:
         calibration.save(out)
@@ -111,9 +111,9 @@ def written(calibration: Calibration, out: str | None) -> list[Path]:
 
 
 def _link(first: Path, other: Path) -> None:
-    """Give the file a second name, or copy it if the file system has no hard links.
+    """Make `other` a hard link to the file `first`, or a copy of it if the file system has no hard links.
 
-    Replaces an existing file atomically.
+    Replaces an existing file `other` atomically.
     """
     fresh = other.with_name(f".{other.name}-{os.getpid()}")
     try:
@@ -128,7 +128,7 @@ def _link(first: Path, other: Path) -> None:
 
 
 def _qualities(calibration: Calibration) -> list[dict[str, Any]]:
-    """Returns for each quality preset the codecs of host and disk, and the measured ratio and KL of the disk codec."""
+    """Returns, for each quality preset, the codecs of host and disk, and the disk codec's measured compression ratio and KL."""
     measured_of = {row["codec"]: row for row in calibration.measured}
     found = []
     for quality in QUALITIES:

@@ -1,11 +1,11 @@
-"""`bench checkpoint`: the speed of checkpoints relative to plain calls on the same bytes, and the slowdown of workers meanwhile.
+"""`bench checkpoint`: the speed of checkpoints relative to plain calls on the same bytes, and how much they slow workers down.
 
 `take` times a whole checkpoint: the snapshot, the frames' checksums, packs, manifest and `LATEST`, with every file and the folder
 synced. Its baseline writes files of the same sizes and syncs them. `restore` times reading the manifest, and mounting, verifying
 and copying every block to the host memory of a new node, as after a restart. Its baseline reads the same files into one buffer.
-The files are dropped from the page cache before either. With object storage the baseline is puts and gets by the same client,
-of objects of the same sizes and with the same concurrency (`bench.remote`). Measurement and baseline alternate, and the median
-of their ratios is reported.
+The files are dropped from the page cache before each restore and before each run of its baseline. With object storage the
+baseline is puts and gets by the same client, of objects of the same sizes and with the same concurrency (`bench.remote`).
+Measurement and baseline alternate, and the median of their ratios is reported.
 
 Further columns, for information: `touched` restores into host memory that was used before, `warm` has all files in the page
 cache, and `plain into new` compares with a baseline that keeps its data in newly allocated memory, as a restore does.
@@ -54,8 +54,8 @@ BARS = {"write": 0.7, "read": 0.7, "put": 0.8, "get": 0.8}
 SECOND_BAR, SLOWER_BAR, FIRST_HIT_BAR_S = 0.08, 1.3, 2.0
 """The highest accepted values.
 
-`SECOND_BAR`: bytes of a second checkpoint relative to the first. `SLOWER_BAR`: time of a fetch during a checkpoint relative
-to its time alone. `FIRST_HIT_BAR_S`: seconds from reading the manifest to the first hit.
+`SECOND_BAR`: bytes that a second checkpoint adds, relative to the bytes of the first. `SLOWER_BAR`: time of a fetch during a
+checkpoint, relative to its time without one. `FIRST_HIT_BAR_S`: seconds from reading the manifest to the first hit.
 """
 NEW_SHARE = 0.05
 SETTLE_S = 0.2
@@ -63,7 +63,12 @@ _RAW = RawCodec()
 
 
 class CheckpointWork(NamedTuple):
-    """The amount of work to measure."""
+    """The amount of work to measure.
+
+    sizes: the block sizes in bytes. host_bytes: host memory of a node. bytes_each, repetitions: bytes of a checkpoint in a folder,
+    and how often it is measured; remote_bytes, remote_repetitions: the same on object storage. serving: see `bench.serving`.
+    mounted_bytes: size of the large checkpoint whose first hit is timed.
+    """
 
     sizes: tuple[int, ...]
     host_bytes: int
@@ -75,9 +80,9 @@ class CheckpointWork(NamedTuple):
     mounted_bytes: int
 
     def smaller(self, block_bytes: int) -> "CheckpointWork":
-        """Returns the plan for one block size.
+        """Returns the work for one block size.
 
-        Small blocks take longer, so below 1 MiB it has a quarter of the bytes.
+        Small blocks take longer per byte, so for blocks below 1 MiB the checkpoints have a quarter of the bytes.
         """
         few = 4 if block_bytes < 1 << 20 else 1
         return self._replace(bytes_each=self.bytes_each // few, remote_bytes=self.remote_bytes // few)
@@ -130,7 +135,7 @@ def _rotated(names: Sequence[str], turn: int) -> list[str]:
 
 
 def _in_folder(place: Path, blocks: BenchChains, plan: CheckpointWork) -> list[dict]:
-    """Measure `take` and `restore` in a folder, alternating with the baseline. Returns one record for each."""
+    """Measure `take` and `restore` in a folder, alternating with their baselines. Returns a record for each of the two."""
     times: dict[str, list[float]] = {}
     ours, plain = place / "ours", place / "plain"
     with closing(BenchNode(plan.host_bytes)) as source:
@@ -164,7 +169,7 @@ def _in_folder(place: Path, blocks: BenchChains, plan: CheckpointWork) -> list[d
 
 
 def _reads(folder: Path, blocks: BenchChains, plan: CheckpointWork, turn: int) -> dict[str, float]:
-    """Returns the seconds for restoring a checkpoint on a new node and for reading its files, cold and from the page cache."""
+    """Returns the seconds of restoring a checkpoint on a new node, and of reading its files: both cold and from the page cache."""
     times = {}
     for name in _rotated(["restore", "read", "read_new", "restore_touched", "restore_warm", "read_warm"], turn):
         _make_cold(folder)
@@ -243,7 +248,7 @@ def _make_cold(folder: Path) -> None:
 
 
 def _second(place: Path, blocks: BenchChains, plan: CheckpointWork) -> dict:
-    """Measure the bytes that a second checkpoint adds if one block in twenty is new, including its manifest."""
+    """Measure how many bytes a second checkpoint adds, manifest included, if one block in twenty is new."""
     folder, chains = place / "second", blocks.chains(plan.bytes_each)
     new = max(1, round(chains * NEW_SHARE))
     with closing(BenchNode(plan.host_bytes)) as source, closing(source.client(blocks)) as client:
@@ -326,9 +331,9 @@ def _finished(writer: PackWriter, store: ObjectStore, packs: list[tuple[str, int
 
 
 def _on_objects(url: str, blocks: BenchChains, plan: CheckpointWork) -> list[dict]:
-    """Measure `take` and `restore` on object storage, alternating with puts and gets of the same sizes.
+    """Measure `take` and `restore` on object storage, alternating with puts and gets of objects of the same sizes.
 
-    Returns one record for each.
+    Returns a record for `take` and one for `restore`.
     """
     times: dict[str, list[float]] = {}
     with closing(BenchNode(plan.host_bytes)) as source:

@@ -34,8 +34,8 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     """Measure codecs on a model's KV, or on synthetic KV if `model` is None. Returns the report.
 
     Takes five minutes. With `quick` it takes one: one thread, blocks of 64 tokens, fewer turns. `codec`: names separated by
-    commas, or "all". Raises (kind `config`) naming --codec for an unknown codec, and as `Subject.load` if the model cannot be
-    loaded.
+    commas, or "all". Raises (kind `config`) naming --codec for an unknown codec. Raises what `Subject.load` raises if the model
+    cannot be loaded.
     """
     asked = None if codec == "all" else codecs_of(codec)
     about, kvs, rope, calibration = _synthetic() if model is None else _real(model)
@@ -46,7 +46,7 @@ def run_codec_bench(codec: str = "all", model: str | None = "default", quick: bo
     codecs = asked or [
         *CODECS,
         *(CALIBRATED[:-1] if calibration else ()),
-    ]  # the last one differs from the one before only in a chain's last block
+    ]  # left out: the last codec, which differs from the one before only in a chain's last block
     results = []
     for threads in (1,) if quick else (1, 2):
         for tokens in (64,) if quick else BLOCK_TOKENS:

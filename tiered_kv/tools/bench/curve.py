@@ -10,7 +10,7 @@ BF16_KL = 1.0e-3
 
 
 def draw(records: Sequence[dict[str, Any]], title: str, path: str) -> None:
-    """Write a plot of the records of `codec-eval` to `path`. Codecs with a KL of 0 are drawn at its lower edge."""
+    """Write a plot of the records of `codec-eval` to `path`. Codecs with a KL of 0 are drawn at the plot's lower edge."""
     figure = picture.figure((9, 6))
     panel = figure.subplots()
     lossy = [each["kl"] for each in records if each["kl"] > 0]

@@ -48,7 +48,10 @@ _ROOT = bytes(KEY_BYTES)
 
 
 class DiskWork(NamedTuple):
-    """The amount of work to measure."""
+    """The amount of work to measure.
+
+    bytes_each, repetitions: bytes to write and read of each block size, and how often. index_bytes: bytes of segments to open.
+    """
 
     bytes_each: int
     repetitions: int
@@ -140,7 +143,7 @@ def _rotated(names: list[str], turn: int) -> list[str]:
 
 
 def _write(folder: Path, content: _DiskBlocks) -> float:
-    """Write all blocks through the disk tier. Returns the seconds, including sealing the last segment.
+    """Write all blocks through the disk tier. Returns the seconds, including the footer and sync of the last segment.
 
     Raises (kind `storage`) if the tier refuses a block.
     """
@@ -156,7 +159,7 @@ def _write(folder: Path, content: _DiskBlocks) -> float:
 
 
 def _plain_write(folder: Path, content: _DiskBlocks) -> float:
-    """Returns the seconds that pwrite takes for the same bytes."""
+    """Returns the seconds that pwrite takes to write the same bytes to plain files."""
     folder.mkdir()
     per_file = max(1, SEGMENT_BYTES // content.block_bytes)
     start_s = time.perf_counter()
@@ -170,7 +173,7 @@ def _plain_write(folder: Path, content: _DiskBlocks) -> float:
 
 
 def _direct_write(folder: Path, content: _DiskBlocks) -> float:
-    """Returns the seconds that pwrite takes with O_DIRECT, or NaN if the file system does not support it."""
+    """Returns the seconds that pwrite takes to write as many bytes with O_DIRECT, or NaN if the file system does not support it."""
     folder.mkdir()
     buffer = memoryview(mmap.mmap(-1, content.block_bytes))
     buffer[:] = memoryview(content.raw(0).numpy())
@@ -191,7 +194,7 @@ def _direct_write(folder: Path, content: _DiskBlocks) -> float:
 
 
 def _reads(folder: Path, content: _DiskBlocks, turn: int) -> dict[str, float]:
-    """Returns the seconds for reading all blocks from the tier's segments: verified by the tier, and by preadv alone."""
+    """Returns the seconds of reading all blocks of the tier's segments: through the tier, which verifies them, and by preadv alone."""
     with DiskTier(folder, 1 << 40, SEGMENT_BYTES, owner="bench") as tier:
         locations = [block.location for block in tier.recovered()]
         tier.close(remove=False)
@@ -241,7 +244,7 @@ def _make_cold(folder: Path) -> None:
 def _indexing(place: Path, nbytes: int) -> dict:
     """Measure opening a tier: on `nbytes` of segments with footers, and on one segment that has lost its footer.
 
-    The segments with footers are sparse files, because indexing them reads only the footers. None is in the page cache.
+    The segments with footers are sparse files, because indexing them reads only the footers. No segment is in the page cache.
     """
     folder, count = place / "index", nbytes // SEGMENT_BYTES
     with DiskTier(folder, nbytes + 9 * SEGMENT_BYTES, SEGMENT_BYTES, owner="bench") as tier:
@@ -260,7 +263,7 @@ def _indexing(place: Path, nbytes: int) -> dict:
 
 
 def _segment_of_holes(folder: Path, segment: int) -> int:
-    """Create a sparse segment: a footer that lists blocks without content. Returns the number of blocks."""
+    """Create a sparse segment file, whose footer lists blocks that have no content. Returns the number of blocks."""
     count = SEGMENT_BYTES // (INDEX_BLOCK_BYTES + 512)
     stored = [INDEX_BLOCK_BYTES + 256] * count
     keys = [(segment * count + number).to_bytes(KEY_BYTES, "big") for number in range(count)]
@@ -298,7 +301,10 @@ def _record(op: str, plain: str, block_bytes: int, nbytes: int, times: dict[str,
 
 
 def _direct(nbytes: int, times: dict[str, list[float]]) -> dict:
-    """Returns the write speed relative to O_DIRECT. The values are None if the file system does not support it."""
+    """Returns the tier's write speed relative to O_DIRECT, and the speed of O_DIRECT in MB/s.
+
+    Both values are None if the file system does not support O_DIRECT.
+    """
     if times["direct"][0] != times["direct"][0]:
         return {"vs_direct": None, "direct_mb_per_s": None}
     return {

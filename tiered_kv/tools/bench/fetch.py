@@ -1,8 +1,9 @@
 """`tiered-kv bench fetch`: speed of look-up, fetch and store from a second process and from another node, relative to memcpy.
 
-A few torch memcpys of the same bytes and a few operations alternate, on memory that neither has touched within a working set
-of several times the last-level cache. `vs_memcpy` is the median time of memcpy divided by the median time of the operation.
-Other load on the machine changes both, and the shorter one more. Every fetched byte is compared with the stored one.
+A few torch memcpys of the same bytes and a few operations alternate. Both rotate through a working set of several times the
+last-level cache, so neither finds its bytes there. `vs_memcpy` is the median time of memcpy divided by the median time of the
+operation. Other load on the machine changes both times, the shorter time relatively more. Every fetched byte is compared with
+the stored one.
 """
 
 import json
@@ -50,7 +51,10 @@ NAMESPACE = Namespace(weights="tiered-kv bench")
 
 
 class FetchWork(NamedTuple):
-    """The amount of work to measure."""
+    """The amount of work to measure.
+
+    sizes: the block sizes in bytes. chains: the numbers of blocks in a chain. repetitions_max, bytes_max: limits for each case.
+    """
 
     sizes: tuple[int, ...]
     chains: tuple[int, ...]
@@ -84,7 +88,7 @@ class Case(NamedTuple):
 class Buffers:
     """Memory to copy from and to.
 
-    It is faulted in, and used in rotation, so that no piece is in the processor's cache.
+    The system has allocated all of it. Its pieces are used in rotation, so that no piece is in the processor's cache.
     """
 
     def __init__(self) -> None:
@@ -125,7 +129,7 @@ def token_ids(case: Case, number: int) -> torch.Tensor:
 
 
 def run_bench(quick: bool, log: LogLine, verify_host: bool = False) -> dict:
-    """Measure all cases. `verify_host`: with that setting, on the same node only.
+    """Measure all cases. `verify_host`: this setting of the node, used only in the cases on the same node.
 
     Returns the report. Takes 50 s, or 12 s with `quick`. Raises `TieredKVError` (kind `corrupt`) for a wrong byte.
     """
@@ -187,7 +191,7 @@ def same_node(client: Client, case: Case, plan: FetchWork, buffers: Buffers) -> 
 
 
 def other_node(owner: Client, client: Client, case: Case, buffers: Buffers) -> list[dict]:
-    """Measure fetches of chains that only another node has, through Ray's object store. Returns one record."""
+    """Measure fetches of chains that only another node has. Returns a list of one record."""
     fetches = Samples(case)
     calls = client.node_calls
     for number in range(REPETITIONS_MIN):
@@ -248,7 +252,7 @@ class Samples:
 
 
 def _turns(repetitions: int) -> Iterator[range]:
-    """Yields the numbers of all repetitions, in groups of `TURN`."""
+    """Yields the numbers of all repetitions, as ranges of at most `TURN`."""
     for start in range(0, repetitions, TURN):
         yield range(start, min(start + TURN, repetitions))
 

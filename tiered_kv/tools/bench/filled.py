@@ -28,13 +28,13 @@ CHAIN = 8
 POLL_S = 0.005
 """Seconds between two polls of a checkpoint or restore.
 
-By default 0.1 s, which would add waiting to the measured time.
+The cache's default of 0.1 s would add waiting to the measured time.
 """
 CONTENT_BYTES = 64 << 20
 
 
 class BenchChains:
-    """Chains of `CHAIN` blocks of one layout. Each has its own prompt and keys; the KV of some chains is equal."""
+    """Chains of `CHAIN` blocks of one layout. Each chain has its own prompt and keys. Some chains have equal KV."""
 
     def __init__(self, layout: KVLayout, weights: str = "tiered-kv bench checkpoint") -> None:
         self.layout = layout
@@ -74,7 +74,7 @@ class BenchChains:
         return part.contiguous().view(-1).view(torch.uint8)
 
     def bodies(self, sizes: Sequence[int]) -> list[bytes]:
-        """Returns for each size that many bytes of content. The content repeats."""
+        """Returns, for each size, a body of that many bytes. Their content repeats."""
         content = self._content.view(torch.uint8).numpy()
         return [
             np.resize(np.roll(content, -(number << 20)) if size > 1 << 20 else content[:size], size).tobytes()
@@ -82,13 +82,13 @@ class BenchChains:
         ]
 
     def store(self, client: Client, numbers: Sequence[int]) -> None:
-        """Store chains. Raises (kind `storage`) if one was not stored whole."""
+        """Store the chains with these numbers. Raises (kind `storage`) if a chain was not stored whole."""
         for number in numbers:
             if client.store(self.prompt(number), self.kv(number)).new != CHAIN:
                 raise TieredKVError(Kind.STORAGE, f"chain {number} was not stored whole")
 
     def check(self, client: Client, number: int) -> None:
-        """Fetch a chain. Raises (kind `corrupt`) unless it is complete and equal to the stored one."""
+        """Fetch a chain. Raises (kind `corrupt`) unless all of its tokens hit and their KV equals the stored KV."""
         out = torch.empty(self.layout.kv_shape(self.tokens), dtype=self.layout.torch_dtype)
         fetched = client.fetch(self.prompt(number), out, deadline_ms=60_000)
         if fetched.tokens != self.tokens or not torch.equal(out.view(torch.int16), self.kv(number).view(torch.int16)):
@@ -111,23 +111,23 @@ class BenchNode:
         return client_of(self.node.info(), blocks.layout, blocks.namespace, connect=self.node.open_session)
 
     def touch(self) -> None:
-        """Touch all host memory, so that the system has allocated it, as after earlier use."""
+        """Write to all host memory, so that the system has allocated it, as in a node that has been used."""
         host = self.node.storage.host
         host.payload(HEADER_BYTES, host.capacity_bytes - HEADER_BYTES).zero_()
 
     def take(self, url: str, stopped: Event | None = None) -> CheckpointResult:
-        """Write a checkpoint of all blocks. Returns its counts."""
+        """Write a checkpoint of all blocks. Returns the checkpoint's counts."""
         with open_repository(url) as repository:
             return CheckpointJob(self._call, [NODE], repository, origin=NODE, poll_s=POLL_S, stopped=stopped).take()
 
     def mount(self, url: str) -> int:
-        """Read the manifest of the latest checkpoint and mount its blocks. Returns how many were mounted."""
+        """Read the manifest of the latest checkpoint and mount its blocks. Returns the number of mounted blocks."""
         with open_repository(url) as repository:
             manifest = repository.read()
         return sum(restore.mount(self._call, [NODE], url, manifest, manifest.rows).by_node.values())
 
     def fill(self, stopped: Event | None = None) -> LoadProgress:
-        """Copy the mounted blocks to host memory, and wait for it. Returns the counts."""
+        """Copy the mounted blocks to host memory, and wait until that is done. Returns the counts."""
         return restore.load(self._call, [NODE], poll_s=POLL_S, stopped=stopped)
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class WorkloadResult(NamedTuple):
 def run_held_bench(model: str = "default", quick: bool = False, log: LogLine = print) -> dict:
     """Measure the hit ratios. Returns the report.
 
-    Takes two minutes, most of it for computing the KV. Raises as `Subject.load` if the model cannot be loaded.
+    Takes two minutes, most of it for computing the KV. Raises what `Subject.load` raises if the model cannot be loaded.
     """
     subject = Subject.load(model)
     in_turn = requests_of(subject, QUESTIONS_QUICK if quick else QUESTIONS, log)
@@ -97,7 +97,7 @@ def requests_of(subject: Subject, per_document: int, log: LogLine) -> list[Docum
 
 @torch.inference_mode()
 def _computed(model: Any, ids: list[int], before: DocumentPrompt | None) -> torch.Tensor:
-    """Returns the KV of a prompt in bf16. The KV of the prefix that it shares with `before` is copied from there."""
+    """Returns the KV of a prompt in bf16. The KV of the prefix that the prompt shares with `before` is copied from `before`."""
     tokens = torch.tensor([ids])
     if before is None:
         return prefix_kv(model, tokens, torch.bfloat16)
@@ -111,8 +111,8 @@ def _computed(model: Any, ids: list[int], before: DocumentPrompt | None) -> torc
 def held(config: dict[str, Any], requests: Sequence[DocumentPrompt], cache: dict[str, Any]) -> WorkloadResult:
     """Run the workload once from a cold start, in a cache with the settings `config`. Returns its figures.
 
-    `cache`: the arguments of `tiered_kv.open` that describe the model. After each request the background work of the node is
-    awaited, because it would also finish while a model computes.
+    `cache`: the arguments of `tiered_kv.open` that describe the model. Waits after each request until the node's background work
+    is done: in real use there is time for it while the model computes.
     """
     asked = hit = 0
     with tiered_kv.open(config, **cache) as client:
@@ -126,7 +126,7 @@ def held(config: dict[str, Any], requests: Sequence[DocumentPrompt], cache: dict
 
 
 def _settled(client: tiered_kv.Client) -> dict[str, Any]:
-    """Wait until the node's statistics no longer change, at most `SETTLE_S_MAX` seconds. Returns them."""
+    """Wait until the node's statistics no longer change, at most `SETTLE_S_MAX` seconds. Returns the last statistics."""
     end_s = time.monotonic() + SETTLE_S_MAX
     before, node = None, client.stats()["node"]
     while (node["tiers"], node["codecs"]["coded"]) != before and time.monotonic() < end_s:

@@ -1,7 +1,7 @@
 """Runs a node in its own process, without Ray.
 
-It prints its info as one line of JSON, and stops when its standard input is closed. It leaves a record beside its socket, as a
-cluster's node does, under the given cluster name.
+The process prints the node's info as one line of JSON, and stops when its standard input is closed. It writes a node record
+beside the socket, as a cluster's node does, with the given cluster name.
 """
 
 import json
@@ -14,7 +14,7 @@ from tiered_kv.protocol.unix_socket import SessionServer
 
 
 def main() -> None:
-    """Run as `python -m tiered_kv.tools.bench.node '{"host": "1GiB"}' CLUSTER_ID [CLUSTER_NAME]`, with the node's config first."""
+    """Run as `python -m tiered_kv.tools.bench.node CONFIG CLUSTER_ID [CLUSTER_NAME]`. CONFIG is JSON, such as '{"host": "1GiB"}'."""
     node = Node(Config.of(json.loads(sys.argv[1])), sys.argv[2], "bench")
     server = SessionServer(f"{node.directory}/sock", node.open_session, node.report_commits)
     write_record(NodeRecord(sys.argv[3] if len(sys.argv) > 3 else sys.argv[2], sys.argv[2], "bench", node.info()))

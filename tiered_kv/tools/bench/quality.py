@@ -31,10 +31,10 @@ CONTINUE_TOKENS = 128
 class Quality:
     """The figures of one codec on some prompts.
 
-    ratio: raw bytes divided by the bytes of whole frames; ratio_least is the lowest of any prompt. bytes_per_token: of frames.
+    ratio: raw bytes divided by the bytes of whole frames; ratio_least is the lowest of any prompt. bytes_per_token: bytes of frames.
     kl: mean in nats per token; kl_worst is the highest mean of any prompt, kl_p99 the 99th percentile over all tokens.
     top1: share of tokens with the same greedy choice. ppl_ratio: perplexity divided by that on exact KV. error: the highest
-    `Encoded.error`. fell_back: blocks that were encoded by the fallback codec instead.
+    `Encoded.error`. fell_back: number of blocks that were encoded by the fallback codec instead.
     """
 
     codec: str
@@ -54,7 +54,7 @@ class Quality:
 
 @dataclass
 class _Tally:
-    """The raw counts of one codec. `errors` has one entry per block, every other list one per prompt."""
+    """The raw counts of one codec. The list `errors` has one entry per block, all other lists have one entry per prompt."""
 
     tokens: int = 0
     raw_bytes: list[int] = field(default_factory=list)
@@ -99,8 +99,8 @@ def evaluate(
     """Measure the quality of codecs on prompts. Returns one `Quality` per codec.
 
     prompts: token ids (1, n), n above `prefix_tokens`; the tokens after the prefix are the continuation. codecs: names as
-    `codec_for` parses them. prefix_tokens: at least one block. advance: called with the part of a prompt that was done since
-    the last call.
+    `codec_for` parses them. prefix_tokens: at least one block. advance: called with the fraction of a prompt that was done
+    since the last call.
     """
     rope = rope_of_model(model)
     tallies = {name: _Tally() for name in codecs}

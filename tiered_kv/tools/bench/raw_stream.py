@@ -1,7 +1,7 @@
 """A raw TCP stream between two processes: the baseline of `bench transfer`.
 
-The source sends bytes of memory that is larger than the processor's caches. The other side receives them into a buffer. Nothing is
-verified, looked up or stored.
+The source process sends bytes from memory that is larger than the processor's caches. The receiving process reads them into a
+buffer, without any look-up, check or copy.
 """
 
 import socket
@@ -35,13 +35,13 @@ class RawStream:
             got += count
 
     def close(self) -> None:
-        """End the stream; the source then ends too."""
+        """Close the connection. The source then accepts the next one."""
         self._connection.close()
 
 
 @contextmanager
 def source_process() -> Iterator[tuple[str, int]]:
-    """Run a source in another process. Yields its address."""
+    """Run a source in another process until the end of the with block. Yields its host and port."""
     with subprocess.Popen(
         [sys.executable, "-m", "tiered_kv.tools.bench.raw_stream"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -54,7 +54,7 @@ def source_process() -> Iterator[tuple[str, int]]:
 
 
 def main() -> None:
-    """Serve one connection after the other, until killed."""
+    """Print the port, then serve one connection after the other until killed."""
     source = memoryview(np.random.default_rng(1).integers(0, 256, SOURCE_BYTES, np.uint8))
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)

@@ -26,8 +26,8 @@ STARTS_WITHIN_S = 30.0
 def bucket(endpoint: str | None, log: Callable[[str], None]) -> Iterator[str | None]:
     """Yields the URL of a bucket, and sets the environment variables with which it can be reached.
 
-    The server is the one at `endpoint`, or a moto server that is stopped at the end. Yields None, and says so, if nothing can
-    be measured because obstore or moto is not installed.
+    The server is the one at `endpoint`, or a moto server that is stopped at the end. If obstore, or moto where it is needed, is
+    not installed, logs this and yields None.
     """
     if find_spec("obstore") is None or (endpoint is None and find_spec("moto") is None):
         log("object storage is not measured: it needs obstore, and either moto or --endpoint")
@@ -68,7 +68,7 @@ def _make_bucket(url: str) -> None:
 
 
 class Plain:
-    """The object-storage client of the cache, used directly. It has as many requests in flight as a checkpoint."""
+    """The baseline: calls the cache's object-storage client directly, with as many requests in flight as a checkpoint has."""
 
     def __init__(self, url: str) -> None:
         import obstore

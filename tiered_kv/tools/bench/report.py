@@ -12,10 +12,10 @@ from rich.table import Table
 
 @contextmanager
 def counting(what: str, total: int, console: Console) -> Iterator[Callable[[float], None]]:
-    """Show on standard error how many of `total` things are done, and the time left.
+    """Show on standard error how many of `total` items are done, and the time left.
 
-    Yields a function that adds the given part of a thing to the progress. On a terminal it draws a bar, elsewhere it prints a
-    line for each whole thing.
+    Yields a function to call with the fraction of an item that was done since the last call. On a terminal a bar is drawn.
+    Elsewhere a line is printed for each completed item.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -30,7 +30,7 @@ def counting(what: str, total: int, console: Console) -> Iterator[Callable[[floa
 def line_printer(console: Console) -> Iterator[Callable[[str], None]]:
     """Yields a function that shows the current step.
 
-    On a terminal only the last step is visible, elsewhere each gets a line.
+    On a terminal only the current step is visible. Elsewhere each step is printed on its own line.
     """
     if console.is_terminal:
         with console.status("") as status:

@@ -31,7 +31,7 @@ class ServingWork(NamedTuple):
     """The amount of work to measure.
 
     host_bytes: host memory of the node. bytes_each: size of the checkpoint, which is written repeatedly. fetched_bytes: size of
-    the worker's chains. turns, turn_s: number and length of the turns.
+    the worker's chains. turns, turn_s: number of turns, and seconds of each.
     """
 
     host_bytes: int
@@ -46,9 +46,10 @@ QUICK = ServingWork(512 << 20, 192 << 20, 64 << 20, 3, 0.7)
 
 
 def measure(place: Path, blocks: BenchChains, plan: ServingWork, log: Callable[[str], None]) -> list[dict]:
-    """Measure fetch times alone and during checkpoints, in alternation. Returns one record for writing, one for restoring.
+    """Measure fetch times while the node is idle and during checkpoints, in alternation.
 
-    The checkpoints are written, or restored, one after the other without a pause.
+    The checkpoints are written, or restored, one after the other without a pause. Returns one record for writing and one for
+    restoring.
     """
     worker, folder = BenchChains(blocks.layout, WEIGHTS), place / "serving"
     fetched = worker.chains(plan.fetched_bytes)
@@ -74,7 +75,7 @@ def measure(place: Path, blocks: BenchChains, plan: ServingWork, log: Callable[[
 
 
 def _turns(plan: ServingWork, fetches: Callable[[float], float], work: Callable[[Event], int]) -> tuple[list[float], list[float], int]:
-    """Returns the median seconds of a fetch in each turn, alone and during `work`, and the number of rounds of `work`."""
+    """Returns two lists and a number: each turn's median seconds of a fetch, without `work` and during it, and the rounds of `work`."""
     alone, meanwhile, rounds = [], [], 0
     fetches(plan.turn_s)
     for _ in range(plan.turns):

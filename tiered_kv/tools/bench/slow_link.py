@@ -1,6 +1,6 @@
-"""A proxy for one TCP address that adds latency, limits the rate, or stops forwarding: a network on one machine.
+"""A proxy for one TCP address that adds latency, limits the rate, or stops forwarding: it simulates a network on one machine.
 
-`tc netem` is not in every kernel, and needs root. This needs neither.
+Unlike `tc netem`, it works on every kernel and without root.
 """
 
 import socket
@@ -13,13 +13,14 @@ from tiered_kv.protocol.peer_address import address_text, parse_address
 
 PIECE_BYTES = 64 << 10
 QUEUED_BYTES = 1 << 20
-"""Bytes on the way in one direction, beyond those that the latency keeps there."""
+"""The most bytes that wait in one direction, in addition to those in flight because of the latency."""
 
 
 class SlowLink:
-    """Forwards connections to `target` ("HOST:PORT"). `latency_s`: added to each direction. `bytes_per_s`: of each direction.
+    """Forwards connections to `target` ("HOST:PORT").
 
-    `stall_after`: bytes that come back from the target before everything stands still; None for never.
+    `latency_s`: latency added to each direction. `bytes_per_s`: the highest rate of each direction. `stall_after`: after this
+    many bytes from the target in total, nothing more from it is forwarded. None for no such limit.
     """
 
     def __init__(self, target: str, latency_s: float = 0.0, bytes_per_s: float = float("inf"), stall_after: int | None = None) -> None:
@@ -33,7 +34,7 @@ class SlowLink:
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = address_text(*self._listener.getsockname())
-        """Where callers connect instead of to the target."""
+        """The address to which callers connect instead of the target's."""
         self._start(self._accept)
 
     def _start(self, run, *arguments: object) -> None:
@@ -93,7 +94,7 @@ class SlowLink:
                     changed.notify_all()
 
     def close(self) -> None:
-        """Cut all connections."""
+        """Close the listener and all connections."""
         self._closing.set()
         for each in [self._listener, *self._sockets]:
             with suppress(OSError):

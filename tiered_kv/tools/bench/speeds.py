@@ -1,4 +1,4 @@
-"""Measures the speed of codecs, relative to a memcpy of the raw bytes in the same run and to computing the tokens again.
+"""Measures the speed of codecs, relative to a memcpy of the raw bytes in the same run and to a prefill of the same tokens.
 
 Each thread has its own blocks and computes alone (torch with one thread). Copying, encoding and decoding cycle through a working
 set larger than the processor's caches, so that they read and write main memory. They alternate every few blocks, because a fetch
@@ -70,8 +70,9 @@ def speeds(
 ) -> list[dict]:
     """Measure encoding and decoding the blocks of some texts' KV, relative to memcpy. Returns one record per codec and block size.
 
-    kvs: the KV of each text, (L, 2, H, T, D), starting at position 0. The ratios are of medians. `decode_us_per_token` is the
-    time of one thread while the others decode too. Needs memory for twice the working set and for the payloads.
+    kvs: the KV of each text, (L, 2, H, T, D), starting at position 0. The speed ratios are ratios of median times.
+    `decode_us_per_token` is the time in one thread while the other threads decode too. Needs memory for twice the working set and
+    for the payloads.
     """
     with one_thread():
         return [

@@ -33,7 +33,7 @@ class Subject(NamedTuple):
         return cls(name, model, tokenizer)
 
     def check_length(self, tokens: int) -> None:
-        """Raises (kind `config`) if the model cannot read prompts of `tokens` tokens."""
+        """Raise (kind `config`) if the model cannot read prompts of `tokens` tokens."""
         longest = longest_prompt(self.model)
         if longest and tokens > longest:
             message = f"--prefix-tokens: the sum with --continue-tokens must be at most {longest} for {self.name}, got {tokens}"
@@ -42,8 +42,8 @@ class Subject(NamedTuple):
     def calibration(self, path: str | None = None) -> Calibration | None:
         """Load the calibration of this model from `path`, or by default from where `tiered-kv calibrate` writes it.
 
-        Returns None if `path` is None and there is no such file. Raises (kind `config`) naming --calibration and the file if it
-        is missing, damaged, no calibration file, or of other weights.
+        Returns None if `path` is None and there is no such file. Raises (kind `config`) naming --calibration and the file if the
+        file at `path` is missing, or if the file is damaged, no calibration file, or fitted to other weights.
         """
         weights = tensors_digest(self.model.state_dict())
         place = Path(path) if path else calibration_file(calibrations(), weights)
@@ -65,12 +65,12 @@ def calibrations() -> Path:
 
 
 def longest_prompt(model: Any) -> int | None:
-    """Returns the highest number of tokens that a model can read, or None if its config does not name it."""
+    """Returns the highest number of tokens that a model can read, or None if the model's config gives no limit."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def codecs_of(text: str, default: Sequence[str] = ()) -> list[str]:
-    """Returns the codecs in a text separated by commas, or `default` for "all".
+    """Returns the codec names in a comma-separated text, or `default` for "all".
 
     Raises (kind `config`) naming --codec for an unknown or repeated codec.
     """

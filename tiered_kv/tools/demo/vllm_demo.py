@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tiered_kv.tools.demo.run import DemoOptions
 
 OWN = "vllm"
-"""The name of vLLM's own prefix cache among the tiers of a request."""
+"""The name under which the tiers of a request list vLLM's own prefix cache."""
 SAY_EVERY_S = 10
 REFERENCES = {
     "float32": "a cold run of the same prompt on the same server, with a cache salt that no request has used",
@@ -36,8 +36,8 @@ REFERENCES = {
 def run_vllm_demo(options: "DemoOptions", config: Config, console: Console) -> dict:
     """Run the demo with vLLM and print its tables.
 
-    Returns the results as data for JSON, with the fields of the demo with transformers. Stops all it started, also on an error,
-    Ctrl-C or SIGTERM.
+    Returns the results as data for JSON, with the fields of the demo with transformers. At the end everything that it started is
+    stopped, also after an error, Ctrl-C or SIGTERM.
     """
     from tiered_kv.tools.demo.run import prompts_of
 
@@ -86,7 +86,7 @@ def _started(
 
 
 def _wait(servers: Sequence[VllmServer], console: Console) -> None:
-    """Wait for all servers. Print a line every SAY_EVERY_S seconds."""
+    """Wait until all servers can answer. Prints a line every SAY_EVERY_S seconds."""
     names = ", ".join(f"{server.name} (port {server.port})" for server in servers)
     console.print(f"starting {len(servers)} OpenAI servers of vLLM: {names}", highlight=False)
     waited_s = 0
@@ -99,14 +99,14 @@ def _wait(servers: Sequence[VllmServer], console: Console) -> None:
 
 
 def _last_said(server: VllmServer) -> str:
-    """Returns the end of the last line of a server's log, without vLLM's prefix of process, level and time."""
+    """Returns the message in the last line of a server's log, at most 80 characters, without vLLM's prefix of process, level and time."""
     line = server.log_end(1).splitlines()[-1:] or [""]
     return line[0].rpartition("] ")[2].strip()[:80]
 
 
 @contextmanager
 def _own_state(folder: str) -> Iterator[None]:
-    """Keep the state of the cluster in a folder of the demo, also for the processes that it starts."""
+    """Keep the cluster's state files below `folder` until the end of the with block, also for processes started in it."""
     before = os.environ.get("TIERED_KV_STATE")
     os.environ["TIERED_KV_STATE"] = str(Path(folder) / "state")
     try:
@@ -120,7 +120,7 @@ def _own_state(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that all that was started is stopped."""
+    """Treat SIGTERM as Ctrl-C until the end of the with block, so that everything that was started is stopped."""
     try:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread
@@ -140,7 +140,8 @@ def _ask(
 ) -> list[dict]:
     """Ask each question to the next server in turn. Returns one record for each question.
 
-    The same server then answers it twice more with a cache salt of its own: cold, and from vLLM's own prefix cache.
+    The same server then answers the question twice more, with a cache salt that no other request has used: first cold, then from
+    vLLM's own prefix cache.
     """
     requests = []
     for number, (question, ids) in enumerate(zip(asked, prompts, strict=True)):
@@ -172,7 +173,7 @@ def _counts(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 
 
 def _record(replica: str, ids: Sequence[int], answer: Any, counts: dict[str, float]) -> dict:
-    """Returns the record of a request, from what the server's counters have grown by."""
+    """Returns the record of a request. `counts`: how much each counter of the server has grown during the request."""
     own, loaded = int(counts.get("prefix_cache_hits", 0)), int(counts.get("external_prefix_cache_hits", 0))
     blocks = {
         name.rpartition(":")[2]: int(count)
@@ -201,7 +202,10 @@ def _record(replica: str, ids: Sequence[int], answer: Any, counts: dict[str, flo
 
 
 def _about(server: VllmServer) -> dict:
-    """Returns the tokens and bytes of vLLM's blocks, and the bytes a token. Raises (kind `model`) if the server shares nothing."""
+    """Returns how many tokens and bytes a block of vLLM has, and the bytes per token.
+
+    Raises (kind `model`) if the server does not use tiered_kv.
+    """
     block = server.block()
     if block is None:
         raise TieredKVError(Kind.MODEL, f"vLLM server {server.name} does not use tiered_kv; its log ends:\n{server.log_end()}")
@@ -243,7 +247,7 @@ def _lines(result: dict) -> Iterator[str]:
 
 
 def _loaded(request: dict) -> int:
-    """Returns the tokens of a request that tiered_kv has loaded."""
+    """Returns how many tokens tiered_kv has loaded for a request."""
     return sum(tokens for tier, tokens in request["reused_tokens_by_tier"].items() if tier != OWN)
 
 

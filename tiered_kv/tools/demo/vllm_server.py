@@ -1,4 +1,4 @@
-"""One OpenAI server of vLLM with the connector, as a process of its own: starts it, asks it, reads its metrics, stops it."""
+"""One OpenAI server of vLLM with the connector, as a process of its own: starts it, sends it prompts, reads its metrics, and stops it."""
 
 import http.client
 import importlib.util
@@ -46,7 +46,7 @@ def check_installed() -> None:
 
 
 def transfer_config(cluster: str, **extra: Any) -> str:
-    """Returns the value of vLLM's `--kv-transfer-config` for a cluster. `extra`: more of `kv_connector_extra_config`."""
+    """Returns the value of vLLM's `--kv-transfer-config` for a cluster. `extra`: more entries of `kv_connector_extra_config`."""
     return json.dumps(
         {
             "kv_connector": "TieredKV",
@@ -59,9 +59,10 @@ def transfer_config(cluster: str, **extra: Any) -> str:
 
 
 class VllmServer:
-    """A server's process. It is started at once; `wait` returns when it can answer.
+    """The process of one server, which the constructor starts. `wait` ends when the server can answer.
 
-    `options`: more arguments of vLLM's server. The log is written to the folder `logs`.
+    `options`: more arguments of vLLM's server. `servers`: how many servers share a GPU's memory. The server's log is written to the
+    folder `logs`.
     """
 
     def __init__(self, name: str, model: str, transfer: str, logs: Path, options: Sequence[str] = (), servers: int = 1) -> None:
@@ -76,9 +77,9 @@ class VllmServer:
             )
 
     def wait(self, within_s: float = START_WITHIN_S) -> Iterator[float]:
-        """Yields the seconds waited about once a second until the server answers.
+        """Yields the seconds waited, about once a second, until the server answers.
 
-        Raises (kind `model`) with the end of its log if the process ends or is too slow.
+        Raises (kind `model`) with the end of the log if the process ends, or does not answer within `within_s`.
         """
         begun_s = time.monotonic()
         while not self._is_ready():
@@ -111,7 +112,7 @@ class VllmServer:
         return Completion(ids, text, first_s)
 
     def metrics(self) -> dict[str, float]:
-        """Returns vLLM's counters: by name, and by `name:value` for each value of the labels `source`, `tier`."""
+        """Returns vLLM's metrics by name. Samples with a label `source` or `tier` are summed under `name:value`, with its value."""
         found: dict[str, float] = {}
         for line in self._get("/metrics").decode().splitlines():
             sample = _SAMPLE.match(line)
@@ -124,12 +125,15 @@ class VllmServer:
         return found
 
     def block(self) -> tuple[int, int] | None:
-        """Returns the tokens and bytes of the blocks that the connector shares, from its log. None if it shares nothing."""
+        """Returns the size of one block that the connector shares, as (tokens, bytes), from the server's log.
+
+        Returns None if the log has no such line, as without the connector.
+        """
         found = _SHARES.search(self._log.read_text(errors="replace"))
         return (int(found[1]), int(found[2])) if found else None
 
     def log_end(self, lines: int = LOG_LINES_SHOWN) -> str:
-        """Returns the last lines of the log, with the last lines that name an error in front."""
+        """Returns the last `lines` lines of the log, preceded by up to three earlier lines that name an error."""
         with suppress(OSError):
             written = self._log.read_text(errors="replace").splitlines()
             errors = [line for line in written[:-lines] if _ERROR.search(line)]
@@ -137,7 +141,7 @@ class VllmServer:
         return "(no log)"
 
     def signal(self, number: int) -> None:
-        """Send a signal to all processes of the server. After SIGKILL to the first one, the others may still be there."""
+        """Send a signal to all processes of the server, also to those that still run after the first one has ended."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -160,7 +164,7 @@ class VllmServer:
             connection.close()
 
     def _events(self, body: str) -> Iterator[dict[str, Any]]:
-        """Yields the events of a streamed completion."""
+        """Yields the events of a streamed completion. `body`: the request as JSON."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=ANSWER_WITHIN_S)
         try:
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -177,7 +181,7 @@ class VllmServer:
 
 
 def stop(servers: Sequence[VllmServer]) -> None:
-    """End servers with all their processes: SIGTERM to all of them, and SIGKILL to what is left after STOP_WITHIN_S."""
+    """End servers with all their processes: send SIGTERM to all of them, and SIGKILL to those left after STOP_WITHIN_S."""
     for server in servers:
         server.signal(signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_WITHIN_S
@@ -190,7 +194,7 @@ def stop(servers: Sequence[VllmServer]) -> None:
 
 
 def _environment() -> Mapping[str, str]:
-    """Returns the environment of a server: this process's, with defaults for a small machine."""
+    """Returns the environment of a server: that of this process, with defaults for a small machine where a variable is not set."""
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": CPU_KV_GIB, "VLLM_HOST_IP": HOST}
     return {**defaults, **os.environ}
 

@@ -1,7 +1,8 @@
-"""The offline optimum for chains: evicts the block whose next use is farthest away (Belady, 1966), with bypass.
+"""The offline optimum for chains: evicts the block whose next use is farthest away (Belady, 1966).
 
-A block is used whenever a descendant is, so its next use is never later than theirs. Of blocks with the same next use the
-deepest is evicted first. So the evicted block is always a leaf.
+A new block is not stored if it would be evicted first (bypass). A block is used whenever one of its descendants is used, so its
+next use is never later than theirs. Of blocks with the same next use the deepest is evicted first. So the evicted block never
+has a cached child.
 """
 
 import heapq
@@ -14,9 +15,10 @@ _DEPTH_BITS, _ID_BITS = 32, 32
 
 
 class BeladyCache:
-    """The blocks resident under a cap, chosen with knowledge of the future. Its requests must be those of `trace`, in order.
+    """The blocks cached under a cap, chosen with knowledge of the future. The caller must send the requests of `trace` in order.
 
-    It does not keep blocks that are never used again, nor new blocks whose next use is later than that of all others.
+    Blocks that are never used again are not kept. While the cache is full, new blocks whose next use is later than that of all
+    cached blocks are not kept either.
     """
 
     def __init__(self, trace: Trace, capacity_blocks: int) -> None:
@@ -29,7 +31,7 @@ class BeladyCache:
         self._farthest: list[int] = []  # heap; an entry that disagrees with _next is stale
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetches a chain and keeps the blocks that are worth it. Returns how many leading blocks hit."""
+        """Fetch a chain, and keep the blocks that the optimum keeps. Returns how many leading blocks hit."""
         resident = self._next
         hit = next((at for at, key in enumerate(keys) if key not in resident), len(keys))
         upcoming = self._next_request[self._done_blocks : self._done_blocks + len(keys)].tolist()
@@ -58,14 +60,17 @@ class BeladyCache:
         return self._next.get(entry & ((1 << _ID_BITS) - 1)) == entry >> (_DEPTH_BITS + _ID_BITS)
 
     def check(self) -> None:
-        """Asserts that the cap holds and that every resident block can be found for eviction."""
+        """Assert that the cap holds and that every cached block can be found for eviction."""
         assert len(self._next) <= self.capacity_blocks
         live = {-entry & ((1 << _ID_BITS) - 1) for entry in self._farthest if self._is_live(-entry)}
         assert live == self._next.keys()
 
 
 def _next_requests(trace: Trace) -> np.ndarray:
-    """Returns, for each block of each request, the index of the next request with that block; the number of requests if none."""
+    """Returns, for each block of each request, the index of the next request with that block.
+
+    For a block without a next request it is the number of requests.
+    """
     requests = np.repeat(np.arange(len(trace), dtype=np.int32), np.diff(trace.offsets))
     order = np.argsort(trace.ids, kind="stable")
     same = trace.ids[order[:-1]] == trace.ids[order[1:]]

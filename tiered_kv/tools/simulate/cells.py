@@ -24,11 +24,11 @@ Room = float | dict[Tier, float]
 """A capacity as a share of the trace's unique blocks, or a share for each tier."""
 
 Cell = tuple[int, str, Room, float]
-"""Index of the trace, policy, room, cost weight."""
+"""The index of the trace, the policy, the room, and the cost weight of one replay."""
 
 
 def policies_of(text: str) -> list[str]:
-    """Parses `all` or names separated by commas. Returns the policies in this order. Raises (kind `config`) for an unknown name."""
+    """Parse `all` or names separated by commas. Returns the names in the given order. Raises (kind `config`) for an unknown name."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name != "all" and name not in ALL_NAMES:
@@ -39,7 +39,7 @@ def policies_of(text: str) -> list[str]:
 
 
 def capacities_of(text: str) -> list[float]:
-    """Parses shares separated by commas. Returns them sorted. Raises (kind `config`) for one that is not above 0 and at most 1."""
+    """Parse shares separated by commas. Returns them sorted. Raises (kind `config`) unless each is above 0 and at most 1."""
     found = set()
     for part in text.split(","):
         try:
@@ -56,10 +56,10 @@ def capacities_of(text: str) -> list[float]:
 def run_cells(
     traces: Sequence[Trace], policies: Sequence[str], rooms: Sequence[Room], *, cost_weight: float, jobs: int, advance: Progress
 ) -> list[Any]:
-    """Runs all cells. Returns their results (`Result` or `TiersResult`) by trace, policy, room.
+    """Run all cells. Returns their results (`Result` or `TiersResult`), ordered by trace, then policy, then room.
 
-    `advance` is called with the number of requests replayed since its last call. With one job, cells run in this process.
-    With more, they run in other processes, each with all traces in memory.
+    `advance` is called with the number of requests replayed since its last call. With one job, the cells run in this process.
+    With more jobs, they run in other processes, each of which has all traces in memory.
     """
     cells = list(product(range(len(traces)), policies, rooms, [cost_weight]))
     if jobs == 1 or len(cells) == 1:
@@ -68,7 +68,7 @@ def run_cells(
 
 
 def _run_in_processes(traces: Sequence[Trace], cells: list[Cell], jobs: int, advance: Progress) -> list[Any]:
-    context = multiprocessing.get_context("spawn")  # the processes need nothing of this one, and must not inherit its threads
+    context = multiprocessing.get_context("spawn")  # the new processes need nothing of this one, and must not inherit its threads
     done = context.Value("q", 0)
     with ProcessPoolExecutor(jobs, context, _start, (traces, done)) as pool:
         futures = [pool.submit(_run, cell) for cell in cells]

@@ -34,7 +34,7 @@ class SimulateOptions:
 
 
 def run_simulate(options: SimulateOptions, console: Console) -> dict[str, Any]:
-    """Replays the traces, prints tables to `console`, and draws a plot if asked to. Progress is shown on standard error.
+    """Replay the traces, print tables to `console`, and draw a plot if asked to. Progress is shown on standard error.
 
     Returns the object that `--json` prints.
     """

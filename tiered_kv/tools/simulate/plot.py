@@ -1,4 +1,4 @@
-"""Draws the results as curves: ratio over capacity, one panel for each trace."""
+"""Draws the results as curves of the chosen metric over the capacity, with one panel for each trace."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from tiered_kv.tools.simulate.report import TITLES, curves, percent
 
 
 def draw(results: Sequence[Result], metric: str, path: str) -> None:
-    """Draws `results` and writes the picture to `path`. The extension of `path` decides the format."""
+    """Draw `results` and write the picture to `path`. The extension of `path` decides the format."""
     traces = list(dict.fromkeys(result.trace for result in results))
     columns = min(3, len(traces))
     rows = -(-len(traces) // columns)

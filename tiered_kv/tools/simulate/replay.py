@@ -1,6 +1,6 @@
 """The replay: sends one trace through one policy under one cap, and counts the hits and the prefill they save.
 
-A step does exactly what the store does with a request (see `Cache.request`), so that both hit the same blocks.
+Each request does exactly what it would do in the store (see `Cache.request`), so that the same blocks hit in both.
 """
 
 import math
@@ -14,8 +14,8 @@ from tiered_kv.policy import EvictionPolicy, History, create_policy
 from tiered_kv.tools.simulate.trace import Trace
 
 FLOPS_POSITION_TOKENS = 30_500
-"""A token at position p costs 1 + p / this times the first token: prefill FLOPs of an 8B Llama. Its attention over p earlier
-tokens costs as much as all its weights once p reaches this."""
+"""The position at which a token's attention over the earlier tokens costs as many FLOPs as all weights, in an 8B Llama. So the prefill
+of a token at position p costs 1 + p / FLOPS_POSITION_TOKENS times that of the first token."""
 
 PROGRESS_REQUESTS = 64
 
@@ -42,7 +42,7 @@ class Result:
 
 
 class Cache:
-    """The blocks resident under a cap of `capacity_blocks` blocks, all of one size. `policy` decides which stay."""
+    """The blocks cached under a cap of `capacity_blocks` blocks, all of one size. `policy` decides which blocks stay."""
 
     def __init__(self, policy: EvictionPolicy, history: History, capacity_blocks: int) -> None:
         self.policy, self.history, self.capacity_blocks = policy, history, capacity_blocks
@@ -50,7 +50,7 @@ class Cache:
         self.evictions = 0
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetches a chain, and stores its missing blocks as far as there is room. Returns how many leading blocks hit."""
+        """Fetch a chain, and store its missing blocks as far as there is room. Returns how many leading blocks hit."""
         hit = self.policy.leading(keys)
         if hit:
             self.history.seen(keys[:hit], None, now_s)
@@ -83,18 +83,18 @@ class Cache:
         self.evictions += len(victims)
 
     def check(self) -> None:
-        """Asserts that the cap holds and that the policy is consistent."""
+        """Assert that the cap holds and that the policy is consistent."""
         assert self.used_blocks == len(self.policy) <= self.capacity_blocks
         self.policy.check()
 
 
 def capacity_in_blocks(trace: Trace, capacity: float) -> int:
-    """Returns a share of the trace's unique full blocks as a number of blocks: rounded up, at least one."""
+    """Returns the number of blocks in a share of the trace's unique full blocks, rounded up, at least one."""
     return max(1, math.ceil(capacity * trace.unique_blocks - 1e-6))
 
 
 def replay(trace: Trace, policy_name: str, capacity: float, *, cost_weight: float = 0.0, progress: Progress | None = None) -> Result:
-    """Replays `trace` from a cold start under a cap of `capacity`, a share of its unique blocks.
+    """Replay `trace` from a cold start under a cap of `capacity`, a share of its unique blocks.
 
     The policy `belady` is the offline optimum. `cost_weight`: see `create_policy`.
     """
@@ -109,20 +109,20 @@ def replay(trace: Trace, policy_name: str, capacity: float, *, cost_weight: floa
 
 
 def history_for(policy_name: str) -> History:
-    """Returns the history that the policy needs. Only adaptive learns from one."""
+    """Returns the history that the policy needs. Only `adaptive` learns from its history."""
     return policies.create_history() if policy_name == "adaptive" else History()
 
 
 def replay_with(
     trace: Trace, policy: EvictionPolicy, history: History, capacity_blocks: int, *, progress: Progress | None = None
 ) -> Result:
-    """Replays `trace` with a policy and a history that the caller created."""
+    """Replay `trace` with a policy and a history that the caller created."""
     capacity = capacity_blocks / max(trace.unique_blocks, 1)
     return run(trace, Cache(policy, history, capacity_blocks), type(policy).__name__, capacity, progress=progress)
 
 
 def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Progress | None = None) -> Result:
-    """Sends every request of `trace` through `cache`. Returns the counts."""
+    """Send every request of `trace` through `cache`. Returns the counts."""
     begun_s = time.perf_counter()
     hits = send(trace, cache.request, progress)
     return Result(
@@ -142,7 +142,10 @@ def run(trace: Trace, cache: Cache, name: str, capacity: float, *, progress: Pro
 
 
 class Hits(NamedTuple):
-    """The hits of a trace. The ratios are the share of prefill that they save, in tokens and in tokens weighted by FLOPs."""
+    """The hits of a whole trace.
+
+    token_ratio: share of all input tokens that hit. flops_ratio: share of the prefill FLOPs that the hits save.
+    """
 
     blocks: int
     hit_tokens: int
@@ -152,9 +155,9 @@ class Hits(NamedTuple):
 
 
 def send(trace: Trace, request: Callable[[list[int], float, int], int], progress: Progress | None) -> Hits:
-    """Calls `request` for every request of `trace`, and returns the hits.
+    """Call `request` for every request of `trace`. Returns the hits.
 
-    `request` takes keys, time and answer tokens. It returns how many leading blocks hit.
+    `request` takes the keys, the time, and the number of answer tokens. It returns how many leading blocks hit.
     """
     blocks, hit_weight, weight = 0, 0.0, 0.0
     for at, each in enumerate(trace, 1):
@@ -169,5 +172,5 @@ def send(trace: Trace, request: Callable[[list[int], float, int], int], progress
 
 
 def prefill_weight(tokens: int) -> float:
-    """Returns the cost of prefilling the first `tokens` of a prompt, in units of its first token's cost."""
+    """Returns the cost of a prefill of a prompt's first `tokens` tokens, in units of the first token's cost."""
     return tokens + tokens * (tokens - 1) / 2 / FLOPS_POSITION_TOKENS

@@ -1,4 +1,4 @@
-"""Prints results for people: a table for each trace, their mean, and how much memory a policy saves."""
+"""Prints results for people: a table for each trace, the mean over traces, and how much memory a policy saves."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TITLES = {"tokens": "prefill tokens that hit, %", "flops": "prefill FLOPs saved 
 
 
 def show(results: Sequence[Result], metric: str, console: Console) -> None:
-    """Prints a table for each trace, the mean over several traces, and sentences on memory size (see `sizing`)."""
+    """Print a table for each trace, a table of means if there are several traces, and sentences on memory size (see `sizing`)."""
     traces = list(dict.fromkeys(result.trace for result in results))
     for trace in traces:
         rows = [result for result in results if result.trace == trace]
@@ -29,7 +29,7 @@ def show(results: Sequence[Result], metric: str, console: Console) -> None:
 
 
 def show_tiers(results: Sequence[TiersResult], metric: str, console: Console) -> None:
-    """Prints a table for each trace: hits in total and by tier, blocks written to each tier, write amplification of lower tiers."""
+    """Print a table for each trace: hits in total and by tier, blocks written to each tier, write amplification of lower tiers."""
     for trace in dict.fromkeys(result.trace for result in results):
         rows = [result for result in results if result.trace == trace]
         table = Table("policy", title=f"{trace}: {TITLES[metric]}, in all and by tier; blocks written a request", title_justify="left")
@@ -48,7 +48,7 @@ def show_tiers(results: Sequence[TiersResult], metric: str, console: Console) ->
 
 
 def curves(results: Sequence[Result], metric: str) -> dict[str, dict[float, float]]:
-    """Returns the ratio by capacity for each policy, as the mean over the traces."""
+    """Returns, for each policy, a dict from capacity to the ratio that `metric` names, averaged over the traces."""
     found: dict[str, dict[float, list[float]]] = {}
     for result in results:
         found.setdefault(result.policy, {}).setdefault(result.capacity, []).append(getattr(result, METRICS[metric]))
@@ -69,14 +69,15 @@ def _table(title: str, by_policy: dict[str, dict[float, float]], blocks: dict[fl
 
 
 def percent(capacity: float) -> str:
-    """Formats a share for people: `5 %`."""
+    """Returns a share as text for people: `5 %`."""
     return f"{100 * capacity:g} %"
 
 
 def sizing(by_policy: dict[str, dict[float, float]]) -> str:
-    """Says how much memory LRU needs for the hits of adaptive, or of the best other policy if adaptive was not replayed.
+    """Returns a sentence on how many times the memory LRU needs for the same hits as another policy.
 
-    Returns "" if LRU or any other policy is missing.
+    The other policy is `adaptive`, or the best one if `adaptive` was not replayed. Returns "" without LRU, without another policy,
+    or if the other policy has no hits.
     """
     others = {policy: fmean(curve.values()) for policy, curve in by_policy.items() if policy not in ("lru", "belady")}
     if "lru" not in by_policy or not others:
@@ -91,7 +92,7 @@ def sizing(by_policy: dict[str, dict[float, float]]) -> str:
 
 
 def memory_ratio(lru: dict[float, float], capacity: float, ratio: float) -> str:
-    """Returns, as text, how many times `capacity` LRU needs to reach the hit ratio `ratio`.
+    """Returns, as text, how many times the memory `capacity` LRU needs to reach the hit ratio `ratio`.
 
     Interpolates LRU's curve linearly in log capacity.
     """

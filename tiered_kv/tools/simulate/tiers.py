@@ -1,4 +1,4 @@
-"""Simulates several tiers: a trace drives the store's own state machine, with copies between tiers that take no time.
+"""Simulates several tiers: a trace drives the store's own state machine. Copies between tiers take no time.
 
 All blocks have one byte, so that caps count blocks. This module does the engine's and the log tiers' part in the simplest form:
 it asks the machine for room, and fills and reclaims segments. Without lower tiers it hits the same blocks as `Cache`.
@@ -49,7 +49,7 @@ class TiersResult:
 
 
 def tiers_of(text: str) -> dict[Tier, float]:
-    """Parses `hot=0.1,warm=0.3,disk=1`: shares of the trace's unique blocks by tier. Raises (kind `config`) for invalid text."""
+    """Parse `hot=0.1,warm=0.3,disk=1`: shares of the trace's unique blocks by tier. Raises (kind `config`) for invalid text."""
     found: dict[Tier, float] = {}
     for part in text.split(","):
         name, _, share = (each.strip() for each in part.partition("="))
@@ -72,7 +72,7 @@ def _invalid_tiers(message: str) -> TieredKVError:
 
 
 class Log:
-    """A lower tier: a log of segments. Blocks are appended to segments and removed with them."""
+    """A lower tier: a log of segments. Blocks are appended one by one, and removed only together with their whole segment."""
 
     def __init__(self, tier: Tier, capacity: int) -> None:
         self.tier, self.capacity = tier, capacity
@@ -84,7 +84,7 @@ class Log:
         self._aged = -1
 
     def append(self, key: int) -> Location:
-        """Appends one block. There must be room for it."""
+        """Append one block. There must be room for it."""
         if len(self._segments[self._newest]) == self.segment_blocks:
             self._newest += 1
             self._segments[self._newest] = []
@@ -94,11 +94,11 @@ class Log:
         return Location(self.tier, 0, self._newest, 0, 1, 1)
 
     def segment_to_go(self) -> int | None:
-        """Returns the oldest segment if it must be reclaimed because the tier is full, else None."""
+        """Returns the number of the oldest segment if it must be reclaimed because the tier is full, else None."""
         return min(self._segments) if self._used == self.capacity else None
 
     def segment_to_age(self) -> int | None:
-        """Returns the oldest segment, once, if it will have to be reclaimed soon, else None."""
+        """Returns the number of the oldest segment if it must be reclaimed soon, else None. Returns each segment only once."""
         oldest = min(self._segments)
         if self._used + SEGMENTS_AHEAD * self.segment_blocks <= self.capacity or self._aged >= oldest or oldest == self._newest:
             return None
@@ -106,7 +106,7 @@ class Log:
         return oldest
 
     def remove(self, segment: int) -> list[int]:
-        """Removes a segment. Returns all keys ever written to it."""
+        """Remove a segment. Returns all keys that were ever written to it."""
         keys = self._segments.pop(segment)
         self._used -= len(keys)
         if segment == self._newest:
@@ -115,16 +115,16 @@ class Log:
         return keys
 
     def keys_in(self, segment: int) -> list[int]:
-        """Returns all keys ever written to a segment."""
+        """Returns all keys that were ever written to a segment."""
         return list(self._segments[segment])
 
     def check(self) -> None:
-        """Asserts that the cap holds."""
+        """Assert that the cap holds."""
         assert self._used == sum(map(len, self._segments.values())) <= self.capacity
 
 
 class TieredCache:
-    """A node's store in one thread. Takes requests and counts hits by tier."""
+    """A node's store, simulated in one thread. It takes requests and counts hits by tier."""
 
     def __init__(self, policy_name: str, capacities: Mapping[Tier, int], *, cost_weight: float = 0.0, block_tokens: int = 0) -> None:
         history = history_for(policy_name)
@@ -141,7 +141,7 @@ class TieredCache:
         self._now_s = 0.0
 
     def request(self, keys: list[int], now_s: float, answer_tokens: int) -> int:
-        """Fetches a chain, and stores its missing blocks as far as there is room. Returns how many leading blocks hit."""
+        """Fetch a chain, and store its missing blocks as far as there is room. Returns how many leading blocks hit."""
         self._now_s, blocks = now_s, self.machine.blocks
         hit = next((at for at, key in enumerate(keys) if key not in blocks), len(keys))
         self.hits.update(min(blocks[key].copies) for key in keys[:hit])
@@ -163,7 +163,7 @@ class TieredCache:
             present += len(taken)
 
     def _room(self, tier: Tier, keys: Sequence[int], last_block: int | None) -> int:
-        """Makes room for `keys` in a memory tier. Returns how many more blocks fit into it afterwards."""
+        """Make room for `keys` in a memory tier. Returns how many more blocks fit into the tier afterwards, perhaps fewer than `keys`."""
         lacking = len(keys) - self._free(tier)
         if lacking > 0:
             self._handle(ev.Needed(tier, lacking, last_block, keys, self._now_s))
@@ -211,7 +211,7 @@ class TieredCache:
         self._handle(ev.Emptied(lower.tier, segment, keys))
 
     def check(self) -> None:
-        """Asserts that every cap holds and that the machine is consistent."""
+        """Assert that every cap holds and that the machine is consistent."""
         self.machine.check()
         for lower in self.logs.values():
             lower.check()
@@ -224,7 +224,7 @@ def _in_memory(tier: Tier) -> Location:
 def replay_tiers(
     trace: Trace, policy_name: str, shares: Mapping[Tier, float], *, cost_weight: float = 0.0, progress: Progress | None = None
 ) -> TiersResult:
-    """Replays `trace` from a cold start through tiers with these shares of its unique full blocks."""
+    """Replay `trace` from a cold start through several tiers. `shares`: each tier's cap as a share of the trace's unique full blocks."""
     begun_s = time.perf_counter()
     capacities = {tier: capacity_in_blocks(trace, share) for tier, share in shares.items()}
     cache = TieredCache(policy_name, capacities, cost_weight=cost_weight, block_tokens=trace.block_tokens)

@@ -1,7 +1,7 @@
 """Request traces in Mooncake's format: one JSON object a line, uncompressed or compressed with gzip or zstandard.
 
-Fields: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one id for each block of the input; the last
-block may be partial; equal ids mean equal prefixes). Format: Qin et al., Mooncake, FAST 2025.
+Fields: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids` (one id for each block of the input). The last
+block of an input may be partial. Equal ids mean equal prefixes. Format: Qin et al., Mooncake, FAST 2025.
 """
 
 import gzip
@@ -28,7 +28,7 @@ _TOKENS_BITS = 40  # a request with 2 ** 40 tokens or more is an error
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a trace: its time, its full blocks (root first), its lengths in tokens."""
+    """One request of a trace: its time, the keys of its full blocks from the first on, and its lengths in tokens."""
 
     time_s: float
     keys: list[int]
@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory, sorted by time. It has full blocks only, numbered 0, 1, … in the order of their first use.
+    """A trace in memory, sorted by time. It contains only full blocks, numbered 0, 1, … in the order of their first use.
 
     Request i has the blocks `ids[offsets[i]:offsets[i + 1]]`. About 20 MB for 5 million blocks.
     """
@@ -64,11 +64,11 @@ class Trace:
 
     @property
     def unique_blocks(self) -> int:
-        """How many different blocks the trace has."""
+        """The number of different blocks in the trace."""
         return int(self.ids.max()) + 1 if len(self.ids) else 0
 
     def check(self) -> None:
-        """Asserts that the arrays are consistent."""
+        """Assert that the arrays are consistent."""
         assert len(self.times_s) == len(self.input_tokens) == len(self.output_tokens) == len(self.offsets) - 1
         assert self.offsets[0] == 0
         assert self.offsets[-1] == len(self.ids)
@@ -79,11 +79,11 @@ class Trace:
 
 
 def read_trace(path: str | Path, *, block_tokens: int | None = None, rekey: bool = False) -> Trace:
-    """Reads the trace in the file `path`. Sorts it by time if needed.
+    """Returns the trace in the file `path`, sorted by time.
 
-    `block_tokens`: tokens of a block. Without it, `-bN` in the file's name counts, else the block size is derived from the lengths.
-    `rekey`: the ids hash only a block's own content. A block is then identified by its id and all previous ids of its request.
-    Raises (kind `config`), naming file and line.
+    `block_tokens`: number of tokens in a block. None takes it from `-bN` in the file's name, or else derives it from the lengths.
+    `rekey`: for traces whose ids hash only a block's own content. A block is then identified by its id and all previous ids of its
+    request. Raises (kind `config`), naming file and line, if the trace is invalid.
     """
     path = Path(path)
     raw = _Raw(path.name)
@@ -101,7 +101,10 @@ def read_trace(path: str | Path, *, block_tokens: int | None = None, rekey: bool
 
 
 def first_misplaced(ids: np.ndarray, offsets: np.ndarray) -> tuple[int, int] | None:
-    """Finds blocks whose parent is not the same as at their first use. Returns the index of the first one and their number."""
+    """Find blocks whose parent is not the same as at their first use.
+
+    Returns the index in `ids` of the first such block and the number of such blocks, or None if there is none.
+    """
     if not len(ids):
         return None
     parents = _parents(ids, offsets)
@@ -128,7 +131,7 @@ class _Raw:
         self._numbers: dict[Any, int] = {}
 
     def add(self, number: int, text: bytes) -> None:
-        """Adds one line. Line numbers start at 1."""
+        """Add one line of the file. Line numbers start at 1."""
         time_ms, input_tokens, output_tokens, ids = self._parsed(number, text)
         self.lines.append(number)
         self.times_s.append(time_ms / 1000)
@@ -174,7 +177,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _unpacked(file: IO[bytes]) -> Iterable[bytes]:
-    """Returns the lines of a file. Its first bytes decide how it is decompressed."""
+    """Returns the lines of a file. The file's first bytes decide how it is decompressed."""
     magic = file.read(4)
     file.seek(0)
     if magic == b"\x28\xb5\x2f\xfd":
@@ -213,10 +216,10 @@ def _block_tokens(raw: _Raw, given: int | None) -> int:
 
 
 def _fitting_block_tokens(raw: _Raw) -> int:
-    """Returns the block size that fits the lengths and the numbers of ids of all requests.
+    """Returns the block size in tokens that fits the lengths and the numbers of ids of all requests.
 
-    If several sizes fit, at most a quarter apart, returns the only power of two among them. Raises (kind `config`) if that is
-    ambiguous.
+    If several sizes fit, which differ by at most a quarter, returns the only power of two among them. Raises (kind `config`) if
+    no size can be chosen this way.
     """
     inputs, counts = np.array(raw.inputs), np.array(raw.counts)
     fewer, more = np.maximum(counts - 1, 0), counts + 1
@@ -238,7 +241,7 @@ def _bounds(tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 
 
 def _full_blocks(raw: _Raw, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and offsets without partial blocks. The ids are renumbered without gaps."""
+    """Returns the ids and offsets of a `Trace`, without partial blocks. The ids are renumbered without gaps."""
     inputs, counts = np.array(raw.inputs), np.array(raw.counts)
     full = inputs // block_tokens
     wrong = np.flatnonzero((counts < full) | (counts > full + 1))  # some writers add an id for a last block without tokens
@@ -254,7 +257,7 @@ def _full_blocks(raw: _Raw, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _dense(ids: np.ndarray) -> np.ndarray:
-    """Renumbers ids as 0, 1, … in the order of their first use."""
+    """Returns ids renumbered as 0, 1, … in the order of their first use."""
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
@@ -262,7 +265,7 @@ def _dense(ids: np.ndarray) -> np.ndarray:
 
 
 def _rekeyed(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Converts ids of block contents to ids of prefixes: the nodes of the trie of all requests."""
+    """Returns ids of prefixes for ids of block contents. A prefix's id is the number of its node in a trie of all requests."""
     nodes: dict[int, int] = {}
     width = int(ids.max()) + 1 if len(ids) else 1
     out = array("i")

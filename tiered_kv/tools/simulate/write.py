@@ -14,7 +14,7 @@ _OPENERS = {".gz": gzip.open, ".zst": zstandard.open}
 
 
 class TraceWriter:
-    """A trace file, written request by request. A context manager. The extension decides the compression: .gz, .zst, else none.
+    """A context manager that writes a trace file request by request. The extension .gz or .zst compresses it, any other does not.
 
     Replaces an existing file. Raises (kind `config`, setting `out`) if the file cannot be written.
     """
@@ -27,14 +27,14 @@ class TraceWriter:
             raise self._refusal(error) from error
 
     def write(self, request: dict) -> None:
-        """Adds one request: `timestamp`, `input_length`, `output_length`, `hash_ids`."""
+        """Add one request with the fields `timestamp`, `input_length`, `output_length`, `hash_ids`."""
         try:
             self._file.write(json.dumps(request, separators=(",", ":")) + "\n")
         except OSError as error:
             raise self._refusal(error) from error
 
     def close(self) -> None:
-        """Finishes the file. A compressed file is incomplete without this. May be called twice."""
+        """Finish the file. A compressed file is incomplete without this. May be called twice."""
         try:
             self._file.close()
         except OSError as error:
