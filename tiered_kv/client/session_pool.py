@@ -16,7 +16,7 @@ from tiered_kv.protocol.session import Session
 
 RETRY_AFTER_S = 0.5
 CONNECT_GRACE_S = 0.015
-"""How long after a call's deadline its session may be opened. With the `GRACE_S` of the call itself, it ends within 50 ms."""
+"""How long after a call's deadline its session may be opened. With its own `GRACE_S`, the call ends within 50 ms of its deadline."""
 
 
 class SessionPool:

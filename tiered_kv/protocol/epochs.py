@@ -46,8 +46,8 @@ class Epoch(NamedTuple):
 class EpochBook:
     """The epochs of at most FAMILIES_MAX families. All others have the epoch of EVERY, at first 0. Numbers only grow. Thread-safe.
 
-    If there are more families, the one with the lowest number is dropped, and its numbers become those of EVERY. The only harm is that
-    some blocks become unreachable.
+    If there are more families, the one with the lowest number is dropped, and its numbers are merged into those of EVERY. The only harm
+    is that some blocks become unreachable.
     """
 
     def __init__(self) -> None:

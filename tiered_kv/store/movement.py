@@ -42,7 +42,7 @@ class Block:
     `copying_to`: the tier to which the block is being copied. `leaving`: the tier from which the block is dropped once this copy is
     complete. `refused`: the last attempt to copy the block to a lower tier failed. `used_below`: the block was used since it was
     written to a lower tier. `depth`: the number of its ancestors, None if unknown. `linked`: whether its depth fits the depth of
-    `parent`; until then `parent` is only a claim (see `chains`). `tenant`: the tenant that stored it, "" if unknown.
+    `parent`; until then `parent` is only a claim (see `chains`). `tenant`: the tenant of its root, "" if unknown.
     """
 
     parent: BlockKey | None
