@@ -197,7 +197,7 @@ class ModelState:
 
 
 def _numbers(model: Any) -> dict[tuple[str, str], Any]:
-    """Returns the numeric attributes of all modules, by module and name. A number that a run changes is a counter; it does not affect KV."""
+    """Returns the numeric attributes of all modules, by module and name. Those that a run changes are counters, which do not affect KV."""
     return {
         (where, name): value
         for where, module in model.named_modules()
