@@ -209,11 +209,11 @@ atexit.register(_leave_at_exit, _crews)
 
 
 def work_alone() -> None:
-    """Make torch compute on this thread alone when called from it.
+    """Make torch use only the calling thread for computations that this thread starts.
 
     Blocks are encoded and decoded in parallel, one on each thread. Several torch threads for one block would mostly wait for each other,
-    which costs several times what they gain. torch keeps this number for each thread, and a default for new threads; this restores
-    the default.
+    which costs several times what they gain. torch keeps a number of threads for each thread, and a default for new threads. The call
+    also changes this default, so another thread restores it.
     """
     import torch
 
@@ -225,7 +225,7 @@ def work_alone() -> None:
 
 
 class CheckedLock:
-    """A context that holds `lock` while its body runs. It calls `check` first, which may raise."""
+    """A context that holds `lock` while its body runs. Before the body, it calls `check`, which may raise."""
 
     __slots__ = ("_check", "_lock")
 
