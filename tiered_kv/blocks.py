@@ -105,7 +105,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Hint:
-    """A worker's expectations about the chain that it stores. Every field is optional. A wrong expectation does no harm to correctness.
+    """A worker's expectations about the chain that it stores. Every field is optional. A wrong expectation never makes a result wrong.
 
     answer_tokens: the number of tokens that the model generated. pinned_s: keep the chain in memory for this many seconds. A pin
     that would take more than half of the host tier is ignored and counted. reuse_within_s: the next use is expected within this many

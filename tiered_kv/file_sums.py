@@ -142,7 +142,7 @@ def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Prog
 
 
 def _sums_not_known(states: set[FileState], store: "SumStore", progress: Progress) -> dict[FileState, str]:
-    """Returns the sums of files, as far as possible from `store`. Reads the other files while no other process reads them."""
+    """Returns the sums of files, as far as possible from `store`. Reads the other files once no other process reads them."""
     found = store.sums(states)
     if len(found) < len(states):
         with store.turn(min(states), progress):
@@ -274,7 +274,7 @@ class SumStore:
         return found
 
     def load(self) -> dict[FileState, str]:
-        """Returns all remembered sums, oldest first; none if the file is missing, damaged, of another format or of another user."""
+        """Returns all remembered sums, oldest first. Returns {} if the file is missing, damaged, of another format or another user's."""
         try:
             with self._path.open("rb") as file:
                 facts = os.fstat(file.fileno())

@@ -17,7 +17,7 @@ def figure(size_inches: tuple[float, float]) -> Any:
 
 
 def check_target(path: str) -> None:
-    """Raise (kind `config`) if a picture could not be drawn, or not be written to `path`. For a check before the work starts."""
+    """Raise (kind `config`) if a picture cannot be drawn, or cannot be written to `path`. Call it before any other work."""
     endings = set(figure((1, 1)).canvas.get_supported_filetypes())
     if Path(path).suffix.lstrip(".") not in endings:
         raise TieredKVError(Kind.CONFIG, f"--plot: {path} has none of the endings {', '.join(sorted(endings))}", setting="plot")

@@ -38,7 +38,10 @@ Result = TypeVar("Result")
 
 
 class PackEntry(NamedTuple):
-    """The location of a block's frame: the pack's name, the frame's offset and bytes there, the block's raw bytes, the codec's number."""
+    """The location of a block's frame: its pack, and its offset and size in that pack, in bytes.
+
+    `raw_bytes`: the size of the decoded block. `codec`: the number of the frame's codec.
+    """
 
     pack: str
     offset: int

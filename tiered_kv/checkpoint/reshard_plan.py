@@ -148,7 +148,7 @@ class _Planner:
         return ranks
 
     def add(self, row: Row) -> None:
-        """Add a row. One to reshard is grouped with the rows of other ranks for the same block of the whole model."""
+        """Add a row. A row to reshard is grouped with the rows of other ranks for the same block of the whole model."""
         if row.root in self._kept:
             self._unchanged.append(row)
         elif row.root not in self._members:

@@ -258,7 +258,10 @@ def load_progress(call: CallNodes, nodes: Sequence[str]) -> LoadProgress:
 
 
 def total_of(several: Iterable[LoadProgress]) -> LoadProgress:
-    """Combine the progress of several nodes. Returns the sums of the counts, all problems, and the first error. Done if all nodes are."""
+    """Combine the progress of several nodes. Returns the sums of the counts, all problems, and the first error.
+
+    The result is done if all nodes are done.
+    """
     each = list(several)
     return LoadProgress(
         mounted=sum(one.mounted for one in each),

@@ -224,7 +224,8 @@ def _id_of(block: MergedBlock) -> BlockId:
 def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
     """Returns whether a checkpoint may contain an existing frame instead of this copy of the block.
 
-    It may not if the frame has a lossy codec other than the copy's: a cluster of lower quality wrote it. No frame (None): True.
+    Returns False if the frame has a lossy codec other than the copy's codec, because a cluster of lower quality wrote that frame.
+    Returns True if there is no frame (None).
     """
     return entry is None or entry.codec == block.best.codec or not is_lossy(entry.codec)
 

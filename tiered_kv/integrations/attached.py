@@ -273,7 +273,7 @@ class Rows(NamedTuple):
         return cls(cached, input_ids.shape[1], ids, pads, found, state)
 
     def common(self, most: int) -> int:
-        """Returns the number of leading columns that every row has fetched or as padding, at most `most`. 0 if no row has fetched any."""
+        """Returns how many leading columns are fetched or padding in every row, at most `most`. 0 if no row has fetched tokens."""
         reach = min(pads + each.tokens for pads, each in zip(self.pads, self.found, strict=True))
         return 0 if not any(each.tokens for each in self.found) else max(min(reach, most), 0)
 

@@ -163,7 +163,7 @@ class CachedModel:
         return output
 
     def run(self, input_ids: Any, **arguments: Any) -> tuple[Any, GenerateReport]:
-        """Do the same as `generate`, but from several threads if needed. Returns the output and the report, and sets nothing."""
+        """Do the same as `generate` without setting `last_report`, so that several threads may call it. Returns output and report."""
         begun_s = self._clock.now_s()
         prompt = check_request(self.model, input_ids, arguments)
         scratch = self._take_scratch(prompt.shape[-1])

@@ -145,7 +145,7 @@ def _code(kind: type) -> tuple[Any, Any]:
 
 
 def _functions(module: str) -> list[str]:
-    """Returns the names of the functions in a Python module. Returns [] for torch, which has many and where nobody replaces them."""
+    """Returns the names of the functions in a Python module. Returns [] for torch: it has many functions, and nobody replaces them."""
     if module not in sys.modules or module.split(".")[0] == "torch":
         return []
     return [name for name, value in vars(sys.modules[module]).items() if isinstance(value, FunctionType)]

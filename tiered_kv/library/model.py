@@ -226,7 +226,7 @@ class ModelCacheWrapper:
 
 
 class _CurrentClient:
-    """A client that passes each call on to the cache's current client. That one is created at the first call, and again after `clear`."""
+    """A client that passes each call on to the cache's current client, which is created at the first call and again after `clear`."""
 
     def __init__(self, cache: BaseKVCache, followed: ModelState, probes: ProbeBook) -> None:
         self._cache = cache

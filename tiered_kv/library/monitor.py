@@ -178,7 +178,7 @@ class CacheMonitor:
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
         """Compare one metric with its thresholds.
 
-        Returns the alerts that start now. Ends the alerts whose threshold the metric keeps again.
+        Returns the alerts that start now. Ends active alerts if the metric is within their threshold again.
         """
         begun: list[Alert] = []
         known = (name not in _OF_LOOKUPS or metrics.lookups) and (name not in _OF_OPERATIONS or metrics.operations)

@@ -153,9 +153,9 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
 
 
 def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
-    """Returns the models of a checkpoint whose blocks this cache can hit.
+    """Returns the models of a checkpoint whose blocks can be hits in this cache.
 
-    Raises (kind `model`) if there are none, or if a library cache of another model wrote the checkpoint.
+    Raises (kind `model`) if there are no such models, or if a library cache of another model wrote the checkpoint.
     """
     matching, others = [], []
     for model in manifest.models:
@@ -170,7 +170,7 @@ def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
 
 
 def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
-    """Compare a checkpoint's model with a cache's. Returns whether they are equal, and the difference for error texts."""
+    """Compare a checkpoint's model with the cache's model. Returns whether they are equal, and a text for errors if they are not."""
     if model.layout is None:
         return False, "the checkpoint does not record the layout of its blocks"
     if isinstance(model.layout, OpaqueLayout):

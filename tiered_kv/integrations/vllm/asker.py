@@ -1,4 +1,4 @@
-"""Asks the node questions of the scheduler's side. A thread asks them, because the scheduler never waits for another process."""
+"""Asks the node what the scheduler's side must know. A thread does this, because the scheduler never waits for another process."""
 
 import queue
 import threading

@@ -95,7 +95,7 @@ class TieredKV(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Whether a request must not finish before its KV is stored. A cache may lose a block."""
+        """Whether a request must wait until its KV is stored before it finishes. It need not, because a cache may lose blocks."""
         return False
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

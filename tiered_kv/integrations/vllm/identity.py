@@ -54,7 +54,10 @@ def _backends(config: Any, kv_caches: Mapping[str, Any]) -> str:
 
 
 def _hardware(device: torch.device) -> str:
-    """Returns the hardware on which the order of bytes in a page may depend. On CPUs, keys are packed for the instruction set."""
+    """Returns a description of the hardware, because the order of bytes in a page may depend on it.
+
+    On CPUs, keys are packed for the instruction set.
+    """
     if device.type != "cpu":
         return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
     flags = [name for name in ("_is_amx_tile_supported", "_is_avx512_supported", "_is_avx2_supported") if _has(name)]

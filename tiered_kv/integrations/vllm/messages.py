@@ -86,8 +86,8 @@ class Step(KVConnectorMetadata):
 class WorkerReport(KVConnectorWorkerMetadata):
     """A worker's report to the scheduler after a step.
 
-    `failed_step`: the number of the last step of which a load failed that its forward pass needed. `stored`: vLLM's hashes of the
-    newly stored blocks.
+    `failed_step`: the number of the last step whose forward pass lacked a block, because a load had failed (0: no step). `stored`:
+    vLLM's hashes of the newly stored blocks.
     """
 
     failed_step: int = 0

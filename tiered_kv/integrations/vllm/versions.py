@@ -59,7 +59,10 @@ def check_hooks(base: type) -> None:
 
 
 def hash_seed(config: Any) -> str:
-    """Returns the seed of vLLM's block hashes. Engines can share blocks only if their seeds are equal. Raises (kind `config`) if unset."""
+    """Returns the seed of vLLM's block hashes. Engines can share blocks only if their seeds are equal.
+
+    Raises (kind `config`) if this version of vLLM would use a random seed.
+    """
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core import kv_cache_utils
 

@@ -22,7 +22,7 @@ from tiered_kv.integrations.vllm.versions import replicas_of, runs_on_cpu
 
 
 class Worker:
-    """One rank's loads and stores. vLLM calls it from one thread.
+    """Makes the loads and stores of one rank. vLLM calls it from one thread.
 
     `attach(layout, namespace)` returns a client.
     """
@@ -53,7 +53,7 @@ class Worker:
         """Whether to report the hashes of newly stored blocks, for KV events."""
 
     def register(self, kv_caches: dict[str, Any]) -> None:
-        """Examine the KV cache and connect to the node, if there is one. Raises (kinds `layout`, `model`) if sharing would be unsafe."""
+        """Examine vLLM's KV cache, and connect to the node if there is one. Raises (kinds `layout`, `model`) if sharing is unsafe."""
         blocks = self._kv_cache_config.num_blocks
         arrays = pages_in(kv_caches, blocks)
         tokens = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
@@ -182,7 +182,10 @@ class Worker:
                 self._failed_later.update(failed)
 
     def _loaded(self, blocks: RequestBlocks, may_call: bool, since_s: float | None = None) -> list[int]:
-        """Load blocks. Returns the numbers of those that could not be loaded. Never raises. `since_s`: when the request began to wait."""
+        """Load blocks. Returns vLLM's numbers of those that could not be loaded. Never raises.
+
+        `may_call`: whether to ask the node for blocks that this process cannot read. `since_s`: when the request began to wait.
+        """
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
         try:
             if self._client is not None and (chain := self._chain(self._client, blocks)) is not None:
