@@ -312,7 +312,7 @@ class Config:
             if colon and other not in given:
                 given |= {setting: size, other: rest}
             if ":" in str(changes.get(setting)):
-                given.pop(other, None)  # the new size names it too
+                given.pop(other, None)  # the new size includes the other setting
         given |= changes
         for setting in FORMER_SETTINGS & given.keys():
             log.warning("the setting %s has no effect any more: it is ignored", setting)

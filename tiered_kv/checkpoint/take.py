@@ -143,7 +143,7 @@ class CheckpointJob:
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._write_packs(assign_writers(new), new, lease, ticket)
             finally:
-                self._call(self._nodes, StopWritingRequest(ticket))  # the ticket: a checkpoint of another process continues
+                self._call(self._nodes, StopWritingRequest(ticket))  # with the ticket, this stops no other process's checkpoint
             return self._publish(whole, ExistingPacks(kept, known.packs), written, described, name, extra or {}, lease)
 
     def _write_packs(

@@ -104,7 +104,7 @@ class Attachment:
 
     def _run_batch(self, cached: CachedModel, batch: Batch, plain: Callable, given: dict[str, Any]) -> tuple[Any, GenerateReport]:
         rows = Rows.of(cached, batch.input_ids, batch.pads)
-        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column must be computed
+        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column's logits choose the next token
         cache = rows.cache(reused, batch.copies)
         output = plain(batch.input_ids, past_key_values=cache, **given)
         rows.store(cache, batch.copies)

@@ -84,7 +84,7 @@ class Watch:
         """Returns True if the model has not changed since this object was created."""
         try:
             return self._holds()
-        except (RuntimeError, ValueError, TypeError, KeyError):  # another tensor, or a compared value has another type now
+        except (RuntimeError, ValueError, TypeError, KeyError):  # a tensor was replaced, or a value has another type now
             return False
 
     def _holds(self) -> bool:
@@ -175,7 +175,7 @@ def _getters(rows: Iterable[tuple[dict, list[str]]]) -> list[tuple[Any, list[dic
     for values, names in rows:
         if names:
             by_names[tuple(names)].append(values)
-    return [(itemgetter(*names, names[0]), dicts) for names, dicts in by_names.items()]  # one name more: a single one gives no tuple
+    return [(itemgetter(*names, names[0]), dicts) for names, dicts in by_names.items()]  # the first name twice: one name gives no tuple
 
 
 def _kept(value: Any, depth: int = 4) -> Any:
