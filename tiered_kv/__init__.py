@@ -134,13 +134,14 @@ def attach(
 
     Works in any process of the user who started the node, and does not join Ray (docs/design/020). Pass either a transformers `model`,
     which determines namespace and layout, or the `namespace` and `layout` of your own engine. `layout`: a `KVLayout`, or an
-    `OpaqueLayout` for blocks whose inner order only the engine knows. `block_tokens`: None for the cluster's setting; only workers with
-    equal blocks share. `rope`, `rope_halves`: how your own engine rotates its keys (`tiered_kv.codecs.rotation`), for a cluster that
-    stores blocks with a small error; a model determines them itself. Costs one pass over the weights (several GB/s) and three runs of
-    eight tokens. Their KV is compared with that of the namespace's first worker (docs/design/021).
+    `OpaqueLayout` for blocks whose inner order only the engine knows. `block_tokens`: None for the cluster's setting; workers share
+    only blocks of the same size. `rope`, `rope_halves`: how your own engine rotates its keys (`tiered_kv.codecs.rotation`), for a
+    cluster that stores blocks with a small error. With a `model`, the rope is read from the model. A `model` costs one pass over its
+    weights (several GB/s) and three runs of eight tokens. The KV of these tokens is compared with that of the namespace's first worker
+    (docs/design/021).
 
     Raises `TieredKVError`: kind `model` for a model whose KV cannot be shared; `cluster` if there is no such cluster, or it has no node
-    on this machine; `config` if the cluster's quality needs a calibration of the model that does not exist.
+    on this machine; `config` if the cluster's quality needs a calibration of the model, and there is none.
     """
     from tiered_kv.cluster import attach as attaching
 
@@ -179,11 +180,11 @@ def open(
     rope: bytes | None = None,
     rope_halves: bool = True,
 ) -> "Client":
-    """Create a cache in this process, without Ray or other processes. Returns its client; closing the client ends the cache.
+    """Create a cache in this process, without Ray or other processes. Returns its client. Closing the client ends the cache.
 
-    `config`: a `Config`, a mapping of its settings, or None for the defaults. With a `disk_path`, the disk tier's content stays there,
-    and the next cache opened with that path hits it. `clock`: the cache's source of time, for tests and replays. `layout`, `rope`,
-    `rope_halves`: as for `attach`.
+    `config`: a `Config`, a mapping of its settings, or None for the defaults. If it has a `disk_path`, the disk tier's content stays
+    in that folder, and the next cache with the same `disk_path` finds it. `clock`: the cache's source of time, for tests and replays.
+    `layout`, `rope`, `rope_halves`: as for `attach`.
     """
     from tiered_kv.embedded import open_client
 

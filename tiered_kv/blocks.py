@@ -1,6 +1,6 @@
 """Records about blocks: the location of a block, a client's results, and a worker's hints about future use.
 
-Pure data. Sizes are bytes, counts of tokens are tokens; `tokens_by_tier` maps a tier's name to tokens.
+Pure data. Sizes are in bytes. `tokens_by_tier` maps the name of a tier to a number of tokens.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ AWAY = (Tier.OBJECTS, Tier.CHECKPOINT)
 """Tiers that a worker cannot read itself. One request to them takes about 50 ms, whatever its size."""
 
 PEER = "peer"
-"""The label in `tokens_by_tier` for tokens that another node holds or delivered."""
+"""The label in `tokens_by_tier` for tokens that another node has or has sent."""
 
 
 class BlockInfo(NamedTuple):
@@ -52,7 +52,10 @@ class BlockInfo(NamedTuple):
 
 
 class Location(NamedTuple):
-    """The location of one block's bytes: `segment` and `offset` within a tier (the host arena has segment 0)."""
+    """The location of one block's bytes: `segment` and `offset` within a tier (the host arena is segment 0).
+
+    `stored_bytes`: the size in that place, encoded by `codec`. `raw_bytes`: the size of the decoded block.
+    """
 
     tier: Tier
     codec: int
@@ -64,7 +67,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """The longest prefix that a fetch could return: `tokens` in whole blocks, and the tiers that hold them."""
+    """The longest prefix that a fetch could return: the number of tokens, in whole blocks, in total and by tier."""
 
     tokens: int
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Stored:
-    """The blocks of one store call: newly stored, present before, and refused (no room in time, or no node)."""
+    """The numbers of blocks in one store call: newly stored, already present, and refused (no room in time, or no node)."""
 
     new: int
     present: int
@@ -102,11 +105,11 @@ class Explained:
 
 @dataclass(frozen=True)
 class Hint:
-    """A worker's expectations about the chain that it stores. Every field is optional, and none is a promise.
+    """A worker's expectations about the chain that it stores. Every field is optional. A wrong expectation never makes a result wrong.
 
-    answer_tokens: number of tokens that the model generated. pinned_s: keep the chain in memory for this many seconds. A pin
+    answer_tokens: the number of tokens that the model generated. pinned_s: keep the chain in memory for this many seconds. A pin
     that would take more than half of the host tier is ignored and counted. reuse_within_s: the next use is expected within this many
-    seconds. ended: the session is over, and the chain will not be used again.
+    seconds. ended: the user's session is over, and the chain will not be used again.
     """
 
     answer_tokens: int | None = None

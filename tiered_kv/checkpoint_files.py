@@ -1,14 +1,14 @@
-"""The identity of a model from the files of its checkpoint, for engines that show no model object, such as vLLM.
+"""Identifies a model by its files (a model checkpoint), for engines that show no model object, such as vLLM.
 
-A digest covers every file that an engine may load or that changes what the weights mean: it is better to read too many files, which
-costs a miss, than too few, which gives another model's KV. So all formats in a folder count, subfolders too, and code (`*.py`), which
-`trust_remote_code` runs. Left out are tokenizers, texts, `generation_config.json`, a trainer's states, hidden files, and, in a folder
-that has weights itself, the subfolders `original`, `metal`, `checkpoint-N` and `global_stepN`, which hold the model in another format or
-as it was earlier.
+A digest covers every file that an engine may load, and every file that may change the meaning of the weights. A file too many costs
+only misses. A file too few could give one model the KV of another. So all formats in a folder and its subfolders count, and also code
+(`*.py`), which `trust_remote_code` runs. Left out are tokenizers, texts, `generation_config.json`, a trainer's states and hidden files.
+If a folder has weights itself, its subfolders `original`, `metal`, `checkpoint-N` and `global_stepN` are left out too: they contain the
+model in another format or in an earlier state.
 
-A snapshot in a Hugging Face hub cache links to files that are named by the sha256 of their content. Of these only the name, the size and
-4 MiB in 64 samples are read, in case somebody has written to the file since. So a hub snapshot and a copy of it in a plain folder do not
-share blocks: that would need the sha256 of all files.
+A snapshot in a Hugging Face hub cache links to files whose names are the sha256 of their content. Of such a file, only the name, the
+size and 64 samples (4 MiB) are read. The samples show whether somebody has written to the file since. So a hub snapshot and a copy of it
+in a plain folder do not share blocks: that would need the sha256 of all files.
 """
 
 import json
@@ -38,13 +38,13 @@ _OTHER_FOLDERS = re.compile(r"original|metal|checkpoint-\d+|global_step\d+")
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ADAPTER = re.compile(rf"(adapter_|new_embeddings).*({'|'.join(map(re.escape, sorted(WEIGHTS | {'.json'})))})")
-# For a checkpoint no class and no loaded model says these, so its config does.
+# Without a loaded model, only the config has these settings, so they are part of the digest here.
 _NOT_IDENTITY = tuple(name for name in NOT_IDENTITY if name not in ("architectures", "dtype", "torch_dtype"))
 CONFIG_BYTES_MAX = 16 << 20
 
 
 class _File(NamedTuple):
-    """A file of a checkpoint: its name relative to the checkpoint's folder, and the sha256 in a hub cache's name for it, or ""."""
+    """A file of a model: its name relative to the model's folder, its path, and the sha256 by which a hub cache names it, or ""."""
 
     name: str
     path: Path
@@ -52,12 +52,12 @@ class _File(NamedTuple):
 
 
 def weights_digest(folder: str | Path, *, cache: Path | None = None, progress: Progress | None = None) -> str:
-    """Returns a hex digest of a model's files, by content and by name relative to `folder`, a local folder or a single file.
+    """Returns a hex digest of the content and relative names of a model's files. `folder`: a local folder or a single file.
 
-    Reads all files once, on several threads, and remembers their sums in `cache` (None: `file_sums` in the user's cache folder), so that
-    a later process needs only their sizes and times. Of processes that start together one reads and the others wait, at most 30
-    minutes. `progress` gets a line about every 10 s of reading or waiting; None writes it to the log. Raises (kind `model`) without such a
-    folder, for a folder without weights, and for files that cannot be read.
+    Reads all files once, on several threads. Remembers their sums in `cache` (None: `file_sums` in the user's cache folder), so that
+    a later process reads only the files' sizes and times. If several processes start together, one reads and the others wait for it,
+    at most 30 minutes. `progress` is called with a line about every 10 s of reading or waiting; None writes the lines to the log.
+    Raises (kind `model`) if there is no such folder, if it has no weights, or if a file cannot be read.
     """
     files = _weight_files(_existing(folder))
     configs = [file for file in files if file.path.name == "config.json"]
@@ -71,8 +71,8 @@ def weights_digest(folder: str | Path, *, cache: Path | None = None, progress: P
 def architecture_digest(folder: str | Path, settings: Mapping[str, Any] | None = None) -> str:
     """Returns a hex digest of the `config.json` of a model's folder, if it has one, and of `settings`.
 
-    Leaves out what does not change KV (`identity.NOT_IDENTITY`), but not the dtype and the class. Raises (kind `model`) if the file is
-    not JSON.
+    Leaves out settings that do not change KV (`identity.NOT_IDENTITY`), but includes the dtype and the class. Raises (kind `model`) if
+    the file is not JSON.
     """
     if settings is not None and not isinstance(settings, Mapping):
         raise TieredKVError(Kind.CONFIG, f"settings: must be a mapping, got {type(settings).__name__}", setting="settings")
@@ -84,8 +84,8 @@ def architecture_digest(folder: str | Path, settings: Mapping[str, Any] | None =
 def adapter_file_digest(folder: str | Path, *, cache: Path | None = None) -> str:
     """Returns a hex digest of a LoRA adapter's files: weights (`adapter_model.*`), `adapter_config.json` and `new_embeddings.*`.
 
-    Costs about 50 µs if this process has read them before: the sums are remembered as in `weights_digest`. Raises (kind `model`)
-    without such a folder, without weights in it, and for files that cannot be read.
+    Costs about 50 µs if this process has read the files before: their sums are remembered as in `weights_digest`. Raises (kind
+    `model`) if there is no such folder, if it has no weights, or if a file cannot be read.
     """
     path = os.path.expanduser(folder)
     try:
@@ -109,7 +109,10 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _weight_files(path: Path) -> list[_File]:
-    """Returns the files of a checkpoint that its digest covers. Raises (kind `model`) if there are no weights among them."""
+    """Returns the files that the digest of a model covers. `path`: the model's folder, or one file with its weights.
+
+    Raises (kind `model`) if a folder contains no weights.
+    """
     if path.is_dir():
         files = list(_files_below(path))
         if not any(_is_weights(file.path.name) for file in files):
@@ -142,7 +145,7 @@ def _files_below(top: Path) -> Iterator[_File]:
 
 
 def _refuse(error: OSError) -> None:
-    """For `os.walk`, which else leaves out folders that it cannot list."""
+    """Raises (kind `model`) for a folder that `os.walk` cannot list. Otherwise `os.walk` would silently leave it out."""
     raise unreadable(error.filename, error) from error
 
 
@@ -159,9 +162,9 @@ def _has_meaning(name: str) -> bool:
 
 
 def _hub_sha256(path: Path) -> str:
-    """Returns the sha256 that a hub cache names a file by, `REPO/snapshots/REVISION/… -> REPO/blobs/SHA256`; "" for all other files.
+    """Returns the sha256 by which a hub cache names a file (`REPO/snapshots/REVISION/… -> REPO/blobs/SHA256`), else "".
 
-    Small files have a git id of 40 digits instead. The blob itself may be a link to another that is named by another hash.
+    A small file is named by a git id of 40 digits instead, and gives "". The blob may itself be a link to a blob with another hash.
     """
     try:
         blob = path.parent / os.readlink(path)
@@ -174,7 +177,7 @@ def _hub_sha256(path: Path) -> str:
 
 
 def _config_of(path: Path) -> Any:
-    """Returns the content of a `config.json` without what does not change KV. Raises (kind `model`) if it is not JSON."""
+    """Returns the content of a `config.json`, without settings that do not change KV. Raises (kind `model`) if it is not JSON."""
     try:
         with path.open("rb") as file:
             content = file.read(CONFIG_BYTES_MAX)

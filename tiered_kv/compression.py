@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 CODECS = {"svd": "lowrank", "lowrank": "lowrank", "sparse": "sparse"}
 MAX_ERROR = 1.0
-"""The largest relative mean squared error: that of restoring zeros only."""
+"""The largest allowed relative mean squared error. Restoring only zeros would have this error."""
 
 
 @dataclass(frozen=True, repr=False)
 class CompressedTensor(CodedTensor):
-    """A key or a value as the factors of a low-rank matrix, or as the kept numbers of a sparse one."""
+    """A compressed key or value: the factors of a low-rank matrix, or the kept numbers of a sparse matrix."""
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """Compresses keys and values to at most `ratio` (above 0, at most 1) of their bytes. Keeps at least one component or number a head.
+    """Compresses keys and values to at most `ratio` (above 0, at most 1) of their bytes. Keeps at least one component or number per head.
 
     `method`: "svd" (also called "lowrank") keeps the largest singular components of each sequence's key and value. "sparse" keeps the
-    numbers of each head that are farthest from the mean of their token. The error is not bounded by a setting; it is measured and
-    recorded. Tensors are kept exactly, and the records say so, if their relative mean squared error would be above 1, if they do not
-    shrink, or if they have numbers that are not finite. Normally distributed numbers gain nothing from either method. At equal bytes
-    the quantizer has a smaller error, also on real KV.
+    numbers of each head that are farthest from the mean of their token. No setting bounds the error; it is measured and recorded.
+    Tensors are kept exactly, and the records say so, if their relative mean squared error would be above 1, if they do not shrink, or
+    if they have numbers that are not finite. For normally distributed numbers, neither method saves anything. At equal bytes,
+    `Quantizer` has a smaller error, also on real KV.
 
-    Raises `TieredKVError` of kind `config` for another `ratio` or `method`.
+    Raises `TieredKVError` of kind `config` for an invalid `ratio` or `method`.
     """
 
     ratio: float = 0.5
@@ -45,11 +45,12 @@ class Compressor:
     def compress(
         self, key: "torch.Tensor | QuantizedTensor", value: "torch.Tensor | QuantizedTensor"
     ) -> tuple[CompressedTensor, CompressedTensor]:
-        """Returns the records of a key and a value (batch, heads, tokens, head_dim). Changes neither.
+        """Returns the records of a key and a value (batch, heads, tokens, head_dim). The key and the value are not changed.
 
-        Both must have the same shape, floating dtype and device. A quantizer's records are dequantized first, because components are
-        computed from numbers, not codes, and are kept in 8 bits anyway. `ratio` is then of the bytes of the tensor, and the records'
-        error includes the quantizer's. Raises `TieredKVError` (kind `layout`) that names the argument for anything else.
+        Both must have the same shape, floating dtype and device. They may also be records of a `Quantizer`. These are dequantized
+        first, because components are computed from numbers, not from codes, and are kept in 8 bits anyway. `ratio` then refers to the
+        dequantized tensor's bytes, and the new records' error includes that of the quantizer. Raises `TieredKVError` (kind `layout`)
+        that names the argument for anything else.
         """
         carried_error = 0.0
         if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor):

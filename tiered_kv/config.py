@@ -59,16 +59,16 @@ QUOTA_TIERS = {tier.label: tier for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK, 
 def salt_of(tenant: str, secret: bytes) -> str:
     """Returns the salt of a tenant's namespaces in a cluster with this secret: HMAC-SHA256 in hexadecimal.
 
-    "" for the default tenant, and in a cluster without a secret.
+    Returns "" for the default tenant, and if the cluster has no secret.
     """
     return "" if tenant == DEFAULT_TENANT or not secret else hmac.new(secret, b"tiered_kv tenant\0" + tenant.encode(), sha256).hexdigest()
 
 
 @dataclass(frozen=True)
 class TenantSettings:
-    """The setting `tenants`. `secret_file`: a file on each machine with the secret of the salts; None for the cluster's own secret.
+    """The setting `tenants`. `secret_file`: a file on each machine with the secret from which salts are derived.
 
-    `quotas`: by tenant and tier, the most bytes of blocks.
+    None derives that secret from the cluster's own. `quotas`: the largest number of bytes of blocks, by tenant and tier.
     """
 
     secret_file: str | None = None
@@ -76,9 +76,9 @@ class TenantSettings:
 
     @classmethod
     def of(cls, given: Any) -> Self:
-        """Returns the settings in a mapping, in its JSON text, or None. Raises (kind `config`) for anything else, and names it.
+        """Returns the settings given as a mapping or as its JSON text; None gives the defaults. Raises (kind `config`) if invalid.
 
-        The mapping is {"secret_file": path, "quotas": {tenant: {tier: size}}}; both may be missing.
+        The mapping is {"secret_file": path, "quotas": {tenant: {tier: size}}}. Both keys may be missing.
         """
         try:
             found = json.loads(given) if isinstance(given, str) else {} if given is None else given
@@ -102,13 +102,16 @@ class TenantSettings:
                 raise TieredKVError(Kind.CONFIG, message, setting="quota")
 
     def as_text(self) -> str | None:
-        """Returns the settings as JSON text; None for the defaults."""
+        """Returns the settings as JSON text, or None if they are the defaults."""
         quotas = {tenant: {tier.label: nbytes for tier, nbytes in limits.items()} for tenant, limits in sorted(self.quotas.items())}
         given = ({"secret_file": self.secret_file} if self.secret_file else {}) | ({"quotas": quotas} if quotas else {})
         return json.dumps(given, sort_keys=True) if given else None
 
     def secret(self, cluster_secret: bytes) -> bytes:
-        """Returns the secret of the salts. Raises (kind `config`) if its file cannot be read, or is too short or too long."""
+        """Returns the secret from which salts are derived, or b"" if there is none.
+
+        Raises (kind `config`) if `secret_file` cannot be read, or is too short or too long.
+        """
         if self.secret_file is None:
             return hmac.new(cluster_secret, b"tiered_kv tenants", sha256).digest() if cluster_secret else b""
         try:
@@ -152,15 +155,15 @@ class Config:
     for no objects tier; objects_cap: its size.
     Eviction. policy, cost_weight (0: most hits, 1: most computing saved), seed.
     Codecs. quality: the largest error of a read block compared with the stored one (docs/codecs.md): exact, near_exact, balanced,
-    compact, archive. codec: the codecs of some tiers by name instead, "host=int8,disk=xlayer:1e-4". error_budget: "kl=1e-3"; each
-    tier's codec is then chosen by errors measured on the model. calibration: the file with these measurements, or a folder of such
-    files; None for the user's cache.
-    Limits. store_wait_ms: the wait of a store for room, before its blocks are refused. fetch_deadline_ms: the wait of a fetch for other
-    nodes and disks.
+    compact, archive. codec: the names of codecs for single tiers, instead of a choice by quality, such as "host=int8,disk=xlayer:1e-4".
+    error_budget: a budget such as "kl=1e-3"; each tier's codec is then chosen by errors measured on the model. calibration: the file
+    with these measurements, or a folder of such files; None for the user's cache.
+    Limits. store_wait_ms: how long a store waits for room before its blocks are refused. fetch_deadline_ms: how long a fetch waits for
+    other nodes and disks.
     Tenants. tenants: quotas, and the file of the tenants' secret (`TenantSettings.of`), as a mapping or its JSON text.
     Network. peer_address: where a node listens for its peers: an interface, a network or an address, and ports, such as
     "eth1:7400-7499" or "10.1.0.0/16"; None for the machine's address in Ray and any free port, "off" for Ray's transfers only.
-    verify_host: whether each fetch hashes blocks in host memory and compares them with their seals (docs/design/022).
+    verify_host: whether each fetch compares the checksums of blocks in host memory with their seals (docs/design/022).
     """
 
     device: int = 0
@@ -252,7 +255,7 @@ class Config:
 
     @property
     def kl_budget(self) -> float | None:
-        """The largest KL divergence that `error_budget` allows, in nats a token; None without one.
+        """The largest KL divergence that `error_budget` allows, in nats per token, or None if there is no budget.
 
         Raises (kind `config`) if `error_budget` is invalid.
         """
@@ -297,9 +300,9 @@ class Config:
 
     @classmethod
     def of(cls, settings: "Config | Mapping[str, object] | None" = None, **changes: object) -> "Config":
-        """Returns a config from a mapping, another config or the defaults, with changes on top.
+        """Returns a config from a mapping, from another config or (None) from the defaults, with `changes` applied.
 
-        The error for an unknown setting names the nearest known one.
+        The error for an unknown setting names the most similar known setting.
         """
         if settings is not None and not isinstance(settings, Config | Mapping):
             raise TieredKVError(Kind.CONFIG, f"config: must be a Config or a mapping of settings, got {type(settings).__name__}")
@@ -309,7 +312,7 @@ class Config:
             if colon and other not in given:
                 given |= {setting: size, other: rest}
             if ":" in str(changes.get(setting)):
-                given.pop(other, None)  # the new size names it too
+                given.pop(other, None)  # the new size includes the other setting
         given |= changes
         for setting in FORMER_SETTINGS & given.keys():
             log.warning("the setting %s has no effect any more: it is ignored", setting)
@@ -324,7 +327,7 @@ class Config:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **changes: object) -> "Config":
-        """Returns a config from a TOML file with settings at its top level, with changes on top. Errors name the file."""
+        """Returns a config from a TOML file with settings at its top level, with `changes` applied. Errors name the file."""
         try:
             with open(path, "rb") as file:
                 settings = tomllib.load(file)
@@ -359,7 +362,7 @@ class Config:
 
 POLICIES = ("lru", "lfu", "fifo", "s3fifo", "sieve", "arc", "gdsf", "adaptive")
 FORMER_SETTINGS = frozenset({"pull_chunk"})
-"""Settings of older versions that settings files and the records of running clusters may still have."""
+"""Settings of older versions. Settings files and the records of running clusters may still contain them; they are ignored."""
 QUALITIES = ("exact", "near_exact", "balanced", "compact", "archive")
 CODED_TIERS = (Tier.HOST, Tier.DISK, Tier.OBJECTS)
 _TEXTS = {

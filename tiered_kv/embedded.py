@@ -35,8 +35,8 @@ from tiered_kv.protocol.reports import Answer, Report
 class InProcessCluster:
     """Nodes and their coordinator in this process. A context manager. Closing it removes all files.
 
-    `streams`: the nodes transfer blocks over TCP on this machine, and ask the directory over TCP, as nodes of a real cluster do.
-    `secret`: from which the salts of tenants are derived.
+    `streams`: whether the nodes transfer blocks and ask the directory over TCP, as nodes of a real cluster do. All connections stay on
+    this machine. `secret`: the secret from which the salts of tenants are derived.
     """
 
     def __init__(self, config: Config, nodes: int = 1, clock: Clock | None = None, *, streams: bool = False, secret: bytes = b"") -> None:
@@ -50,7 +50,7 @@ class InProcessCluster:
         """Names of nodes, or "coordinator", that do not answer direct calls: a network partition in a test."""
         self._secret = os.urandom(32) if streams else b""
         self.links: dict[str, StreamLink] = {}
-        self._labels: dict[str, dict[str, str]] = {}  # by node: what its info says in addition
+        self._labels: dict[str, dict[str, str]] = {}  # by node: additional entries of its info
         self._lookups: LookupServer | None = None
         if streams:
             self._lookups = LookupServer(self.coordinator, self._identity("coordinator"), self._listener())
@@ -58,7 +58,10 @@ class InProcessCluster:
             self.start_node(f"n{number}")
 
     def start_node(self, node_id: str) -> Node:
-        """Start a node of this cluster. A node that was stopped without removing its files finds its blocks. Returns the node."""
+        """Start a node of this cluster. Returns the node.
+
+        If a node with this id was stopped and its files were not removed, the new node has its blocks.
+        """
         direct = InProcessLink(self, node_id)
         if not self._secret:
             self.nodes[node_id] = Node(self.config, self.cluster_id, node_id, direct, clock=self._clock, **self._salting)
@@ -83,23 +86,23 @@ class InProcessCluster:
         return place.listen("127.0.0.1")
 
     def announce(self, node_id: str, address: str) -> None:
-        """Let peers connect to this address instead of the node's own: to a proxy, or to a stand-in of a test."""
+        """Make peers connect to `address` instead of the node's own address, for example to a proxy in a test."""
         self._labels[node_id]["peer_address"] = address
         self.report_all()
 
     def stop_node(self, node_id: str, *, remove: bool = True) -> None:
-        """Close a node and its streams."""
+        """Close a node and its streams. `remove`: whether to remove its files."""
         if node_id in self.links:
             self.links.pop(node_id).close()
         self.nodes[node_id].close(remove)
 
     @property
     def directory_address(self) -> str | None:
-        """Where the coordinator answers look-ups; None without streams."""
+        """The TCP address at which the coordinator answers look-ups, or None without `streams`."""
         return self._lookups.address if self._lookups else None
 
     def client(self, node_id: str, layout: Layout, namespace: Namespace, **rope: Any) -> Client:
-        """Returns a worker's client of one node, by direct calls. It follows a later node with the same id."""
+        """Returns a client that calls one node directly. If another node with this id replaces the node, the client uses that one."""
         return client_of(
             self.nodes[node_id].info(),
             layout,
@@ -110,7 +113,7 @@ class InProcessCluster:
         )
 
     def page_client(self, node_id: str, layout: OpaqueLayout, namespace: Namespace) -> PageClient:
-        """As `client`, for an engine's pages."""
+        """Returns the same as `client`, but for the pages of an engine."""
         return page_client_of(
             lambda: self.nodes[node_id].info(), layout, namespace, connect=lambda: self.nodes[node_id].open_session(), clock=self._clock
         )
@@ -137,7 +140,7 @@ class InProcessCluster:
 
 
 class InProcessLink:
-    """The link of a node of an `InProcessCluster`."""
+    """The link of a node of an `InProcessCluster`: calls the coordinator and the other nodes directly."""
 
     def __init__(self, cluster: InProcessCluster, node_id: str) -> None:
         self._cluster = cluster
@@ -187,7 +190,7 @@ class InProcessLink:
 
 
 class InProcessTransfer:
-    """A transfer whose frames have arrived already."""
+    """A transfer of blocks from another node, whose frames are already here."""
 
     def __init__(self, keys: list[BlockKey], frames: list[FramePieces]) -> None:
         self._keys = keys
@@ -204,8 +207,9 @@ class InProcessTransfer:
 class Embedded:
     """A node in this process, without peers. It ends with `close`, or when the interpreter exits.
 
-    With a `disk_path` in the config, the disk tier's content stays there for the next node with that path. Everything else ends with
-    the node. A child process can read blocks in memory. It stores nothing, and its `close` removes nothing.
+    If the config has a `disk_path`, the disk tier's content stays in that folder for the next node with the same path. All other
+    content is lost when the node ends. A forked child process can read blocks in memory. It stores nothing, and its `close` removes
+    nothing.
     """
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
@@ -225,19 +229,19 @@ class Embedded:
         atexit.register(self.close)
 
     def client(self, layout: Layout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None, **rope: Any) -> Client:
-        """Returns a client of the node, by direct calls. Several clients of different layouts and namespaces may be open."""
+        """Returns a client that calls the node directly. Several clients of different layouts and namespaces may be open."""
         node = self.node
         return client_of(node.info(), layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close, **rope)
 
     def page_client(self, layout: OpaqueLayout, namespace: Namespace, *, on_close: Callable[[], None] = lambda: None) -> PageClient:
-        """Returns a client of the node for an engine's pages, by direct calls."""
+        """Returns a client for the pages of an engine, which calls the node directly."""
         node = self.node
         return page_client_of(node.info, layout, namespace, connect=node.open_session, clock=self._clock, on_close=on_close)
 
     def close(self) -> None:
         """End the node and remove its files. Close its clients first. A second call does nothing.
 
-        Takes a few seconds at most, even if the disk hangs: see `Node.close` for what is lost then.
+        Takes a few seconds at most, even if the disk hangs. `Node.close` describes what is lost in that case.
         """
         if os.getpid() != self._pid:
             return

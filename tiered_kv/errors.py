@@ -1,4 +1,4 @@
-"""The one exception of the package and its kinds.
+"""The package's only exception class, and its kinds.
 
 Expected outcomes (a miss, a full tier, a lost race) are return values. An exception means that a setting is wrong, that a caller broke
 the contract, or that the machine failed in a way that the caller must know about.
@@ -31,7 +31,7 @@ class TieredKVError(Exception):
         self.context = context
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle with kind and context, so that Ray can send the error to another process."""
+        """Pickle the error with its kind and context, so that Ray can send it to another process."""
         return (_rebuild, (self.kind, str(self), self.context))
 
 

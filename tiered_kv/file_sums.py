@@ -1,9 +1,9 @@
-"""Sums of files' content (xxh3-128), read in parallel and remembered in the user's cache folder.
+"""Computes checksums ("sums") of files' content (xxh3-128) in parallel, and remembers them in the user's cache folder.
 
-A sum is remembered under a file's real path, size, times, inode and device. The change time is among them, because copying tools
-restore the modification time and nothing restores the change time. A file that changed in the last `SETTLED_S` before it was read is
-not remembered: it may change again without a change of its times. Processes that need the same sums at once take turns, so that
-each file is read once. Without a usable cache folder, files are read each time.
+A sum is remembered under the file's real path, size, times, inode and device. The times include the change time (ctime): copying tools
+can restore the modification time, but not the change time. If a file changed less than `SETTLED_S` before it was read, its sum is not
+remembered, because the file may change again while its times stay the same. Processes that need the same sums at once take turns, so
+that each file is read once. Without a usable cache folder, files are read each time.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 SETTLED_S = 2.0
-"""Times of files are this coarse on some file systems (FAT)."""
+"""The coarsest resolution of file times: that of FAT file systems."""
 SUMS_MAX = 4096
 SUMS_BYTES_MAX = 4 << 20
 PIECE_BYTES = 64 << 20
@@ -39,14 +39,17 @@ THREADS_MAX = 8
 ATTEMPTS = 3
 LOCKS = 64
 READ_WAIT_S = 1800.0
-"""The longest wait for another process that reads the same files. The lock of a process that dies is free at once."""
+"""The longest wait for another process that reads the same files. If that process dies, its lock is released at once."""
 WRITE_WAIT_S = 5.0
 REPORT_S = 10.0
 SAVE_S = 5.0
-"""A process that is killed loses the sums of its last seconds only."""
+"""The seconds between two saves of new sums. A killed process loses only the sums since its last save."""
 GB = 10**9
 OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-"""A network file system looks at a file anew when it is opened, and not for a mere `stat`. Opening a FIFO does not block."""
+"""The flags for opening a file. Files are opened even for their times: a network file system may answer `stat` with old values.
+
+O_NONBLOCK: opening a FIFO must not wait.
+"""
 
 Progress = Callable[[str], None]
 
@@ -58,9 +61,9 @@ def user_cache() -> Path:
 
 
 class FileState(NamedTuple):
-    """A file as it was at one moment. An equal state means equal content, unless the state is not settled.
+    """The path, size, times and identity of a file at one moment. If a state is settled (`is_settled`), equal states mean equal content.
 
-    `sampled`: whether the sum is of samples of the content only.
+    `sampled`: whether the file's sum covers only samples of the content.
     """
 
     path: str
@@ -72,7 +75,7 @@ class FileState(NamedTuple):
     device: int
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether any change from now on shows in the times. A modification time in the future says nothing, and is not used."""
+        """Returns whether any later change of the content will change the times. A modification time in the future is ignored."""
         latest = max(self.ctime_ns, self.mtime_ns if self.mtime_ns <= now_ns else 0)
         return now_ns - latest >= SETTLED_S * 1e9
 
@@ -101,7 +104,7 @@ def _state(fd: int, path: str, sampled: bool) -> FileState:
 
 
 def _real_path(fd: int, path: str) -> str:
-    """Returns the path of an open file without links. The kernel's answer costs a tenth of `realpath`'s walk."""
+    """Returns the path of an open file, with links resolved. Asks the kernel, which costs a tenth of `os.path.realpath`."""
     try:
         found = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
@@ -125,11 +128,11 @@ def _keep(sums: Mapping[FileState, str]) -> None:
 
 
 def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Progress | None = None) -> dict[str, str]:
-    """Returns the sum of each file's content as text. `files`: for each path whether a sum of samples suffices.
+    """Returns the sum of each file's content as text, by path. `files`: for each path, whether a sum of samples is enough.
 
-    `cache`: the folder where sums are remembered; None for `file_sums` in the user's cache folder. `progress` gets a line about every
-    10 s while files are read or waited for; None writes it to the log. Costs about 20 µs a file if this process knows all sums. Raises
-    (kind `model`) if a file cannot be read, or changes again and again while it is read.
+    `cache`: the folder where sums are remembered; None for `file_sums` in the user's cache folder. `progress` is called with a line
+    about every 10 s of reading or waiting; None writes the lines to the log. Costs about 20 µs per file if this process knows all sums.
+    Raises (kind `model`) if a file cannot be read, or changes again and again while it is read.
     """
     states = {path: state_of(path, sampled) for path, sampled in files.items()}
     found = {state: _known[state] for state in states.values() if state in _known}
@@ -139,7 +142,7 @@ def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Prog
 
 
 def _sums_not_known(states: set[FileState], store: "SumStore", progress: Progress) -> dict[FileState, str]:
-    """Returns the sums of files that are remembered in `store`, and those of the others, which it reads when no other process does."""
+    """Returns the sums of files, as far as possible from `store`. Reads the other files once no other process reads them."""
     found = store.sums(states)
     if len(found) < len(states):
         with store.turn(min(states), progress):
@@ -155,7 +158,7 @@ def _sums_not_known(states: set[FileState], store: "SumStore", progress: Progres
 
 
 class _Reading:
-    """Reads files piece by piece on several threads. Says how far it is, and saves the sums in `store`, every few seconds."""
+    """Reads files piece by piece on several threads. Every few seconds, reports its progress and saves the sums in `store`."""
 
     def __init__(self, store: "SumStore", total_bytes: int, progress: Progress) -> None:
         self._store = store
@@ -168,13 +171,16 @@ class _Reading:
         self._next_s = time.monotonic() + REPORT_S
 
     def stop(self) -> None:
-        """Save the sums and end the threads. Does not wait long for one that hangs."""
+        """Save the sums, and end the threads. Waits at most a second for threads that hang."""
         if self._unsaved:
             self._store.add(self._unsaved)
         self._threads.stop(1.0)
 
     def sum_of(self, asked: FileState) -> str:
-        """Returns the sum of a file, which is remembered if the file has not changed lately."""
+        """Returns the sum of a file, and remembers it if the file has not changed recently.
+
+        Raises (kind `model`) if the file changes during each of `ATTEMPTS` reads.
+        """
         for _ in range(ATTEMPTS):
             state = state_of(asked.path, asked.sampled)
             began_ns = time.time_ns()
@@ -217,7 +223,7 @@ class _Reading:
 
 
 def _pieces(state: FileState) -> list[tuple[int, int]]:
-    """Returns offset and size of the parts of a file whose sums make the file's sum."""
+    """Returns the parts of a file (offset, bytes) that are read for its sum: all of the file, or the samples."""
     if not state.sampled or state.size <= SAMPLES * SAMPLE_BYTES:
         return [(start, min(PIECE_BYTES, state.size - start)) for start in range(0, state.size, PIECE_BYTES)]
     last = state.size - SAMPLE_BYTES
@@ -229,7 +235,7 @@ def _read_bytes(state: FileState) -> int:
 
 
 def _piece_sum(state: FileState, start: int, nbytes: int) -> bytes:
-    """Returns the sum of a part of a file, read with calls and not mapped: a mapped file that shrinks would end the process."""
+    """Returns the sum of a part of a file. Does not map the file: if a mapped file shrinks, reading it kills the process."""
     hasher = xxhash.xxh3_128()
     buffer = memoryview(bytearray(min(READ_BYTES, nbytes)))
     fd = os.open(state.path, OPEN)
@@ -250,7 +256,7 @@ def _piece_sum(state: FileState, start: int, nbytes: int) -> bytes:
 class SumStore:
     """The sums that all processes of a user remember, in one file of a folder. A damaged file is ignored and replaced.
 
-    No failure of the folder is an error, because files can be read again.
+    If the folder cannot be read or written, no error is raised, because the sums can be computed again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -258,7 +264,7 @@ class SumStore:
         self._path = folder / "sums.json"
 
     def sums(self, states: set[FileState]) -> dict[FileState, str]:
-        """Returns the sums that this process or the file remembers of these files."""
+        """Returns those sums of these files that this process or the store's file remembers."""
         found = {state: _known[state] for state in states if state in _known}
         if len(found) < len(states):
             remembered = self.load()
@@ -268,7 +274,7 @@ class SumStore:
         return found
 
     def load(self) -> dict[FileState, str]:
-        """Returns all remembered sums, oldest first; none if the file is missing, damaged, of another format or of another user."""
+        """Returns all remembered sums, oldest first. Returns {} if the file is missing, damaged, of another format or another user's."""
         try:
             with self._path.open("rb") as file:
                 facts = os.fstat(file.fileno())
@@ -282,7 +288,7 @@ class SumStore:
             return {}
 
     def add(self, sums: Mapping[FileState, str]) -> None:
-        """Remember sums beside those that other processes have added. The oldest are forgotten when there are too many."""
+        """Add sums to those in the file, which other processes may have added. If there are too many, the oldest are dropped."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _locked(self._folder / "sums.lock", WRITE_WAIT_S):
@@ -306,7 +312,10 @@ class SumStore:
 
     @contextmanager
     def turn(self, first: FileState, progress: Progress) -> Iterator[None]:
-        """Holds off other processes that read the same model during the `with` block. `first`: the least state of the model's files."""
+        """Makes other processes that want to read the same model wait during the `with` block.
+
+        `first`: the smallest state among the model's files. Its path chooses the lock.
+        """
         number = int.from_bytes(blake2b(os.fsencode(first.path), digest_size=4).digest()) % LOCKS
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -318,7 +327,7 @@ class SumStore:
 
 
 def _is_row(row: object) -> bool:
-    """Whether a row of the file is well-formed: path, sampled, five numbers, sum."""
+    """Returns whether a row of the file is well-formed: path, sampled, five numbers, sum."""
     if not isinstance(row, list) or len(row) != len(FileState._fields) + 1:
         return False
     path, sampled, *numbers, known = row
@@ -327,9 +336,9 @@ def _is_row(row: object) -> bool:
 
 @contextmanager
 def _locked(path: Path, wait_s: float, progress: Progress | None = None) -> Iterator[None]:
-    """Holds an exclusive lock on a file during the `with` block; goes on without it after `wait_s`, or where files have no locks.
+    """Holds an exclusive lock on a file during the `with` block. If this process dies, the kernel releases the lock.
 
-    The kernel releases the lock if this process dies.
+    The block runs without the lock if it is not free within `wait_s`, or if the file system has no locks.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,7 +1,7 @@
-"""The identity of a model, read without running it: weights, settings, adapters, buffers, classes, numbers, and foreign code.
+"""The identity of a model, read without running it: weights, settings, adapters, buffers, classes, attributes, and foreign code.
 
-Digests of content are equal in every process. Code cannot be digested by content. So forward hooks and replaced methods of modules are
-listed (`ModelWalk.foreign`), and a model with any of them never shares its KV.
+Digests of content are equal in every process. The content of code cannot be digested. So forward hooks and replaced methods of modules
+are listed (`ModelWalk.foreign`), and a model with any of them never shares its KV.
 """
 
 import json
@@ -25,9 +25,9 @@ SUMS_MAX = 1 << 16
 
 
 class Sums:
-    """A cache of tensors' content sums. A sum is valid as long as its tensor is neither written to nor replaced.
+    """A cache of checksums ("sums") of tensors' content. A sum is valid until its tensor is written to or replaced.
 
-    Tensors whose writes torch does not count (inference tensors) are read each time.
+    Inference tensors are read each time, because torch does not count writes to them.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,9 @@ class Sums:
 
 
 def written_mark(tensor: "torch.Tensor") -> tuple[object, ...] | None:
-    """Returns a mark that changes when a tensor is written to or gets other memory; None if torch does not count its writes.
+    """Returns a value that changes when a tensor is written to or gets other memory. None if torch does not count its writes.
 
-    The mark has weak references to tensor and memory, because a freed object's address may be reused.
+    The value has weak references to the tensor and its memory, because a freed object's address may be reused.
     """
     from torch.utils.weak import WeakIdRef
 
@@ -139,12 +139,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def text_digest(facts: Any) -> str:
-    """Returns a hex digest of settings, the same in every process."""
+    """Returns a hex digest of settings. Equal settings have equal digests in every process."""
     return blake2b(json.dumps(plain(facts), sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def plain(value: Any, leave_out: tuple[str, ...] = ()) -> Any:
-    """Returns settings as JSON data, the same in every process: sets sorted, keys as text, without the keys in `leave_out`."""
+    """Returns settings as JSON data that is the same in every process: sets sorted, keys as text, without the keys in `leave_out`."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -168,7 +168,10 @@ _ADAPTER_STATE = ("active_adapter", "active_adapters", "merged_adapters", "merge
 
 
 def adapter_digest(model: Any) -> str:
-    """Returns a hex digest of the active adapters, their scaling and settings; "" without any. Their weights are in the state dict."""
+    """Returns a hex digest of the active adapters' names, scaling and settings, or "" without adapters.
+
+    The adapters' weights are not included here, because they are in the state dict.
+    """
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return ""
@@ -177,7 +180,7 @@ def adapter_digest(model: Any) -> str:
 
 
 def _adapter_state(module: Any) -> dict[str, Any]:
-    """Returns the adapter attributes of a module. Methods and numbers of these names mean something else and are left out."""
+    """Returns the adapter attributes of a module. Methods and numbers with these names mean something else, so they are left out."""
     found = {fact: getattr(module, fact, None) for fact in _ADAPTER_STATE}
     return {fact: value for fact, value in found.items() if isinstance(value, str | bool | list | tuple | dict)}
 
@@ -224,9 +227,9 @@ class ModelWalk:
 
 
 def walk_model(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) -> ModelWalk:
-    """Returns what changes a model's KV besides weights, settings and adapters. `ignored`: (module, name) of attributes to skip.
+    """Visit the modules of a model. Returns all that may change its KV besides weights, settings and adapters.
 
-    Takes about 20 µs a module.
+    `ignored`: (module, name) of attributes to skip. Takes about 20 µs per module.
     """
     walk = ModelWalk(foreign=[(f"a hook of all modules ({_named(hook)})", hook) for hook in global_hooks()])
     stored = set(model.state_dict(keep_vars=True)) if hasattr(model, "state_dict") else set()
@@ -248,7 +251,7 @@ def walk_model(model: Any, ignored: frozenset[tuple[str, str]] = frozenset()) ->
 
 
 def watched_attributes(module: Any) -> list[str]:
-    """Returns the names of a module's own attributes that its KV may depend on."""
+    """Returns the names of those attributes of a module on which the model's KV may depend."""
     from torch import nn
 
     left_out = _SIZES if type(module) is nn.Linear else frozenset()
@@ -260,7 +263,7 @@ _NOTHING = object()
 
 
 def _described(value: Any, name: str, tensors: "dict[str, torch.Tensor]", depth: int) -> Any:
-    """Returns an attribute as plain data. Adds tensors in it to `tensors`, and replaces other objects by their class's name."""
+    """Returns an attribute's value as plain data. Moves tensors in it to `tensors`, and replaces other objects by their class's name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "data_ptr"):
@@ -282,12 +285,12 @@ def _described(value: Any, name: str, tensors: "dict[str, torch.Tensor]", depth:
 
 
 def class_text(kind: type) -> str:
-    """Returns the name of a class and of its forward function, which may have been replaced for the whole class."""
+    """Returns the name of a class, and that of its forward function, which other code may have replaced for the whole class."""
     return f"{kind.__module__}.{kind.__qualname__} {_named(getattr(kind, 'forward', None))}"
 
 
 def _named(value: Any) -> str:
-    """Returns the module and name of a function or class; for any other value those of its class."""
+    """Returns the module and name of a function or class. For any other value, returns those of its class."""
     value = _plain_function(value)
     if hasattr(value, "__globals__"):
         return f"{value.__globals__.get('__name__')}.{value.__qualname__}"
@@ -303,9 +306,9 @@ def _plain_function(value: Any) -> Any:
 
 
 def is_of_framework(code: Any) -> bool:
-    """Whether code is defined in torch, transformers, accelerate or peft, and does not wrap code from elsewhere.
+    """Returns whether code is defined in torch, transformers, accelerate or peft, and does not wrap code from elsewhere.
 
-    Uses the module of its globals, because `functools.wraps` can change a function's name and `__module__`.
+    Looks at the module of the code's globals, because `functools.wraps` can change a function's name and `__module__`.
     """
     code = _plain_function(code)
     module = code.__globals__.get("__name__", "") if hasattr(code, "__globals__") else type(code).__module__
@@ -314,7 +317,7 @@ def is_of_framework(code: Any) -> bool:
 
 
 def global_hooks() -> list[Any]:
-    """Returns the forward hooks for all modules of the process that code outside of the frameworks has set."""
+    """Returns the forward hooks that torch calls for every module in this process, without those that the frameworks have set."""
     from torch.nn.modules import module as torchs
 
     hooks = [*torchs._global_forward_pre_hooks.values(), *torchs._global_forward_hooks.values()]
@@ -322,13 +325,13 @@ def global_hooks() -> list[Any]:
 
 
 def foreign_hooks(module: Any) -> list[Any]:
-    """Returns a module's forward hooks from code outside of the frameworks. The frameworks' own hooks do not change the KV."""
+    """Returns a module's forward hooks, without those of the frameworks, which do not change the KV."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [hook for hook in hooks if not is_of_framework(hook)]
 
 
 def replaced_methods(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yields name and code of methods that were replaced on this module. Leaves out accelerate's wrappers (`to`, `cuda`)."""
+    """Yields the name and the new code of each method that was replaced on this module. Leaves out accelerate's wrappers (`to`, `cuda`)."""
     kind = type(module)
     for name, value in vars(module).items():
         if name in TORCHS_OWN or name in BOOKKEEPING or not callable(value) or not _is_method(kind, name):
@@ -345,12 +348,12 @@ def _is_method(kind: type, name: str) -> bool:
 
 
 def is_hook(value: Any) -> bool:
-    """Whether this is a hook of this library (`integrations.attached`) that replaces a model's method."""
+    """Returns whether a value is a hook of this library (`integrations.attached`) in place of a model's method."""
     return hasattr(type(value), "replaced_method")
 
 
 def below_hook(value: Any) -> Any:
-    """Returns what replaces a method below this library's hooks; None if it is the class's own method."""
+    """Returns the function that a model would have in place of a method without this library's hooks. None: the class's own method."""
     while is_hook(value):
         value = value.replaced_method
     return value
@@ -361,7 +364,10 @@ def _is_own(module: Any, name: str, code: Any) -> bool:
 
 
 def _only_aligns(module: Any, code: Any) -> bool:
-    """Whether a forward is accelerate's, which only moves inputs and weights between devices and calls the class's own forward."""
+    """Returns whether a replaced forward is accelerate's wrapper.
+
+    That wrapper only moves inputs and weights between devices, and calls the class's own forward.
+    """
     hook, before = vars(module).get("_hf_hook"), vars(module).get("_old_forward")
     is_accelerates = isinstance(code, partial) and _named(code).startswith("accelerate.hooks.")
     return is_accelerates and _aligns(hook) and before is not None and _is_own(module, "forward", below_hook(before))

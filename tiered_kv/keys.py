@@ -44,7 +44,7 @@ KEY_BYTES = 32
 FOREIGN_NAMED_MAX = 3
 TENANT_BYTES_MAX = 1024
 DEFAULT_TENANT = "default"
-"""The tenant of workers that name none. It has no salt, so that its blocks are shared between clusters through checkpoints and folders."""
+"""The tenant of workers that name no tenant. It has no salt, so that clusters can share its blocks through checkpoints and folders."""
 MAX_TOKEN_ID = (1 << 32) - 1
 BlockKey = bytes
 
@@ -74,7 +74,7 @@ def _as_array(tensor: "torch.Tensor") -> np.ndarray:
 def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.ndarray:
     """Returns the ids as a 1-D array of little-endian u32. A batch of one prompt, (1, n), is treated as that prompt.
 
-    Raises `TieredKVError` (kind `tokens`) unless they are whole numbers from 0 to 2**32 - 1 in one dimension.
+    Raises `TieredKVError` (kind `tokens`) unless the ids are whole numbers from 0 to 2**32 - 1 in one dimension.
     """
     try:
         given: Any = token_ids
@@ -99,9 +99,9 @@ def as_token_ids(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.n
 
 
 def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: int = 0) -> list[BlockKey]:
-    """Returns the keys of a prompt's whole blocks from block `first` on, in order. Takes about 1.5 µs a block of 64 tokens.
+    """Returns the keys of a prompt's whole blocks from block `first` on, in order. Takes about 1.5 µs per block of 64 tokens.
 
-    `root`: the parent of block `first`. `token_ids`: of the whole prompt, as `as_token_ids` returns them.
+    `root`: the parent key of block `first`. `token_ids`: the ids of the whole prompt, as `as_token_ids` returns them.
     """
     keys, parent = [], root
     data = memoryview(token_ids).cast("B")
@@ -114,10 +114,10 @@ def chain_keys(root: BlockKey, token_ids: np.ndarray, block_tokens: int, first: 
 
 @dataclass(frozen=True, slots=True)
 class ChainKeys:
-    """Computes the keys of the blocks below one root.
+    """Computes the keys of the chains under one root.
 
     `whole_root`: the root of the whole (not tensor-parallel) model, the same for all ranks of all world sizes. `mask`: the XOR of a
-    rank's keys and the whole model's keys, 0 for the whole model. Costs as much as `chain_keys`, and 0.2 µs a key more for ranks.
+    rank's keys and the whole model's keys, 0 for the whole model. Costs as much as `chain_keys`, plus 0.2 µs per key for ranks.
     """
 
     root: BlockKey
@@ -128,7 +128,7 @@ class ChainKeys:
     def keys(self, token_ids: np.ndarray, first: int = 0, parent: BlockKey | None = None) -> list[BlockKey]:
         """Returns the keys of a prompt's whole blocks from block `first` on. `token_ids`: as `as_token_ids` returns them.
 
-        `parent`: the key of block `first - 1`, if known. With it, the keys of the first blocks need not be computed.
+        `parent`: the key of block `first - 1`, if known. It saves computing the keys of the blocks before `first`.
         """
         if parent is not None:
             keys = chain_keys(self.whole_key(parent), token_ids, self.block_tokens, first)
@@ -142,11 +142,11 @@ class ChainKeys:
         return [(int.from_bytes(key) ^ mask).to_bytes(KEY_BYTES) for key in keys]
 
     def whole_key(self, key: BlockKey) -> BlockKey:
-        """Returns the whole model's key of the block that has the key `key` in this rank."""
+        """Returns the key of the whole model's block, given the key of this rank's block."""
         return (int.from_bytes(key) ^ self.mask).to_bytes(KEY_BYTES)
 
     def rank_key(self, whole_key: BlockKey) -> BlockKey:
-        """Returns this rank's key of a block, from the whole model's key. The inverse of `whole_key`."""
+        """Returns the key of this rank's block, given the key of the whole model's block. The inverse of `whole_key`."""
         return (int.from_bytes(whole_key) ^ self.mask).to_bytes(KEY_BYTES)
 
 
@@ -155,12 +155,13 @@ class Namespace:
     """Everything that must be equal for KV to be reusable. Namespaces that differ in any field never share a block.
 
     `Namespace.of(model)` fills it from a model's content. For your own engine, `weights` is any text that identifies the weights'
-    content, such as a checkpoint's digest; likewise the other fields. Ranks of one tensor-parallel model differ only in `rank`:
-    `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose other fields are equal
-    (docs/design/021). It is "" for the first of them, and then not part of the digest.
+    content, such as a digest of the model's files. The other text fields are chosen in the same way. Ranks of one tensor-parallel
+    model differ only in `rank`: `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose
+    other fields are equal (docs/design/021). It is "" for the first of these models, and then not part of the digest.
 
-    `weight_epoch` and `salt` are filled in by a client from its node (docs/design/029), and are not part of the digest while they
-    are 0 and "". `weight_epoch`: the cluster's number of the model's weights, which `Client.new_epoch` raises. `salt`: of a named tenant.
+    A client fills in `weight_epoch` and `salt` from its node (docs/design/029). They are not part of the digest while they are 0
+    and "". `weight_epoch`: the cluster's number of the model's weights, which `Client.new_epoch` raises. `salt`: the salt of a named
+    tenant.
     """
 
     weights: str
@@ -200,22 +201,22 @@ class Namespace:
     def digest(self) -> bytes:
         """32 bytes that identify this namespace."""
         fields = asdict(self)
-        for name in ("variant", "salt", "weight_epoch"):  # of later versions; without them keys are the same as in earlier versions
+        for name in ("variant", "salt", "weight_epoch"):  # left out if not set, so that keys stay as in versions without these fields
             if not fields[name]:
                 del fields[name]
         return _digest(json.dumps(fields, sort_keys=True).encode())
 
     @cached_property
     def family(self) -> bytes:
-        """32 bytes that the ranks, variants and epochs of one model under one tenant have in common. A weight epoch is of a family."""
+        """32 bytes that the ranks, variants and epochs of one model under one tenant have in common. Each family has one weight epoch."""
         return replace(self.plain(), rank=0, world=1, epoch=0, variant="").digest
 
     def plain(self) -> "Namespace":
-        """Returns this namespace without what its client has filled in: salt and weight epoch."""
+        """Returns this namespace without the fields that a client fills in: `salt` and `weight_epoch`."""
         return replace(self, salt="", weight_epoch=0) if self.salt or self.weight_epoch else self
 
     def as_fields(self) -> dict[str, Any]:
-        """Returns the fields as plain data, those of later versions only if they are set. `Namespace(**fields)` is the inverse."""
+        """Returns the fields as plain data, `salt` and `weight_epoch` only if they are set. `Namespace(**fields)` is the inverse."""
         return {name: value for name, value in asdict(self).items() if value or name not in ("salt", "weight_epoch")}
 
     def root(self, layout: Layout) -> BlockKey:
@@ -225,7 +226,7 @@ class Namespace:
     def chain(self, layout: Layout) -> "ChainKeys":
         """Returns the `ChainKeys` that computes the keys of blocks of `layout`, which is the layout of this rank.
 
-        The ranks of an opaque layout have no whole model in common, because nobody but their engine could join their blocks.
+        With an opaque layout, the keys of ranks do not follow from each other, because only the engine could join their blocks.
         """
         root = self.root(layout)
         if self.world == 1 or isinstance(layout, OpaqueLayout):
@@ -237,11 +238,11 @@ class Namespace:
     def of(
         cls, model: Any, tokenizer: Any = None, *, tenant: str = "default", rank: int = 0, world: int = 1, epoch: int = 0
     ) -> "Namespace":
-        """Returns the namespace of a transformers model, from the content of its weights; or of a text that identifies them.
+        """Returns the namespace of a transformers model, from the content of its weights. `model` may also be a text that identifies them.
 
-        Reads every byte of the weights once (xxh3-128 on all cores, several GB/s from host memory; from a GPU at the speed of the
-        bus), so that another checkpoint under the same name never matches. A model with forward hooks or replaced methods gets a
-        unique namespace, because their effect on KV cannot be read.
+        Reads every byte of the weights once, so that other weights under the same name never match. This takes xxh3-128 on all cores,
+        at several GB/s from host memory, or at the speed of the bus from a GPU. A model with forward hooks or replaced methods gets a
+        unique namespace, because the effect of such code on KV is unknown.
         """
         facts: dict[str, Any] = {"tenant": tenant, "tokenizer": tokenizer_digest(tokenizer), "rank": rank, "world": world, "epoch": epoch}
         if isinstance(model, str):
@@ -264,11 +265,12 @@ class Namespace:
         settings: Mapping[str, Any] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> "Namespace":
-        """Returns the namespace of a model's files, for an engine that shows no model: a local folder, or one file such as a GGUF file.
+        """Returns the namespace of a model from its files, for an engine that shows no model object.
 
-        `settings`: whatever else changes the engine's KV, such as dtype, quantization at load and overrides of the model's config. Two
-        engines must not use one namespace unless they compute the same KV from the same files. `progress`: see
-        `checkpoint_files.weights_digest`, also for what is read and remembered. Never equal to a namespace of `Namespace.of`.
+        `path`: a local folder, or one file such as a GGUF file. `settings`: all else that changes the engine's KV, such as dtype,
+        quantization at load and overrides of the model's config. Two engines must not use one namespace unless they compute the same KV
+        from the same files. `checkpoint_files.weights_digest` describes what is read and remembered, and `progress`. The result never
+        equals a namespace of `Namespace.of`.
         """
         facts: dict[str, Any] = {"tenant": tenant, "rank": rank, "world": world, "epoch": epoch}
         architecture = checkpoint_files.architecture_digest(path, settings)
@@ -291,7 +293,7 @@ def content_of(model: Any, walked: ModelWalk, sums: Sums | None = None) -> dict[
 
 
 def private_variant(walked: ModelWalk) -> str:
-    """Returns a unique variant, and logs why, for a model with foreign code; "" for a model without."""
+    """Returns a unique variant for a model with foreign code, and logs the reason. Returns "" for a model without foreign code."""
     if not walked.foreign:
         return ""
     where = "; ".join(words for words, _ in walked.foreign[:FOREIGN_NAMED_MAX])

@@ -1,4 +1,4 @@
-"""The layout of a KV block: its shape and dtype, hence its bytes; or only its bytes, for blocks that an engine packs in its own way.
+"""The layout of a KV block: its shape and dtype, or only its size in bytes for blocks that an engine packs in its own way.
 
 Axes, in this order everywhere: L layers, 2 (key, value), H KV heads, T tokens, D head dim.
 Importing this module does not import torch; dtypes are kept by name.
@@ -27,7 +27,7 @@ DESCRIPTION_CHARS_MAX = 2000
 
 
 class _TensorChecks:
-    """What the layouts have in common: the check of tensors against `kv_shape` and `torch_dtype`."""
+    """The base of the layouts: checks tensors against a layout's `kv_shape` and `torch_dtype`."""
 
     dtype: str
     spec: str
@@ -100,7 +100,7 @@ class KVLayout(_TensorChecks):
 
     @cached_property
     def spec(self) -> str:
-        """The layout as one short line. Two layouts are equal if their lines are. The line is part of every chain's root."""
+        """The layout as one short line. Two layouts with equal lines are equal. The line is part of every chain's root."""
         return f"L{self.layers} H{self.kv_heads} D{self.head_dim} {self.dtype} T{self.block_tokens}"
 
     @cached_property
@@ -123,11 +123,11 @@ class KVLayout(_TensorChecks):
 
 @dataclass(frozen=True)
 class OpaqueLayout(_TensorChecks):
-    """A block of `block_bytes` bytes whose inner order only the engine that made it knows. It holds the KV of `block_tokens` tokens.
+    """A block of `block_bytes` bytes with the KV of `block_tokens` tokens. Only the engine that made it knows the order of its bytes.
 
     `description`: one line about what determines that order, such as backend, page shapes and dtype. Blocks with different descriptions
-    are never taken for each other. `item_bytes`: the width of the numbers in a block (1, 2, 4 or 8), which helps the lossless codec.
-    Only lossless codecs apply. As a tensor, the KV of N tokens is (1, 1, 1, N, block_bytes / block_tokens) of uint8, block after block.
+    never match each other. `item_bytes`: the width of the numbers in a block (1, 2, 4 or 8), which helps the lossless codec. Other
+    codecs cannot be used. As a tensor, the KV of N tokens is (1, 1, 1, N, block_bytes / block_tokens) of uint8, block after block.
     Raises `TieredKVError` (kind `layout`) that names an invalid field.
     """
 
@@ -163,7 +163,7 @@ class OpaqueLayout(_TensorChecks):
 
     @cached_property
     def spec(self) -> str:
-        """As `KVLayout.spec`. Begins with "opaque", so that it never equals that of a `KVLayout`."""
+        """The layout as one line, as in `KVLayout.spec`. It begins with "opaque", so that it never equals the line of a `KVLayout`."""
         return f"opaque {self.block_bytes} bytes of {self.item_bytes} T{self.block_tokens} {self.description}"
 
     @cached_property
@@ -188,7 +188,7 @@ Layout: TypeAlias = KVLayout | OpaqueLayout
 
 
 def layout_of(plain: Mapping[str, Any]) -> Layout:
-    """Returns the layout whose `dataclasses.asdict` is `plain`. Raises (kind `layout`) if there is none."""
+    """Returns the layout whose `dataclasses.asdict` is `plain`. Raises (kind `layout`) if `plain` describes no layout."""
     for kind in (KVLayout, OpaqueLayout):
         if isinstance(plain, Mapping) and plain.keys() == {each.name for each in fields(kind)}:
             return kind(**plain)

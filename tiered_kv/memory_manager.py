@@ -8,7 +8,7 @@ from tiered_kv.library.config import KVCacheConfig
 from tiered_kv.library.memory import MemoryFigures, device_memory, host_memory
 
 FULL_SHARE = 0.95
-"""The share of used host or device memory from which a cache should evict, whatever its own size."""
+"""A cache should evict, whatever its own size, if this share of the host or device memory is in use."""
 
 
 class MemoryManager:
@@ -35,17 +35,17 @@ class MemoryManager:
         self.config = config
 
     def should_evict(self, cache_size: int) -> bool:
-        """Whether a cache of `cache_size` tokens should evict: it has reached its cap, or its memory is nearly full."""
+        """Returns whether a cache of `cache_size` tokens should evict: it has reached `max_tokens`, or the memory is nearly full."""
         if isinstance(cache_size, bool) or not isinstance(cache_size, int) or cache_size < 0:
             raise TieredKVError(Kind.CONFIG, f"cache_size must be a number of tokens, 0 or more, got {cache_size!r}", setting="cache_size")
         return cache_size >= self.config.max_tokens or self.figures().used_share >= FULL_SHARE
 
     def figures(self) -> MemoryFigures:
-        """Returns figures of the memory that holds KV on this manager's device."""
+        """Returns the figures of the CUDA device's memory, or those of the host's memory if this manager's device is not CUDA."""
         return device_memory(self.device) or host_memory()
 
     def get_memory_stats(self) -> dict[str, float]:
-        """Returns figures of the host and, on CUDA, of the device: sizes in MiB, shares from 0 to 1."""
+        """Returns the memory figures of the host and, on CUDA, of the device: sizes in MiB, shares from 0 to 1."""
         stats: dict[str, float] = {}
         for name, found in (("host", host_memory()), ("device", device_memory(self.device))):
             if found is not None:

@@ -1,4 +1,4 @@
-"""What pictures need: matplotlib, which is an extra, and a file that can be written."""
+"""Draws and writes pictures with matplotlib, which is an optional dependency (an extra)."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from tiered_kv.errors import Kind, TieredKVError
 
 
 def figure(size_inches: tuple[float, float]) -> Any:
-    """An empty figure; raises (kind `config`) naming --plot and the extra where matplotlib is not installed."""
+    """Returns an empty figure. Raises (kind `config`), naming --plot and the extra, if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -17,7 +17,7 @@ def figure(size_inches: tuple[float, float]) -> Any:
 
 
 def check_target(path: str) -> None:
-    """Refuse, before any work, a picture that could not be drawn or written."""
+    """Raise (kind `config`) if a picture cannot be drawn, or cannot be written to `path`. Call it before any other work."""
     endings = set(figure((1, 1)).canvas.get_supported_filetypes())
     if Path(path).suffix.lstrip(".") not in endings:
         raise TieredKVError(Kind.CONFIG, f"--plot: {path} has none of the endings {', '.join(sorted(endings))}", setting="plot")
@@ -26,7 +26,7 @@ def check_target(path: str) -> None:
 
 
 def write(drawn: Any, path: str) -> None:
-    """Write a figure to `path`, whose ending says the format."""
+    """Write a figure to `path`. The ending of the path determines the format."""
     try:
         drawn.savefig(path)
     except OSError as error:

@@ -14,12 +14,12 @@ CODECS = {8: "int8", 4: "int4"}
 
 @dataclass(frozen=True, repr=False)
 class QuantizedTensor(CodedTensor):
-    """A key or a value as codes of 8 or 4 bits."""
+    """A quantized key or value: codes of 8 or 4 bits."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Quantizes keys and values to codes of `bits` (8 or 4) a number, with a minimum and a step for each token of a head.
+    """Quantizes keys and values to codes of `bits` (8 or 4) bits per number, with a minimum and a step for each token of a head.
 
     A finite number x of a token with range [a, b] is restored as x ± (b - a) / (2 (2 ** bits - 1)). For 4 bits, the head's channels are
     rotated first; the rotation keeps the mean squared error. For normally distributed numbers this error is 3e-5 of their mean square
@@ -27,11 +27,12 @@ class Quantizer:
     (8 bits) or 4e-2 (4 bits), or if it has numbers that are not finite. With a head dim of 64, the codes take 0.53 (8 bits) or 0.28
     (4 bits) of the bytes of bf16.
 
-    `use_amp`: within a `torch.autocast` region of the tensor's device, float32 tensors are restored in the region's dtype, as the
-    region's own operations do, unless a number is beyond its range. Everywhere else, and for any other dtype, tensors are restored in
-    their original dtype. Codes and errors do not depend on `use_amp`: they are always computed in float32.
+    `use_amp`: within a `torch.autocast` region of the tensor's device, float32 tensors are restored in the region's dtype, like the
+    results of the region's operations, unless a number exceeds the range of that dtype. Outside of such a region, and for any other
+    dtype, tensors are restored in their original dtype. Codes and errors do not depend on `use_amp`: they are always computed in
+    float32.
 
-    Raises `TieredKVError` of kind `config` for other `bits`.
+    Raises `TieredKVError` of kind `config` for an invalid `bits` or `use_amp`.
     """
 
     bits: int = 8
@@ -56,7 +57,7 @@ class Quantizer:
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Returns the key and the value restored from records of any `bits`.
 
-        A pair of tensors, as a compressor restores it from such records, is returned unchanged. Raises `TieredKVError`
+        A pair of tensors, such as `Compressor.decompress` returns, needs no restoring and is accepted too. Raises `TieredKVError`
         (kind `layout`) for anything else.
         """
         pair = decode_pair(key, value) if isinstance(key, QuantizedTensor) and isinstance(value, QuantizedTensor) else (key, value)
@@ -66,7 +67,10 @@ class Quantizer:
 
 
 def _as_region(x: "torch.Tensor") -> "torch.Tensor":
-    """Returns a float32 tensor in the dtype of the present autocast region, if all its finite numbers stay finite; else the tensor."""
+    """Convert a float32 tensor to the dtype of the active `torch.autocast` region. Returns the result.
+
+    Returns the tensor unchanged if no region is active, if its dtype is not float32, or if a finite number would become infinite.
+    """
     import torch
 
     if x.dtype is not torch.float32 or not torch.is_autocast_enabled(x.device.type):

@@ -14,7 +14,7 @@ class BaseEvictionStrategy:
     """Ranks entries by a policy of the engine (`tiered_kv.policy`). All entries have the same size. Not thread-safe.
 
     Report events (`add`, `use`, `remove`), then call `victims`. Or pass your own access times and counts to
-    `select_eviction_candidates`. `capacity`: the number of entries that have room, which some policies need.
+    `select_eviction_candidates`. `capacity`: the number of entries for which there is room; some policies need it.
     """
 
     name = "lru"
@@ -55,7 +55,7 @@ class BaseEvictionStrategy:
         self._policy.remove(key)
 
     def victims(self, count: int = 1, protected: Collection[Hashable] = (), now_s: float = 0.0) -> list[Hashable]:
-        """Returns up to `count` entries to evict, in this order. An entry stays until `remove`."""
+        """Returns up to `count` entries to evict, in the order of eviction, none of them `protected`. Entries stay until `remove`."""
         return self._policy.victims(count * ENTRY_BYTES, protected, now_s)[:count] if count > 0 else []
 
     def select_eviction_candidates(
@@ -67,8 +67,9 @@ class BaseEvictionStrategy:
     ) -> list[Hashable]:
         """Returns `num_to_evict` keys of `cache`, chosen from the time of each key's last use and its number of uses.
 
-        A new policy of this kind is given each key at its time, the more often the higher its count ranks, and picks the victims. Only the
-        order of the counts matters. A key without a time is the oldest. A key without a count was used once.
+        Replays the uses of the keys, in the order of their times, to a new policy of this kind. A key with a higher count is used more
+        often. The policy then picks the keys to evict. Only the order of the counts matters. A key without a time counts as the oldest,
+        and a key without a count as used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))
@@ -79,7 +80,7 @@ class BaseEvictionStrategy:
             for key in keys:
                 if ranks[access_counts.get(key, 1)] >= turn:
                     replayed.use(key, access_times.get(key, 0.0))
-        if self.name == "lru":  # the last use must be that at the given time
+        if self.name == "lru":  # LRU goes by the last use, so the last uses are in the order of the times
             for key in keys:
                 replayed.use(key)
         return replayed.victims(num_to_evict, now_s=max((access_times.get(key, 0.0) for key in keys), default=0.0))
@@ -94,13 +95,13 @@ class LRUEvictionStrategy(BaseEvictionStrategy):
 
 
 class LFUEvictionStrategy(BaseEvictionStrategy):
-    """Evicts the least frequently used entry first; of equal counts, the least recently used."""
+    """Evicts the least frequently used entry first. Among equal counts, it evicts the least recently used entry first."""
 
     name = "lfu"
 
 
 class AdaptiveEvictionStrategy(BaseEvictionStrategy):
-    """Evicts first the entry least likely to be used soon, as learned from the times of uses. Before it has learned, as LRU."""
+    """Evicts the entry first that is least likely to be used soon, as learned from the times of uses. Until then, evicts as LRU."""
 
     name = "adaptive"
 
@@ -109,7 +110,10 @@ _CLASSES = {cls.name: cls for cls in (LRUEvictionStrategy, LFUEvictionStrategy, 
 
 
 def create_eviction_strategy(strategy: Enum | str, capacity: int = 1024, seed: int = 0) -> BaseEvictionStrategy:
-    """Returns the strategy of a `CacheStrategy` or of its value. Raises (kind `config`) with the known names for any other."""
+    """Returns a new eviction strategy. `strategy`: a member of `CacheStrategy`, or its value such as "lru".
+
+    Raises (kind `config`, with the known names) for any other `strategy`.
+    """
     name = getattr(strategy, "value", strategy)
     if name not in POLICY_NAMES:
         raise TieredKVError(Kind.CONFIG, f"strategy must be one of {', '.join(POLICY_NAMES)}, got {name!r}", setting="strategy")

@@ -168,7 +168,7 @@ class DaemonThreads(Executor):
 
 
 class Closer:
-    """A thread for a close that may hang. The caller waits a bounded time; after that the thread continues alone.
+    """Runs a `close` that may hang on a thread of its own. The caller waits a bounded time. After that the thread continues alone.
 
     The thread starts at once, because no thread can be started while the interpreter ends.
     """
@@ -178,7 +178,7 @@ class Closer:
         self._thread.submit(lambda: None)
 
     def run(self, close: Callable[[], None], within_s: float) -> bool:
-        """Run `close` on the thread. Returns whether it ended within `within_s`. Raises its error, if any. To be called once."""
+        """Run `close` on the thread. Returns whether it ended within `within_s`. Raises the error of `close`, if any. Call it only once."""
         closing = self._thread.submit(close)
         self._thread.shutdown(wait=False)
         try:
@@ -195,7 +195,7 @@ _crews: "weakref.WeakSet[_Crew]" = weakref.WeakSet()
 
 
 def _leave_at_exit(crews: Iterable[_Crew]) -> None:
-    """Wait up to EXIT_WAIT_S for the threads to end, so that none computes in libraries being unloaded. Leave those that hang."""
+    """Wait up to EXIT_WAIT_S for the threads to end, so that no thread computes while libraries are unloaded. Leave threads that hang."""
     deadline_s = time.monotonic() + EXIT_WAIT_S
     crews = list(crews)
     for crew in crews:
@@ -209,11 +209,11 @@ atexit.register(_leave_at_exit, _crews)
 
 
 def work_alone() -> None:
-    """Make torch compute on this thread alone when called from it.
+    """Make torch use only the calling thread for computations that this thread starts.
 
     Blocks are encoded and decoded in parallel, one on each thread. Several torch threads for one block would mostly wait for each other,
-    which costs several times what they gain. torch keeps this number for each thread, and a default for new threads; this restores
-    the default.
+    which costs several times what they gain. torch keeps a number of threads for each thread, and a default for new threads. The call
+    also changes this default, so another thread restores it.
     """
     import torch
 
@@ -225,7 +225,7 @@ def work_alone() -> None:
 
 
 class CheckedLock:
-    """A context that holds `lock` while its body runs. It calls `check` first, which may raise."""
+    """A context that holds `lock` while its body runs. Before the body, it calls `check`, which may raise."""
 
     __slots__ = ("_check", "_lock")
 

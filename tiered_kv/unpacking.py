@@ -1,6 +1,7 @@
-"""Opens msgpack that others have written: its lengths are believed only within limits, and nothing in it can run code.
+"""Unpacks msgpack data that may be hostile. Lengths in the data are accepted only up to limits, and nothing in the data can run code.
 
-`msgpack` allocates the memory of an array when it reads its header. So a few bytes may ask for gigabytes, once for each level of nesting.
+`msgpack` allocates the memory of an array when it reads the array's header. So a few bytes could make it allocate gigabytes, at each
+level of nesting.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import msgpack
 
 ITEMS_MAX = 1 << 18
-"""The most items of one array or mapping: 2 MiB of references."""
+"""The largest number of items in one array or mapping. Their references take 2 MiB."""
 DEPTH_MAX = 16
 _NESTING = (list, dict)
 
@@ -18,8 +19,9 @@ def unpacked(
 ) -> Any:
     """Returns the content of `data`. Raises ValueError if it is not msgpack, or exceeds a limit.
 
-    `items_max`: of one array or mapping. `depth_max`: of arrays and mappings in each other; 0 for any depth that msgpack allows, which is
-    1,024 and can be neither compared nor printed. Checking it takes about 20 ns an item. `keys`: int to allow numbers as keys of mappings.
+    `items_max`: the largest number of items in one array or mapping. `depth_max`: the largest depth of nested arrays and mappings; 0 for
+    any depth that msgpack allows, which is 1,024 (Python can neither compare nor print data of that depth). Checking the depth takes
+    about 20 ns per item. `keys`: int allows numbers as keys of mappings.
     """
     try:
         found = msgpack.unpackb(data, max_array_len=items_max, max_map_len=items_max, max_ext_len=0, strict_map_key=keys is not int)

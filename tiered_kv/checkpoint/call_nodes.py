@@ -1,4 +1,4 @@
-"""Sends the steps of a checkpoint to nodes. A cluster is called through Ray, the node of this process directly."""
+"""Sends checkpoint requests to nodes: through Ray to the nodes of a cluster, directly to the node of this process."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
@@ -12,11 +12,11 @@ class CallNodes(Protocol):
     """Sends a request to several nodes at once."""
 
     def __call__(self, nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer | TieredKVError]:
-        """Returns each node's answer, or the error that it raised."""
+        """Send the request. Returns by node name the answer of each node, or the error that the node raised."""
 
 
 def calls_to(node: Node) -> CallNodes:
-    """Returns a function that calls the node of this process, whatever node names it is given."""
+    """Returns a function that sends each request to `node`, which is in this process, under whatever node names it is given."""
 
     def call(nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer | TieredKVError]:
         return {name: _attempted(lambda: node.checkpoint(request)) for name in nodes}
@@ -37,7 +37,10 @@ def call_all(call: CallNodes, nodes: Iterable[str], request: CheckpointRequest[S
 
 
 def raise_on_error(answers: Mapping[str, StepAnswer | TieredKVError]) -> dict[str, StepAnswer]:
-    """Returns the answers by node. If one is an error, raises it with the name of its node; the first if there are several."""
+    """Returns the answers by node. If any answer is an error, raises the first one, with the name of its node.
+
+    Raises (kind `cluster`) if there are no answers.
+    """
     good: dict[str, StepAnswer] = {}
     for node, answer in answers.items():
         if isinstance(answer, TieredKVError):
@@ -49,5 +52,5 @@ def raise_on_error(answers: Mapping[str, StepAnswer | TieredKVError]) -> dict[st
 
 
 def error_of(node: str, error: TieredKVError) -> TieredKVError:
-    """Returns the error with the name of its node."""
+    """Returns a copy of the error that names its node."""
     return TieredKVError(error.kind, f"{node}: {error}", **{"node": node, **error.context})

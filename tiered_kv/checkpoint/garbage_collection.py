@@ -1,6 +1,6 @@
 """Deletes old checkpoints, and packs that no checkpoint uses.
 
-Other processes may write checkpoints meanwhile. In any doubt nothing is deleted.
+Other processes may write checkpoints at the same time. In case of doubt, nothing is deleted.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CollectionResult(NamedTuple):
-    """The counts of deleted objects and their bytes. `skipped`: the reason if nothing was deleted, else ""."""
+    """The counts of deleted manifests and packs, and the bytes of both in total. `skipped`: why nothing was deleted, else ""."""
 
     manifests_deleted: int = 0
     packs_deleted: int = 0
@@ -25,9 +25,10 @@ class CollectionResult(NamedTuple):
 
 
 def collect(repository: "Repository", keep: int | None) -> CollectionResult:
-    """Delete as `Repository.collect` describes. Returns the counts.
+    """Delete old checkpoints and unused packs, as `Repository.collect` describes. Returns the counts.
 
-    The order of the steps makes it safe: put the mark, look for leases, put the fence, list, read all manifests, delete.
+    The order of the steps makes this safe: write a delete mark, look for leases, write a second mark (the fence), list the
+    objects, read all manifests, delete.
     """
     if keep is not None and keep < 1:
         raise TieredKVError(Kind.CONFIG, f"keep: must be a whole number of at least 1, got {keep!r}", setting="keep")
@@ -41,7 +42,7 @@ def collect(repository: "Repository", keep: int | None) -> CollectionResult:
 
 
 def _others(repository: "Repository", mark: Lease) -> str:
-    """Returns the reason why nothing may be deleted now, or "" if it may. Removes expired leases and marks."""
+    """Returns the reason why nothing may be deleted now, or "" if deleting is safe. Removes other processes' expired leases and marks."""
     listed = repository.store.sizes()
     others = [each for each in markers_in(listed) if each.name != mark.name]
     now_s = repository.now_s()
@@ -57,7 +58,10 @@ _LAGS = "the listing of the store is not up to date"
 
 
 def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> CollectionResult:
-    """Delete. The caller has made sure that no other process is working; processes that start now wait for the mark."""
+    """Delete old checkpoints and unused packs. Returns the counts.
+
+    The caller has made sure that no other process is working. Processes that start now wait until the mark is removed.
+    """
     fence = Lease(
         repository.store, COLLECTING, repository.now_s
     )  # a listing that shows the fence also shows every manifest published before it
@@ -85,9 +89,9 @@ def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> 
 
 
 def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -> tuple[list[str], list[str], str | None]:
-    """Returns the manifests to keep, those to delete, and the one that LATEST names.
+    """Returns the names of the manifests to keep, of those to delete, and the name in LATEST (None: missing or damaged).
 
-    A manifest that LATEST names and that is not listed yet is kept.
+    The manifest in LATEST is kept even if the listing does not show it yet.
     """
     names = repository.names_in(sizes)
     generated = [name for name in names if created_of(name) is not None]
@@ -105,7 +109,7 @@ def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -
 
 
 def _delete(repository: "Repository", names: Sequence[str], mark: Lease) -> None:
-    """Delete objects one by one, and renew the mark meanwhile. Raises (kind `storage`) if the mark has expired."""
+    """Delete objects one by one, and renew the delete mark in time. Raises (kind `storage`) if the mark has expired."""
     for name in names:
         mark.renew_if_half_gone()
         repository.store.delete([name])

@@ -1,10 +1,11 @@
-"""Leases and delete marks on a checkpoint store. All state is in the objects' names, so damaged content cannot matter.
+"""Leases and delete marks: objects beside the checkpoints. All state is in the objects' names, so damaged content cannot matter.
 
-    lease-KIND-ID-UNTIL    a process writes or reads checkpoints: nothing may be deleted
-    gc-ID-UNTIL            a process deletes: others wait until this mark is removed or expired
+    lease-KIND-ID-UNTIL    a lease: a process writes or reads checkpoints, so nothing may be deleted
+    gc-ID-UNTIL            a delete mark: a process deletes, so others wait until the mark is removed or expired
 
-UNTIL is in Unix seconds. Each side first puts its own object, and then looks for the other's in a listing that shows its own. So
-of two processes that start at the same time, at least one sees the other. docs/checkpoint-format.md has the rules.
+UNTIL is in Unix seconds. Each process first writes its own object. Then it looks for the objects of other processes in a listing
+that includes its own. So if two processes start at the same time, at least one sees the other's object.
+docs/checkpoint-format.md has the rules.
 """
 
 import logging
@@ -21,38 +22,38 @@ log = logging.getLogger(__name__)
 
 TTL_S = 600
 SKEW_S = 60
-"""The most by which the clocks of two machines may differ. Leases of others are respected this much longer."""
+"""The largest allowed difference between the clocks of two machines. Leases of other processes are respected this much longer."""
 COLLECTING = "gc"
 _NAME = re.compile(r"(?:lease-(?P<kind>[a-z]+)|gc)-(?P<id>[0-9a-f]{16})-(?P<until>\d{1,15})")
 
 
 class GcMarker(NamedTuple):
-    """A marker that garbage collection looks for: a lease, or a collector's own mark (kind `gc`). Parsed from its object's name."""
+    """A lease or a delete mark (kind `gc`), parsed from the name of its object. Garbage collection looks for both."""
 
     name: str
     kind: str
     until_s: int
 
     def is_live(self, now_s: float) -> bool:
-        """Returns whether its holder may still be working, allowing for a difference of the clocks."""
+        """Returns whether the process that wrote it may still be working. Clocks may differ by `SKEW_S`."""
         return now_s < self.until_s + SKEW_S
 
 
 def marker_of(name: str) -> GcMarker | None:
-    """Parse an object's name. Returns None if it is neither a lease nor a mark."""
+    """Parse the name of a lease or of a delete mark (a `gc-` object). Returns None for the name of any other object."""
     named = _NAME.fullmatch(name)
     return named and GcMarker(name, named["kind"] or COLLECTING, int(named["until"]))
 
 
 def markers_in(names: Iterable[str]) -> list[GcMarker]:
-    """Returns the leases and marks among the names of objects."""
+    """Returns the leases and delete marks among these names of objects."""
     return [mark for mark in map(marker_of, names) if mark]
 
 
 class Lease:
-    """A lease of this process (kind `gc`: a mark), from its creation until `release`. Not thread-safe.
+    """A lease of this process, or a delete mark (kind `gc`). It exists from its creation until `release`. Not thread-safe.
 
-    Every method but `release` raises (kind `storage`) if the store fails.
+    Every method except `release` raises (kind `storage`) if the object store fails.
     """
 
     def __init__(self, store: ObjectStore, kind: str, now_s: Callable[[], float]) -> None:
@@ -72,7 +73,7 @@ class Lease:
     def renew(self) -> None:
         """Extend the lease to `TTL_S` from now.
 
-        Raises (kind `storage`) if it has expired already, because others may have deleted objects since then.
+        Raises (kind `storage`) if it has expired already, because another process may have deleted objects since then.
         """
         self.check()
         old, until_s = self.name, math.ceil(self._now_s()) + TTL_S

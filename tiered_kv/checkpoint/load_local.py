@@ -1,4 +1,4 @@
-"""Loads a checkpoint into the node of this process. All of its frames are verified before the first one is loaded."""
+"""Loads a checkpoint into the node of this process. All frames are verified before the first block is loaded."""
 
 import logging
 from collections.abc import Collection
@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class LoadResult(NamedTuple):
-    """The counts of a load. blocks: those in the cache now. refused: those without room, known layout or parent."""
+    """The counts of a load. blocks: loaded. refused: not loaded, because there was no room, no known layout or no parent."""
 
     blocks: int
     refused: int
 
 
 def read(store: ObjectStore, name: str) -> Manifest:
-    """Read the manifest `name`, and verify all its frames. Returns the manifest.
+    """Read the manifest `name`, and verify all frames that it lists. Returns the manifest.
 
-    Raises as `Manifest.read`, and (kinds `storage`, `corrupt`) if a pack is missing or damaged.
+    Raises the errors of `Manifest.read`, and (kinds `storage`, `corrupt`) if a pack is missing or damaged.
     """
     manifest = Manifest.read(store, name)
     sizes = store.sizes()
@@ -42,9 +42,9 @@ def read(store: ObjectStore, name: str) -> Manifest:
 
 
 def load(node: Node, store: ObjectStore, manifest: Manifest, roots: Collection[BlockKey]) -> LoadResult:
-    """Load the blocks below `roots` of a verified checkpoint into the node, host memory first. Returns the counts.
+    """Load the blocks of a verified checkpoint whose root is in `roots` into the node, host memory first. Returns the counts.
 
-    Blocks without room are refused, and so are their descendants and blocks of models of an unknown layout.
+    A block is refused if there is no room, if its parent was not loaded, or if the layout of its model is unknown.
     """
     layouts = {model.root: model.layout for model in manifest.models}
     loaded: set[BlockKey] = set()

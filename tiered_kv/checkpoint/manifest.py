@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: its blocks, hottest first, their packs, and their models. It is written last, and atomically.
 
-    manifest = magic "TKVMANIF" | version u32 | body bytes u64 | body (msgpack) | BLAKE2b-256 of all before
+    manifest = magic "TKVMANIF" | version u32 | body bytes u64 | body (msgpack) | BLAKE2b-256 of all preceding bytes
 
 docs/checkpoint-format.md describes the body. Version 1, which lists its blocks only in the packs' footers, will always be readable.
 """
@@ -34,7 +34,7 @@ _START = struct.Struct("<8sI")
 _BODY_BYTES = {1: struct.Struct("<I"), 2: struct.Struct("<Q")}
 _DIGEST_BYTES = 32
 ITEMS_MAX = 1 << 24
-"""The most packs or models of a checkpoint. Rows are packed in columns, which are few."""
+"""The largest number of packs or models in a checkpoint. It does not limit rows, which are stored in a few columns."""
 _PICKLE = b"\x80"  # the first byte of a pickle of protocol 2 and above
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -42,7 +42,7 @@ _GENERATED = re.compile(r"ckpt-(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f]{8}\.tkv")
 
 
 class Model(NamedTuple):
-    """The model of one root: its layout (None: unknown), its name for people, and the fields of its `Namespace` if known."""
+    """A model, identified by its root: its layout (None: unknown), its name for people, and the fields of its `Namespace` if known."""
 
     root: BlockKey
     layout: Layout | None = None
@@ -51,10 +51,10 @@ class Model(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """One checkpoint. `packs`: name and bytes of each. `rows`: hottest first, every parent before its children.
+    """One checkpoint. `packs`: the name and bytes of each pack. `rows`: the blocks, hottest first, every parent before its children.
 
-    `created_s`: Unix time, 0 if unknown. `origin`: the name of the cluster that wrote it. `extra`: plain data that the writer
-    stores for itself.
+    `created_s`: Unix time, 0 if unknown. `origin`: the name of the cluster that wrote the checkpoint. `extra`: plain data that the
+    writer stores for its own use.
     """
 
     packs: tuple[tuple[str, int], ...]
@@ -67,7 +67,7 @@ class Manifest(NamedTuple):
     def write(self, store: ObjectStore, name: str) -> None:
         """Write the manifest atomically under `name`, replacing any object there.
 
-        Raises ValueError if `read` would refuse it.
+        Raises ValueError if `read` would refuse the manifest.
         """
         _check(self)
         columns = pack_rows(self.rows, [model.root for model in self.models], [nbytes for _, nbytes in self.packs])
@@ -79,10 +79,10 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, store: ObjectStore, name: str) -> Self:
-        """Read and verify the manifest `name`. Returns it.
+        """Returns the manifest `name` after verifying it.
 
-        Raises (kind `storage`) if there is no such object, and (kind `corrupt`) if it is not a valid manifest. A pickle is never
-        unpickled. Cost: about two seconds for a million blocks.
+        Raises (kind `storage`) if there is no such object, and (kind `corrupt`) if the object is not a valid manifest. A pickle is
+        never unpickled. Cost: about two seconds for a million blocks.
         """
         version, body = _opened(name, store.get(name))
         try:
@@ -141,7 +141,8 @@ def plain_layout(layout: KVLayout) -> list[int | str]:
 def _plain_models(models: Sequence[Model]) -> dict[str, Any]:
     """Returns the fields of the body that describe models. `_models` is the inverse.
 
-    `opaque_layouts` is not part of a manifest without such layouts. A reader that does not know it takes these layouts for unknown.
+    The field `opaque_layouts` exists only if a model has an opaque layout. Readers that do not know the field treat such layouts as
+    unknown.
     """
     plain = [[each.root, plain_layout(each.layout) if isinstance(each.layout, KVLayout) else None, *each[2:]] for each in models]
     opaque = {each.root: asdict(each.layout) for each in models if isinstance(each.layout, OpaqueLayout)}
@@ -149,7 +150,7 @@ def _plain_models(models: Sequence[Model]) -> dict[str, Any]:
 
 
 def _models(facts: Mapping[str, Any]) -> tuple[Model, ...]:
-    """Returns the models that the body of a manifest describes. Raises (kind `layout`), ValueError or TypeError if one is invalid."""
+    """Returns the models in the body of a manifest. Raises (kind `layout`), ValueError or TypeError if a description is invalid."""
     opaque = {root: layout_of(plain) for root, plain in facts.get("opaque_layouts", {}).items()}
     models = []
     for root, plain, *rest in facts["models"]:
@@ -163,7 +164,7 @@ def _models(facts: Mapping[str, Any]) -> tuple[Model, ...]:
 
 
 def _opened(name: str, view: memoryview) -> tuple[int, memoryview]:
-    """Verify the bytes of a manifest. Returns its version and its body."""
+    """Verify the bytes of a manifest. Returns its version and its body. Raises (kind `corrupt`) if they are invalid."""
     if view[: len(MAGIC)] != MAGIC:
         is_a = "a pickle, which is not opened: it could run code" if view[:1] == _PICKLE else "not a checkpoint of tiered_kv"
         raise _corrupt(name, f"it is {is_a}")
@@ -209,7 +210,7 @@ def _is_count(value: object) -> bool:
 def _rows_in_packs(store: ObjectStore, name: str, packs: Sequence[tuple[str, int]], roots: Sequence[BlockKey]) -> tuple[Row, ...]:
     """Returns the rows of a checkpoint of version 1, from the packs' footers.
 
-    Blocks without their parent are left out, because they could never be hits.
+    A block whose parent is not among the rows is left out, because it could never be a hit.
     """
     depths: dict[tuple[BlockKey, BlockKey], int] = {}
     rows: list[Row] = []

@@ -1,9 +1,9 @@
-"""The blocks of a checkpoint as rows, and the rows as columns of little-endian numbers. Reading a million takes about two seconds.
+"""The blocks of a checkpoint as rows, stored as columns of little-endian numbers. Reading a million rows takes about two seconds.
 
     keys 32 each | parent u32 (the row's number, 0xffffffff: none) | root u16 (the model's number) | depth u32 | pack u32 |
     offset u64 | stored u32 | raw u32 | codec u16 | tier u8 | hits u32
 
-docs/checkpoint-format.md has the rules for the rows of one checkpoint. Packing and unpacking check them.
+docs/checkpoint-format.md has the rules for the rows of one checkpoint. `pack_rows` and `unpack_rows` check these rules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from tiered_kv.keys import KEY_BYTES, BlockKey
 ROWS_MAX = 1 << 26
 MODELS_MAX = 1 << 16
 HITS_MAX = (1 << 32) - 1
-"""Higher numbers of uses are stored as this number."""
+"""A higher number of uses is stored as this number."""
 NO_PARENT = (1 << 32) - 1
 
 _DTYPES = {
@@ -35,10 +35,10 @@ _DTYPES = {
 
 
 class Row(NamedTuple):
-    """One block of a checkpoint: its position in its chain, and the place of its frame.
+    """One block of a checkpoint: its position in its chain, and the location of its frame in a pack.
 
-    `depth`: the number of its ancestors. `pack`: the number of its pack in the checkpoint. `tier`: the `Tier` that it was in.
-    `hits`: its uses since it was stored.
+    `depth`: the number of ancestors. `pack`: the pack's index in `Manifest.packs`. `tier`: the `Tier` from which it was written.
+    `hits`: the number of uses since it was stored.
     """
 
     key: BlockKey
@@ -55,14 +55,14 @@ class Row(NamedTuple):
 
     @property
     def info(self) -> BlockInfo:
-        """The block and its place in its chain."""
+        """The block's key, parent, root and depth."""
         return BlockInfo(self.key, self.parent, self.root, self.depth)
 
 
 def pack_rows(rows: Sequence[Row], roots: Sequence[BlockKey], packs: Sequence[int]) -> dict[str, bytes]:
-    """Returns the columns of rows. `roots`: the models' roots. `packs`: the size of each pack in bytes.
+    """Encode rows as columns. Returns the bytes of each column by name.
 
-    Raises ValueError if the rows break a rule of the format.
+    `roots`: the roots of the models. `packs`: the size of each pack in bytes. Raises ValueError if the rows break a rule of the format.
     """
     if len(rows) > ROWS_MAX or len(roots) > MODELS_MAX:
         raise ValueError(f"a checkpoint can have at most {ROWS_MAX} blocks of {MODELS_MAX} models, got {len(rows)} of {len(roots)}")
@@ -91,9 +91,9 @@ def pack_rows(rows: Sequence[Row], roots: Sequence[BlockKey], packs: Sequence[in
 
 
 def unpack_rows(columns: Mapping[str, bytes], count: int, roots: Sequence[BlockKey], packs: Sequence[int]) -> tuple[Row, ...]:
-    """Returns the rows in columns made by `pack_rows`.
+    """Returns the `count` rows that `pack_rows` has encoded in these columns.
 
-    Raises ValueError if the columns break a rule of the format, and KeyError if one is missing.
+    Raises ValueError if the columns break a rule of the format, and KeyError if a column is missing.
     """
     keys = columns["keys"]
     if not 0 <= count <= ROWS_MAX or len(keys) != KEY_BYTES * count:
@@ -113,7 +113,7 @@ def unpack_rows(columns: Mapping[str, bytes], count: int, roots: Sequence[BlockK
 
 
 def _check(columns: Mapping[str, np.ndarray], models: int, packs: Sequence[int]) -> None:
-    """Raises ValueError unless every row has a known root, comes after its parent, and is within its pack."""
+    """Raises ValueError unless every row has a known root, is listed after its parent, has the right depth, and is within its pack."""
     own = np.arange(len(columns["parent"]))
     parent, root, depth = (columns[name].astype(np.int64) for name in ("parent", "root", "depth"))
     first = parent == NO_PARENT

@@ -9,10 +9,11 @@ from tiered_kv.node.checkpoints.steps import Snapshot, SnapshotEntry
 
 @dataclass(slots=True)
 class MergedBlock:
-    """A block that some nodes hold.
+    """A block that one or more nodes have.
 
-    best: the preferred copy (`_preference`). holders: the nodes, that of the best copy first. hits: the uses on all nodes. heat: the
-    highest (uses, recency) among this block and its descendants. depth: the number of ancestors, -1 if not computed yet.
+    best: the preferred copy (`_preference`). holders: the nodes with a copy; the node with the best copy is first. hits: the number
+    of uses on all nodes together. heat: the highest (uses, recency) among this block and its descendants. depth: the number of
+    ancestors, -1 if not computed yet.
     """
 
     best: SnapshotEntry
@@ -24,9 +25,9 @@ class MergedBlock:
 
 @dataclass
 class MergedSnapshots:
-    """Blocks, hottest first and every parent before its children.
+    """The blocks of all nodes, hottest first and every parent before its children.
 
-    orphans: the number of blocks left out, because no node has one of their ancestors and so they could never be hits.
+    orphans: the number of blocks left out because no node has one of their ancestors. Such blocks could never be hits.
     """
 
     blocks: list[MergedBlock] = field(default_factory=list)
@@ -34,7 +35,7 @@ class MergedSnapshots:
 
 
 def merge(snapshots: Mapping[str, Snapshot], roots: Container[BlockKey]) -> MergedSnapshots:
-    """Returns the blocks of all nodes below these roots whose chains are complete in the cluster.
+    """Merge the blocks of the models with these roots. Returns those blocks whose ancestors are all on some node.
 
     A block is hotter if it was used more often in the cluster, or as often but more recently. A block counts as at least as hot
     as its descendants. Cost: about 5 µs per block.
@@ -69,7 +70,7 @@ def _add(found: dict[BlockKey, MergedBlock], node: str, entry: SnapshotEntry, re
 
 
 def _preference(entry: SnapshotEntry) -> tuple[bool, bool, int]:
-    """Returns a sort key for copies, smaller is better: its parent is known, it is not encoded, it is in a faster tier."""
+    """Returns a sort key for copies of a block. The smallest is best: a known parent is preferred, then no codec, then a faster tier."""
     return entry.parent is None and bool(entry.depth), entry.codec != 0, entry.tier
 
 
@@ -77,9 +78,9 @@ _NO_CHAIN = -2
 
 
 def _depth(found: Mapping[BlockKey, MergedBlock], key: BlockKey) -> int:
-    """Returns the number of a block's ancestors, or a negative number if one is missing or has another root.
+    """Returns the number of a block's ancestors, or a negative number if an ancestor is missing or has another root.
 
-    The result is stored in the blocks of the chain.
+    Also stores the depths of the block and of its ancestors in `found`.
     """
     chain: list[MergedBlock] = []
     depth = _NO_CHAIN
@@ -102,9 +103,9 @@ def _depth(found: Mapping[BlockKey, MergedBlock], key: BlockKey) -> int:
 
 
 def assign_writers(blocks: Sequence[MergedBlock]) -> dict[str, list[BlockKey]]:
-    """Assign each block to a node that holds it. Returns the keys for each node, in order.
+    """Assign each block to a node that has it. Returns the keys for each node, in the order of `blocks`.
 
-    Each node gets about the same number of bytes. Blocks of a chain go to one node where possible.
+    Each node is assigned about the same number of bytes. The blocks of one chain are assigned to one node where possible.
     """
     shares: dict[str, list[BlockKey]] = {node: [] for block in blocks for node in block.holders}
     load = dict.fromkeys(shares, 0)
@@ -119,7 +120,7 @@ def assign_writers(blocks: Sequence[MergedBlock]) -> dict[str, list[BlockKey]]:
 
 
 def without_descendants(blocks: Iterable[MergedBlock], missing: set[BlockKey]) -> list[MergedBlock]:
-    """Returns the blocks without the missing ones and their descendants."""
+    """Returns the blocks except those whose keys are `missing`, and except their descendants. `blocks` has parents before children."""
     gone = set(missing)
     kept = []
     for block in blocks:

@@ -1,7 +1,7 @@
 """The checkpoints of one object store: shared packs, one manifest per checkpoint, `LATEST`, and leases.
 
-docs/checkpoint-format.md has the rules. A listing may lack new objects, and may show deleted ones. Unknown objects are never
-changed.
+docs/checkpoint-format.md has the rules. A listing of the object store may lack new objects, and may show deleted ones. Unknown
+objects are never changed.
 """
 
 import logging
@@ -32,13 +32,16 @@ _POINTER = re.compile(rb"TKVLATEST 1 (?P<name>[^\n]+) (?P<digest>[0-9a-f]{64})\n
 _POLL_S = 1.0
 _LISTED_WITHIN_S = 60.0
 BlockId = tuple[BlockKey, BlockKey]
-"""Key and root."""
+"""A block's key, and the root of its model."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class PackEntry(NamedTuple):
-    """A block's frame in a pack: the pack's name, the bytes in it, and the codec."""
+    """The location of a block's frame: its pack, and its offset and size in that pack, in bytes.
+
+    `raw_bytes`: the size of the decoded block. `codec`: the number of the frame's codec.
+    """
 
     pack: str
     offset: int
@@ -48,7 +51,7 @@ class PackEntry(NamedTuple):
 
 
 class KnownPacks(NamedTuple):
-    """The existing packs: the entries of their blocks by key and root, and the size of each pack in bytes."""
+    """The existing packs. entries: the frame of each block, by key and root. packs: the size of each pack in bytes, by name."""
 
     entries: dict[BlockId, PackEntry]
     packs: dict[str, int]
@@ -57,8 +60,8 @@ class KnownPacks(NamedTuple):
 class CheckpointSummary(NamedTuple):
     """One checkpoint in a listing for people.
 
-    bytes: of its frames. pack_bytes: of its packs. shared_bytes: of its packs that other checkpoints use too. error: the reason
-    if the checkpoint is damaged, else None.
+    bytes: the size of its frames in total. pack_bytes: the size of its packs in total. shared_bytes: the size of those packs that
+    other checkpoints use too. error: a description of the damage if the checkpoint is damaged, else None.
     """
 
     name: str
@@ -72,9 +75,9 @@ class CheckpointSummary(NamedTuple):
 
 
 class Repository:
-    """The checkpoints in `store`. Thread-safe. Its methods raise (kind `storage`) if the store fails.
+    """The checkpoints in the object store `store`. Thread-safe. Its methods raise (kind `storage`) if the object store fails.
 
-    `now_s`: returns Unix time, which must be about the same for all processes that use the store.
+    `now_s`: returns the Unix time. The clocks of all processes that use the object store must be within `SKEW_S` of each other.
     """
 
     def __init__(self, store: ObjectStore, now_s: Callable[[], float] = time.time, sleep: Callable[[float], object] = time.sleep) -> None:
@@ -91,20 +94,20 @@ class Repository:
 
     @staticmethod
     def names_in(listed: Iterable[str]) -> list[str]:
-        """Returns the same as `names`, from the names of a listing."""
+        """Returns those names of a listing that may be manifests, in the order of `names`."""
         return sorted(filter(may_be_manifest, listed), key=lambda name: (created_of(name) is not None, name))
 
     def latest(self) -> str:
-        """Returns the name of the newest checkpoint, from the generated names in the listing and the name in LATEST.
+        """Returns the name of the newest checkpoint.
 
-        Raises (kind `storage`) if there is none.
+        Considers the generated names in the listing and the name in LATEST. Raises (kind `storage`) if there is no checkpoint.
         """
         for name in self._newest():
             return name
         raise self._none_there()
 
     def read_latest(self, log: Callable[[str], object] = log.warning) -> tuple[str, Manifest]:
-        """Returns the name and the manifest of the newest undamaged checkpoint. Calls `log` for each newer one that is damaged.
+        """Returns the name and the manifest of the newest undamaged checkpoint. Calls `log` for each newer, damaged checkpoint.
 
         Raises (kind `storage`) if there is no checkpoint, and (kind `corrupt`) if all are damaged.
         """
@@ -123,7 +126,7 @@ class Repository:
         return TieredKVError(Kind.STORAGE, f"there is no checkpoint in {self.store.url}", missing=True)
 
     def _newest(self) -> Iterator[str]:
-        """Yields the names of existing checkpoints, newest first."""
+        """Yields the existing checkpoints that `latest` considers, newest first, by name."""
         listed = [name for name in self.names() if created_of(name) is not None]
         try:
             pointed = self.pointed()
@@ -142,7 +145,7 @@ class Repository:
                 log.warning("checkpoint %s was deleted; trying the next older one", name)
 
     def pointed(self) -> str | None:
-        """Returns the name in LATEST, or None if LATEST is missing. Raises (kind `corrupt`) if it is damaged."""
+        """Returns the name in LATEST, or None if LATEST is missing. Raises (kind `corrupt`) if LATEST is damaged."""
         try:
             content = bytes(self.store.get(LATEST))
         except TieredKVError as error:
@@ -155,17 +158,17 @@ class Repository:
         return pointer["name"].decode()
 
     def read(self, name: str | None = None) -> Manifest:
-        """Returns the manifest of the checkpoint `name`, or of the latest if None.
+        """Returns the manifest of the checkpoint `name`, or of the latest checkpoint if `name` is None.
 
-        Raises as `Manifest.read` and `latest`.
+        Raises the errors of `Manifest.read` and `latest`.
         """
         return Manifest.read(self.store, self.latest() if name is None else name)
 
     def publish(self, manifest: Manifest, name: str | None = None, lease: Lease | None = None) -> str:
-        """Write a manifest whose packs all exist, and then LATEST. Returns the checkpoint's name, a generated one if None is given.
+        """Write a manifest, and then its name to LATEST. Returns the name of the checkpoint, which is generated if `name` is None.
 
-        `lease`: renewed first. If it expires meanwhile, the packs are confirmed once more. Raises (kind `config`) for an invalid
-        name.
+        All packs of the manifest must exist. `lease`: is renewed first. If it expires during the write, `confirm` checks the packs
+        before LATEST is written. Raises (kind `config`) if the name is invalid.
         """
         name = new_name(self.now_s()) if name is None else name
         if not may_be_manifest(name):
@@ -181,14 +184,15 @@ class Repository:
         return name
 
     def point(self, name: str) -> None:
-        """Write the name of this checkpoint to LATEST."""
+        """Write `name` to LATEST, and so make it the latest checkpoint."""
         self.store.put(LATEST, [b"TKVLATEST 1 %s %s\n" % (name.encode(), _name_digest(name.encode()).encode())])
 
     def known(self) -> KnownPacks:
-        """Returns the blocks in all packs that are listed in full size.
+        """Returns the blocks in all complete packs, and the sizes of all packs.
 
-        They are from all manifests, of which the newest takes precedence, and from packs that no manifest names. Damaged objects
-        are logged and left out. Cost: reads every manifest, and the footers of packs that a crash has left.
+        The blocks of a pack are read from the manifests that name the pack, and the newest manifest takes precedence. If no manifest
+        names it, they are read from its footer. Damaged objects are logged and left out. Cost: reads every manifest, and the footer
+        of every pack that no manifest names (a crash leaves such packs).
         """
         sizes = self.store.sizes()
         packs = {name: nbytes for name, nbytes in sizes.items() if pack_prefix(name) == ""}
@@ -207,9 +211,9 @@ class Repository:
         return KnownPacks(entries, packs)
 
     def confirm(self, packs: Iterable[tuple[str, int]]) -> None:
-        """Check that each of these packs exists, by reading its footer.
+        """Check that each of these packs (name and bytes) exists in full, by reading its end.
 
-        Raises (kind `storage`) naming the first that does not.
+        Raises (kind `storage`) for the first pack that is missing or incomplete.
         """
         for problem in self._each(self._missing, list(packs)):
             if problem:
@@ -217,10 +221,11 @@ class Repository:
 
     @contextmanager
     def lease(self, kind: str = "checkpoint", log: Callable[[str], object] = log.info) -> Iterator[Lease]:
-        """Hold a lease until the end of the with block. Meanwhile no process deletes anything in this store.
+        """Hold a lease until the end of the with block. Meanwhile no process deletes anything in this object store.
 
-        Writers of checkpoints need it, and readers whose checkpoint must not be deleted. If another process is deleting, this
-        calls `log` and waits for it. Raises (kind `storage`) if that takes too long. Renew the lease before `TTL_S` has passed.
+        Writers of checkpoints need a lease, and so do readers of a checkpoint that must not be deleted. If another process is
+        deleting, calls `log` and waits until it has finished. Raises (kind `storage`) if the wait takes too long. The caller must
+        renew the lease before `TTL_S` has passed.
         """
         self._await_collector(log)
         lease = Lease(self.store, kind, self.now_s)
@@ -233,12 +238,13 @@ class Repository:
     def collect(self, keep: int | None) -> CollectionResult:
         """Delete old checkpoints, and packs that no checkpoint uses. Returns the counts.
 
-        The `keep` newest generated checkpoints are kept, or all of them if None. Checkpoints that people named are always kept.
+        The `keep` newest checkpoints with generated names are kept, or all of them if `keep` is None. Checkpoints with names that
+        people chose are always kept.
         """
         return collect(self, keep)
 
     def overview(self) -> list[CheckpointSummary]:
-        """Returns all checkpoints in the order of `names`, including damaged ones. Cost: reads every manifest."""
+        """Returns a summary of every checkpoint, including damaged ones, in the order of `names`. Cost: reads every manifest."""
         names = self.names()
         found = dict(zip(names, self._each(self._manifest_or_error, names), strict=True))
         users: dict[str, int] = {}
@@ -250,9 +256,9 @@ class Repository:
     def verify(
         self, names: Collection[str] | None = None, progress: Callable[[int, int], object] = lambda done, total: None
     ) -> list[Problem]:
-        """Read every byte of these checkpoints, or of the whole store if None. Returns the damaged and missing objects.
+        """Read every byte of the checkpoints `names`, or of all objects if `names` is None. Returns the damaged and missing objects.
 
-        `progress`: called with the bytes done and the bytes in total.
+        `progress`: called with the number of bytes verified so far, and the number in total.
         """
         return verify(self, names, progress)
 
@@ -262,7 +268,7 @@ class Repository:
             return list(pool.map(function, items))
 
     def is_there(self, name: str) -> bool:
-        """Returns whether the object exists, by reading it. Listings may be out of date."""
+        """Returns whether the object exists. Reads its first byte, because listings may be out of date."""
         try:
             self.store.get_range(name, 0, 1)
         except TieredKVError as error:
@@ -281,7 +287,7 @@ class Repository:
         return created
 
     def _readable(self, name: str) -> Manifest | None:
-        """Returns a manifest, or None if it is damaged, which is logged, or does not exist."""
+        """Returns a manifest, or None if it does not exist or is damaged. Damage is logged."""
         manifest = self._manifest_or_error(name)
         if isinstance(manifest, TieredKVError):
             log.warning("left out: %s", manifest)
@@ -319,7 +325,7 @@ class Repository:
             return pack[0], ()
 
     def _missing(self, pack: tuple[str, int]) -> str | None:
-        """Returns a text that says what is missing of a pack, or None if it exists in full."""
+        """Read the end of a pack (name and bytes). Returns a description of the problem, or None if the pack exists in full."""
         name, nbytes = pack
         try:
             trailer = unpack_trailer(self.store.get_range(name, max(nbytes - TRAILER_BYTES, 0), TRAILER_BYTES))
@@ -332,9 +338,9 @@ class Repository:
         return None
 
     def _await_collector(self, log: Callable[[str], object], lease: Lease | None = None) -> None:
-        """Wait for a listing that shows the lease and no live delete mark.
+        """Wait until a listing shows no live delete mark, and shows the lease if one is given.
 
-        Raises (kind `storage`) if that takes too long.
+        Raises (kind `storage`) if the wait takes too long.
         """
         begun = self.now_s()
         while True:
@@ -357,19 +363,19 @@ class Repository:
 
 @contextmanager
 def open_repository(url: str, *, create: bool = True) -> Iterator[Repository]:
-    """Open the checkpoints at a URL of a form that `open_store` accepts, and close the store at the end.
+    """Open the checkpoints at a URL, and close the object store at the end of the with block. `open_store` lists the forms of URLs.
 
-    `create=False`: for reading only; a missing folder is an error and is not created.
+    `create=False`: for reading only. A missing folder is then an error; it is not created.
     """
     with open_store(url, setting="url", create=create) as store:
         yield Repository(store)
 
 
 def reusable(known: KnownPacks, wanted: Iterable[BlockId]) -> dict[BlockId, PackEntry]:
-    """Returns the entries of wanted blocks in existing packs that a new checkpoint may reuse.
+    """Returns the wanted blocks that a new checkpoint may use from existing packs, with their entries.
 
-    A pack is reused if at least half of its bytes are wanted. The blocks of other packs are written again. So at most half of
-    the bytes in a checkpoint's packs are unused.
+    A pack is reused if at least half of its bytes are wanted. Wanted blocks in other packs must be written again. So at most half
+    of the bytes in a checkpoint's packs are unused.
     """
     found = {block: known.entries[block] for block in wanted if block in known.entries}
     live: dict[str, int] = {}
@@ -380,7 +386,7 @@ def reusable(known: KnownPacks, wanted: Iterable[BlockId]) -> dict[BlockId, Pack
 
 
 def may_be_manifest(name: str) -> bool:
-    """Returns whether a name can be a checkpoint's: not that of another kind of object, not hidden, and not in a folder."""
+    """Returns whether a checkpoint may have this name. Hidden names, names in folders and names of other kinds of objects are excluded."""
     if not name or name == LATEST or "/" in name or "\n" in name or name.startswith(".") or name.endswith(".part"):
         return False
     return pack_prefix(name) is None and marker_of(name) is None
@@ -401,7 +407,7 @@ def _name_digest(name: bytes) -> str:
 
 
 def entries_in(pack: str, listed: Iterable[Entry]) -> dict[BlockId, PackEntry]:
-    """Returns the entries of a pack's footer by block, without blocks of an unknown root."""
+    """Returns the entries of a pack's footer by key and root. Blocks without a root are left out."""
     return {
         (each.key, each.root): PackEntry(pack, each.offset, each.stored_bytes, each.raw_bytes, each.codec)
         for each in listed

@@ -1,8 +1,8 @@
 """Plans resharding: which blocks for another number of tensor-parallel ranks can be built from a checkpoint's blocks.
 
-A world is a number of ranks. The ranks of one model in one world are a family: their layouts are equal, and so are their
-namespaces except for the rank. From the key of a rank's block follows the key of the whole model's block (`keys.Chain`), and from
-that the key of any rank in any world. No token ids are needed.
+A world is a number of ranks. Here the ranks of one model in one world are called a family: they have equal layouts, and equal
+namespaces except for the rank. The key of a rank's block determines the key of the whole model's block (`keys.ChainKeys`), which
+determines the key of any rank's block in any world. So no token ids are needed.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from tiered_kv.node.checkpoints.reshard_layout import Piece, opened_layout, piec
 class Target(NamedTuple):
     """A block to build for a rank of the new world.
 
-    `sources`: the checkpoint's block for each of `pieces` (`node.checkpoints.reshard_layout.join`).
+    `sources`: for each of `pieces`, the checkpoint's block that contains it (see `node.checkpoints.reshard_layout.join`).
     """
 
     key: BlockKey
@@ -35,10 +35,11 @@ class Target(NamedTuple):
 
 
 class ReshardPlan(NamedTuple):
-    """The plan of a checkpoint for a world.
+    """The plan for restoring a checkpoint in the new world.
 
-    targets: blocks to build, parents before children and hottest first. unchanged: blocks that are of that world already, in
-    their order. models: the models of both. skipped: one sentence for each reason why blocks are left out.
+    targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that are for the new
+    world already, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one sentence for each
+    reason why blocks are left out.
     """
 
     targets: list[Target]
@@ -48,7 +49,7 @@ class ReshardPlan(NamedTuple):
 
 
 class _Rank(NamedTuple):
-    """A rank of the new world, its layout and keys, and the pieces of source ranks that it consists of."""
+    """A rank of the new world: its model, its layout, its keys, and the pieces of source ranks that its blocks consist of."""
 
     model: Model
     layout: KVLayout
@@ -64,7 +65,7 @@ class _Family:
 
 
 class _RankMember(NamedTuple):
-    """A rank of a family in the checkpoint."""
+    """A rank in the checkpoint: its family, its number, and its keys."""
 
     family: _Family
     rank: int
@@ -73,7 +74,7 @@ class _RankMember(NamedTuple):
 
 @dataclass
 class _BlockOfRanks:
-    """The blocks of a family for the same tokens, by rank. `key` and `parent` are keys of the whole model."""
+    """One block of the whole model. `rows`: the checkpoint's blocks for it, by rank. `key`, `parent`: keys of the whole model."""
 
     family: _Family
     key: BlockKey
@@ -82,10 +83,10 @@ class _BlockOfRanks:
 
 
 def plan(rows: Iterable[Row], models: Iterable[Model], world: int) -> ReshardPlan:
-    """Plan how the ranks of `world` can use `rows`, which have parents before children. Returns the plan.
+    """Plan how a world of `world` ranks can use the checkpoint's blocks. Returns the plan. `rows` must have parents before children.
 
-    A block is built if all its source ranks have their blocks, and if its parent is built or already of that world. Otherwise the
-    chain ends there, and its other blocks are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.
+    A block is built if the checkpoint has it for all source ranks, and if its parent is built or unchanged. Otherwise the block and
+    its descendants are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.
     """
     if type(world) is not int or world < 1:
         raise TieredKVError(Kind.LAYOUT, f"world: must be a whole number of at least 1, got {world!r}", world=world)
@@ -115,7 +116,7 @@ class _Planner:
         self._left_out: Counter[str] = Counter()  # number of blocks by reason
 
     def know(self, model: Model) -> None:
-        """Add a model. Decides whether its blocks are unchanged, resharded or refused."""
+        """Add a model, and decide whether its blocks will be unchanged, resharded or refused."""
         try:
             namespace = _namespace(model)
             if namespace.world == self._world:
@@ -147,7 +148,7 @@ class _Planner:
         return ranks
 
     def add(self, row: Row) -> None:
-        """Add a row to the rows of other ranks for the same block of the whole model."""
+        """Add a row. A row to reshard is grouped with the rows of other ranks for the same block of the whole model."""
         if row.root in self._kept:
             self._unchanged.append(row)
         elif row.root not in self._members:
@@ -188,7 +189,7 @@ class _Planner:
 
 
 def _target(place: _BlockOfRanks, rank: _Rank) -> Target | None:
-    """Returns the block of a rank to build, or None if a source rank does not have this block."""
+    """Returns the block to build for a rank, or None if the checkpoint does not have the block for every source rank."""
     if any(piece.source not in place.rows for piece in rank.pieces):
         return None
     sources = tuple(place.rows[piece.source] for piece in rank.pieces)

@@ -1,4 +1,4 @@
-"""Restores checkpoints: each node mounts a share of the blocks, which are hits at once, and then loads the hottest of them."""
+"""Restores checkpoints: each node mounts a share of the blocks, which makes them hits at once, and then loads the hottest of them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,12 +30,12 @@ from tiered_kv.tiers.objects.credentials import credentials
 from tiered_kv.tiers.objects.mounted import MountedBlock
 
 UNEVEN = 1.1
-"""A chain stays on one node until the node has this multiple of its share."""
+"""The blocks of a chain are assigned to one node until that node has this multiple of its share of the bytes."""
 POLL_S = 0.1
 
 
 class Selection(NamedTuple):
-    """The blocks of a checkpoint to restore, in its order. skipped: one sentence for each model that is left out."""
+    """The blocks of a checkpoint to restore, in the checkpoint's order. skipped: one sentence for each model that is left out."""
 
     rows: list[Row]
     skipped: list[str]
@@ -44,8 +44,8 @@ class Selection(NamedTuple):
 class MountResult(NamedTuple):
     """The counts of a mount.
 
-    by_node: blocks that are hits from now on. no_room: blocks left out because the indexes are full. too_lossy: blocks left out
-    because their error is larger than the cluster's settings allow.
+    by_node: the number of mounted blocks of each node; these are hits from now on. no_room: blocks left out because the indexes are
+    full. too_lossy: blocks left out because their error is larger than the cluster's settings allow.
     """
 
     by_node: dict[str, int]
@@ -54,9 +54,10 @@ class MountResult(NamedTuple):
 
 
 def select(manifest: Manifest, *, block_tokens: int | None = None, wanted: Callable[[Model], bool] = lambda _: True) -> Selection:
-    """Select the blocks of the models for which `wanted` is true, and whose blocks have `block_tokens` tokens (None: any).
+    """Select the models to restore. Returns their blocks, and the reasons for leaving out the other models.
 
-    Models of an opaque layout are selected whatever `block_tokens` is: their engine chooses the size of its blocks itself.
+    A model is selected if `wanted(model)` is true and its blocks have `block_tokens` tokens (None: any number). For a model of an
+    opaque layout `block_tokens` is ignored, because its engine chooses the size of its blocks.
     """
     skipped: list[str] = []
     roots: set[BlockKey] = set()
@@ -74,7 +75,7 @@ def select(manifest: Manifest, *, block_tokens: int | None = None, wanted: Calla
 
 
 def title(model: Model) -> str:
-    """Returns the name of a model for people."""
+    """Returns a readable name of a model: its name or weights, its tenant and rank where it has them, and the start of its root."""
     facts = model.namespace or {}
     weights = str(facts.get("weights", ""))
     parts = [model.name or (weights[:12] if len(weights) == 64 else weights)]
@@ -86,14 +87,17 @@ def title(model: Model) -> str:
 
 
 def matches(model: Model, wanted: Iterable[str]) -> bool:
-    """Returns whether one of these texts is a model's tenant, or the start of its weights' name, of its name or of its root."""
+    """Returns whether one of the texts in `wanted` matches a model.
+
+    A text matches if it is the model's tenant, or if the model's name, its weights or its root in hex start with it.
+    """
     facts = model.namespace or {}
     names = [model.root.hex(), str(facts.get("weights", "")), model.name]
     return any(text and (text == facts.get("tenant") or any(name.startswith(text) for name in names)) for text in wanted)
 
 
 class ChainBlock(Protocol):
-    """A block that is assigned to a node: a row, or a block to build."""
+    """A block to assign to a node: a row of a manifest to mount, or a resharded block to build."""
 
     @property
     def key(self) -> BlockKey:
@@ -101,7 +105,7 @@ class ChainBlock(Protocol):
 
     @property
     def parent(self) -> BlockKey | None:
-        """The key of its parent, None for the first block of a chain."""
+        """The key of the block's parent, or None for the first block of a chain."""
 
 
 B = TypeVar("B", bound=ChainBlock)
@@ -112,7 +116,7 @@ def assign_nodes(
 ) -> dict[str, list[B]]:
     """Assign blocks to nodes in proportion to the room in their host memory and on disk. Returns the blocks of each node, in order.
 
-    The blocks of a chain go to one node where possible.
+    The blocks of one chain are assigned to one node where possible. `size`: returns the bytes of a block.
     """
     weights = {node: capacity.host_bytes + capacity.disk_bytes for node, capacity in capacities.items()}
     if not any(weights.values()):
@@ -133,7 +137,7 @@ def assign_nodes(
 
 
 def mount(call: CallNodes, nodes: Sequence[str], url: str, manifest: Manifest, rows: Sequence[Row]) -> MountResult:
-    """Make these rows of a manifest hits on the nodes. Returns the counts. Raises the first error of a node."""
+    """Mount these blocks of a checkpoint on the nodes, which makes them hits. Returns the counts. Raises the first error of a node."""
     shares = assign_nodes(rows, call_all(call, nodes, LoadCapacityRequest()))
     by_node: dict[str, int] = {}
     models = _descriptions(manifest.models)
@@ -157,9 +161,9 @@ def reshard(
     stopped: Event | None = None,
     poll_s: float = POLL_S,
 ) -> LoadProgress:
-    """Make nodes build the blocks of a plan, and wait until they are done. Returns the counts. Raises as `wait_until_loaded`.
+    """Make the nodes build the blocks of a plan, and wait until they are built. Returns the counts.
 
-    `max_rate`: bytes per second of all nodes together, None for no limit.
+    `max_rate`: the limit in bytes per second for all nodes together, or None. Raises the errors of `wait_until_loaded`.
     """
     shares = assign_nodes(plan.targets, call_all(call, nodes, LoadCapacityRequest()), attrgetter("raw_bytes"))
     for node, targets in shares.items():
@@ -186,7 +190,7 @@ def _resharded(manifest: Manifest, targets: Iterable[Target], numbers: Mapping[i
 
 
 def _descriptions(models: Iterable[Model]) -> dict[BlockKey, dict[str, Any]]:
-    """Returns the models' descriptions for nodes that have no worker yet. The next checkpoint needs them."""
+    """Returns the descriptions of the models, by root. The next checkpoint needs them, and nodes without workers do not have them yet."""
     return {
         model.root: ModelInfo(model.layout, (model.namespace or {}).get("weights", model.name), namespace=model.namespace).as_message()
         for model in models
@@ -195,7 +199,7 @@ def _descriptions(models: Iterable[Model]) -> dict[BlockKey, dict[str, Any]]:
 
 
 def _packs_of(manifest: Manifest, rows: Sequence[Row]) -> tuple[list[str], dict[int, int]]:
-    """Returns the names of the packs that contain the rows, and the index of each among them, by its number in the manifest."""
+    """Returns the names of the packs that contain the rows, and a table from a pack's number in the manifest to its index in this list."""
     numbers = {pack: number for number, pack in enumerate(dict.fromkeys(row.pack for row in rows))}
     return [manifest.packs[pack][0] for pack in numbers], numbers
 
@@ -214,9 +218,9 @@ def load(
     stopped: Event | None = None,
     poll_s: float = POLL_S,
 ) -> LoadProgress:
-    """Make nodes load their mounted blocks, and wait until they are done. Returns the counts. Raises as `wait_until_loaded`.
+    """Make the nodes load their mounted blocks, and wait until they have done so. Returns the counts.
 
-    `max_rate`: bytes per second of all nodes together, None for no limit.
+    `max_rate`: the limit in bytes per second for all nodes together, or None. Raises the errors of `wait_until_loaded`.
     """
     call_all(call, nodes, LoadRequest(max_rate and max_rate / len(nodes)))
     return wait_until_loaded(call, nodes, progress=progress, stopped=stopped, poll_s=poll_s)
@@ -232,8 +236,8 @@ def wait_until_loaded(
 ) -> LoadProgress:
     """Wait until nodes have loaded their blocks. Returns the counts of all nodes together.
 
-    progress: called with the counts after each poll. stopped: set it to stop; mounted blocks are still hits. Raises the first
-    error of a node, and (kind `storage`) if `stopped` was set.
+    progress: called with the counts after each poll. stopped: an event that the caller sets to end the loading. The mounted blocks
+    are still hits then. Raises the first error of a node, and (kind `storage`) if `stopped` was set.
     """
     stopped = stopped or Event()
     while True:
@@ -249,12 +253,15 @@ def wait_until_loaded(
 
 
 def load_progress(call: CallNodes, nodes: Sequence[str]) -> LoadProgress:
-    """Returns the state of loading of all nodes together."""
+    """Returns the progress of loading, for all nodes together."""
     return total_of(call_all(call, nodes, LoadProgressRequest()).values())
 
 
 def total_of(several: Iterable[LoadProgress]) -> LoadProgress:
-    """Returns the sums of counts, all problems, and the first error. It is done if all are."""
+    """Combine the progress of several nodes. Returns the sums of the counts, all problems, and the first error.
+
+    The result is done if all nodes are done.
+    """
     each = list(several)
     return LoadProgress(
         mounted=sum(one.mounted for one in each),

@@ -1,6 +1,6 @@
-"""Writes checkpoints: the nodes write the blocks of their snapshots to packs, and the manifest is written last.
+"""Writes checkpoints: the nodes write the blocks of their snapshots to packs. The manifest is written last.
 
-Blocks that an existing pack contains are not written again.
+A block that is already in a pack is not written again, unless too little of that pack is still needed (`repository.reusable`).
 """
 
 import logging
@@ -39,8 +39,8 @@ RENEW_S = 60.0
 class CheckpointFilter(NamedTuple):
     """The filter for the blocks of a checkpoint.
 
-    tiers: values of `Tier`; None means all but objects. models: whether the blocks of a model are included. min_hits: the least
-    number of uses of a block. may_be_empty: if False and no block matches, no checkpoint is written.
+    tiers: the values of `Tier` to include; None means all except objects. models: returns whether to include the blocks of a model.
+    min_hits: the least number of uses of a block. may_be_empty: whether to write a checkpoint if no block matches, instead of raising.
     """
 
     tiers: tuple[int, ...] | None = None
@@ -53,7 +53,7 @@ EVERYTHING = CheckpointFilter()
 
 
 class WriteProgress(NamedTuple):
-    """Progress of writing: blocks and bytes of frames that are written, and how many there are to write."""
+    """The progress of writing. blocks, nbytes: the blocks and bytes of frames written so far. all_blocks, all_bytes: the same in total."""
 
     blocks: int
     all_blocks: int
@@ -64,10 +64,10 @@ class WriteProgress(NamedTuple):
 class CheckpointResult(NamedTuple):
     """The counts of a written checkpoint.
 
-    blocks, nbytes: all its blocks, and the bytes of their frames. new_blocks, new_bytes: those that were not in a pack before.
-    packs, new_packs: all its packs, and those written now. written_bytes: bytes of the new packs. left: blocks that were evicted
-    before they could be written. orphans: blocks that could never be hits, because no node has one of their ancestors. The
-    checkpoint contains neither of the last two.
+    blocks, nbytes: all its blocks, and the bytes of their frames. new_blocks, new_bytes: the same of the blocks in new packs.
+    packs, new_packs: all its packs, and those written now. written_bytes: bytes of the new packs. Two kinds of blocks are not in the
+    checkpoint. left: blocks that were evicted before they could be written. orphans: blocks that could never be hits, because no
+    node has one of their ancestors.
     """
 
     name: str
@@ -85,8 +85,9 @@ class CheckpointResult(NamedTuple):
 class CheckpointJob:
     """Writes one or more checkpoints of a cluster's nodes.
 
-    max_rate: bytes per second of all nodes together, None for no limit. origin: the name of the cluster, stored in the
-    manifest. progress: called with the progress after each poll. stopped: set it to stop. poll_s: seconds between two polls.
+    max_rate: the limit in bytes per second for all nodes together, or None. origin: the name of the cluster, stored in the
+    manifest. progress: called after each poll of the nodes. stopped: an event that the caller sets to end the writing. poll_s:
+    seconds between two polls.
     """
 
     def __init__(
@@ -123,8 +124,8 @@ class CheckpointJob:
     ) -> CheckpointResult:
         """Write a checkpoint of the nodes' blocks under `name`, or under a generated name. Returns its counts.
 
-        `models`: descriptions of models that the nodes may not have. Raises (kind `storage`) if a node or the store fails, or if
-        `stopped` is set. Then no checkpoint is listed, but complete packs are kept, and the next checkpoint reuses them.
+        `models`: descriptions of models that the nodes may not have. Raises (kind `storage`) if a node or the object store fails, or
+        if `stopped` is set. In that case no checkpoint is published. Complete packs are kept, and the next checkpoint reuses them.
         """
         with self._repository.lease("checkpoint", log=self._log) as lease:
             known = self._repository.known()  # read before the snapshots are taken, because nodes drop a snapshot after a while
@@ -142,13 +143,13 @@ class CheckpointJob:
                 new = [block for block in whole.blocks if (block.best.key, block.best.root) not in kept]
                 written = self._write_packs(assign_writers(new), new, lease, ticket)
             finally:
-                self._call(self._nodes, StopWritingRequest(ticket))  # the ticket protects a checkpoint that another process has started
+                self._call(self._nodes, StopWritingRequest(ticket))  # with the ticket, this stops no other process's checkpoint
             return self._publish(whole, ExistingPacks(kept, known.packs), written, described, name, extra or {}, lease)
 
     def _write_packs(
         self, shares: dict[str, list[BlockKey]], new: Sequence[MergedBlock], lease: Lease, ticket: str
     ) -> dict[str, WriteStatus]:
-        """Make each node write its share of the new blocks, and wait for all. Returns the state of each node."""
+        """Make each node write its share of the new blocks, and wait until all are written. Returns the final status of each node."""
         all_bytes = sum(block.best.stored_bytes for block in new)
         rate = self._rate and self._rate / max(len(shares), 1)
         url = self._repository.store.url
@@ -185,7 +186,7 @@ class CheckpointJob:
         extra: dict[str, Any],
         lease: Lease,
     ) -> CheckpointResult:
-        """Write the manifest of the blocks in reused and newly written packs. Returns the counts of the checkpoint."""
+        """Write the manifest, with the blocks in existing packs and those in new packs. Returns the counts of the checkpoint."""
         new_packs = {info.name: info for each in written.values() for info in each.packs}
         entries = dict(existing.entries)
         for info in new_packs.values():
@@ -221,19 +222,23 @@ def _id_of(block: MergedBlock) -> BlockId:
 
 
 def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
-    """Returns whether an existing frame may replace the block: one written by a cluster of lower quality may not."""
+    """Returns whether a checkpoint may contain an existing frame instead of this copy of the block.
+
+    Returns False if the frame has a lossy codec other than the copy's codec, because a cluster of lower quality wrote that frame.
+    Returns True if there is no frame (None).
+    """
     return entry is None or entry.codec == block.best.codec or not is_lossy(entry.codec)
 
 
 class ExistingPacks(NamedTuple):
-    """Blocks that are not written again: their entries in existing packs, and the size of each pack in bytes."""
+    """The blocks that are not written again: their entries in existing packs, and the size of each existing pack in bytes."""
 
     entries: dict[BlockId, PackEntry]
     packs: dict[str, int]
 
 
 def _row(block: MergedBlock, entry: PackEntry, numbers: dict[str, int]) -> Row:
-    """Returns the manifest row of a block. `numbers`: pack numbers by name; a new pack is added to it."""
+    """Returns the manifest row of a block. `numbers`: the packs' numbers by name; if the pack has none, the next one is added."""
     best, pack = block.best, numbers.setdefault(entry.pack, len(numbers))
     where = entry.offset, entry.stored_bytes, entry.raw_bytes, entry.codec
     return Row(best.key, best.parent, best.root, block.depth, pack, *where, best.tier, block.hits)
@@ -242,7 +247,7 @@ def _row(block: MergedBlock, entry: PackEntry, numbers: dict[str, int]) -> Row:
 def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[Model]:
     """Returns the model of each root in the snapshots.
 
-    Its description is from the caller (`known`), else from workers. If neither has described it, only the root is known.
+    Its description is the caller's (in `known`), else that of workers. If there is none, the result has only the root.
     """
     models = {entry.root: Model(entry.root) for snapshot in snapshots.values() for entry in snapshot.blocks}
     for snapshot in snapshots.values():

@@ -19,14 +19,14 @@ THREADS = 8
 
 
 class Problem(NamedTuple):
-    """A damaged or missing object, and what is wrong with it."""
+    """The name of a damaged or missing object, and a description of the problem."""
 
     object: str
     message: str
 
 
 class _ListedFrame(NamedTuple):
-    """A frame as a footer or a manifest describes it."""
+    """A frame as a pack's footer or a manifest describes it."""
 
     offset: int
     stored_bytes: int
@@ -52,7 +52,7 @@ class _Range(NamedTuple):
 
 
 def verify(repository: "Repository", names: Collection[str] | None, progress: Callable[[int, int], object]) -> list[Problem]:
-    """Verify as `Repository.verify` describes. Returns the problems, each once."""
+    """Verify checkpoints, as `Repository.verify` describes. Returns the problems without duplicates."""
     store = repository.store
     sizes = store.sizes()
     chosen = repository.names_in(sizes) if names is None else list(names)
@@ -86,9 +86,9 @@ def verify(repository: "Repository", names: Collection[str] | None, progress: Ca
 
 
 def _manifests(repository: "Repository", names: Iterable[str], were_named: bool) -> tuple[dict[str, Manifest], list[Problem]]:
-    """Read manifests. Returns those that are valid, and the problems of the others.
+    """Read the manifests `names`. Returns the valid ones by name, and a problem for each invalid one.
 
-    An object that was never a manifest is a problem only if the caller named it.
+    `were_named`: whether the user chose the names. If not, an object that was never a manifest is not a problem.
     """
     found: dict[str, Manifest] = {}
     problems: list[Problem] = []
@@ -128,9 +128,9 @@ def _footer(store: ObjectStore, pack: str, nbytes: int) -> set[_ListedFrame] | P
 def _rows(
     name: str, manifest: Manifest, footers: dict[str, set[_ListedFrame] | Problem], frames: dict[str, set[_ListedFrame]]
 ) -> Iterable[Problem]:
-    """Yields a problem for each row that is not in its pack's footer.
+    """Yields a problem for each row of a manifest whose frame is not in the footer of its pack.
 
-    If a pack has no valid footer, its rows are added to `frames` instead, so that they are still verified.
+    If a pack has no valid footer, the frames of its rows are added to `frames` instead. So their bytes are still verified.
     """
     for row in manifest.rows:
         pack = manifest.packs[row.pack][0]
@@ -142,7 +142,7 @@ def _rows(
 
 
 def _ranges(pack: str, frames: Collection[_ListedFrame]) -> Iterable[_Range]:
-    """Yields the frames in ranges of up to `RANGE_BYTES`. A larger frame is a range of its own."""
+    """Group the frames of a pack into ranges of up to `RANGE_BYTES`. A larger frame is a range of its own."""
     current: list[_ListedFrame] = []
     for frame in sorted(frames, key=lambda frame: (frame.offset, frame.stored_bytes, frame.key)):
         if current and frame.end - current[0].offset > RANGE_BYTES:

@@ -12,9 +12,9 @@ from tiered_kv.keys import as_token_ids
 
 
 class Rule(NamedTuple):
-    """The values of one setting of generate with which the cache can be used.
+    """A rule for one setting of `generate`: with which values the cache can be used.
 
-    allows: returns whether a value is one of them. why: the reason for the error text if it is not.
+    allows: returns whether a value is allowed. why: the reason in the error text if a value is not allowed.
     """
 
     allows: Callable[[Any], bool]
@@ -61,9 +61,9 @@ _BESIDE = frozenset({"attention_mask", "tokenizer"})
 
 
 def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Returns the prompt as ids (1, n).
+    """Check whether a request of one prompt can use the cache. Returns the prompt as token ids (1, n).
 
-    Raises (kind `model`), and names the argument, if the request cannot use the cache. Raises (kind `tokens`) for an empty prompt.
+    Raises (kind `model`, with the name of the argument) if the cache cannot be used, and (kind `tokens`) for an empty prompt.
     """
     _check_model(model)
     prompt = _one_prompt(model, input_ids)
@@ -84,7 +84,10 @@ class Batch(NamedTuple):
 
 
 def check_batch(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> Batch:
-    """Returns the prompts of a request with padding on the left, beams or several answers. Raises as `check_request`."""
+    """Check a request that may have several prompts, padding on the left, beams or several answers. Returns its prompts.
+
+    Raises (kind `model`, with the name of the argument) if the cache cannot be used.
+    """
     _check_model(model)
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
         got = f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
@@ -98,7 +101,7 @@ def check_batch(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> Bat
 
 
 def left_pads(input_ids: torch.Tensor, mask: torch.Tensor) -> list[int]:
-    """Returns the number of padding columns on the left of each prompt. Raises (kind `model`) for any other mask."""
+    """Returns the number of padding columns on the left of each prompt. Raises (kind `model`) if the mask has zeros elsewhere."""
     if tuple(mask.shape) == tuple(input_ids.shape) and bool(((mask == 0) | (mask == 1)).all()):
         pads = (mask == 0).sum(1)
         columns = torch.arange(mask.shape[1], device=mask.device)
@@ -127,7 +130,7 @@ def _check_arguments(model: Any, arguments: Mapping[str, Any], rules: Mapping[st
 
 
 def effective(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of a setting that generate uses: the argument, else that of the given generation config, else the model's."""
+    """Returns the value that `generate` uses for a setting: the argument, else the given generation config's, else the model's."""
     if name in arguments:
         return arguments[name]
     for config in (arguments.get("generation_config"), model.generation_config):

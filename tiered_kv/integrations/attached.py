@@ -1,8 +1,8 @@
-"""Attaches a cache to a model: its own `generate` and `forward` fetch and store prefixes, with the same arguments and results.
+"""Attaches a cache to a model: its own `generate` and `forward` then fetch and store prefixes, with the same arguments and results.
 
-The cache never changes a result. A call that cannot use it correctly runs without it, and is counted by the reason. If a call
-needs what a reused prefix does not have (logits of every token, hidden states), the model computes all tokens, and their KV is
-only stored.
+The cache never changes a result. A call that cannot use the cache correctly runs without it, and is counted by the reason. A call
+that needs results for every token (all logits, hidden states) fetches no prefix: the model computes all tokens, and their KV is
+stored.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Attachment:
     """Handles the calls of a model between `attach` and `detach`. Thread-safe for the model's calls.
 
     `serving` returns the `CachedModel` of the model's current weights. `passes_training`: whether calls in training mode run
-    without the cache; if not, they raise.
+    without the cache; if False, they raise.
     """
 
     def __init__(self, model: Any, serving: Callable[[], CachedModel], *, passes_training: bool = False) -> None:
@@ -52,7 +52,7 @@ class Attachment:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the model's calls are handled here."""
+        """Whether this attachment handles the model's calls now."""
         return bool(self._hooks)
 
     def attach(self) -> None:
@@ -66,9 +66,9 @@ class Attachment:
                 setattr(self.model, name, self._hooks[name])
 
     def detach(self) -> None:
-        """Give the model its own methods back. A second call does nothing.
+        """Restore the model's own methods. A second call does nothing.
 
-        Methods that others have set over the hooks since stay in place, and run without a cache.
+        If other code has replaced a hooked method since `attach`, the replacement stays, and runs without a cache.
         """
         hooks, self._hooks = self._hooks, {}
         for hook in hooks.values():
@@ -93,7 +93,7 @@ class Attachment:
         return output
 
     def _planned(self, prompt: Any, given: dict[str, Any]) -> Callable[[Callable], tuple[Any, GenerateReport]]:
-        """Returns a function that runs the request. Raises (kinds `model`, `tokens`) if it cannot use the cache."""
+        """Returns a function that runs the request. Raises (kinds `model`, `tokens`) if the request cannot use the cache."""
         cached = self._serving()
         try:
             check_request(self.model, prompt, given)
@@ -104,7 +104,7 @@ class Attachment:
 
     def _run_batch(self, cached: CachedModel, batch: Batch, plain: Callable, given: dict[str, Any]) -> tuple[Any, GenerateReport]:
         rows = Rows.of(cached, batch.input_ids, batch.pads)
-        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column must be computed
+        reused = rows.common(batch.input_ids.shape[1] - 1)  # the last column's logits choose the next token
         cache = rows.cache(reused, batch.copies)
         output = plain(batch.input_ids, past_key_values=cache, **given)
         rows.store(cache, batch.copies)
@@ -187,7 +187,7 @@ class Attachment:
         return getattr(self._inside, "depth", 0) > 0
 
     def bypass(self, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Run a function that calls the model, with these calls bypassing the cache. Returns the function's result."""
+        """Run a function whose calls of the model bypass the cache. Returns the function's result."""
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
         try:
             return function(*arguments, **options)
@@ -227,7 +227,7 @@ class MethodHook:
 
     @property
     def replaced_method(self) -> Callable | None:
-        """The function that was set on the model before this hook (`identity.below_hook`), or None for its class's own method."""
+        """The function that this hook replaced (see `identity.below_hook`), or None if it replaced the method of the model's class."""
         return self._before
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -238,7 +238,7 @@ class MethodHook:
         return getattr, (self._model, self._name)
 
     def remove(self) -> None:
-        """Restore the method from before, unless another function was set over this hook."""
+        """Restore the method that this hook replaced, unless this hook was itself replaced since."""
         if vars(self._model).get(self._name) is not self:
             return
         delattr(self._model, self._name)
@@ -247,7 +247,7 @@ class MethodHook:
 
 
 class Rows(NamedTuple):
-    """The prompts of a batch: the token ids, padding columns on the left, and fetched prefix of each."""
+    """The prompts of a batch. ids, pads, found: each row's token ids, its number of padding columns on the left, its fetched prefix."""
 
     cached: CachedModel
     columns: int
@@ -263,7 +263,7 @@ class Rows(NamedTuple):
     ) -> "Rows":
         """Returns the rows of `input_ids` (B, N), with their fetched prefixes if `fetch` is set.
 
-        Each row has `lengths` tokens after its padding; None means up to the end.
+        `lengths`: each row's number of tokens after its padding; None: every row ends in the last column.
         """
         whole = as_token_ids(input_ids.reshape(-1)).reshape(input_ids.shape)
         ends = [input_ids.shape[1]] * len(pads) if lengths is None else [a + b for a, b in zip(pads, lengths, strict=True)]
@@ -273,12 +273,12 @@ class Rows(NamedTuple):
         return cls(cached, input_ids.shape[1], ids, pads, found, state)
 
     def common(self, most: int) -> int:
-        """Returns how many leading columns are fetched, or padding, in all rows, at most `most`."""
+        """Returns how many leading columns are fetched or padding in every row, at most `most`. 0 if no row has fetched tokens."""
         reach = min(pads + each.tokens for pads, each in zip(self.pads, self.found, strict=True))
         return 0 if not any(each.tokens for each in self.found) else max(min(reach, most), 0)
 
     def cache(self, columns: int, copies: int = 1) -> DynamicCache:
-        """Returns a cache of the first columns of all rows, each row `copies` times. Padding is zeros, which the mask hides."""
+        """Returns a cache of the first `columns` columns, each row repeated `copies` times. Padding is zeros, which the mask hides."""
         cache = DynamicCache(config=self.cached.model.config)
         if not columns:
             return cache
@@ -294,7 +294,7 @@ class Rows(NamedTuple):
         return cache
 
     def store(self, cache: DynamicCache, copies: int = 1) -> None:
-        """Store the whole blocks of the prompts that were not fetched."""
+        """Store those whole blocks of the prompts that were not fetched. `copies`: how often `cache` repeats each row."""
         if self.state is None or not self.state.watch.is_unwritten():
             return
         for row, (ids, pads, each) in enumerate(zip(self.ids, self.pads, self.found, strict=True)):

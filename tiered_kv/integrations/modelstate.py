@@ -1,6 +1,6 @@
-"""Follows a model's state, and so the namespace of its KV, at every request.
+"""Follows the state of a model, which determines the namespace of its KV.
 
-The current state is compared with the known states, and read again if it is new.
+Each request compares the model's current state with the known states. A new state is read.
 """
 
 import logging
@@ -21,11 +21,11 @@ from tiered_kv.protocol.probes import Probe
 log = logging.getLogger(__name__)
 
 STATES_MAX = 8
-"""The number of states to remember, so that a return to one of them (another LoRA adapter) reads nothing."""
+"""The number of states to remember. A return to a remembered state (such as an earlier LoRA adapter) reads nothing."""
 
 
 class MovingClient(Protocol):
-    """The methods of a client that follow a model's changes."""
+    """A client that can change its namespace when the model changes."""
 
     namespace: Namespace
 
@@ -33,7 +33,10 @@ class MovingClient(Protocol):
         """Use another namespace from now on. Raises `TieredKVError` if the node's settings forbid it."""
 
     def variant_of(self, namespace: Namespace, probe: Probe) -> str | None:
-        """Returns the variant of a namespace for a model with this probe, or None while the node does not answer."""
+        """Returns the variant for a model with this probe, or None while the node does not answer.
+
+        Variants separate models of one namespace that compute different KV.
+        """
 
 
 @dataclass
@@ -51,16 +54,15 @@ class State:
     variant: str | None = None
     refusal: TieredKVError | None = None
     used: Namespace | None = None
-    """The namespace that a client last got for this state."""
+    """The namespace that a client was last given for this state."""
 
 
 class ModelState:
     """Follows the state of one model. Thread-safe.
 
     `given`: the namespace of the model's current state, if it is known. Otherwise the first request reads it, with one pass over
-    the weights and three runs of a few tokens. `probe`: the model's probe in that state, which later states are compared with.
-    After a change, only what has changed is read. `generates`: as for
-    `check_supported`.
+    the weights and three runs of a few tokens. `probe`: the model's probe in that state, from which the client finds the variant.
+    After a change of the model, only what has changed is read. `generates`: as for `check_supported`.
     """
 
     def __init__(
@@ -98,13 +100,13 @@ class ModelState:
             return known
 
     def forget(self) -> None:
-        """Read everything again at the next request. Call it after a change that cannot be detected."""
+        """Forget all states, so that the next request reads everything again. Call it after a change that cannot be detected."""
         with self._lock:
             self._states.clear()
             self._sums = Sums()
 
     def as_namespace(self, **others: Any) -> Namespace:
-        """Returns the namespace of the current state. `others`: its fields that do not come from the model.
+        """Returns the namespace of the current state. `others`: the namespace's fields that do not come from the model.
 
         Raises (kind `model`) if the model cannot use the cache.
         """
@@ -153,7 +155,7 @@ class ModelState:
         return True
 
     def _read(self) -> State:
-        """Read and return the current state. Sums of tensors that were not written since the last read are reused."""
+        """Read the current state. Returns it. Digests of tensors that were not written since the last read are reused."""
         if not isinstance(self.model, torch.nn.Module):
             check_supported(self.model)  # raises the reason
         before = _numbers(self.model)
@@ -168,7 +170,10 @@ class ModelState:
         return State(watch, shape, content, probe_of(cache), self._private_variant(walked) or None)
 
     def _private_variant(self, walked: ModelWalk) -> str:
-        """Returns the variant for a model with this foreign code. It stays the same as long as the code does."""
+        """Returns a variant for a model with foreign code, whose effect on KV is unknown, or "" for a model without foreign code.
+
+        The same code objects get the same variant.
+        """
         code = [each for _, each in walked.foreign]
         for known, variant in self._private:
             if len(known) == len(code) and all(ours is theirs for ours, theirs in zip(known, code, strict=True)):
@@ -192,7 +197,7 @@ class ModelState:
 
 
 def _numbers(model: Any) -> dict[tuple[str, str], Any]:
-    """Returns all attributes of modules that are numbers. Those that a run changes are counters, and do not affect KV."""
+    """Returns the numeric attributes of all modules, by module and name. Those that a run changes are counters, which do not affect KV."""
     return {
         (where, name): value
         for where, module in model.named_modules()

@@ -19,6 +19,9 @@ def prefix_kv(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 @torch.inference_mode()
 def continued(model: Any, ids: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Run the tokens of `ids` that follow the prefix in `kv`. Returns their next tokens' log-probabilities (tokens, vocabulary)."""
+    """Run the tokens of `ids` that follow the prefix in `kv`.
+
+    Returns for each of these tokens the log-probabilities of the token after it, (tokens, vocabulary).
+    """
     cache = cache_from_kv(kv.to(model.device, model.dtype), model.config)
     return model(ids[:, kv.shape[3] :].to(model.device), past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)

@@ -1,7 +1,7 @@
 """Computes the probe of a model: its KV of a few fixed tokens, as a small vector that workers of one namespace compare.
 
-A probe shows changes that no digest of weights and settings can detect: a class whose code was changed, a function replaced by
-one of the same name, a kernel that computes something else. The tolerances come from measurements in
+A probe reveals changes that no digest of weights and settings can detect: a class whose code was changed, a function replaced by
+another of the same name, a kernel that computes something else. The tolerances come from measurements in
 docs/design/021-probes-and-model-checks.md.
 """
 
@@ -20,10 +20,10 @@ _TOLERANCE_ELSE = (1.2e-2, 0.12)
 
 
 def probe_of(cache: DynamicCache) -> Probe:
-    """Returns the probe of a model, from its KV of the tokens of `support.examine`. Cost: less than a millisecond per layer.
+    """Returns the probe of a model, from the KV that `support.examine` returns. Cost: less than a millisecond per layer.
 
     The keys and the values of each layer are reduced to their norm and a sketch. The sketch has sums of the numbers with fixed
-    signs. Its differences are in expectation as large as those of the numbers (Charikar, Chen, Farach-Colton, 2002).
+    signs. The expected distance of two sketches is the distance of the original numbers (Charikar, Chen, Farach-Colton, 2002).
     """
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     width = max(1, min(SKETCH_FLOATS_MAX, VECTOR_FLOATS // len(parts) - 1))

@@ -6,9 +6,9 @@ from tiered_kv.codecs.rotation import rope_of
 
 
 def rope_of_model(model: Any) -> bytes | None:
-    """Returns the `rope` parameter of a transformers model's codecs.
+    """Returns the rope of a transformers model, as the parameter `rope` of codecs.
 
-    It is b"" if the model has learned positions instead, and None if the rotation is unknown or depends on the text's length.
+    Returns b"" if the model has learned positions instead, and None if its rotation is unknown or depends on the text's length.
     """
     body = getattr(model, "base_model", model)
     frequencies = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)

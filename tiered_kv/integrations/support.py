@@ -18,7 +18,7 @@ from tiered_kv.layout import KVLayout
 PROBE_TOKENS = 8
 PROBE_PREFIX_TOKENS = 5
 PROBE_STRIDE = 7919
-"""The difference between two consecutive token ids of the run, modulo the vocabulary. The ids are the same in every process."""
+"""The difference between consecutive token ids of the test run, modulo the vocabulary size. The ids are equal in every process."""
 # The largest difference between two ways to compute the same KV, relative to its norm. A wrong position changes keys by 0.3 or more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2}
 _TOLERANCE_ELSE = 0.2
@@ -26,7 +26,7 @@ _TOLERANCE_ELSE = 0.2
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The shape of a model's cache as it really is: sizes, dtype, and the device of each layer."""
+    """The shape of a model's cache, as measured in a run: sizes, dtype, and the device of each layer."""
 
     layers: int
     kv_heads: int
@@ -40,21 +40,21 @@ class CacheShape:
 
 
 def layout_of(model: Any, block_tokens: int = 64) -> KVLayout:
-    """Returns the layout of a model's KV blocks, from its real cache. Raises as `check_supported`, at the same cost."""
+    """Returns the layout of a model's KV blocks, as measured by `check_supported`. Same cost and errors."""
     return check_supported(model).layout(block_tokens)
 
 
 def check_supported(model: Any, *, generates: bool = True) -> CacheShape:
     """Returns the shape of the model's cache. Raises `TieredKVError` (kind `model`) with the reason if its KV cannot be reused.
 
-    With `generates=False`, accepts a decoder without a language head too, such as one from `AutoModel`, and runs its forward.
-    Cost: three runs of the model on at most eight tokens. Draws no random numbers, and changes no state of the model.
+    `generates=False`: also accept a decoder without a language head, such as one from `AutoModel`, and run its forward.
+    Cost: three runs of the model on at most eight tokens. Draws no random numbers, and does not change the model's state.
     """
     return examine(model, generates=generates)[0]
 
 
 def examine(model: Any, *, generates: bool = True) -> tuple[CacheShape, DynamicCache]:
-    """Does the same as `check_supported`, at the same cost. Returns the shape, and the KV of the few tokens of the run."""
+    """Do the same as `check_supported`, at the same cost. Returns the shape of the cache, and the KV of the test run's eight tokens."""
     for check in _CHECKS:
         reason = check(model) if generates or check is not _cannot_generate else None
         if reason:
@@ -109,7 +109,7 @@ def _keeps_state(model: Any) -> str | None:
 
 
 def _has_other_layers(model: Any) -> str | None:
-    """Check the layer classes that transformers itself selects for this config. Returns the reason against the model, or None."""
+    """Check the cache layers that transformers selects for this config. Returns why the model is not supported, or None if it is."""
     try:
         layers = DynamicCache(config=model.config).layers
     except (KeyError, ValueError, AttributeError, TypeError) as error:
@@ -200,7 +200,7 @@ def _probe(model: Any, step: Step) -> tuple[CacheShape, DynamicCache]:
 
 
 def _one_step(model: Any, ids: torch.Tensor, cache: DynamicCache) -> tuple[torch.Tensor, DynamicCache]:
-    """Generate one greedy token by `generate`, as requests do. Returns the token's logits, and the cache."""
+    """Generate one greedy token with `generate`, as requests do. Returns the token's logits, and the cache."""
     settings = GenerationConfig(
         max_new_tokens=1, do_sample=False, num_beams=1, use_cache=True, output_logits=True, return_dict_in_generate=True,
         temperature=1.0, top_p=1.0, top_k=50, pad_token_id=0,

@@ -39,7 +39,7 @@ class CacheClient(Protocol):
     layout: KVLayout
 
     def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
-        """Returns the longest cached prefix, in whole blocks, in the first tokens of `out` or in new memory."""
+        """Copy the longest cached prefix, in whole blocks, into the first tokens of `out`, or into new memory if None. Returns it."""
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
         """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer.
@@ -55,8 +55,8 @@ class CacheClient(Protocol):
 def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device] | None = None) -> DynamicCache:
     """Returns a cache with views of `kv` (L, 2, H, T, D). Copies only layers whose device in `devices` differs.
 
-    The model appends to it by allocating new memory, so `kv` is never written. Raises (kind `layout`) if the number of layers
-    differs from the config's.
+    When the model appends tokens to the cache, it allocates new memory. So `kv` is never written. Raises (kind `layout`) if the
+    number of layers differs from the config's.
     """
     cache = DynamicCache(config=config)
     if kv.ndim != 5 or kv.shape[:2] != (len(cache.layers), 2):
@@ -76,7 +76,7 @@ def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device]
 def kv_pairs(cache: DynamicCache, start: int, stop: int) -> list[KVPair]:
     """Returns keys and values (H, stop - start, D) of tokens start to stop, one pair for each layer.
 
-    They are views of the cache, without a copy. Raises (kind `layout`) if the cache does not have these tokens.
+    They are views of the cache, not copies. Raises (kind `layout`) if the cache does not have these tokens.
     """
     pairs = []
     for number, layer in enumerate(cache.layers):
@@ -93,7 +93,7 @@ def kv_pairs(cache: DynamicCache, start: int, stop: int) -> list[KVPair]:
 def kv_from_cache(cache: DynamicCache, start: int, stop: int) -> torch.Tensor:
     """Returns the KV of tokens start to stop as a new tensor (L, 2, H, stop - start, D) on the first layer's device.
 
-    Cost: one copy. Raises as `kv_pairs`.
+    Cost: one copy. Raises the errors of `kv_pairs`.
     """
     pairs = kv_pairs(cache, start, stop)
     device = pairs[0][0].device
@@ -121,15 +121,16 @@ class GenerateReport:
 class CachedModel:
     """A model whose `generate` starts from the longest cached prefix, and stores the KV that it computed.
 
-    The output is that of `model.generate`; in half precision, as with any reused prefix, up to rounding. If the client fails, the
-    request runs without the cache. A model that changes (weights, adapters, hooks, settings) gets another namespace at the next
-    request, and its earlier one when it changes back. `integrations.watch` lists the changes that cannot be detected.
+    The output equals that of `model.generate`. In half precision it may differ by rounding, as with any reused prefix. If the client
+    fails, the request runs without the cache. If the model changes (weights, adapters, hooks, settings), the next request uses
+    another namespace. If the model changes back, its earlier namespace is used again. `integrations.watch` lists the changes that
+    cannot be detected.
     """
 
     def __init__(
         self, model: Any, client: CacheClient, *, store_generated: bool = True, shape: CacheShape | None = None, clock: Clock | None = None
     ) -> None:
-        """`shape`: the result of `check_supported(model)`, if it is known; otherwise it is called here, and may raise."""
+        """`shape`: the result of `check_supported(model)`. If None, the model is checked here, which may raise."""
         self.model = model
         self.client = client
         self.last_report: GenerateReport | None = None
@@ -162,7 +163,7 @@ class CachedModel:
         return output
 
     def run(self, input_ids: Any, **arguments: Any) -> tuple[Any, GenerateReport]:
-        """Do the same as `generate`, for use by several threads. Returns the output and the report."""
+        """Do the same as `generate` without setting `last_report`, so that several threads may call it. Returns output and report."""
         begun_s = self._clock.now_s()
         prompt = check_request(self.model, input_ids, arguments)
         scratch = self._take_scratch(prompt.shape[-1])
@@ -173,9 +174,9 @@ class CachedModel:
                 self._scratch.append(scratch)  # free to reuse: the model's append made a copy, so no cache has views of it
 
     def _take_scratch(self, tokens: int) -> torch.Tensor | None:
-        """Returns a buffer for the KV of `tokens` tokens, if possible that of an earlier request.
+        """Returns a buffer for the KV of `tokens` tokens, or None if it would exceed SCRATCH_BYTES_MAX.
 
-        New memory costs more than the copy into it. Returns None for a prompt whose buffer would exceed SCRATCH_BYTES_MAX.
+        Reuses the buffer of an earlier request if possible, because new memory costs more than the copy into it.
         """
         rounded = -(-tokens // SCRATCH_TOKENS) * SCRATCH_TOKENS
         if rounded * self._layout.token_bytes > SCRATCH_BYTES_MAX:
@@ -240,7 +241,7 @@ class CachedModel:
         return None if self.reshaped else state
 
     def found(self, ids: np.ndarray, state: State) -> Fetched:
-        """Returns the longest cached prefix of a prompt for this state of the model, in new memory. It is empty if the cache fails."""
+        """Returns a prompt's longest cached prefix for this state of the model, in new memory. The prefix is empty if the cache fails."""
         return self._fetch(ids, None, _of(state))
 
     def nothing(self) -> Fetched:
@@ -248,7 +249,10 @@ class CachedModel:
         return Fetched(0, torch.empty(self._layout.kv_shape(0), dtype=self._shape.dtype))
 
     def keep(self, ids: np.ndarray, pairs: list[KVPair], start: int, state: State) -> Stored:
-        """Store the KV of ids[start:] in this state, one (key, value) of shape (H, n, D) a layer. Stores nothing if the cache fails."""
+        """Store the KV of ids[start:], which the model computed in this state. Returns the counts, which are 0 if the cache fails.
+
+        `pairs`: one (key, value) of shape (H, n, D) for each layer.
+        """
         try:
             return self.client.store(ids, pairs, start=start, **_of(state))
         except Exception as error:  # noqa: BLE001 - boundary: no fault of the cache fails a request
@@ -284,8 +288,10 @@ class CachedModel:
 
 
 def _state_of(model: Any, client: CacheClient, shape: CacheShape, probe: Probe | None) -> ModelState:
-    """What follows the model's state. The namespace that a client was given is that of the first model it serves, as that is now;
-    any other model is read when it is first asked for.
+    """Returns the object that follows the state of `model`, and keeps it in `client.followed`.
+
+    The client's namespace is that of the first model that it serves, in that model's current state. If the client already follows
+    another model, `model` is read at its first request.
     """
     followed = getattr(client, "followed", None)
     if isinstance(followed, ModelState) and followed.model is model:
@@ -294,13 +300,16 @@ def _state_of(model: Any, client: CacheClient, shape: CacheShape, probe: Probe |
         state = ModelState(model)
     else:
         state = ModelState(model, getattr(client, "namespace", None), shape, probe)
-    with suppress(AttributeError):  # a client of another make may have no room for it
+    with suppress(AttributeError):  # a client of another class may not allow new attributes
         client.followed = state
     return state
 
 
 def _of(state: State | None) -> dict[str, Namespace]:
-    """Whose KV a call is about, for a client that follows models; a client may serve several models at the same time."""
+    """Returns the argument that gives a client's call the namespace of this state, or {} if the client does not follow models.
+
+    A client may serve several models at the same time.
+    """
     return {"namespace": state.used} if state is not None and state.used is not None else {}
 
 

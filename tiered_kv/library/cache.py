@@ -34,15 +34,15 @@ _COUNTS = {
     "stores": "",
     "refused_blocks": "",
 }
-"""Counts of `get_stats`, and the names of the node's counts from which they are taken; "" if they are computed here."""
+"""The counts of `get_stats`, each with the name of the node's count that it is taken from, or "" if it is computed here."""
 _MIB = 1 << 20
 
 
 class PositionEntry(NamedTuple):
-    """The pair stored at a position.
+    """The pair of a key and a value stored at a position. They are stored as one block.
 
-    `serial` names its block (every token id of the block is `serial`). `layout` is the block's layout. `device` is where the
-    pair came from.
+    `layout`: the block's layout. `serial`: the number that every token id of the block has, so that it identifies the block.
+    `device`: the device of the stored pair, to which `get` returns it.
     """
 
     layout: KVLayout
@@ -54,11 +54,11 @@ class BaseKVCache:
     """A cache of KV within this process, of at most `config.max_tokens` tokens. Thread-safe; a context manager.
 
     By prefix: `store`, `match` and `fetch` are those of `tiered_kv.Client`, in blocks of `config.block_tokens`. By position:
-    `put` and `get` keep a key and a value under a number. Both share the memory, the policy and the codecs.
+    `put` and `get` keep a key and a value under a number. Both ways share the memory, the policy and the codecs.
 
-    Memory for `max_tokens` tokens of one layout is allocated at the first use. The layout is `layout`, else that of the config's
-    shape fields, else that of the first `store` or `put`. `namespace` identifies the model whose KV this is. `rope`: see
-    `tiered_kv.open`.
+    Memory for `max_tokens` tokens of one layout is allocated at the first use. This is the layout of the argument `layout`, else that
+    of the config's shape fields, else that of the first `store` or `put`. `namespace` identifies the model whose KV is cached.
+    `rope`: see `tiered_kv.open`.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class BaseKVCache:
         self._lock = threading.RLock()
         self._engine: EmbeddedCache | None = None
         self._placed: dict[int, PositionEntry] = {}
-        self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # random: counts from 0 would meet serials of loaded checkpoints
+        self._serial = secrets.randbelow(MAX_TOKEN_ID + 1)  # random, because all caches counting from 0 would use the same serials
         self.origin = secrets.token_hex(8)
         self.origins = {self.origin}
-        """The caches that chose the serials of pairs stored here: this one, and those whose checkpoints were loaded."""
+        """The ids of the caches that chose the serials of pairs stored here: this cache, and those whose checkpoints were loaded."""
         self._rehearsed: Counter[str] = Counter()
         self._closed = False
 
     # By prefix
 
     def store(self, token_ids: TokenIds, kv: torch.Tensor, *, start: int = 0, hint: Hint | None = None) -> Stored:
-        """Store the whole blocks of `kv`, the KV of `token_ids[start:]`; see `Client.store`."""
+        """Store the whole blocks of `kv`, which is the KV of `token_ids[start:]`; see `Client.store`."""
         if self.layout is None:
             self.layout = self._layout_of(kv)
         return self.client().store(token_ids, kv, start=start, hint=hint)
@@ -129,8 +129,8 @@ class BaseKVCache:
     def put(self, position: int, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Store a key and a value (B, H, T, D) at `position`, in place of the pair stored there before.
 
-        Both must have the same shape, floating-point dtype and device. Returns False if there was no room for them. Raises (kind
-        `layout`), and names the argument, if one of them is invalid.
+        Both must have the same shape, floating-point dtype and device. Returns whether they were stored: False if there was no room.
+        Raises (kind `layout`, with the name of the argument) if the key or the value is invalid.
         """
         self._check_position(position)
         check_pair(key, value)
@@ -157,7 +157,7 @@ class BaseKVCache:
                 return serial
 
     def get(self, position: int) -> Pair | None:
-        """Returns the key and value stored at `position`, on their device, or None if there are none or they were evicted."""
+        """Returns the key and value stored at `position`, on their device, or None if nothing was stored or the pair was evicted."""
         self._check_position(position)
         with self._lock:
             placed = self._placed.get(position)
@@ -176,12 +176,12 @@ class BaseKVCache:
             return [at for at, placed in self._placed.items() if self._is_there(placed)]
 
     def placed(self) -> dict[int, PositionEntry]:
-        """Returns the entries of all positions whose pairs are still cached."""
+        """Returns the entries of all positions whose pairs are still cached, by position."""
         with self._lock:
             return {at: self._placed[at] for at in self.positions()}
 
     def place(self, placed: dict[int, PositionEntry]) -> None:
-        """Add entries whose blocks were loaded from a checkpoint. Replaces the entries of the same positions."""
+        """Add entries, by position, whose blocks were loaded from a checkpoint. Replaces the entries at the same positions."""
         with self._lock:
             self._placed |= placed
 
@@ -254,7 +254,7 @@ class BaseKVCache:
     def rehearsing(self) -> Iterator[Client]:
         """A context with a client for trial requests, in a separate namespace.
 
-        At the end its blocks are dropped, the statistics are as before, and the profile is reset.
+        At the end, the blocks of this namespace are dropped, the statistics are as before, and the profile is reset.
         """
         engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
         before = self._counted(engine)
@@ -268,7 +268,7 @@ class BaseKVCache:
                 self.profile.reset()
 
     def _counted(self, engine: EmbeddedCache | None) -> Counter[str]:
-        """Returns the counts that only grow, without those of `rehearsing`."""
+        """Returns the counts of `get_stats`, without what trial requests (`rehearsing`) have counted."""
         if engine is None:
             return Counter(dict.fromkeys(_COUNTS, 0))
         node = engine.node.stats()
@@ -284,7 +284,7 @@ class BaseKVCache:
         return self.profile.table()
 
     def clear(self) -> None:
-        """Drop all blocks, entries and statistics, and free the memory until the next store."""
+        """Drop all blocks, entries and statistics, and free the memory. The next store allocates it again."""
         with self._lock:
             self._placed.clear()
             self._rehearsed.clear()
@@ -312,9 +312,9 @@ class BaseKVCache:
 
 
 class AdaptiveKVCache(BaseKVCache):
-    """A cache that learns from its look-ups which blocks are used again, and keeps these.
+    """A cache that learns from its look-ups which blocks are used again, and keeps these blocks.
 
-    Its strategy is `CacheStrategy.ADAPTIVE`, whatever the config says.
+    Its strategy is always `CacheStrategy.ADAPTIVE`; the config's `cache_strategy` is ignored.
     """
 
     def __init__(self, config: KVCacheConfig | None = None, **options: Any) -> None:
@@ -323,6 +323,6 @@ class AdaptiveKVCache(BaseKVCache):
         super().__init__(config, **options)
 
     def learned(self) -> dict[str, Any]:
-        """Returns the node's statistics of the policy: what it has learned so far. Empty before the first KV is stored."""
+        """Returns the statistics of the eviction policy: what it has learned so far. {} before the first KV is stored."""
         with self._lock:
             return self._engine.node.stats()["policy"] if self._engine is not None else {}

@@ -12,7 +12,7 @@ from tiered_kv.layout import KVLayout
 
 BITS = (8, 4)
 METHODS = {"svd": "lowrank", "lowrank": "lowrank", "sparse": "sparse"}
-_OWN = ("host", "policy", "codec", "quality", "error_budget", "block_tokens")  # node settings that fields of KVCacheConfig set
+_OWN = ("host", "policy", "codec", "quality", "error_budget", "block_tokens")  # settings of the node that KVCacheConfig determines
 
 
 class CacheStrategy(Enum):
@@ -48,18 +48,19 @@ assert {strategy.value for strategy in CacheStrategy} == set(POLICIES), "a polic
 class KVCacheConfig:
     """All settings of a cache within one process.
 
-    Raises `TieredKVError` (kind `config`), with the field and the allowed values, if one is invalid.
+    Raises `TieredKVError` (kind `config`), with the field and the allowed values, if a field is invalid.
 
-    max_tokens: a hard cap on memory, as bytes of the KV of this many uncompressed tokens (at least one block). More compressed
-    tokens fit in the same bytes. A cache with a codec takes at least 1 MiB.
-    cache_strategy, cache_mode: a member, or its value ("lru").
+    max_tokens: a hard cap on memory: the bytes that the KV of this many uncompressed tokens takes (at least one block). With
+    compression, more tokens fit in these bytes. A cache with a codec takes at least 1 MiB.
+    cache_strategy, cache_mode: a member of the enumeration, or its value ("lru").
     use_quantization: quantize blocks to `quantization_bits` (8 or 4) once memory is three quarters full. For the error (KL
     divergence) see docs/codecs.md.
-    use_compression: replace blocks by low-rank factors ("svd", "lowrank") or by their largest numbers ("sparse"), in at most
-    `compression_ratio` of their bytes. This takes precedence over use_quantization: its factors are quantized as well.
+    use_compression: replace blocks by low-rank factors or by their largest numbers, in at most `compression_ratio` of their bytes.
+    compression_method: "svd" or "lowrank" for factors, "sparse" for the largest numbers. use_compression takes precedence over
+    use_quantization, because the factors are quantized as well.
     num_layers, num_heads (KV heads), head_dim, dtype: the shape of the KV, if no model or tensor defines it.
     block_tokens: the number of tokens in a block, the unit of look-up.
-    enable_profiling: measure the time by stage, see `profile`. enable_warmup: whether `warmup` does anything.
+    enable_profiling: measure the time of each stage, for `profile_table`. enable_warmup: False makes `warmup` do nothing.
     seed: the seed of ADAPTIVE's samples. tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
     """
 
@@ -106,14 +107,14 @@ class KVCacheConfig:
 
     @property
     def codec(self) -> str | None:
-        """The codec of blocks in memory, as in `tiered_kv.Config`; None if they stay uncompressed."""
+        """The codec of blocks in memory, in the form of `tiered_kv.Config.codec`, or None if blocks stay uncompressed."""
         if self.use_compression:
             return f"{METHODS[self.compression_method]}:{self.compression_ratio:g}"
         return f"int{self.quantization_bits}" if self.use_quantization else None
 
     @property
     def layout(self) -> KVLayout | None:
-        """The layout that the shape fields define, or None unless all of them are given."""
+        """The layout that the shape fields define, or None if one of these fields is None."""
         shape = (self.num_layers, self.num_heads, self.head_dim, self.dtype)
         return None if None in shape else KVLayout(*shape, self.block_tokens)
 

@@ -34,7 +34,7 @@ class MetricsExporter:
 
     @staticmethod
     def export_to_dict(monitor: CacheMonitor) -> dict[str, Any]:
-        """Returns `CacheMonitor.get_summary`, which is ready for JSON."""
+        """Returns the result of `CacheMonitor.get_summary`, which is JSON-ready."""
         return monitor.get_summary()
 
     @staticmethod
@@ -64,7 +64,7 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, monitor: CacheMonitor, step: int) -> None:
-        """Write the metrics of the last update with this step number."""
+        """Write the metrics of the monitor's last update, under this step number."""
         for name, value in monitor.get_summary()["metrics"].items():
             self._writer.add_scalar(f"cache/{name}", value, step)
 
@@ -80,7 +80,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs metrics to a Weights & Biases run: the caller's `run` (from `wandb.init`), or a new one with `settings`."""
+    """Logs metrics to a Weights & Biases run: the caller's `run` (from `wandb.init`), or a new run with `settings`."""
 
     def __init__(self, run: Any = None, **settings: Any) -> None:
         self._own = run is None
@@ -93,7 +93,7 @@ class WandbWriter:
         self._run = run
 
     def write(self, monitor: CacheMonitor, step: int) -> None:
-        """Write the metrics of the last update with this step number."""
+        """Log the metrics of the monitor's last update, under this step number."""
         self._run.log({f"cache/{name}": value for name, value in monitor.get_summary()["metrics"].items()}, step=step)
 
     def close(self) -> None:

@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import psutil
 
-_CGROUP = Path("/sys/fs/cgroup")  # psutil knows the machine, not the container
+_CGROUP = Path("/sys/fs/cgroup")  # psutil reports the machine, not the container
 
 
 class MemoryFigures(NamedTuple):
-    """Memory in bytes.
+    """Sizes of memory in bytes, of the host or of a CUDA device.
 
-    `total` is the container's limit if it is lower than the machine's memory. `process` is the resident memory of this process.
+    `total_bytes`: for the host, the container's limit if it is lower than the machine's memory. `process_bytes`: for the host, the
+    resident memory of this process; for a CUDA device, what torch has reserved in it.
     """
 
     total_bytes: int
@@ -20,12 +21,12 @@ class MemoryFigures(NamedTuple):
 
     @property
     def used_share(self) -> float:
-        """The share of all memory that is in use, 0 to 1."""
+        """The share of `total_bytes` that is in use, 0 to 1."""
         return 1 - self.available_bytes / self.total_bytes if self.total_bytes else 0.0
 
 
 def host_memory() -> MemoryFigures:
-    """Returns the figures of the host, from the kernel. Cost: about 100 µs."""
+    """Returns the memory figures of the machine or container, from the kernel. Cost: about 100 µs."""
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
@@ -36,7 +37,7 @@ def host_memory() -> MemoryFigures:
 
 
 def device_memory(device: object) -> MemoryFigures | None:
-    """Returns the figures of a CUDA device, or None for any other device."""
+    """Returns the memory figures of a CUDA device, or None for any other device."""
     import torch
 
     device = torch.device(device)

@@ -35,12 +35,12 @@ class ModelShape:
 class TransformersKVCache:
     """A cache for one transformers model, attached to it at once. A context manager, which detaches the model at its end.
 
-    Prefixes are fetched and stored automatically. Results are those of the model without a cache, up to the rounding of a prefill
-    in two parts, and with quantization or compression up to the codec's error. Heads, KV heads, head dim, layers, length and
-    dtype are read from the model. A model that changes gets another namespace (`integrations.watch`). A write through
+    Prefixes are fetched and stored automatically. Results differ from those of the model without a cache only by the rounding of a
+    prefill in two parts and, with quantization or compression, by the codec's error. Heads, KV heads, head dim, layers, length and
+    dtype are read from the model. If the model changes, another namespace is used (see `integrations.watch`). A write through
     `tensor.data` is not detected: call `refresh` after it.
 
-    Raises `TieredKVError` (kind `model`) with the reason, before anything is attached, if the model cannot be served.
+    Raises `TieredKVError` (kind `model`) with the reason, before anything is attached, if the cache cannot serve the model.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TransformersKVCache:
     def bind(self, model: Any) -> None:
         """Make this the cache of `model`, without attaching it yet.
 
-        Raises (kind `model`) if the model cannot be served. Cost: a run of a few tokens, and one pass over the weights.
+        Raises (kind `model`) if the cache cannot serve the model. Cost: a run of a few tokens, and one pass over the weights.
         """
         self.model = model
         self.attachment = Attachment(model, self._serving, passes_training=self.config.cache_mode is CacheMode.TRAINING)
@@ -101,7 +101,7 @@ class TransformersKVCache:
         self._cached = CachedModel(model, client, store_generated=stores_generated, shape=shape, clock=self._clock)
 
     def _serving(self) -> CachedModel:
-        """Returns the model with a client of its current layout."""
+        """Returns the `CachedModel` for the model's current layout."""
         with self._lock:
             if self._cached.reshaped:
                 self.attachment.bypass(self._detect)
@@ -126,7 +126,7 @@ class TransformersKVCache:
             self.attachment.attach()
 
     def detach(self) -> None:
-        """Give the model its own methods back. The stored blocks stay for the next `attach`. A second call does nothing."""
+        """Restore the model's own methods. The stored blocks stay for the next `attach`. A second call does nothing."""
         if self.attachment is not None:
             self.attachment.detach()
 
@@ -137,14 +137,14 @@ class TransformersKVCache:
 
     @property
     def last_report(self) -> GenerateReport | None:
-        """The report of the last `generate` that used the cache. With several threads: of the call that ended last."""
+        """The report of the last `generate` that used the cache. With several threads, the call that ended last counts."""
         return self.attachment.last_report if self.attachment is not None else None
 
     def warmup(self, num_samples: int = 100, seq_len: int = 128) -> int:
         """Allocate the memory, and store, fetch and drop zeros as KV of `seq_len` tokens, `num_samples` times.
 
-        After it the first request does not wait for any setup. The model does not run. Call it before the first request: the
-        samples may evict stored blocks. Returns the number of samples, which is 0 if `enable_warmup` is off.
+        Afterwards the first request does not wait for any setup. The model does not run. Call it before the first request, because
+        the samples may evict stored blocks. Returns the number of samples, which is 0 if `enable_warmup` is off.
         """
         for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -165,7 +165,7 @@ class TransformersKVCache:
     # Figures
 
     def get_cache_stats(self) -> dict[str, Any]:
-        """Returns the cache's statistics (`BaseKVCache.get_stats`), and `passed`: the calls that ran without the cache, by reason."""
+        """Returns the statistics of `BaseKVCache.get_stats`, and `passed`: the number of calls that ran without the cache, by reason."""
         return self.cache.get_stats() | {"passed": dict(self.attachment.skipped) if self.attachment is not None else {}}
 
     get_stats = get_cache_stats
@@ -203,7 +203,7 @@ class ModelCacheWrapper:
         self.cache.attach()
 
     def disable_cache(self) -> None:
-        """Give the model its own methods back. The stored blocks stay for the next `enable_cache`."""
+        """Restore the model's own methods. The stored blocks stay for the next `enable_cache`."""
         self.cache.detach()
 
     def get_cache_stats(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class ModelCacheWrapper:
 
 
 class _CurrentClient:
-    """Passes each call on to the cache's current client, which is created at the first call and again after `clear`."""
+    """A client that passes each call on to the cache's current client, which is created at the first call and again after `clear`."""
 
     def __init__(self, cache: BaseKVCache, followed: ModelState, probes: ProbeBook) -> None:
         self._cache = cache
@@ -244,7 +244,7 @@ class _CurrentClient:
         self._cache.namespace = namespace
 
     def variant_of(self, namespace: Namespace, probe: Probe) -> str:
-        """Returns the variant for a probe; see `Client.variant_of`. Compares it only with earlier states of this model."""
+        """Returns the variant for a probe; see `Client.variant_of`. Compares the probe only with earlier states of this model."""
         return self._probes.match(namespace.root(self.layout), probe)
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
@@ -258,7 +258,7 @@ class _CurrentClient:
 
 @contextmanager
 def _evaluating(model: Any, wanted: bool):
-    """A context in which the model is in evaluation mode, if `wanted`. Then each module gets its own mode back."""
+    """A context in which the model is in evaluation mode, if `wanted`. At the end each module returns to its former mode."""
     was = {module: module.training for module in model.modules()} if wanted and getattr(model, "training", False) else {}
     try:
         if was:

@@ -1,4 +1,4 @@
-"""Monitors a cache: metrics from its statistics, a window of operation times, and alerts that are raised once."""
+"""Monitors a cache: computes metrics from its statistics and from recent operation times, and raises each alert once."""
 
 import logging
 import threading
@@ -13,15 +13,15 @@ from tiered_kv.errors import Kind, TieredKVError
 log = logging.getLogger(__name__)
 
 HYSTERESIS = 0.05
-"""An alert ends when its metric is within the threshold by this share of the threshold."""
+"""An alert ends when its metric is back within the threshold by at least this share of the threshold's value."""
 
 
 @dataclass(frozen=True)
 class CacheMetrics:
-    """The metrics at one moment. Rates are 0 to 1, counts since the cache was created, memory in MiB, times in seconds.
+    """The metrics at one moment. Rates are from 0 to 1, counts since the cache was created, memory in MiB, times in seconds.
 
-    hit_rate: the share of requested blocks that were hits. recent_hit_rate: the same over the monitor's window. operations and
-    the times are those recorded with `record_operation`. The times are over the window.
+    hit_rate: the share of requested blocks that were hits. recent_hit_rate: the same over the monitor's window. operations: the
+    number of operations recorded with `record_operation`. The operation times and operations_per_s are over the window.
     """
 
     hit_rate: float = 0.0
@@ -42,8 +42,8 @@ class CacheMetrics:
 class Advice(NamedTuple):
     """The texts for alerts on one metric.
 
-    words: the metric's name for people. is_least: whether a threshold given as a plain number is a lower bound. too_low,
-    too_high: what to do if the metric is below or above its threshold.
+    words: the metric's name for people. is_least: whether a threshold given as a plain number is a lower bound (else an upper bound).
+    too_low, too_high: what to do if the metric is below its lower or above its upper threshold.
     """
 
     words: str
@@ -92,11 +92,11 @@ class Alert:
 class CacheMonitor:
     """Metrics and alerts of one cache. Thread-safe.
 
-    window_size: the number of operations and updates in the window. alert_thresholds: for each metric a number, or a pair (least,
-    most) of which one may be None. A number is the least value for hit rates and operations per second, and the most for all
-    others. When a threshold is crossed, the alert is logged once and passed to `on_alert`. It stays in `get_alerts` until the
-    metric is within the threshold by 5 % of it. Rates are judged only after a first look-up or operation. Raises (kind `config`)
-    for unknown metrics and invalid thresholds.
+    window_size: the number of recent operations and updates in the window. alert_thresholds: for each metric a number, or a pair
+    (least, most) of which one may be None. A single number is the least value for hit rates and operations per second, and the most
+    for all other metrics. When a threshold is crossed, the alert is logged once and passed to `on_alert`. `get_alerts` returns it
+    until the metric is within the threshold by 5 % of the threshold. Hit rates are judged only after a first look-up, operation
+    metrics only after a first operation. Raises (kind `config`) for unknown metrics and invalid thresholds.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class CacheMonitor:
             self._times.append((self._clock.now_s(), float(operation_time)))
 
     def update_metrics(self, stats: Mapping[str, Any]) -> CacheMetrics:
-        """Compute the metrics from a cache's `get_stats()`, and raise and end alerts. Returns the metrics."""
+        """Compute the metrics from a cache's `get_stats()`. Returns them. Also raises new alerts and ends old ones."""
         with self._lock:
             self.metrics = metrics = self._metrics(stats)
             fired = [alert for name, bounds in self.thresholds.items() for alert in self._judge(name, bounds, metrics)]
@@ -178,7 +178,7 @@ class CacheMonitor:
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
         """Compare one metric with its thresholds.
 
-        Returns the alerts that start now. Ends alerts whose metric is within again.
+        Returns the alerts that start now. Ends active alerts if the metric is within their threshold again.
         """
         begun: list[Alert] = []
         known = (name not in _OF_LOOKUPS or metrics.lookups) and (name not in _OF_OPERATIONS or metrics.operations)
@@ -203,7 +203,7 @@ class CacheMonitor:
             return list(self._alerts.values())
 
     def get_summary(self) -> dict[str, Any]:
-        """Returns the last metrics, the active alerts as texts, and the number of alerts so far. Ready for JSON."""
+        """Returns the last metrics, the active alerts as texts, and the number of alerts so far, as JSON-ready data."""
         with self._lock:
             metrics = {field.name: getattr(self.metrics, field.name) for field in fields(CacheMetrics)}
             return {"metrics": metrics, "alerts": [alert.message for alert in self._alerts.values()], "alerts_fired": self._fired}

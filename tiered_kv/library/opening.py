@@ -1,4 +1,4 @@
-"""Opens a node in this process for a library cache: computes the memory for `max_tokens`, and creates the clients."""
+"""Opens a node in this process for a library cache: computes the bytes of memory for `max_tokens`, and creates the clients."""
 
 import os
 import threading
@@ -50,7 +50,7 @@ class EmbeddedCache:
         return sum(map(extent_bytes, self._ballast.reserved.values()))
 
     def client(self, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:
-        """Returns the client of a layout and namespace. The first call creates it; `rope` is then passed on to `Embedded.client`."""
+        """Returns the client of a layout and namespace. The first call creates the client, with `rope` as for `Embedded.client`."""
         with self._lock:
             client = self._clients.get((layout, namespace))
             if client is None:
@@ -60,7 +60,7 @@ class EmbeddedCache:
             return client
 
     def client_stats(self, name: str) -> float:
-        """Returns the sum of one statistic over all clients. A client without it counts as 0."""
+        """Returns the sum of one statistic over all clients. A client without this statistic counts as 0."""
         with self._lock:
             return sum(client.own_stats().get(name) or 0 for client in self._clients.values())
 

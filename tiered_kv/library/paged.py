@@ -1,8 +1,8 @@
 """Paged KV: sequences as block tables over the node's memory, shared between forks and copied on write.
 
-A full page is a block under the key of its prefix. So sequences with equal tokens share it automatically, and later sequences
-find it. Only the last page of a sequence has a reference count, while it is not full (Kwon et al., "Efficient Memory Management
-for Large Language Model Serving with PagedAttention", SOSP 2023).
+A full page is a block under the key of its prefix. So sequences with equal tokens share this block automatically, and later
+sequences find it. Only a sequence's last page has a reference count here, as long as it is not full (Kwon et al., "Efficient Memory
+Management for Large Language Model Serving with PagedAttention", SOSP 2023).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Page(NamedTuple):
 
 @dataclass
 class _LastPage:
-    """The last page of one or more sequences, not full yet. `tables` is its reference count."""
+    """The last page of one or more sequences, which is not full yet. `tables`: the number of sequences that use it."""
 
     offset: int
     tables: int = 1
@@ -42,7 +42,7 @@ class _LastPage:
 
 @dataclass
 class _Sequence:
-    """One sequence: its tokens so far, the keys of its full pages, and its last page if that is not full."""
+    """One sequence. ids: its token ids so far. keys: the keys of its full pages. last: its last page if that page is not full."""
 
     ids: np.ndarray
     keys: list[BlockKey] = field(default_factory=list)
@@ -52,11 +52,11 @@ class _Sequence:
 class PagedKVCache(BaseKVCache):
     """A cache whose sequences grow page by page (a page: `config.block_tokens` tokens) and fork without copying. Thread-safe.
 
-    Pages are never compressed, whatever `use_quantization` and `use_compression` say, because sequences write to them.
+    Pages are never compressed, because sequences write to them. `use_quantization` and `use_compression` are ignored.
 
-    The pages of a sequence stay in memory until it is freed. A page of no sequence is an ordinary cached block. An append without
-    room for its pages raises (kind `memory`) and changes nothing. If the index has no room for one of the pages, the message has
-    the new length of the sequence.
+    The pages of a sequence stay in memory until the sequence is freed. A full page that no sequence uses is an ordinary cached
+    block. An append without room for its pages raises (kind `memory`) and changes nothing. If only the index has no room for one of
+    the pages, the sequence ends before that page, and the error text has its new length.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -67,9 +67,9 @@ class PagedKVCache(BaseKVCache):
         self._slab: PageAllocator | None = None
 
     def create(self, token_ids: TokenIds = ()) -> int:
-        """Create a sequence that starts with the longest cached prefix of `token_ids`; for its length call `length`.
+        """Create a sequence that starts with the longest cached prefix of `token_ids`. Returns the number of the sequence.
 
-        Returns the number of the sequence.
+        `length` returns how many tokens were cached.
         """
         ids = as_token_ids(token_ids)
         with self._lock:
@@ -83,7 +83,7 @@ class PagedKVCache(BaseKVCache):
     def append(self, sequence: int, token_ids: TokenIds, kv: torch.Tensor) -> None:
         """Append tokens and their KV, `kv` (L, 2, H, N, D), to a sequence.
 
-        Cost: one copy of `kv`, and of the last page's tokens if that page is shared.
+        Cost: one copy of `kv`, and one of the last page's tokens if other sequences share that page.
         """
         ids = as_token_ids(token_ids)
         with self._lock:
@@ -130,9 +130,9 @@ class PagedKVCache(BaseKVCache):
         held.keys.append(keys[number])
 
     def fork(self, sequence: int) -> int:
-        """Create a sequence with the same tokens that shares all pages. Returns its number.
+        """Create a sequence with the same tokens, which shares all pages with `sequence`. Returns the number of the new sequence.
 
-        If the last page is not full, the first of the two to append copies it.
+        If the last page is not full, it is copied when one of the two sequences appends first.
         """
         with self._lock:
             held = self._of(sequence)

@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{12})\.tkv")
 _PREFIXES, _POSITIONS = "prefixes", "positions"
-_CACHE = "cache"  # the caches that chose the pairs' serials (`BaseKVCache.origins`)
+_CACHE = "cache"  # the field with `BaseKVCache.origins`
 _ORIGIN = "library"
 _POLL_S = 0.002
 AnyCache = BaseKVCache | TransformersKVCache | ModelCacheWrapper
 
 
 class CachePersistence:
-    """Checkpoints in one folder, which is created if it does not exist. Checkpoints share the blocks that they have in common.
+    """Checkpoints in one folder, which is created if it does not exist. Blocks that several checkpoints have are stored once.
 
-    A checkpoint's name is a file name with any ending. The file is a manifest, and the blocks are in packs beside it
-    (docs/checkpoint-format.md); there are no pickles. Raises (kind `storage`) if the folder cannot be used.
+    A checkpoint's name is a file name with any ending. The file is a manifest. The blocks are in packs beside it, and nothing is
+    pickled (docs/checkpoint-format.md). Raises (kind `storage`) if the folder cannot be used.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -62,8 +62,8 @@ class CachePersistence:
         """Load a checkpoint into a cache of the same model. Returns the counts of the load.
 
         All frames are verified first. Raises (kind `storage`) if there is no such checkpoint, (kind `corrupt`) if it is damaged
-        or not a checkpoint (a pickle), and (kind `model`) if it has no blocks of this cache's model. The cache is unchanged if
-        this raises. If the checkpoint has several models (a cluster's), blocks of other models are left out, with a log entry.
+        or not a checkpoint (for example a pickle), and (kind `model`) if it has no blocks of this cache's model. After an error the
+        cache is unchanged. If the checkpoint has several models (as a cluster's may), blocks of other models are left out and logged.
         """
         _check_name(name)
         core = _core(cache)
@@ -100,9 +100,9 @@ def save_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int)
 
 
 def load_cache_checkpoint(cache: AnyCache, folder: str | os.PathLike, step: int | None = None) -> int:
-    """Load the checkpoint of a step, or of the latest one if `step` is None. Returns its step.
+    """Load the checkpoint of a step, or of the latest step if `step` is None. Returns the step that was loaded.
 
-    Raises as `CachePersistence.load_cache`. The folder may be read-only.
+    Raises the errors of `CachePersistence.load_cache`. The folder may be read-only.
     """
     if not Path(folder).is_dir():
         raise TieredKVError(
@@ -153,9 +153,9 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
 
 
 def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
-    """Returns the models of a checkpoint whose blocks this cache can hit.
+    """Returns the models of a checkpoint whose blocks can be hits in this cache.
 
-    Raises (kind `model`) if there are none, or if a library cache of another model wrote the checkpoint.
+    Raises (kind `model`) if there are no such models, or if a library cache of another model wrote the checkpoint.
     """
     matching, others = [], []
     for model in manifest.models:
@@ -170,7 +170,7 @@ def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
 
 
 def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
-    """Compare a checkpoint's model with a cache's. Returns whether they are equal, and the difference for error texts."""
+    """Compare a checkpoint's model with the cache's model. Returns whether they are equal, and a text for errors if they are not."""
     if model.layout is None:
         return False, "the checkpoint does not record the layout of its blocks"
     if isinstance(model.layout, OpaqueLayout):
@@ -185,7 +185,7 @@ def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
 
 
 def _check_serials(core: BaseKVCache, origins: list[str], serials: set[int], name: str) -> None:
-    """Raise (kind `model`) if a checkpoint and a cache use the same serials for different pairs.
+    """Raise (kind `model`) if a checkpoint and a cache use the same serial (`PositionEntry.serial`) for different pairs.
 
     Each cache counts its serials from a random number, so this is rare.
     """

@@ -1,7 +1,7 @@
 """vLLM uses a cluster as a second prefix cache: `"kv_connector": "TieredKV"` in its `--kv-transfer-config` (docs/vllm.md).
 
 The scheduler's side looks blocks up, and the workers' side copies them. Both use the node's shared memory. They may import the client and
-`cluster.attach`, and never import ray, node or coordinator. No exception may leave a hook once the engine runs.
+`cluster.attach`, but never ray, node or coordinator. Once the engine runs, no method that vLLM calls (a hook) may raise an exception.
 """
 
 

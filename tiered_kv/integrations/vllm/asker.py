@@ -1,4 +1,4 @@
-"""Questions of the scheduler's side to the node, asked by a thread, because the scheduler never waits for another process."""
+"""Asks the node what the scheduler's side must know. A thread does this, because the scheduler never waits for another process."""
 
 import queue
 import threading
@@ -21,7 +21,10 @@ class _PendingQuestion:
 
 
 class Asker:
-    """Asks the node, on a thread of its own, what other machines hold, and to keep promised blocks. The scheduler never waits for it."""
+    """Asks the node which blocks other machines have, and asks it to keep promised blocks from eviction.
+
+    A thread of its own does this. The scheduler never waits for the thread.
+    """
 
     def __init__(self) -> None:
         self.client: PageClient | None = None
@@ -32,12 +35,15 @@ class Asker:
         self._unanswered = 0
 
     def answer(self, request: str, keys: list[list[BlockKey]], wait_s: float) -> int | None:
-        """Returns how many leading keys of each list other nodes hold, 0 once `wait_s` is over; None while that is not known."""
+        """Returns how many leading blocks of every list are on other nodes, or None while the node has not answered yet.
+
+        The first call for a request asks the node. If it has not answered after `wait_s`, the result is 0.
+        """
         question = self._questions.get(request)
         if question is None or question.keys[0][:1] != keys[0][:1]:
             if len(self._questions) >= ANSWERS_MAX:
                 return 0
-            until_s = question.until_s if question is not None else time.monotonic() + wait_s  # one wait for a request in all
+            until_s = question.until_s if question is not None else time.monotonic() + wait_s  # one wait per request in total
             question = self._questions[request] = _PendingQuestion(keys, until_s)
             self._submit(lambda: self._ask(question))
             return None
@@ -50,7 +56,10 @@ class Asker:
         return 0
 
     def hold(self, keys: list[BlockKey], seconds: float) -> None:
-        """Keep blocks and their ancestors from eviction. A block that is held for at least half of that time is not held again."""
+        """Keep blocks and their ancestors from eviction for `seconds`.
+
+        A block that is already kept for at least half of this time is not sent to the node again.
+        """
         now_s = time.monotonic()
         if len(self._held_until_s) >= ANSWERS_MAX:
             self._held_until_s = {key: until_s for key, until_s in self._held_until_s.items() if until_s > now_s}
@@ -60,7 +69,7 @@ class Asker:
                 self._submit(lambda key=key: self.client and self.client.hold(key, seconds))  # type: ignore[misc]
 
     def forget(self, request: str) -> None:
-        """Drop what is known for a request."""
+        """Forget the question of a request, and its answer."""
         self._questions.pop(request, None)
 
     def take_unanswered(self) -> int:

@@ -27,7 +27,8 @@ R = TypeVar("R")
 def guarded(otherwise: R, repair: Callable[..., R] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a hook: an error in it is logged, at most every LOG_EVERY_S, and the hook returns `otherwise`.
 
-    Where the engine would then compute with wrong KV or wait for ever, `repair` is called instead, with the hook's arguments.
+    If `otherwise` would make the engine compute with wrong KV or wait forever, a `repair` must be given. It is called with the hook's
+    arguments after an error, and its result is returned instead.
     """
 
     def decorate(hook: Callable[P, R]) -> Callable[P, R]:
@@ -76,12 +77,12 @@ class TieredKV(KVConnectorBase_V1):
             self._worker.records_stores = has_events
 
     def _attach(self, layout: OpaqueLayout, namespace: Namespace) -> PageClient:
-        """Returns a client of this machine's node, or of the node that comes later."""
+        """Returns a client of this machine's node. If no node runs yet, the client connects once a node has started."""
         from tiered_kv.cluster.attach import attach_pages
 
         name, node = self._settings.cluster, self._settings.node or None
         client = attach_pages(namespace, layout, name=name, node_id=node)
-        if not client.has_node and self._scheduler is not None:  # else each worker would say it too
+        if not client.has_node and self._scheduler is not None:  # else each worker would log it too
             log.warning(
                 "tiered_kv: no cluster %r runs on this machine now. The engine works without it, and uses it as soon as there is one"
                 " (tiered-kv up --name %s)",
@@ -94,7 +95,7 @@ class TieredKV(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Whether a request must not finish before its KV is stored. A cache may lose a block."""
+        """Whether a request must wait until its KV is stored before it finishes. It need not, because a cache may lose blocks."""
         return False
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ class TieredKV(KVConnectorBase_V1):
 
     @guarded({}, repair=lambda *_: {})
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
-        """Returns the tokens of a load by vLLM's names of tiers."""
+        """Returns the number of tokens in a request's load, by vLLM's name of the source."""
         sources = versions.hit_sources()
         assert self._scheduler is not None
         found: dict[Any, int] = {}

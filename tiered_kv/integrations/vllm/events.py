@@ -1,7 +1,7 @@
 """KV events for routers: which blocks the cache on this machine has, under vLLM's own hashes.
 
-A block is announced when a worker has stored it. Each call checks whether a few of the announced blocks are still in the cache, so a
-removal is announced seconds to minutes late.
+A block is announced when a worker has stored it. Each call of `Events.take` checks whether a few of the announced blocks are still in
+the cache. So a removal is announced seconds to minutes late.
 """
 
 from collections import OrderedDict
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
 KNOWN_MAX = 1 << 16
-"""How many announced blocks are watched. The removal of older ones is not announced."""
+"""The number of announced blocks that are checked for removal. The removal of older blocks is not announced."""
 LOOKS = 64
-"""Blocks checked in a call, which vLLM makes after each step."""
+"""The number of blocks that a call of `Events.take` checks. vLLM calls it after each step."""
 MEDIUM = "CPU"
 
 
 class OfferedBlock(NamedTuple):
-    """A block that a worker was given to store: what an event contains besides its hash."""
+    """A block that the workers are to store: its scope, and the fields of its event except the hash."""
 
     scope: bytes
     parent: bytes | None
@@ -30,7 +30,7 @@ class OfferedBlock(NamedTuple):
 class Events:
     """The events of one engine.
 
-    `is_here(scope, hash)` tells whether a block is in the cache now. `external` converts a hash for routers.
+    `is_here(scope, hash)` returns whether a block is in the cache now. `external` converts a hash to the form that routers expect.
     """
 
     def __init__(self, block_tokens: int, is_here: Callable[[bytes, bytes], bool], external: Callable[[Any], Any]) -> None:
@@ -40,7 +40,7 @@ class Events:
         self._ready: list[Any] = []
 
     def offered(self, request: Any, scope: bytes, start: int, end: int) -> None:
-        """Take note of a request's blocks `start` to `end`, which were given to the workers to store."""
+        """Remember a request's blocks `start` to `end` (exclusive), which the workers are to store."""
         size, hashes, lora = self._block_tokens, request.block_hashes, request.lora_request
         adapter = (lora.lora_int_id, lora.lora_name) if lora else (None, None)
         for number in range(start, end):
@@ -73,11 +73,11 @@ class Events:
             self._known.popitem(last=False)
 
     def take(self) -> Iterable[Any]:
-        """Returns the events since the last call, and those of blocks that turn out to have left."""
+        """Check some announced blocks. Returns the events since the last call, with a removal for each checked block that is gone."""
         for _ in range(min(LOOKS, len(self._known))):
             each, scope = self._known.popitem(last=False)
             if self._is_here(scope, each):
-                self._known[each] = scope  # to the end: the others are looked at first
+                self._known[each] = scope  # now last: the other blocks are checked first
             else:
                 self._ready.append(BlockRemoved(block_hashes=[self._external(each)], medium=MEDIUM))
         ready, self._ready = self._ready, []

@@ -18,13 +18,13 @@ from tiered_kv.keys import Namespace
 from tiered_kv.layout import OpaqueLayout
 
 _WITHOUT_FILES = ("dummy",)
-"""Load formats without files. Such weights are usually replaced after the start, so nobody else can know them."""
+"""Load formats without files. Such weights are usually replaced after the start, so no other process can identify them."""
 
 
 def layout_of(config: Any, arrays: Sequence[torch.Tensor], kv_caches: Mapping[str, Any], blocks: int, block_tokens: int) -> OpaqueLayout:
     """Returns the layout of a block of this worker: the pages of all layers, in the engine's own order of bytes.
 
-    `arrays`: the pages as `pages_in` returns them. `blocks`: the number of blocks of the KV cache, which does not matter.
+    `arrays`: the pages as `pages_in` returns them. `blocks`: the number of blocks in the KV cache; the layout does not depend on it.
     """
     tensors = {name: cache if isinstance(cache, list | tuple) else [cache] for name, cache in kv_caches.items()}
     forms = text_digest([[name, [_form(name, each, blocks) for each in held]] for name, held in tensors.items()])
@@ -54,7 +54,10 @@ def _backends(config: Any, kv_caches: Mapping[str, Any]) -> str:
 
 
 def _hardware(device: torch.device) -> str:
-    """Returns what the order of bytes in a page may depend on: on CPUs, K is packed for the instruction set."""
+    """Returns a description of the hardware, because the order of bytes in a page may depend on it.
+
+    On CPUs, keys are packed for the instruction set.
+    """
     if device.type != "cpu":
         return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
     flags = [name for name in ("_is_amx_tile_supported", "_is_avx512_supported", "_is_avx2_supported") if _has(name)]
@@ -67,7 +70,10 @@ def _has(name: str) -> bool:
 
 
 def namespace_of(config: Any, *, tenant: str, rank: int, world: int) -> Namespace:
-    """Returns the namespace of one rank. Reads the files of the weights once; later processes only compare their sizes and times."""
+    """Returns the namespace of one rank.
+
+    The first process reads the files of the weights. Later processes only compare the files' sizes and times.
+    """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
         "hf_config": plain(model.hf_config, leave_out=NOT_IDENTITY),  # with hf_overrides applied
@@ -96,9 +102,9 @@ def namespace_of(config: Any, *, tenant: str, rank: int, world: int) -> Namespac
 
 
 def weights_of(config: Any) -> str:
-    """Returns a text that identifies the content of the weights, a random one for weights without files.
+    """Returns a text that identifies the content of the weights. For load formats without files, the text is random.
 
-    Raises (kind `model`) if their files cannot be found.
+    Raises (kind `model`) if the files of the weights cannot be found.
     """
     model, load = config.model_config, config.load_config
     if str(load.load_format) in _WITHOUT_FILES:
@@ -115,7 +121,7 @@ def weights_of(config: Any) -> str:
 
 
 def local_folder(name: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """Returns the local folder or file of a model: the path itself, or its snapshot in the Hugging Face cache. None if there is none."""
+    """Returns a model's local folder or file: the path itself, or the snapshot in the Hugging Face cache. None if neither exists."""
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""What the scheduler's side and the workers' side of the connector say to each other, through vLLM."""
+"""The messages between the scheduler's side and the workers' side of the connector. vLLM transports them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ from tiered_kv.keys import KEY_BYTES, BlockKey
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker's namespace and layout, as plain data. From them the scheduler's side computes the keys of each rank.
+    """A worker's namespace and layout, as plain data. The scheduler's side computes from them the keys of the worker's blocks.
 
-    `ranks`: the number of workers. Those with identical KV have one namespace.
+    `ranks`: the number of workers. Workers with identical KV send equal namespaces.
     """
 
     ranks: int
@@ -29,10 +29,11 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 @dataclass(frozen=True)
 class RequestBlocks:
-    """Consecutive blocks of a request: vLLM's `hashes`, the hash `before` them, and their numbers in vLLM's KV cache.
+    """Consecutive blocks of a request. `hashes`: vLLM's hash of each block. `blocks`: their numbers in vLLM's KV cache.
 
-    `scope`: what must be equal besides the namespace: epoch and adapter. `depth`: the number of blocks before them. `weight_epoch`: the
-    cluster's, for which they were planned. Once the workers' client has another one, they are neither loaded nor stored.
+    `before`: the hash of the first block's parent, if any. `depth`: the number of the first block's ancestors. `scope`: a digest of
+    what must be equal besides the namespace (epoch and adapter). `weight_epoch`: the cluster's weight epoch when the blocks were
+    planned. If the worker's client has another weight epoch by now, the blocks are not loaded and not stored.
     """
 
     request: str
@@ -44,13 +45,16 @@ class RequestBlocks:
     weight_epoch: int = 0
 
     def chain(self, root: BlockKey) -> Chain:
-        """Returns the chain of the keys of these blocks under a rank's root."""
+        """Returns these blocks as a chain of keys, for the rank with this root."""
         parent = None if self.before is None else keys_of(root, self.scope, [self.before])[0]
         return Chain(keys_of(root, self.scope, self.hashes), parent, self.depth, root)
 
 
 def keys_of(root: BlockKey, scope: bytes, hashes: Sequence[bytes]) -> list[BlockKey]:
-    """Returns the key of each block. About 1 µs a block. vLLM's hashes chain tokens, adapters' names, images, salts and embeddings."""
+    """Returns the key of each block, from vLLM's hash of it. Cost: about 1 µs per block.
+
+    A vLLM hash covers the block and its ancestors: tokens, adapter names, images, salts and embeddings.
+    """
     start = blake2b(root + scope, digest_size=KEY_BYTES)
     keys = []
     for each in hashes:
@@ -65,8 +69,8 @@ class Step(KVConnectorMetadata):
     """The work of one step of the engine.
 
     `now`: loads that the step's forward pass needs. `later`: loads during which their requests wait. `acknowledged`: the number of the
-    last step with a failed load that the scheduler knows of. `resets`: how often the cache was reset; loads from before are not valid.
-    `prefill_tokens`: the tokens of prompts that the step computes.
+    last step with a failed load that the scheduler knows of. `resets`: how often the cache was reset. Loads that were planned before
+    a reset are not valid. `prefill_tokens`: the number of prompt tokens that the step computes.
     """
 
     number: int = 0
@@ -80,12 +84,16 @@ class Step(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """What the workers tell the scheduler after a step: the last step with a failed load of its own, and the hashes newly stored."""
+    """A worker's report to the scheduler after a step.
+
+    `failed_step`: the number of the last step whose forward pass lacked a block, because a load had failed (0: no step). `stored`:
+    vLLM's hashes of the newly stored blocks.
+    """
 
     failed_step: int = 0
     stored: list[bytes] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
-        """Returns the report of two workers together. A block counts as stored if any rank has stored it."""
+        """Returns the reports of two workers as one. A block counts as stored if any rank has stored it."""
         assert isinstance(other, WorkerReport)
         return WorkerReport(max(self.failed_step, other.failed_step), list(dict.fromkeys([*self.stored, *other.stored])))

@@ -14,7 +14,7 @@ ARRAYS_MAX = 8192
 def pages_in(kv_caches: Mapping[str, Any], blocks: int) -> list[torch.Tensor]:
     """Returns arrays (blocks, page bytes) of uint8 that share the memory of the KV caches, in the order of the layers.
 
-    Raises (kind `layout`) for caches in which the axis of the blocks is not certain.
+    Raises (kind `layout`) if it is not certain which axis of a cache counts the blocks.
     """
     arrays: list[torch.Tensor] = []
     seen: set[tuple[int, tuple[int, ...]]] = set()

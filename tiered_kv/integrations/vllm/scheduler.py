@@ -1,7 +1,7 @@
 """The scheduler's side of the connector: looks blocks up, plans loads and stores. It never waits for another process.
 
 It sees the same shared memory as the workers. A request whose blocks are all in this machine's memory is loaded within its first step.
-Otherwise it waits until a worker's thread has loaded them. What other machines hold is asked by a thread, while the request waits.
+Otherwise it waits until a worker's thread has loaded them. While the request waits, a thread asks which blocks other machines have.
 """
 
 import secrets
@@ -24,7 +24,10 @@ from tiered_kv.layout import OpaqueLayout
 
 @dataclass
 class Offer:
-    """What a look-up found for a request: of the `asked` blocks from block `start` on, the leading ones, by their tiers."""
+    """The result of a request's look-up of `asked` blocks, from block `start` on.
+
+    `tiers`: the tier of each leading block that was found. `waits`: whether the request must wait for the load.
+    """
 
     scope: bytes
     start: int
@@ -35,7 +38,10 @@ class Offer:
 
 @dataclass
 class TrackedRequest:
-    """A request that vLLM has given blocks to. `stored`: its leading blocks that were offered to the store already."""
+    """A request to which vLLM has given blocks. `blocks`: their numbers in vLLM's KV cache.
+
+    `stored`: how many leading blocks the workers were already told to store. `tiers`: the number of loaded blocks by tier.
+    """
 
     request: Any
     scope: bytes | None
@@ -45,7 +51,7 @@ class TrackedRequest:
 
 
 class Scheduler:
-    """Looks up and plans for one engine. vLLM calls it from one thread.
+    """Looks up blocks, and plans loads and stores, for one engine. vLLM calls it from one thread.
 
     `attach(layout, namespace)` returns a client. `loads_in_step`: whether a forward pass may wait for loads from this machine's memory.
     """
@@ -78,7 +84,7 @@ class Scheduler:
         self.events: Events | None = None
 
     def meet(self, workers: dict[int, Handshake]) -> None:
-        """Learn the workers' namespaces and layouts. Nothing is looked up before, or if a rank is missing."""
+        """Receive the workers' namespaces and layouts, and connect. Until then, and if a rank is missing, no blocks are looked up."""
         ranks = [workers[number] for number in sorted(workers)]
         if not ranks:
             return
@@ -103,7 +109,10 @@ class Scheduler:
         self._roots = list(dict.fromkeys(roots))
 
     def _follow(self) -> None:
-        """Forget all blocks if the cluster's weight epoch was raised. Requests that run now have KV of the former weights. No call."""
+        """Forget all blocks if the cluster's weight epoch was raised. Makes no call to the node.
+
+        Blocks of the current requests are no longer stored, because their KV is of the former weights.
+        """
         if self._client is not None and self._client.root != self._root:
             log.info("tiered_kv: the cluster's weight epoch was raised, so blocks of the former weights are forgotten")
             self._learn_roots()
@@ -113,9 +122,9 @@ class Scheduler:
     # Look-up
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
-        """Returns how many tokens after the computed ones can be loaded, and whether the request waits for them.
+        """Returns how many tokens after the computed tokens can be loaded, and whether the request must wait for this load.
 
-        The number is None while other nodes are asked.
+        The number is None until other nodes have answered which blocks they have.
         """
         self._follow()
         self._offers.pop(request.request_id, None)
@@ -144,7 +153,7 @@ class Scheduler:
         return len(tiers) * self.block_tokens, waits
 
     def _keys(self, request: Any, scope: bytes, start: int, end: int) -> list[list[BlockKey]]:
-        """Returns the keys of a request's blocks for each rank. They are kept until the request is given blocks."""
+        """Returns the keys of a request's blocks for each rank. They are remembered until vLLM gives the request its blocks."""
         wanted = scope, start, end
         known = self._known_keys.get(request.request_id)
         if known is None or known[0] != wanted:
@@ -153,7 +162,7 @@ class Scheduler:
         return known[1]
 
     def _scope(self, request: Any) -> bytes | None:
-        """Returns what must be equal for this request besides the namespace; None if it must not be cached."""
+        """Returns the scope of a request: a digest of its epoch and adapter. None if the request must not be cached."""
         if request.request_id in self._old:
             return None
         adapter = ""
@@ -167,9 +176,9 @@ class Scheduler:
         return blake2b(f"{self._epoch} {adapter}".encode(), digest_size=16).digest()
 
     def _adapter(self, lora: Any) -> str | None:
-        """Returns the digest of an adapter's files; None if they cannot be read, or are others than at the first use of its id.
+        """Returns the digest of a LoRA adapter's files, or None if they are unreadable or have changed since the id's first use.
 
-        vLLM reads them when it likes: at the first use, and again after it has dropped them from its memory.
+        vLLM reads the files at the first use, and again after it has dropped the adapter from its memory.
         """
         if getattr(lora, "load_inplace", False):
             return None
@@ -191,7 +200,7 @@ class Scheduler:
     # Plans
 
     def allocated(self, request: Any, blocks: list[int], external_tokens: int) -> None:
-        """Take note of a request's blocks, and plan the load that vLLM has accepted."""
+        """Record the blocks that vLLM has given to a request, and plan the load that vLLM has accepted."""
         offer = self._offers.get(request.request_id)
         count = min(external_tokens // self.block_tokens, len(offer.tiers)) if offer is not None else 0
         tracked = self._requests[request.request_id] = TrackedRequest(request, None, list(blocks))
@@ -209,7 +218,10 @@ class Scheduler:
             self._client.missed(offer.asked - count)
 
     def give_up(self, request: Any, blocks: list[int], external_tokens: int) -> None:
-        """Plan a load that fails, unless `allocated` had planned one before it failed: else vLLM would take the blocks for loaded."""
+        """Plan a load that will fail, because `allocated` raised an error. Otherwise vLLM would take the blocks for loaded.
+
+        Does nothing if `allocated` had already planned the load.
+        """
         offer = self._offers.pop(request.request_id, None)
         self._requests.pop(request.request_id, None)
         if offer is not None and external_tokens:
@@ -226,7 +238,7 @@ class Scheduler:
         return step
 
     def stores_of(self, output: Any) -> list[RequestBlocks]:
-        """Returns the blocks that the scheduled step completes."""
+        """Returns the blocks that the scheduled step completes, for the workers to store."""
         self._follow()
         computed = {each.req_id: each.num_computed_tokens for each in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
@@ -245,13 +257,13 @@ class Scheduler:
         return stores
 
     def distrust(self) -> list[RequestBlocks]:
-        """Store nothing of the present requests any more, because `stores_of` has failed: their blocks are not certain. Returns []."""
+        """Stop storing blocks of the current requests, because `stores_of` raised an error and their blocks are not certain. Returns []."""
         for tracked in self._requests.values():
             tracked.scope = None
         return []
 
     def _stores(self, tracked: TrackedRequest, computed: int, tokens: int) -> list[RequestBlocks]:
-        """Returns the blocks of a request that are complete after `tokens` more than the `computed` tokens, and were not offered yet."""
+        """Returns the blocks of a request that are complete after `computed` plus `tokens` tokens, and that are not stored yet."""
         start = min(tracked.stored, computed // self.block_tokens)
         end = min((computed + tokens) // self.block_tokens, len(tracked.request.block_hashes), len(tracked.blocks))
         if end <= start:
@@ -271,11 +283,11 @@ class Scheduler:
     # Results
 
     def learned(self, invalid_blocks: set[int], report: WorkerReport | None) -> set[int]:
-        """Take note of a step's outcome. Returns the blocks that vLLM must not keep for later requests.
+        """Record the outcome of a step. Returns the blocks that vLLM must not keep for later requests.
 
-        These are the `invalid_blocks` of failed loads and all that was computed after them. Of several requests that share an invalid
-        block, vLLM lets only the first compute it, which may be aborted before. So all of them compute it here. They are offered to
-        the store again once they are computed.
+        These are the `invalid_blocks` of failed loads, and all later blocks of the same requests. If several requests share an invalid
+        block, vLLM makes only the first request compute it, and that request may be aborted. So here each of them computes the block.
+        The workers are told again to store the blocks once they are computed.
         """
         if report is not None:
             self._acknowledged = max(self._acknowledged, report.failed_step)
@@ -295,17 +307,17 @@ class Scheduler:
         return spoiled
 
     def is_here(self, scope: bytes, block_hash: bytes) -> bool:
-        """Whether this machine's node has a block of all ranks now. No call."""
+        """Returns whether this machine's node has the block of every rank now. Makes no call to the node."""
         client = self._client
         return client is not None and all(client.look(keys_of(root, scope, [block_hash])).tiers for root in self._roots)
 
     def tiers_of(self, request: Any) -> dict[str, int]:
-        """Returns the number of blocks of a request's load by tier."""
+        """Returns the number of blocks in a request's load, by tier."""
         tracked = self._requests.get(request.request_id)
         return tracked.tiers if tracked else {}
 
     def finished(self, request: Any) -> None:
-        """Forget a request. Its blocks are remembered until the next step: the outcome of the present one may not be known yet."""
+        """Forget a request. Its blocks are remembered until the next step, because the current step's outcome may not be known yet."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._leaving.append(tracked)
@@ -319,7 +331,7 @@ class Scheduler:
         self._asker.forget(request.request_id)
 
     def reset(self) -> None:
-        """Forget all blocks stored so far, unless the setting `on_reset` says to keep them. Other engines keep theirs."""
+        """Forget all blocks stored so far, unless the setting `on_reset` is "keep". Other engines' blocks are not affected."""
         if self._settings.on_reset == "keep":
             return
         self._epoch = secrets.randbits(63)

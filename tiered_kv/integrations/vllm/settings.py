@@ -1,4 +1,4 @@
-"""The settings of the connector, from `kv_connector_extra_config`, and the refusal of engine settings that would be unsafe."""
+"""The settings of the connector, from `kv_connector_extra_config`, and a check that refuses unsafe settings of the engine."""
 
 import difflib
 import logging
@@ -10,10 +10,10 @@ from typing import Any
 from tiered_kv.errors import Kind, TieredKVError
 
 log = logging.getLogger("vllm.tiered_kv")
-"""The log of the connector. vLLM shows what is logged below its own name."""
+"""The log of the connector. Its name starts with `vllm.`, because vLLM shows only such logs."""
 
 KINDS = {"FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec"}
-"""vLLM's kinds of KV cache whose blocks are complete once their tokens are computed, and are needed as a whole prefix."""
+"""The supported kinds of KV cache in vLLM. A block is final once its tokens are computed, and a request needs all its prefix's blocks."""
 _WORDS = {"str": "a text", "float": "a number of at least 0", "int": "a whole number of at least 0", "bool": "true or false"}
 
 
@@ -22,13 +22,13 @@ class Settings:
     """`kv_connector_extra_config`. Every field has a default.
 
     `cluster`: the name given to `tiered-kv up`. `node`: the id of the node to use, for machines with several nodes of one cluster.
-    `tenant`: engines of different tenants share nothing. `epoch`: engines with different epochs share nothing, such as the number of a
-    training step. `on_reset`: what `reset_prefix_cache(reset_connector=True)` does: "new_epoch" forgets all blocks so far, "keep" keeps
-    them. `load_deadline_ms`: later blocks of a load are computed (0: the cluster's `fetch_deadline_ms`). `store_wait_ms`: the longest
-    wait for room in a step. `ask_nodes_ms`: the longest time that a request waits until the nodes of other machines have answered what
-    they hold; 0 asks nobody. `hold_s`: how long a promised block is kept from eviction. `allow_mm_uuids`: whether to cache requests with
-    images and the like. Users may give ids to images, which look like hashes of their content here, and equal ids of different images
-    would give wrong answers.
+    `tenant`: engines of different tenants share nothing. `epoch`: a number, such as that of a training step; engines with different
+    epochs share nothing. `on_reset`: the effect of `reset_prefix_cache(reset_connector=True)`: "new_epoch" forgets all blocks so far,
+    "keep" keeps them. `load_deadline_ms`: the longest time for a load; blocks not loaded by then are computed (0: the cluster's
+    `fetch_deadline_ms`). `store_wait_ms`: the longest wait for room in a step. `ask_nodes_ms`: the longest time that a request waits
+    for other machines' nodes to say which blocks they have; 0: they are not asked. `hold_s`: how long a promised block is kept from
+    eviction. `allow_mm_uuids`: whether to cache requests with images and other media. Users may give images ids of their own, which
+    look like hashes of the content here. Equal ids of different images would then give wrong answers.
     """
 
     cluster: str = "default"
@@ -101,7 +101,7 @@ def check_engine(config: Any, kv_cache_config: Any) -> None:
 
 
 def check_groups(kv_cache_config: Any) -> None:
-    """Raise (kind `config`) unless all layers have one kind of KV cache that is needed as a whole prefix."""
+    """Raise (kind `config`) unless all layers are in one group of KV cache, of the supported `KINDS`."""
     groups = kv_cache_config.kv_cache_groups
     kinds = [kind for group in groups for kind in _kinds(group.kv_cache_spec)]
     other = sorted({kind for kind in kinds if kind not in KINDS})
@@ -112,7 +112,7 @@ def check_groups(kv_cache_config: Any) -> None:
 
 
 def _kinds(spec: Any) -> list[str]:
-    """Returns the names of the kinds of a group's layers."""
+    """Returns the names of the kinds of KV cache in a group of layers."""
     parts = getattr(spec, "kv_cache_specs", None)
     if parts:
         return [kind for part in parts.values() for kind in _kinds(part)]

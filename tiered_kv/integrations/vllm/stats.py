@@ -18,11 +18,11 @@ COUNTERS = {
     "load_seconds": "Time spent on loads.",
     "store_seconds": "Time spent on stores.",
 }
-"""The counters, each with what it counts. Loads by tier are counted as `loaded_blocks_TIER` besides."""
+"""The counters and their descriptions. In addition, `loaded_blocks_TIER` counts the loaded blocks of each tier."""
 
 
 class Stats(KVConnectorStats):
-    """Counts of one interval, by the names of COUNTERS."""
+    """The counts of one interval, by the names in COUNTERS."""
 
     def reset(self) -> None:
         self.data = {}

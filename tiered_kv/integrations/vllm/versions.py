@@ -1,4 +1,4 @@
-"""What differs between the versions of vLLM that the connector supports (0.29 to 0.33), and the check that this version has its hooks."""
+"""The differences between the supported versions of vLLM (0.29 to 0.33), and a check that the installed version has all hooks."""
 
 import inspect
 from collections.abc import Callable
@@ -59,7 +59,10 @@ def check_hooks(base: type) -> None:
 
 
 def hash_seed(config: Any) -> str:
-    """Returns the seed of vLLM's block hashes, which must be equal for engines to share."""
+    """Returns the seed of vLLM's block hashes. Engines can share blocks only if their seeds are equal.
+
+    Raises (kind `config`) if this version of vLLM would use a random seed.
+    """
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core import kv_cache_utils
 
@@ -79,14 +82,17 @@ def hash_seed(config: Any) -> str:
 
 
 def external_hash(block_hash: bytes) -> Any:
-    """Returns a block's hash as vLLM announces it to routers."""
+    """Returns a block's hash in the form in which vLLM announces it to routers."""
     from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
     return maybe_convert_block_hash(block_hash)  # type: ignore[arg-type]
 
 
 def hit_sources() -> dict[str, Any]:
-    """Returns vLLM's source of a hit for each of our tiers; {} if this version does not tell hits by source."""
+    """Returns vLLM's hit source for each of our tiers, and under "" that of any other tier.
+
+    Returns {} if this version of vLLM does not count hits by source.
+    """
     try:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
     except ImportError:
@@ -96,7 +102,7 @@ def hit_sources() -> dict[str, Any]:
 
 
 def replicas_of(config: Any, kv_cache_config: Any) -> int:
-    """Returns how many consecutive tensor-parallel ranks hold identical KV: all of them with MLA, else mostly 1."""
+    """Returns how many consecutive tensor-parallel ranks have identical KV: all of them with MLA, else mostly 1."""
     known = getattr(kv_cache_config, "kv_tp_replicas", None)
     if known is not None:
         return int(known)
@@ -104,7 +110,7 @@ def replicas_of(config: Any, kv_cache_config: Any) -> int:
 
 
 def runs_on_cpu() -> bool:
-    """Whether the engine computes on the CPU, with the first model runner, which may wait for loads within a step."""
+    """Returns whether the engine computes on the CPU. There, vLLM uses its first model runner, which may wait for loads within a step."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())

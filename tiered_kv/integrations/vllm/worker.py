@@ -1,7 +1,7 @@
 """The workers' side of the connector: copies blocks between vLLM's pages and the node.
 
-Loads that a step needs are made before its forward pass; others are made by a thread while their requests wait. Stores are made after
-the forward pass. A block that cannot be loaded is reported, and vLLM computes it.
+Loads that a step needs run before its forward pass. Other loads run in a thread, while their requests wait. Stores run after the
+forward pass. A block that cannot be loaded is reported to vLLM, which computes it.
 """
 
 import queue
@@ -22,7 +22,7 @@ from tiered_kv.integrations.vllm.versions import replicas_of, runs_on_cpu
 
 
 class Worker:
-    """One rank's loads and stores. vLLM calls it from one thread.
+    """Makes the loads and stores of one rank. vLLM calls it from one thread.
 
     `attach(layout, namespace)` returns a client.
     """
@@ -36,7 +36,7 @@ class Worker:
         self._rank, self._world = rank // replicas, world // replicas
         self._is_writer = rank % replicas == 0  # of ranks with identical KV, the first one stores it
         self._client: PageClient | None = None
-        self._computes_in_step = runs_on_cpu()  # on a GPU, the forward pass goes on after it was started
+        self._computes_in_step = runs_on_cpu()  # on a GPU, the forward pass continues after its call has returned
         self._computing_since_s = 0.0
         self._failed_blocks: set[int] = set()
         self._failed_step = 0  # the last step whose own loads failed
@@ -50,10 +50,10 @@ class Worker:
         self._queue: queue.SimpleQueue[tuple[RequestBlocks, int, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.records_stores = False
-        """Whether the hashes of newly stored blocks are reported, for events."""
+        """Whether to report the hashes of newly stored blocks, for KV events."""
 
     def register(self, kv_caches: dict[str, Any]) -> None:
-        """Examine the KV cache and connect to the node, if there is one. Raises (kinds `layout`, `model`) if sharing would be unsafe."""
+        """Examine vLLM's KV cache, and connect to the node if there is one. Raises (kinds `layout`, `model`) if sharing is unsafe."""
         blocks = self._kv_cache_config.num_blocks
         arrays = pages_in(kv_caches, blocks)
         tokens = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
@@ -72,11 +72,11 @@ class Worker:
         )
 
     def handshake(self) -> Handshake | None:
-        """Returns what the scheduler's side needs to compute this rank's keys."""
+        """Returns the message from which the scheduler's side computes this rank's keys, or None if this worker shares nothing."""
         return Handshake(self._ranks, asdict(self.namespace), asdict(self.layout)) if self._client is not None else None
 
     def load(self, step: Step) -> None:
-        """Start the loads of a step. Returns when those that its forward pass needs have ended."""
+        """Start the loads of a step, and wait until those that its forward pass needs have ended."""
         self._resets = step.resets
         for blocks in step.later:
             if self._thread is None or not self._thread.is_alive():
@@ -97,7 +97,7 @@ class Worker:
         self._computing_since_s = time.perf_counter()
 
     def give_up(self, step: Step) -> None:
-        """Report the loads of a step as failed, because `load` has failed. Those that the thread has are reported by it."""
+        """Report the loads of a step as failed, because `load` raised an error. The thread reports the loads that it was given."""
         for blocks in step.now:
             self._failed_blocks.update(blocks.blocks)
             self._failed_step = step.number
@@ -108,7 +108,7 @@ class Worker:
                     self._failed_later.update(blocks.blocks)
 
     def store(self, step: Step) -> None:
-        """Store the blocks that the step has completed. A step that computed with a block that failed to load stores nothing."""
+        """Store the blocks that the step has completed, unless it may have computed with a block that failed to load."""
         if self._client is not None and self._computes_in_step:
             self._client.note_prefill(step.prefill_tokens, time.perf_counter() - self._computing_since_s)
         if self._client is None or not self._is_writer or not step.stores or step.acknowledged < self._failed_step:
@@ -130,8 +130,8 @@ class Worker:
 
     @staticmethod
     def _chain(client: PageClient, blocks: RequestBlocks) -> Chain | None:
-        """Returns the chain of blocks; None if the weight epoch was raised since they were planned."""
-        root = client.root  # before the epoch, so that it is not the root of a later one
+        """Returns the chain of these blocks, or None if the weight epoch was raised since they were planned."""
+        root = client.root  # read before the epoch, so that it cannot be a later epoch's root
         return blocks.chain(root) if client.weight_epoch == blocks.weight_epoch else None
 
     def finished(self) -> set[str]:
@@ -143,12 +143,15 @@ class Worker:
             return finished
 
     def failed(self) -> set[int]:
-        """Returns the numbers of the blocks that could not be loaded, since the last call. To be called after `finished`."""
+        """Returns vLLM's numbers of the blocks that failed to load since the last call.
+
+        Call it after `finished`, which adds the failures of waiting loads.
+        """
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def report(self) -> WorkerReport | None:
-        """Returns what the scheduler's side must know of the step; None if there is nothing."""
+        """Returns the report to the scheduler's side, or None if there is nothing to report."""
         stored, self._stored = self._stored, []
         return WorkerReport(self._failed_step, stored) if stored or self._failed_step else None
 
@@ -167,11 +170,11 @@ class Worker:
             self._client.close()
 
     def _load_waiting(self) -> None:
-        """Make the loads for which requests wait, one after the other. Each is reported as ended, whatever happens."""
+        """Make the waiting loads, one after the other, until `close`. Every load is reported as ended, even if it fails."""
         while (job := self._queue.get()) is not None:
             blocks, resets, since_s = job
             failed = self._loaded(blocks, may_call=True, since_s=since_s) if resets == self._resets else blocks.blocks
-            if resets != self._resets:  # the blocks are of before a reset
+            if resets != self._resets:  # the blocks were planned before a reset
                 failed = blocks.blocks
             with self._lock:
                 self._waiting.discard(blocks.request)
@@ -179,12 +182,15 @@ class Worker:
                 self._failed_later.update(failed)
 
     def _loaded(self, blocks: RequestBlocks, may_call: bool, since_s: float | None = None) -> list[int]:
-        """Load blocks. Returns the numbers of those that could not be loaded. Never raises. `since_s`: when the request began to wait."""
+        """Load blocks. Returns vLLM's numbers of those that could not be loaded. Never raises.
+
+        `may_call`: whether to ask the node for blocks that this process cannot read. `since_s`: when the request began to wait.
+        """
         begun_s, done, by_tier = time.perf_counter(), 0, dict[str, int]()
         try:
             if self._client is not None and (chain := self._chain(self._client, blocks)) is not None:
                 deadline_s = self._settings.load_deadline_ms / 1000 or self._client.deadline_s
-                if since_s is not None:  # what is in this machine's memory is loaded in any case
+                if since_s is not None:  # blocks in this machine's memory are loaded in any case
                     deadline_s = max(deadline_s - (begun_s - since_s), 0.0)
                 done, by_tier = self._client.load(chain, self._pages, blocks.blocks, deadline_s=deadline_s, may_call=may_call)
         except Exception:  # noqa: BLE001 - named boundary: a block that is not reported would be taken for loaded
