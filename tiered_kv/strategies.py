@@ -67,9 +67,8 @@ class BaseEvictionStrategy:
     ) -> list[Hashable]:
         """Returns `num_to_evict` keys of `cache`, chosen from the time of each key's last use and its number of uses.
 
-        Replays the uses of the keys, in the order of their times, to a new policy of this kind. A key with a higher count is used more
-        often. The policy then picks the keys to evict. Only the order of the counts matters. A key without a time counts as the oldest,
-        and a key without a count as used once.
+        Replays the uses of the keys to a new policy of this kind, in the order of their times, more of them for a higher count. Only the
+        order of the counts matters. A key without a time counts as the oldest, and a key without a count as used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))

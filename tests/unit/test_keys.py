@@ -257,7 +257,7 @@ def test_the_layout_is_part_of_the_root():
     ],
 )
 def test_a_namespace_of_nonsense_is_refused(changes):
-    with pytest.raises(TieredKVError, match="namespace|tenant"):
+    with pytest.raises(TieredKVError, match=r"namespace|tenant"):
         namespace_by_hand(**changes)
 
 
