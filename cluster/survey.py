@@ -174,7 +174,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
     listed = {node["node"]: node for node in about["nodes"]}
     nodes = []
     for node in expected:
-        answer = stats.get(node, TieredKVError(Kind.TRANSPORT, "it could not be called, because Ray does not answer"))
+        answer = stats.get(node, TieredKVError(Kind.TRANSPORT, "not called, because Ray does not answer"))
         text = _member_problem(members.get(node)) or _problem(node, answer, listed.get(node), about.get("lost", {}), answers.coordinator)
         if text:
             degraded.append(text)

@@ -353,7 +353,10 @@ def is_hook(value: Any) -> bool:
 
 
 def below_hook(value: Any) -> Any:
-    """Returns the function that a model would have in place of a method without this library's hooks. None: the class's own method."""
+    """Returns what a model had under a method's name before this library's hooks replaced it: a function; None for the class's own method.
+
+    `value`: what the model has there now, perhaps such a hook.
+    """
     while is_hook(value):
         value = value.replaced_method
     return value

@@ -54,7 +54,7 @@ class _TensorChecks:
         if part.dtype != self.torch_dtype:
             raise TieredKVError(Kind.LAYOUT, f"{name} must be {self.dtype}, the layout's dtype, got {part.dtype}", dtype=str(part.dtype))
         if part.device.type == "meta" or part.layout is not torch.strided:
-            raise TieredKVError(Kind.LAYOUT, f"{name} must be a dense tensor with content, got {part.layout} on the device {part.device}")
+            raise TieredKVError(Kind.LAYOUT, f"{name} must be dense and hold data, got {part.layout} on the device {part.device}")
 
 
 def _check_sizes(**sizes: int) -> None:

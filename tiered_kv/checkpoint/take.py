@@ -222,10 +222,10 @@ def _id_of(block: MergedBlock) -> BlockId:
 
 
 def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
-    """Returns whether a checkpoint may contain an existing frame instead of this copy of the block.
+    """Returns whether the block's existing frame in a pack, if there is one, may stay in the checkpoint instead of this copy.
 
     Returns False if the frame has a lossy codec other than the copy's codec, because a cluster of lower quality wrote that frame.
-    Returns True if there is no frame (None).
+    Returns True for None, because there is no frame that would have to be replaced.
     """
     return entry is None or entry.codec == block.best.codec or not is_lossy(entry.codec)
 

@@ -157,8 +157,8 @@ _is_refused = _readv is None  # not Linux
 def copy_pieces(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
     """Copy `sizes[i]` bytes from the address `sources[i]` to `targets[i]`, for each i. All arrays are uint64.
 
-    A system call does not hold the interpreter's lock. The caller must ensure that all addresses are valid. Raises (kind `memory`) if
-    the memory is no longer mapped.
+    The kernel makes most of the copies, many in one system call, while the interpreter's lock is free. Raises (kind `memory`) if an
+    address is not mapped. An address that is mapped but wrong is not noticed: the caller must ensure that all are right.
     """
     global _is_refused
     first, ends = 0 if _is_refused else _copied_alone(targets, sources, sizes), np.cumsum(sizes)

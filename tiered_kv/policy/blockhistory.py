@@ -118,7 +118,7 @@ class BlockHistory(History):
             self.learn(now_s)
 
     def note(self, keys: Sequence[Key], parent: Key | None) -> np.ndarray:
-        """Returns the slots of blocks that may be unknown, such as those found on disk. Unknown blocks count as used once, just now."""
+        """Add those blocks that are unknown, such as blocks found on disk, as used once, just now. Returns the slots of all blocks."""
         slots = self.slots(keys)
         if (slots < 0).any():
             self.seen(keys, parent, self._now_s)

@@ -61,7 +61,7 @@ def answered(kind: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def expected_kind(within_s: float) -> int:
-    """Returns the kind of blocks that their worker expects to use within `within_s` seconds."""
+    """Returns the number of a kind: that of blocks of which a worker expects, by a hint, that they are used within `within_s` seconds."""
     return ENDED + 1 + int(_octave_of(np.array([within_s]))[0])
 
 

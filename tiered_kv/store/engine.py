@@ -389,7 +389,7 @@ class Engine:
                     pool.submit(self._guarded, run, batch)
 
     def _guarded(self, run: Callable[[list[ev.Copy]], None], batch: list[ev.Copy]) -> None:
-        """Boundary of the background threads: on any failure the sources stay, and the failure is reported to the machine."""
+        """Run a batch on a background thread. If it raises, the blocks stay where they are, and the machine learns which copies failed."""
         failed: list[ev.CopyFailed] = []
         try:
             run(batch)

@@ -61,7 +61,7 @@ class Quotas:
                 order.use(here)
 
     def leaves(self, block: Block, tier: Tier | None) -> None:
-        """Set the tier from which a block is dropped once the running copy of it is complete; None if it is dropped from no tier."""
+        """Note that `block` will be dropped from `tier` when the copying that is under way has ended. None: it will be dropped nowhere."""
         for each, sign in ((block.leaving, -1), (tier, 1)):
             if each is not None and each in block.copies and (block.tenant, each) in self.limits:
                 self._leaving[block.tenant, each] += sign * block.copies[each].stored_bytes

@@ -114,7 +114,7 @@ def merged(answers: survey.Answers, nodes: list[Node]) -> dict:
             "node-1 at 10.0.0.2 is lost: its Ray node left 12 s ago; if it will not come back: tiered-kv drain node-1",
         ),
         ("starting", {}, "node-1 at 10.0.0.2 has been starting for 12 s"),
-        ("silent", {}, "node-1 does not answer (it could not be called, because Ray does not answer)"),
+        ("silent", {}, "node-1 does not answer (not called, because Ray does not answer)"),
     ],
 )
 def test_a_node_that_does_not_serve_is_named_while_others_serve(node_factory, state: str, more: dict, text: str) -> None:

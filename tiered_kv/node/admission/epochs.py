@@ -54,7 +54,7 @@ class NodeEpochs:
         self._publish()
 
     def everything(self) -> list[Epoch]:
-        """Returns the epochs of all families that were ever raised."""
+        """Returns the present epoch of every family whose epoch was ever raised."""
         return self.book.epochs.everything()
 
     def is_closed(self, root: BlockKey | None) -> bool:
@@ -138,7 +138,7 @@ class NodeEpochs:
         self.beat()
 
     def beat(self) -> None:
-        """End the purges whose time is over. While a dropped block is still being copied, wait for a later beat."""
+        """End the purges whose time is over, unless a dropped block is still being copied: then leave them for a later beat."""
         if not self._purges or self._node.engine.machine.endings:
             return
         with self._turn:
