@@ -383,9 +383,7 @@ def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
         while not (locked := _flock(fd, fcntl.LOCK_SH)) and time.monotonic() < deadline_s:
             time.sleep(LOOKED_AT_S / 100)  # another process may only be looking whether anybody uses the directory
         if not locked or os.fstat(fd).st_nlink == 0:
-            raise TieredKVError(
-                Kind.MEMORY, f"{directory} is being removed, as its node is dead; start the node again", path=str(directory)
-            )
+            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed, as its node is dead; start it again", path=str(directory))
         yield fd
     finally:
         os.close(fd)
