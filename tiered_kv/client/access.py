@@ -128,9 +128,9 @@ class AccessHolder:
             if self.present.is_lost():
                 self._renew()
             self._close_retired()
-        except TieredKVError:  # the node ended meanwhile
+            return not self._retired and not self.present.is_lost()
+        except TieredKVError:  # the node ended, or `close` unmapped its memory, meanwhile
             return False
-        return not self._retired and not self.present.is_lost()
 
     def _renew(self) -> None:
         info = self._find()

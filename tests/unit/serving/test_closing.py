@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.transport import PATIENCE_S
-from tests.unit.serving.prompts import NAMESPACE, kv_of, tokens_of
+from tests.unit.serving.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
 from tests.unit.serving.test_failures import LARGE, filled_disk, served
 from tiered_kv.blocks import Tier
 from tiered_kv.client.connect import client_of
@@ -185,3 +185,19 @@ def test_an_abandoned_node_marks_itself_closed_and_serves_no_one(node_factory, h
         if closer is not None:
             closer.join(PATIENCE_S)
     assert Tier.DISK in node.storage.logs
+
+
+def test_a_look_for_the_node_ends_in_order_if_the_client_is_closed_meanwhile(node_factory, client_factory, monkeypatch) -> None:
+    client = client_factory(node_factory(), LAYOUT, NAMESPACE)
+    holder, asked = client._holder, []
+    is_lost = type(holder.present).is_lost
+
+    def closing_at_the_second_question(access) -> bool:
+        asked.append(access)
+        if len(asked) == 2:
+            client.close()
+        return is_lost(access)
+
+    monkeypatch.setattr(type(holder.present), "is_lost", closing_at_the_second_question)
+    assert holder.look_once() is False
+    assert len(asked) == 2
