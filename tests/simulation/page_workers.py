@@ -51,11 +51,7 @@ class PageWorker(Worker):
         loaded = client.load(Chain(keys), pages_of(arrays), list(range(blocks)), deadline_s=ms / 1000)
         got = [b"".join(array[block].numpy().tobytes() for array in arrays) for block in range(loaded.blocks)]
         self.record(FETCH, epoch, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
-        for number, (key, data) in enumerate(zip(keys, got, strict=False)):
-            if data != bytes_of(key):
-                message = f"{self.name} loaded wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
-                raise SimulationError("wrong bytes", f"{message}, from {loaded.blocks_by_tier}")
-        self.hit_blocks = len(got)
+        self.take_hits(document, keys, got, loaded.blocks_by_tier)
         return f"{len(got)} of {blocks} blocks {loaded.blocks_by_tier} to pages", ms / 1000 + GRACE_S
 
     def _store(self, client: PageClient, epoch: int, document: int, blocks: int) -> tuple[str, float]:

@@ -112,16 +112,20 @@ class Worker:
         if self.world.random.random() < CHECK_SHARE:
             self.cluster.check()
 
+    def take_hits(self, document: int, keys: list[bytes], got: list[bytes], by_tier: dict[str, int]) -> None:
+        """Note the blocks that a fetch has returned. Raises unless each has the bytes of its key."""
+        for number, (key, data) in enumerate(zip(keys, got, strict=False)):
+            if data != bytes_of(key):
+                message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
+                raise SimulationError("wrong bytes", f"{message}, from {by_tier}")
+        self.hit_blocks = len(got)
+
     def _fetch(self, client: Client, epoch: int, document: int, blocks: int, ms: int) -> tuple[str, float]:
         keys = keys_of(document, epoch)[:blocks]
         fetched = client.fetch(tokens_of(document)[: blocks * T], deadline_ms=ms, namespace=namespace(epoch))
         got = [bytes_in(fetched.kv, block) for block in range(fetched.tokens // T)]
         self.record(FETCH, epoch, dict(zip([key.hex() for key in keys], map(digest_of, got), strict=False)))
-        for number, (key, data) in enumerate(zip(keys, got, strict=False)):
-            if data != bytes_of(key):
-                message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
-                raise SimulationError("wrong bytes", f"{message}, from {fetched.tokens_by_tier}")
-        self.hit_blocks = len(got)
+        self.take_hits(document, keys, got, fetched.tokens_by_tier)
         return f"{len(got)} of {blocks} blocks {fetched.tokens_by_tier}", ms / 1000 + GRACE_S
 
     def _store(self, client: Client, epoch: int, document: int, blocks: int) -> tuple[str, float]:

@@ -5,7 +5,6 @@ from itertools import groupby
 from typing import Any
 
 from tiered_kv.coordinator.coordinator import Coordinator
-from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.protocol.peer_channel import Channel, Limit, PeerIdentity, refused
 from tiered_kv.protocol.peer_listener import PeerListener
@@ -26,13 +25,7 @@ class LookupServer:
         self._listener.start(self._serve)
 
     def _serve(self, channel: Channel) -> None:
-        while True:
-            try:
-                message = channel.next(Limit.within(IDLE_S))
-            except TieredKVError as error:
-                if error.context.get("reason") == "timeout":
-                    return
-                raise
+        for message in channel.requests(IDLE_S):
             channel.send(self._answer(channel.peer, message), Limit.within(ANSWER_WITHIN_S))
 
     def _answer(self, asking: str, message: Any) -> list[Any]:

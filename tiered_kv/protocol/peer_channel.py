@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -161,6 +161,17 @@ class Channel:
             return unpacked(body, items_max=ITEMS_MAX, depth_max=0)
         except ValueError as error:
             raise refused("message", f"a message from {self.peer} cannot be read: {error}") from error
+
+    def requests(self, idle_s: float) -> Iterator[Any]:
+        """Yields the messages of a peer that asks, until none has come for `idle_s`. Raises as `next` for any other end."""
+        while True:
+            try:
+                message = self.next(Limit.within(idle_s))
+            except TieredKVError as error:
+                if error.context.get("reason") == "timeout":
+                    return
+                raise
+            yield message
 
     def receive_into(self, target: memoryview, limit: Limit, update: Callable[[memoryview], object] | None = None) -> None:
         """Receive exactly the bytes of `target`, straight into its memory. `update`: called with each piece after it has arrived."""

@@ -47,13 +47,7 @@ class BlockServer:
 
     def serve(self, channel: Channel) -> None:
         """Answer one peer until it closes the connection, is idle for IDLE_S, or sends an invalid request."""
-        while True:
-            try:
-                message = channel.next(Limit.within(IDLE_S))
-            except TieredKVError as error:
-                if error.context.get("reason") == "timeout":
-                    return
-                raise
+        for message in channel.requests(IDLE_S):
             name, arguments = _checked(message)
             if name == "doubt":
                 self._node.doubt(*arguments)
