@@ -125,8 +125,12 @@ def on_this_machine(name: str) -> ClusterState | None:
 
 def members_of(answers: Answers) -> dict[str, dict]:
     """Returns the members of the fleet by node id, or {} if the coordinator does not answer."""
-    fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
-    return {member["node"]: member for member in fleet.get("members", ())}
+    return {member["node"]: member for member in _fleet_in(answers).get("members", ())}
+
+
+def _fleet_in(answers: Answers) -> dict:
+    """Returns the coordinator's description of its fleet, or {} if it does not answer or is of a version without fleets."""
+    return {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
 
 
 def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
@@ -190,7 +194,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
 
 def _fleet_problems(answers: Answers) -> list[str]:
     """Returns a list with one text if the keeper's rounds fail or do not end, else []."""
-    fleet = {} if isinstance(answers.coordinator, TieredKVError) else answers.coordinator.get("fleet", {})
+    fleet = _fleet_in(answers)
     if fleet.get("problem"):
         return [f"nodes that join or leave are not followed: {fleet['problem']}"]
     if fleet.get("round_age_s", 0.0) > ROUND_AGE_S_MAX:
@@ -219,11 +223,12 @@ def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None
     `expected`: the nodes that should answer, or None for all nodes. Failed transfers from other nodes, which are drained or lost, are
     no problem and are left out.
     """
+    relevant = None if expected is None else {"coordinator", *expected}
     return [
         f"{node['node']} cannot reach {peer} over a stream: {pair['last_failure']}"
         for node in nodes
         for peer, pair in node.get("stats", {}).get("peers", {}).get("peers", {}).items()
-        if (expected is None or peer in {"coordinator", *expected}) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
+        if (relevant is None or peer in relevant) and pair.get("last_failure_age_s", FAILED_WITHIN_S) < FAILED_WITHIN_S
     ]
 
 
