@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 WARN_EVERY_S = 30.0
 QUESTION_S_MAX = 1.0
 """The longest wait of `match`, `explain`, `stats` and hints for an answer. The setting `fetch_deadline_ms` may shorten it."""
+REPORT_LATE_S = 0.005
+"""How long after its deadline a fetch may still report damaged blocks. With the time of that call it ends 50 ms late at most."""
 PULLS_AT_ONCE = 8
 """The most pulls of one client that run in threads of their own at a time. Further pulls wait for their turn."""
 LABELS = {tier.value: tier.label for tier in Tier}
@@ -354,10 +356,17 @@ class NodeClient:
 
         def question(session: Session) -> int | None:
             self._tell(access, session, names)
-            return session.pull(run, wait_s)
+            left_s = until_s - self._clock.now_s()
+            return session.pull(run, left_s) if left_s > 0 else None  # two late answers together would be much too late
 
         count = self._ask(access, question, None, wait_s)
         return access.source.find(run.keys[:count])  # count is None without an answer in time: find all that have arrived
+
+    def _report_damage(self, access: NodeAccess, until_s: float) -> None:
+        """Report to the node the blocks that looked damaged, unless `until_s` is over. Then a later fetch reports them."""
+        left_s = until_s - self._clock.now_s()
+        if left_s > -REPORT_LATE_S and (doubted := access.source.doubted()):
+            self._ask(access, lambda session: session.doubt(doubted), None, max(left_s, 0.0))
 
     def _store_missing(
         self,

@@ -100,8 +100,7 @@ class Client(NodeClient):
         if pulling is not None:
             read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s)
             found = found if len(read) < local else read
-        if doubted := source.doubted():
-            self._ask(access, lambda session: session.doubt(doubted), None, max(deadline_s - self._clock.now_s(), 0.0))
+        self._report_damage(access, deadline_s)
         # Includes the block that could not be read, which the node examines; excludes the blocks that this fetch pulled.
         source.touch(found[: min(len(read) + 1, local)])
         where = [*first_found, *found[len(first_found) : local]]  # the tiers before this fetch moved any block

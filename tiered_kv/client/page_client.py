@@ -133,8 +133,7 @@ class PageClient(NodeClient):
         else:
             local = len(found)
         read = self._fill(access, found, pages, blocks, until_s)
-        if doubted := source.doubted():
-            self._ask(access, lambda session: session.doubt(doubted), None, max(until_s - self._clock.now_s(), 0.0))
+        self._report_damage(access, until_s)
         source.touch(found[: min(read + 1, local)])
         by_tier: dict[str, int] = {}
         for each in [*first_found, *found[len(first_found) : local]][:read]:  # the tiers before this load moved any block

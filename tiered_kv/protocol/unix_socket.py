@@ -42,6 +42,8 @@ METHODS |= {"new_epoch", "salt"}
 
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
+LATE_CALL_S = 0.005
+"""A call that begins after its deadline gets this long at least."""
 COMMIT_GRACE_S = 0.25
 """A commit gets this long if its deadline passed while the worker packed the blocks: the work is done, and a live node accepts it."""
 
@@ -246,18 +248,21 @@ class SocketSession:
         method: str,
         *arguments: object,
         wait_s: float = 0.0,
-        late_s: float = GRACE_S,
+        late_s: float = 0.0,
         check: Callable[[object], bool] | None = None,
     ) -> Any:
         """Send a request. Returns the answer, if `check` (default: the check in `answers`) accepts it.
 
-        The call ends soon after the time that `allow` set, or after `late_s` if that time has passed already. If `allow` was not
-        called, it ends within the session's `wait_s` plus this call's.
+        The call ends within GRACE_S after the time that `allow` set. If that time has passed already, it gets `late_s` at least. If
+        `allow` was not called, it ends within the session's `wait_s` plus this call's.
         """
         now_s = time.monotonic()
-        until_s = now_s + self._wait_s + wait_s if self._until_s is None else self._until_s + GRACE_S
-        if self._until_s is not None and now_s > self._until_s:
-            until_s = now_s + late_s
+        if self._until_s is None:
+            until_s = now_s + self._wait_s + wait_s
+        else:
+            until_s = self._until_s + GRACE_S
+            if now_s > self._until_s:
+                until_s = max(until_s, now_s + (late_s or LATE_CALL_S))
         number = next(self._numbers)
         try:
             self._connection.settimeout(until_s - now_s)

@@ -56,7 +56,7 @@ def silent(cluster, clients, monkeypatch) -> Silent:
 def test_a_hanging_coordinator_is_called_once_within_the_deadline(cluster, clients, silent) -> None:
     there, node = clients[1], cluster.nodes["n1"]
     assert there.fetch(TOKENS, deadline_ms=50).tokens == 0
-    assert silent.waits_s == [pytest.approx(0.05, abs=0.01)]
+    assert len(silent.waits_s) == 1 and 0 < silent.waits_s[0] <= 0.05, "the time left after connecting"
     calls = there.node_calls
     for ask in (there.fetch, there.match, there.explain, there.fetch):
         ask(TOKENS)
@@ -75,7 +75,8 @@ def test_a_hanging_coordinator_is_called_once_within_the_deadline(cluster, clien
 def test_a_slow_call_makes_the_node_report_at_once(cluster, clients, silent, monkeypatch) -> None:
     node, woken = cluster.nodes["n1"], []
     monkeypatch.setattr(node._reporter, "wake", lambda: woken.append(True))
-    clients[1].fetch(TOKENS, deadline_ms=1)
+    clients[1].stats()  # connects
+    clients[1].fetch(TOKENS, deadline_ms=50)
     assert woken
     assert node.stats()["coordinator"] is False
 

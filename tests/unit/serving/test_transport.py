@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from contextlib import closing, contextmanager
 
 import msgpack
@@ -12,6 +13,7 @@ import pytest
 from tests.contracts.transport import NBYTES, PATIENCE_S, ROOT, TransportContract, key_of, keys_of, wait_until
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.node import Node
+from tiered_kv.protocol import unix_socket
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import PROTOCOL
 from tiered_kv.protocol.unix_socket import MESSAGE_BYTES_MAX, SessionServer, SocketSession
@@ -157,8 +159,11 @@ HELLO = {"protocol": PROTOCOL, "identity": 7, "generation": 1, "arena_bytes": 1 
 
 
 @contextmanager
-def speaking(listener: socket.socket, said: bytes, after: int = 0):
-    """A node that answers `after` requests correctly, the first one `hello`, then sends the given bytes, and nothing more."""
+def speaking(listener: socket.socket, said: bytes, after: int = 0, until_closed: bool = False):
+    """A node that answers `after` requests correctly, the first one `hello`, then sends the given bytes, and nothing more.
+
+    `until_closed`: it keeps the connection open until the worker closes it.
+    """
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -167,7 +172,8 @@ def speaking(listener: socket.socket, said: bytes, after: int = 0):
                 number, _, _ = msgpack.unpackb(connection.recv(int.from_bytes(connection.recv(4), "little")))
                 connection.sendall(framed([number, True, HELLO]))
             connection.sendall(said)
-            connection.shutdown(socket.SHUT_WR)
+            if not until_closed:
+                connection.shutdown(socket.SHUT_WR)
             while connection.recv(1 << 16):
                 pass
 
@@ -290,6 +296,20 @@ def test_closing_the_server_ends_sessions_that_wait(server) -> None:
         assert node.stats()["reserved_bytes"] == 0
     with pytest.raises(TieredKVError):
         SocketSession(path, 1.0)
+
+
+def test_a_call_that_begins_late_ends_with_the_grace_of_the_call_before_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(unix_socket, "GRACE_S", 1.0)
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        with speaking(listener, b"", after=1, until_closed=True), closing(SocketSession(str(tmp_path / "sock"), 1.0)) as session:
+            begun_s = time.monotonic()
+            session.allow(0.0)
+            time.sleep(0.9)
+            with pytest.raises(TieredKVError, match="timed out"):
+                session.stats()
+            assert 0.99 < time.monotonic() - begun_s < 1.6  # a grace of its own would end it at 1.9
 
 
 def test_the_error_for_a_too_long_socket_path_names_the_setting(tmp_path) -> None:
