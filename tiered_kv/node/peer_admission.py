@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADMIT_WAIT_S = 0.05
+EXPECTED_BYTES = 8 << 20
+"""The most bytes of blocks for which memory is reserved before the peer has offered them. At least one block."""
 
 
 class Admission:
@@ -39,6 +41,7 @@ class Admission:
         self._nbytes = run.nbytes
         self._parents = dict(zip(run.keys, [run.parent, *run.keys], strict=False))
         self._depths = {key: run.depth + number for number, key in enumerate(run.keys)}
+        self._expected: list[tuple[BlockKey, Location]] = []  # reserved for raw blocks; freed with the session if not used
 
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
         """As `Receiver.take`. It also stops at the first frame that is too lossy."""
@@ -59,14 +62,30 @@ class Admission:
                 break
         return taken
 
+    def expect(self, keys: Sequence[BlockKey]) -> None:
+        """As `Receiver.expect`."""
+        self._expected_room(())
+        if first := keys[: max(1, EXPECTED_BYTES // self._nbytes)]:
+            self._expected = list(zip(first, self._room(BlockFormat(0, self._nbytes), first), strict=False))
+
     def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> BlockLanding:
         form, same = leading_form(self._storage, keys, offers, self._root, self._nbytes)
-        locations = self._room(form, keys[: len(same)])
+        locations = self._expected_room(keys[: len(same)]) if same[0].head else []
+        locations = locations or self._room(form, keys[: len(same)])
         if not locations:
             raise refused("no_room", "no room for a block of a peer", own_fault=True)
         if same[0].head:
             return RawLanding(self, self._storage, keys, locations, same)
         return FrameLanding(self, self._storage, keys, locations, same, self._root)
+
+    def _expected_room(self, keys: Sequence[BlockKey]) -> list[Location]:
+        """Returns the locations that `expect` has reserved for leading blocks of `keys`. If there are none, frees all that are left."""
+        count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], zip(keys, self._expected, strict=False)))
+        used, rest = self._expected[:count], self._expected[count:]
+        if not used:
+            self._session.release([location.offset for _, location in rest])
+        self._expected = rest if used else []
+        return [location for _, location in used]
 
     def _room(self, form: BlockFormat, keys: Sequence[BlockKey]) -> list[Location]:
         """Reserve extents of one block format for the leading `keys`. Returns their locations, [] if there is no room."""

@@ -105,6 +105,8 @@ class NodeSession:
             return self._node.commit(packed, note_touches=note_touches)
 
     def release(self, offsets: list[int]) -> None:
+        if not offsets:
+            return
         with self._node.running():
             self._take(dict.fromkeys(offsets), len(offsets))
             self._node.free_extents(offsets)

@@ -22,7 +22,7 @@ import msgpack
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.unpacking import unpacked
 
-PEER_PROTOCOL = 1
+PEER_PROTOCOL = 2
 MAGIC = "tiered_kv peer"
 NONCE_BYTES = 32
 MAC_BYTES = 16

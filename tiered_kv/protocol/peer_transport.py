@@ -68,6 +68,12 @@ class Receiver(Protocol):
     def take(self, keys: Sequence[BlockKey], frames: Sequence[FramePieces]) -> int:
         """Store the frames of the leading `keys`, up to the first damaged frame. Returns how many were stored."""
 
+    def expect(self, keys: Sequence[BlockKey]) -> None:
+        """Reserve memory for some leading blocks of `keys` while the peer prepares them. `land` uses it if they are raw.
+
+        First frees what is left of the memory that an earlier call has reserved. With no keys, does nothing else.
+        """
+
     def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> Landing:
         """Reserve memory for the leading offered blocks, at least one.
 

@@ -11,12 +11,14 @@ from tests.unit.peers.pairs import PATIENCE_S, channel_pair, within
 from tests.unit.serving.prompts import LAYOUT, NAMESPACE, block_of, kv_of, tokens_of
 from tiered_kv.blocks import Tier
 from tiered_kv.errors import TieredKVError
+from tiered_kv.node import peer_admission
 from tiered_kv.node.node import Node
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.peers import block_server
 from tiered_kv.node.peers.block_server import BlockServer
 from tiered_kv.node.peers.figures import PeerFigures
 from tiered_kv.node.peers.transfer import StreamTransfer
+from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.peer_channel import Channel
 
@@ -121,8 +123,24 @@ def theatre(node_factory, client_factory, monkeypatch) -> tuple[Theatre, list[by
 
 def test_an_undamaged_stream_brings_all_blocks(theatre) -> None:
     made, parts = theatre
-    assert len(parts) == 2 * (1 + 2) + 1, "two batches of two blocks, and the end"
+    assert len(parts) == 2 * (1 + 2), "two batches of two blocks; no message ends a run of which all blocks came"
     assert made.fetch(b"".join(parts)) is None
+
+
+def test_memory_for_raw_blocks_is_reserved_once_before_the_peer_has_offered_them(theatre, monkeypatch) -> None:
+    made, parts = theatre
+    reserved, reserve = [], NodeSession.reserve_within
+
+    def counting(self: NodeSession, nbytes: int, keys: list[bytes], *rest: object, **options: object) -> list[int]:
+        reserved.append(len(keys))
+        return reserve(self, nbytes, keys, *rest, **options)
+
+    monkeypatch.setattr(NodeSession, "reserve_within", counting)
+    assert made.fetch(b"".join(parts)) is None
+    assert reserved == [len(made.keys)]
+    monkeypatch.setattr(peer_admission, "EXPECTED_BYTES", 1)
+    assert made.fetch(b"".join(parts)) is None
+    assert reserved[1:] == [1, 1, 2], "one block is expected; the others get room when they are offered"
 
 
 def flipped(dice: random.Random, parts: list[bytes]) -> bytes:

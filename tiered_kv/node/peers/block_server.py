@@ -66,7 +66,8 @@ class BlockServer:
             sent += len(items)
             nbytes = max(item.offer.nbytes for item in items)
             count = max(1, min(BATCH_BYTES // nbytes, BATCH_BLOCKS))
-        channel.send(["end"], limit)
+        if sent < len(keys):
+            channel.send(["end"], limit)
 
     def _send(self, channel: Channel, items: Sequence[Item], limit: Limit) -> None:
         """Send one batch: the offers, then the payloads."""

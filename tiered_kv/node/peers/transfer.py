@@ -1,7 +1,7 @@
 """The transfer of a run of blocks over a stream from a peer.
 
-A request names all the keys of a run. The peer answers with batches, each a message with offers and the payloads after it, and at last
-with a message that ends the run. Each payload is received straight into the memory that was reserved for its block.
+A request names all the keys of a run. The peer answers with batches, each a message with offers and the payloads after it. If it does
+not have all the blocks, a message ends the run. Each payload is received straight into the memory that was reserved for its block.
 """
 
 import time
@@ -52,7 +52,8 @@ class StreamTransfer:
         try:
             channel = self._streams.take(self._address, limit)
             channel.send(["get", wait_s, self._keys], limit)
-            while offers := self._next(channel, limit):
+            receiver.expect(self._keys)
+            while self._stored < len(self._keys) and (offers := self._next(channel, limit)):
                 self._receive(channel, offers, receiver, limit)
             self._streams.give_back(self._address, channel)
             is_whole = True
@@ -63,6 +64,7 @@ class StreamTransfer:
                 self._note(error, time.monotonic() - begun_s)
             raise
         finally:
+            receiver.expect(())
             self._figures.fetched(self._node, self._stored, self._nbytes, time.monotonic() - begun_s, is_whole=is_whole)
         return self._stored
 
