@@ -24,6 +24,8 @@ from tests.hostile.nursery import end_with_parent
 LATE_MS = 50.0
 CHILD_S = 2.0
 WRITE_EVERY_S = 1.0
+KEPT = 300
+"""Documents that are used for ever: more than fit into host memory, so that they come back from disk."""
 
 
 class Tally:
@@ -117,7 +119,7 @@ def main() -> None:
     options.add_argument("--churn-s", type=float, default=0.0)
     given = options.parse_args()
     torch.set_num_threads(1)
-    documents = Documents(given.number, given.workers, kept=8)
+    documents = Documents(given.number, given.workers, KEPT)
     worker = SoakWorker(given.cluster, given.node_id, documents, given.out, given.pause_ms / 1000)
     print("attached", flush=True)
     while not worker.ends():
