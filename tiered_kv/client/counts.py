@@ -21,7 +21,7 @@ def namespace_label(family: bytes) -> str:
     return family.hex()[:NAMESPACE_CHARACTERS]
 
 
-class ClientCounts:
+class CountPages:
     """Adds to the pages of one client in one life of its node's files. Thread-safe.
 
     `directory`: the node's directory; None without a node, then nothing is counted.

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from tiered_kv import forking
-from tiered_kv.histogram import BUCKETS, HistogramCounts, bucket_of
 from tiered_kv.memory import words as w
+from tiered_kv.memory.histogram import BUCKETS, HistogramCounts, bucket_of
 
 FOLDER = "clients"
 PAGE_BYTES = 4096
@@ -199,11 +199,11 @@ def _settled(fd: int, has_ended: bool) -> bytes | None:
 def _figures_in(data: bytes) -> ClientFigures:
     """Returns the figures in a page. After an incomplete write, the number of asked blocks is that of hits and misses."""
     words = memoryview(data).cast("Q")
-    names = [data[place].rstrip(b"\0").decode(errors="replace") for place in (_NAMESPACE, _TENANT)]
+    namespace, tenant = (data[place].rstrip(b"\0").decode(errors="replace") for place in (_NAMESPACE, _TENANT))
     counts = {name: words[at] for name, at in _AT.items()}
     if words[_SEQUENCE] & 1:
         counts["asked_blocks"] = counts["missed_blocks"] + sum(counts[f"hit_blocks_{tier}"] for tier in TIERS)
     fetch, store = (
         HistogramCounts(words[first : first + BUCKETS].tolist(), words[first + BUCKETS] / 1e9) for first in (_FETCH_S, _STORE_S)
     )
-    return ClientFigures(*names, words[_BLOCK_TOKENS], words[_BLOCK_BYTES], counts, fetch, store)
+    return ClientFigures(namespace, tenant, words[_BLOCK_TOKENS], words[_BLOCK_BYTES], counts, fetch, store)

@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from tiered_kv.memory.client_page import TIERS
 from tiered_kv.metrics.exporter import TableCollector
-from tiered_kv.metrics.table import Sample, Scope
+from tiered_kv.metrics.table import MetricSample, Scope
 
 _COUNTS = {
     "asked_blocks": "client_requested_blocks_total",
@@ -28,13 +28,15 @@ class MeteredClient(Protocol):
     def own_stats(self) -> dict[str, float | None]: ...
 
 
-def client_samples(own: Mapping[str, float | None]) -> Iterator[Sample]:
+def client_samples(own: Mapping[str, float | None]) -> Iterator[MetricSample]:
     """Yields the samples of a client with these counts (`NodeClient.own_stats`)."""
-    yield from (Sample(name, own.get(count) or 0) for count, name in _COUNTS.items())
-    yield from (Sample("client_hit_blocks_total", own.get(f"hit_blocks_{tier}") or 0, (tier,)) for tier in TIERS)
-    yield from (Sample("client_stored_blocks_total", own.get(f"{result}_blocks") or 0, (result,)) for result in ("new", "present", "refused"))
+    yield from (MetricSample(name, own.get(count) or 0) for count, name in _COUNTS.items())
+    yield from (MetricSample("client_hit_blocks_total", own.get(f"hit_blocks_{tier}") or 0, (tier,)) for tier in TIERS)
+    yield from (
+        MetricSample("client_stored_blocks_total", own.get(f"{result}_blocks") or 0, (result,)) for result in ("new", "present", "refused")
+    )
     if (rate := own.get("prefill_tokens_per_s")) is not None:
-        yield Sample("client_prefill_tokens_per_second", rate)
+        yield MetricSample("client_prefill_tokens_per_second", rate)
 
 
 def register(client: MeteredClient, registry: CollectorRegistry = REGISTRY) -> TableCollector:

@@ -7,15 +7,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from tiered_kv.histogram import BOUNDS_S, HistogramCounts
-from tiered_kv.metrics.table import Metric, MetricKind, Sample, Scope, of_scope
+from tiered_kv.memory.histogram import BOUNDS_S, HistogramCounts
+from tiered_kv.metrics.table import Metric, MetricKind, MetricSample, Scope, of_scope
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-_FAMILIES = {
-    MetricKind.COUNTER: CounterMetricFamily,
-    MetricKind.GAUGE: GaugeMetricFamily,
-    MetricKind.HISTOGRAM: HistogramMetricFamily,
-}
 
 
 class TableCollector(Collector):
@@ -24,7 +19,7 @@ class TableCollector(Collector):
     Each metric of the scope is exported, with its help text, even while it has no sample.
     """
 
-    def __init__(self, scope: Scope, read: Callable[[], Iterable[Sample]], node: str | None = None) -> None:
+    def __init__(self, scope: Scope, read: Callable[[], Iterable[MetricSample]], node: str | None = None) -> None:
         self._metrics = of_scope(scope)
         self._read = read
         self._first = () if node is None else (node,)
@@ -42,7 +37,11 @@ class TableCollector(Collector):
 
 
 def _family(metric: Metric) -> Family:
-    return _FAMILIES[metric.kind](metric.full_name, metric.meaning, labels=metric.all_labels)
+    if metric.kind is MetricKind.COUNTER:
+        return CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.all_labels)
+    if metric.kind is MetricKind.GAUGE:
+        return GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.all_labels)
+    return HistogramMetricFamily(metric.full_name, metric.meaning, labels=metric.all_labels)
 
 
 def _add(family: Family, labels: list[str], value: float | HistogramCounts) -> None:

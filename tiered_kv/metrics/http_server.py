@@ -1,4 +1,4 @@
-"""A small HTTP server for metrics, on threads of its own. A caller that hangs, or too many callers, cannot delay anything but each other."""
+"""A small HTTP server for metrics, on threads of its own. Callers that hang, or too many callers, delay only each other."""
 
 import json
 import logging
@@ -19,9 +19,9 @@ Page = Callable[[str], tuple[str, bytes]]
 """A function that takes the request's Accept header, and returns the content type and the body."""
 
 ANSWER_WITHIN_S = 5.0
-"""The longest time for one connection: reading the request and sending the answer."""
+"""The longest time for one connection: reading the request and sending the answer, once a thread is free for it."""
 REQUEST_BYTES_MAX = 8192
-THREADS = 4
+THREADS = 16
 CONNECTIONS_MAX = 32
 FRESH_S = 0.25
 """For how long a body is sent again instead of being made again."""
@@ -63,7 +63,6 @@ class MetricsServer:
                     log.warning("cannot accept a connection for metrics: %s", error)
                     time.sleep(ACCEPT_AGAIN_S)
                 continue
-            deadline_s = time.monotonic() + ANSWER_WITHIN_S
             with self._lock:
                 is_full = self._closing or len(self._connections) >= CONNECTIONS_MAX
                 if not is_full:
@@ -71,10 +70,11 @@ class MetricsServer:
             if is_full:
                 connection.close()
             else:
-                self._threads.submit(self._serve_guarded, connection, deadline_s)
+                self._threads.submit(self._serve_guarded, connection)
 
-    def _serve_guarded(self, connection: socket.socket, deadline_s: float) -> None:
+    def _serve_guarded(self, connection: socket.socket) -> None:
         """Answer one request. Boundary of the thread: whatever fails ends this connection only."""
+        deadline_s = time.monotonic() + ANSWER_WITHIN_S
         try:
             self._serve(connection, deadline_s)
         except OSError as error:  # the caller hangs, or has left
@@ -153,7 +153,8 @@ def _send(
     connection: socket.socket, deadline_s: float, status: HTTPStatus, content_type: str, body: bytes, *, with_body: bool = True
 ) -> None:
     _allow(connection, deadline_s)
-    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+    head = "\r\n".join([*lines, "Connection: close", "", ""])
     connection.sendall(head.encode() + (body if with_body else b""))
 
 

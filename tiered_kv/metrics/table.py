@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tiered_kv.histogram import HistogramCounts
+from tiered_kv.memory.histogram import HistogramCounts
 
 PREFIX = "tiered_kv_"
 
@@ -57,7 +57,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """A value of a metric. `labels`: the values of `Metric.labels`, in their order."""
 
     name: str
@@ -93,7 +93,15 @@ METRICS: tuple[Metric, ...] = (
         ),
         (HISTOGRAM, "fetch_seconds", "seconds", WHO, "Durations of fetches.", _CLIENTS, "Fetch duration"),
         (HISTOGRAM, "store_seconds", "seconds", WHO, "Durations of stores.", _CLIENTS, "Store duration"),
-        (COUNTER, "stored_blocks_total", "blocks", ("result", *WHO), "Blocks of stores: new, present or refused.", _CLIENTS, "Stored blocks"),
+        (
+            COUNTER,
+            "stored_blocks_total",
+            "blocks",
+            ("result", *WHO),
+            "Blocks of stores: new, present or refused.",
+            _CLIENTS,
+            "Stored blocks",
+        ),
         (COUNTER, "degraded_calls_total", "calls", WHO, "Clients' calls that went on without their node.", _CLIENTS, "Degraded calls"),
         (COUNTER, "read_retries_total", "reads", WHO, "Look-ups and reads during which the block changed.", _CLIENTS, "Read retries"),
         (
@@ -108,7 +116,15 @@ METRICS: tuple[Metric, ...] = (
         (GAUGE, "tier_blocks", "blocks", ("tier",), "Blocks with a copy in the tier.", "store machine", "Blocks by tier"),
         (GAUGE, "tenant_used_bytes", "bytes", ("tier", "tenant"), "Bytes of a tenant's blocks.", "quotas", "Tenants"),
         (GAUGE, "tenant_quota_bytes", "bytes", ("tier", "tenant"), "Quota of a tenant, if it has one.", "settings", None),
-        (COUNTER, "committed_blocks_total", "blocks", (), "Blocks that became visible: stored by workers, or pulled.", "store machine", None),
+        (
+            COUNTER,
+            "committed_blocks_total",
+            "blocks",
+            (),
+            "Blocks that became visible: stored by workers, or pulled.",
+            "store machine",
+            None,
+        ),
         (
             *(COUNTER, "evicted_blocks_total", "blocks", ("reason",)),
             *("Blocks that left the node, by reason (see below).", "store machine", "Evicted blocks"),
@@ -149,7 +165,15 @@ METRICS: tuple[Metric, ...] = (
         (COUNTER, "peer_failures_total", "requests", ("peer", "reason"), "Failed requests to a peer.", "peers", "Failures of peers"),
         (COUNTER, "refused_callers_total", "callers", ("reason",), "Connections from other processes that were refused.", "peers", None),
         (COUNTER, "directory_lookups_total", "look-ups", (), "Look-ups in the directory without Ray.", "peers", None),
-        (GAUGE, "policy_age_seconds", "seconds", (), "Since the policy adopted other nodes' counts; absent before.", "policy", "Policy staleness"),
+        (
+            GAUGE,
+            "policy_age_seconds",
+            "seconds",
+            (),
+            "Since the policy adopted other nodes' counts; absent before.",
+            "policy",
+            "Policy staleness",
+        ),
         (GAUGE, "policy_known_blocks", "blocks", (), "Blocks that the policy remembers, if it learns.", "policy", None),
         (COUNTER, "restarts_total", "restarts", (), "Restarts of the node with the same files.", "index header", "Restarts"),
         (GAUGE, "uptime_seconds", "seconds", (), "Since the node started.", "node", "Uptime"),

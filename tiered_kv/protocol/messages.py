@@ -41,6 +41,9 @@ class NodeInfo(TypedDict):
     """Absent in the info of a node of an older version."""
     peer_address: NotRequired[str]
     """The address at which peers connect to the node ("HOST:PORT"); absent if the node has no streams."""
+    metrics_address: NotRequired[str]
+    """Where the node serves `/metrics` ("HOST:PORT"). Absent if it does not, and with `embedded`; then `metrics_problem` may say why."""
+    metrics_problem: NotRequired[str]
     ray_node_id: NotRequired[str]
     """This and `address` are present only if the node runs as a Ray actor."""
     address: NotRequired[str]

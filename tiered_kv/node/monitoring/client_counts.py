@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tiered_kv.histogram import HistogramCounts
 from tiered_kv.memory.client_page import TIERS, ClientFigures, create_folder, pages_in, read_page
+from tiered_kv.memory.histogram import HistogramCounts
 from tiered_kv.node.monitoring.labels import OTHER, BoundedLabels
 
 TIDY_EVERY_S = 5.0

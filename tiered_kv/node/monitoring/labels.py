@@ -1,13 +1,14 @@
 """Bounds the number of different labels of a metric, which Prometheus keeps in memory for hours."""
 
 import threading
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 LABELS_MAX = 50
 """The most values of one label, or of one pair of labels. Further ones are counted under OTHER."""
 OTHER = "other"
 
-T = TypeVar("T", str, tuple[str, str])
+T = TypeVar("T", bound=Hashable)
 
 
 class BoundedLabels(Generic[T]):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tiered_kv.histogram import Histogram, HistogramCounts
+from tiered_kv.memory.histogram import Histogram, HistogramCounts
 from tiered_kv.node.monitoring.client_counts import ClientCounts, ClientSums, Names
 from tiered_kv.store import events as ev
 

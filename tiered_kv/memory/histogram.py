@@ -35,7 +35,7 @@ class HistogramCounts(NamedTuple):
         return HistogramCounts([a - b for a, b in zip(self.counts, other.counts, strict=True)], self.sum_s - other.sum_s)
 
     @property
-    def count(self) -> int:
+    def durations(self) -> int:
         """The number of durations."""
         return sum(self.counts)
 
