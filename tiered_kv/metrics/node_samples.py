@@ -1,7 +1,7 @@
 """The samples of a node's metrics.
 
-Each function in SAMPLERS yields the samples of one part of the node. To add metrics, put their figures into `NodeStats` or `NodeReading`, add
-rows to `table.METRICS`, and add a function here.
+Each function in SAMPLERS yields the samples of one part of the node. To add metrics, put their figures into `NodeStats` or
+`NodeReading`, add rows to `table.METRICS`, and add a function here.
 """
 
 from collections.abc import Callable, Iterator
