@@ -117,23 +117,28 @@ class ClientPage:
 
     def add(self, counts: Mapping[str, int], *, fetch_s: float | None = None, store_s: float | None = None) -> None:
         """Add to counts, and record the duration of a fetch or a store. Names that are not in COUNTS are ignored. About 2 µs."""
-        with self._lock, suppress(ValueError):  # the page was closed meanwhile
-            words = self._words
-            words[_SEQUENCE] = words[_SEQUENCE] + 1 & _U64
-            if w.WEAKLY_ORDERED:
-                w.fence()
-            for name, count in counts.items():
-                at = _AT.get(name)
-                if at is not None:
-                    words[at] = words[at] + count & _U64
-            for first, seconds in ((_FETCH_S, fetch_s), (_STORE_S, store_s)):
-                if seconds is not None:
-                    bucket, total = first + bucket_of(seconds), first + BUCKETS
-                    words[bucket] = words[bucket] + 1 & _U64
-                    words[total] = words[total] + max(int(seconds * 1e9), 0) & _U64
-            if w.WEAKLY_ORDERED:
-                w.fence()
-            words[_SEQUENCE] = words[_SEQUENCE] + 1 & _U64
+        with self._lock:
+            try:
+                self._add(self._words, counts, fetch_s, store_s)
+            except ValueError:  # the page was closed meanwhile
+                return
+
+    @staticmethod
+    def _add(words: memoryview, counts: Mapping[str, int], fetch_s: float | None, store_s: float | None) -> None:
+        words[_SEQUENCE] = words[_SEQUENCE] + 1 & _U64
+        if w.WEAKLY_ORDERED:
+            w.fence()
+        for name, count in counts.items():
+            if count and (at := _AT.get(name)) is not None:
+                words[at] = words[at] + count & _U64
+        for first, seconds in ((_FETCH_S, fetch_s), (_STORE_S, store_s)):
+            if seconds is not None:
+                bucket, total = first + bucket_of(seconds), first + BUCKETS
+                words[bucket] = words[bucket] + 1 & _U64
+                words[total] = words[total] + max(int(seconds * 1e9), 0) & _U64
+        if w.WEAKLY_ORDERED:
+            w.fence()
+        words[_SEQUENCE] = words[_SEQUENCE] + 1 & _U64
 
     def close(self) -> None:
         """Unmap the page and release its lock. The node then adds its counts to those of ended clients. May be called twice."""
