@@ -36,6 +36,8 @@ class NodeActor:
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
         # Imported here, so that the coordinator, which creates these actors, does without torch.
+        from tiered_kv.metrics.endpoint import MetricsEndpoint
+        from tiered_kv.metrics.node_pages import node_pages
         from tiered_kv.node.node import Node
         from tiered_kv.node.peers.network import StreamLink
         from tiered_kv.protocol.node_record import NodeRecord, write_record
@@ -45,11 +47,14 @@ class NodeActor:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._refusal: TieredKVError | None = None
         self._link: Link | None = None
+        self._metrics: MetricsEndpoint | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
         labels = {"ray_node_id": here.get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
             link = self._link = self._make_link(cluster, cluster_id, node_id, config, labels["address"])
+            self._metrics = MetricsEndpoint(config.metrics_port, labels["address"])
+            labels |= self._metrics.labels
             if isinstance(link, StreamLink):
                 labels["peer_address"] = link.address
             self._node = Node(
@@ -61,6 +66,7 @@ class NodeActor:
             )
             if isinstance(link, StreamLink):
                 link.serve(self._node)
+            self._metrics.serve(node_pages(self._node))
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             about: NodeInfo = {**self._node.info(), "settings": asdict(config)}
             write_record(NodeRecord(cluster, cluster_id, node_id, about, ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]))
@@ -70,6 +76,8 @@ class NodeActor:
             self._refusal = error
             if isinstance(self._link, StreamLink):
                 self._link.close()
+            if self._metrics is not None:
+                self._metrics.close()
 
     def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> "Link":
         """Returns a link with streams, or a link through Ray if the cluster has no secret or the settings turn streams off."""
@@ -160,5 +168,7 @@ class NodeActor:
         self._is_serving = False
         if isinstance(self._link, StreamLink):
             self._link.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._server.close()
         return end(self._node, flush_s)

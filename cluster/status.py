@@ -36,6 +36,7 @@ def summarize(about: dict) -> dict:
         "drained_nodes": about.get("drained", []),
         "members": members,
         "coordinator": {"restarts": fleet["restarts"], "uptime_s": round(fleet["uptime_s"], 3)} if fleet else None,
+        "metrics": {"address": about.get("metrics_address"), "problem": about.get("metrics_problem", "")},
         "nodes_with": fleet["selector"] if fleet else None,
         "source": about.get("source", "coordinator"),
         "degraded": about.get("degraded", []),
@@ -55,6 +56,8 @@ def _node_record(node: dict) -> dict:
         "address": node.get("address"),
         "directory": node["directory"],
         "silent_s": round(node["silent_s"], 3),
+        "metrics_address": node.get("metrics_address"),
+        "metrics_problem": node.get("metrics_problem", ""),
         "tiers": stats["tiers"],
         "blocks": stats["blocks"],
         "answers": node.get("answers", True),
@@ -137,7 +140,17 @@ def fleet_lines(summary: dict) -> list[str]:
     lines += [f"{member['node']} at {member['address']} is {member['state']}" for member in leaving]
     if about := summary["coordinator"]:
         lines.append(f"coordinator: {_service(about)}")
-    return lines + [f"{node['node']}: {_service(node)}" for node in summary["nodes"] if node["uptime_s"] is not None]
+    lines += [f"{node['node']}: {_service(node)}" for node in summary["nodes"] if node["uptime_s"] is not None]
+    return lines + metrics_lines(summary)
+
+
+def metrics_lines(summary: dict) -> list[str]:
+    """Returns a line with the addresses at which nodes and coordinator serve `/metrics`, and a line for each that cannot."""
+    parts = [(node["node"], node["metrics_address"], node["metrics_problem"]) for node in summary["nodes"]]
+    parts.append(("coordinator", summary["metrics"]["address"], summary["metrics"]["problem"]))
+    serving = ", ".join(f"{name} http://{address}/metrics" for name, address, _ in parts if address)
+    lines = [f"metrics: {serving}"] if serving else []
+    return lines + [f"{name} serves no metrics: {problem}" for name, _, problem in parts if problem]
 
 
 def _service(record: dict) -> str:

@@ -111,6 +111,11 @@ SETTINGS = {
         "where nodes listen for each other: an interface, a network or an address, and ports, for example eth1:7400-7499; "
         "off for transfers through Ray only (default: the machine's address in Ray, any free port)",
     ),
+    "metrics-port": (
+        "PORT",
+        "where each node serves /metrics for Prometheus: a port of loopback, or a place such as 0.0.0.0:9940 or eth1:9940-9949; off "
+        f"(default: {Config.metrics_port} or the next free port; the coordinator the port before)",
+    ),
     "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
 }
 """The settings that are also command-line options: for each, the placeholder of its value ("" for a switch) and its help text."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
     assert "prefill saved" in table
     assert "node-1" in table
     assert "disk" in table
+
+
+def test_prometheus_finds_all_processes_at_the_coordinator(cluster: str) -> None:
+    ids, kv = prompt(71)
+    with clients(cluster, space("metrics"))[0] as client:
+        client.store(ids, kv)
+        client.fetch(ids)
+    summary = json.loads(run("status", "--name", cluster, "--json").stdout)
+    addresses = [node["metrics_address"] for node in summary["nodes"]]
+    targets = json.loads(page(summary["metrics"]["address"], "/sd"))
+    assert sorted(each["targets"][0] for each in targets) == sorted([*addresses, summary["metrics"]["address"]])
+    assert 'tiered_kv_nodes{state="live"} 2.0' in page(summary["metrics"]["address"], "/metrics")
+    assert "tiered_kv_hit_blocks_total" in page(addresses[0], "/metrics")
+    assert f"metrics: node-0 http://{addresses[0]}/metrics" in run("status", "--name", cluster).stdout
+
+
+def page(address: str, path: str) -> str:
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
+        return answer.read().decode()
 
 
 def test_a_ray_task_attaches_and_stores_blocks_for_others(cluster: str) -> None:

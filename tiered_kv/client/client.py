@@ -110,7 +110,8 @@ class Client(NodeClient):
         if not self._is_current(access, names):
             read, by_tier = [], {}
         tokens = len(read) * self.layout.block_tokens
-        self._note_fetch(source, len(keys), len(read), begun_s)
+        hits = {tier: count // self.layout.block_tokens for tier, count in by_tier.items()}
+        self._note_fetch(source, names, len(keys), hits, begun_s)
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
 
     def _reads_ahead(self, run: BlockRun, out: torch.Tensor | None) -> bool:
@@ -185,7 +186,8 @@ class Client(NodeClient):
             known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
             self._ask(access, lambda session: session.hint(keys[-1], *known), None, max(deadline_s - self._clock.now_s(), 0.0))
         present = stored.present + sum(slot is not None for slot in shown[first:])
-        self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
+        counts = {"stores": 1, "new_blocks": stored.new, "present_blocks": present, "refused_blocks": stored.refused}
+        self._note(access.source, names, counts, store_s=self._clock.now_s() - begun_s)
         return Stored(stored.new, present, stored.refused)
 
     @while_open

@@ -173,6 +173,11 @@ class Coordinator:
                 for node, member in sorted(self._members.items())
             ]
 
+    def directory_size(self) -> tuple[int, int]:
+        """Returns how many pairs of block and node the directory has, and its memory in bytes."""
+        with self._lock:
+            return len(self._directory), self._directory.nbytes
+
     def reporting(self) -> set[str]:
         """Returns the ids of the live nodes."""
         with self._lock:

@@ -17,12 +17,14 @@ from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
-from tiered_kv.node.admission.epochs import NodeEpochs, tenant_stats
+from tiered_kv.node.admission.epochs import NodeEpochs
 from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.lifetime.counters import ServiceCounters
+from tiered_kv.node.monitoring.meters import Meters
+from tiered_kv.node.monitoring.stats import node_stats
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.probes import NodeProbes
@@ -34,7 +36,7 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats, PeerStats
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.peer_transport import FramePieces, Link
 from tiered_kv.protocol.probes import Probe, Variants
@@ -87,6 +89,7 @@ class Node:
         self.engine.handle(recovered := self.storage.restore())
         self.epochs.recovered(recovered)
         self.service = ServiceCounters(self.clock, self.storage.index.generation)
+        self.meters = Meters(self)
         self.seals = Seals(self.engine, self.storage)
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
         self.checkpoint_loader = CheckpointLoader(self)
@@ -329,40 +332,11 @@ class Node:
 
     def stats(self) -> NodeStats:
         """Returns the node's figures, including all uses by workers so far, ready for JSON. Sizes are bytes."""
-        machine = self.engine.machine
-        with self.running():
-            self.engine.drain_touches()
-            tiers = self.storage.usage()
-            for label, figures in tiers.items():
-                figures["blocks"] = machine.blocks_by_tier[Tier[label.upper()]]
-            if self.storage.disk:
-                tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
-            (asked, hit), (saved_tokens, saved_s) = self.storage.index.tallies(), self.storage.index.savings()
-            return {
-                "node": self.node_id,
-                "tiers": tiers,
-                "blocks": len(machine.blocks),
-                "asked_blocks": asked,
-                "hit_blocks": hit,
-                "prefill_tokens_saved": saved_tokens,
-                "prefill_seconds_saved": saved_s,
-                **self.service.stats(hit, machine.used_bytes),
-                "sessions": len(self._sessions),
-                "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
-                "leaving_bytes": self.engine.leaving_bytes,
-                "counts": dict(machine.counts),
-                "codecs": self.storage.encoder.stats(),
-                "too_lossy": self.storage.allowance.stats(),
-                "policy": {"name": self.config.policy, **self._learning.stats()},
-                "recording": self._recording.is_on,
-                "filling": self.checkpoint_loader.stats(),
-                "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
-                "seals": self.seals.stats(),
-                "namespaces": self.epochs.namespaces(),
-                "tenants": tenant_stats(machine.quotas),
-                "coordinator": self._reporter.reachable if self._reporter else None,
-                "peers": self._link.stats() if self._link else NO_PEERS,
-            }
+        return node_stats(self, self._sessions, self._learning, self._recording, self._reporter)
+
+    def peer_stats(self) -> PeerStats:
+        """Returns the figures of this node's transfers with its peers."""
+        return self._link.stats() if self._link else NO_PEERS
 
     def beat(self) -> None:
         """Do the periodic work: apply touches, free extents of dead workers, write the heartbeat."""
@@ -377,6 +351,7 @@ class Node:
             self._drop_too_lossy()
         self.checkpoint_writer.beat()
         self.epochs.beat()
+        self.meters.clients.beat()
 
     def _thin_out(self) -> None:
         """Unmount blocks that only a checkpoint has, if more than INDEX_SHARE of the index slots are in use."""
@@ -462,7 +437,8 @@ class Node:
         )
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
-        return Puller(link, reporter.locate, self._clock, self.config.node_timeout_s + self.config.heartbeat_s)
+        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
+        return Puller(link, reporter.locate, self._clock, forgotten_s, on_transfer=self.meters.transfer.add)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""

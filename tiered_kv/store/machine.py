@@ -50,6 +50,7 @@ class StoreMachine:
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
         self.used_bytes = 0  # raw bytes of all uses
+        self.moved_bytes: Counter[tuple[Tier, Tier]] = Counter()  # by source and target of complete copies
         self.tiers = frozenset(capacities)
         self._movement = Movement(capacities, self.bytes_by_tier, history)
         self._policies = dict(policies)
@@ -334,7 +335,9 @@ class StoreMachine:
         self.quotas.leaves(block, None)
         if tier in block.copies:
             return [ev.Free(key, location)]
-        self.counts["demoted" if tier > min(block.copies) else "promoted"] += 1
+        source = min(block.copies)
+        self.counts["demoted" if tier > source else "promoted"] += 1
+        self.moved_bytes[source, tier] += location.stored_bytes
         instructions = self._add_copy(key, block, location)
         if leaving in block.copies and not self.pinned(key):
             instructions += self._drop_copy(key, block, leaving)
