@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tiered_kv import forking
-from tiered_kv.blocks import Hint, Location, Tier
+from tiered_kv.blocks import GoneCause, Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
@@ -36,10 +36,11 @@ from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
 from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats
 from tiered_kv.protocol.model_info import ModelInfo
-from tiered_kv.protocol.peer_transport import FramePieces, Link
+from tiered_kv.protocol.peer_transport import FramePieces, Holders, Link
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
+from tiered_kv.store.gone import GoneBlocks
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.quotas import Quotas
 from tiered_kv.threads import CheckedLock, Closer
@@ -71,7 +72,7 @@ class Node:
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self._labels, self._link = labels or {}, link
+        self._labels, self.link = labels or {}, link
         self.tenants = config.tenant_settings
         self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
@@ -80,6 +81,7 @@ class Node:
         self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
+        self.gone = GoneBlocks(self._clock.now_s)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
@@ -188,7 +190,9 @@ class Node:
                     continue
                 del self._too_lossy[key]
                 dropped += block is not None
-                self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
+                self.engine.handle(
+                    [ev.Lost(key, each, GoneCause.TOO_LOSSY) for each in (*block.copies.values(),)] if block is not None else []
+                )
         self.storage.allowance.refuse("introduced", dropped)
 
     def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
@@ -245,6 +249,10 @@ class Node:
         """As `Link.locate`; [] without a coordinator. `wait_s` None stands for the deadline of a fetch."""
         return self._reporter.locate(keys, self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s) if self._reporter else []
 
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders | None:
+        """As `Link.holders`, with peers whose last request failed as silent ones; None without a coordinator."""
+        return self._reporter.holders(keys, wait_s).without(self._puller.avoided()) if self._reporter and self._puller else None
+
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """Yields the leading blocks of `keys` that this node has, as frames. Their bytes do not change inside the with block."""
@@ -294,7 +302,7 @@ class Node:
             blocks = self.engine.machine.blocks
             ours = [key for key, block in blocks.items() if block.root == root]
             for key in reversed(ours):  # children were added after their parents
-                self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
+                self.engine.handle([ev.Lost(key, each, GoneCause.FORGOTTEN) for each in list(blocks[key].copies.values())])
 
     def report(self) -> None:
         """Report to the coordinator now instead of at the next heartbeat."""
@@ -361,7 +369,7 @@ class Node:
                 "namespaces": self.epochs.namespaces(),
                 "tenants": tenant_stats(machine.quotas),
                 "coordinator": self._reporter.reachable if self._reporter else None,
-                "peers": self._link.stats() if self._link else NO_PEERS,
+                "peers": self.link.stats() if self.link else NO_PEERS,
             }
 
     def beat(self) -> None:
@@ -442,7 +450,7 @@ class Node:
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
         quotas = Quotas(self.tenants.quotas, lambda root: self.epochs.tenant_of(root))
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas)
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas, observer=self.gone)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 

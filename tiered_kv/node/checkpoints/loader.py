@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import GoneCause, Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -279,7 +279,7 @@ class CheckpointLoader:
         """Remove a mounted block whose error, known only after reading it, is larger than the settings allow."""
         job.too_lossy += 1
         self._storage.allowance.refuse(Tier.CHECKPOINT.label, 1)
-        self._node.engine.handle([ev.Lost(block.key, block.location)])
+        self._node.engine.handle([ev.Lost(block.key, block.location, GoneCause.TOO_LOSSY)])
 
     def _to_host(self, job: _LoadJob, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
         """Copy blocks to host memory in parallel, without evicting others. Returns the blocks that found no room."""
