@@ -7,7 +7,8 @@ closed client (`closed`).
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -234,12 +235,9 @@ class Client(NodeClient):
         self, access: NodeAccess, names: Names, ids: "np.ndarray", also_tenants: Sequence[str], until_s: float
     ) -> list[OtherNamespace]:
         """Returns the namespaces of this client's tenant, and of `also_tenants`, in which the node has or had these tokens."""
-        known = self._ask(access, lambda session: session.namespaces(), list[KnownNamespace](), question_s(access))
-        for tenant in also_tenants:
-            salt = self._salt(access, tenant)
-            if salt is not None:
-                namespace = replace(names.namespace, tenant=tenant, salt=salt)
-                known.append({"namespace": namespace.as_fields(), "layout": asdict(self.layout)})
+        known: list[KnownNamespace] = []
+        for tenant in dict.fromkeys([names.namespace.tenant, *also_tenants]):
+            known += self._ask(access, partial(_namespaces_of, tenant), list[KnownNamespace](), question_s(access))
         return other_namespaces(
             known, names.namespace, self.layout, ids, lambda keys: self._explanation(access, names, keys, until_s, False)
         )
@@ -268,3 +266,7 @@ class Client(NodeClient):
         """Returns the names of the other nodes that hold each leading key; an empty list if this node does not answer."""
         wait_s, no_nodes = question_s(access), list[list[str]]()
         return self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s)
+
+
+def _namespaces_of(tenant: str, session: Session) -> list[KnownNamespace]:
+    return session.namespaces(tenant)

@@ -144,8 +144,8 @@ class NodeSession:
             _check_chain(key, [])
         return explain(self._node, keys, _seconds(wait_s), ask_peers=bool(ask_peers))
 
-    def namespaces(self) -> list[KnownNamespace]:
-        return known_namespaces(self._node, self.tenant)
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        return known_namespaces(self._node, tenant)
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         _check_chain(root, [])

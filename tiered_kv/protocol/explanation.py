@@ -50,7 +50,10 @@ class Explanation(TypedDict):
 
 
 class KnownNamespace(TypedDict):
-    """A namespace of the asking worker's tenant that the node knows: the fields of the `Namespace`, and the layout as a message."""
+    """A namespace that a node knows, as its workers described it: `ModelInfo.as_message`."""
 
-    namespace: dict[str, Any]
     layout: dict[str, Any]
+    weights: str
+    rope: bytes | None
+    rope_halves: bool
+    namespace: dict[str, Any]

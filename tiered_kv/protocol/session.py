@@ -84,8 +84,8 @@ class Session(Protocol):
         `ask_peers`: whether other nodes are asked too for blocks that they had.
         """
 
-    def namespaces(self) -> list[KnownNamespace]:
-        """Returns the namespaces of this worker's tenant that workers of the node have introduced, the newest first."""
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        """Returns the namespaces of a tenant that workers of the node have introduced, the newest first. Ask for your own tenant only."""
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         """Register the `Probe` of a model whose namespace has this root. Returns the model's variant. The first variant is ""."""

