@@ -18,9 +18,10 @@ from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
 from tiered_kv.node.admission.epochs import NodeEpochs, tenant_stats
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.checkpoints.loader import CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
+from tiered_kv.node.insight.ceiling import Ceiling
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.lifetime.counters import ServiceCounters
 from tiered_kv.node.packed import Packed
@@ -81,7 +82,8 @@ class Node:
         self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
-        self.gone = GoneBlocks(self._clock.now_s)
+        self.ceiling = Ceiling(sum(self.storage.capacities.values()), self.storage.index.tallies)
+        self.gone = GoneBlocks(self._clock.now_s, self.ceiling)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
@@ -368,6 +370,7 @@ class Node:
                 "seals": self.seals.stats(),
                 "namespaces": self.epochs.namespaces(),
                 "tenants": tenant_stats(machine.quotas),
+                "ceiling": self.ceiling.stats(),
                 "coordinator": self._reporter.reachable if self._reporter else None,
                 "peers": self.link.stats() if self.link else NO_PEERS,
             }
@@ -377,20 +380,15 @@ class Node:
         self.engine.drain_touches()
         with self.engine.lock:
             self.storage.beat()
-            self._thin_out()
+            self.checkpoint_loader.thin_out()
             self._recording.beat(self._clock.now_s())
+            self.ceiling.beat()
             if not self._reporter:
                 self.engine.journal.clear()
         if self._too_lossy:
             self._drop_too_lossy()
         self.checkpoint_writer.beat()
         self.epochs.beat()
-
-    def _thin_out(self) -> None:
-        """Unmount blocks that only a checkpoint has, if more than INDEX_SHARE of the index slots are in use."""
-        missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
-        if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
-            self.engine.handle([ev.Unmounted(missing)])
 
     def report_commits(self) -> None:
         """Report committed blocks to the eviction policy, if many have not been. Call it while no worker waits for an answer."""

@@ -55,6 +55,7 @@ class NodeSession:
             self._node.service.refused(len(keys))
             with self._node.engine.lock:
                 self._node.gone.refused(keys)
+                self._node.ceiling.stored(keys)
         return offsets
 
     def reserve_within(
@@ -97,7 +98,9 @@ class NodeSession:
             digest = _digest(*block[4:]) if len(block) > 4 else None
             info = BlockInfo(key, parent, root, _whole(depth))
             packed.append(Packed(info, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), 0.0, digest))
-        return self.commit_packed(packed)
+        with self._node.running():
+            self._node.ceiling.stored([each.info.key for each in packed])
+            return self.commit_packed(packed)
 
     def commit_packed(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """As `commit`, for blocks of any size, raw or encoded.

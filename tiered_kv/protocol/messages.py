@@ -192,6 +192,18 @@ class ServiceStats(TypedDict):
     rates: Rates
 
 
+class CeilingStats(TypedDict):
+    """What more room would have brought, in blocks since the node started: requested, hit, and hits that other caches would have had.
+
+    `hit_blocks_infinite`: with an infinite cache. `hit_blocks_twice_room`: with twice the room in each tier. Both are estimates.
+    """
+
+    asked_blocks: int
+    hit_blocks: int
+    hit_blocks_infinite: int
+    hit_blocks_twice_room: int
+
+
 class NodeStats(ServiceStats):
     """A node's figures, including all uses by workers so far."""
 
@@ -218,6 +230,8 @@ class NodeStats(ServiceStats):
     tenants: dict[str, dict[str, TenantStats]]
     """Each tenant's share of each tier, by tenant and tier."""
     peers: NotRequired[PeerStats]
+    """Absent in the figures of a node of an older version."""
+    ceiling: NotRequired[CeilingStats]
     """Absent in the figures of a node of an older version."""
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""

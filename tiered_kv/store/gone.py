@@ -50,10 +50,14 @@ class UnobservedGone:
 
 
 class GoneBlocks:
-    """The last ENTRIES blocks that went from one node, or that it refused. Writers must hold the engine's lock; readers need no lock."""
+    """The last ENTRIES blocks that went from one node, or that it refused. Writers must hold the engine's lock; readers need no lock.
 
-    def __init__(self, now_s: Callable[[], float], entries: int = ENTRIES) -> None:
+    `also`: is told of each gone block too.
+    """
+
+    def __init__(self, now_s: Callable[[], float], also: GoneObserver | None = None, entries: int = ENTRIES) -> None:
         self._now_s = now_s
+        self._also = also or UnobservedGone()
         self._begun_s = now_s()
         self._entries = entries
         self._data = bytearray(entries * _ENTRY.size)
@@ -61,6 +65,7 @@ class GoneBlocks:
 
     def gone(self, key: BlockKey, location: Location, cause: GoneCause, uses: int, standing: float) -> None:
         self._write(key, location.tier, cause, uses, standing)
+        self._also.gone(key, location, cause, uses, standing)
 
     def refused(self, keys: Iterable[BlockKey]) -> None:
         """Note that a worker wanted to store these blocks, and that no room appeared in time."""

@@ -172,6 +172,12 @@ class CheckpointLoader:
         counts = len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged
         return LoadProgress(*counts, list(job.problems), is_done, error, job.too_lossy)
 
+    def thin_out(self) -> None:
+        """Unmount blocks that only a checkpoint has if more than INDEX_SHARE of the index is in use. Call with the engine's lock."""
+        missing = int(self._storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self._storage.index_room
+        if missing > 0 and self._node.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
+            self._node.engine.handle([ev.Unmounted(missing)])
+
     def stats(self) -> LoadStats | None:
         """Returns the state of loading for the node's figures, or None if nothing was restored."""
         if self._job is None:
