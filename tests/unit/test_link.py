@@ -84,6 +84,18 @@ def test_a_question_waits_no_longer_than_it_may(ray: Ray) -> None:
     assert took_s < IN_TIME_S, "and never longer than the link's own bound"
 
 
+def test_questions_of_explain_wait_no_longer_than_they_may(ray: Ray) -> None:
+    reached = RayLink("c", "n0")
+    _, took_s = refused(reached.holders, KEYS, 0.02)
+    assert took_s < IN_TIME_S
+    for control_store_answers in (True, False):
+        if not control_store_answers:
+            ray.gcs.clear()
+        begun_s = time.monotonic()
+        assert reached.recall(["n1", "n2"], KEYS, 0.05) == {}, "peers that do not answer are left out"
+        assert time.monotonic() - begun_s < IN_TIME_S
+
+
 def test_an_answer_that_comes_in_time_is_had(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "CONTROL_WAIT_S", PATIENCE_S)
     monkeypatch.setattr(ray, "get", lambda call, timeout: [["n1"]])

@@ -11,9 +11,11 @@ from tests.unit.serving.test_closing import Hanging, hanging  # noqa: F401
 from tiered_kv import Config, KVLayout
 from tiered_kv.blocks import Reason, Tier
 from tiered_kv.client import miss_notes
+from tiered_kv.client.explaining import other_namespaces
 from tiered_kv.clock import ManualClock
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import TieredKVError
+from tiered_kv.keys import as_token_ids
 from tiered_kv.store import events as ev
 
 LARGE = KVLayout(2, 2, 16, "float32", 64)
@@ -244,6 +246,12 @@ def test_of_several_namespaces_the_nearest_is_named(make_cluster, checked) -> No
     ):
         client_of(checked, cluster, namespace).store(TOKENS, KV)
     assert len(client_of(checked, cluster).explain(TOKENS)[0].details["fields"]) == 1
+
+
+def test_a_namespace_of_a_node_of_another_version_is_left_out() -> None:
+    fields, layout = NAMESPACE.as_fields(), asdict(LAYOUT)
+    strange = [{"namespace": {**fields, "planet": "Mars"}, "layout": layout}, {"namespace": fields, "layout": {"shape": 3}}]
+    assert other_namespaces(strange, NAMESPACE, LAYOUT, as_token_ids(TOKENS), lambda keys: None) == []
 
 
 @pytest.mark.parametrize(("own", "others"), [("default", "acme"), ("acme", "default"), ("acme", "beta")])
