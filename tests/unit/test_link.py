@@ -28,6 +28,9 @@ class Call(threading.Event):
         self.set()
 
 
+METHODS = ("report", "locate", "serve", "holders", "recall")
+
+
 class Ray:
     """Actors whose methods answer when the test says so; `gcs` is clear while the control store hangs."""
 
@@ -40,7 +43,7 @@ class Ray:
     def get_actor(self, name: str, namespace: str) -> object:
         self.asked.append(name)
         assert self.gcs.wait(PATIENCE_S)
-        return SimpleNamespace(**{method: SimpleNamespace(remote=self._send) for method in ("report", "locate", "serve")})
+        return SimpleNamespace(**{method: SimpleNamespace(remote=self._send) for method in METHODS})
 
     def _send(self, *_: object) -> Call:
         self.calls.append(Call())

@@ -61,7 +61,7 @@ class Ceiling:
     def beat(self) -> None:
         """Evaluate the log. Takes about 0.5 µs an entry."""
         entries, self._log = self._log, []
-        keys = [entry for entry in entries if type(entry) is bytes]
+        keys = [entry for entry in entries if isinstance(entry, bytes)]
         if keys:
             self._distinct.add(keys)
             self._stored += len(keys)
@@ -71,7 +71,7 @@ class Ceiling:
         """Replay stores and evictions in a cache of evicted blocks."""
         ghosts, mask = self._ghosts, self._parts - 1
         for entry in entries:
-            if type(entry) is bytes:
+            if isinstance(entry, bytes):
                 if not entry[_SAMPLED_BYTE] & mask and (before := ghosts.pop(entry, None)) is not None:
                     self._twice += self._parts * (self._evicted_bytes - before <= self._room_bytes)
             else:
