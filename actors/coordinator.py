@@ -25,6 +25,7 @@ from tiered_kv.protocol.fleet import FleetRecord, FleetStatus
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
+from tiered_kv.protocol.peer_transport import Holders
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -113,6 +114,9 @@ class CoordinatorActor:
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
         return self._coordinator.locate(asker, keys)
+
+    def holders(self, asker: str, keys: list[BlockKey]) -> Holders:
+        return self._coordinator.holders(asker, keys)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)

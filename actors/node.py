@@ -14,6 +14,7 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
 from tiered_kv.protocol.messages import BlockRun, NodeInfo, NodeStats
 from tiered_kv.protocol.peer_address import PeerPlace
@@ -130,6 +131,12 @@ class NodeActor:
     def recorded(self, everything: bool = False) -> "Recorded":
         """Returns the requests recorded since the last call. See `Node.recorded`."""
         return self._node.recorded(everything)
+
+    def recall(self, keys: list[BlockKey]) -> dict[BlockKey, GoneRecord]:
+        """Returns why this node no longer has these blocks. See `insight.explaining.recall`."""
+        from tiered_kv.node.insight.explaining import recall
+
+        return recall(self._node, keys)
 
     def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
         """Returns a reference to the frames of the leading keys that this node has, in a list; [] if it does not have the first key.

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "tools": [],
 }
 ROOMS = {"tools.demo", "tools.bench", "tools.simulate", "tools.calibrate"}
-MAY_OPEN_ROOMS = {f"tiered_kv.cluster.commands.{name}" for name in ("bench", "cli", "codecs", "simulate")}
+MAY_OPEN_ROOMS = {f"tiered_kv.cluster.commands.{name}" for name in ("bench", "cli", "codecs", "explain", "simulate")}
 MODULES_IN_A_FOLDER_MAX = 20
 
 # What a folder may import of others' libraries, beside the standard library without these modules.

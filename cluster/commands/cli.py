@@ -16,6 +16,7 @@ from tiered_kv.cluster.commands.bench import add_bench
 from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_option
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
+from tiered_kv.cluster.commands.explain import add_explain
 from tiered_kv.cluster.commands.fleet import (
     DOWN_EXAMPLES,
     DOWN_TEXT,
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    add_explain(commands, _add_name)
     add_drain(commands, _add_name)
     _add_demo(commands)
     add_bench(commands)

@@ -155,6 +155,8 @@ def test_a_block_of_another_node_is_copied_bit_identical_and_kept(cluster: str) 
         until(lambda: second.match(ids).tokens == len(ids), "the directory knows the blocks")
         assert second.match(ids).tokens_by_tier == {"peer": len(ids)}
         assert second.explain(ids)[0].reason == "held by node-0"
+        unknown = second.explain(prompt(33)[0])[0]
+        assert (unknown.why, unknown.details["asked_others"]) == ("never_stored", True)
         fetched = second.fetch(ids)
         assert fetched.tokens_by_tier == {"peer": len(ids)}
         assert torch.equal(fetched.kv, kv)

@@ -15,6 +15,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.policy.reuse import merge_statistics
 from tiered_kv.protocol.epochs import Epoch, EpochBook
 from tiered_kv.protocol.messages import LiveNode, NodeInfo, NodeStats
+from tiered_kv.protocol.peer_transport import Holders
 from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -137,6 +138,16 @@ class Coordinator:
             self._drop_silent()
             return self._directory.locate(keys, asker)
 
+    def holders(self, asker: str, keys: list[BlockKey]) -> Holders:
+        """Returns the nodes other than `asker` that have or had each block: live ones, and lost ones as of their last report.
+
+        The blocks of lost nodes are known until the directory needs their entries for other blocks.
+        """
+        with self._lock:
+            self._drop_silent()
+            live, silent = self._directory.everywhere(keys, asker)
+            return Holders(sorted(self._members.keys() - {asker}), live, silent)
+
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Merge the variants of a root that the calling node knows (`known`), and match `probe` against all variants of the root.
 
@@ -211,7 +222,7 @@ class Coordinator:
         oldest_s = self._clock.now_s() - self._timeout_s
         for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
             self._lost[node] = self._members.pop(node).seen_s
-            self._directory.drop_node(node)
+            self._directory.lose_node(node)
             self._note_address(node, None)
         while len(self._lost) > LOST_MAX:
             del self._lost[next(iter(self._lost))]

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from tiered_kv import forking
-from tiered_kv.blocks import Hint, Location, Tier
+from tiered_kv.blocks import GoneCause, Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
 from tiered_kv.node.admission.epochs import NodeEpochs
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.checkpoints.loader import CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
+from tiered_kv.node.insight.ceiling import Ceiling
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.lifetime.counters import ServiceCounters
 from tiered_kv.node.monitoring.meters import Meters
@@ -38,10 +39,11 @@ from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
 from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats, PeerStats
 from tiered_kv.protocol.model_info import ModelInfo
-from tiered_kv.protocol.peer_transport import FramePieces, Link
+from tiered_kv.protocol.peer_transport import FramePieces, Holders, Link
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
+from tiered_kv.store.gone import GoneBlocks
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.quotas import Quotas
 from tiered_kv.threads import CheckedLock, Closer
@@ -73,7 +75,7 @@ class Node:
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self._labels, self._link = labels or {}, link
+        self._labels, self.link = labels or {}, link
         self.tenants = config.tenant_settings
         self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
@@ -82,6 +84,8 @@ class Node:
         self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
+        self.ceiling = Ceiling(sum(self.storage.capacities.values()), self.storage.index.tallies)
+        self.gone = GoneBlocks(self._clock.now_s, self.ceiling)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
@@ -191,7 +195,9 @@ class Node:
                     continue
                 del self._too_lossy[key]
                 dropped += block is not None
-                self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
+                self.engine.handle(
+                    [ev.Lost(key, each, GoneCause.TOO_LOSSY) for each in (*block.copies.values(),)] if block is not None else []
+                )
         self.storage.allowance.refuse("introduced", dropped)
 
     def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
@@ -248,6 +254,10 @@ class Node:
         """As `Link.locate`; [] without a coordinator. `wait_s` None stands for the deadline of a fetch."""
         return self._reporter.locate(keys, self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s) if self._reporter else []
 
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders | None:
+        """As `Link.holders`, with peers whose last request failed as silent ones; None without a coordinator."""
+        return self._reporter.holders(keys, wait_s).without(self._puller.avoided()) if self._reporter and self._puller else None
+
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """Yields the leading blocks of `keys` that this node has, as frames. Their bytes do not change inside the with block."""
@@ -297,7 +307,7 @@ class Node:
             blocks = self.engine.machine.blocks
             ours = [key for key, block in blocks.items() if block.root == root]
             for key in reversed(ours):  # children were added after their parents
-                self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
+                self.engine.handle([ev.Lost(key, each, GoneCause.FORGOTTEN) for each in list(blocks[key].copies.values())])
 
     def report(self) -> None:
         """Report to the coordinator now instead of at the next heartbeat."""
@@ -336,15 +346,16 @@ class Node:
 
     def peer_stats(self) -> PeerStats:
         """Returns the figures of this node's transfers with its peers."""
-        return self._link.stats() if self._link else NO_PEERS
+        return self.link.stats() if self.link else NO_PEERS
 
     def beat(self) -> None:
         """Do the periodic work: apply touches, free extents of dead workers, write the heartbeat."""
         self.engine.drain_touches()
         with self.engine.lock:
             self.storage.beat()
-            self._thin_out()
+            self.checkpoint_loader.thin_out()
             self._recording.beat(self._clock.now_s())
+            self.ceiling.beat()
             if not self._reporter:
                 self.engine.journal.clear()
         if self._too_lossy:
@@ -352,12 +363,6 @@ class Node:
         self.checkpoint_writer.beat()
         self.epochs.beat()
         self.meters.clients.beat()
-
-    def _thin_out(self) -> None:
-        """Unmount blocks that only a checkpoint has, if more than INDEX_SHARE of the index slots are in use."""
-        missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
-        if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
-            self.engine.handle([ev.Unmounted(missing)])
 
     def report_commits(self) -> None:
         """Report committed blocks to the eviction policy, if many have not been. Call it while no worker waits for an answer."""
@@ -417,7 +422,7 @@ class Node:
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
         quotas = Quotas(self.tenants.quotas, lambda root: self.epochs.tenant_of(root))
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas)
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas, observer=self.gone)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 

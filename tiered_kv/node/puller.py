@@ -98,6 +98,12 @@ class Puller:
                     self._done.notify_all()
         return next((count for count, key in enumerate(keys) if not present(key)), len(keys))
 
+    def avoided(self) -> frozenset[str]:
+        """Returns the nodes that get no request now, because one to them has failed."""
+        now_s = self._clock.now_s()
+        with self._done:
+            return frozenset(node for node, until_s in self._avoided_until_s.items() if until_s > now_s)
+
     def _claim(
         self, wanted: list[BlockKey], tried: set[BlockKey], deadline_s: float, present: Callable[[BlockKey], bool]
     ) -> list[BlockKey]:

@@ -199,6 +199,18 @@ class ServiceStats(TypedDict):
     rates: Rates
 
 
+class CeilingStats(TypedDict):
+    """What more room would have brought, in blocks since the node started: requested, hit, and hits that other caches would have had.
+
+    `hit_blocks_infinite`: with an infinite cache. `hit_blocks_twice_room`: with twice the room in each tier. Both are estimates.
+    """
+
+    asked_blocks: int
+    hit_blocks: int
+    hit_blocks_infinite: int
+    hit_blocks_twice_room: int
+
+
 class NodeStats(ServiceStats):
     """A node's figures, including all uses by workers so far."""
 
@@ -225,7 +237,7 @@ class NodeStats(ServiceStats):
     tenants: dict[str, dict[str, TenantStats]]
     """Each tenant's share of each tier, by tenant and tier."""
     peers: NotRequired[PeerStats]
-    """Absent in the figures of a node of an older version, as are the next four."""
+    """Absent in the figures of a node of an older version, as are the next five."""
     moved_bytes: NotRequired[dict[str, dict[str, int]]]
     """By source and target tier: the bytes that copies between tiers have written."""
     refusals: NotRequired[dict[str, dict[str, int]]]
@@ -234,6 +246,7 @@ class NodeStats(ServiceStats):
     """By tier or `peer`: blocks that did not match their checksum."""
     quarantined_extents: NotRequired[int]
     """Extents of ended workers that are not freed yet, because a process may still write to them."""
+    ceiling: NotRequired[CeilingStats]
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""
 

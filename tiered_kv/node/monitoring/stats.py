@@ -46,6 +46,7 @@ def node_stats(
             "seals": node.seals.stats(),
             "namespaces": node.epochs.namespaces(),
             "tenants": tenant_stats(machine.quotas),
+            "ceiling": node.ceiling.stats(),
             "coordinator": reporter.reachable if reporter else None,
             "peers": peers,
             "moved_bytes": _moved_bytes(node),
