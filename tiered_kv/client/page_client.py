@@ -124,7 +124,7 @@ class PageClient(NodeClient):
         found = first_found = source.find(keys)
         if may_call:
             if hidden := source.hidden(found):
-                found = self._bring(access, keys, hidden, until_s)
+                found = self._bring(access, keys, found, hidden, until_s)
             local = len(found)
             if local < len(keys) and source.peers:
                 rest = chain.part(local)

@@ -346,6 +346,7 @@ class Node:
                 "hit_blocks": hit,
                 "prefill_tokens_saved": saved_tokens,
                 "prefill_seconds_saved": saved_s,
+                "declined_tokens": self.storage.index.declined(),
                 **self.service.stats(hit, machine.used_bytes),
                 "sessions": len(self._sessions),
                 "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
