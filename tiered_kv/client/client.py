@@ -122,7 +122,7 @@ class Client(DecidingClient):
             read, by_tier = [], {}
         tokens = len(read) * self.layout.block_tokens
         self._note_fetch(source, asked, len(read), begun_s)
-        declined = self._note_declined(source, plan, all_found, len(read)) if plan is not None else {}
+        declined = self._note_declined(access, plan, all_found, len(read)) if plan is not None else {}
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier, sum(declined.values()), declined)
 
     def _room_in(self, out: torch.Tensor, blocks: int) -> int:

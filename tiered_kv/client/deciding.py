@@ -23,6 +23,9 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.messages import BlockRun
 
 LOOK_AGAIN_S = 0.0005
+ANSWER_WITHIN_S = 0.02
+DIRECTORY = "directory"
+"""The source whose loads are the questions which nodes have some blocks."""
 FAST = 4.0
 """If even the slowest known peer is this many times faster than computing, a fetch does not ask first which peers have the blocks."""
 
@@ -61,7 +64,7 @@ class DecidingClient(NodeClient):
         if rest and choice.blocks == len(found) and (peers_s := self._fast_peers_s(cost, len(found), len(rest))) is not None:
             return patience.plan(keys, found, choice, (ALL_PEERS,), peers_s)
         if rest:
-            peers = self._holders(access, rest, deadline_s)
+            peers = self._holders(access, rest, patience.waits, deadline_s)
             choice = self._chosen([*parts, *peers], cost)
             if len(found) < choice.blocks and (source := peers[0].source) in choice.unknown:
                 choice = self._explored(access, names, keys, found, patience, [*parts, *peers], source, deadline_s)
@@ -79,9 +82,15 @@ class DecidingClient(NodeClient):
             return None
         return all_s if all_s * FAST <= cost.seconds(start * t, (start + blocks) * t) else None
 
-    def _holders(self, access: NodeAccess, keys: list[BlockKey], deadline_s: float) -> tuple[LoadPart, ...]:
-        """Returns the parts that other nodes have. Each is as long as possible, as the node will request them."""
-        holders = self._locate(access, keys, max(deadline_s - self._clock.now_s(), 0.0))
+    def _holders(self, access: NodeAccess, keys: list[BlockKey], patience: Patience, deadline_s: float) -> tuple[LoadPart, ...]:
+        """Returns the parts that other nodes have. Each is as long as possible, as the node will request them.
+
+        Does not ask if the answer would take a large part of the time to compute the blocks.
+        """
+        if (self._costs.seconds(DIRECTORY, 1) or 0.0) > patience.slack_s and not self._costs.may_probe(DIRECTORY):
+            return ()
+        asking = self._pulls.submit(self._ask_holders, access, keys, max(deadline_s - self._clock.now_s(), 0.0))
+        holders = asking.result() if self._in_time(asking, patience, lambda: 0, [DIRECTORY]) else []
         parts, start = [], 0
         while start < len(holders):
             stops = {node: next((n for n in range(start, len(holders)) if node not in holders[n]), len(holders)) for node in holders[start]}
@@ -89,6 +98,12 @@ class DecidingClient(NodeClient):
             parts.append(LoadPart(peer_source(best), stops[best] - start, (stops[best] - start) * self.layout.block_bytes))
             start = stops[best]
         return tuple(parts)
+
+    def _ask_holders(self, access: NodeAccess, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
+        begun_s = self._clock.now_s()
+        holders = self._locate(access, keys, wait_s)
+        self._costs.note(DIRECTORY, 1, self._clock.now_s() - begun_s)
+        return holders
 
     def _explored(
         self,
@@ -203,20 +218,30 @@ class DecidingClient(NodeClient):
 
     # Results
 
-    def _note_declined(self, source: BlockSource, plan: LoadPlan, found: list[FoundBlock], read: int) -> dict[str, int]:
+    def _note_declined(self, access: NodeAccess, plan: LoadPlan, found: list[FoundBlock], read: int) -> dict[str, int]:
         """Count what a fetch did not load. Returns the tokens by tier and reason.
 
         `found`: the blocks that this node had; those not loaded count as used, so that the node moves them to faster tiers.
         """
-        declined = plan.declined
+        declined, source = plan.declined, access.source
         if plan.waits.was_late or plan.reads.was_late:
-            declined.update((label, LATE) for label in plan.offered[read:])
+            offered = plan.offered + [PEER] * self._elsewhere(access, plan)
+            declined.update((label, LATE) for label in offered[read:])
         source.touch(found[min(read + 1, len(plan.found)) :])
         tokens = {key: blocks * self.layout.block_tokens for key, blocks in declined.items()}
         for (label, reason), count in tokens.items():
             self._count(**{"declined_tokens": count, f"declined_tokens_{label}_{reason}": count})
             source.tally_declined(label, count)
         return {f"{label}: {reason}": count for (label, reason), count in tokens.items()}
+
+    def _elsewhere(self, access: NodeAccess, plan: LoadPlan) -> int:
+        """Returns how many blocks of a late fetch other nodes have, if it did not ask that before; 0 without a prompt answer."""
+        rest = plan.keys[len(plan.offered) :]
+        if not rest:
+            return 0
+        asking = self._pulls.submit(self._ask_holders, access, rest, question_s(access))
+        wait([asking], ANSWER_WITHIN_S)
+        return len(asking.result()) if asking.done() else 0
 
     def _locate(self, access: NodeAccess, keys: list[BlockKey], wait_s: float | None = None) -> list[list[str]]:
         """Returns the names of the other nodes that hold each leading key; an empty list if this node does not answer."""

@@ -126,8 +126,8 @@ class LoadCosts:
             self.note(source, nbytes, seconds)
 
     def seconds(self, source: str, nbytes: int) -> float | None:
-        """Returns the expected time of a load; None for a source that is not known yet."""
-        cost = self._costs.get(source)
+        """Returns the expected time of a load; None for a source that is not known yet. An unknown peer is expected to be as the others."""
+        cost = self._costs.get(source) or (self._costs.get(PEER) if label_of(source) == PEER else None)
         return cost.seconds(nbytes) if cost is not None else None
 
     def peers_seconds(self, nbytes: int) -> float | None:

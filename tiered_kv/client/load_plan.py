@@ -17,7 +17,7 @@ from tiered_kv.keys import BlockKey
 
 MUST_SAVE = 1.25
 """A load must be expected to be this many times faster than computing, because both estimates may be wrong."""
-SLACK = 0.08
+SLACK = 0.06
 """The part of the time to compute the prompt that a fetch may lose by waiting for loads that turn out slow."""
 SLOWER = "slower"
 """The reason for declined tokens: the load would have taken longer than computing them."""

@@ -143,7 +143,7 @@ class BlockSource:
             while end < len(found) and found[end].slot.tier == tier and bool(found[end].slot.codec) == is_coded:
                 end += 1
             good = self._read_alike(found[done:end], done, kv_L2HND, expired, meter)
-            if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired):
+            if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired, meter):
                 good += 1
                 end = done + good
             done += good
@@ -283,10 +283,10 @@ class BlockSource:
             meter.note(read, sum(each.slot.stored_bytes for each in found), meter.now_s() - begun_s)
         return results.leading
 
-    def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
+    def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool], meter: DiskMeter | None = None) -> bool:
         """Try once more to read a block that may have moved during the read. Returns whether that succeeded."""
         found = self.find([key])
-        return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired) == 1
+        return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired, meter) == 1
 
     def touch(self, used: Sequence[FoundBlock | Slot]) -> None:
         """Report used blocks to the node's eviction policy, the deepest block first."""
