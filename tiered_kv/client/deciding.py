@@ -15,7 +15,7 @@ from tiered_kv.blocks import PEER, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import ALL_PEERS, LABELS, Names, NodeClient, question_s
 from tiered_kv.client.load_costs import LoadPart, label_of, peer_source
-from tiered_kv.client.load_plan import IN_MEMORY, LATE, SLACK, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
+from tiered_kv.client.load_plan import IN_MEMORY, LATE, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
 from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
@@ -117,7 +117,7 @@ class DecidingClient(NodeClient):
         deadline_s: float,
     ) -> Choice:
         """Pull one block from a peer about which nothing is known, and choose again with what that showed."""
-        run = self._run_of(names, keys, len(found), 1)
+        run, patience.has_explored = self._run_of(names, keys, len(found), 1), True
         pulling = self._pulls.submit(self._pull, access, names, run, deadline_s, (LoadPart(source, 1, run.nbytes),))
         self._in_time(pulling, patience.waits, lambda: len(found) + len(access.source.find(run.keys)), [source])
         return self._chosen(parts, patience.cost)
@@ -256,8 +256,10 @@ class _Patiences:
         """`parts`: of the blocks that this node has. `end`: the number of the prompt's blocks."""
         self.cost = cost
         in_memory = parts[0].blocks if parts and parts[0].source == IN_MEMORY else 0
+        self._prompt_s = cost.seconds(in_memory * block_tokens, end * block_tokens)
+        self.has_explored = False
+        slack_s = SLACK * self._prompt_s
         readable = sum(each.blocks for each in takewhile(lambda each: each.source in (IN_MEMORY, LABELS[Tier.DISK]), parts))
-        slack_s = SLACK * cost.seconds(in_memory * block_tokens, end * block_tokens)
         self.waits = Patience(cost, block_tokens, readable, deadline_s, slack_s)
         self._reads = Patience(cost, block_tokens, in_memory, deadline_s, slack_s)
 
@@ -268,8 +270,9 @@ class _Patiences:
         disk_s = choice.expected_s.get(LABELS[Tier.DISK], 0.0)
         self.waits.expected_s = sum(choice.expected_s.values()) - disk_s + peers_s
         self._reads.expected_s = disk_s
-        if disk_s or any(each.slot.tier == Tier.DISK for each in found[: choice.blocks]):
-            self.waits.slack_s = self._reads.slack_s = self.waits.slack_s / 2
+        known = not choice.unknown and not self.has_explored
+        both = disk_s > 0 and self.waits.expected_s > 0
+        self.waits.slack_s = self._reads.slack_s = (SLACK_KNOWN if known else SLACK) * self._prompt_s / (2 if both else 1)
         declined = Counter[tuple[str, str]]()
         label = ""
         for part, reason in choice.declined:  # the first of them is never in memory

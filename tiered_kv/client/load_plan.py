@@ -18,7 +18,9 @@ from tiered_kv.keys import BlockKey
 MUST_SAVE = 1.25
 """A load must be expected to be this many times faster than computing, because both estimates may be wrong."""
 SLACK = 0.06
-"""The part of the time to compute the prompt that a fetch may lose by waiting for loads that turn out slow."""
+"""The part of the time to compute the prompt that a fetch may lose by waiting for a source about which nothing is known."""
+SLACK_KNOWN = 0.25
+"""The same for loads from sources that have been fast enough so far. It is larger, because what is left has to be computed after all."""
 SLOWER = "slower"
 """The reason for declined tokens: the load would have taken longer than computing them."""
 LATE = "late"
@@ -89,8 +91,8 @@ class Patience:
     """How long one fetch waits for blocks that it loads.
 
     It ends at the deadline, or earlier once two things are true: the load takes longer than expected, and the fetch has lost more than
-    SLACK of the time to compute the prompt. What it has lost is the time that has passed, less the time to compute the blocks that have
-    arrived. So a load about which nothing is known can make a request slower by SLACK at most, whatever happens.
+    its slack, SLACK or SLACK_KNOWN of the time to compute the prompt. What it has lost is the time that has passed, less the time to
+    compute the blocks that have arrived. So a load about which nothing is known can make a request slower by SLACK at most.
     """
 
     def __init__(self, cost: PrefillCost, block_tokens: int, first: int, deadline_s: float, slack_s: float) -> None:
