@@ -52,7 +52,7 @@ class DecidingClient(NodeClient):
 
         `tiers`: those of the `found` blocks.
         """
-        cost = self._prefills.cost if tokens_per_s is None else _cost_of(tokens_per_s)
+        cost = self._prefills.cost if tokens_per_s is None else cost_of(tokens_per_s)
         is_slow = max(tiers, default=0) > Tier.HOST
         rest = keys[len(found) :] if len(found) < len(keys) and access.source.peers else []
         if cost is None or not (is_slow or rest):
@@ -230,9 +230,12 @@ class DecidingClient(NodeClient):
         source.touch(found[min(read + 1, len(plan.found)) :])
         tokens = {key: blocks * self.layout.block_tokens for key, blocks in declined.items()}
         for (label, reason), count in tokens.items():
-            self._count(**{"declined_tokens": count, f"declined_tokens_{label}_{reason}": count})
-            source.tally_declined(label, count)
+            self._count_declined(source, label, reason, count)
         return {f"{label}: {reason}": count for (label, reason), count in tokens.items()}
+
+    def _count_declined(self, source: BlockSource, label: str, reason: str, tokens: int) -> None:
+        self._count(**{"declined_tokens": tokens, f"declined_tokens_{label}_{reason}": tokens})
+        source.tally_declined(label, tokens)
 
     def _elsewhere(self, access: NodeAccess, plan: LoadPlan) -> int:
         """Returns how many blocks of a late fetch other nodes have, if it did not ask that before; 0 without a prompt answer."""
@@ -283,7 +286,7 @@ class _Patiences:
         return LoadPlan(keys, found[: choice.blocks], self.waits, self._reads, peers, offered, declined)
 
 
-def _cost_of(tokens_per_s: float) -> PrefillCost | None:
+def cost_of(tokens_per_s: float) -> PrefillCost | None:
     """Returns the cost for a rate that the caller gave; None for 0. Raises (kind `config`) for anything else than a rate."""
     is_rate = isinstance(tokens_per_s, int | float) and not isinstance(tokens_per_s, bool) and 0 <= tokens_per_s < float("inf")
     if not is_rate:

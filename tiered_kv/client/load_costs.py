@@ -4,7 +4,7 @@ They follow the loads of the last seconds, with all contention in them, and not 
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 from tiered_kv import forking
@@ -42,9 +42,9 @@ class LoadCostStats(TypedDict):
 class LoadCost:
     """The time of loads from one source: `latency_s + byte_s * nbytes`, by least squares over recent loads."""
 
-    def __init__(self) -> None:
-        self.latency_s = 0.0
-        self.byte_s = 0.0
+    def __init__(self, latency_s: float = 0.0, byte_s: float = 0.0) -> None:
+        self.latency_s = latency_s
+        self.byte_s = byte_s
         self.loads = 0
         self._latency_share = 0.5
         self._was_slow = False
@@ -167,6 +167,16 @@ class LoadCosts:
             while len(self._probed_s) > SOURCES_MAX:
                 del self._probed_s[next(iter(self._probed_s))]
         return True
+
+    def known(self) -> dict[str, tuple[float, float]]:
+        """Returns by source the latency and the seconds per byte."""
+        with self._lock:
+            return {source: (cost.latency_s, cost.byte_s) for source, cost in self._costs.items()}
+
+    def adopt(self, known: Mapping[str, tuple[float, float]]) -> None:
+        """Use the estimates of another process from now on."""
+        with self._lock:
+            self._costs = {source: LoadCost(latency_s, byte_s) for source, (latency_s, byte_s) in known.items()}
 
     def stats(self) -> dict[str, LoadCostStats]:
         """Returns the estimates by source."""
