@@ -107,7 +107,7 @@ def _transfer(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
 
 
 def _decide(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
-    from tiered_kv.tools.bench import decide
+    from tiered_kv.tools.bench.choices import decide
 
     return decide.run_decide_bench(quick=options.quick, log=log), decide.show
 

@@ -17,7 +17,7 @@ from tiered_kv.client.base import ALL_PEERS, question_s, while_open
 from tiered_kv.client.deciding import LOOK_AGAIN_S, DecidingClient
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.load_plan import LoadPlan
-from tiered_kv.client.reader import BlockSource, FoundBlock
+from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids
@@ -98,17 +98,16 @@ class Client(DecidingClient):
         if local < len(keys) and source.peers:
             parent = keys[local - 1] if local else None
             run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
-            if plan is not None or self._reads_ahead(run, out):
+            if plan is not None and out is None:
+                found = found + self._pulled_in_time(access, names, run, plan, deadline_s)
+            elif plan is not None or self._reads_ahead(run, out):
                 pulling = self._pulls.submit(self._pull, access, names, run, deadline_s, plan.peers if plan else (ALL_PEERS,))
-                if out is None and plan is not None:
-                    found, pulling = found + self._pulled_in_time(access, run, pulling, plan), None
             else:
                 found = found + self._pull(access, names, run, deadline_s)
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
-        expired = lambda: self._clock.now_s() >= deadline_s  # noqa: E731
-        read = source.read(found, kv, expired, self._meter(plan)) if Tier.DISK in tiers else source.read(found, kv, expired)
+        read = self._read_in_time(source, found, kv, deadline_s, self._meter(plan) if Tier.DISK in tiers else None)
         if pulling is not None:
             read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s, plan)
             found = found if len(read) < local else read
@@ -124,6 +123,14 @@ class Client(DecidingClient):
         self._note_fetch(source, asked, len(read), begun_s)
         declined = self._note_declined(access, plan, all_found, len(read)) if plan is not None else {}
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier, sum(declined.values()), declined)
+
+    def _read_in_time(
+        self, source: BlockSource, found: list[FoundBlock], kv: torch.Tensor, deadline_s: float, meter: DiskMeter | None
+    ) -> list[FoundBlock]:
+        def expired() -> bool:
+            return self._clock.now_s() >= deadline_s
+
+        return source.read(found, kv, expired, meter) if meter is not None else source.read(found, kv, expired)
 
     def _room_in(self, out: torch.Tensor, blocks: int) -> int:
         """Returns how many whole blocks fit into the tensor of a fetch of `blocks`. Raises (kind `layout`) if it cannot be used."""

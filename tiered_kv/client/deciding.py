@@ -66,7 +66,7 @@ class DecidingClient(NodeClient):
         if rest:
             peers = self._holders(access, rest, patience.waits, deadline_s)
             choice = self._chosen([*parts, *peers], cost)
-            if len(found) < choice.blocks and (source := peers[0].source) in choice.unknown:
+            if len(found) < choice.blocks and self._costs.of(source := peers[0].source) is None:
                 choice = self._explored(access, names, keys, found, patience, [*parts, *peers], source, deadline_s)
         self._probe(access, names, keys, found, choice, deadline_s)
         return patience.plan(keys, found, choice, peers)
@@ -195,8 +195,9 @@ class DecidingClient(NodeClient):
             return access.source.find(keys)
         return readable()
 
-    def _pulled_in_time(self, access: NodeAccess, run: BlockRun, pulling: "Future[list[FoundBlock]]", plan: LoadPlan) -> list[FoundBlock]:
-        """Returns the leading blocks of a pull that have arrived when it ends or takes too long."""
+    def _pulled_in_time(self, access: NodeAccess, names: Names, run: BlockRun, plan: LoadPlan, deadline_s: float) -> list[FoundBlock]:
+        """Pull blocks from other nodes. Returns the leading ones that have arrived when that ends or takes too long."""
+        pulling = self._pulls.submit(self._pull, access, names, run, deadline_s, plan.peers)
         sources = [part.source for part in plan.peers]
         find = access.source.find
         if self._in_time(pulling, plan.waits, lambda: run.depth + len(find(run.keys)), sources):

@@ -15,9 +15,11 @@ SAMPLE_KEPT = 0.8
 """Each load reduces the weight of the former ones to this part."""
 SURPRISE = 3.0
 """A load that is this many times faster than expected replaces all former ones, as do two that are this many times slower."""
+FARTHEST = 1.5
+"""Loads of one size say nothing certain about loads that are more than this many times larger."""
 SPREAD_MIN = 0.25
 """Latency and rate are told apart only if the sizes of the loads differ by this part of their mean."""
-PROBE_EVERY_S = 5.0
+PROBE_EVERY_S = 2.0
 """A source that is not used because it is slow is measured again, by a load of one block, at most this often."""
 SILENCE_S = 0.05
 SOURCES_MAX = 128
@@ -40,28 +42,39 @@ class LoadCostStats(TypedDict):
 
 
 class LoadCost:
-    """The time of loads from one source: `latency_s + byte_s * nbytes`, by least squares over recent loads."""
+    """The time of loads from one source: `latency_s + byte_s * nbytes`, by least squares over recent loads.
+
+    While all loads were of about one size, the whole time is taken for latency. So larger loads are tried, and show the rate.
+    """
 
     def __init__(self, latency_s: float = 0.0, byte_s: float = 0.0) -> None:
         self.latency_s = latency_s
         self.byte_s = byte_s
         self.loads = 0
-        self._latency_share = 0.5
         self._was_slow = False
         self._clear()
 
     def _clear(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._latency_share, self._is_split = 1.0, False  # is_split: whether latency and rate were told apart
 
     def seconds(self, nbytes: float) -> float:
         """Returns the expected time of a load of `nbytes`."""
         return self.latency_s + nbytes * self.byte_s
 
+    def is_certain(self, nbytes: float) -> bool:
+        """Returns whether a load of `nbytes` takes the expected time at most: loads were as large, or of different sizes."""
+        return self._is_split or nbytes * self._weight <= FARTHEST * self._x
+
+    def _is_comparable(self, nbytes: float) -> bool:
+        return self.loads > 0 and self.is_certain(nbytes) and (self._is_split or nbytes * self._weight * FARTHEST >= self._x)
+
     def note(self, nbytes: int, seconds: float) -> None:
         """Record a load. A single load that is very slow is taken for an exception, and counts as SURPRISE times slower than expected."""
         expected_s = self.seconds(nbytes)
-        is_slow = self.loads > 0 and seconds > expected_s * SURPRISE
-        if (is_slow and self._was_slow) or seconds * SURPRISE < expected_s:
+        is_comparable = self._is_comparable(nbytes)
+        is_slow = is_comparable and seconds > expected_s * SURPRISE
+        if (is_slow and self._was_slow) or (is_comparable and seconds * SURPRISE < expected_s):
             self._clear()
         elif is_slow:
             seconds = expected_s * SURPRISE
@@ -78,7 +91,7 @@ class LoadCost:
         variance = self._xx / self._weight - mean_x * mean_x
         if variance > (SPREAD_MIN * mean_x) ** 2:
             slope = (self._xy / self._weight - mean_x * mean_y) / variance
-            self._latency_share = 1 - min(max(slope * mean_x / mean_y, 0.0), 1.0)
+            self._latency_share, self._is_split = 1 - min(max(slope * mean_x / mean_y, 0.0), 1.0), True
         self.latency_s = self._latency_share * mean_y
         self.byte_s = (mean_y - self.latency_s) / mean_x
 
@@ -127,13 +140,18 @@ class LoadCosts:
 
     def seconds(self, source: str, nbytes: int) -> float | None:
         """Returns the expected time of a load; None for a source that is not known yet. An unknown peer is expected to be as the others."""
-        cost = self._costs.get(source) or (self._costs.get(PEER) if label_of(source) == PEER else None)
+        cost = self.of(source)
         return cost.seconds(nbytes) if cost is not None else None
 
+    def of(self, source: str) -> LoadCost | None:
+        """Returns the estimate for a source, for an unknown peer that for all peers, or None."""
+        return self._costs.get(source) or (self._costs.get(PEER) if label_of(source) == PEER else None)
+
     def peers_seconds(self, nbytes: int) -> float | None:
-        """Returns the expected time of a load from the slowest known peer; None before the first load from any peer."""
+        """Returns the expected time of a load from the slowest known peer; None if it is not certain for each of them."""
         with self._lock:
-            return max((cost.seconds(nbytes) for source, cost in self._costs.items() if label_of(source) == PEER), default=None)
+            peers = [cost for source, cost in self._costs.items() if label_of(source) == PEER]
+        return max(cost.seconds(nbytes) for cost in peers) if peers and all(cost.is_certain(nbytes) for cost in peers) else None
 
     def begin_measuring(self, *sources: str) -> None:
         """Record that a load goes on though its fetch no longer waits for it. End it with `end_measuring`."""

@@ -27,6 +27,7 @@ LATE = "late"
 """The reason for declined tokens: their load took longer than expected, so the fetch no longer waited for it."""
 MEASURING = "measuring"
 """The reason for declined tokens: nothing is known about the source yet, and an earlier load from it has not ended."""
+UNKNOWN = "unknown"
 IN_MEMORY = ""
 """The source of blocks that need no decision."""
 
@@ -36,7 +37,8 @@ _SOURCES = {int(tier): tier.label if tier > Tier.HOST else IN_MEMORY for tier in
 class Choice(NamedTuple):
     """The number of leading blocks to load, and the expected time by the label of the tier.
 
-    `unknown`: the chosen sources about which nothing is known. `declined`: the parts after the chosen blocks, and for each the reason.
+    `unknown`: the chosen sources whose time is not certain; it counts as 0 in `expected_s`. `declined`: the parts after the chosen
+    blocks, and for each the reason.
     """
 
     blocks: int
@@ -68,23 +70,25 @@ def choose(parts: Sequence[LoadPart], cost: PrefillCost, block_tokens: int, cost
         if saved >= most:
             best, most = number + 1, saved
     expected_s: dict[str, float] = {}
-    for part, load_s, _, _ in rows[:best]:
+    for part, load_s, reason, _ in rows[:best]:
         if part.source != IN_MEMORY:
             label = label_of(part.source)
-            expected_s[label] = expected_s.get(label, 0.0) + load_s
-    unknown = frozenset(row[0].source for row in rows[:best] if row[2] == "unknown")
+            expected_s[label] = expected_s.get(label, 0.0) + (0.0 if reason == UNKNOWN else load_s)
+    unknown = frozenset(row[0].source for row in rows[:best] if row[2] == UNKNOWN)
     declined = [(part, reason if reason == MEASURING else SLOWER) for part, _, reason, _ in rows[best:]]
     return Choice(rows[best - 1][3] if best else 0, expected_s, unknown, declined)
 
 
 def _load_s(part: LoadPart, costs: LoadCosts) -> tuple[float, str]:
-    """Returns the expected time of a load, and "unknown" or MEASURING if it is not based on earlier loads."""
+    """Returns the expected time of a load, and UNKNOWN or MEASURING if that is not certain."""
     if part.source == IN_MEMORY:
         return 0.0, ""
-    known_s = costs.seconds(part.source, part.nbytes)
-    if known_s is not None:
-        return known_s, ""
-    return (float("inf"), MEASURING) if costs.is_measuring(part.source) else (0.0, "unknown")
+    known = costs.of(part.source)
+    if known is not None and known.is_certain(part.nbytes):
+        return known.seconds(part.nbytes), ""
+    if costs.is_measuring(part.source):
+        return float("inf"), MEASURING
+    return known.seconds(part.nbytes) if known is not None else 0.0, UNKNOWN
 
 
 class Patience:

@@ -98,6 +98,17 @@ def test_loads_of_one_size_keep_the_share_of_the_latency() -> None:
     assert cost.seconds(8 * MIB) == pytest.approx(0.1 + 8 * MIB / 1e8, rel=0.01)
 
 
+def test_loads_of_one_size_are_no_reason_to_decline_a_larger_one() -> None:
+    costs, cost = LoadCosts(ManualClock()), PrefillCost(1e-3)
+    for _ in range(3):
+        costs.note("peer a", MIB, 0.3)  # 0.3 s of latency, or 3 MiB/s
+    assert choose([part("peer a", 1)], cost, T, costs).blocks == 0
+    choice = choose([part("peer a", 16)], cost, T, costs)
+    assert (choice.blocks, choice.unknown, choice.expected_s) == (16, {"peer a"}, {"peer": 0.0})
+    costs.note("peer a", 16 * MIB, 0.4)
+    assert choose([part("peer a", 32)], cost, T, costs).expected_s["peer"] == pytest.approx(0.5, rel=0.1)
+
+
 def test_one_very_slow_load_counts_little_and_two_replace_the_estimate() -> None:
     cost = LoadCost()
     for _ in range(10):
@@ -127,8 +138,9 @@ def test_loads_without_bytes_or_time_are_left_out(nbytes: int, seconds: float) -
 def test_a_pull_counts_for_each_of_its_peers_and_for_all_of_them() -> None:
     costs = LoadCosts(ManualClock())
     costs.note_pull([LoadPart("peer a", 2, 2 * MIB), LoadPart("peer b", 2, 2 * MIB)], 3, MIB, 0.3)
-    assert {source: round(costs.seconds(source, MIB), 3) for source in costs.stats()} == {"peer": 0.2, "peer a": 0.15, "peer b": 0.1}
-    assert costs.peers_seconds(MIB) == pytest.approx(0.2)
+    assert {source: round(costs.seconds(source, MIB), 3) for source in costs.stats()} == {"peer": 0.3, "peer a": 0.2, "peer b": 0.1}
+    assert costs.peers_seconds(MIB) == pytest.approx(0.3)
+    assert costs.peers_seconds(2 * MIB) is None  # b has sent one block only
     assert label_of(peer_source("a")) == "peer"
 
 
@@ -173,6 +185,7 @@ def costs_of(**known: float) -> LoadCosts:
     costs = LoadCosts(ManualClock())
     for source, seconds in known.items():
         costs.note(source.replace("_", " "), MIB, seconds)
+        costs.note(source.replace("_", " "), 2 * MIB, 1.5 * seconds)
     return costs
 
 
