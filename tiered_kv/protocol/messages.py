@@ -221,6 +221,11 @@ class NodeStats(ServiceStats):
     hit_blocks: int
     prefill_tokens_saved: int
     prefill_seconds_saved: float
+    declined_tokens: NotRequired[dict[str, int]]
+    """Tokens that workers computed because loading them would have taken longer, by the tier that had them (`peer`: another node).
+
+    Absent in the figures of a node of an older version.
+    """
     sessions: int
     reserved_bytes: int
     leaving_bytes: dict[str, int]

@@ -32,6 +32,7 @@ def node_stats(
             "hit_blocks": hit,
             "prefill_tokens_saved": saved_tokens,
             "prefill_seconds_saved": saved_s,
+            "declined_tokens": storage.index.declined(),
             **node.service.stats(hit, machine.used_bytes),
             "sessions": len(sessions),
             "reserved_bytes": sum(sum(session.reserved.values()) for session in sessions),
