@@ -2,7 +2,7 @@
 
 Every process that tests start inherits two marks in its environment: one of the run, and one of the pytest process that
 started it. So nothing that others do on this machine at the same time (their clusters are in the same /dev/shm) is taken
-for a leak of ours. `make test` runs two pytest processes side by side (pytest-xdist); each looks for its own leaks.
+for a leak of ours. `make test` runs several pytest processes side by side (pytest-xdist); each looks for its own leaks.
 """
 
 import gc
@@ -40,7 +40,14 @@ ONE_AT_A_TIME = (
     "tests/stress/",
     "tests/test_examples.py",
 )
-"""Tests that keep both cores of a small machine busy, or start Ray: one process runs them all, one after another."""
+"""Tests that keep both cores of a small machine busy, or start Ray: one process runs them all, one after another.
+
+They are the longest part of a run, wait for other processes most of the time, and measure times. So the other workers of
+pytest-xdist, of which there are more than the cores need, give way to them (`NICER`).
+"""
+NICER = 5
+"""By how much the niceness of a worker is raised that does not run those of `ONE_AT_A_TIME`: a core is shared 3 to 1."""
+GIVES_WAY = pytest.StashKey[bool]()
 
 
 class Held(NamedTuple):
@@ -252,6 +259,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before its first test, let a worker of pytest-xdist give way to the one that runs those of `ONE_AT_A_TIME`."""
+    if hasattr(item.config, "workerinput") and GIVES_WAY not in item.config.stash:
+        item.config.stash[GIVES_WAY] = not item.nodeid.startswith(ONE_AT_A_TIME)
+        os.nice(NICER if item.config.stash[GIVES_WAY] else 0)
 
 
 @pytest.hookimpl(wrapper=True)

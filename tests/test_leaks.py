@@ -1,5 +1,6 @@
 """The leak fixtures of conftest.py find what they are for: a run of its own, with tests that leak on purpose."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -208,6 +209,24 @@ def test_an_interrupted_run_ends_with_status_2_and_reports_no_leak(tmp_path):
     said = ended.stdout + ended.stderr
     assert "KeyboardInterrupt" in said
     assert not re.search("leaked|left behind|ERROR|passed", said), said
+
+
+NICENESS = """
+import os
+from pathlib import Path
+
+def test_niceness(): print("niceness of", Path(__file__).stem, os.nice(0))
+"""
+
+
+def test_other_workers_give_way_to_the_one_that_runs_the_tests_with_ray(tmp_path):
+    """Those tests take longest, and measure times."""
+    first = tmp_path / conftest.ONE_AT_A_TIME[0] / "test_first.py"
+    first.parent.mkdir(parents=True)
+    first.write_text(NICENESS)
+    said = run(tmp_path, {"other": NICENESS}, "-n", "2", "--dist", "loadfile")
+    found = {name: int(niceness) for name, niceness in re.findall(r"niceness of (\w+) (\d+)", said)}
+    assert found == {"test_first": os.nice(0), "test_other": os.nice(0) + conftest.NICER}, said
 
 
 def test_all_tests_with_ray_are_run_by_one_worker():
