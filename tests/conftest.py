@@ -34,13 +34,8 @@ KEPT_THREADS = ("tqdm",)
 VLLM_TESTS = Path(__file__).parent / "vllm"
 FAILED = pytest.StashKey[bool]()
 RAY_FIXTURES = {"ray_cluster", "running_cluster"}
-ONE_AT_A_TIME = (
-    "tests/cluster_tests/",
-    "tests/hostile/",
-    "tests/stress/",
-    "tests/test_examples.py",
-)
-"""Tests that keep both cores of a small machine busy, or start Ray: one process runs them all, one after another.
+ONE_AT_A_TIME = ("tests/cluster_tests/", "tests/test_examples.py::test_an_example_runs")
+"""Tests that start Ray, which keeps both cores of a small machine busy: one process runs them all, one after another.
 
 They are the longest part of a run, wait for other processes most of the time, and measure times. So the other workers of
 pytest-xdist, of which there are more than the cores need, give way to them (`NICER`).

@@ -232,5 +232,8 @@ def test_other_workers_give_way_to_the_one_that_runs_the_tests_with_ray(tmp_path
 def test_all_tests_with_ray_are_run_by_one_worker():
     one_at_a_time = (*conftest.ONE_AT_A_TIME, "tests/vllm/")  # these have a run of their own, of one worker
     for path in (ROOT / "tests").rglob("test_*.py"):
-        if "mark.ray" in path.read_text() and path != Path(__file__):
-            assert str(path.relative_to(ROOT)).startswith(one_at_a_time), path
+        place, text = str(path.relative_to(ROOT)), path.read_text()
+        if "mark.ray" in text and path != Path(__file__) and not place.startswith(one_at_a_time):
+            marked = re.findall(r"mark\.ray\n(?:@.*\n)*def (\w+)", text)
+            assert marked and len(marked) == text.count("mark.ray"), place
+            assert all(f"{place}::{name}".startswith(one_at_a_time) for name in marked), place
