@@ -49,6 +49,8 @@ def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
     coordinator does not answer and this machine has no state file and no node of the cluster, or if the Ray at `address` cannot be
     joined.
     """
+    from tiered_kv.protocol import node_record, unix_socket  # noqa: F401  # imports must not count as a part's time to answer
+
     threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
     try:
         return _surveyed(name, address, _Caller(threads, time.monotonic() + WITHIN_S))

@@ -98,7 +98,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
             patch.delenv(variable, raising=False)
         yield folder
-        assert [name for name in ("main", "one", "two", "three") if state.find(name)] == []
+        assert [name for name in ("kept", "one", "two", "three") if state.find(name)] == []
 
 
 @contextmanager
@@ -144,16 +144,16 @@ def main(home: Path, model) -> Iterator[str]:
 
     This process is a driver of it.
     """
-    with up("main", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
-        join("main")
-        until(lambda: len(start.describe("main")["nodes"]) == 2, "both nodes have reported")
-        answered(model, "main")
-        with clients("main") as each:
+    with up("kept", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
+        join("kept")
+        until(lambda: len(start.describe("kept")["nodes"]) == 2, "both nodes have reported")
+        answered(model, "kept")
+        with clients("kept") as each:
             for node, seeds in PROMPTS.items():
                 for seed in seeds:
                     stored = each[node].store(*prompt(seed))
                     assert stored.refused == 0
-        yield "main"
+        yield "kept"
 
 
 class Content(NamedTuple):
@@ -432,7 +432,7 @@ def test_a_restore_into_a_running_cluster_loads_only_missing_blocks(main: str, p
 def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in place.iterdir())
     for given, status, words in (
-        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'main' is"),
+        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'kept' is"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "this namespace was not requested"),
         (["restore", "--name", main, "--world", 5, place], 2, "no block of the checkpoint can be restored for 5 ranks"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),
