@@ -45,9 +45,8 @@ def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
     """Returns the result of `start.describe` with four more fields: `expected_nodes`, `drained`, `source` and `degraded`.
 
     `expected_nodes`, `drained`: ids of nodes. `source`: "coordinator", or "machine" if only the nodes on this machine could be asked.
-    `degraded`: a text for each problem. Takes at most WITHIN_S. Raises `TieredKVError` if the
-    coordinator does not answer and this machine has no state file and no node of the cluster, or if the Ray at `address` cannot be
-    joined.
+    `degraded`: a text for each problem. Takes at most WITHIN_S. Raises `TieredKVError` if the coordinator does not answer and this
+    machine has no state file and no node of the cluster, or if the Ray at `address` cannot be joined.
     """
     from tiered_kv.protocol import node_record, unix_socket  # noqa: F401  # imports must not count as a part's time to answer
 
