@@ -48,7 +48,11 @@ def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
     `degraded`: a text for each problem. Takes at most WITHIN_S. Raises `TieredKVError` if the coordinator does not answer and this
     machine has no state file and no node of the cluster, or if the Ray at `address` cannot be joined.
     """
-    from tiered_kv.protocol import node_record, unix_socket  # noqa: F401  # imports must not count as a part's time to answer
+    # imports must not count as a part's time to answer: on a busy machine they take seconds
+    import ray  # noqa: F401
+
+    from tiered_kv.actors import fleet  # noqa: F401
+    from tiered_kv.protocol import node_record, unix_socket  # noqa: F401
 
     threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
     try:
