@@ -37,9 +37,9 @@ class Target(NamedTuple):
 class ReshardPlan(NamedTuple):
     """The plan for restoring a checkpoint in the new world.
 
-    targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that are for the new
-    world already, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one sentence for each
-    reason why blocks are left out.
+    targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that already have
+    the new number of ranks, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one
+    sentence for each reason why blocks are left out.
     """
 
     targets: list[Target]
@@ -65,7 +65,7 @@ class _Family:
 
 
 class _RankMember(NamedTuple):
-    """A rank in the checkpoint: its family, its number, and its keys."""
+    """One rank of a model in the checkpoint: its family, its number, and its keys."""
 
     family: _Family
     rank: int
@@ -116,7 +116,7 @@ class _Planner:
         self._left_out: Counter[str] = Counter()  # number of blocks by reason
 
     def know(self, model: Model) -> None:
-        """Add a model, and decide whether its blocks will be unchanged, resharded or refused."""
+        """Add a model, and decide whether its blocks will be kept unchanged, resharded, or left out."""
         try:
             namespace = _namespace(model)
             if namespace.world == self._world:
@@ -131,7 +131,7 @@ class _Planner:
         target_layout = resharded(layout, namespace.world, self._world)
         chain = namespace.chain(layout)
         if chain.root != model.root:
-            raise TieredKVError(Kind.LAYOUT, "its namespace and layout do not match the root of its blocks")
+            raise TieredKVError(Kind.LAYOUT, "the root of its blocks is not the one computed from its namespace and layout")
         known = replace(namespace, rank=0), layout
         if known not in self._families:
             self._families[known] = _Family(_name(model), layout, self._ranks(model, namespace, target_layout))
@@ -210,7 +210,7 @@ def _namespace(model: Model) -> Namespace:
     try:
         return Namespace(**(model.namespace or {}))
     except TypeError as error:
-        raise TieredKVError(Kind.LAYOUT, "the checkpoint does not describe its namespace") from error
+        raise TieredKVError(Kind.LAYOUT, "its namespace is not described in the checkpoint") from error
 
 
 def _name(model: Model) -> str:

@@ -11,7 +11,7 @@ from tiered_kv.policy.leaves import Leaves
 
 
 class SIEVEPolicy(RankedPolicy):
-    """The hand moves over the leaves from old to new, and restarts at the oldest after the newest. O(1) a use."""
+    """The policy SIEVE. The hand moves over the leaves from old to new, and restarts at the oldest after the newest. O(1) a use."""
 
     def __init__(self) -> None:
         super().__init__()
