@@ -131,7 +131,7 @@ class _Planner:
         target_layout = resharded(layout, namespace.world, self._world)
         chain = namespace.chain(layout)
         if chain.root != model.root:
-            raise TieredKVError(Kind.LAYOUT, "the root of its blocks is not the one computed from its namespace and layout")
+            raise TieredKVError(Kind.LAYOUT, "its namespace and layout do not match the root of its blocks")
         known = replace(namespace, rank=0), layout
         if known not in self._families:
             self._families[known] = _Family(_name(model), layout, self._ranks(model, namespace, target_layout))
@@ -210,7 +210,7 @@ def _namespace(model: Model) -> Namespace:
     try:
         return Namespace(**(model.namespace or {}))
     except TypeError as error:
-        raise TieredKVError(Kind.LAYOUT, "its namespace is not described in the checkpoint") from error
+        raise TieredKVError(Kind.LAYOUT, "the checkpoint does not describe its namespace") from error
 
 
 def _name(model: Model) -> str:

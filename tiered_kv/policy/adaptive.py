@@ -229,8 +229,7 @@ class _Search:
         self._gone: dict[int, int] = {}  # chosen children by parent
 
     def take_lowest(self, candidates: list[int], nbytes: int) -> bool:
-        """Chooses the candidate with the lowest value as a victim, then its ancestors as long as their values are below the
-        next candidate's.
+        """Chooses victims: the candidate of the lowest value, then its ancestors while their values are below the next candidate's.
 
         Returns False if every candidate is protected.
         """

@@ -118,9 +118,7 @@ class BlockHistory(History):
             self.learn(now_s)
 
     def note(self, keys: Sequence[Key], parent: Key | None) -> np.ndarray:
-        """Records the unknown ones of these blocks, such as blocks found on disk, as used once, just now. Returns the slots of
-        all of them.
-        """
+        """Records unknown blocks, such as blocks found on disk, as used once, just now. Returns the slots of all `keys`."""
         slots = self.slots(keys)
         if (slots < 0).any():
             self.seen(keys, parent, self._now_s)

@@ -45,7 +45,7 @@ _ENDS_S = _EDGES_S + _WIDTHS_S
 def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
     """Returns the classes of blocks of one chain as int64. `uses`: each block's count of uses.
 
-    The buckets `gap`, `hot`, `answer` are those of all.
+    All the blocks have the buckets `gap`, `hot` and `answer`.
     """
     found: np.ndarray = ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
     return found
@@ -107,7 +107,7 @@ class ReuseModel:
         return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
 
     def fade(self) -> None:
-        """Reduces all counts so far by 2 %, so that new uses weigh more than old ones."""
+        """Multiplies all counts so far by `_DECAY`, so that new uses weigh more than old ones."""
         self._used *= _DECAY
         self._lost *= _DECAY
 

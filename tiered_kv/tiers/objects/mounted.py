@@ -58,12 +58,12 @@ class MountedPacks:
             return first
 
     def hold(self, nbytes: int) -> None:
-        """Add `nbytes`, the size of frames that become visible, to `used_bytes`."""
+        """Add `nbytes` to `used_bytes`: the size of frames that become visible to readers."""
         with self._lock:
             self._used_bytes += nbytes
 
     def forget(self, location: Location) -> None:
-        """Subtract the size of a block that is no longer visible from `used_bytes`. The checkpoint keeps the block's bytes."""
+        """Subtract the size of a block that readers no longer find from `used_bytes`. The checkpoint keeps the block's bytes."""
         self.hold(-location.stored_bytes)
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
@@ -74,7 +74,7 @@ class MountedPacks:
         return frame
 
     def read_run(self, run: "PackRange") -> list[Frame | TieredKVError]:
-        """Read and verify the frames of a run by one ranged read. Returns for each block its frame, or the error found in it.
+        """Read and verify the frames of neighbouring blocks by one ranged read. Returns for each its frame, or the error found in it.
 
         Raises (kinds `storage`, `corrupt`) if the range cannot be read.
         """
