@@ -1,8 +1,9 @@
 """The coordinator's directory: the nodes that hold each block. Eventually consistent; a wrong entry costs a miss.
 
-It keeps pairs of block and node in hash tables made of two arrays: 8 bytes of the key's hash, and 4 bytes for a number of the node. A
-table is at most 2/3 full, so a pair takes 18 to 36 bytes (a dict of sets takes 200). Two keys with equal hashes would share their
-nodes, which costs a useless request. With 10 million blocks, that happens in at most one of a million look-ups.
+It keeps pairs of block and node in hash tables. A table has two arrays: 8 bytes a pair for the hash of the block's key, and 4
+bytes for the node's number. A table is at most 2/3 full, so a pair takes 18 to 36 bytes (a dict of sets takes 200). Two keys
+with equal hashes would share their nodes, which costs a useless request. With 10 million blocks, that happens in at most one of
+a million look-ups.
 
 A node gets a new number whenever it joins, and its former number becomes invalid. So dropping a node costs nothing, however many blocks
 it held. Its entries are overwritten later, or left out when a table grows. The keys are spread over many small tables, so that no
@@ -78,7 +79,7 @@ class _Table:
         return False
 
     def rebuild(self, valid: Iterable[int]) -> None:
-        """Rebuild the table with a size for its valid pairs, and without the other pairs."""
+        """Rebuild the table without the pairs whose number is not in `valid`, in a size for the remaining pairs."""
         pairs = [pair for pair in zip(self.hashes, self.numbers, strict=True) if pair[1] in valid]
         slots = SLOTS_MIN
         while slots * REBUILT_PART < len(pairs):
@@ -109,7 +110,7 @@ class Directory:
         self._last_number = _VOID
 
     def __len__(self) -> int:
-        """Number of pairs of block and node."""
+        """The number of pairs of a block and a node that holds it."""
         return sum(self._counts.values())
 
     @property
@@ -144,7 +145,7 @@ class Directory:
         self._counts[node] += change
 
     def locate(self, keys: Iterable[BlockKey], asker: str) -> list[list[str]]:
-        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
+        """Returns, for each key, the nodes except `asker` that hold its block. Stops before the first key that no such node holds."""
         found: list[list[str]] = []
         tables, names = self._tables, self._names
         for key in keys:

@@ -42,8 +42,8 @@ class CacheMetrics:
 class Advice(NamedTuple):
     """The texts for alerts on one metric.
 
-    words: the metric's name for people. is_least: whether a threshold given as a plain number is a lower bound (else an upper bound).
-    too_low, too_high: what to do if the metric is below its lower or above its upper threshold.
+    words: a readable name of the metric. is_least: whether a threshold given as a plain number is a lower bound (else an upper
+    bound). too_low, too_high: what to do if the metric is below its lower or above its upper threshold.
     """
 
     words: str
@@ -176,7 +176,7 @@ class CacheMonitor:
         )
 
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
-        """Compare one metric with its thresholds.
+        """Compare one metric with its thresholds `bounds`.
 
         Returns the alerts that start now. Ends active alerts if the metric is within their threshold again.
         """
