@@ -51,7 +51,9 @@ class Model(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """One checkpoint. `packs`: the name and bytes of each pack. `rows`: the blocks, hottest first, every parent before its children.
+    """One checkpoint. `packs`: the name of each pack, and its size in bytes.
+
+    `rows`: the blocks, hottest first, every parent before its children.
 
     `created_s`: Unix time, 0 if unknown. `origin`: the name of the cluster that wrote the checkpoint. `extra`: plain data that the
     writer stores for its own use.

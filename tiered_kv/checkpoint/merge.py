@@ -70,7 +70,10 @@ def _add(found: dict[BlockKey, MergedBlock], node: str, entry: SnapshotEntry, re
 
 
 def _preference(entry: SnapshotEntry) -> tuple[bool, bool, int]:
-    """Returns a sort key for copies of a block. The smallest is best: a known parent is preferred, then no codec, then a faster tier."""
+    """Returns a sort key for copies of a block.
+
+    The smallest is best: a copy with a known parent is preferred, then an uncompressed copy, then a faster tier.
+    """
     return entry.parent is None and bool(entry.depth), entry.codec != 0, entry.tier
 
 

@@ -19,9 +19,10 @@ from tiered_kv.node.checkpoints.reshard_layout import Piece, opened_layout, piec
 
 
 class Target(NamedTuple):
-    """A block to build for a rank of the new world.
+    """A block to build for one rank of the new number of ranks.
 
-    `sources`: for each of `pieces`, the checkpoint's block that contains it (see `node.checkpoints.reshard_layout.join`).
+    `pieces`: the parts of the block, each a range of KV heads. `sources`: for each piece, the checkpoint's block that contains
+    it (see `node.checkpoints.reshard_layout.join`).
     """
 
     key: BlockKey
@@ -35,7 +36,7 @@ class Target(NamedTuple):
 
 
 class ReshardPlan(NamedTuple):
-    """The plan for restoring a checkpoint in the new world.
+    """The plan for restoring a checkpoint with the new number of ranks.
 
     targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that already have
     the new number of ranks, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one

@@ -226,7 +226,7 @@ def _id_of(block: MergedBlock) -> BlockId:
 
 
 def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
-    """Returns whether the block's existing frame in a pack, if there is one, may stay in the checkpoint instead of this copy.
+    """Returns whether the checkpoint may use the block's existing frame `entry` in a pack instead of the node's copy `block.best`.
 
     Returns False if the frame has a lossy codec other than the copy's codec: a cluster with settings of lower quality wrote
     that frame. Returns True if `entry` is None: then there is no frame to replace.

@@ -26,7 +26,7 @@ _VOID = 0
 
 
 class _Table:
-    """A hash table of pairs (hash, number), with open addressing and linear probing."""
+    """A hash table of pairs (hash of a key, number of a node), with open addressing and linear probing."""
 
     __slots__ = ("hashes", "numbers", "used")
 

@@ -172,9 +172,9 @@ class ModelState:
         return State(watch, shape, content, probe_of(cache), self._private_variant(walked) or None)
 
     def _private_variant(self, walked: ModelWalk) -> str:
-        """Returns a variant for a model with foreign code, whose effect on KV is unknown, or "" for a model without foreign code.
+        """Returns a variant for a model with foreign code (hooks, replaced methods), whose effect on KV is unknown.
 
-        The same code objects get the same variant.
+        The same code objects get the same variant. Returns "" for a model without such code.
         """
         code = [each for _, each in walked.foreign]
         for known, variant in self._private:

@@ -51,15 +51,18 @@ class KVCacheConfig:
     Raises `TieredKVError` (kind `config`), with the field and the allowed values, if a field is invalid.
 
     max_tokens: a hard cap on memory: the bytes that the KV of this many uncompressed tokens takes (at least one block). With
-    compression, more tokens fit in these bytes. A cache with a codec takes at least 1 MiB. cache_strategy, cache_mode: a member
-    of the enumeration, or its value ("lru"). use_quantization: quantize blocks to `quantization_bits` (8 or 4) once memory is
-    three quarters full. For the error (KL divergence) see docs/codecs.md. use_compression: replace blocks by low-rank factors
-    or by their largest numbers, in at most `compression_ratio` of their bytes. compression_method: "svd" or "lowrank" for
-    factors, "sparse" for the largest numbers. use_compression takes precedence over use_quantization, because the factors are
-    quantized as well. num_layers, num_heads (KV heads), head_dim, dtype: the shape of the KV, if no model or tensor defines it.
-    block_tokens: the number of tokens in a block, the unit of look-up. enable_profiling: measure the time of each stage, for
-    `profile_table`. enable_warmup: False makes `warmup` do nothing. seed: of the random samples among which the strategy
-    ADAPTIVE looks for blocks to evict. tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
+    compression, more tokens fit in these bytes. A cache with a codec takes at least 1 MiB.
+    cache_strategy, cache_mode: a member of the enumeration, or its value ("lru").
+    use_quantization: quantize blocks to `quantization_bits` (8 or 4) once memory is three quarters full. For the error (KL
+    divergence) see docs/codecs.md.
+    use_compression: replace blocks by low-rank factors or by their largest numbers, in at most `compression_ratio` of their bytes.
+    compression_method: "svd" or "lowrank" for factors, "sparse" for the largest numbers. use_compression takes precedence over
+    use_quantization, because the factors are quantized as well.
+    num_layers, num_heads (KV heads), head_dim, dtype: the shape of the KV, if no model or tensor defines it.
+    block_tokens: the number of tokens in a block, the unit of look-up.
+    enable_profiling: measure the time of each stage, for `profile_table`. enable_warmup: False makes `warmup` do nothing.
+    seed: of the random samples in which ADAPTIVE looks for blocks to evict.
+    tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
     """
 
     max_tokens: int = 4096

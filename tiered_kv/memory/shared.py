@@ -299,7 +299,7 @@ def _reclaim_unusable(directory: Path) -> bool:
     """Delete files that no writer can attach to. Returns whether the directory is gone.
 
     Files of another version, or without a valid header, are deleted if no process uses them. If the index or the arena was removed
-    or replaced, only a writer, which may be creating them, protects the files: a process that maps the old file has no use for them.
+    or replaced, they are deleted unless there is a writer, which may be creating them. Readers do not count: they map the old file.
     """
     with suppress(FileNotFoundError), _unused(directory) as unused:
         header = _header_words(directory / _INDEX)

@@ -115,7 +115,7 @@ class AdaptivePolicy(EvictionPolicy):
         return list(self._chosen)
 
     def ranked(self, now_s: float) -> list[Key]:
-        """As `EvictionPolicy.ranked`, without samples: at each step the leaf of the lowest value is evicted. About 4 µs a block."""
+        """Does the same as `EvictionPolicy.ranked`, but compares all leaves at each step, not only a sample. About 4 µs a block."""
         slots = list(self._keys)
         values = dict(zip(slots, self.values(slots, now_s), strict=True)) if slots else {}
         last_s, parent_of, order = self._history.last_s, self._history.parent, []

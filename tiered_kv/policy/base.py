@@ -81,7 +81,7 @@ class EvictionPolicy(ABC):
 class RankedPolicy(EvictionPolicy):
     """Base of policies that evict leaf after leaf. A subclass decides which leaf is next.
 
-    The subclass has queues of leaves, so that blocks which cannot be evicted yet cost nothing. A block chosen by `victims` is
+    The subclass has queues of leaves, so that blocks which cannot be evicted yet cost no time. A block chosen by `victims` is
     not in the queues until `victims` is called again.
     """
 

@@ -193,7 +193,7 @@ class BlockHistory(History):
         self.table = self.model.table(*self._open_intervals(now_s))
 
     def _open_intervals(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kinds, and the seconds since the last use, of the sampled blocks: their next use is not known yet."""
+        """Returns the kinds of the sampled blocks, and the seconds since their last use. Their next use is not known yet."""
         open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
         return self.kind[open_], now_s - self.last_s[open_]
 

@@ -4,10 +4,11 @@ A class is a group of blocks with a similar past: similar counts of uses, gaps s
 prefixes and lengths of the answer. A kind is the number of a class, or stands for a worker's hint: no further use, or a use
 within some time. Age is the time since a block's last use.
 
-Hazards of reuse by class and age are estimated from the intervals between uses. Intervals that are still open count as censored
-(Kaplan & Meier, JASA 1958). Classes with few intervals are shrunk towards coarser classes. The index of a block is its Gittins
-index (Gittins, JRSS B 1979): the best ratio, over all future ages, of the probability of a use until that age to the time for
-which the block is kept. All data is in arrays, and the counts of several nodes can be added.
+A hazard is the probability of a use at some age, if there was none before. Hazards by class and age are estimated from the
+intervals between uses. Intervals that are still open count as censored (Kaplan & Meier, JASA 1958). Classes with few intervals
+are shrunk towards coarser classes. The index of a block is its Gittins index (Gittins, JRSS B 1979): the best ratio, over all
+future ages, of the probability of a use until that age to the time for which the block is kept. All data is in arrays, and the
+counts of several nodes can be added.
 """
 
 import numpy as np
@@ -52,7 +53,7 @@ def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
 
 
 def gap_bucket(gap_s: float) -> int:
-    """Returns the bucket of a gap: the time between a request and the previous request of the same chain."""
+    """Returns the number of the bucket (range) of a gap: the seconds between a request and the previous request of the same chain."""
     return 1 + int(np.searchsorted(_GAP_FROM_S, gap_s, side="right"))
 
 

@@ -41,7 +41,7 @@ IN_MEMORY = ev.IN_MEMORY
 
 
 class Index(Protocol):
-    """The table in which readers look keys up."""
+    """The table in which readers look up the location of a block."""
 
     def put(self, key: BlockKey, location: Location) -> object: ...
     def remove(self, key: BlockKey) -> object: ...

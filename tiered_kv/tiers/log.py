@@ -98,7 +98,7 @@ class LogTier(StorageTier):
     def carried(self, location: Location) -> float | None:
         """Returns the coding error in the frame header at `location`, without verifying the frame.
 
-        None if that would take a network request.
+        Returns None if that would take a network request.
         """
         return None
 
@@ -115,7 +115,7 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), if `count` frames of `nbytes` in total may not fit.
 
         Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
         """

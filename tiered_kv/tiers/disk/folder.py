@@ -1,4 +1,4 @@
-"""Ownership of a disk tier's folder: one owner at a time, and only segments of one format and secret."""
+"""Makes sure that a disk tier's folder has one owner at a time, and only segments of one format and secret."""
 
 import fcntl
 import json

@@ -167,7 +167,7 @@ class DiskTier(LogTier):
             return found
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, the oldest, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), the oldest, if `count` frames of `nbytes` in total may not fit.
 
         Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are
         assumed. Usage: call this, `reinsert` the useful blocks of `keys_in`, report the other blocks as lost, call `reclaim`,

@@ -167,7 +167,7 @@ class ObjectsTier(LogTier):
             ]
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), if `count` frames of `nbytes` in total may not fit.
 
         Returns None if all frames fit, if no segment is left, or if the last deletion failed: the append is refused then.
         Without `count`, frames of at least 1 KiB are assumed.
