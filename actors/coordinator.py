@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import ray
 
@@ -18,11 +18,14 @@ from tiered_kv.coordinator.keeper import Keeper
 from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey
+from tiered_kv.metrics.coordinator_samples import coordinator_pages
+from tiered_kv.metrics.endpoint import MetricsEndpoint
 from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.fleet import FleetRecord, FleetStatus
 from tiered_kv.protocol.messages import LiveNode
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
+from tiered_kv.protocol.peer_transport import Holders
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -37,6 +40,9 @@ class ClusterDescription(TypedDict):
     nodes: list[LiveNode]
     lost: dict[str, float]
     fleet: FleetStatus
+    metrics_address: NotRequired[str | None]
+    """The address of `/metrics` and `/sd` of the coordinator; None if there is none, then `metrics_problem` may say why."""
+    metrics_problem: NotRequired[str]
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
@@ -61,6 +67,8 @@ class CoordinatorActor:
             reporting=self._coordinator.reporting,
             forget=self._coordinator.forget,
         )
+        self._metrics = MetricsEndpoint(config.metrics_port, ray.util.get_node_ip_address(), is_coordinator=True)
+        self._metrics.serve(coordinator_pages(self._coordinator, self._keeper.status, self._metrics, cluster))
         self._lookups = self._make_lookups(bytes.fromhex(self._keeper.record.secret))
         threading.Thread(target=self._keeper.run, args=(threading.Event(),), name="tkv-keep", daemon=True).start()
 
@@ -83,7 +91,11 @@ class CoordinatorActor:
     def describe(self) -> ClusterDescription:
         """Returns the cluster's id, its settings, its live nodes, its lost nodes and its fleet."""
         nodes, lost = self._coordinator.nodes(), self._coordinator.lost()
-        return {"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost, "fleet": self._keeper.status()}
+        return {
+            **{"cluster_id": self._cluster_id, "config": self._config, "nodes": nodes, "lost": lost, "fleet": self._keeper.status()},
+            "metrics_address": self._metrics.address,
+            "metrics_problem": self._metrics.problem,
+        }
 
     def drain(self, node: str, on: bool = True) -> None:
         """Mark a node as drained, or with `on` False as no longer drained. See `Keeper.drain`."""
@@ -102,6 +114,9 @@ class CoordinatorActor:
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
         return self._coordinator.locate(asker, keys)
+
+    def holders(self, asker: str, keys: list[BlockKey]) -> Holders:
+        return self._coordinator.holders(asker, keys)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._coordinator.probe(root, known, probe)

@@ -8,6 +8,7 @@ threads, and a call that finds no free thread in time is cancelled.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,8 +19,9 @@ from tiered_kv.actors.names import NAMESPACE, coordinator_name, node_name
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.messages import NO_PEERS, PeerStats
-from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces, Receiver
+from tiered_kv.protocol.peer_transport import HUNG_AFTER_S, FramePieces, Holders, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 from tiered_kv.threads import DaemonThreads
@@ -53,6 +55,25 @@ class RayLink:
         wait_s = min(wait_s, CONTROL_WAIT_S)
         call = partial(self._ask, lambda actor: actor.locate.remote(self._node_id, keys), wait_s)
         return _within(wait_s, self._coordinator, self._locating.submit(call))
+
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders:
+        wait_s = min(wait_s, CONTROL_WAIT_S)
+        call = partial(self._ask, lambda actor: actor.holders.remote(self._node_id, keys), wait_s)
+        return _within(wait_s, self._coordinator, self._locating.submit(call))
+
+    def recall(self, nodes: Sequence[str], keys: list[BlockKey], wait_s: float) -> dict[str, dict[BlockKey, GoneRecord]]:
+        until_s = time.monotonic() + wait_s
+        names = {node: node_name(self._cluster, node) for node in nodes}
+        sent = {node: self._threads(name).submit(partial(self._send_recall, name, keys)) for node, name in names.items()}
+        found: dict[str, dict[BlockKey, GoneRecord]] = {}
+        for node, call in sent.items():
+            with suppress(TieredKVError, RayError):
+                reference = _within(max(until_s - time.monotonic(), 0), names[node], call)
+                found[node] = ray.get(reference, timeout=max(until_s - time.monotonic(), 0))
+        return found
+
+    def _send_recall(self, name: str, keys: list[BlockKey]) -> "ray.ObjectRef":
+        return self._actor(name).recall.remote(keys)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         call = partial(self._ask, lambda actor: actor.probe.remote(root, known, probe), PROBE_WAIT_S)

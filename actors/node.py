@@ -14,6 +14,7 @@ from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.handover import EndReport, Inventory, ModelMessages
 from tiered_kv.protocol.messages import BlockRun, NodeInfo, NodeStats
 from tiered_kv.protocol.peer_address import PeerPlace
@@ -36,6 +37,8 @@ class NodeActor:
 
     def __init__(self, cluster: str, cluster_id: str, node_id: str, config: Config, mounted_bytes: int = 0, secret: str = "") -> None:
         # Imported here, so that the coordinator, which creates these actors, does without torch.
+        from tiered_kv.metrics.endpoint import MetricsEndpoint
+        from tiered_kv.metrics.node_pages import node_pages
         from tiered_kv.node.node import Node
         from tiered_kv.node.peers.network import StreamLink
         from tiered_kv.protocol.node_record import NodeRecord, write_record
@@ -45,11 +48,14 @@ class NodeActor:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._refusal: TieredKVError | None = None
         self._link: Link | None = None
+        self._metrics: MetricsEndpoint | None = None
         self._is_serving = False
         here = ray.get_runtime_context()
         labels = {"ray_node_id": here.get_node_id(), "address": ray.util.get_node_ip_address()}
         try:
             link = self._link = self._make_link(cluster, cluster_id, node_id, config, labels["address"])
+            self._metrics = MetricsEndpoint(config.metrics_port, labels["address"])
+            labels |= self._metrics.labels
             if isinstance(link, StreamLink):
                 labels["peer_address"] = link.address
             self._node = Node(
@@ -61,6 +67,7 @@ class NodeActor:
             )
             if isinstance(link, StreamLink):
                 link.serve(self._node)
+            self._metrics.serve(node_pages(self._node))
             self._server = SessionServer(f"{self._node.directory}/sock", self._node.open_session, self._node.report_commits)
             about: NodeInfo = {**self._node.info(), "settings": asdict(config)}
             write_record(NodeRecord(cluster, cluster_id, node_id, about, ray_address=here.gcs_address, ray_node_id=labels["ray_node_id"]))
@@ -70,6 +77,8 @@ class NodeActor:
             self._refusal = error
             if isinstance(self._link, StreamLink):
                 self._link.close()
+            if self._metrics is not None:
+                self._metrics.close()
 
     def _make_link(self, cluster: str, cluster_id: str, node_id: str, config: Config, address: str) -> "Link":
         """Returns a link with streams, or a link through Ray if the cluster has no secret or the settings turn streams off."""
@@ -126,6 +135,12 @@ class NodeActor:
         """Returns the requests recorded since the last call. See `Node.recorded`."""
         return self._node.recorded(everything)
 
+    def recall(self, keys: list[BlockKey]) -> dict[BlockKey, GoneRecord]:
+        """Returns why this node no longer has these blocks. See `insight.explaining.recall`."""
+        from tiered_kv.node.insight.explaining import recall
+
+        return recall(self._node, keys)
+
     def serve(self, keys: list[BlockKey]) -> list[ray.ObjectRef]:
         """Returns a reference to the frames of the leading keys that this node has, in a list; [] if it does not have the first key.
 
@@ -163,5 +178,7 @@ class NodeActor:
         self._is_serving = False
         if isinstance(self._link, StreamLink):
             self._link.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._server.close()
         return end(self._node, flush_s)

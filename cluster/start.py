@@ -49,6 +49,7 @@ def up(
     If anything fails, everything that was started is stopped again. Raises `TieredKVError` naming the setting that is wrong.
     """
     from tiered_kv.cluster import resume
+    from tiered_kv.metrics.ports import MetricsPlace
     from tiered_kv.node.codec_plan import check_settings
     from tiered_kv.protocol.fleet import Selector
     from tiered_kv.protocol.peer_address import PeerPlace
@@ -56,6 +57,7 @@ def up(
     check_settings(config)
     Selector(nodes_with)
     PeerPlace.of(config.peer_address)  # raises if it cannot be read
+    MetricsPlace.of(config.metrics_port)
     if config.calibration is not None:  # nodes have a working directory of their own
         config = config.with_(calibration=str(Path(config.calibration).expanduser().absolute()))
     asked = resume.Asked(config, nodes, address, nodes_with, given)

@@ -36,6 +36,7 @@ def summarize(about: dict) -> dict:
         "drained_nodes": about.get("drained", []),
         "members": members,
         "coordinator": {"restarts": fleet["restarts"], "uptime_s": round(fleet["uptime_s"], 3)} if fleet else None,
+        "metrics": {"address": about.get("metrics_address"), "problem": about.get("metrics_problem", "")},
         "nodes_with": fleet["selector"] if fleet else None,
         "source": about.get("source", "coordinator"),
         "degraded": about.get("degraded", []),
@@ -43,6 +44,7 @@ def summarize(about: dict) -> dict:
         "asked_blocks": asked,
         "hit_blocks": hit,
         "hit_ratio": _ratio(hit, asked),
+        "more_room": _more_room([node["stats"].get("ceiling") for node in about["nodes"]]),
         "prefill_tokens_saved": sum(node["prefill_tokens_saved"] for node in nodes),
         "prefill_seconds_saved": round(sum(node["prefill_seconds_saved"] for node in nodes), 3),
     }
@@ -55,6 +57,8 @@ def _node_record(node: dict) -> dict:
         "address": node.get("address"),
         "directory": node["directory"],
         "silent_s": round(node["silent_s"], 3),
+        "metrics_address": node.get("metrics_address"),
+        "metrics_problem": node.get("metrics_problem", ""),
         "tiers": stats["tiers"],
         "blocks": stats["blocks"],
         "answers": node.get("answers", True),
@@ -64,6 +68,7 @@ def _node_record(node: dict) -> dict:
         "asked_blocks": stats["asked_blocks"],
         "hit_blocks": stats["hit_blocks"],
         "hit_ratio": _ratio(stats["hit_blocks"], stats["asked_blocks"]),
+        "more_room": _more_room([stats.get("ceiling")]),
         "prefill_tokens_saved": stats["prefill_tokens_saved"],
         "prefill_seconds_saved": round(stats["prefill_seconds_saved"], 3),
         "leaving_bytes": stats["leaving_bytes"],
@@ -117,11 +122,40 @@ def show(summary: dict, console: Console) -> None:
         console.print(f"compressed: {text}", highlight=False, soft_wrap=True)
     hits = f"{summary['hit_blocks']} of {summary['asked_blocks']} requested blocks"
     console.print(f"block hit ratio of the cluster: {_percent(summary['hit_ratio'])} ({hits})", highlight=False)
+    if text := more_room(summary):
+        console.print(text, highlight=False, soft_wrap=True)
     if text := saved(summary):
         console.print(text, highlight=False)
     if last := summary["last_checkpoint"]:
         text = f"last checkpoint: {age(time.time() - last['at_s'])} ago, {count(last['blocks'], 'block')}, {last['name']} at {last['url']}"
         console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _more_room(figures: list[dict | None]) -> dict:
+    """Returns the hit ratios, since the nodes started, of these nodes and of caches with more room. None while nothing was requested.
+
+    `figures`: the entry `ceiling` of each node's figures; None for a node of an older version.
+    """
+    known = [each for each in figures if each is not None]
+    total = Counter[str]()
+    for each in known:
+        total.update(each)
+    asked = total["asked_blocks"]
+    return {
+        "asked_blocks": asked,
+        "hit_ratio": _ratio(total["hit_blocks"], asked),
+        "hit_ratio_twice_room": _ratio(total["hit_blocks_twice_room"], asked),
+        "hit_ratio_infinite": _ratio(total["hit_blocks_infinite"], asked),
+    }
+
+
+def more_room(record: dict) -> str:
+    """Returns a text on the hit ratio that caches with more room would have had. Returns "" while nothing was requested."""
+    ratios = record["more_room"]
+    if not ratios["asked_blocks"]:
+        return ""
+    twice, infinite = _percent(ratios["hit_ratio_twice_room"]), _percent(ratios["hit_ratio_infinite"])
+    return f"since the nodes started, {_percent(ratios['hit_ratio'])} hit; with twice the room about {twice}, with any room {infinite}"
 
 
 def fleet_lines(summary: dict) -> list[str]:
@@ -137,7 +171,17 @@ def fleet_lines(summary: dict) -> list[str]:
     lines += [f"{member['node']} at {member['address']} is {member['state']}" for member in leaving]
     if about := summary["coordinator"]:
         lines.append(f"coordinator: {_service(about)}")
-    return lines + [f"{node['node']}: {_service(node)}" for node in summary["nodes"] if node["uptime_s"] is not None]
+    lines += [f"{node['node']}: {_service(node)}" for node in summary["nodes"] if node["uptime_s"] is not None]
+    return lines + metrics_lines(summary)
+
+
+def metrics_lines(summary: dict) -> list[str]:
+    """Returns a line with the addresses at which nodes and coordinator serve `/metrics`, and a line for each that cannot."""
+    parts = [(node["node"], node["metrics_address"], node["metrics_problem"]) for node in summary["nodes"]]
+    parts.append(("coordinator", summary["metrics"]["address"], summary["metrics"]["problem"]))
+    serving = ", ".join(f"{name} http://{address}/metrics" for name, address, _ in parts if address)
+    lines = [f"metrics: {serving}"] if serving else []
+    return lines + [f"{name} serves no metrics: {problem}" for name, _, problem in parts if problem]
 
 
 def _service(record: dict) -> str:

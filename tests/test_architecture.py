@@ -59,8 +59,9 @@ MAY_IMPORT = {
     "integrations": ["client", "protocol", "codecs.rotation", *WORDS],
     "integrations.vllm": ["client", "cluster.attach", *WORDS],
     "library": ["embedded", "client", "node", "protocol", "checkpoint", "integrations", "codecs", "tiers.objects", *WORDS],
-    "actors": ["node", "coordinator", "protocol", *WORDS],
-    "cluster": ["actors", "client", "node", "protocol", "checkpoint", "embedded", *WORDS],
+    "metrics": ["node", "coordinator", "protocol", "memory.client_page", "memory.histogram", *WORDS],
+    "actors": ["metrics", "node", "coordinator", "protocol", *WORDS],
+    "cluster": ["actors", "client", "node", "metrics.ports", "protocol", "checkpoint", "embedded", *WORDS],
     "tools.simulate": ["policy", "store", "keys", "blocks", "errors", "picture"],
     "tools.calibrate": ["integrations", "codecs", "layout", "identity", "keys", "errors"],
     "tools.demo": [*WORDS, *ENGINE, "integrations", "actors", "cluster"],
@@ -71,7 +72,7 @@ MAY_IMPORT = {
     "tools": [],
 }
 ROOMS = {"tools.demo", "tools.bench", "tools.simulate", "tools.calibrate"}
-MAY_OPEN_ROOMS = {f"tiered_kv.cluster.commands.{name}" for name in ("bench", "cli", "codecs", "simulate")}
+MAY_OPEN_ROOMS = {f"tiered_kv.cluster.commands.{name}" for name in ("bench", "cli", "codecs", "explain", "simulate")}
 MODULES_IN_A_FOLDER_MAX = 20
 
 # What a folder may import of others' libraries, beside the standard library without these modules.
@@ -90,6 +91,7 @@ LIBRARIES = {
     "checkpoint": {"numpy", "msgpack", "torch"},
     "integrations": {"numpy", "torch", "transformers"},
     "integrations.vllm": {"torch", "vllm", "huggingface_hub", "prometheus_client"},
+    "metrics": {"prometheus_client"},
     "library": {"numpy", "psutil", "torch", "transformers", "tensorboard", "wandb"},
     "actors": {"numpy", "ray"},
     "cluster": {"psutil", "ray", "rich"},
@@ -114,6 +116,7 @@ ONLY_LATER = {
 BOUNDARIES = {
     "tiered_kv/protocol/unix_socket.py SessionServer._answer",
     "tiered_kv/protocol/peer_listener.py PeerListener._serve_guarded",
+    "tiered_kv/metrics/http_server.py MetricsServer._serve_guarded",
     "tiered_kv/node/node.py Node._run_beats",
     "tiered_kv/coordinator/keeper.py Keeper.run",
     "tiered_kv/node/reporter.py Reporter._report_guarded",

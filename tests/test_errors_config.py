@@ -117,7 +117,7 @@ def test_the_defaults_hold_their_own_rules():
     config = Config()
     assert Config.of() == Config.of(None) == Config.of({}) == config
     assert Config.of(dataclasses.asdict(config)) == config
-    assert len(dataclasses.fields(Config)) <= 25
+    assert len(dataclasses.fields(Config)) <= 26
 
 
 def test_settings_are_bytes_after_they_were_text():
@@ -178,6 +178,7 @@ BAD = [
     *[("codec", value) for value in ("", "int8", "host=", "=int8", "gpu=int8", "device=int8", "host=int8,host=int4", "host=int8,", 1)],
     *[("error_budget", value) for value in ("", "1e-3", "kl", "kl=", "kl=0", "kl=-1", "kl=nan", "kl=inf", "mse=1", 1e-3)],
     *[("calibration", value) for value in ("", 1)],
+    *[("metrics_port", value) for value in ("", -1, 1 << 16, None, True, 1.5)],
     *[("verify_host", value) for value in ("true", 1, 0, None)],
 ]
 

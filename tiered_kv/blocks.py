@@ -4,8 +4,8 @@ Pure data. Sizes are in bytes. `tokens_by_tier` maps the name of a tier to a num
 """
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -34,6 +34,47 @@ class Tier(IntEnum):
 
 AWAY = (Tier.OBJECTS, Tier.CHECKPOINT)
 """Tiers that a worker cannot read itself. One request to them takes about 50 ms, whatever its size."""
+
+
+class GoneCause(IntEnum):
+    """The cause why a node no longer has a block, or never got it. The number is part of the node's record (`store.gone`)."""
+
+    DROPPED = 1  # its room was needed, and there was no lower tier, or the lower tier failed to take it
+    NOT_ADMITTED = 2  # its room was needed, and nothing suggested to the lower tier that it would be used again
+    UNDER_PRESSURE = 3  # its room was needed, and the lower tier was too slow to take it
+    OVER_QUOTA = 4  # its tenant was above its quota
+    INDEX_FULL = 5  # the index had no slot left for newer blocks
+    RECLAIMED = 6  # the oldest segment of a lower tier was reclaimed
+    UNMOUNTED = 7  # only a mounted checkpoint had it, and the index was nearly full
+    DAMAGED = 8  # its bytes were damaged or missing
+    TOO_LOSSY = 9  # it had more error than its model's settings allow
+    FORGOTTEN = 10  # its owner removed all blocks of its namespace
+    ENDED = 11  # its weights have ended, or its namespace was purged
+    REFUSED = 12  # a worker wanted to store it, and no room appeared in time
+
+    @property
+    def label(self) -> str:
+        """The cause's name in output."""
+        return self.name.lower()
+
+
+class Reason(StrEnum):
+    """The reason, for programs, why a block is a hit or a miss (`Explained.why`)."""
+
+    HIT = "hit"
+    PEER = "peer"
+    ANCESTOR = "ancestor"
+    NEVER_STORED = "never_stored"
+    EVICTED = "evicted"
+    DAMAGED = "damaged"
+    REMOVED = "removed"
+    REFUSED = "refused"
+    OTHER_NAMESPACE = "other_namespace"
+    DEADLINE = "deadline"
+    DECLINED = "declined"
+    NODE_SILENT = "node_silent"
+    CLOSED = "closed"
+
 
 PEER = "peer"
 """The label in `tokens_by_tier` for tokens that another node has or has sent."""
@@ -93,7 +134,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Explained:
-    """One block of a prompt: its tier and codec, or the reason why it would be a miss."""
+    """One block of a prompt: its tier and codec, or the reason why it would be a miss.
+
+    `reason`: the reason in words. `why`: the same for programs, a value of `Reason`. `node`: the node that has the block, or that had
+    it last. `details`: the figures behind the reason, ready for JSON; docs/explain.md lists them.
+    """
 
     block: int
     key: str
@@ -101,6 +146,9 @@ class Explained:
     codec: str | None
     stored_bytes: int
     reason: str
+    why: str = Reason.HIT
+    node: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ class Config:
     Tenants. tenants: quotas, and the file of the tenants' secret (`TenantSettings.of`), as a mapping or its JSON text.
     Network. peer_address: where a node listens for its peers: an interface, a network or an address, and ports, such as
     "eth1:7400-7499" or "10.1.0.0/16"; None for the machine's address in Ray and any free port, "off" for Ray's transfers only.
+    metrics_port: where each node serves `/metrics`: a port of loopback, or a place and ports such as "0.0.0.0:9940"; or "off"
+    (docs/monitoring.md).
     verify_host: whether each fetch compares the checksums of blocks in host memory with their seals (docs/design/022).
     """
 
@@ -191,6 +193,7 @@ class Config:
     heartbeat_s: float = 1.0
     node_timeout_s: float = 5.0
     tenants: str | None = None
+    metrics_port: str = "9940"
 
     def __post_init__(self) -> None:
         for setting, other in _PARTS.items():
@@ -213,6 +216,9 @@ class Config:
             raise TieredKVError(Kind.CONFIG, f"cost_weight: must be at most 1, got {self.cost_weight}", setting="cost_weight")
         for setting in ("heartbeat_s", "node_timeout_s"):
             self._at_least(setting, 0.01, "0.01 seconds")
+        if type(self.metrics_port) is int and 0 <= self.metrics_port < 1 << 16:
+            object.__setattr__(self, "metrics_port", str(self.metrics_port))
+        self._text("metrics_port", "a port, a place with ports, or off")
         if not isinstance(self.verify_host, bool):
             raise TieredKVError(Kind.CONFIG, f"verify_host: must be true or false, got {self.verify_host!r}", setting="verify_host")
         self._text("shm_path", "the path of a folder")

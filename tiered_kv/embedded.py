@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from tiered_kv.coordinator.lookup_server import LookupServer
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.layout import Layout, OpaqueLayout
+from tiered_kv.node.insight.explaining import recall
 from tiered_kv.node.node import Node
 from tiered_kv.node.peers.network import StreamLink
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.messages import NO_PEERS, PeerStats
 from tiered_kv.protocol.peer_address import PeerPlace
 from tiered_kv.protocol.peer_channel import PeerIdentity
-from tiered_kv.protocol.peer_transport import FramePieces, Receiver
+from tiered_kv.protocol.peer_transport import FramePieces, Holders, Receiver
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -153,6 +156,18 @@ class InProcessLink:
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         self._reach("coordinator")
         return self._cluster.coordinator.locate(self._node_id, keys)
+
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders:
+        self._reach("coordinator")
+        return self._cluster.coordinator.holders(self._node_id, keys)
+
+    def recall(self, nodes: Sequence[str], keys: list[BlockKey], wait_s: float) -> dict[str, dict[BlockKey, GoneRecord]]:
+        found: dict[str, dict[BlockKey, GoneRecord]] = {}
+        for node in nodes:
+            with suppress(TieredKVError):
+                self._reach(node)
+                found[node] = recall(self._cluster.nodes[node], keys)
+        return found
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         self._reach("coordinator")

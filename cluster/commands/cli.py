@@ -16,6 +16,7 @@ from tiered_kv.cluster.commands.bench import add_bench
 from tiered_kv.cluster.commands.checkpoints import add_checkpoints, add_restore_option
 from tiered_kv.cluster.commands.codecs import add_calibrate, add_codec_eval
 from tiered_kv.cluster.commands.command import add_command
+from tiered_kv.cluster.commands.explain import add_explain
 from tiered_kv.cluster.commands.fleet import (
     DOWN_EXAMPLES,
     DOWN_TEXT,
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    add_explain(commands, _add_name)
     add_drain(commands, _add_name)
     _add_demo(commands)
     add_bench(commands)
@@ -110,6 +112,11 @@ SETTINGS = {
         "PLACE[:PORTS]",
         "where nodes listen for each other: an interface, a network or an address, and ports, for example eth1:7400-7499; "
         "off for transfers through Ray only (default: the machine's address in Ray, any free port)",
+    ),
+    "metrics-port": (
+        "PORT",
+        "where each node serves /metrics for Prometheus: a port of loopback, or a place such as 0.0.0.0:9940 or eth1:9940-9949; off "
+        f"(default: {Config.metrics_port} or the next free port; the coordinator the port before)",
     ),
     "calibration": ("PATH", "file written by `tiered-kv calibrate`, or a folder of such files (default: the user's cache folder)"),
 }

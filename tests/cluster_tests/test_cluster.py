@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,25 @@ def test_status_shows_nodes_tiers_and_hits(cluster: str) -> None:
     assert "disk" in table
 
 
+def test_prometheus_finds_all_processes_at_the_coordinator(cluster: str) -> None:
+    ids, kv = prompt(71)
+    with clients(cluster, space("metrics"))[0] as client:
+        client.store(ids, kv)
+        client.fetch(ids)
+    summary = json.loads(run("status", "--name", cluster, "--json").stdout)
+    addresses = [node["metrics_address"] for node in summary["nodes"]]
+    targets = json.loads(page(summary["metrics"]["address"], "/sd"))
+    assert sorted(each["targets"][0] for each in targets) == sorted([*addresses, summary["metrics"]["address"]])
+    assert 'tiered_kv_nodes{state="live"} 2.0' in page(summary["metrics"]["address"], "/metrics")
+    assert "tiered_kv_hit_blocks_total" in page(addresses[0], "/metrics")
+    assert f"metrics: node-0 http://{addresses[0]}/metrics" in run("status", "--name", cluster).stdout
+
+
+def page(address: str, path: str) -> str:
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
+        return answer.read().decode()
+
+
 def test_a_ray_task_attaches_and_stores_blocks_for_others(cluster: str) -> None:
     ids, kv = prompt(2)
     namespace = space("task")
@@ -135,6 +155,8 @@ def test_a_block_of_another_node_is_copied_bit_identical_and_kept(cluster: str) 
         until(lambda: second.match(ids).tokens == len(ids), "the directory knows the blocks")
         assert second.match(ids).tokens_by_tier == {"peer": len(ids)}
         assert second.explain(ids)[0].reason == "held by node-0"
+        unknown = second.explain(prompt(33)[0])[0]
+        assert (unknown.why, unknown.details["asked_others"]) == ("never_stored", True)
         fetched = second.fetch(ids)
         assert fetched.tokens_by_tier == {"peer": len(ids)}
         assert torch.equal(fetched.kv, kv)

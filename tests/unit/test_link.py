@@ -28,6 +28,9 @@ class Call(threading.Event):
         self.set()
 
 
+METHODS = ("report", "locate", "serve", "holders", "recall")
+
+
 class Ray:
     """Actors whose methods answer when the test says so; `gcs` is clear while the control store hangs."""
 
@@ -40,7 +43,7 @@ class Ray:
     def get_actor(self, name: str, namespace: str) -> object:
         self.asked.append(name)
         assert self.gcs.wait(PATIENCE_S)
-        return SimpleNamespace(**{method: SimpleNamespace(remote=self._send) for method in ("report", "locate", "serve")})
+        return SimpleNamespace(**{method: SimpleNamespace(remote=self._send) for method in METHODS})
 
     def _send(self, *_: object) -> Call:
         self.calls.append(Call())
@@ -82,6 +85,18 @@ def test_a_question_waits_no_longer_than_it_may(ray: Ray) -> None:
     assert took_s < IN_TIME_S
     _, took_s = refused(reached.locate, KEYS, 1000.0)
     assert took_s < IN_TIME_S, "and never longer than the link's own bound"
+
+
+def test_questions_of_explain_wait_no_longer_than_they_may(ray: Ray) -> None:
+    reached = RayLink("c", "n0")
+    _, took_s = refused(reached.holders, KEYS, 0.02)
+    assert took_s < IN_TIME_S
+    for control_store_answers in (True, False):
+        if not control_store_answers:
+            ray.gcs.clear()
+        begun_s = time.monotonic()
+        assert reached.recall(["n1", "n2"], KEYS, 0.05) == {}, "peers that do not answer are left out"
+        assert time.monotonic() - begun_s < IN_TIME_S
 
 
 def test_an_answer_that_comes_in_time_is_had(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:

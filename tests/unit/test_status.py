@@ -30,6 +30,19 @@ def shown(summary: dict) -> str:
     return out.getvalue()
 
 
+def test_a_status_says_where_metrics_are_and_why_not(node_factory) -> None:
+    nodes = [node_factory(node_id=name) for name in ("n0", "n1")]
+    found = about(*nodes)
+    found["nodes"][0]["metrics_address"] = "127.0.0.1:9940"
+    found["nodes"][1]["metrics_problem"] = "metrics_port: all ports are in use"
+    found["metrics_address"] = "127.0.0.1:9939"
+    summary = summarize(found)
+    assert [node["metrics_address"] for node in summary["nodes"]] == ["127.0.0.1:9940", None]
+    text = shown(summary)
+    assert "metrics: n0 http://127.0.0.1:9940/metrics, coordinator http://127.0.0.1:9939/metrics\n" in text
+    assert "n1 serves no metrics: metrics_port: all ports are in use\n" in text
+
+
 def about(*nodes) -> dict:
     records = [{**node.info(), "address": "10.0.0.1", "silent_s": 0.1, "stats": node.stats()} for node in nodes]
     return {"cluster_id": "abc", "config": nodes[0].config, "nodes": records}

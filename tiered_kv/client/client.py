@@ -7,18 +7,21 @@ closed client (`closed`).
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Union
 
 import torch
 
-from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Stored, Tier
+from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Reason, Stored
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import NodeClient, question_s, while_open
+from tiered_kv.client.base import Names, NodeClient, question_s, while_open
+from tiered_kv.client.explaining import Finding, OtherNamespace, other_namespaces
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.reader import BlockSource, FoundBlock
-from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.keys import BlockKey, Namespace, as_token_ids
+from tiered_kv.keys import BlockKey, Namespace, as_token_ids, check_tenant
+from tiered_kv.protocol.explanation import Explanation, KnownNamespace
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import Session
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 4 << 20
 """A pull of at least this many bytes gets a second thread, so that its first blocks are read while later ones arrive."""
 LOOK_AGAIN_S = 0.0005
+DEADLINE_MARGIN_S = 0.005
+"""A fetch that ends so shortly before its deadline was ended by it: each step stops a little earlier than its caller's deadline."""
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
@@ -109,8 +114,10 @@ class Client(NodeClient):
             by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
         if not self._is_current(access, names):
             read, by_tier = [], {}
+        self._note_misses(keys, len(read), deadline_s)
         tokens = len(read) * self.layout.block_tokens
-        self._note_fetch(source, len(keys), len(read), begun_s)
+        hits = {tier: count // self.layout.block_tokens for tier, count in by_tier.items()}
+        self._note_fetch(source, names, len(keys), hits, begun_s)
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
 
     def _reads_ahead(self, run: BlockRun, out: torch.Tensor | None) -> bool:
@@ -185,30 +192,62 @@ class Client(NodeClient):
             known = (hint.answer_tokens, hint.pinned_s, hint.reuse_within_s, hint.ended)
             self._ask(access, lambda session: session.hint(keys[-1], *known), None, max(deadline_s - self._clock.now_s(), 0.0))
         present = stored.present + sum(slot is not None for slot in shown[first:])
-        self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
+        counts = {"stores": 1, "new_blocks": stored.new, "present_blocks": present, "refused_blocks": stored.refused}
+        self._note(access.source, names, counts, store_s=self._clock.now_s() - begun_s)
         return Stored(stored.new, present, stored.refused)
 
     @while_open
-    def explain(self, token_ids: TokenIds) -> list[Explained]:
-        """Returns a record of each block of the prompt: its tier and codec, or the reason why it would be a miss."""
-        access, keys = self._keys(token_ids)
-        slots = access.source.lookup_all(keys)
-        rest = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
-        elsewhere: dict[BlockKey, list[str]] = {}
-        if rest and access.source.peers:
-            elsewhere = dict(zip(rest, self._locate(access, rest), strict=False))
-        records, broken = [], False
-        for block, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-            after_miss = "an ancestor is missing" if broken else ""
-            if slot is not None:
-                tier, codec = Tier(slot.tier).label, codec_by_id(slot.codec).name
-                records.append(Explained(block, key.hex(), tier, codec, slot.stored_bytes, after_miss or "hit"))
-            elif key in elsewhere:
-                records.append(Explained(block, key.hex(), PEER, None, 0, after_miss or f"held by {', '.join(elsewhere[key])}"))
-            else:
-                broken = True
-                records.append(Explained(block, key.hex(), None, None, 0, access.source.reason_of_miss))
+    def explain(self, token_ids: TokenIds, *, also_tenants: Sequence[str] = ()) -> list[Explained]:
+        """Returns a record of each block of the prompt: its tier and codec, or the reason why it would be a miss.
+
+        Waits at most QUESTION_S_MAX for the node, which asks the coordinator and other nodes. Counts as no use of any block.
+        `also_tenants`: further tenants whose namespaces are searched for the same tokens. Blocks of tenants that are not named here
+        are never looked for. docs/explain.md lists the reasons.
+        """
+        self._check_open()
+        for tenant in also_tenants:
+            check_tenant(tenant)
+        access, names = self._present()
+        ids = as_token_ids(token_ids)
+        keys, source, now_s = names.keys(ids), access.source, self._clock.now_s()
+        slots = source.lookup_all(keys)
+        missing = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
+        until_s = now_s + question_s(access)
+        answer = self._explanation(access, names, missing, until_s) if missing and source.live else None
+        finding = Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, now_s)
+        records = finding.records()
+        if any(record.why in (Reason.NEVER_STORED, Reason.REFUSED) for record in records):
+            others = self._other_namespaces(access, names, ids, also_tenants, until_s)
+            records = replace(finding, others=others).records()
         return records
+
+    def _explanation(
+        self, access: NodeAccess, names: Names, keys: list[BlockKey], until_s: float, ask_peers: bool = True
+    ) -> Explanation | None:
+        wait_s = max(until_s - self._clock.now_s(), 0.0)
+
+        def question(session: Session) -> Explanation | None:
+            self._tell(access, session, names)
+            return session.explain(keys, wait_s, ask_peers)
+
+        return self._ask(access, question, None, wait_s)
+
+    def _other_namespaces(
+        self, access: NodeAccess, names: Names, ids: "np.ndarray", also_tenants: Sequence[str], until_s: float
+    ) -> list[OtherNamespace]:
+        """Returns the namespaces of this client's tenant, and of `also_tenants`, in which the node has or had these tokens."""
+        known: list[KnownNamespace] = []
+        for tenant in dict.fromkeys([names.namespace.tenant, *also_tenants]):
+            known += self._ask(access, partial(_namespaces_of, tenant), list[KnownNamespace](), question_s(access))
+        return other_namespaces(
+            known, names.namespace, self.layout, ids, lambda keys: self._explanation(access, names, keys, until_s, False)
+        )
+
+    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:
+        """Note the blocks after the first `read` ones if the deadline has passed, for `explain`. Forget the notes of the others."""
+        self.misses.settle(keys[:read])
+        if read < len(keys) and (now_s := self._clock.now_s()) >= deadline_s - DEADLINE_MARGIN_S:
+            self.misses.note(keys[read:], Reason.DEADLINE, now_s)
 
     def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
         """Returns the variant of a namespace that a model with this probe belongs to; None while the node does not answer. One call."""
@@ -228,3 +267,7 @@ class Client(NodeClient):
         """Returns the names of the other nodes that hold each leading key; an empty list if this node does not answer."""
         wait_s, no_nodes = question_s(access), list[list[str]]()
         return self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s)
+
+
+def _namespaces_of(tenant: str, session: Session) -> list[KnownNamespace]:
+    return session.namespaces(tenant)

@@ -142,7 +142,7 @@ class PageClient(NodeClient):
             by_tier[PEER] = read - local
         if not self._is_current(access, names):
             read, by_tier = 0, {}
-        self._note_fetch(source, len(keys), read, begun_s)
+        self._note_fetch(source, names, len(keys), by_tier, begun_s)
         return Loaded(read, by_tier)
 
     @while_open
@@ -155,7 +155,8 @@ class PageClient(NodeClient):
         access, names = self._present()
         if chain.root not in (None, names.root):
             return Stored(0, 0, len(chain.keys))
-        until_s = self._clock.now_s() + (access.store_wait_s if wait_s is None else wait_s)
+        begun_s = self._clock.now_s()
+        until_s = begun_s + (access.store_wait_s if wait_s is None else wait_s)
         keys = list(chain.keys)
         missing = [number for number, slot in enumerate(access.source.lookup_all(keys)) if slot is None]
         present = len(keys) - len(missing)
@@ -165,13 +166,15 @@ class PageClient(NodeClient):
 
         stored = self._store_missing(access, names, missing, until_s, write, ANSWER_WITHIN_S)
         present += stored.present
-        self._count(stores=1, new_blocks=stored.new, present_blocks=present, refused_blocks=stored.refused)
+        counts = {"stores": 1, "new_blocks": stored.new, "present_blocks": present, "refused_blocks": stored.refused}
+        self._note(access.source, names, counts, store_s=self._clock.now_s() - begun_s)
         return Stored(stored.new, present, stored.refused)
 
     def missed(self, blocks: int) -> None:
         """Add `blocks` misses to the node's figures: blocks that the engine looked up and did not find. Calls no other process."""
         if blocks > 0:
             self._source.tally(blocks, 0)
+            self._note(self._source, self._names, {"asked_blocks": blocks, "missed_blocks": blocks})
 
     # Loading
 

@@ -20,6 +20,7 @@ import torch
 
 from tiered_kv import forking
 from tiered_kv.blocks import AWAY, Location, Tier
+from tiered_kv.client.counts import CountPages
 from tiered_kv.client.decoders import Decoders
 from tiered_kv.client.kv_copy import ArenaBlocks, CopyRun, runs_of
 from tiered_kv.client.page_copy import Pages
@@ -78,6 +79,8 @@ class BlockSource:
         self.verifies = verifies
         """Whether uncompressed blocks are hashed when they are stored and when they are fetched."""
         self._decoders = Decoders()
+        self.counts = CountPages(view.directory if view.identity else None, layout)
+        """The counts that the node reads for its metrics."""
         self._doubted: list[BlockKey] = []
         self.invalidated = 0
         """The number of copies thrown away because the block changed during the copy."""
@@ -309,6 +312,7 @@ class BlockSource:
         if self._device is not None:
             self._device.close()
         self._decoders.close()
+        self.counts.close()
         self._view.close()
         if self._disk is not None:
             self._disk.close()

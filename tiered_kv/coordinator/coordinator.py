@@ -15,6 +15,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.policy.reuse import merge_statistics
 from tiered_kv.protocol.epochs import Epoch, EpochBook
 from tiered_kv.protocol.messages import LiveNode, NodeInfo, NodeStats
+from tiered_kv.protocol.peer_transport import Holders
 from tiered_kv.protocol.probes import Probe, ProbeBook, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -138,6 +139,16 @@ class Coordinator:
             self._drop_silent()
             return self._directory.locate(keys, asker)
 
+    def holders(self, asker: str, keys: list[BlockKey]) -> Holders:
+        """Returns the nodes other than `asker` that have or had each block: live ones, and lost ones as of their last report.
+
+        The blocks of lost nodes are known until the directory needs their entries for other blocks.
+        """
+        with self._lock:
+            self._drop_silent()
+            live, silent = self._directory.everywhere(keys, asker)
+            return Holders(sorted(self._members.keys() - {asker}), live, silent)
+
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Find the variant of a model by its `probe` (KV of a few tokens).
 
@@ -177,6 +188,11 @@ class Coordinator:
                 for node, member in sorted(self._members.items())
             ]
 
+    def directory_size(self) -> tuple[int, int]:
+        """Returns how many pairs of block and node the directory has, and its memory in bytes."""
+        with self._lock:
+            return len(self._directory), self._directory.nbytes
+
     def reporting(self) -> set[str]:
         """Returns the ids of the live nodes."""
         with self._lock:
@@ -210,7 +226,7 @@ class Coordinator:
         oldest_s = self._clock.now_s() - self._timeout_s
         for node in [node for node, member in self._members.items() if member.seen_s < oldest_s]:
             self._lost[node] = self._members.pop(node).seen_s
-            self._directory.drop_node(node)
+            self._directory.lose_node(node)
             self._note_address(node, None)
         while len(self._lost) > LOST_MAX:
             del self._lost[next(iter(self._lost))]

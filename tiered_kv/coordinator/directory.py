@@ -6,8 +6,8 @@ with equal hashes would share their nodes, which costs a useless request. With 1
 a million look-ups.
 
 A node gets a new number whenever it joins, and its former number becomes invalid. So dropping a node costs nothing, however many blocks
-it held. Its entries are overwritten later, or left out when a table grows. The keys are spread over many small tables, so that no
-report waits long for a table to grow.
+it held. Its entries are overwritten later, or left out when a table grows. Until then they tell which blocks a lost node had. The keys
+are spread over many small tables, so that no report waits long for a table to grow.
 """
 
 from array import array
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from tiered_kv.keys import BlockKey
 
 TABLES = 256
+LOST_MAX = 1024
 SLOTS_MIN = 16
 FULL_PART = 2 / 3
 REBUILT_PART = 1 / 2
@@ -107,6 +108,7 @@ class Directory:
         self._numbers: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._counts: dict[str, int] = {}
+        self._lost: dict[int, str] = {}  # by former number: the nodes that were lost, whose entries are not overwritten yet
         self._last_number = _VOID
 
     def __len__(self) -> int:
@@ -128,9 +130,17 @@ class Directory:
 
     def drop_node(self, node: str) -> None:
         """Remove `node` and all its entries."""
+        self.lose_node(node)
+        self._lost = {number: name for number, name in self._lost.items() if name != node}
+
+    def lose_node(self, node: str) -> None:
+        """Remove a node that does not answer. `everywhere` still finds its entries until other blocks overwrite them."""
         number = self._numbers.pop(node, None)
         if number is not None:
-            del self._names[number], self._counts[node]
+            self._lost[number] = self._names.pop(number)
+            del self._counts[node]
+        while len(self._lost) > LOST_MAX:
+            del self._lost[next(iter(self._lost))]
 
     def update(self, node: str, added: Iterable[BlockKey], removed: Iterable[BlockKey]) -> None:
         """Record that `node` now holds the blocks `added`, and no longer holds `removed`."""
@@ -154,6 +164,18 @@ class Directory:
             if not holders:
                 break
             found.append(holders)
+        return found
+
+    def everywhere(self, keys: Iterable[BlockKey], asker: str) -> tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]]:
+        """Returns by block the nodes other than `asker` that have it, and the lost nodes that had it. Blocks of no node are left out."""
+        found: tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]] = ({}, {})
+        for key in keys:
+            hash_ = hash(key) & _HASH_MASK or 1
+            numbers = self._tables[hash_ >> 56].find(hash_)
+            for by_key, names in zip(found, (self._names, self._lost), strict=True):
+                holders = [names[number] for number in numbers if number in names and names[number] != asker]
+                if holders:
+                    by_key[key] = holders
         return found
 
     def count(self, node: str) -> int:

@@ -230,7 +230,7 @@ class BaseKVCache:
         """
         with self._lock:
             engine = self._engine
-        node = engine.node.stats() if engine is not None else {"tiers": {}, "codecs": {"coded": {}}, "blocks": 0}
+        node = engine.node.stats() if engine is not None else {"tiers": {}, "codecs": {"coded": {}}, "blocks": 0, "counts": {}}
         host = node["tiers"].get("host", {"used_bytes": 0, "capacity_bytes": 0})
         withheld = engine.withheld_bytes if engine is not None else 0
         counts = self._counted(engine)
@@ -243,6 +243,9 @@ class BaseKVCache:
             "misses": lookups - counts["hits"],
             "hit_rate": counts["hits"] / lookups if lookups else 0.0,
             "num_entries": node["blocks"],
+            "refused_blocks": node.get("refused_blocks", 0),
+            "damaged_blocks": sum(node.get("checksum_failures", {}).values()),
+            "dropped_under_pressure": node["counts"].get("dropped_under_pressure", 0),
             "memory_usage_bytes": used_bytes,
             "memory_usage_mb": used_bytes / _MIB,
             "capacity_bytes": host["capacity_bytes"] - withheld,

@@ -20,12 +20,15 @@ _HELP = {
     "num_entries": "Blocks in the cache.",
     "memory_usage_mb": "Memory used by blocks, in MiB.",
     "memory_share": "Share of the memory for blocks that is in use.",
+    "refused_blocks": "Blocks that found no room in time.",
+    "damaged_blocks": "Blocks dropped because their checksum was wrong.",
+    "dropped_under_pressure": "Blocks dropped because the tier below was too slow.",
     "operations": "Operations recorded.",
     "operation_time_s": "Mean time of an operation in the window, in seconds.",
     "operation_time_p99_s": "99th percentile of operation times in the window, in seconds.",
     "operations_per_s": "Operations per second in the window.",
 }
-_COUNTERS = ("lookups", "hits", "misses", "evictions", "operations")
+_COUNTERS = ("lookups", "hits", "misses", "evictions", "refused_blocks", "damaged_blocks", "dropped_under_pressure", "operations")
 assert list(_HELP) == [field.name for field in fields(CacheMetrics)], "every metric needs a help text"
 
 

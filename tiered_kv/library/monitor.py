@@ -21,7 +21,9 @@ class CacheMetrics:
     """The metrics at one moment. Rates are from 0 to 1, counts since the cache was created, memory in MiB, times in seconds.
 
     hit_rate: the share of requested blocks that were hits. recent_hit_rate: the same over the monitor's window. operations: the
-    number of operations recorded with `record_operation`. The operation times and operations_per_s are over the window.
+    number of operations recorded with `record_operation`. The operation times and operations_per_s are over the window. refused_blocks:
+    blocks that found no room in time. damaged_blocks: blocks dropped because their checksum was wrong. dropped_under_pressure: blocks
+    dropped because the tier below was too slow.
     """
 
     hit_rate: float = 0.0
@@ -33,6 +35,9 @@ class CacheMetrics:
     num_entries: int = 0
     memory_usage_mb: float = 0.0
     memory_share: float = 0.0
+    refused_blocks: int = 0
+    damaged_blocks: int = 0
+    dropped_under_pressure: int = 0
     operations: int = 0
     operation_time_s: float = 0.0
     operation_time_p99_s: float = 0.0
@@ -63,6 +68,13 @@ THRESHOLDS: dict[str, Advice] = {
     "evictions": Advice("evictions", False, "nothing is wrong", f"blocks are evicted before they are used again: {_MORE_MEMORY}"),
     "num_entries": Advice(
         "blocks", False, "no blocks are stored: check that prompts are at least one block long (block_tokens)", _MORE_MEMORY
+    ),
+    "refused_blocks": Advice("refused blocks", False, "nothing is wrong", f"stores find no room in time: {_MORE_MEMORY}"),
+    "damaged_blocks": Advice(
+        "damaged blocks", False, "nothing is wrong", "no wrong block was returned; test the memory (ECC counters) and the disk"
+    ),
+    "dropped_under_pressure": Advice(
+        "blocks dropped because the tier below was too slow", False, "nothing is wrong", "use a faster disk, or quantize (use_quantization)"
     ),
     "operation_time_s": Advice("mean operation time in s", False, "nothing is wrong", _PROFILE),
     "operation_time_p99_s": Advice("99th percentile of operation times in s", False, "nothing is wrong", _PROFILE),
@@ -170,6 +182,9 @@ class CacheMonitor:
             num_entries=stats.get("num_entries", 0),
             memory_usage_mb=stats.get("memory_usage_mb", 0.0),
             memory_share=stats.get("memory_usage_bytes", 0) / capacity if capacity else 0.0,
+            refused_blocks=stats.get("refused_blocks", 0),
+            damaged_blocks=stats.get("damaged_blocks", 0),
+            dropped_under_pressure=stats.get("dropped_under_pressure", 0),
             operations=self._operations,
             operation_time_s=sum(times) / len(times) if times else 0.0,
             operation_time_p99_s=times[min(int(len(times) * 0.99), len(times) - 1)] if times else 0.0,

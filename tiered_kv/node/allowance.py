@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable
 
 from tiered_kv.blocks import BlockInfo
-from tiered_kv.codecs import is_lossy
+from tiered_kv.codecs import codec_by_id, is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.compression import BlockData, BlockEncoder
 
 log = logging.getLogger(__name__)
 
+MIXED = "mixed"
 _ROUNDING = 1 + 2.0**-22  # tolerance for errors that were stored as f32
 
 
@@ -31,7 +32,7 @@ class Allowance:
         self._encoder = encoder
         self._lock = threading.Lock()
         self._undecided: dict[BlockKey, dict[BlockKey, float]] = {}  # by root: errors of blocks admitted before there was a plan
-        self._refused: Counter[str] = Counter()
+        self._refused: Counter[tuple[str, str]] = Counter()  # by source and codec
 
     def admits(
         self, key: BlockKey, root: BlockKey | None, codec: int, error: float | None, look: Callable[[], float | None] = lambda: None
@@ -59,15 +60,18 @@ class Allowance:
         """Raise (kind `corrupt`) if workers may not read this block. Call it when the block has been read from its tier."""
         codec = block.frame.codec.id if block.frame is not None else 0
         if not self.admits(info.key, info.root, codec, block.error):
-            self.refuse("read", 1)
+            self.refuse("read", 1, codec)
             raise TieredKVError(Kind.CORRUPT, self._reason(block.error, info.root), too_lossy=True)
 
-    def refuse(self, where: str, blocks: int) -> None:
-        """Count blocks that workers may not read. `where`: the source of the blocks. The first refusal of each source is logged."""
+    def refuse(self, where: str, blocks: int, codec: int | None = None) -> None:
+        """Count blocks that workers may not read. `where`: the source of the blocks. The first refusal of each source is logged.
+
+        `codec`: the id of their codec, None if they may have several.
+        """
         if blocks:
             with self._lock:
-                is_first = not self._refused[where]
-                self._refused[where] += blocks
+                is_first = all(source != where for source, _ in self._refused)
+                self._refused[where, MIXED if codec is None else codec_by_id(codec).name] += blocks
             if is_first:
                 log.warning(
                     "%d blocks are not shown (source: %s): their error is larger than quality, codec or error_budget allow now; "
@@ -85,6 +89,13 @@ class Allowance:
 
     def stats(self) -> dict[str, int]:
         """Returns by source how many blocks were refused since the node started, because their error was larger than allowed."""
+        sums: Counter[str] = Counter()
+        for (where, _), blocks in self.refusals().items():
+            sums[where] += blocks
+        return dict(sums)
+
+    def refusals(self) -> dict[tuple[str, str], int]:
+        """Returns the same counts by source and codec. The codec is MIXED for blocks that were refused together."""
         with self._lock:
             return dict(self._refused)
 

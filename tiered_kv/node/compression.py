@@ -108,6 +108,7 @@ class BlockEncoder:
         self._blocks: Counter[tuple[str, str]] = Counter()  # encoded so far, by tier and codec
         self._bytes: Counter[tuple[str, str]] = Counter()  # their raw bytes
         self._kept_bytes: Counter[tuple[str, str]] = Counter()  # bytes of their frames
+        self._error_sums: dict[tuple[str, str], float] = {}  # sums of their errors
         self._fell_back: Counter[str] = Counter()  # by reason
 
     def knows(self, root: BlockKey, info: ModelInfo) -> bool:
@@ -214,6 +215,7 @@ class BlockEncoder:
             self._blocks[name] += 1
             self._bytes[name] += raw.numel()
             self._kept_bytes[name] += made.nbytes
+            self._error_sums[name] = self._error_sums.get(name, 0.0) + encoded.error
             self._fell_back[encoded.fell_back] += bool(encoded.fell_back)
         return made
 
@@ -237,11 +239,16 @@ class BlockEncoder:
             coded: dict[str, dict[str, EncodedStats]] = {}
             for (tier, name), blocks in sorted(self._blocks.items()):
                 raw_bytes, kept_bytes = self._bytes[tier, name], self._kept_bytes[tier, name]
-                coded.setdefault(tier, {})[name] = {"blocks": blocks, "raw_bytes": raw_bytes, "kept_bytes": kept_bytes}
+                mean_error = self._error_sums[tier, name] / blocks
+                figures: EncodedStats = {"blocks": blocks, "raw_bytes": raw_bytes, "kept_bytes": kept_bytes, "mean_error": mean_error}
+                coded.setdefault(tier, {})[name] = figures
             plans: dict[str, dict[str, str | TierPlan]] = {
                 root.hex()[:12]: {"weights": each.info.weights[:12], **each.plan.as_record()} for root, each in self._models.items()
             }
-            return {"plans": plans, "coded": coded, "fell_back": {why: count for why, count in self._fell_back.items() if count}}
+            fell_back = {why: count for why, count in self._fell_back.items() if count}
+            errors = [each.most_error for each in self._models.values()] or [self._most_error]
+            finite = [error for error in errors if error < math.inf]
+            return {"plans": plans, "coded": coded, "fell_back": fell_back, "most_error": max(finite, default=None)}
 
 
 def _filled(info: ModelInfo, known: _IntroducedModel | None) -> ModelInfo:

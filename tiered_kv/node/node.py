@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any, cast
 
 from tiered_kv import forking
-from tiered_kv.blocks import Hint, Location, Tier
+from tiered_kv.blocks import GoneCause, Hint, Location, Tier
 from tiered_kv.clock import Clock, SystemClock
 from tiered_kv.config import Config, salt_of
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, check_tenant
 from tiered_kv.node.admission.commits import commit
-from tiered_kv.node.admission.epochs import NodeEpochs, tenant_stats
-from tiered_kv.node.checkpoints.loader import INDEX_SHARE, CheckpointLoader
+from tiered_kv.node.admission.epochs import NodeEpochs
+from tiered_kv.node.checkpoints.loader import CheckpointLoader
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
 from tiered_kv.node.checkpoints.writer import CheckpointWriter
+from tiered_kv.node.insight.ceiling import Ceiling
 from tiered_kv.node.learning import Learning, history_of, policy_of
 from tiered_kv.node.lifetime.counters import ServiceCounters
+from tiered_kv.node.monitoring.meters import Meters
+from tiered_kv.node.monitoring.stats import node_stats
 from tiered_kv.node.packed import Packed
 from tiered_kv.node.peer_admission import Admission
 from tiered_kv.node.probes import NodeProbes
@@ -34,12 +37,13 @@ from tiered_kv.node.trace_recorder import ObservedHistory
 from tiered_kv.node.trace_recording import Recorded, Recording
 from tiered_kv.node.worker_session import NodeSession
 from tiered_kv.policy import History
-from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats
+from tiered_kv.protocol.messages import NO_PEERS, BlockRun, Introduction, NodeInfo, NodeStats, PeerStats
 from tiered_kv.protocol.model_info import ModelInfo
-from tiered_kv.protocol.peer_transport import FramePieces, Link
+from tiered_kv.protocol.peer_transport import FramePieces, Holders, Link
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.store import events as ev
 from tiered_kv.store.engine import IN_MEMORY, QUEUE_BYTES_MIN, QUEUE_SHARE, Engine
+from tiered_kv.store.gone import GoneBlocks
 from tiered_kv.store.machine import StoreMachine
 from tiered_kv.store.quotas import Quotas
 from tiered_kv.threads import CheckedLock, Closer
@@ -71,7 +75,7 @@ class Node:
         at_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self._labels, self._link = labels or {}, link
+        self._labels, self.link = labels or {}, link
         self.tenants = config.tenant_settings
         self._tenant_secret = self.tenants.secret(secret)
         self.node_id = node_id
@@ -80,6 +84,8 @@ class Node:
         self.directory = self.storage.directory
         history = history_of(config)
         observed = ObservedHistory(history)
+        self.ceiling = Ceiling(sum(self.storage.capacities.values()), self.storage.index.tallies)
+        self.gone = GoneBlocks(self._clock.now_s, self.ceiling)
         self.engine = self._make_engine(history, observed)
         self._recording = Recording(observed, self.engine.machine.blocks, config.block_tokens)
         self._learning = Learning(history, self.engine.lock, self._clock)
@@ -87,6 +93,7 @@ class Node:
         self.engine.handle(recovered := self.storage.restore())
         self.epochs.recovered(recovered)
         self.service = ServiceCounters(self.clock, self.storage.index.generation)
+        self.meters = Meters(self)
         self.seals = Seals(self.engine, self.storage)
         self.probes = NodeProbes(self._lasting_folders(), self._ask_probe if link else None)
         self.checkpoint_loader = CheckpointLoader(self)
@@ -188,7 +195,9 @@ class Node:
                     continue
                 del self._too_lossy[key]
                 dropped += block is not None
-                self.engine.handle([ev.Lost(key, location) for location in (*block.copies.values(),)] if block is not None else [])
+                self.engine.handle(
+                    [ev.Lost(key, each, GoneCause.TOO_LOSSY) for each in (*block.copies.values(),)] if block is not None else []
+                )
         self.storage.allowance.refuse("introduced", dropped)
 
     def commit(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
@@ -245,6 +254,10 @@ class Node:
         """As `Link.locate`; [] without a coordinator. `wait_s` None stands for the deadline of a fetch."""
         return self._reporter.locate(keys, self.config.fetch_deadline_ms / 1000 if wait_s is None else wait_s) if self._reporter else []
 
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders | None:
+        """As `Link.holders`, with peers whose last request failed as silent ones; None without a coordinator."""
+        return self._reporter.holders(keys, wait_s).without(self._puller.avoided()) if self._reporter and self._puller else None
+
     @contextmanager
     def serving(self, keys: list[BlockKey]) -> Iterator[list[FramePieces]]:
         """Yields the leading blocks of `keys` that this node has, as frames. Their bytes do not change inside the with block."""
@@ -294,7 +307,7 @@ class Node:
             blocks = self.engine.machine.blocks
             ours = [key for key, block in blocks.items() if block.root == root]
             for key in reversed(ours):  # children were added after their parents
-                self.engine.handle([ev.Lost(key, location) for location in list(blocks[key].copies.values())])
+                self.engine.handle([ev.Lost(key, each, GoneCause.FORGOTTEN) for each in list(blocks[key].copies.values())])
 
     def report(self) -> None:
         """Report to the coordinator now instead of at the next heartbeat."""
@@ -329,60 +342,27 @@ class Node:
 
     def stats(self) -> NodeStats:
         """Returns the node's figures, including all uses by workers so far, ready for JSON. Sizes are bytes."""
-        machine = self.engine.machine
-        with self.running():
-            self.engine.drain_touches()
-            tiers = self.storage.usage()
-            for label, figures in tiers.items():
-                figures["blocks"] = machine.blocks_by_tier[Tier[label.upper()]]
-            if self.storage.disk:
-                tiers[Tier.DISK.label]["write_amplification"] = self.storage.disk.write_amplification
-            (asked, hit), (saved_tokens, saved_s) = self.storage.index.tallies(), self.storage.index.savings()
-            return {
-                "node": self.node_id,
-                "tiers": tiers,
-                "blocks": len(machine.blocks),
-                "asked_blocks": asked,
-                "hit_blocks": hit,
-                "prefill_tokens_saved": saved_tokens,
-                "prefill_seconds_saved": saved_s,
-                **self.service.stats(hit, machine.used_bytes),
-                "sessions": len(self._sessions),
-                "reserved_bytes": sum(sum(session.reserved.values()) for session in self._sessions),
-                "leaving_bytes": self.engine.leaving_bytes,
-                "counts": dict(machine.counts),
-                "codecs": self.storage.encoder.stats(),
-                "too_lossy": self.storage.allowance.stats(),
-                "policy": {"name": self.config.policy, **self._learning.stats()},
-                "recording": self._recording.is_on,
-                "filling": self.checkpoint_loader.stats(),
-                "saved": cast("dict[str, Any] | None", self.checkpoint_writer.last),
-                "seals": self.seals.stats(),
-                "namespaces": self.epochs.namespaces(),
-                "tenants": tenant_stats(machine.quotas),
-                "coordinator": self._reporter.reachable if self._reporter else None,
-                "peers": self._link.stats() if self._link else NO_PEERS,
-            }
+        return node_stats(self, self._sessions, self._learning, self._recording, self._reporter)
+
+    def peer_stats(self) -> PeerStats:
+        """Returns the figures of this node's transfers with its peers."""
+        return self.link.stats() if self.link else NO_PEERS
 
     def beat(self) -> None:
         """Do the periodic work: apply touches, free extents of dead workers, write the heartbeat."""
         self.engine.drain_touches()
         with self.engine.lock:
             self.storage.beat()
-            self._thin_out()
+            self.checkpoint_loader.thin_out()
             self._recording.beat(self._clock.now_s())
+            self.ceiling.beat()
             if not self._reporter:
                 self.engine.journal.clear()
         if self._too_lossy:
             self._drop_too_lossy()
         self.checkpoint_writer.beat()
         self.epochs.beat()
-
-    def _thin_out(self) -> None:
-        """Unmount blocks that only a checkpoint has, if more than INDEX_SHARE of the index slots are in use."""
-        missing = int(self.storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self.storage.index_room
-        if missing > 0 and self.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
-            self.engine.handle([ev.Unmounted(missing)])
+        self.meters.clients.beat()
 
     def report_commits(self) -> None:
         """Report committed blocks to the eviction policy, if many have not been. Call it while no worker waits for an answer."""
@@ -442,7 +422,7 @@ class Node:
         memory = [tier for tier in storage.capacities if tier in IN_MEMORY]
         policies = {tier: policy_of(config, history, storage.capacities[tier]) for tier in memory}
         quotas = Quotas(self.tenants.quotas, lambda root: self.epochs.tenant_of(root))
-        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas)
+        machine = StoreMachine(storage.capacities, policies, observed, shrinks=storage.encoder.shrinks, quotas=quotas, observer=self.gone)
         queue_bytes = max(QUEUE_BYTES_MIN, int(config.host * QUEUE_SHARE))
         return Engine(machine, storage.index, storage, self._clock, config.io_threads, queue_bytes=queue_bytes)
 
@@ -462,7 +442,8 @@ class Node:
         )
 
     def _make_puller(self, link: Link, reporter: Reporter) -> Puller:
-        return Puller(link, reporter.locate, self._clock, self.config.node_timeout_s + self.config.heartbeat_s)
+        forgotten_s = self.config.node_timeout_s + self.config.heartbeat_s
+        return Puller(link, reporter.locate, self._clock, forgotten_s, on_transfer=self.meters.transfer.add)
 
     def _lasting_folders(self) -> list[Path]:
         """Returns the folders whose files outlive this node, as its blocks do."""

@@ -54,10 +54,19 @@ class Puller:
     If a node fails, the blocks that are still missing are requested from other nodes that hold them, in the time left.
 
     `locate` asks the directory, as `Link.locate`. A node whose request failed gets no further request for `AVOID_S`. A node that hangs
-    gets none for `forgotten_s`: by then the directory no longer names it, unless it has reported again.
+    gets none for `forgotten_s`: by then the directory no longer names it, unless it has reported again. `on_transfer` is called with the
+    duration in seconds of each transfer that brought blocks.
     """
 
-    def __init__(self, link: Link, locate: Callable[[list[BlockKey], float], list[list[str]]], clock: Clock, forgotten_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        locate: Callable[[list[BlockKey], float], list[list[str]]],
+        clock: Clock,
+        forgotten_s: float,
+        on_transfer: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._on_transfer = on_transfer
         self._link = link
         self._locate = locate
         self._clock = clock
@@ -88,6 +97,12 @@ class Puller:
                     self._under_way.difference_update(mine)
                     self._done.notify_all()
         return next((count for count, key in enumerate(keys) if not present(key)), len(keys))
+
+    def avoided(self) -> frozenset[str]:
+        """Returns the nodes that get no request now, because one to them has failed."""
+        now_s = self._clock.now_s()
+        with self._done:
+            return frozenset(node for node, until_s in self._avoided_until_s.items() if until_s > now_s)
 
     def _claim(
         self, wanted: list[BlockKey], tried: set[BlockKey], deadline_s: float, present: Callable[[BlockKey], bool]
@@ -149,8 +164,11 @@ class Puller:
             chunk, transfer = under_way.popleft()
             has_others = len(holders[fetched]) > 1
             patience_s = max(min(left_s / 2, PATIENCE_S_MAX), PATIENCE_S_MIN) if has_others else left_s
+            begun_s = self._clock.now_s()
             with self._blaming(chunk.node):
                 count = transfer.deliver(receiver, left_s, patience_s, prefetch)
+            if count:
+                self._on_transfer(self._clock.now_s() - begun_s)
             fetched += count
             if count < len(chunk.keys):
                 if len(holders[fetched]) > 1:

@@ -11,7 +11,7 @@ from tiered_kv.keys import BlockKey
 from tiered_kv.node.learning import Learning
 from tiered_kv.protocol.epochs import Epoch
 from tiered_kv.protocol.messages import NodeInfo, NodeStats
-from tiered_kv.protocol.peer_transport import Link
+from tiered_kv.protocol.peer_transport import Holders, Link
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Report
 
@@ -94,6 +94,12 @@ class Reporter:
             self._set_unreachable(error)
             self.wake()  # perhaps only this request was slow: a report finds out
             raise
+
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders:
+        """As `Link.holders`. Raises (kind `transport`) at once while the coordinator is unreachable."""
+        if not self.reachable:
+            raise TieredKVError(Kind.TRANSPORT, "the coordinator is unreachable: it did not answer the last request")
+        return self._link.holders(keys, wait_s)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """As `Link.probe`. Raises (kind `transport`) at once while the coordinator is unreachable."""

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 
 from tiered_kv.blocks import AWAY, PEER, BlockInfo, Location, Tier
+from tiered_kv.codecs import codec_by_id
 from tiered_kv.codecs.frame import Frame, open_frame, open_pieces
 from tiered_kv.config import Config
 from tiered_kv.errors import Kind, TieredKVError
@@ -94,6 +95,10 @@ class NodeStorage:
         self._device_turn = threading.Lock()  # only one thread at a time may use the pool
         self._device_errors: dict[int, float] = {}  # by offset: errors of blocks that were lossy before they were copied to the device
         self._requests = DaemonThreads(REQUESTS_AT_ONCE, "tkv-get")  # starts its threads at the first use
+        self.checksum_failures: Counter[Tier] = Counter()
+        """By tier: blocks that were damaged when they were read there. `Seals.stats` has those of host memory."""
+        self.write_refusals: Counter[tuple[str, str]] = Counter()
+        """By reason and codec: blocks that a lower tier did not write."""
         self.on_suspect: Callable[[BlockKey], object] = lambda key: None
         """Called with the key of a block in host memory that proved to be damaged when it was read."""
         self.beat()
@@ -184,6 +189,7 @@ class NodeStorage:
         except TieredKVError as error:
             away = copy.source.tier in AWAY and error.kind is not Kind.CORRUPT and not error.context.get("missing")
             why = str(error)  # the error object itself would keep the arena mapped
+            self._note_damage(copy.source.tier, error)
             log.warning("block %s in %s cannot be read: %s", copy.key.hex(), copy.source.tier.label, why)
             return FillOutcome.LATER if away else FillOutcome.GONE
         return FillOutcome.DONE
@@ -235,6 +241,8 @@ class NodeStorage:
             locations.append(answer.location if answer else None)
             if answer and answer.refused:
                 refused[answer.refused] += 1
+                assert isinstance(block, EncodedFrame)
+                self.write_refusals[answer.refused.value, codec_by_id(block.codec).name] += 1
         for reason, count in refused.items():
             log.warning("%s: %d of %d blocks were not written: %s", tier.label, count, len(copies), reason)
         return locations
@@ -265,9 +273,14 @@ class NodeStorage:
             return use(self._read(key, location))
         except TieredKVError as error:
             log.warning("block %s in %s cannot be read: %s", key.hex(), location.tier.label, str(error))
+            self._note_damage(location.tier, error)
             if location.tier is Tier.HOST and error.kind is Kind.CORRUPT:
                 self.on_suspect(key)
             return None
+
+    def _note_damage(self, tier: Tier, error: TieredKVError) -> None:
+        if error.kind is Kind.CORRUPT and not error.context.get("too_lossy") and tier is not Tier.HOST:
+            self.checksum_failures[tier] += 1
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
         log_tier = self.logs[tier]
@@ -364,7 +377,7 @@ class NodeStorage:
             frame = read()
             if self.allowance.admits(key, root, frame.codec.id, frame.error):
                 return frame
-            self.allowance.refuse(PEER, 1)
+            self.allowance.refuse(PEER, 1, frame.codec.id)
             return None
         except (TieredKVError, ValueError, TypeError) as error:  # a peer may send anything, even bytes that are no frame
             log.warning("a frame from a peer for block %s was refused: %s", key.hex(), str(error))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
+from tiered_kv.node.insight.explaining import explain, known_namespaces
 from tiered_kv.node.packed import Packed
 from tiered_kv.protocol.epochs import FAMILIES_MAX
+from tiered_kv.protocol.explanation import KEYS_MAX, Explanation, KnownNamespace
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.model_info import ModelInfo
 from tiered_kv.protocol.probes import Probe
@@ -51,6 +53,9 @@ class NodeSession:
         offsets = self.reserve_within(nbytes, keys, parent, self._node.config.store_wait_ms / 1000 if wait_s is None else _seconds(wait_s))
         if not offsets:
             self._node.service.refused(len(keys))
+            with self._node.engine.lock:
+                self._node.gone.refused(keys)
+                self._node.ceiling.stored(keys)
         return offsets
 
     def reserve_within(
@@ -93,7 +98,9 @@ class NodeSession:
             digest = _digest(*block[4:]) if len(block) > 4 else None
             info = BlockInfo(key, parent, root, _whole(depth))
             packed.append(Packed(info, Location(Tier.HOST, 0, 0, offset, nbytes, nbytes), 0.0, digest))
-        return self.commit_packed(packed)
+        with self._node.running():
+            self._node.ceiling.stored([each.info.key for each in packed])
+            return self.commit_packed(packed)
 
     def commit_packed(self, packed: list[Packed], *, note_touches: bool = True) -> list[bool]:
         """As `commit`, for blocks of any size, raw or encoded.
@@ -134,6 +141,16 @@ class NodeSession:
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         return self._node.locate(keys, _seconds(wait_s))
+
+    def explain(self, keys: list[BlockKey], wait_s: float, ask_peers: bool) -> Explanation:
+        if type(keys) is not list or len(keys) > KEYS_MAX:
+            raise TieredKVError(Kind.TRANSPORT, f"explain: expected a list of at most {KEYS_MAX} keys, got {reprlib.repr(keys)}")
+        for key in keys:
+            _check_chain(key, [])
+        return explain(self._node, keys, _seconds(wait_s), ask_peers=bool(ask_peers))
+
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        return known_namespaces(self._node, tenant)
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         _check_chain(root, [])

@@ -45,6 +45,8 @@ class AdaptivePolicy(EvictionPolicy):
         self._leaves: list[int] = []
         self._kept: list[int] = []
         self._chosen: dict[Key, int] = {}  # last victims and their slots; the caller removes them next
+        self._scores: dict[int, float] = {}  # values of the last victims, by slot
+        self._lowest_kept = 0.0  # the lowest value of a candidate that was not chosen; 0 if all were
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -112,7 +114,12 @@ class AdaptivePolicy(EvictionPolicy):
                 break
         self._kept = [slot for *_, slot in search.pool]
         self._chosen = {key: slot for slot, key in search.chosen.items()}
+        self._scores, self._lowest_kept = search.scores, search.pool[0][0] if search.pool else 0.0
         return list(self._chosen)
+
+    def standing(self, key: Key) -> float:
+        slot = self._chosen.get(key, -1)
+        return self._scores[slot] / self._lowest_kept if slot >= 0 and self._lowest_kept > 0 else math.nan
 
     def ranked(self, now_s: float) -> list[Key]:
         """Does the same as `EvictionPolicy.ranked`, but compares all leaves at each step, not only a sample. About 4 µs a block."""
@@ -221,6 +228,7 @@ class _Search:
 
     def __init__(self, policy: AdaptivePolicy, protected: Container[Key], now_s: float) -> None:
         self.chosen: dict[int, Key] = {}
+        self.scores: dict[int, float] = {}  # the value of each chosen block
         self.pool: list[tuple[float, float, int]] = []  # value, last use (of equal values, the older is evicted first), slot
         self.freed = 0
         self._policy = policy
@@ -237,20 +245,20 @@ class _Search:
         values = self._policy.values(candidates, self._now_s)
         self.pool = sorted([*self.pool, *zip(values, last_s[candidates].tolist(), candidates, strict=True)])
         while self.pool:
-            slot = self.pool.pop(0)[-1]
+            value, _, slot = self.pool.pop(0)
             if self._policy._keys[slot] not in self._protected:
                 break
         else:
             return False
         self.pool = self.pool[:KEPT_LEAVES]
-        self._peel(slot, self.pool[0][0] if self.pool else math.inf, nbytes)
+        self._peel(slot, value, self.pool[0][0] if self.pool else math.inf, nbytes)
         return True
 
-    def _peel(self, slot: int, bound: float, nbytes: int) -> None:
+    def _peel(self, slot: int, value: float, bound: float, nbytes: int) -> None:
         policy, known = self._policy, self._policy._history
-        kind, last_s, value = -1, 0.0, 0.0
+        kind, last_s = -1, 0.0
         while True:
-            self.chosen[slot] = policy._keys[slot]
+            self.chosen[slot], self.scores[slot] = policy._keys[slot], value
             self.freed += policy._bytes.item(slot)
             parent = policy.parent_freed_by(slot, self._gone)
             if parent is None or self.freed >= nbytes or policy._keys[parent] in self._protected:

@@ -4,6 +4,7 @@ A block can be hit only if all its ancestors hit. So a block is evicted before i
 only if it includes every resident child of that block too.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Hashable, Sequence
@@ -62,6 +63,13 @@ class EvictionPolicy(ABC):
         blocks, as `victims` does. So call it only on a node that is about to close.
         """
         return self.victims(1 << 62, (), now_s)[::-1]
+
+    def standing(self, key: Key) -> float:
+        """Returns the value of `key`, which `victims` has just chosen, as a share of the lowest value that stayed.
+
+        NaN if the policy computes no values, or if `victims` did not choose the block. Call it before `remove`.
+        """
+        return math.nan
 
     @abstractmethod
     def resize(self, key: Key, nbytes: int) -> None:

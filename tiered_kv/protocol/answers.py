@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from tiered_kv.errors import Kind
 from tiered_kv.memory.extents import ALIGNMENT
+from tiered_kv.protocol.explanation import NAMESPACES_MAX
 from tiered_kv.protocol.session import PROTOCOL
 from tiered_kv.tiers.host import HEADER_BYTES
 
@@ -60,6 +61,30 @@ def are_names(answer: object, count_max: int) -> bool:
     return all(type(names) is list and all(type(name) is str for name in names) for names in answer)
 
 
+def is_explanation(answer: object, count: int) -> bool:
+    """Returns whether the answer is an `Explanation` of `count` blocks."""
+    if type(answer) is not dict or type(answer.get("node")) is not str or type(answer.get("directory")) is not bool:
+        return False
+    blocks, recorded_s = answer.get("blocks"), answer.get("recorded_s")
+    return type(recorded_s) is float and type(blocks) is list and len(blocks) == count and all(map(_is_whereabouts, blocks))
+
+
+def _is_whereabouts(block: object) -> bool:
+    if type(block) is not dict or type(block.get("tier", 0)) not in (str, type(None)):
+        return False
+    lists: list[Any] = [block.get("nodes"), block.get("silent")]
+    if not are_names(lists, len(lists)):
+        return False
+    gone = block.get("gone", 0)
+    return gone is None or (type(gone) is dict and all(type(gone.get(name)) in types for name, types in _GONE.items()))
+
+
+def _are_namespaces(answer: object) -> bool:
+    if type(answer) is not list or len(answer) > NAMESPACES_MAX:
+        return False
+    return all(type(each) is dict and type(each.get("namespace")) is type(each.get("layout")) is dict for each in answer)
+
+
 def is_whole(answer: object, largest: int) -> bool:
     """Returns whether the answer is a whole number from 0 to `largest`."""
     return type(answer) is int and 0 <= answer <= largest
@@ -93,6 +118,14 @@ def _is_none(answer: object) -> bool:
     return answer is None
 
 
+_GONE: dict[str, set[type]] = {
+    "node": {str},
+    "tier": {str, type(None)},
+    "cause": {str},
+    "age_s": {float},
+    "uses": {int},
+    "standing": {float, type(None)},
+}
 _KINDS = frozenset(kind.value for kind in Kind)
 
 CHECKS: dict[str, Callable[[object], bool]] = {
@@ -100,6 +133,7 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "introduce": _is_introduction,
     "probe": _is_text,
     "salt": _is_text,
+    "namespaces": _are_namespaces,
     "new_epoch": _is_epoch,
     "release": _is_none,
     "doubt": _is_none,

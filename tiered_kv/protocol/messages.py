@@ -41,6 +41,9 @@ class NodeInfo(TypedDict):
     """Absent in the info of a node of an older version."""
     peer_address: NotRequired[str]
     """The address at which peers connect to the node ("HOST:PORT"); absent if the node has no streams."""
+    metrics_address: NotRequired[str]
+    """Where the node serves `/metrics` ("HOST:PORT"). Absent if it does not, and with `embedded`; then `metrics_problem` may say why."""
+    metrics_problem: NotRequired[str]
     ray_node_id: NotRequired[str]
     """This and `address` are present only if the node runs as a Ray actor."""
     address: NotRequired[str]
@@ -63,6 +66,8 @@ class EncodedStats(TypedDict):
     blocks: int
     raw_bytes: int
     kept_bytes: int
+    mean_error: NotRequired[float]
+    """The mean of the blocks' errors (relative mean squared error). Absent in the figures of a node of an older version."""
 
 
 class TierPlan(TypedDict):
@@ -82,6 +87,8 @@ class CodecStats(TypedDict):
     plans: dict[str, dict[str, str | TierPlan]]
     coded: dict[str, dict[str, EncodedStats]]
     fell_back: dict[str, int]
+    most_error: NotRequired[float | None]
+    """The largest error that a block may have; None if a calibration decides. Absent in the figures of an older version."""
 
 
 class LearningStats(TypedDict):
@@ -192,6 +199,18 @@ class ServiceStats(TypedDict):
     rates: Rates
 
 
+class CeilingStats(TypedDict):
+    """What more room would have brought, in blocks since the node started: requested, hit, and hits that other caches would have had.
+
+    `hit_blocks_infinite`: with an infinite cache. `hit_blocks_twice_room`: with twice the room in each tier. Both are estimates.
+    """
+
+    asked_blocks: int
+    hit_blocks: int
+    hit_blocks_infinite: int
+    hit_blocks_twice_room: int
+
+
 class NodeStats(ServiceStats):
     """A node's figures, including all uses by workers so far."""
 
@@ -218,7 +237,16 @@ class NodeStats(ServiceStats):
     tenants: dict[str, dict[str, TenantStats]]
     """Each tenant's share of each tier, by tenant and tier."""
     peers: NotRequired[PeerStats]
-    """Absent in the figures of a node of an older version."""
+    """Absent in the figures of a node of an older version, as are the next five."""
+    moved_bytes: NotRequired[dict[str, dict[str, int]]]
+    """By source and target tier: the bytes that copies between tiers have written."""
+    refusals: NotRequired[dict[str, dict[str, int]]]
+    """By reason and codec: blocks that were not stored, written or shown."""
+    checksum_failures: NotRequired[dict[str, int]]
+    """By tier or `peer`: blocks that did not match their checksum."""
+    quarantined_extents: NotRequired[int]
+    """Extents of ended workers that are not freed yet, because a process may still write to them."""
+    ceiling: NotRequired[CeilingStats]
     coordinator: bool | None
     """Whether the coordinator answers; None for a node without one."""
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
@@ -95,6 +96,30 @@ class Transfer(Protocol):
         """
 
 
+class Holders(NamedTuple):
+    """The directory's answer about blocks that a node lacks. `peers`: all other live nodes.
+
+    `live`: by block, the other live nodes that have it. `silent`: by block, the nodes that had it when they last reported, and that
+    do not answer now. Blocks that nobody has are left out.
+    """
+
+    peers: list[str]
+    live: dict[BlockKey, list[str]]
+    silent: dict[BlockKey, list[str]]
+
+    def of(self, key: BlockKey) -> tuple[Sequence[str], Sequence[str]]:
+        """Returns the live nodes that have a block, and the silent ones."""
+        return self.live.get(key, ()), self.silent.get(key, ())
+
+    def without(self, nodes: frozenset[str]) -> "Holders":
+        """Returns these holders with `nodes` as silent ones."""
+        if not nodes:
+            return self
+        live = {key: [name for name in names if name not in nodes] for key, names in self.live.items()}
+        silent = {key: [*self.silent.get(key, ()), *nodes.intersection(names)] for key, names in self.live.items()}
+        return Holders(self.peers, live, self.silent | silent)
+
+
 class Link(Protocol):
     """One node's access to its cluster. No method blocks for longer than its docstring says, even if other processes hang."""
 
@@ -103,6 +128,12 @@ class Link(Protocol):
 
     def locate(self, keys: list[BlockKey], wait_s: float) -> list[list[str]]:
         """Ask the coordinator which nodes hold the leading keys. Returns their names for each key; waits at most `wait_s`."""
+
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders:
+        """Ask the coordinator which nodes have or had each of the blocks. Not for the path of a fetch. Waits at most `wait_s`."""
+
+    def recall(self, nodes: Sequence[str], keys: list[BlockKey], wait_s: float) -> dict[str, dict[BlockKey, GoneRecord]]:
+        """Ask other nodes why they no longer have these blocks. Returns the answers by node, of those that answer within `wait_s`."""
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         """Have the coordinator match `probe` against the variants of a root, and add a variant if none agrees. Returns all variants.

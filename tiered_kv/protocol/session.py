@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tiered_kv.keys import BlockKey
+from tiered_kv.protocol.explanation import Explanation, KnownNamespace
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 
 PROTOCOL = 3
@@ -76,6 +77,15 @@ class Session(Protocol):
 
         `wait_s` bounds the wait for the coordinator.
         """
+
+    def explain(self, keys: list[BlockKey], wait_s: float, ask_peers: bool) -> Explanation:
+        """Returns where blocks are, or why they are gone. Waits at most `wait_s` for the coordinator and the peers.
+
+        `ask_peers`: whether other nodes are asked too for blocks that they had.
+        """
+
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        """Returns the namespaces of a tenant that workers of the node have introduced, the newest first. Ask for your own tenant only."""
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         """Register the `Probe` of a model whose namespace has this root. Returns the model's variant. The first variant is ""."""

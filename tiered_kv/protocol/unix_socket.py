@@ -24,6 +24,7 @@ from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol import answers
+from tiered_kv.protocol.explanation import Explanation, KnownNamespace
 from tiered_kv.protocol.messages import BlockRun, Introduction, NodeStats, PackedBlock
 from tiered_kv.protocol.session import PROTOCOL, Life, Session
 from tiered_kv.unpacking import unpacked
@@ -38,7 +39,7 @@ PACKER_BYTES_MAX = 1 << 20
 CONNECTIONS_MAX = 1024
 ACCEPT_AGAIN_S = 0.1
 METHODS = frozenset({"hello", "introduce", "reserve", "commit", "release", "pull", "doubt", "bring", "hint", "locate", "probe", "stats"})
-METHODS |= {"new_epoch", "salt"}
+METHODS |= {"new_epoch", "salt", "explain", "namespaces"}
 
 GRACE_S = 0.03
 """A call that the node does not answer ends this long after its deadline: time for a round trip on a busy machine."""
@@ -329,6 +330,16 @@ class SocketSession:
             "locate", keys, wait_s, wait_s=wait_s, check=lambda answer: answers.are_names(answer, len(keys))
         )
         return nodes
+
+    def explain(self, keys: list[BlockKey], wait_s: float, ask_peers: bool) -> Explanation:
+        answer: Explanation = self._call(
+            "explain", keys, wait_s, ask_peers, wait_s=wait_s, check=lambda answer: answers.is_explanation(answer, len(keys))
+        )
+        return answer
+
+    def namespaces(self, tenant: str) -> list[KnownNamespace]:
+        answer: list[KnownNamespace] = self._call("namespaces", tenant)
+        return answer
 
     def probe(self, root: BlockKey, probe: Sequence[Any]) -> str:
         variant: str = self._call("probe", root, probe)

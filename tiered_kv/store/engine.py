@@ -153,6 +153,8 @@ class Engine:
         """Keys that became visible (True) or invisible (False) since the journal was last emptied."""
         self.on_gone: Callable[[BlockKey, Location], None] | None = None
         """Called with the lock held before the last copy of a block is freed."""
+        self.on_batch: Callable[[ev.Copy, float], None] = lambda copy, seconds: None
+        """Called with one copy of each batch that has ended, and with the batch's duration."""
         self._index = index
         self._mover = mover
         self._clock = clock
@@ -167,8 +169,7 @@ class Engine:
         """By tier: bytes that copies to a lower tier, or in-place compression, will free."""
         self._progress_s: dict[Tier, float] = {}
         """By tier: when one of the copies counted in `_leaving` last ended, or the first of them began."""
-        self._batches = 0
-        self._closed = False
+        self._batches, self._closed = 0, False
 
     def handle(self, events: Iterable[ev.Event]) -> None:
         """Pass events to the store machine in order, and carry out the instructions that it returns."""
@@ -391,12 +392,13 @@ class Engine:
 
     def _guarded(self, run: Callable[[list[ev.Copy]], None], batch: list[ev.Copy]) -> None:
         """Run a batch on a background thread. If it raises, the blocks stay where they are, and the machine learns which copies failed."""
-        failed: list[ev.CopyFailed] = []
+        failed, begun_s = list[ev.CopyFailed](), self._clock.now_s()
         try:
             run(batch)
         except Exception:
             log.exception("copying %d blocks to %s failed", len(batch), batch[0].target.label)
             failed = failures(batch)
+        self.on_batch(batch[0], self._clock.now_s() - begun_s)
         self._finish(batch, failed)
 
     def _finish(self, batch: list[ev.Copy], failed: list[ev.CopyFailed]) -> None:

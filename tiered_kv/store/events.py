@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tiered_kv.blocks import BlockInfo, Hint, Location, Tier
+from tiered_kv.blocks import BlockInfo, GoneCause, Hint, Location, Tier
 from tiered_kv.keys import BlockKey
 
 IN_MEMORY = (Tier.DEVICE, Tier.HOST)
@@ -123,10 +123,11 @@ class CopyFailed(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The copy of a block at `location` is missing or damaged."""
+    """The copy of a block at `location` is missing or damaged, or must be dropped for another `cause`."""
 
     key: BlockKey
     location: Location
+    cause: GoneCause = GoneCause.DAMAGED
 
 
 class Ended(NamedTuple):

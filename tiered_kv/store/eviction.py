@@ -3,7 +3,7 @@
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
-from tiered_kv.blocks import Tier
+from tiered_kv.blocks import GoneCause, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.store import events as ev
 from tiered_kv.store.movement import Fate
@@ -11,6 +11,14 @@ from tiered_kv.store.quotas import Share
 
 if TYPE_CHECKING:
     from tiered_kv.store.machine import StoreMachine
+
+CAUSES = {
+    Fate.FREED: GoneCause.DROPPED,  # another copy remains, so nothing is gone
+    Fate.DROPPED: GoneCause.DROPPED,
+    Fate.NOT_ADMITTED: GoneCause.NOT_ADMITTED,
+    Fate.UNDER_PRESSURE: GoneCause.UNDER_PRESSURE,
+}
+"""The cause that is noted for a block without a copy left, by the fate of its last copy."""
 
 
 def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
@@ -38,11 +46,17 @@ def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
 
 
 def _evict(
-    machine: "StoreMachine", victims: Sequence[BlockKey], tier: Tier, queue_bytes: float, spared: Container[BlockKey] = ()
+    machine: "StoreMachine",
+    victims: Sequence[BlockKey],
+    tier: Tier,
+    queue_bytes: float,
+    spared: Container[BlockKey] = (),
+    cause: GoneCause | None = None,
 ) -> tuple[list[ev.Instruction], float]:
     """Remove `victims` from a tier in memory. A block without a copy in a lower tier is first copied to one if that is worth it.
 
-    A block in `spared` stays if it would be lost. Returns the instructions, and how much of `queue_bytes` is left.
+    A block in `spared` stays if it would be lost. `cause`: noted for the blocks that are gone, instead of the cause of their fate.
+    Returns the instructions, and how much of `queue_bytes` is left.
     """
     instructions: list[ev.Instruction] = []
     for key in victims:
@@ -58,7 +72,7 @@ def _evict(
             machine.counts[f"{tier.label}_freed" if fate is Fate.FREED else fate.value] += 1
             if fate is Fate.NOT_ADMITTED:
                 machine._movement.not_admitted(key)
-            instructions += machine._drop_copy(key, block, tier)
+            instructions += machine._drop_copy(key, block, tier, cause or CAUSES[fate])
     return instructions, queue_bytes
 
 
@@ -80,8 +94,8 @@ def _evict_own(machine: "StoreMachine", share: Share, nbytes: int, chain: Contai
     victims = machine.quotas.victims(share, nbytes, machine._protected(tier, chain), now_s)
     machine.counts["over_quota"] += len(victims)
     if tier in machine._policies:
-        return _evict(machine, victims, tier, machine.quotas.queue_bytes(share), chain)[0]
-    return [each for key in victims for each in machine._drop_copy(key, machine.blocks[key], tier)]
+        return _evict(machine, victims, tier, machine.quotas.queue_bytes(share), chain, GoneCause.OVER_QUOTA)[0]
+    return [each for key in victims for each in machine._drop_copy(key, machine.blocks[key], tier, GoneCause.OVER_QUOTA)]
 
 
 def _would_be_lost(machine: "StoreMachine", chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from tiered_kv.blocks import AWAY, BlockInfo, Location, Tier
+from tiered_kv.blocks import AWAY, BlockInfo, GoneCause, Location, Tier
 from tiered_kv.keys import BlockKey
 from tiered_kv.policy import EvictionPolicy, History
 from tiered_kv.store import events as ev
 from tiered_kv.store.chains import Chains
 from tiered_kv.store.endings import Endings
 from tiered_kv.store.eviction import limited, needed, within_quotas
+from tiered_kv.store.gone import UNKNOWN, GoneObserver, UnobservedGone
 from tiered_kv.store.holds import HOLD_SHARE, Holds
 from tiered_kv.store.invariants import check_machine
 from tiered_kv.store.movement import Block, Fate, Movement
@@ -34,6 +35,7 @@ class StoreMachine:
     `capacities`: the cap in bytes of every tier of the node, host always included. `policies`: eviction policies of the tiers in
     memory (device, host); the other tiers remove whole segments. `history`: the history of all uses, shared with the policies.
     `shrinks`: whether uncompressed blocks in host memory can be compressed in place. `quotas`: the tenants' quotas, without blocks yet.
+    `observer`: notes each block whose last copy is removed.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class StoreMachine:
         *,
         shrinks: bool = False,
         quotas: Quotas | None = None,
+        observer: GoneObserver | None = None,
     ) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.bytes_by_tier: Counter[Tier] = Counter()
         self.blocks_by_tier: Counter[Tier] = Counter()
         self.counts: Counter[str] = Counter()
         self.used_bytes = 0  # raw bytes of all uses
+        self.moved_bytes: Counter[tuple[Tier, Tier]] = Counter()  # by source and target of complete copies
         self.tiers = frozenset(capacities)
         self._movement = Movement(capacities, self.bytes_by_tier, history)
         self._policies = dict(policies)
@@ -59,6 +63,7 @@ class StoreMachine:
         self.chains = Chains(self.blocks)
         self.endings = Endings()
         self.quotas = quotas or Quotas()
+        self._observer = observer or UnobservedGone()
         self._unreported: list[tuple[list[BlockKey], BlockKey | None, int, float]] = []
         """Runs committed but not yet reported to history and policy: keys, parent, bytes a block, time."""
         self._mounted: dict[BlockKey, None] = {}  # blocks with a copy in a checkpoint, in the order of mounting
@@ -264,7 +269,7 @@ class StoreMachine:
             for key in self._victims(Tier.HOST, 1, protected, event.now_s):
                 self.counts[Fate.DROPPED.value] += 1
                 for tier in sorted(self.blocks[key].copies):
-                    instructions += self._drop_copy(key, self.blocks[key], tier)
+                    instructions += self._drop_copy(key, self.blocks[key], tier, GoneCause.INDEX_FULL)
         return instructions
 
     def ranked(self, tier: Tier, now_s: float) -> list[BlockKey]:
@@ -290,7 +295,7 @@ class StoreMachine:
             block = self.blocks[key]
             count -= len(block.copies) == 1
             self.counts["unmounted"] += 1
-            instructions += self._drop_copy(key, block, Tier.CHECKPOINT)
+            instructions += self._drop_copy(key, block, Tier.CHECKPOINT, GoneCause.UNMOUNTED)
         return instructions
 
     # Copies
@@ -334,7 +339,9 @@ class StoreMachine:
         self.quotas.leaves(block, None)
         if tier in block.copies:
             return [ev.Free(key, location)]
-        self.counts["demoted" if tier > min(block.copies) else "promoted"] += 1
+        source = min(block.copies)
+        self.counts["demoted" if tier > source else "promoted"] += 1
+        self.moved_bytes[source, tier] += location.stored_bytes
         instructions = self._add_copy(key, block, location)
         if leaving in block.copies and not self.pinned(key):
             instructions += self._drop_copy(key, block, leaving)
@@ -358,7 +365,7 @@ class StoreMachine:
         if block is None or block.copies.get(event.location.tier) != event.location:
             return []
         self.counts["lost"] += 1
-        return self._drop_copy(event.key, block, event.location.tier)
+        return self._drop_copy(event.key, block, event.location.tier, event.cause)
 
     def _ended(self, event: ev.Ended) -> list[ev.Instruction]:
         self.endings.roots.update(event.roots)
@@ -370,7 +377,7 @@ class StoreMachine:
             self.counts["ended"] += 1
             is_copying, dropping = block.copying_to is not None, list[ev.Instruction]()
             for tier in sorted(block.copies, reverse=True):  # the fastest copy last, so that readers are shown no other
-                dropping += self._drop_copy(key, block, tier)
+                dropping += self._drop_copy(key, block, tier, GoneCause.ENDED)
             in_use = is_copying or self.pinned(key)
             instructions += self.endings.deferred(key, is_copying, dropping) if in_use else dropping
         return instructions
@@ -405,10 +412,12 @@ class StoreMachine:
     def _emptied(self, event: ev.Emptied) -> list[ev.Instruction]:
         instructions: list[ev.Instruction] = []
         for key, block in list(self._in_segment(event.tier, event.segment, event.keys)):
+            is_leaving = block.copying_to is not None and block.copying_to > event.tier
             if len(block.copies) == 1:
                 self.counts["lost"] += 1
-                self.counts[Fate.UNDER_PRESSURE.value] += block.copying_to is not None and block.copying_to > event.tier
-            instructions += self._drop_copy(key, block, event.tier)
+                self.counts[Fate.UNDER_PRESSURE.value] += is_leaving
+            cause = GoneCause.UNDER_PRESSURE if is_leaving else GoneCause.RECLAIMED
+            instructions += self._drop_copy(key, block, event.tier, cause)
         return instructions
 
     def _in_segment(self, tier: Tier, segment: int, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, Block]]:
@@ -442,7 +451,7 @@ class StoreMachine:
         self.blocks_by_tier[tier] += 1
         return [ev.Show(key, location)] if block.best is location else []
 
-    def _drop_copy(self, key: BlockKey, block: Block, tier: Tier) -> list[ev.Instruction]:
+    def _drop_copy(self, key: BlockKey, block: Block, tier: Tier, cause: GoneCause = GoneCause.DROPPED) -> list[ev.Instruction]:
         """Forget the block's copy in `tier`. While another copy remains, readers must find the block at any moment.
 
         So a demoted block gets its new copy before its old one is dropped (`_copied`). The `Show` of the remaining copy, or the `Hide`
@@ -455,6 +464,9 @@ class StoreMachine:
         self.quotas.dropped(key, block, location)
         self.bytes_by_tier[tier] -= location.stored_bytes
         self.blocks_by_tier[tier] -= 1
+        if not block.copies:
+            standing = self._policies[tier].standing(key) if tier in self._policies else UNKNOWN
+            self._observer.gone(key, location, cause, block.uses, standing)
         if tier in self._policies:
             self._policies[tier].remove(key)
         if tier is Tier.HOST:

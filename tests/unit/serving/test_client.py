@@ -128,10 +128,7 @@ def test_a_suffix_can_be_stored_after_its_prefix(client) -> None:
 def test_a_suffix_without_its_prefix_is_stored_but_not_hit(client) -> None:
     assert client.store(TOKENS, kv_of(PATH, first=2), start=2 * T) == Stored(2, 0, 0)
     assert client.fetch(TOKENS).tokens == 0
-    assert [record.reason for record in client.explain(TOKENS)] == [
-        *["not stored here, or evicted"] * 2,
-        *["an ancestor is missing"] * 2,
-    ]
+    assert [record.why for record in client.explain(TOKENS)] == [*["never_stored"] * 2, *["ancestor"] * 2]
     assert client.store(TOKENS, KV) == Stored(2, 2, 0)
     assert assert_is_prefix(client.fetch(TOKENS), PATH) == 4
 
@@ -325,7 +322,7 @@ def test_explain_has_a_record_for_every_block(filled) -> None:
     records = filled.explain([*TOKENS, *tokens_of((9, 9)), 1])
     assert [record.block for record in records] == list(range(6))
     assert [(record.tier, record.codec, record.reason) for record in records[:4]] == [("host", "raw", "hit")] * 4
-    assert [(record.tier, record.codec, record.reason) for record in records[4:]] == [(None, None, "not stored here, or evicted")] * 2
+    assert [(record.tier, record.codec, record.why) for record in records[4:]] == [(None, None, "never_stored")] * 2
     assert all(record.stored_bytes == LAYOUT.block_bytes for record in records[:4])
     assert len({record.key for record in records}) == 6
 

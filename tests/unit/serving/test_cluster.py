@@ -481,11 +481,8 @@ def test_explain_names_the_nodes_that_have_a_block(cluster, clients) -> None:
     here.store(TOKENS[: 2 * T], kv_of(PATH[:2]))
     cluster.report_all()
     records = there.explain(TOKENS[: 3 * T])
-    assert [(record.tier, record.reason) for record in records] == [
-        ("peer", "held by n0"),
-        ("peer", "held by n0"),
-        (None, "not stored here, or evicted"),
-    ]
+    assert [(record.tier, record.why) for record in records] == [("peer", "peer"), ("peer", "peer"), (None, "never_stored")]
+    assert records[0].reason == "held by n0"
 
 
 def test_peers_find_a_restarted_node(cluster, clients) -> None:

@@ -293,7 +293,7 @@ def test_a_flipped_byte_on_disk_is_a_miss_and_the_copy_is_dropped(node_factory, 
             node.engine.settle()
         assert key not in node.engine.machine.blocks
         assert node.stats()["counts"]["lost"] == 1
-        assert client.explain(tokens_of((0,), LARGE))[0].reason == "not stored here, or evicted"
+        assert client.explain(tokens_of((0,), LARGE))[0].why == "damaged"
         assert client.store(tokens_of((0,), LARGE), kv_of((0,), LARGE)) == Stored(1, 0, 0)
         assert hits(client, range(1)) == 1
 

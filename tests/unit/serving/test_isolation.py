@@ -79,7 +79,7 @@ def test_a_tenant_can_neither_hit_nor_time_anothers_blocks(clients) -> None:
             if smallest[-1] > P_LEAST:
                 break
         assert max(smallest) > P_LEAST, f"{name}: the times of present and absent blocks of another tenant differ, p = {smallest}"
-    assert all(each.reason == "not stored here, or evicted" for each in spy.explain(prompts[0]))
+    assert all(each.why == "never_stored" for each in spy.explain(prompts[0]))
 
 
 def test_the_test_of_times_finds_a_difference() -> None:

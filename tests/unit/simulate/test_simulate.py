@@ -169,6 +169,26 @@ def test_sizing_compares_with_adaptive_or_else_the_best_policy():
     assert sizing({"lru": {0.1: 0.0}, "adaptive": {0.1: 0.0}}) == "", "without hits there is nothing to compare"
 
 
+def test_equal_curves_need_equal_memory():
+    """Small traces have them: the smallest capacity holds all that is ever used again."""
+    flat = {0.01: 0.3, 0.1: 0.3, 0.4: 0.3}
+    assert sizing({"lru": flat, "adaptive": dict(flat)}) == "LRU needs 1.0 × the memory for the same hits as adaptive at 1 %"
+    rising = {0.01: 0.1, 0.1: 0.3, 0.4: 0.3}
+    assert sizing({"lru": rising, "adaptive": dict(rising)}).endswith("as adaptive at 1 %, 1.0 × at 10 %")
+
+
+def test_a_small_factor_is_never_shown_as_zero():
+    assert memory_ratio({0.01: 0.5, 0.5: 0.6}, 0.5, 0.3) == "≤ 0.02 ×"
+    assert "0.0 ×" not in sizing({"lru": {0.01: 0.5, 0.4: 0.5}, "adaptive": {0.01: 0.2, 0.4: 0.5}})
+
+
+def test_the_report_of_a_tiny_trace_has_no_zero_memory(tmp_path):
+    trace = write(tmp_path / "tiny-b10.jsonl", [line(at, [1, 2, 3], 30) for at in range(20)])
+    text, _ = printed(traces=[str(trace)], policy="lru,adaptive", capacity="0.01,0.1,0.4,1")
+    assert "0.0 ×" not in text
+    assert "LRU needs 1.0 × the memory for the same hits as adaptive" in text
+
+
 def test_an_invalid_capacity_is_a_config_error_that_names_the_setting():
     with pytest.raises(TieredKVError) as caught:
         capacities_of("much")

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from tiered_kv.blocks import Location, Tier
+from tiered_kv.blocks import GoneCause, Location, Tier
 from tiered_kv.codecs.frame import Frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
@@ -172,6 +172,12 @@ class CheckpointLoader:
         counts = len(job.blocks), len(job.host), job.disk, job.nbytes, job.damaged
         return LoadProgress(*counts, list(job.problems), is_done, error, job.too_lossy)
 
+    def thin_out(self) -> None:
+        """Unmount blocks that only a checkpoint has if more than INDEX_SHARE of the index is in use. Call with the engine's lock."""
+        missing = int(self._storage.index.capacity_blocks * (1 - INDEX_SHARE)) - self._storage.index_room
+        if missing > 0 and self._node.engine.machine.blocks_by_tier[Tier.CHECKPOINT]:
+            self._node.engine.handle([ev.Unmounted(missing)])
+
     def stats(self) -> LoadStats | None:
         """Returns the state of loading for the node's figures, or None if nothing was restored."""
         if self._job is None:
@@ -279,7 +285,7 @@ class CheckpointLoader:
         """Remove a mounted block whose error, known only after reading it, is larger than the settings allow."""
         job.too_lossy += 1
         self._storage.allowance.refuse(Tier.CHECKPOINT.label, 1)
-        self._node.engine.handle([ev.Lost(block.key, block.location)])
+        self._node.engine.handle([ev.Lost(block.key, block.location, GoneCause.TOO_LOSSY)])
 
     def _to_host(self, job: _LoadJob, session: NodeSession, blocks: list[tuple[MountedBlock, Frame]]) -> list[tuple[MountedBlock, Frame]]:
         """Copy blocks to host memory in parallel, without evicting others. Returns the blocks that found no room."""

@@ -25,14 +25,14 @@ class ServiceCounters:
         self._clock = clock
         self._begun_s = clock.now_s()
         self._restarts = generation - 1
-        self._refused = 0
+        self.refused_blocks = 0
         self._lock = threading.Lock()
         self._samples: deque[_Sample] = deque()
 
     def refused(self, blocks: int) -> None:
         """Count blocks that a worker could not store, because no room appeared in time."""
         with self._lock:
-            self._refused += blocks
+            self.refused_blocks += blocks
 
     def stats(self, hit_blocks: int, hit_bytes: int) -> ServiceStats:
         """Take a sample of the node's totals of hits. Returns the figures up to now."""
@@ -41,7 +41,7 @@ class ServiceCounters:
             return {
                 "uptime_s": now_s - self._begun_s,
                 "restarts": self._restarts,
-                "refused_blocks": self._refused,
+                "refused_blocks": self.refused_blocks,
                 "rates": self._rates(_Sample(now_s, hit_blocks, hit_bytes)),
             }
 

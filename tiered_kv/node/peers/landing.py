@@ -186,7 +186,7 @@ def _check(storage: NodeStorage, key: BlockKey, offer: BlockOffer, root: BlockKe
     if (offer.codec, header.codec, header.nbytes, header.raw_bytes) != (0, 0, nbytes, nbytes):
         raise refused("size", f"block {key.hex()}: {nbytes} raw bytes expected, its header describes {header}")
     if not storage.allowance.admits(key, root, 0, header.error):
-        storage.allowance.refuse(PEER, 1)
+        storage.allowance.refuse(PEER, 1, 0)
         raise refused("too_lossy", f"block {key.hex()}: its error of {header.error:.2g} is larger than allowed here")
 
 

@@ -16,10 +16,11 @@ from tiered_kv.node.peers.lookups import Lookups
 from tiered_kv.node.peers.streams import Streams
 from tiered_kv.node.peers.transfer import StreamTransfer
 from tiered_kv.protocol.epochs import Epoch
+from tiered_kv.protocol.explanation import GoneRecord
 from tiered_kv.protocol.messages import PeerStats
 from tiered_kv.protocol.peer_channel import PeerIdentity
 from tiered_kv.protocol.peer_listener import PeerListener
-from tiered_kv.protocol.peer_transport import Link, Transfer
+from tiered_kv.protocol.peer_transport import Holders, Link, Transfer
 from tiered_kv.protocol.probes import Probe, Variants
 from tiered_kv.protocol.reports import Answer, Report
 
@@ -74,6 +75,12 @@ class StreamLink:
         with self._lock:
             self._addresses |= addresses
         return holders
+
+    def holders(self, keys: list[BlockKey], wait_s: float) -> Holders:
+        return self._other.holders(keys, wait_s)
+
+    def recall(self, nodes: Sequence[str], keys: list[BlockKey], wait_s: float) -> dict[str, dict[BlockKey, GoneRecord]]:
+        return self._other.recall(nodes, keys, wait_s)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
         return self._other.probe(root, known, probe)

@@ -76,19 +76,30 @@ def percent(capacity: float) -> str:
 def sizing(by_policy: dict[str, dict[float, float]]) -> str:
     """Returns a sentence on how many times the memory LRU needs for the same hits as another policy.
 
-    The other policy is `adaptive`, or the best one if `adaptive` was not replayed. Returns "" without LRU, without another policy,
-    or if the other policy has no hits.
+    The other policy is `adaptive`, or the best one if `adaptive` was not replayed. Capacities at which it has no more hits than at a
+    smaller one are left out: it needs less memory for these hits itself. Returns "" without LRU, without another policy, or if the
+    other policy has no hits.
     """
     others = {policy: fmean(curve.values()) for policy, curve in by_policy.items() if policy not in ("lru", "belady")}
     if "lru" not in by_policy or not others:
         return ""
     best = "adaptive" if "adaptive" in others else max(others, key=others.__getitem__)
-    hits = {capacity: ratio for capacity, ratio in by_policy[best].items() if ratio > 0}
+    hits = _rises(by_policy[best])
     if not hits:
         return ""
     needed = [f"{memory_ratio(by_policy['lru'], capacity, ratio)} at {percent(capacity)}" for capacity, ratio in hits.items()]
     needed[0] = needed[0].replace("×", f"× the memory for the same hits as {best}")
     return f"LRU needs {', '.join(needed)}"
+
+
+def _rises(curve: dict[float, float]) -> dict[float, float]:
+    """Returns the points of a curve at which it is higher than at all smaller capacities, and above 0."""
+    found: dict[float, float] = {}
+    highest = 0.0
+    for capacity, ratio in sorted(curve.items()):
+        if ratio > highest:
+            found[capacity] = highest = ratio
+    return found
 
 
 def memory_ratio(lru: dict[float, float], capacity: float, ratio: float) -> str:
@@ -98,9 +109,14 @@ def memory_ratio(lru: dict[float, float], capacity: float, ratio: float) -> str:
     """
     points = sorted(lru.items())
     if ratio <= points[0][1]:
-        return f"{'≤ ' if ratio < points[0][1] else ''}{points[0][0] / capacity:.1f} ×"
+        return f"{'≤ ' if ratio < points[0][1] else ''}{_times(points[0][0] / capacity)}"
     for (left, low), (right, high) in pairwise(points):
         if low < ratio <= high:
             share = (ratio - low) / (high - low)
-            return f"{math.exp(math.log(left) + share * math.log(right / left)) / capacity:.1f} ×"
-    return f"> {points[-1][0] / capacity:.1f} ×"
+            return _times(math.exp(math.log(left) + share * math.log(right / left)) / capacity)
+    return f"> {_times(points[-1][0] / capacity)}"
+
+
+def _times(factor: float) -> str:
+    """Returns a factor as text with one decimal, or with one significant digit if it is small: never `0.0 ×`."""
+    return f"{factor:.1f} ×" if factor >= 0.1 else f"{factor:.1g} ×"
