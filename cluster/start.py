@@ -149,8 +149,8 @@ def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, wi
         if fleet["rounds"] >= rounds and not starting:
             return fleet
         if time.monotonic() > deadline_s:
-            late = ", ".join(member["node"] for member in starting) or fleet["problem"] or "the keeper has not looked for missing nodes yet"
-            raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is not complete after {within_s:.0f} s: {late}", name=name)
+            late = ", ".join(member["node"] for member in starting) or fleet["problem"] or "a round of the keeper"
+            raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is not complete after {within_s:.0f} s; still missing: {late}", name=name)
         time.sleep(RETRY_S)
 
 

@@ -84,7 +84,7 @@ class _BlockOfRanks:
 
 
 def plan(rows: Iterable[Row], models: Iterable[Model], world: int) -> ReshardPlan:
-    """Plan how a world of `world` ranks can use the checkpoint's blocks. Returns the plan. `rows` must have parents before children.
+    """Plan how a model on `world` ranks can use the checkpoint's blocks. Returns the plan. `rows` must have parents before children.
 
     A block is built if the checkpoint has it for all source ranks, and if its parent is built or unchanged. Otherwise the block and
     its descendants are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.

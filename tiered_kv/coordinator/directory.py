@@ -167,7 +167,10 @@ class Directory:
         return found
 
     def everywhere(self, keys: Iterable[BlockKey], asker: str) -> tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]]:
-        """Returns by block the nodes other than `asker` that have it, and the lost nodes that had it. Blocks of no node are left out."""
+        """Returns two dicts: for each block, the nodes except `asker` that have it, and the lost nodes that had it.
+
+        Lacks blocks without nodes.
+        """
         found: tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]] = ({}, {})
         for key in keys:
             hash_ = hash(key) & _HASH_MASK or 1

@@ -195,7 +195,7 @@ class SegmentReader:
         except FileNotFoundError as error:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment} no longer exists", segment=segment) from error
         except OSError as error:
-            raise TieredKVError(Kind.STORAGE, f"disk segment {segment}: {error.strerror}", segment=segment) from error
+            raise TieredKVError(Kind.STORAGE, f"disk segment {segment} cannot be opened: {error.strerror}", segment=segment) from error
         return _OpenFile(fd)
 
     def _retire(self, segment: int) -> None:
@@ -219,7 +219,11 @@ class SegmentReader:
             message = f"disk segment {location.segment} at byte {location.offset}: {error}"
             raise TieredKVError(Kind.CORRUPT, message, **where) from error
         if (location.tier, location.codec, location.raw_bytes) != (Tier.DISK, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", **where)
+            raise TieredKVError(
+                Kind.CORRUPT,
+                f"the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+                **where,
+            )
         return buffer, frame
 
 

@@ -135,7 +135,7 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
 
 
 def what_to_set(url: str) -> str:
-    """Returns the message for a user without credentials for the store at `url`."""
+    """Returns the error text for a user without credentials for the store at `url`: which variables to set."""
     return f"there are no credentials: {_WHAT_TO_SET[_KINDS[urlsplit(url).scheme]]}"
 
 

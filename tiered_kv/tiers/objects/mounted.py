@@ -136,4 +136,8 @@ def _end(block: MountedBlock) -> int:
 
 def _check(frame: Frame, location: Location, name: str) -> None:
     if (location.tier, location.codec, location.raw_bytes) != (Tier.CHECKPOINT, frame.codec.id, frame.raw_bytes):
-        raise TieredKVError(Kind.CORRUPT, f"pack {name}: {location} does not match the frame that is stored there", object=name)
+        raise TieredKVError(
+            Kind.CORRUPT,
+            f"pack {name}: the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+            object=name,
+        )

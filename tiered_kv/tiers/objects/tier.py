@@ -128,7 +128,11 @@ class ObjectsTier(LogTier):
             raise TieredKVError(Kind.STORAGE, f"pack {location.segment} no longer exists", segment=location.segment, missing=True)
         frame = read_frame(self._store, pack.name, location.offset, location.stored_bytes, key, namespace)
         if (location.tier, location.codec, location.raw_bytes) != (blocks.Tier.OBJECTS, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", segment=location.segment)
+            raise TieredKVError(
+                Kind.CORRUPT,
+                f"the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+                segment=location.segment,
+            )
         return frame
 
     def forget(self, location: Location) -> bool:
