@@ -426,7 +426,7 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
 
     header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
     if header is None or header[w.MAGIC] == 0:
-        raise refuse("the index is incomplete: the node is starting, or died while starting")
+        raise refuse("the index is unfinished: the node is starting, or died while starting")
     if header[w.MAGIC] != w.MAGIC_WORD:
         raise refuse("the file is not an index of tiered_kv")
     if header[w.VERSION] != w.FORMAT_VERSION:
