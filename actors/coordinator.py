@@ -47,7 +47,7 @@ class ClusterDescription(TypedDict):
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=4, enable_task_events=False)
 class CoordinatorActor:
-    """Forwards calls to a `Coordinator`, and runs the fleet's `Keeper`, which starts the cache nodes.
+    """Forwards calls to a `Coordinator`, and runs the `Keeper`, which starts and removes cache nodes.
 
     The arguments are the fields of a new fleet's record (`FleetRecord`). After a restart the record saved in Ray is used instead.
     """

@@ -99,7 +99,7 @@ class RayLink:
         return self._actor(name).adopt_epochs.remote(epochs)
 
     def _is_confirmed(self, name: str, sent: "Future[ray.ObjectRef]", until_s: float) -> bool:
-        """Returns whether a node has confirmed that it has adopted the epochs sent to it. Waits for that until `until_s` at most."""
+        """Returns whether a node has confirmed that it uses the weight epochs sent to it. Waits for that until `until_s` at most."""
         try:
             reference = _within(max(until_s - time.monotonic(), 0), name, sent)
             ray.get(reference, timeout=max(until_s - time.monotonic(), 0))
@@ -184,7 +184,7 @@ class RayTransfer:
         return receiver.take(self._keys[: len(frames)], frames)
 
     def frames(self, wait_s: float) -> list[FramePieces]:
-        """Returns the frames of the leading requested keys that the peer has, perhaps none. Waits at most `wait_s`."""
+        """Returns the frames of the leading requested keys that the peer has; [] if it lacks the first. Waits at most `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         if self._objects is None:
             hung = wait_s >= HUNG_AFTER_S

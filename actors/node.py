@@ -108,16 +108,19 @@ class NodeActor:
         return self._node.stats()
 
     def adopt_epochs(self, epochs: list[Epoch]) -> bool:
-        """Merge weight epochs, as `NodeEpochs.adopt` does. Returns True when no block of an ended epoch can be read here."""
+        """Take over weight epochs raised elsewhere (`NodeEpochs.adopt`). Returns True once no block of an ended epoch can be read here."""
         self._node.epochs.adopt(epochs)
         return True
 
     def purge(self, families: list[bytes]) -> int:
-        """Drop all blocks of these families, as `NodeEpochs.purge` does. Returns the number of dropped blocks."""
+        """Drop all blocks of these model families, and refuse new ones until `end_purge` (`NodeEpochs.purge`).
+
+        Returns how many were dropped.
+        """
         return self._node.epochs.purge(families)
 
     def end_purge(self, families: list[bytes]) -> None:
-        """Admit blocks of these families again after a purge, as `NodeEpochs.end_purge` does."""
+        """Accept blocks of these model families again after a purge (`NodeEpochs.end_purge`)."""
         self._node.epochs.end_purge(families)
 
     def checkpoint(self, request: "CheckpointRequest[StepAnswer]") -> "StepAnswer":
@@ -150,13 +153,13 @@ class NodeActor:
             return [ray.put([[np.frombuffer(buffer, np.uint8) for buffer in pieces] for pieces in frames])]
 
     def inventory(self) -> Inventory:
-        """Returns the node's blocks, to be handed over to other nodes. See `leaving.inventory`."""
+        """Returns a list of the node's blocks, which other nodes are to take over. See `leaving.inventory`."""
         from tiered_kv.node.lifetime.leaving import inventory
 
         return inventory(self._node)
 
     def take_over(self, runs: list[BlockRun], models: ModelMessages, wait_s: float) -> int:
-        """Pull blocks of a node that is about to end. Returns how many of them are here then. See `leaving.take_over`."""
+        """Copy blocks from a node that is about to end. Returns how many of them this node has then. See `leaving.take_over`."""
         from tiered_kv.node.lifetime.leaving import take_over
 
         return take_over(self._node, runs, models, wait_s)
@@ -164,8 +167,8 @@ class NodeActor:
     def close(self, flush_s: float = 0.0) -> EndReport:
         """Leave the cluster, and delete the node's files. A disk folder that the settings name is kept.
 
-        Before that, blocks that only memory has are written to the kept folder, for at most `flush_s`. Returns what became of the
-        blocks.
+        Before that, blocks that are only in memory are written to the kept folder, for at most `flush_s`. Returns how many
+        blocks were kept and lost.
         """
         from tiered_kv.node.lifetime.leaving import end
         from tiered_kv.node.peers.network import StreamLink

@@ -110,7 +110,10 @@ def attach_pages(
 
 
 def reach(name: str, address: str | None = None) -> None:
-    """Raise (kind `cluster`) at once if there is no cluster to attach to. Joins Ray only if no node's record is on this machine."""
+    """Check that there is a cluster to attach to, and raise (kind `cluster`) at once if not.
+
+    Joins Ray only if this machine has no node's record.
+    """
     if not LocalNodes(name, address).running():
         join(name, address)
 

@@ -1,4 +1,4 @@
-"""Drains a node: hands its blocks to other nodes that have room, the hottest first. Then the node closes and is not started again."""
+"""Drains a node: other nodes that have room take over its blocks, the hottest first. Then the node closes and is not started again."""
 
 import time
 from collections.abc import Callable
@@ -28,9 +28,9 @@ Advance = Callable[[float, float, str], None]
 class Drained:
     """What became of a drained node's blocks.
 
-    taken: by peer, how many blocks it has taken over. left, left_bytes: number and bytes of the blocks that were not handed over.
-    why: the first reason for that. end: the node's own report when it closed, an error if it did not close as it should,
-    None if it was not asked to close.
+    taken: for each other node (peer), how many blocks it has taken over. left, left_bytes: number and bytes of the blocks that
+    were not handed over. why: the first reason for `left`. end: the node's own report when it closed, an error if it did not
+    close as it should, None if it was not asked to close.
     """
 
     node: str
@@ -97,7 +97,9 @@ def undo(name: str, node: str, log: start.LogLine) -> None:
     fleet = start.await_nodes(name, log, rounds=before + 2)
     [member] = [member for member in fleet["members"] if member["node"] == node]
     if member["state"] != "serving":
-        raise TieredKVError(Kind.CLUSTER, f"{node} is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node)
+        raise TieredKVError(
+            Kind.CLUSTER, f"{node} did not start, it is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node
+        )
     log(f"{node} serves again")
 
 
@@ -160,7 +162,7 @@ class _Handover:
         self._models: ModelMessages = {}
 
     def pass_on(self, inventory: "Inventory") -> bool:
-        """Hand over the blocks of the inventory that no earlier inventory had. Returns whether there were any."""
+        """Hand over those blocks of an inventory (a list of the node's blocks) that no earlier one had. Returns whether there were any."""
         self._models = inventory.models
         fresh = [run for run in map(self._unseen, inventory.runs) if run.keys]
         total_bytes = self._done_bytes + sum(run.nbytes * len(run.keys) for run in fresh)
@@ -173,12 +175,18 @@ class _Handover:
         return bool(fresh)
 
     def _unseen(self, run: "BlockRun") -> "BlockRun":
-        """Returns the part of the run from its first unseen block on. All later blocks are unseen too, because chains grow at their end."""
+        """Returns the part of a run of blocks from the first block on that no earlier inventory had.
+
+        No later block was seen either, because chains grow at their end.
+        """
         known = next((at for at, key in enumerate(run.keys) if key not in self._seen), len(run.keys))
         return _part(run, known, len(run.keys))
 
     def _assign(self, run: "BlockRun") -> list[str]:
-        """Queue a run, whole or in parts, for peers with room, preferably for the peer that has the run's parent. Returns these peers."""
+        """Queue a run of blocks, whole or in parts, for peers with room, preferably for the peer that took the run's parent.
+
+        Returns these peers.
+        """
         chosen = []
         home = self._seen.get(run.parent, "") if run.parent is not None else ""
         while run.keys:

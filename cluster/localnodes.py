@@ -84,7 +84,7 @@ class LocalNodes:
         return [os.path.exists(f"/proc/{record.pid}") for record in self.records()]
 
     def silent(self, waited_s: float, error: TieredKVError | None) -> TieredKVError:
-        """Returns the error to raise (kind `cluster`) if nodes run here but do not answer. `error`: that of the last attempt to attach."""
+        """Returns the error (kind `cluster`) for nodes that run here but do not answer. `error`: what the last attempt to attach raised."""
         now_ns = time.monotonic_ns()
         silent = [f"{record.node_id} (process {record.pid}, last heartbeat {record.age_s(now_ns):.0f} s ago)" for record in self.records()]
         why = f": {error}" if error else ""

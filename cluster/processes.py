@@ -1,4 +1,6 @@
-"""Processes and their sessions. A process is identified by (pid, start time), so that a reused pid is never signalled.
+"""Starts, finds and stops processes and their sessions.
+
+A process is identified by (pid, start time), so that a reused pid is never signalled.
 
 psutil reads /proc. A process started here leads its own session, and its children stay in that session.
 """

@@ -1,4 +1,4 @@
-"""The work of `up` for a cluster that runs already: checks its settings, and starts its missing parts."""
+"""What `up` does for a cluster that runs already: checks its settings, and starts its missing parts."""
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 def differences(asked: Asked, running: Config, selector: str | None) -> list[str]:
-    """Returns a text for each setting of `asked` that differs in the running cluster. `selector`: the running cluster's."""
+    """Returns a text for each setting of `asked` that differs in the running cluster. `selector`: the running cluster's `nodes_with`."""
     wanted, has = asdict(asked.config), asdict(running)
     names = has if asked.given is None else [setting for setting in has if setting in asked.given]
     found = [
@@ -76,7 +76,7 @@ def existing(name: str) -> "FleetRecord | None":
 
 
 def adopt(cluster: ClusterState, found: "FleetRecord", asked: Asked, log: start.LogLine) -> ClusterState:
-    """Write the state file of a cluster that was started from another machine, and start its missing parts. Returns its state.
+    """Write the state file of a cluster that another machine has started, and start the cluster's missing parts. Returns its state.
 
     `cluster`: a state with the cluster's name and address. `found`: the fleet's record. Raises (kind `config`) if settings differ.
     """
@@ -107,7 +107,7 @@ def _with_ray_nodes(cluster: ClusterState, nodes: int | None, log: start.LogLine
     """Restart the cluster's Ray nodes on this machine that have ended, and add nodes up to `nodes`. Returns the cluster's new state."""
     have = len(cluster.processes)
     if nodes is not None and nodes < have:
-        message = f"--nodes: cluster {cluster.name!r} has {have}, got {nodes}; `tiered-kv drain` takes nodes out"
+        message = f"--nodes: cluster {cluster.name!r} already has {have} Ray nodes here, got {nodes}; use `tiered-kv drain` to remove nodes"
         raise TieredKVError(Kind.CONFIG, message, setting="nodes")
     missing = [index for index, process in enumerate(cluster.processes) if not process.alive()] + [*range(have, nodes or have)]
     if not missing:

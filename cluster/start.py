@@ -41,9 +41,10 @@ def up(
 
     If a cluster of this name runs already, its settings are checked instead, and its missing parts are started (`resume`).
 
-    nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: the text of a `Selector`; None for all Ray nodes. `log` is
-    called with a line for each step. mounted_bytes: the size of a checkpoint to mount, for which each node's index gets slots. given:
-    the names of the settings to compare with those of a cluster that runs already; None for all settings.
+    nodes: how many Ray nodes to start on this machine (None: 1). nodes_with: which Ray nodes get a cache node, as the text of a
+    `Selector`; None for all. `log` is called with a line for each step. mounted_bytes: the size of a checkpoint to mount, for
+    which each node's index gets slots. given: the names of the settings to compare with those of a cluster that runs already;
+    None for all settings.
 
     If anything fails, everything that was started is stopped again. Raises `TieredKVError` naming the setting that is wrong.
     """
@@ -132,10 +133,10 @@ def start_coordinator(cluster: ClusterState, config: Config, mounted_bytes: int 
 
 
 def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, within_s: float = START_WITHIN_S) -> "FleetStatus":
-    """Wait until no cache node is starting any more. Returns the fleet. `log` is called with a line for each node that starts.
+    """Wait until no cache node is starting any more. Returns the fleet. Calls `log` with a line for each node that is starting.
 
-    `rounds`: how many rounds the keeper must have completed. Raises (kind `cluster`) if after `within_s` a node is still starting, or
-    the keeper has completed fewer rounds.
+    `rounds`: how many rounds the keeper must have completed, in each of which it starts missing nodes. Raises (kind `cluster`)
+    if after `within_s` a node is still starting, or the keeper has completed fewer rounds.
     """
     deadline_s, said = time.monotonic() + within_s, set()
     while True:
@@ -148,15 +149,15 @@ def await_nodes(name: str, log: LogLine = lambda _: None, *, rounds: int = 1, wi
         if fleet["rounds"] >= rounds and not starting:
             return fleet
         if time.monotonic() > deadline_s:
-            late = ", ".join(member["node"] for member in starting) or fleet["problem"] or "the keeper"
-            raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is not complete after {within_s:.0f} s: {late}", name=name)
+            late = ", ".join(member["node"] for member in starting) or fleet["problem"] or "a round of the keeper"
+            raise TieredKVError(Kind.CLUSTER, f"cluster {name!r} is not complete after {within_s:.0f} s; still missing: {late}", name=name)
         time.sleep(RETRY_S)
 
 
 def _raise_refusal(fleet: "FleetStatus") -> None:
     for member in fleet["members"]:
         if member["state"] == "refused":
-            raise TieredKVError(Kind(member["kind"]), f"{member['error']} (cache {member['node']} at {member['address']})")
+            raise TieredKVError(Kind(member["kind"]), f"{member['error']} (cache node {member['node']} at {member['address']})")
 
 
 def ray_environment(cluster: ClusterState) -> dict[str, str]:
@@ -209,7 +210,7 @@ def nodes_of(name: str) -> list[str]:
 
 
 def _running(name: str) -> ClusterState | None:
-    """Returns the state of the cluster if its Ray may be running. Else stops its processes, deletes its files, and returns None."""
+    """Returns the cluster's state file if its Ray may be running. Else stops its processes, deletes its files, and returns None."""
     known = state.find(name)
     if known is None or known.has_head():
         return known

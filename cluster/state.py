@@ -44,11 +44,11 @@ SECRET_BYTES = 32
 class ClusterState:
     """The state file of one cluster.
 
-    address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head node's first; empty
-    if Ray was started by others. owns_ray: whether `tiered-kv up` started Ray. processes: the leaders of the started
-    sessions, one per node; empty unless `owns_ray`. temp_dir: the folder with Ray's files. created_s: seconds since 1970.
-    config: the settings as the user gave them. secret: 32 random bytes in hexadecimal. With it the cluster's processes prove to
-    each other that they are of this cluster. It is "" if an older version started the cluster.
+    address: "host:port" of Ray. node_ips: the addresses of the Ray nodes on this machine, the head node's first; empty if Ray
+    was started by others. owns_ray: whether `tiered-kv up` started Ray. processes: the first process of each Ray node that was
+    started (its session's leader); empty unless `owns_ray`. temp_dir: the folder with Ray's files. created_s: seconds since
+    1970. config: the settings as the user gave them. secret: 32 random bytes in hexadecimal. With it the cluster's processes
+    prove to each other that they are of this cluster. It is "" if an older version started the cluster.
     """
 
     cluster_id: str

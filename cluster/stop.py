@@ -1,4 +1,7 @@
-"""Stops a cluster: the nodes flush and close, then everything that `tiered-kv up` started is stopped and removed."""
+"""Stops a cluster: the nodes write blocks that only memory has to disk and close.
+
+Then all that `tiered-kv up` started is stopped and removed.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -47,7 +50,7 @@ def down(name: str = state.DEFAULT_NAME, *, log: LogLine = lambda _: None, flush
 
 
 def flush_seconds(config: Config, flush_s: float | None) -> float:
-    """Returns how many seconds nodes may flush: `flush_s`, or FLUSH_S if it is None.
+    """Returns for how many seconds nodes may write blocks to disk before they close: `flush_s`, or FLUSH_S if it is None.
 
     Returns 0 if the settings name no disk folder, because then no block outlives the cluster.
     """
@@ -81,7 +84,9 @@ def end_actors(name: str) -> None:
 
 
 def outcome(answer: "EndReport | TieredKVError | Any") -> str:
-    """Returns a text on what became of a node's blocks. `answer`: the node's report, or an error if it did not close as it should."""
+    """Returns a text that says what became of a node's blocks. `answer`: the node's report, or an error if it did not close as
+    it should.
+    """
     if isinstance(answer, TieredKVError):
         return f"did not close in order ({answer}); blocks that only its memory had are lost"
     texts = []

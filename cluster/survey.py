@@ -137,7 +137,7 @@ def _fleet_in(answers: Answers) -> dict:
 
 
 def directories(known: ClusterState | None, coordinator: dict | TieredKVError) -> dict[str, str]:
-    """Returns, by node id, the directories in shared memory of the cluster's nodes on this machine."""
+    """Returns by node id the directory in shared memory of each of the cluster's nodes on this machine."""
     if not isinstance(coordinator, TieredKVError):
         cluster_id, shm_path = coordinator["cluster_id"], coordinator["config"].shm_path
     else:
@@ -165,7 +165,7 @@ def by_number(node: str) -> tuple[str, int, str]:
 
 
 def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], stats: dict[str, Any]) -> dict:
-    """Returns the result of `survey`, merged from all answers. `stats`: each node's own statistics, or an error in their place."""
+    """Returns the result of `survey`, merged from all answers. `stats`: by node id, the node's own statistics, or an error instead."""
     degraded, members = _fleet_problems(answers), members_of(answers)
     if isinstance(answers.coordinator, TieredKVError):
         assert known is not None
@@ -196,7 +196,7 @@ def merged(answers: Answers, known: ClusterState | None, here: dict[str, str], s
 
 
 def _fleet_problems(answers: Answers) -> list[str]:
-    """Returns a list with one text if the keeper's rounds fail or do not end, else []."""
+    """Returns a list with one text if the keeper's rounds, in which it starts missing nodes, fail or do not end. Else []."""
     fleet = _fleet_in(answers)
     if fleet.get("problem"):
         return [f"nodes that join or leave are not followed: {fleet['problem']}"]
@@ -206,7 +206,7 @@ def _fleet_problems(answers: Answers) -> list[str]:
 
 
 def _member_problem(member: dict | None) -> str:
-    """Returns a text on why a node does not serve, if the keeper knows it, else ""."""
+    """Returns a text that says why a node does not serve, if the keeper knows the reason, else ""."""
     if member is None:
         return ""
     where = f"{member['node']} at {member['address']}"
@@ -236,7 +236,7 @@ def failing_pairs(nodes: Iterable[dict], expected: Collection[str] | None = None
 
 
 def _problem(node: str, answer: Any, listed: dict | None, lost: dict[str, float], coordinator: Any) -> str:
-    """Returns a text on a node that does not answer or has not reported yet, else ""."""
+    """Returns a text about the problem of a node that does not answer or has not reported yet. "" for a node without a problem."""
     if isinstance(answer, TieredKVError):
         silent_s = listed["silent_s"] if listed else lost.get(node)
         return f"{node} does not answer ({f'last report {silent_s:.0f} s ago' if silent_s is not None else answer})"

@@ -1,4 +1,4 @@
-"""Raises weight epochs and purges namespaces on all nodes of a cluster, through Ray."""
+"""Raises weight epochs (for new weights of a model), and purges namespaces (drops all their blocks), on all nodes of a cluster."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -49,8 +49,8 @@ def raise_on(
 ) -> Change:
     """Do the work of `new_epoch`.
 
-    `nodes`: ids of known nodes. `ask`: calls methods of nodes. `raise_epoch`: raises the epochs of families at the coordinator, and
-    returns the new epochs and the ids of the nodes that the coordinator lists.
+    `nodes`: ids of known nodes. `ask`: calls methods of nodes. `raise_epoch`: asks the coordinator to raise the epochs of model
+    families. Returns the new epochs, and the ids of the nodes that the coordinator lists.
     """
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted) if wanted else []
     raised, listed = raise_epoch([bytes.fromhex(each["family"]) for each in namespaces] or [EVERY])
@@ -89,7 +89,9 @@ def known_namespaces(stats: Iterable[Any]) -> list[NamespaceStats]:
 
 
 def chosen(namespaces: Sequence[NamespaceStats], wanted: Iterable[str]) -> list[NamespaceStats]:
-    """Returns the namespaces that the texts in `wanted` name. A text is a tenant, or the start of a weights' name or of a family.
+    """Returns the namespaces that the texts in `wanted` name.
+
+    A text names a namespace by its tenant, or by the start of its `weights` or of its family's digest.
 
     Raises (kind `config`) for a text that names no namespace.
     """
@@ -100,7 +102,7 @@ def chosen(namespaces: Sequence[NamespaceStats], wanted: Iterable[str]) -> list[
         if not named:
             known = ", ".join(f"{each['weights'][:12]!r} of tenant {each['tenant']} ({each['family'][:12]})" for each in namespaces)
             raise TieredKVError(
-                Kind.CONFIG, f"namespace: no namespace here has the name {text!r}; known are: {known or 'none'}", setting="namespace"
+                Kind.CONFIG, f"namespace: the cluster has no namespace named {text!r}; known are: {known or 'none'}", setting="namespace"
             )
         found |= {each["family"]: each for each in named}
     return list(found.values())

@@ -205,7 +205,7 @@ class InProcessLink:
 
 
 class InProcessTransfer:
-    """A transfer of blocks from another node, whose frames are already here."""
+    """A transfer of blocks from another node of this process. It has all frames from the start."""
 
     def __init__(self, keys: list[BlockKey], frames: list[FramePieces]) -> None:
         self._keys = keys

@@ -142,7 +142,7 @@ def sums_of(files: Mapping[str, bool], cache: Path | None = None, progress: Prog
 
 
 def _sums_not_known(states: set[FileState], store: "SumStore", progress: Progress) -> dict[FileState, str]:
-    """Returns the sums of files, as far as possible from `store`. Reads the other files once no other process reads them."""
+    """Returns the sums of files, from `store` if it has them. Reads the other files, after waiting until no other process reads them."""
     found = store.sums(states)
     if len(found) < len(states):
         with store.turn(min(states), progress):

@@ -180,7 +180,7 @@ def adapter_digest(model: Any) -> str:
 
 
 def _adapter_state(module: Any) -> dict[str, Any]:
-    """Returns the adapter attributes of a module. Methods and numbers with these names mean something else, so they are left out."""
+    """Returns a module's attributes of an adapter. Leaves out methods and numbers of the same names, which do not belong to an adapter."""
     found = {fact: getattr(module, fact, None) for fact in _ADAPTER_STATE}
     return {fact: value for fact, value in found.items() if isinstance(value, str | bool | list | tuple | dict)}
 
@@ -355,7 +355,7 @@ def is_hook(value: Any) -> bool:
 def below_hook(value: Any) -> Any:
     """Returns what a model had under a method's name before this library's hooks replaced it: a function; None for the class's own method.
 
-    `value`: what the model has there now, perhaps such a hook.
+    `value`: what the model has there now, which may be such a hook.
     """
     while is_hook(value):
         value = value.replaced_method

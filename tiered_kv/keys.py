@@ -159,9 +159,9 @@ class Namespace:
     model differ only in `rank`: `weights` then identifies the whole model, not a rank's part. `variant` distinguishes models whose
     other fields are equal (docs/design/021). It is "" for the first of these models, and then not part of the digest.
 
-    A client fills in `weight_epoch` and `salt` from its node (docs/design/029). They are not part of the digest while they are 0
-    and "". `weight_epoch`: the cluster's number of the model's weights, which `Client.new_epoch` raises. `salt`: the salt of a named
-    tenant.
+    A client fills in `weight_epoch` and `salt` from its node (docs/design/029). They are not part of the digest while they are
+    0 and "". `weight_epoch`: the number of the model's present weights in the cluster, which `Client.new_epoch` raises. `salt`:
+    the salt of a named tenant.
     """
 
     weights: str

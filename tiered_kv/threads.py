@@ -168,7 +168,9 @@ class DaemonThreads(Executor):
 
 
 class Closer:
-    """Runs a `close` that may hang on a thread of its own. The caller waits a bounded time. After that the thread continues alone.
+    """Runs a function that may hang, such as `close`, on a separate thread.
+
+    The caller waits a limited time, then the thread continues alone.
 
     The thread starts at once, because no thread can be started while the interpreter ends.
     """

@@ -1,7 +1,7 @@
-"""What workers did and what they got, written down while things fail, and checked afterwards.
+"""The history of a run with faults: what workers did and got, written down during the run and checked afterwards.
 
-Each worker appends its operations to a file of its own, a line of JSON each, and the line is in the file before the next operation
-begins: the history of a killed worker is complete but for its last operation.
+Each worker appends its operations to its own file, one line of JSON each. The line is in the file before the next operation
+begins. So the history of a killed worker lacks at most its last operation.
 """
 
 import json
@@ -17,10 +17,11 @@ class Operation:
 
     A killed worker leaves the beginning of its last store, because its blocks may be visible before it returns.
 
-    begun_ns, ended_ns: of CLOCK_MONOTONIC, which all processes of a machine share. document: its number in `tests.hostile.content`.
-    keys: of the blocks that are stored or were fetched, the first block of the prompt first, as hexadecimal digits. asked: number of
-    blocks in the request. digests: of the bytes of each of these blocks. tiers: tokens of a fetch by the tier that had them. refused:
-    blocks of a store that the node did not take. deadline_ms: of a fetch. error: the exception that left the client, "" if none did.
+    begun_ns, ended_ns: of CLOCK_MONOTONIC, which all processes of a machine share. document: the document's number in
+    `tests.hostile.content`. keys: of the blocks to store or fetched, in the order of the prompt, as hexadecimal digits. asked:
+    number of blocks in the request. digests: of the bytes of each block in `keys`. tiers: number of fetched tokens by tier.
+    refused: number of blocks of a store that the node refused. deadline_ms: the deadline of a fetch. error: the exception that
+    the client raised, else "".
     """
 
     worker: str
@@ -38,21 +39,21 @@ class Operation:
 
     @property
     def took_ms(self) -> float:
-        """How long it took."""
+        """The duration of the operation in ms."""
         return (self.ended_ns - self.begun_ns) / 1e6
 
     @property
     def overrun_ms(self) -> float:
-        """By how much a fetch missed its deadline; negative if it kept it."""
+        """The ms by which a fetch ended after its deadline; negative if it ended before."""
         return self.took_ms - self.deadline_ms
 
     def line(self) -> str:
-        """Returns it as a line of a file."""
+        """Returns the operation as a line of the history file."""
         return json.dumps(asdict(self)) + "\n"
 
 
 def read(files: Iterable[Path]) -> list[Operation]:
-    """Returns the operations of all files, by their start. A last line that a killed worker did not finish is left out."""
+    """Returns the operations of all files, ordered by their start. Leaves out a last line that a killed worker did not finish."""
     found = []
     for file in files:
         for line in file.read_text().splitlines(keepends=True):
@@ -63,7 +64,7 @@ def read(files: Iterable[Path]) -> list[Operation]:
 
 
 def faults_of(history: list[Operation]) -> list[str]:
-    """Returns a text for each operation that no cache may show: bytes that were not stored under their key before, or an exception."""
+    """Returns a text for each wrong operation: one that got bytes never stored under their key before, or that raised an exception."""
     stored_ns: dict[tuple[str, str], int] = {}  # by key and digest: when the first store of them began
     for each in history:
         if each.kind == "storing":
@@ -86,5 +87,5 @@ def hits(history: Iterable[Operation]) -> Counter[str]:
 
 
 def longest_overrun_ms(history: Iterable[Operation]) -> float:
-    """Returns by how much the slowest fetch missed its deadline; negative if all kept it."""
+    """Returns the greatest `overrun_ms` of all fetches; negative if all ended before their deadlines."""
     return max((each.overrun_ms for each in history if each.kind == "fetch"), default=float("-inf"))

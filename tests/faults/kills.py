@@ -1,8 +1,9 @@
-"""Every process of a real cluster of two Ray nodes is killed (`kill -9`) and stopped (SIGSTOP) in turn, while workers go on.
+"""Kills (`kill -9`) and stops (SIGSTOP) each process of a real cluster of two Ray nodes in turn, while workers go on.
 
     python -m tests.faults.kills [--out FIGURES.json]
 
-Prints JSON: by fault the longest fetch beyond its deadline, hits meanwhile, and the seconds until blocks cross the nodes again.
+Prints JSON: for each fault, by how much fetches missed their deadline at most, the hits meanwhile, and the seconds until the
+nodes exchange blocks again.
 """
 
 import argparse
@@ -31,9 +32,11 @@ PAUSE_MS = 25
 
 @dataclass(frozen=True)
 class Fault:
-    """One process that fails. `what`: words of its command line, or the name of a worker; `node`: of which Ray node, or any.
+    """A process to make fail.
 
-    `is_fatal`: whether Ray is not whole again by itself, so that the operator runs `tiered-kv up` again.
+    `what`: words of its command line, or the name of a worker. `node`: the number of its Ray node; None for any.
+
+    `is_fatal`: whether Ray does not recover by itself, so that the operator must run `tiered-kv up` again.
     """
 
     name: str
@@ -60,7 +63,7 @@ FAULTS = (
 
 
 class Kills:
-    """A cluster of two nodes with a worker beside each, and one more worker, the victim, which joins when it is to fail."""
+    """A cluster of two nodes, each with a worker on it. One more worker, the victim, is started when it is to fail."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self.cluster = cluster
@@ -72,7 +75,10 @@ class Kills:
         self.cluster.start_worker(node, name, "--number", str(number), "--workers", str(WORKERS), "--pause-ms", str(PAUSE_MS))
 
     def cause(self, fault: Fault) -> dict[str, Any]:
-        """Causes a fault, and waits until the cluster is whole again. Returns what was seen. Raises `AssertionError` for what is wrong."""
+        """Causes a fault, and waits until the cluster has recovered. Returns what was measured.
+
+        Raises `AssertionError` if something is wrong.
+        """
         begun_ns = time.monotonic_ns()
         self._cross(begun_ns, "before the fault")
         victim = self._new_victim() if fault.what == VICTIM else None
@@ -111,7 +117,10 @@ class Kills:
         return [each for each in self.cluster.workers.history(since_ns) if not each.worker.startswith(VICTIM)]
 
     def _cross(self, since_ns: int, what: str) -> float:
-        """Waits until the worker of each node hits blocks of the other node that were fetched since a moment. Returns how long it took."""
+        """Waits until the worker of each node has fetched blocks from the other node, after the time `since_ns`.
+
+        Returns the seconds waited.
+        """
 
         def crossed() -> bool:
             found = self._others(since_ns)

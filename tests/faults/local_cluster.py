@@ -1,6 +1,6 @@
 """A cluster of several Ray nodes at loopback addresses, started by `tiered-kv up`, with workers beside each cache node.
 
-Its processes can be found by what they are, to be killed and stopped.
+Tests find its processes by words of their command lines, to kill or stop them.
 """
 
 import os
@@ -23,10 +23,10 @@ UP_WITHIN_S = 180.0
 
 
 class LocalCluster:
-    """A running cluster. `TIERED_KV_STATE` must name a folder of the run while it is used."""
+    """A running cluster. While it is used, the environment variable `TIERED_KV_STATE` must name a folder of this test run."""
 
     def __init__(self, name: str, scratch: Path, *settings: str, nodes: int = 2) -> None:
-        """Starts it. `settings`: arguments of `tiered-kv up`."""
+        """Starts the cluster. `settings`: arguments of `tiered-kv up`."""
         self.name = name
         self._up = ["up", "--name", name, "--nodes", str(nodes), "--block-tokens", "16", *settings]
         self.workers = Workers(scratch, name)
@@ -37,7 +37,7 @@ class LocalCluster:
         return {key: value for key, value in os.environ.items() if key not in VARIABLES} | {"PYTHONPATH": str(ROOT)}
 
     def run(self, *arguments: str) -> str:
-        """Runs `tiered-kv`. Returns its output. Raises `AssertionError` with it if it fails."""
+        """Runs `tiered-kv`. Returns its output. If the command fails, raises `AssertionError` with the output."""
         command = [sys.executable, "-m", "tiered_kv.cluster.commands.cli", *arguments]
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": UP_WITHIN_S, "text": True}
         ran = subprocess.run(command, env=self.environment(), stdin=subprocess.DEVNULL, check=False, **options)
@@ -45,19 +45,19 @@ class LocalCluster:
         return ran.stdout
 
     def up(self) -> None:
-        """Starts the cluster, or what is missing of it."""
+        """Starts the cluster, or its missing parts."""
         self.run(*self._up)
 
     def down(self) -> None:
-        """Stops it."""
+        """Stops the cluster."""
         self.run("down", "--name", self.name)
 
     def start_worker(self, node: int, name: str, *arguments: str) -> None:
-        """Starts a worker that uses one node, as long as that runs."""
+        """Starts a worker that uses only the node of this number."""
         self.workers.start(name, "--node-id", f"node-{node}", *arguments, env=self.environment())
 
     def pids(self, what: str, node: int | None = None) -> list[int]:
-        """Returns the processes of the cluster's Ray whose command line has these words; of one Ray node, or of all."""
+        """Returns the pids of the processes of the cluster's Ray whose command line has these words, on one Ray node or on all."""
         leaders = [process.pid for process in state.load(self.name).processes]
         sessions = leaders if node is None else leaders[node : node + 1]
         return [pid for pid in processes_of(sessions) if what in command_of(pid)]

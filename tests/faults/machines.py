@@ -1,7 +1,8 @@
-"""Several machines on one: each has a network and an address of its own, and its own `/dev/shm`. A switch joins them, and can cut them off.
+"""Simulates several machines on one, each with its own network, address and `/dev/shm`. A switch connects them and can cut one off.
 
-Each machine is a holder process in namespaces of its own (network, mounts) that have no names: when its last process ends, the
-kernel removes all of it. Processes of the machines are started with `Machine.start`. Only root can do this (`can_make_machines`).
+Each machine is a process, its holder, in unnamed Linux namespaces (network, mounts). When the last process in them ends, the
+kernel removes the machine. Processes of the machines are started with `Machine.start`. Only root can do this
+(`can_make_machines`).
 
     python -m tests.faults.machines hold FOLDER          # a holder: obeys lines of JSON, [function, argument, ...]
     python -m tests.faults.machines enter PID COMMAND    # runs a command on the machine of a holder
@@ -43,14 +44,14 @@ def isolate(folder: str) -> None:
 
 
 def enter(pid: int, command: Sequence[str]) -> None:
-    """Become a program on the machine of a holder process."""
+    """Replace this process by a program on the machine of the holder process `pid`."""
     _checked(_libc.setns(os.pidfd_open(pid), NEWNS | NEWNET), "setns")
     os.chdir("/")
     os.execvp(command[0], command)
 
 
 def hold(folder: str) -> None:
-    """Be the holder of a machine: obey each line of the input, and end with it."""
+    """Act as the holder of a machine: carry out each line of the input, and end when the input ends."""
     isolate(folder)
     commands: dict[str, Callable[..., None]] = {
         "add_bridge": netlink.add_bridge,
@@ -87,7 +88,7 @@ class Machine:
     def _expect(self, word: str) -> None:
         line = self._holder.stdout.readline().strip()
         if line != word:
-            raise OSError(f"the holder of a machine has ended; its error output says why (expected {word!r}, got {line!r})")
+            raise OSError(f"the holder process of a machine has ended (see its error output): expected it to answer {word!r}, got {line!r}")
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
         """Starts a program on this machine. Its process is the session leader of what it starts. `options`: as of `subprocess.Popen`."""
@@ -162,7 +163,7 @@ class Machines:
         return self.machines[number]
 
     def cut(self, number: int) -> None:
-        """Drops every packet from and to a machine. No connection is told."""
+        """Drops every packet from and to a machine. Its connections stay open, as after a cable is pulled at a switch."""
         self._switch.ask("forward", f"port{number}", False)
 
     def heal(self, number: int) -> None:

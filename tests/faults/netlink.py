@@ -54,7 +54,7 @@ def add_address(name: str, address: str, prefix_bits: int) -> None:
 
 
 def forward(port: str, on: bool) -> None:
-    """Lets a port of a bridge carry packets, or makes it drop all of them. Nobody is told: both ends keep their carrier."""
+    """Makes a port of a bridge carry packets, or drop all of them. The interfaces at both ends stay up."""
     state = attribute(BRPORT_STATE, bytes([FORWARDING if on else DISABLED]))
     head = _LINK.pack(AF_BRIDGE, 0, socket.if_nametoindex(port), 0, 0)
     _ask(SETLINK, 0, head + attribute(PROTINFO | NESTED, state))

@@ -86,7 +86,7 @@ class RayMachines:
         return [pid for pid in self.machines[number].pids() if words in command_of(pid)]
 
     def is_dead(self, number: int) -> bool:
-        """Returns whether Ray has declared a machine's node dead, as Ray's head says."""
+        """Returns whether Ray's head node has declared a machine's Ray node dead."""
         command = [sys.executable, "-c", _STATES, self.address]
         options = {"text": True, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         asked = self.machines[0].start(command, env=self.environment(0), **options)

@@ -51,7 +51,7 @@ class Restarts:
             self.cluster.start_worker(0, name, "--number", str(number), "--workers", "2", "--pause-ms", "10")
 
     def once(self) -> None:
-        """Kills the node once, and looks at what is there after its restart."""
+        """Kills the node once, and counts the blocks that hit after its restart."""
         time.sleep(self._draw.uniform(1.0, 4.0))
         directory = self._directory()
         self._kill()
@@ -88,7 +88,7 @@ class Restarts:
             os.kill(self.cluster.workers.pid(name), number)
 
     def _fetch_sample(self, before: dict[bytes, tuple[int, int]]) -> None:
-        """Fetches documents whose leading blocks were shown before, and compares the bytes of each block."""
+        """Fetches a sample of the documents whose leading blocks were in the index before the kill. Compares the bytes of each block."""
         documents = sorted({each.document for each in self.cluster.workers.history() if each.kind == "storing"})
         known = [document for document in documents if keys_of(document, TENANT, LAYOUT)[0] in before]
         with client_on(self.cluster.name, "node-0") as client:
@@ -130,7 +130,7 @@ def faults_of(result: dict[str, Any]) -> list[str]:
 
 
 def restarts(times: int, seed: int, scratch: Path) -> dict[str, Any]:
-    """Kills a node so many times. Returns the figures."""
+    """Kills a node `times` times. Returns the figures of all restarts."""
     os.environ["TIERED_KV_STATE"] = str(scratch / "state")
     run = Restarts(scratch, seed)
     try:

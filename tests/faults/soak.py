@@ -120,7 +120,10 @@ class Soak:
 
 
 def growth_of(samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """Returns by thing and figure its growth over the second half: the median of the half's last third over that of its first third."""
+    """Returns how much each figure of each process or folder grew in the run's second half.
+
+    Growth is the median of that half's last third, divided by that of its first third.
+    """
     half = samples[len(samples) // 2 :]
     third = max(len(half) // 3, 1)
     found: dict[str, dict[str, float]] = {}
@@ -134,7 +137,7 @@ def growth_of(samples: list[Sample]) -> dict[str, dict[str, float]]:
 
 
 def faults_of(samples: list[Sample], counts: Counter[str]) -> list[str]:
-    """Returns a text for each thing that grew, that ended, and for answers that were wrong."""
+    """Returns a text for each process or folder that grew, for each process that ended, and for wrong answers."""
     faults = [f"{name} is {counts[name]}, must be 0" for name in ("wrong", "errors") if counts[name]]
     half = samples[len(samples) // 2 :]
     faults += [f"{thing} has ended" for thing in half[0] if thing not in samples[-1]]

@@ -1,4 +1,4 @@
-"""A worker of a soak: works for hours, checks every block by itself, and keeps only counts.
+"""A worker of a soak: works for hours, checks every block that it fetches, and keeps only counts.
 
     python -m tests.faults.soak_worker --cluster NAME --out COUNTS.json --node-id node-0 --number 0 --workers 3 [--churn-s 5]
 
@@ -29,7 +29,7 @@ KEPT = 300
 
 
 class Tally:
-    """Counts operations, and writes the counts to a file now and then, in one piece."""
+    """Counts operations, and now and then replaces a file by one with the new counts."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -62,7 +62,7 @@ class Tally:
 
 
 class SoakWorker:
-    """The worker of one process. `pause_s`: between operations."""
+    """The worker of this process. `pause_s`: the pause between operations."""
 
     def __init__(self, cluster: str, node_id: str, documents: Documents, out: Path, pause_s: float) -> None:
         self._cluster = cluster
@@ -88,7 +88,7 @@ class SoakWorker:
         self.tally.counts["sessions"] += 1
 
     def _fork(self, worker: Worker) -> None:
-        """Lets a child work on with the client that it inherited, and counts a child that found something wrong."""
+        """Forks a child that works on with the client that it inherited. Counts the child as failed if it found something wrong."""
         self.tally.counts["forks"] += 1
         pid = os.fork()
         if pid:

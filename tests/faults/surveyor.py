@@ -1,4 +1,4 @@
-"""A process that surveys a cluster each time it reads a line, as `tiered-kv status` does, without an interpreter's start each time.
+"""Surveys a cluster, as `tiered-kv status` does, for each line of its input. So no survey waits for an interpreter to start.
 
 python -m tests.faults.surveyor NAME
 """

@@ -1,4 +1,4 @@
-"""The checker of histories finds what no cache may show."""
+"""The checker of histories finds wrong bytes and exceptions."""
 
 from pathlib import Path
 

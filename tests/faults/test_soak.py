@@ -1,4 +1,4 @@
-"""The judgement of a soak: what grows is found, and what only varies is not."""
+"""The judgement of a soak finds figures that grow, and ignores those that only vary."""
 
 from collections import Counter
 

@@ -2,9 +2,10 @@
 
     python -m tests.faults.worker --cluster NAME --out FILE --number 0 --workers 2 [--node-id node-1] [--pause-ms 10]
 
-It ends when its standard input ends. Each document is one prompt. New documents appear all the time, one for each worker and tick of
-the clock, which all processes of the machine share: a worker stores its own of this tick, and fetches those of all workers that are at
-most `RECENT_TICKS` old. So it always has something to ask other nodes for. `--kept` documents more stay the same for ever.
+It ends when its standard input ends. Each document is one prompt. New documents appear all the time: one for each worker in
+each tick, a fixed span of the machine's clock. A worker stores its own document of the present tick, and fetches documents of
+all workers that are at most `RECENT_TICKS` old. So it always needs blocks of other nodes. `--kept`: how many more documents
+never change.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class Documents:
         return self._any_kept() if self._draw.random() < KEPT_SHARE else self._of(self._number, 0)
 
     def to_fetch(self) -> int:
-        """Returns the document to fetch now, perhaps of another worker."""
+        """Returns the document to fetch now, which may be another worker's."""
         if self._draw.random() < KEPT_SHARE:
             return self._any_kept()
         return self._of(self._draw.randrange(self._workers), self._draw.randint(0, RECENT_TICKS))
@@ -96,7 +97,7 @@ class Worker:
         self._buffer = torch.empty(LAYOUT.kv_shape(BLOCKS * LAYOUT.block_tokens), dtype=LAYOUT.torch_dtype)
 
     def step(self) -> None:
-        """One store or fetch of a random document."""
+        """Stores or fetches one random document."""
         if self._documents.is_store_next():
             self.store(self._documents.to_store())
         else:

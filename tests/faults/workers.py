@@ -52,21 +52,22 @@ class Workers:
         return self._processes[name].pid
 
     def history(self, since_ns: int = 0) -> list[Operation]:
-        """Returns what all workers have done since a moment of the monotonic clock, and until now.
+        """Returns the operations of all workers from `since_ns`, on the monotonic clock, until now.
 
-        What ends while the files are read is left out: its cause may be in a file that was read before.
+        Leaves out operations that end while the files are read: the store that explains them may be missing from a file read
+        earlier.
         """
         now_ns = time.monotonic_ns()
         return [each for each in read(self._folder.glob("*.jsonl")) if each.begun_ns >= since_ns and each.ended_ns <= now_ns]
 
     def kill(self, name: str) -> None:
-        """`kill -9`."""
+        """Kill a worker with `kill -9`."""
         worker = self._processes.pop(name)
         worker.kill()
         self._close(worker)
 
     def kill_all(self) -> None:
-        """`kill -9` for each that has not ended."""
+        """Kill (`kill -9`) each worker that has not ended."""
         for name in list(self._processes):
             self.kill(name)
 

@@ -1,8 +1,8 @@
-"""What runs the tasks of a simulation, one at a time: greenlets, or threads where the package greenlet is not installed.
+"""Runs the tasks of a simulation one at a time: on greenlets, or on threads if the package greenlet is not installed.
 
-Both give the same histories. A change between greenlets costs less than 1 µs, one between threads 20 µs, and several times that on a
-busy machine. Unlike tasks on threads, those on greenlets share what is kept for each thread, such as the codecs' buffers: that is
-harmless, because there is no switch point while a codec works.
+Both give the same histories. A change between greenlets costs less than 1 µs, one between threads 20 µs, and several times that
+on a busy machine. Tasks on greenlets share thread-local data, such as the codecs' buffers. That is harmless, because no other
+task runs while a codec works.
 """
 
 import threading
@@ -17,7 +17,7 @@ class Carriers(Protocol):
     """Runs tasks. `World.carry` runs a task to its end and returns the one that is next."""
 
     def begin(self, world: "World", first: "Task") -> None:
-        """Run `first`, and then whatever is next, until nothing is."""
+        """Run the task `first` and then each next task, until there is none."""
 
     def switch(self, task: "Task", successor: "Task") -> None:
         """Run `successor`. Returns when `task`, the calling one, is next again."""
@@ -86,7 +86,7 @@ class _Thread:
 
 
 class Threads:
-    """Runs each task on a thread. Only the thread that has the baton runs."""
+    """Runs each task on a thread. Each thread waits for a lock, its baton, which is released when its task may run."""
 
     def begin(self, world: "World", first: "Task") -> None:
         self.world = world

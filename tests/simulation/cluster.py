@@ -1,4 +1,4 @@
-"""A cluster in a simulation: coordinator, nodes and workers, each a simulated process, and what can be done to them."""
+"""A simulated cluster: coordinator, nodes and workers, each a simulated process, with functions to start, end and damage them."""
 
 import logging
 import shutil
@@ -100,7 +100,7 @@ class Cluster:
         self.dirty.discard(name)
 
     def _serve(self, name: str, process: Process) -> None:
-        """As the node actor's constructor does."""
+        """Start the parts of a node as the node actor's constructor does."""
         place = self._folder / name
         settings = {**SETTINGS, **self.plan.settings, "shm_path": str(place / "shm")}
         if settings["disk"]:
@@ -129,7 +129,7 @@ class Cluster:
         self.world.note(f"{name} serves {len(node.engine.machine.blocks)} blocks")
 
     def _end_unless_in_place(self, name: str) -> None:
-        """As the node actor does: a node whose files were removed ends, and starts again with new ones."""
+        """Do as the node actor does: end a node whose files were removed, and start it again with new files."""
         node = self.nodes.get(name)
         if node is not None and not node.is_in_place():
             node.abdicate()
@@ -168,7 +168,7 @@ class Cluster:
     # What can be wrong
 
     def damaged(self, frames: list[list[bytes]]) -> list[list[bytes]]:
-        """Returns the frames of a transfer as they arrive."""
+        """Returns the frames of a transfer as they arrive: two swapped, or one with a flipped bit, if the network has such faults now."""
         draw, network = self.world.random, self.network
         if network.misdirected_share and len(frames) > 1 and draw.random() < network.misdirected_share:
             first, second = draw.sample(range(len(frames)), 2)
@@ -223,7 +223,7 @@ class Cluster:
                     raise SimulationError(f"check of a node: {str(error)[:40]}", message) from error
 
     def check_directory(self) -> str | None:
-        """Returns what the directory has wrong; None if it lists exactly the blocks of the nodes."""
+        """Returns a text if the coordinator's directory is wrong, None if it lists exactly the blocks of the nodes."""
         with self.world.atomic():
             self.coordinator.check()
             directory = self.coordinator._directory
@@ -249,7 +249,10 @@ def _listener(host: str) -> Any:
 
 
 def _shown_slots(path: Path) -> list[int]:
-    """Returns where the slots of an index begin that show a block. A flip in an empty one would only make probes longer."""
+    """Returns the file offsets of those slots of an index that have a block.
+
+    A flipped bit in an empty slot would only make look-ups slower.
+    """
     data = path.read_bytes()
     starts = range(words.HEADER_BYTES, words.ticks_offset(words.SLOTS_MIN), words.SLOT_BYTES)
     return [start for start in starts if words.FIELDS.unpack_from(data, start + words.KEY_OFFSET)[1] & 0xFF]

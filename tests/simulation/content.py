@@ -34,7 +34,7 @@ def keys_of(document: int, epoch: int) -> list[BlockKey]:
 
 @lru_cache(maxsize=1024)
 def bytes_of(key: BlockKey) -> bytes:
-    """Returns the bytes of a block. Those of half of the keys can be compressed."""
+    """Returns the bytes of a block. For half of the keys the bytes can be compressed."""
     if key[0] % 2:
         return shake_128(key).digest(BLOCK_BYTES)
     return shake_128(key).digest(BLOCK_BYTES // 16) * 16

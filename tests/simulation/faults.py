@@ -1,4 +1,4 @@
-"""The faults of a simulation: causes them when the plan says so, and mends them at the end."""
+"""Causes the faults of a simulation when its plan says so, and ends them at the end."""
 
 import shutil
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class Faults:
             process.on_crash.append(lambda: self._later(again_s, lambda: self._start(who)))
 
     def _crash_while_packing(self, who: str, again_s: float) -> None:
-        """Crash a node when a worker of its machine next copies blocks into memory that it has reserved."""
+        """Crash a node when a worker on its machine next copies blocks into memory reserved for it."""
 
         def crash(worker: str) -> None:
             if self._cluster.machine_of(worker) == who:
@@ -64,7 +64,7 @@ class Faults:
         self._world.reached.update(pack=crash, gather=crash)
 
     def _remove_files(self, who: str, again_s: float) -> None:
-        """Remove a node's directory in shared memory. It ends by itself, and is started again."""
+        """Remove a node's directory in shared memory. The node then ends by itself, and is started again."""
         process = self._cluster.processes[who]
         shutil.rmtree(self._cluster.directory(who), ignore_errors=True)
         process.on_crash.append(lambda: self._later(again_s, lambda: self._start(who)))
@@ -175,7 +175,7 @@ class Faults:
         self._mend()
 
     def _mend(self) -> None:
-        """Let damaged indexes be mended, as the scrubber would in time."""
+        """Repair damaged indexes, as each node's scrubber (the thread that checks them) would later."""
         for name in sorted(self._cluster.dirty & self._cluster.nodes.keys() - self._mending):
             self._mending.add(name)
             self._world.spawn(self._cluster.processes[name], "scrub", lambda name=name: self._scrub(name))

@@ -1,7 +1,7 @@
 """Simulated access to files: the real files in shared memory and on disk, opened by simulated processes, with faults.
 
-A crashed process loses its descriptors, as the kernel would close them: so its locks on files are released. Each number then refers to
-/dev/null, because the objects of the dead process still have it.
+When a process crashes, its descriptors are closed, as the kernel would do, so that its locks on files are released. Each number
+then refers to /dev/null, because objects of the dead process still use it.
 """
 
 import errno
@@ -39,14 +39,14 @@ class Descriptors:
         return False
 
     def lose(self, process: Process) -> None:
-        """Release what the descriptors of a crashed process hold. The numbers stay taken."""
+        """Release the files of a crashed process. Its descriptor numbers are not used again."""
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in self._by_process.get(process, ()):
             os.dup2(null, fd, inheritable=False)
         os.close(null)
 
     def close(self) -> None:
-        """Close all that are left, at the end of a simulation."""
+        """Close all descriptors that are still open, at the end of a simulation."""
         for fds in self._by_process.values():
             for fd in fds:
                 os.close(fd)
@@ -120,7 +120,7 @@ class OsModule(ModuleType):
 
 
 class DiskFaults:
-    """What is wrong with the disk of one machine now."""
+    """The present faults of one machine's disk."""
 
     def __init__(self) -> None:
         self.full = False

@@ -1,6 +1,6 @@
 """A node's link in a simulation: calls that arrive late, twice or not at all, and transfers of frames that may be damaged.
 
-As over Ray, a call runs in the process that it goes to, and may run although its caller no longer waits. A report is sent only when the
+As with Ray, a call runs in the called process, and may run although its caller no longer waits. A report is sent only when the
 one before it was answered or has failed.
 """
 
@@ -24,7 +24,7 @@ LOST_AFTER_S = 3.0
 
 
 class Network:
-    """What is wrong with the network between the machines now."""
+    """The present faults of the network between the machines."""
 
     def __init__(self) -> None:
         self.delay_s_max = 0.002
@@ -38,7 +38,7 @@ class Network:
 
 
 class Call:
-    """A call to another process, under way."""
+    """A call to another process that has not been answered yet."""
 
     def __init__(self, cluster: "Cluster", caller: Process, target: str, run: Callable[[], Any]) -> None:
         self._cluster = cluster
@@ -110,7 +110,7 @@ class Call:
 
 
 class SimulatedLink:
-    """As `actors.link.RayLink`, over the simulated network."""
+    """Does the same as `actors.link.RayLink`, over the simulated network."""
 
     def __init__(self, cluster: "Cluster", process: Process) -> None:
         self._cluster = cluster
@@ -167,7 +167,7 @@ class SimulatedTransfer:
         self._call = call
 
     def prefetch(self) -> None:
-        """All frames come with the answer."""
+        """Does nothing, because all frames arrive with the answer."""
 
     def deliver(self, receiver: Receiver, wait_s: float, patience_s: float, meanwhile: Callable[[], None]) -> int:
         meanwhile()

@@ -24,16 +24,16 @@ LAYOUT = OpaqueLayout(BLOCK_BYTES, T, "pages of a simulation", 4)
 
 @lru_cache(maxsize=64)
 def chain_of(document: int, epoch: int) -> list[BlockKey]:
-    """Returns the keys of a document's blocks: those of an engine, below the root of its namespace."""
+    """Returns the keys of a document's blocks as an engine computes them, from the hash root of its namespace."""
     root = namespace(epoch).root(LAYOUT)
     return [blake2b(root + bytes([document, block]), digest_size=32).digest() for block in range(BLOCKS)]
 
 
 class PageWorker(Worker):
-    """A worker with a `PageClient`. Each operation has pages of its own."""
+    """A worker with a `PageClient`. Each of its operations uses separate pages."""
 
     def attached(self) -> PageClient | None:
-        """Returns a client, also if there is no node yet: it finds one later."""
+        """Returns a client. If there is no node yet, the client finds one later."""
 
         def find() -> object:
             record = read_record(self.cluster.directory(self.node))

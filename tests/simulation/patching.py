@@ -51,7 +51,7 @@ def _modules() -> list[ModuleType]:
 
 
 def _yields(call: Any, share: float | None = None, nap_s_max: float = 0.0) -> Any:
-    """Returns a function that calls `call` between two switch points. `nap_s_max`: for how long its thread may get no processor."""
+    """Returns a function that calls `call` between two switch points. `nap_s_max`: for how long at most the task may then be paused."""
 
     def pausing(*arguments: Any, **options: Any) -> Any:
         world = world_here()
@@ -77,7 +77,7 @@ def _fence() -> None:
 
 
 class _NoFinalizer:
-    """As `weakref.finalize` of an object that is never freed."""
+    """Stands in for `weakref.finalize` of an object that is never freed."""
 
     def __init__(self, *_: object) -> None:
         self.atexit = False

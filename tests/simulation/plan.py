@@ -1,7 +1,7 @@
 """The plan of a simulation: everything that a seed decides before it starts. It can be made smaller and run again.
 
-Each seed switches some operations and faults off ("swarm testing", Groce et al., ISSTA 2012): a fault that happens all the time hides
-what only shows without it.
+Each seed switches some operations and faults off ("swarm testing", Groce et al., ISSTA 2012): a fault that happens all the time
+hides bugs that show only without it.
 """
 
 from collections.abc import Callable
@@ -190,7 +190,7 @@ def _applies(name: str, nodes: int, settings: Drawn) -> bool:
 
 
 def _may_flip(where: str, settings: Drawn) -> bool:
-    """Whether docs/failures.md promises that such a flip is found before a worker sees it."""
+    """Whether docs/failures.md promises that a bit flipped there is found before a worker gets the bytes."""
     if where == "disk":
         return bool(settings["disk"])
     return settings["verify_host"] and not settings["device"] if where == "host" else not settings["device"]

@@ -96,13 +96,13 @@ class RLock:
             self._world.wake(self._waiting, 1)
 
     def give_up(self) -> int:
-        """Release it wholly, for a wait. Returns the count for `take_again`."""
+        """Release the lock completely before a wait. Returns the number of acquisitions, for `take_again`."""
         count, self._count, self.owner = self._count, 0, None
         self._world.wake(self._waiting, 1)
         return count
 
     def take_again(self, count: int) -> None:
-        """Acquire it again after a wait."""
+        """Acquire the lock again after a wait, with the count that `give_up` returned."""
         while self.owner is not None:
             self._world.wait(self._waiting)
         self.owner, self._count = self._world.current, count

@@ -23,7 +23,7 @@ STEPS_MAX = 300_000
 
 
 class Killed(BaseException):
-    """Unwinds a task once the simulation is over."""
+    """Raised in a task once the simulation is over, so that its stack is unwound."""
 
 
 class SimulationError(Exception):
@@ -118,7 +118,7 @@ class Task:
         """The simulated `threading.Thread`, if there is one."""
 
     def leave_queue(self) -> None:
-        """Wait for nothing any more."""
+        """Take the task out of the queue in which it waits."""
         if self.queue is not None:
             self.queue.remove(self)
             self.queue = None
@@ -163,7 +163,7 @@ class World:
         self._hash.update(line.encode())
 
     def number(self) -> int:
-        """Returns the next whole number. Objects with such a hash have the same order in sets in every run."""
+        """Returns the next whole number, for use as an object's hash, so that sets have the same order in every run."""
         self._numbers += 1
         return self._numbers
 
@@ -363,7 +363,7 @@ class World:
         return successor
 
     def _forget(self) -> None:
-        """Drop what refers to everything that there was, so that it can be freed."""
+        """Drop the references to all tasks and processes, so that they can be freed."""
         self._timers.clear()
         self.ready.clear()
         self.reached.clear()
@@ -372,7 +372,7 @@ class World:
             process.tasks.clear()
 
     def _next_to_unwind(self) -> Task | None:
-        """Returns the next task that has begun and not ended: the simulation is over."""
+        """Returns the next task whose stack must be unwound (begun, not ended), now that the simulation is over."""
         while self._tasks:
             task = self._tasks.pop()
             if task.carrier is not None:

@@ -1,4 +1,4 @@
-"""Makes the plan of a failing simulation smaller, and says what is left of it."""
+"""Makes the plan of a failing simulation smaller, and reports the smallest one."""
 
 import traceback
 
@@ -11,7 +11,7 @@ LINES_MAX = 120
 
 
 def shrunk(failed: Outcome, tries: int = TRIES_MAX) -> Outcome:
-    """Returns a failure of the same kind with as few steps as `tries` simulations can find, by dropping ever smaller parts of the plan.
+    """Returns a failure of the same kind with as few steps as `tries` simulations can find. Drops ever smaller parts of the plan.
 
     This is the minimizing of Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input" (2002), without its complements.
     """

@@ -1,4 +1,4 @@
-"""Runs one simulation: starts the cluster of a plan, lets faults happen, heals it, and checks that it is whole again."""
+"""Runs one simulation: starts the cluster of a plan, causes faults, ends them, and checks that the cluster recovers."""
 
 import gc
 import logging
@@ -40,7 +40,7 @@ class _Garbage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation came to. `digest`: the hash of its history. `failure`: None if all invariants held."""
+    """The result of a simulation. `digest`: the hash of its history. `failure`: None if all invariants held."""
 
     plan: Plan
     digest: str
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def kind(self) -> str | None:
-        """What went wrong, in words that are the same for the same cause; None if nothing did."""
+        """The kind of failure, as a text that is the same for the same cause; None without a failure."""
         if self.failure is None:
             return None
         return self.failure.kind if isinstance(self.failure, SimulationError) else repr(self.failure)
@@ -146,7 +146,7 @@ class Director:
                 raise SimulationError("the cluster does not become whole", f"after {WHOLE_WITHIN_S} s: {wrong}; busy: {busy}")
 
     def _serve_again(self, workers: list[Worker]) -> None:
-        """Let each worker that lives store and fetch: it has its node again."""
+        """Make each worker that has not crashed store and fetch, to check that it can use its node again."""
         world = self._world
         for worker in workers:
             until_s = world.now_s + HITS_WITHIN_S

@@ -1,7 +1,7 @@
 """Simulated sockets, of the unix and the internet kind: streams that arrive late and in pieces, and that break.
 
-They break when a process crashes, or when the simulation says so. Between processes that a cut network separates nothing arrives until
-it is healed, as with TCP.
+A stream breaks when one of its processes crashes, or when the simulation breaks it. While the network between two processes is
+cut, nothing arrives, and the data is delivered after the cut, as with TCP.
 """
 
 import errno
@@ -26,7 +26,7 @@ Address = str | tuple[str, int]
 
 
 class Wires:
-    """The sockets of one simulation: listeners by address, and how slow and how safe connections are."""
+    """The sockets of one simulation: listeners by address, and how slow and how likely to break connections are."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -213,7 +213,7 @@ class Socket:
         return len(data)
 
     def _peek(self, nbytes: int) -> bytes:
-        """As `recv` with MSG_PEEK and MSG_DONTWAIT."""
+        """Does the same as `recv` with the flags MSG_PEEK and MSG_DONTWAIT."""
         if self._is_closed:
             raise OSError(errno.EBADF, "Bad file descriptor")
         if not self._received and not self._at_end:
@@ -245,7 +245,7 @@ class Socket:
         self._end()
 
     def _end(self) -> None:
-        """What the kernel does at the close: the peer reads what was sent, and then the end of the stream."""
+        """Close the stream as the kernel does: the peer still reads the bytes sent before, and then the end of the stream."""
         if self._is_closed:
             return
         self._is_closed = True

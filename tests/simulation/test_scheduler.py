@@ -1,4 +1,4 @@
-"""The scheduler: simulated locks, conditions and threads work as the real ones, time only jumps, and a crash runs no `finally`."""
+"""Tests of the scheduler: simulated locks, conditions and threads work as the real ones, and a crash runs no `finally`."""
 
 from collections.abc import Callable
 

@@ -96,7 +96,7 @@ class Worker:
         return client_of(record.info, LAYOUT, namespace(0)) if record is not None else None
 
     def do(self, step: Step, epoch: int) -> None:
-        """Carry out one operation in an epoch, and check the nodes afterwards."""
+        """Carry out one operation with the weight epoch `epoch`, and check the nodes afterwards."""
         client = self.client()
         process = self.cluster.processes[self.name]
         begun_s, interrupted_s = self.world.now_s, process.interrupted_s
@@ -113,7 +113,7 @@ class Worker:
             self.cluster.check()
 
     def take_hits(self, document: int, keys: list[bytes], got: list[bytes], by_tier: dict[str, int]) -> None:
-        """Note the blocks that a fetch has returned. Raises unless each has the bytes of its key."""
+        """Count the blocks that a fetch has returned. Raises unless each has the bytes of its key."""
         for number, (key, data) in enumerate(zip(keys, got, strict=False)):
             if data != bytes_of(key):
                 message = f"{self.name} fetched wrong bytes for block {number} of document {document}: {key.hex()[:12]}"
@@ -157,7 +157,7 @@ class Worker:
         return "answered" if client.stats()["node"] is not None else "no answer", OTHER_S_MAX
 
     def record(self, kind: str, epoch: int, blocks: dict[str, str]) -> None:
-        """Write a store that begins now, or a fetch that has just ended, into the history."""
+        """Record in the history a store that begins now, or a fetch that has just ended."""
         self.cluster.history.append(Operation(self.name, kind, self.world.now_s, f"epoch {epoch}", blocks))
 
 

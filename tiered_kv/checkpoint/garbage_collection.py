@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CollectionResult(NamedTuple):
-    """The counts of deleted manifests and packs, and the bytes of both in total. `skipped`: why nothing was deleted, else ""."""
+    """The numbers of deleted manifests and packs, and the bytes of both in total. `skipped`: why nothing was deleted, else ""."""
 
     manifests_deleted: int = 0
     packs_deleted: int = 0
@@ -27,8 +27,8 @@ class CollectionResult(NamedTuple):
 def collect(repository: "Repository", keep: int | None) -> CollectionResult:
     """Delete old checkpoints and unused packs, as `Repository.collect` describes. Returns the counts.
 
-    The order of the steps makes this safe: write a delete mark, look for leases, write a second mark (the fence), list the
-    objects, read all manifests, delete.
+    A delete mark is an object that makes other processes wait (see `leases`). The order of the steps makes this safe: write a
+    delete mark, look for leases, write a second mark (the fence), list the objects, read all manifests, delete.
     """
     if keep is not None and keep < 1:
         raise TieredKVError(Kind.CONFIG, f"keep: must be a whole number of at least 1, got {keep!r}", setting="keep")
@@ -42,7 +42,10 @@ def collect(repository: "Repository", keep: int | None) -> CollectionResult:
 
 
 def _others(repository: "Repository", mark: Lease) -> str:
-    """Returns the reason why nothing may be deleted now, or "" if deleting is safe. Removes other processes' expired leases and marks."""
+    """Returns the reason why nothing may be deleted now, or "" if deleting is safe.
+
+    Removes expired leases and delete marks of other processes.
+    """
     listed = repository.store.sizes()
     others = [each for each in markers_in(listed) if each.name != mark.name]
     now_s = repository.now_s()
@@ -60,7 +63,8 @@ _LAGS = "the listing of the store is not up to date"
 def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> CollectionResult:
     """Delete old checkpoints and unused packs. Returns the counts.
 
-    The caller has made sure that no other process is working. Processes that start now wait until the mark is removed.
+    The caller has made sure that no other process is working, and has written the delete mark `mark`. Processes that start now
+    wait until the mark is removed.
     """
     fence = Lease(
         repository.store, COLLECTING, repository.now_s
@@ -89,9 +93,9 @@ def _collect_marked(repository: "Repository", keep: int | None, mark: Lease) -> 
 
 
 def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -> tuple[list[str], list[str], str | None]:
-    """Returns the names of the manifests to keep, of those to delete, and the name in LATEST (None: missing or damaged).
+    """Returns the names of the manifests to keep, of those to delete, and of the newest, as the object LATEST says (None: unreadable).
 
-    The manifest in LATEST is kept even if the listing does not show it yet.
+    The manifest that LATEST names is kept even if the listing does not show it yet.
     """
     names = repository.names_in(sizes)
     generated = [name for name in names if created_of(name) is not None]
@@ -109,7 +113,7 @@ def _chosen(repository: "Repository", sizes: dict[str, int], keep: int | None) -
 
 
 def _delete(repository: "Repository", names: Sequence[str], mark: Lease) -> None:
-    """Delete objects one by one, and renew the delete mark in time. Raises (kind `storage`) if the mark has expired."""
+    """Delete objects one by one, and renew the delete mark before it expires. Raises (kind `storage`) if it has expired."""
     for name in names:
         mark.renew_if_half_gone()
         repository.store.delete([name])

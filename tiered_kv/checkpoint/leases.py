@@ -51,7 +51,7 @@ def markers_in(names: Iterable[str]) -> list[GcMarker]:
 
 
 class Lease:
-    """A lease of this process, or a delete mark (kind `gc`). It exists from its creation until `release`. Not thread-safe.
+    """A lease or a delete mark (kind `gc`) of this process. The constructor writes its object, `release` removes it. Not thread-safe.
 
     Every method except `release` raises (kind `storage`) if the object store fails.
     """

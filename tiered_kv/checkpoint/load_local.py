@@ -18,7 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class LoadResult(NamedTuple):
-    """The counts of a load. blocks: loaded. refused: not loaded, because there was no room, no known layout or no parent."""
+    """The counts of a load.
+
+    blocks: blocks loaded. refused: blocks not loaded, because there was no room, the layout was unknown, or the parent was not
+    loaded.
+    """
 
     blocks: int
     refused: int

@@ -42,7 +42,7 @@ _GENERATED = re.compile(r"ckpt-(\d{8}T\d{6}\.\d{6}Z)-[0-9a-f]{8}\.tkv")
 
 
 class Model(NamedTuple):
-    """A model, identified by its root: its layout (None: unknown), its name for people, and the fields of its `Namespace` if known."""
+    """A model, identified by its root: its layout (None: unknown), a name to show to people, and the fields of its `Namespace` if known."""
 
     root: BlockKey
     layout: Layout | None = None
@@ -51,7 +51,9 @@ class Model(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """One checkpoint. `packs`: the name and bytes of each pack. `rows`: the blocks, hottest first, every parent before its children.
+    """One checkpoint. `packs`: the name of each pack, and its size in bytes.
+
+    `rows`: the blocks, hottest first, every parent before its children.
 
     `created_s`: Unix time, 0 if unknown. `origin`: the name of the cluster that wrote the checkpoint. `extra`: plain data that the
     writer stores for its own use.
@@ -81,8 +83,8 @@ class Manifest(NamedTuple):
     def read(cls, store: ObjectStore, name: str) -> Self:
         """Returns the manifest `name` after verifying it.
 
-        Raises (kind `storage`) if there is no such object, and (kind `corrupt`) if the object is not a valid manifest. A pickle is
-        never unpickled. Cost: about two seconds for a million blocks.
+        Raises (kind `storage`) if there is no such object, and (kind `corrupt`) if the object is not a valid manifest. Nothing
+        is unpickled, so a forged manifest cannot run code. Cost: about two seconds for a million blocks.
         """
         version, body = _opened(name, store.get(name))
         try:
@@ -159,7 +161,7 @@ def _models(facts: Mapping[str, Any]) -> tuple[Model, ...]:
         if plain is None and isinstance(layout, KVLayout):
             raise ValueError(f"opaque_layouts: must be opaque, got {layout}")
     if opaque:
-        raise ValueError("opaque_layouts: every root must be that of one model that has no other layout")
+        raise ValueError("opaque_layouts: every root must be that of exactly one model, and that model must have no other layout")
     return tuple(models)
 
 
@@ -186,7 +188,7 @@ def _check(manifest: Manifest) -> None:
     """Raises ValueError if a field is invalid. The rows are checked by `pack_rows` and `unpack_rows`."""
     names = [name for name, _ in manifest.packs]
     if len(set(names)) != len(names) or not all(isinstance(name, str) and pack_prefix(name) == "" for name in names):
-        raise ValueError("packs: every name must be that of a pack, and occur only once")
+        raise ValueError("packs: every name must be a valid name of a pack, and occur only once")
     if not all(_is_count(nbytes) for _, nbytes in manifest.packs):
         raise ValueError("packs: every size must be a positive whole number")
     roots = [model.root for model in manifest.models]

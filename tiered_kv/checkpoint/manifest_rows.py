@@ -121,13 +121,13 @@ def _check(columns: Mapping[str, np.ndarray], models: int, packs: Sequence[int])
     if ((parent_row >= own) & ~first).any():
         raise ValueError("parent: every block must come after its parent")
     if (root >= models).any():
-        raise ValueError(f"root: must be below the number of models, {models}")
+        raise ValueError(f"root: must be below the number of models, {models}, got {root.max()}")
     if (~first & (root[parent_row] != root)).any():
         raise ValueError("root: a block and its parent must have the same root")
     if (depth != np.where(first, 0, depth[parent_row] + 1)).any():
         raise ValueError("depth: must be 0 for the first block of a chain, else one more than the parent's")
     if (columns["pack"] >= len(packs)).any():
-        raise ValueError(f"pack: must be below the number of packs, {len(packs)}")
+        raise ValueError(f"pack: must be below the number of packs, {len(packs)}, got {columns['pack'].max()}")
     ends = np.array(packs, np.uint64)[columns["pack"]]
     stored = columns["stored"].astype(np.uint64)
     if (stored > ends).any() or (columns["offset"] > ends - np.minimum(stored, ends)).any():

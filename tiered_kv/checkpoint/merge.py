@@ -11,9 +11,9 @@ from tiered_kv.node.checkpoints.steps import Snapshot, SnapshotEntry
 class MergedBlock:
     """A block that one or more nodes have.
 
-    best: the preferred copy (`_preference`). holders: the nodes with a copy; the node with the best copy is first. hits: the number
-    of uses on all nodes together. heat: the highest (uses, recency) among this block and its descendants. depth: the number of
-    ancestors, -1 if not computed yet.
+    best: the preferred copy (`_preference`). holders: the nodes with a copy; the node with the best copy is first. hits: the
+    number of uses on all nodes together. heat: the highest (uses, recency) among this block and its descendants; recency falls
+    from 1 for the block that a node used last to 0. depth: the number of ancestors, -1 if not computed yet.
     """
 
     best: SnapshotEntry
@@ -70,7 +70,10 @@ def _add(found: dict[BlockKey, MergedBlock], node: str, entry: SnapshotEntry, re
 
 
 def _preference(entry: SnapshotEntry) -> tuple[bool, bool, int]:
-    """Returns a sort key for copies of a block. The smallest is best: a known parent is preferred, then no codec, then a faster tier."""
+    """Returns a sort key for copies of a block.
+
+    The smallest is best: a copy with a known parent is preferred, then an uncompressed copy, then a faster tier.
+    """
     return entry.parent is None and bool(entry.depth), entry.codec != 0, entry.tier
 
 

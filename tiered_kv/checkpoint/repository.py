@@ -51,7 +51,7 @@ class PackEntry(NamedTuple):
 
 
 class KnownPacks(NamedTuple):
-    """The existing packs. entries: the frame of each block, by key and root. packs: the size of each pack in bytes, by name."""
+    """The packs in an object store. entries: the frame of each block, by key and root. packs: the size of each pack in bytes, by name."""
 
     entries: dict[BlockId, PackEntry]
     packs: dict[str, int]
@@ -100,7 +100,8 @@ class Repository:
     def latest(self) -> str:
         """Returns the name of the newest checkpoint.
 
-        Considers the generated names in the listing and the name in LATEST. Raises (kind `storage`) if there is no checkpoint.
+        Considers the generated names in the listing, and the name in the object LATEST. Raises (kind `storage`) if there is no
+        checkpoint.
         """
         for name in self._newest():
             return name
@@ -126,7 +127,7 @@ class Repository:
         return TieredKVError(Kind.STORAGE, f"there is no checkpoint in {self.store.url}", missing=True)
 
     def _newest(self) -> Iterator[str]:
-        """Yields the existing checkpoints that `latest` considers, newest first, by name."""
+        """Yields the names of the existing checkpoints that `latest` considers, newest first."""
         listed = [name for name in self.names() if created_of(name) is not None]
         try:
             pointed = self.pointed()
@@ -145,7 +146,7 @@ class Repository:
                 log.warning("checkpoint %s was deleted; trying the next older one", name)
 
     def pointed(self) -> str | None:
-        """Returns the name in LATEST, or None if LATEST is missing. Raises (kind `corrupt`) if LATEST is damaged."""
+        """Returns the checkpoint's name in the object LATEST, or None if there is none. Raises (kind `corrupt`) if LATEST is damaged."""
         try:
             content = bytes(self.store.get(LATEST))
         except TieredKVError as error:
@@ -154,7 +155,9 @@ class Repository:
             raise
         pointer = _POINTER.fullmatch(content)
         if not pointer or pointer["digest"].decode() != _name_digest(pointer["name"]):
-            raise TieredKVError(Kind.CORRUPT, f"{LATEST} in {self.store.url} is damaged, or of a newer version", object=LATEST)
+            raise TieredKVError(
+                Kind.CORRUPT, f"{LATEST} in {self.store.url} is damaged, or was written by a newer version of tiered_kv", object=LATEST
+            )
         return pointer["name"].decode()
 
     def read(self, name: str | None = None) -> Manifest:
@@ -165,7 +168,7 @@ class Repository:
         return Manifest.read(self.store, self.latest() if name is None else name)
 
     def publish(self, manifest: Manifest, name: str | None = None, lease: Lease | None = None) -> str:
-        """Write a manifest, and then its name to LATEST. Returns the name of the checkpoint, which is generated if `name` is None.
+        """Write a manifest, and then its name to the object LATEST. Returns the checkpoint's name, generated if `name` is None.
 
         All packs of the manifest must exist. `lease`: is renewed first. If it expires during the write, `confirm` checks the packs
         before LATEST is written. Raises (kind `config`) if the name is invalid.
@@ -173,7 +176,9 @@ class Repository:
         name = new_name(self.now_s()) if name is None else name
         if not may_be_manifest(name):
             raise TieredKVError(
-                Kind.CONFIG, f"name: must not be that of another kind of object, hidden or in a folder, got {name!r}", setting="name"
+                Kind.CONFIG,
+                f"name: must not begin with '.', contain '/', or have the form of a pack's or a lease's name, got {name!r}",
+                setting="name",
             )
         if lease:
             lease.renew()
@@ -184,7 +189,7 @@ class Repository:
         return name
 
     def point(self, name: str) -> None:
-        """Write `name` to LATEST, and so make it the latest checkpoint."""
+        """Make the checkpoint `name` the latest: write its name to the object LATEST."""
         self.store.put(LATEST, [b"TKVLATEST 1 %s %s\n" % (name.encode(), _name_digest(name.encode()).encode())])
 
     def known(self) -> KnownPacks:
@@ -338,7 +343,7 @@ class Repository:
         return None
 
     def _await_collector(self, log: Callable[[str], object], lease: Lease | None = None) -> None:
-        """Wait until a listing shows no live delete mark, and shows the lease if one is given.
+        """Wait until a listing shows no unexpired delete mark of a process, and shows the lease if one is given.
 
         Raises (kind `storage`) if the wait takes too long.
         """
@@ -351,8 +356,8 @@ class Repository:
             if not marks and not unlisted:
                 return
             if now_s - begun > (TTL_S + SKEW_S + _LISTED_WITHIN_S if marks else _LISTED_WITHIN_S):
-                what = f"{marks[0]} is still there" if marks else f"the listing does not show {unlisted}"
-                raise TieredKVError(Kind.STORAGE, f"gave up waiting for the store {self.store.url}: {what}", object=what)
+                what = f"the delete mark {marks[0]} is still there" if marks else f"the listing does not show the new lease {unlisted}"
+                raise TieredKVError(Kind.STORAGE, f"gave up waiting for other processes on {self.store.url}: {what}", object=what)
             log(
                 f"waiting for another process that deletes old packs ({marks[0]})" if marks else "waiting for the listing to show the lease"
             )
@@ -386,7 +391,7 @@ def reusable(known: KnownPacks, wanted: Iterable[BlockId]) -> dict[BlockId, Pack
 
 
 def may_be_manifest(name: str) -> bool:
-    """Returns whether a checkpoint may have this name. Hidden names, names in folders and names of other kinds of objects are excluded."""
+    """Returns whether a checkpoint may have this name. Hidden names, names in folders, and names of packs and leases are excluded."""
     if not name or name == LATEST or "/" in name or "\n" in name or name.startswith(".") or name.endswith(".part"):
         return False
     return pack_prefix(name) is None and marker_of(name) is None

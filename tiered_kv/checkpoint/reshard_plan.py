@@ -19,9 +19,10 @@ from tiered_kv.node.checkpoints.reshard_layout import Piece, opened_layout, piec
 
 
 class Target(NamedTuple):
-    """A block to build for a rank of the new world.
+    """A block to build for one rank of the new number of ranks.
 
-    `sources`: for each of `pieces`, the checkpoint's block that contains it (see `node.checkpoints.reshard_layout.join`).
+    `pieces`: the parts of the block, each a range of KV heads. `sources`: for each piece, the checkpoint's block that contains
+    it (see `node.checkpoints.reshard_layout.join`).
     """
 
     key: BlockKey
@@ -35,11 +36,11 @@ class Target(NamedTuple):
 
 
 class ReshardPlan(NamedTuple):
-    """The plan for restoring a checkpoint in the new world.
+    """The plan for restoring a checkpoint with the new number of ranks.
 
-    targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that are for the new
-    world already, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one sentence for each
-    reason why blocks are left out.
+    targets: blocks to build, parents before children and hottest first. unchanged: the checkpoint's blocks that already have
+    the new number of ranks, in the checkpoint's order. models: the models of targets and unchanged blocks. skipped: one
+    sentence for each reason why blocks are left out.
     """
 
     targets: list[Target]
@@ -65,7 +66,7 @@ class _Family:
 
 
 class _RankMember(NamedTuple):
-    """A rank in the checkpoint: its family, its number, and its keys."""
+    """One rank of a model in the checkpoint: its family, its number, and its keys."""
 
     family: _Family
     rank: int
@@ -83,7 +84,7 @@ class _BlockOfRanks:
 
 
 def plan(rows: Iterable[Row], models: Iterable[Model], world: int) -> ReshardPlan:
-    """Plan how a world of `world` ranks can use the checkpoint's blocks. Returns the plan. `rows` must have parents before children.
+    """Plan how a model on `world` ranks can use the checkpoint's blocks. Returns the plan. `rows` must have parents before children.
 
     A block is built if the checkpoint has it for all source ranks, and if its parent is built or unchanged. Otherwise the block and
     its descendants are left out. Raises (kind `layout`) if all blocks are left out. Cost: about 10 µs per block.
@@ -116,7 +117,7 @@ class _Planner:
         self._left_out: Counter[str] = Counter()  # number of blocks by reason
 
     def know(self, model: Model) -> None:
-        """Add a model, and decide whether its blocks will be unchanged, resharded or refused."""
+        """Add a model, and decide whether its blocks will be kept unchanged, resharded, or left out."""
         try:
             namespace = _namespace(model)
             if namespace.world == self._world:

@@ -52,7 +52,11 @@ EVERYTHING = CheckpointFilter()
 
 
 class WriteProgress(NamedTuple):
-    """The progress of writing. blocks, nbytes: the blocks and bytes of frames written so far. all_blocks, all_bytes: the same in total."""
+    """The progress of writing.
+
+    blocks, nbytes: blocks written so far, and the bytes of their frames. all_blocks, all_bytes: the same for all blocks to be
+    written.
+    """
 
     blocks: int
     all_blocks: int
@@ -221,10 +225,10 @@ def _id_of(block: MergedBlock) -> BlockId:
 
 
 def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
-    """Returns whether the block's existing frame in a pack, if there is one, may stay in the checkpoint instead of this copy.
+    """Returns whether the checkpoint may use the block's existing frame `entry` in a pack instead of the node's copy `block.best`.
 
-    Returns False if the frame has a lossy codec other than the copy's codec, because a cluster of lower quality wrote that frame.
-    Returns True for None, because there is no frame that would have to be replaced.
+    Returns False if the frame has a lossy codec other than the copy's codec: a cluster with settings of lower quality wrote
+    that frame. Returns True if `entry` is None: then there is no frame to replace.
     """
     if entry is None or entry.codec == block.best.codec:
         return True
@@ -250,7 +254,7 @@ def _row(block: MergedBlock, entry: PackEntry, numbers: dict[str, int]) -> Row:
 def _models(snapshots: Mapping[str, Snapshot], known: Sequence[Model]) -> list[Model]:
     """Returns the model of each root in the snapshots.
 
-    Its description is the caller's (in `known`), else that of workers. If there is none, the result has only the root.
+    A model's description is taken from `known` (the caller's), else from workers. A model without either has only its root.
     """
     models = {entry.root: Model(entry.root) for snapshot in snapshots.values() for entry in snapshot.blocks}
     for snapshot in snapshots.values():

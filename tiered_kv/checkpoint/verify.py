@@ -26,7 +26,7 @@ class Problem(NamedTuple):
 
 
 class _ListedFrame(NamedTuple):
-    """A frame as a pack's footer or a manifest describes it."""
+    """The description of a frame in a pack's footer or in a manifest."""
 
     offset: int
     stored_bytes: int
@@ -130,7 +130,7 @@ def _rows(
 ) -> Iterable[Problem]:
     """Yields a problem for each row of a manifest whose frame is not in the footer of its pack.
 
-    If a pack has no valid footer, the frames of its rows are added to `frames` instead. So their bytes are still verified.
+    If a pack has no valid footer, the frames of its rows are added to `frames` instead, so that their bytes are still verified.
     """
     for row in manifest.rows:
         pack = manifest.packs[row.pack][0]

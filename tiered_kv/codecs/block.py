@@ -31,7 +31,7 @@ class BlockCodec(Codec):
     The codec also falls back for a block that would not shrink ("no gain"), and for an unknown or opaque layout ("opaque").
 
     `shape` is (L, H, T, D). `start` is the position of the first token. The first `sinks` tokens of a sequence stay exact.
-    `max_error` is the bound; None means the codec's own.
+    `max_error` is the bound; None means the codec's default.
     """
 
     is_lossy: ClassVar[bool] = True
@@ -135,7 +135,7 @@ class BlockCodec(Codec):
 
     @property
     def _exact(self) -> int:
-        """How many tokens of the block are stored unchanged, because they are among the first of the sequence."""
+        """The number of tokens of the block that are stored unchanged, because they are among the first `sinks` of the sequence."""
         return min(max(self.sinks - self.start, 0), self._dims[2])
 
     @property
@@ -143,11 +143,11 @@ class BlockCodec(Codec):
         return self.raw_bytes // self._dims[2] * self._exact
 
     def _exact_of(self, kv: torch.Tensor) -> np.ndarray:
-        """Returns the bytes of the exact tokens."""
+        """Returns the bytes of the block's tokens that are stored unchanged."""
         return kv[..., : self._exact, :].contiguous().view(-1).view(torch.uint8).cpu().numpy()
 
     def _put_exact(self, data: np.ndarray, kv: torch.Tensor) -> None:
-        """Copies the exact tokens from the start of a payload into `kv`."""
+        """Copies the tokens that are stored unchanged from the start of a payload into `kv`."""
         if self._exact:
             exact = torch.from_numpy(data[: self._exact_bytes].copy()).view(kv.dtype)
             kv[..., : self._exact, :] = exact.view(*kv.shape[:3], self._exact, kv.shape[4]).to(kv.device)

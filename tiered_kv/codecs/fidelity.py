@@ -10,8 +10,9 @@ NORM_LEAST, NORM_GREATEST = 1e-10, 1e10
 def relative_error(kv: torch.Tensor, again: torch.Tensor) -> float:
     """Returns the relative mean squared error of `again` against `kv` (both L, 2, H, T, D).
 
-    It is the mean squared error over the mean square of `kv`, and the greatest of all layers' K and V. It is NaN or infinity if
-    either tensor has a number that is not finite, or if a layer's K or V is all zeros in `kv` only.
+    It is the mean squared error divided by the mean square of `kv`, computed for K and for V of each layer. Returns the
+    greatest of these. It is NaN or infinity if either tensor has a number that is not finite, or if a layer's K or V is all
+    zeros in `kv` only.
     """
     work = torch.float64 if kv.dtype is torch.float64 else torch.float32
     step = max(ELEMENTS // max(kv[0].numel(), 1), 1)

@@ -73,7 +73,7 @@ class Frame:
 
     @property
     def pieces(self) -> tuple[bytes, memoryview, bytes]:
-        """The header, the payload and the checksum, as `encode_frame` made them."""
+        """The header, the payload and the checksum: the three buffers that `encode_frame` returned."""
         return self.header, self.payload, self.tail
 
     @property

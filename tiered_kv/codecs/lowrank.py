@@ -1,8 +1,8 @@
 """The low-rank codec: each layer's K and V, as a matrix (T, H D), is approximated by its greatest singular components.
 
-The components are stored as two factors of 8 bits a number. With n the shorter and m the longer side of the matrix, and r the
-rank, a part is: scales (2, L, 2 r) bf16 | basis (L, n, r) | coordinates (L, r, m), one byte a number. The scales are the least
-numbers and steps of each component's column of the basis, and of its row of the coordinates.
+The components are stored as two matrices (factors) of 8 bits a number. With n the shorter and m the longer side of the matrix,
+and r the rank, a part is: scales (2, L, 2 r) bf16 | basis (L, n, r) | coordinates (L, r, m), one byte a number. The scales are
+the least numbers and steps of each component's column of the basis, and of its row of the coordinates.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Encodes a library user's key and value tensors. The codec sees the pair as one block; the user gets two records.
+"""Encodes a key and a value tensor of a library user. The codec encodes both as one block. The user gets one record for each.
 
 Key and value are (B, H, T, D): batch, heads, tokens, head dim. The codec gets a block (B, 2, H, T, D), in which each sequence of
 the batch takes the place of a layer. Positions and rotation are unknown: K is encoded like V, and no token is stored unchanged.

@@ -1,8 +1,8 @@
 """Shared base of the codecs that encode K and V of a block as two independent parts.
 
-A part is K or V of a block, without the exact tokens. K is rotated back by the model's RoPE before it is quantized, if RoPE is
-known and the block is long enough for channel-wise scales. A part that is not rotated back is multiplied by a fixed matrix
-if its codes have fewer than 8 bits. This is called spreading (see `rotation`).
+A part is K or V of a block, without the tokens that are stored unchanged (the exact tokens). K is rotated back by the model's
+RoPE before it is quantized, if RoPE is known and the block is long enough for channel-wise scales. A part that is not rotated
+back is multiplied by a fixed matrix if its codes have fewer than 8 bits. This is called spreading (see `rotation`).
 
 The payload: the exact tokens (L, 2, H, sinks, D) | for K, then for V: scales bf16 | codes
 

@@ -72,7 +72,7 @@ class Turning(NamedTuple):
 
 @lru_cache(maxsize=512)
 def turning(rope: bytes, halves: bool, start: int, tokens: int, head_dim: int) -> Turning:
-    """Returns the rotations of RoPE for the `tokens` positions from `start` on.
+    """Returns RoPE at the `tokens` positions from `start` on.
 
     `halves`: channel i is paired with i + pairs, as in Llama. Otherwise channel 2i is paired with 2i + 1, as in GPT-J.
     """

@@ -62,7 +62,7 @@ class SparseCodec(ReducedCodec, GroupedCodec):
         return -(-layers * heads * tokens * dim // 8) + layers * heads * self._staying(tokens, per_channel)
 
     def _staying(self, tokens: int, per_channel: bool) -> int:
-        """Returns how many numbers of each head are stored."""
+        """Returns how many numbers of each head are stored; the others decode as the mean of their group."""
         dim = self._dims[3]
         numbers, groups = tokens * dim, dim if per_channel else tokens
         room = self._budget_bytes(numbers) - numbers / 8 - 2 * self.scales_of_group * groups

@@ -31,7 +31,8 @@ KEYS_AT_ONCE = 2000
 class Member:
     """A live node. `number`: the number of its last report. `seen_s`: when that report arrived.
 
-    `statistics`: the last policy statistics that the node sent, if any. `told`: the version of the addresses that were sent to it.
+    `statistics`: the last policy statistics that the node sent, if any. `told`: the version of the list of addresses that was
+    last sent to the node.
     """
 
     info: NodeInfo
@@ -102,7 +103,7 @@ class Coordinator:
             return self._answer(report.node, member, resync=False)
 
     def _update(self, report: Report) -> None:
-        """Enter a report's keys in the directory, KEYS_AT_ONCE at a time, so that look-ups need not wait for all of them."""
+        """Record a report's keys in the directory, KEYS_AT_ONCE at a time, so that look-ups need not wait for all of them."""
         for start in range(0, max(len(report.added), len(report.removed)), KEYS_AT_ONCE):
             part = slice(start, start + KEYS_AT_ONCE)
             with self._lock:
@@ -133,7 +134,7 @@ class Coordinator:
             return {node: self._addresses[node] for node in nodes if node in self._addresses}
 
     def locate(self, asker: str, keys: list[BlockKey]) -> list[list[str]]:
-        """Returns the live nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
+        """Returns, for each key, the live nodes except `asker` that hold its block. Stops before the first key that no such node holds."""
         with self._lock:
             self._drop_silent()
             return self._directory.locate(keys, asker)
@@ -149,16 +150,19 @@ class Coordinator:
             return Holders(sorted(self._members.keys() - {asker}), live, silent)
 
     def probe(self, root: BlockKey, known: Variants, probe: Probe) -> Variants:
-        """Merge the variants of a root that the calling node knows (`known`), and match `probe` against all variants of the root.
+        """Find the variant of a model by its `probe` (KV of a few tokens).
 
-        Returns all variants. If none of them matched, a new one is added for `probe`, unless the root has VARIANTS_MAX already.
+        Also merges in the variants of `root` that the calling node knows.
+
+        A variant is one of several models of one root that compute different KV. Returns all variants. If none matches the
+        probe, a new one is added, unless the root has VARIANTS_MAX already.
         """
         self._probes.adopt(root, known)
         self._probes.match(root, probe)
         return self._probes.variants(root)
 
     def raise_epoch(self, families: list[bytes], keep: bool, now_ms: int) -> tuple[list[Epoch], list[str]]:
-        """Raise the weight epochs of families (or of EVERY). Returns the new epochs, and the ids of all live and lost nodes.
+        """Raise the weight epochs of model families (EVERY: of all). Returns the new epochs, and the ids of all live and lost nodes.
 
         All these nodes must adopt the epochs. A node that cannot be reached now gets them with the answer to its next report. `now_ms`:
         Unix time.

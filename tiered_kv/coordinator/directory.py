@@ -1,8 +1,9 @@
 """The coordinator's directory: the nodes that hold each block. Eventually consistent; a wrong entry costs a miss.
 
-It keeps pairs of block and node in hash tables made of two arrays: 8 bytes of the key's hash, and 4 bytes for a number of the node. A
-table is at most 2/3 full, so a pair takes 18 to 36 bytes (a dict of sets takes 200). Two keys with equal hashes would share their
-nodes, which costs a useless request. With 10 million blocks, that happens in at most one of a million look-ups.
+It keeps pairs of block and node in hash tables. A table has two arrays: 8 bytes a pair for the hash of the block's key, and 4
+bytes for the node's number. A table is at most 2/3 full, so a pair takes 18 to 36 bytes (a dict of sets takes 200). Two keys
+with equal hashes would share their nodes, which costs a useless request. With 10 million blocks, that happens in at most one of
+a million look-ups.
 
 A node gets a new number whenever it joins, and its former number becomes invalid. So dropping a node costs nothing, however many blocks
 it held. Its entries are overwritten later, or left out when a table grows. Until then they tell which blocks a lost node had. The keys
@@ -26,7 +27,7 @@ _VOID = 0
 
 
 class _Table:
-    """A hash table of pairs (hash, number), with open addressing and linear probing."""
+    """A hash table of pairs (hash of a key, number of a node), with open addressing and linear probing."""
 
     __slots__ = ("hashes", "numbers", "used")
 
@@ -79,7 +80,7 @@ class _Table:
         return False
 
     def rebuild(self, valid: Iterable[int]) -> None:
-        """Rebuild the table with a size for its valid pairs, and without the other pairs."""
+        """Rebuild the table without the pairs whose number is not in `valid`, in a size for the remaining pairs."""
         pairs = [pair for pair in zip(self.hashes, self.numbers, strict=True) if pair[1] in valid]
         slots = SLOTS_MIN
         while slots * REBUILT_PART < len(pairs):
@@ -111,7 +112,7 @@ class Directory:
         self._last_number = _VOID
 
     def __len__(self) -> int:
-        """Number of pairs of block and node."""
+        """The number of pairs of a block and a node that holds it."""
         return sum(self._counts.values())
 
     @property
@@ -154,7 +155,7 @@ class Directory:
         self._counts[node] += change
 
     def locate(self, keys: Iterable[BlockKey], asker: str) -> list[list[str]]:
-        """Returns the nodes that hold each key, for the leading `keys` that nodes other than `asker` hold."""
+        """Returns, for each key, the nodes except `asker` that hold its block. Stops before the first key that no such node holds."""
         found: list[list[str]] = []
         tables, names = self._tables, self._names
         for key in keys:
@@ -166,7 +167,10 @@ class Directory:
         return found
 
     def everywhere(self, keys: Iterable[BlockKey], asker: str) -> tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]]:
-        """Returns by block the nodes other than `asker` that have it, and the lost nodes that had it. Blocks of no node are left out."""
+        """Returns two dicts: for each block, the nodes except `asker` that have it, and the lost nodes that had it.
+
+        Lacks blocks without nodes.
+        """
         found: tuple[dict[BlockKey, list[str]], dict[BlockKey, list[str]]] = ({}, {})
         for key in keys:
             hash_ = hash(key) & _HASH_MASK or 1

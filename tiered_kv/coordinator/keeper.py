@@ -155,7 +155,7 @@ class Keeper:
         self._wake.set()
 
     def retry(self) -> None:
-        """Have a round run at once, in which refused nodes are started again."""
+        """Run a round at once, in which nodes that could not start before are started again."""
         with self._turn:
             self._refused.clear()
         self._wake.set()

@@ -15,7 +15,9 @@ KEYS_MAX = 1 << 16
 
 
 class LookupServer:
-    """Listens on `listener`, with a thread for each node. Answers to a node leave out the node itself, as named in its handshake."""
+    """Listens on `listener`, with one thread for each calling node. An answer leaves out the calling node, whose name is in its
+    handshake.
+    """
 
     def __init__(self, coordinator: Coordinator, own: PeerIdentity, listener: socket.socket) -> None:
         self._coordinator = coordinator

@@ -12,7 +12,7 @@ from tiered_kv.keys import as_token_ids
 
 
 class Rule(NamedTuple):
-    """A rule for one setting of `generate`: with which values the cache can be used.
+    """A rule for one setting of `generate`: the values with which the cache can be used.
 
     allows: returns whether a value is allowed. why: the reason in the error text if a value is not allowed.
     """
@@ -61,7 +61,7 @@ _BESIDE = frozenset({"attention_mask", "tokenizer"})
 
 
 def check_request(model: Any, input_ids: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Check whether a request of one prompt can use the cache. Returns the prompt as token ids (1, n).
+    """Check that a request of one prompt can use the cache. Returns the prompt as token ids (1, n).
 
     Raises (kind `model`, with the name of the argument) if the cache cannot be used, and (kind `tokens`) for an empty prompt.
     """

@@ -187,7 +187,7 @@ class Attachment:
         return getattr(self._inside, "depth", 0) > 0
 
     def bypass(self, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Run a function whose calls of the model bypass the cache. Returns the function's result."""
+        """Run a function. The calls of the model that it makes do not use the cache. Returns the function's result."""
         self._inside.depth = getattr(self._inside, "depth", 0) + 1
         try:
             return function(*arguments, **options)
@@ -247,7 +247,11 @@ class MethodHook:
 
 
 class Rows(NamedTuple):
-    """The prompts of a batch. ids, pads, found: each row's token ids, its number of padding columns on the left, its fetched prefix."""
+    """The prompts of a batch.
+
+    ids, pads, found: for each row, its token ids, the number of padding columns on its left, and the prefix fetched from the
+    cache.
+    """
 
     cached: CachedModel
     columns: int
@@ -261,7 +265,7 @@ class Rows(NamedTuple):
     def of(
         cls, cached: CachedModel, input_ids: torch.Tensor, pads: list[int], lengths: Sequence[int] | None = None, fetch: bool = True
     ) -> "Rows":
-        """Returns the rows of `input_ids` (B, N), with their fetched prefixes if `fetch` is set.
+        """Returns the rows of `input_ids` (B, N). Fetches their cached prefixes if `fetch` is set.
 
         `lengths`: each row's number of tokens after its padding; None: every row ends in the last column.
         """
@@ -278,7 +282,10 @@ class Rows(NamedTuple):
         return 0 if not any(each.tokens for each in self.found) else max(min(reach, most), 0)
 
     def cache(self, columns: int, copies: int = 1) -> DynamicCache:
-        """Returns a cache of the first `columns` columns, each row repeated `copies` times. Padding is zeros, which the mask hides."""
+        """Returns a transformers cache with the KV of the first `columns` columns, each row `copies` times.
+
+        Padding has zeros, which the mask hides.
+        """
         cache = DynamicCache(config=self.cached.model.config)
         if not columns:
             return cache

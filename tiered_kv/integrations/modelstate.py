@@ -1,6 +1,7 @@
 """Follows the state of a model, which determines the namespace of its KV.
 
-Each request compares the model's current state with the known states. A new state is read.
+Each request compares the model's current state with the states that are known. An unknown state is read: weights, settings and
+probe.
 """
 
 import logging
@@ -43,8 +44,9 @@ class MovingClient(Protocol):
 class State:
     """One state of a model.
 
-    `content`: the fields of a namespace that come from the model. `variant`: None until it is known. `refusal`: the error that
-    says why the model cannot use the cache in this state, or None.
+    `content`: the fields of a namespace that come from the model. `variant`: which of several models of one namespace that
+    compute different KV it is; None until known. `refusal`: the error that says why the model cannot use the cache in this
+    state, or None.
     """
 
     watch: Watch
@@ -60,9 +62,9 @@ class State:
 class ModelState:
     """Follows the state of one model. Thread-safe.
 
-    `given`: the namespace of the model's current state, if it is known. Otherwise the first request reads it, with one pass over
-    the weights and three runs of a few tokens. `probe`: the model's probe in that state, from which the client finds the variant.
-    After a change of the model, only what has changed is read. `generates`: as for `check_supported`.
+    `given`: the namespace of the model's current state, if it is known. Otherwise the first request reads it, with one pass
+    over the weights and three runs of a few tokens. `probe`: the model's probe in that state, from which the client finds the
+    variant. After a change of the model, only what has changed is read. `generates`: see `check_supported`.
     """
 
     def __init__(
@@ -170,9 +172,9 @@ class ModelState:
         return State(watch, shape, content, probe_of(cache), self._private_variant(walked) or None)
 
     def _private_variant(self, walked: ModelWalk) -> str:
-        """Returns a variant for a model with foreign code, whose effect on KV is unknown, or "" for a model without foreign code.
+        """Returns a variant for a model with foreign code (hooks, replaced methods), whose effect on KV is unknown.
 
-        The same code objects get the same variant.
+        The same code objects get the same variant. Returns "" for a model without such code.
         """
         code = [each for _, each in walked.foreign]
         for known, variant in self._private:
@@ -197,7 +199,10 @@ class ModelState:
 
 
 def _numbers(model: Any) -> dict[tuple[str, str], Any]:
-    """Returns the numeric attributes of all modules, by module and name. Those that a run changes are counters, which do not affect KV."""
+    """Returns the numeric attributes of all modules, by module and name.
+
+    An attribute that a run changes is a counter, which does not affect KV.
+    """
     return {
         (where, name): value
         for where, module in model.named_modules()

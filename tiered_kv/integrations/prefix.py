@@ -1,6 +1,7 @@
-"""Runs a prompt in two parts: computes the KV of a prefix, and the log-probabilities of the rest from a given KV.
+"""Runs a prompt in two parts: computes the KV of a prefix; from a given KV of it, computes the log-probabilities of the rest.
 
-Used to measure the effect of a change to that KV. Shapes: ids (1, n), kv (L, 2, H, T, D).
+Used to measure how a change of the prefix's KV, such as a codec's error, affects the rest. Shapes: ids (1, n), kv (L, 2, H, T,
+D).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Computes the probe of a model: its KV of a few fixed tokens, as a small vector that workers of one namespace compare.
+"""Computes the probe of a model: a small vector computed from its KV of a few fixed tokens, by which workers compare their models.
 
 A probe reveals changes that no digest of weights and settings can detect: a class whose code was changed, a function replaced by
 another of the same name, a kernel that computes something else. The tolerances come from measurements in

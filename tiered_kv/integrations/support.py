@@ -109,7 +109,10 @@ def _keeps_state(model: Any) -> str | None:
 
 
 def _has_other_layers(model: Any) -> str | None:
-    """Check the cache layers that transformers selects for this config. Returns why the model is not supported, or None if it is."""
+    """Check the kinds of cache layers that transformers selects for this config.
+
+    Returns why the model is unsupported, or None if supported.
+    """
     try:
         layers = DynamicCache(config=model.config).layers
     except (KeyError, ValueError, AttributeError, TypeError) as error:

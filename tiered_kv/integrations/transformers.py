@@ -39,13 +39,16 @@ class CacheClient(Protocol):
     layout: KVLayout
 
     def fetch(self, token_ids: np.ndarray, out: torch.Tensor | None = None) -> Fetched:
-        """Copy the longest cached prefix, in whole blocks, into the first tokens of `out`, or into new memory if None. Returns it."""
+        """Copy the longest cached prefix, in whole blocks, into the first tokens of `out`, or into new memory if `out` is None.
+
+        Returns the prefix.
+        """
 
     def store(self, token_ids: np.ndarray, kv: list[KVPair], *, start: int = 0, hint: Hint | None = None) -> Stored:
         """Store the whole blocks of token_ids[start:]. `kv` has one (k, v) of shape (H, n, D) for each layer.
 
-        A client that has `use` (`modelstate.MovingClient`) must also accept `namespace=` in `fetch` and `store`: the namespace of the
-        model's current state.
+        A client that has the method `use` (`modelstate.MovingClient`) must also accept the argument `namespace` in `fetch` and
+        `store`: the namespace of the model's current state.
         """
 
     def note_prefill(self, tokens: int, seconds: float, position: int = 0) -> None:
@@ -309,7 +312,7 @@ def _state_of(model: Any, client: CacheClient, shape: CacheShape, probe: Probe |
 
 
 def _of(state: State | None) -> dict[str, Namespace]:
-    """Returns the argument that gives a client's call the namespace of this state, or {} if the client does not follow models.
+    """Returns the argument that passes this state's namespace to a client's call, or {} if the client does not follow models.
 
     A client may serve several models at the same time.
     """

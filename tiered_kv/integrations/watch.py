@@ -31,10 +31,10 @@ _HOOKS_OF_ALL = (torchs._global_forward_pre_hooks, torchs._global_forward_hooks)
 
 
 class _ByIdentity(TorchFunctionMode):
-    """Within this context, a comparison of two different tensor objects raises `RuntimeError` instead of reading their content."""
+    """A context in which comparing two different tensor objects raises `RuntimeError` instead of reading their content."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse the call."""
+        """Raises RuntimeError, because torch calls this for a comparison of tensors."""
         raise RuntimeError("another tensor")
 
 
@@ -121,7 +121,7 @@ class Watch:
         return any(map(_training, self._dicts))
 
     def is_of_same_parts(self, other: "Watch") -> bool:
-        """Returns whether both watches have the same module and tensor objects, whatever the state of these objects."""
+        """Returns whether both watches have the same module and tensor objects, even if these have changed."""
         ours, theirs = [self.modules, self.tensors], [other.modules, other.tensors]
         return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(ours, theirs, strict=True))
 

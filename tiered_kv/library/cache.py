@@ -39,10 +39,10 @@ _MIB = 1 << 20
 
 
 class PositionEntry(NamedTuple):
-    """The pair of a key and a value stored at a position. They are stored as one block.
+    """A key and a value that `put` has stored at a position. The pair is stored as one block.
 
-    `layout`: the block's layout. `serial`: the number that every token id of the block has, so that it identifies the block.
-    `device`: the device of the stored pair, to which `get` returns it.
+    `layout`: the block's layout. `serial`: a number that only this pair has. It is used as every token id of the block, so that
+    the block's key is unique. `device`: the device on which the tensors were; `get` returns them there.
     """
 
     layout: KVLayout
@@ -176,12 +176,12 @@ class BaseKVCache:
             return [at for at, placed in self._placed.items() if self._is_there(placed)]
 
     def placed(self) -> dict[int, PositionEntry]:
-        """Returns the entries of all positions whose pairs are still cached, by position."""
+        """Returns the `PositionEntry` of every pair that is still cached, by position."""
         with self._lock:
             return {at: self._placed[at] for at in self.positions()}
 
     def place(self, placed: dict[int, PositionEntry]) -> None:
-        """Add entries, by position, whose blocks were loaded from a checkpoint. Replaces the entries at the same positions."""
+        """Add the `PositionEntry` of pairs loaded from a checkpoint, by position. Replaces entries at the same positions."""
         with self._lock:
             self._placed |= placed
 
@@ -257,7 +257,8 @@ class BaseKVCache:
     def rehearsing(self) -> Iterator[Client]:
         """A context with a client for trial requests, in a separate namespace.
 
-        At the end, the blocks of this namespace are dropped, the statistics are as before, and the profile is reset.
+        At its end, the blocks of this namespace are dropped, the statistics are set back to what they were, and the profile is
+        reset.
         """
         engine, namespace = self.engine(self.layout), Namespace(weights="rehearsal")
         before = self._counted(engine)
@@ -271,7 +272,7 @@ class BaseKVCache:
                 self.profile.reset()
 
     def _counted(self, engine: EmbeddedCache | None) -> Counter[str]:
-        """Returns the counts of `get_stats`, without what trial requests (`rehearsing`) have counted."""
+        """Returns the counts that `get_stats` reports, less those of trial requests (`rehearsing`)."""
         if engine is None:
             return Counter(dict.fromkeys(_COUNTS, 0))
         node = engine.node.stats()
@@ -281,7 +282,7 @@ class BaseKVCache:
         return Counter({name: count - self._rehearsed[name] for name, count in counts.items()})
 
     def profile_table(self) -> str:
-        """Returns the time by stage as text. Raises (kind `config`) unless `enable_profiling` is set."""
+        """Returns a text table of the time spent in each stage of the cache. Raises (kind `config`) unless `enable_profiling` is set."""
         if self.profile is None:
             raise TieredKVError(Kind.CONFIG, "enable_profiling is off; set it to True in the config", setting="enable_profiling")
         return self.profile.table()
@@ -326,6 +327,6 @@ class AdaptiveKVCache(BaseKVCache):
         super().__init__(config, **options)
 
     def learned(self) -> dict[str, Any]:
-        """Returns the statistics of the eviction policy: what it has learned so far. {} before the first KV is stored."""
+        """Returns what the eviction policy has learned so far, as statistics. {} before the first KV is stored."""
         with self._lock:
             return self._engine.node.stats()["policy"] if self._engine is not None else {}

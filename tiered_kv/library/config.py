@@ -61,7 +61,8 @@ class KVCacheConfig:
     num_layers, num_heads (KV heads), head_dim, dtype: the shape of the KV, if no model or tensor defines it.
     block_tokens: the number of tokens in a block, the unit of look-up.
     enable_profiling: measure the time of each stage, for `profile_table`. enable_warmup: False makes `warmup` do nothing.
-    seed: the seed of ADAPTIVE's samples. tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
+    seed: of the random samples in which ADAPTIVE looks for blocks to evict.
+    tiers: more settings of the node (`tiered_kv.Config`), such as {"disk": "2GiB"}.
     """
 
     max_tokens: int = 4096

@@ -108,7 +108,7 @@ class TransformersKVCache:
             return self._cached
 
     def refresh(self) -> None:
-        """Read the model's weights again at the next request. Call it after a change that cannot be detected."""
+        """Read the model's weights again at the next request. Call it after a change of weights that cannot be detected."""
         with self._lock:
             self._state.forget()
 
@@ -175,7 +175,7 @@ class TransformersKVCache:
         self.cache.clear()
 
     def profile_table(self) -> str:
-        """Returns the time by stage as text; see `BaseKVCache.profile_table`."""
+        """Returns a text table of the time spent in each stage; see `BaseKVCache.profile_table`."""
         return self.cache.profile_table()
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ class _CurrentClient:
         self._cache.namespace = namespace
 
     def variant_of(self, namespace: Namespace, probe: Probe) -> str:
-        """Returns the variant for a probe; see `Client.variant_of`. Compares the probe only with earlier states of this model."""
+        """Returns the variant for a probe (see `Client.variant_of`), after comparing it only with probes of this model's earlier states."""
         return self._probes.match(namespace.root(self.layout), probe)
 
     def note_prefill(self, tokens: int, seconds: float, position: int = 0) -> None:

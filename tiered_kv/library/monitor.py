@@ -47,8 +47,8 @@ class CacheMetrics:
 class Advice(NamedTuple):
     """The texts for alerts on one metric.
 
-    words: the metric's name for people. is_least: whether a threshold given as a plain number is a lower bound (else an upper bound).
-    too_low, too_high: what to do if the metric is below its lower or above its upper threshold.
+    words: a readable name of the metric. is_least: whether a threshold given as a plain number is a lower bound (else an upper
+    bound). too_low, too_high: what to do if the metric is below its lower or above its upper threshold.
     """
 
     words: str
@@ -104,11 +104,12 @@ class Alert:
 class CacheMonitor:
     """Metrics and alerts of one cache. Thread-safe.
 
-    window_size: the number of recent operations and updates in the window. alert_thresholds: for each metric a number, or a pair
-    (least, most) of which one may be None. A single number is the least value for hit rates and operations per second, and the most
-    for all other metrics. When a threshold is crossed, the alert is logged once and passed to `on_alert`. `get_alerts` returns it
-    until the metric is within the threshold by 5 % of the threshold. Hit rates are judged only after a first look-up, operation
-    metrics only after a first operation. Raises (kind `config`) for unknown metrics and invalid thresholds.
+    window_size: the number of recent operations and updates in the window. alert_thresholds: for each metric a number, or a
+    pair (least, most) of which one may be None. A single number is the least value for hit rates and operations per second, and
+    the most for all other metrics. When a metric crosses a threshold, the alert is logged once and passed to `on_alert`.
+    `get_alerts` returns the alert until the metric is back within the threshold, with a margin of 5 % of the threshold. Hit
+    rates are judged only after a first look-up, operation metrics only after a first operation. Raises (kind `config`) for
+    unknown metrics and invalid thresholds.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class CacheMonitor:
         )
 
     def _judge(self, name: str, bounds: dict[str, float], metrics: CacheMetrics) -> list[Alert]:
-        """Compare one metric with its thresholds.
+        """Compare one metric with its thresholds `bounds`.
 
         Returns the alerts that start now. Ends active alerts if the metric is within their threshold again.
         """

@@ -39,14 +39,14 @@ class EmbeddedCache:
         return self._embedded.node
 
     def _withhold(self, wanted_bytes: int) -> None:
-        """Reserve the memory beyond `wanted_bytes`, so that no block uses it and `max_tokens` is a cap."""
+        """Reserve the arena's memory beyond `wanted_bytes`, so that no block can use it. So `max_tokens` is a hard cap."""
         spare_bytes = self.node.storage.host.capacity_bytes - wanted_bytes
         if spare_bytes >= extent_bytes(1):
             self._ballast.reserve(spare_bytes - extent_bytes(0), [os.urandom(KEY_BYTES)], None)
 
     @property
     def withheld_bytes(self) -> int:
-        """The bytes of memory that no block may use."""
+        """The bytes of memory that `_withhold` has reserved, so that no block uses them."""
         return sum(map(extent_bytes, self._ballast.reserved.values()))
 
     def client(self, layout: KVLayout, namespace: Namespace, **rope: Any) -> Client:

@@ -55,8 +55,8 @@ class PagedKVCache(BaseKVCache):
     Pages are never compressed, because sequences write to them. `use_quantization` and `use_compression` are ignored.
 
     The pages of a sequence stay in memory until the sequence is freed. A full page that no sequence uses is an ordinary cached
-    block. An append without room for its pages raises (kind `memory`) and changes nothing. If only the index has no room for one of
-    the pages, the sequence ends before that page, and the error text has its new length.
+    block. An append without room for its pages raises (kind `memory`) and changes nothing. If the index has no slot for one of
+    the pages, the sequence is cut before that page, and the error text has its new length.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -126,7 +126,9 @@ class PagedKVCache(BaseKVCache):
         if not self._pages().publish(keys[number], keys[number - 1] if number else None, number, offset):
             self._pages().drop(later)
             held.ids = held.ids[: number * self.layout.block_tokens]
-            raise TieredKVError(Kind.MEMORY, f"the index has no room; the sequence ends after {len(held.ids)} tokens", tokens=len(held.ids))
+            raise TieredKVError(
+                Kind.MEMORY, f"append: the node's index is full; the sequence now ends after {len(held.ids)} tokens", tokens=len(held.ids)
+            )
         held.keys.append(keys[number])
 
     def fork(self, sequence: int) -> int:

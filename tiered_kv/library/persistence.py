@@ -32,8 +32,9 @@ AnyCache = BaseKVCache | TransformersKVCache | ModelCacheWrapper
 class CachePersistence:
     """Checkpoints in one folder, which is created if it does not exist. Blocks that several checkpoints have are stored once.
 
-    A checkpoint's name is a file name with any ending. The file is a manifest. The blocks are in packs beside it, and nothing is
-    pickled (docs/checkpoint-format.md). Raises (kind `storage`) if the folder cannot be used.
+    A checkpoint's name is the name of a file, with any ending. This file lists the blocks (a manifest); the blocks are in other
+    files (packs) of the folder. Nothing is pickled (docs/checkpoint-format.md). Raises (kind `storage`) if the folder cannot be
+    used.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -153,7 +154,7 @@ def _described(core: BaseKVCache) -> tuple[list[Model], list[list]]:
 
 
 def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
-    """Returns the models of a checkpoint whose blocks can be hits in this cache.
+    """Returns those models of a checkpoint whose blocks this cache can use.
 
     Raises (kind `model`) if there are no such models, or if a library cache of another model wrote the checkpoint.
     """
@@ -170,7 +171,7 @@ def _matching(core: BaseKVCache, manifest: Manifest, name: str) -> list[Model]:
 
 
 def _compared(core: BaseKVCache, model: Model) -> tuple[bool, str]:
-    """Compare a checkpoint's model with the cache's model. Returns whether they are equal, and a text for errors if they are not."""
+    """Compare a checkpoint's model with the cache's. Returns whether they are the same, and the difference as a text if not."""
     if model.layout is None:
         return False, "the checkpoint does not record the layout of its blocks"
     if isinstance(model.layout, OpaqueLayout):
@@ -190,9 +191,7 @@ def _check_serials(core: BaseKVCache, origins: list[str], serials: set[int], nam
     Each cache counts its serials from a random number, so this is rare.
     """
     if core.origins.isdisjoint(origins) and not serials.isdisjoint(placed.serial for placed in core.placed().values()):
-        message = (
-            f"checkpoint {name} and this cache use the same numbers for different pairs, by chance; load it into a cache without pairs"
-        )
+        message = f"checkpoint {name} and this cache use the same numbers for different pairs, by chance; load it before the first put"
         raise TieredKVError(Kind.MODEL, message, object=name)
 
 

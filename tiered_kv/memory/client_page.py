@@ -59,7 +59,7 @@ class ClientFigures(NamedTuple):
 
 
 class ClientPage:
-    """The page of one client for one namespace. Safe to use from several threads. In a forked child it counts nowhere."""
+    """The page of one client for one namespace. Safe to use from several threads. In a forked child, counts are lost."""
 
     def __init__(self, fd: int | None, memory: mmap.mmap | bytearray) -> None:
         """Use `create` or `nowhere` instead."""
@@ -72,7 +72,7 @@ class ClientPage:
 
     @classmethod
     def create(cls, directory: str | Path, namespace: str, tenant: str, block_tokens: int, block_bytes: int) -> Self:
-        """Create a page in a node's directory. Returns a page that counts nowhere if that fails. About 60 µs."""
+        """Create a page in a node's directory. If that fails, returns a page that no node reads (`nowhere`). About 60 µs."""
         folder = Path(directory) / FOLDER
         name = f"{os.getpid()}-{secrets.randbits(64):016x}"
         hidden = folder / f".{name}"  # the node must not see the page before it is locked
@@ -189,7 +189,9 @@ def _is_unlocked(fd: int) -> bool:
 
 
 def _settled(fd: int, has_ended: bool) -> bytes | None:
-    """Returns the bytes of a page while no count is being written. A client that died during a write left the last count incomplete."""
+    """Returns the bytes of a page, read while its client wrote no count. If the client died during a write, its last counts are
+    incomplete.
+    """
     for _ in range(READ_TRIES):
         before = os.pread(fd, 8, 8 * _SEQUENCE)
         data = os.pread(fd, PAGE_BYTES, 0)
@@ -202,7 +204,10 @@ def _settled(fd: int, has_ended: bool) -> bytes | None:
 
 
 def _figures_in(data: bytes) -> ClientFigures:
-    """Returns the figures in a page. After an incomplete write, the number of asked blocks is that of hits and misses."""
+    """Returns the figures in a page.
+
+    After an incomplete write, the number of blocks asked for is corrected to the sum of hits and misses.
+    """
     words = memoryview(data).cast("Q")
     namespace, tenant = (data[place].rstrip(b"\0").decode(errors="replace") for place in (_NAMESPACE, _TENANT))
     counts = {name: words[at] for name, at in _AT.items()}

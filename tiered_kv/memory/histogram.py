@@ -31,7 +31,7 @@ class HistogramCounts(NamedTuple):
         return HistogramCounts([a + b for a, b in zip(self.counts, other.counts, strict=True)], self.sum_s + other.sum_s)
 
     def minus(self, other: "HistogramCounts") -> "HistogramCounts":
-        """Returns the durations of this histogram that are not in an earlier reading of it."""
+        """Returns the counts of the durations recorded since `other`, an earlier reading of the same histogram."""
         return HistogramCounts([a - b for a, b in zip(self.counts, other.counts, strict=True)], self.sum_s - other.sum_s)
 
     @property

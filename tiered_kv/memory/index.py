@@ -26,7 +26,7 @@ _Words = npt.NDArray[np.uint64]
 
 
 class RebuildResult(NamedTuple):
-    """Result of `IndexWriter.rebuild`: numbers of blocks kept, dropped for each reason, and `moved` because they were unreachable."""
+    """Result of `IndexWriter.rebuild`: numbers of blocks kept, dropped for each reason, and `moved` because look-ups did not find them."""
 
     kept: int
     torn: int
@@ -39,8 +39,9 @@ class RebuildResult(NamedTuple):
 class IndexWriter:
     """The one writer of a node's index. Not thread-safe.
 
-    The constructor first gives the files a new identity and increments the generation. At last it sets the state to live.
-    After attaching to existing files, call `rebuild` before any change. Besides the file it uses 12 bytes of private memory a slot.
+    The constructor first gives the files a new identity (a random number) and increments the generation (a count of writers).
+    At last it sets the state to live. After attaching to existing files, call `rebuild` before any change. Besides the file it
+    uses 12 bytes of private memory a slot.
     """
 
     def __init__(self, files: NodeFiles) -> None:
@@ -121,11 +122,12 @@ class IndexWriter:
             yield self._key(slot), self._location(slot)
 
     def harvest(self) -> list[tuple[BlockKey, int, int]]:
-        """Returns (key, touches, last tick) of the blocks touched since the last harvest, by ascending tick.
+        """Returns (key, touches, last tick) of the blocks used since the last call, by ascending tick.
 
-        The first harvest after a restart returns all blocks that were ever touched, so that a policy can learn their order
-        again. Cost: about 1 µs if no reader touched anything; else 16 bytes read per slot of the index (0.2 ms per
-        GiB of host memory) and 0.5 µs a touched block. A race with a reader may lose a touch, but never invents a block.
+        A touch is one use of a block, noted by a reader in the index. A tick is its place in the order of all touches. The
+        first call after a restart returns all blocks that were ever touched, so that a policy can learn their order again.
+        Cost: about 1 µs if no reader touched anything; else 16 bytes read per slot of the index (0.2 ms per GiB of host memory)
+        and 0.5 µs a touched block. A race with a reader may lose a touch, but never invents a block.
         """
         tick = self._header[w.TICK]
         if tick == self._seen_tick:
@@ -146,20 +148,20 @@ class IndexWriter:
         return [(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES], count, tick) for at, (count, tick) in enumerate(touches)]
 
     def used(self) -> list[BlockKey]:
-        """Returns the keys of all blocks whose touches were ever harvested, the most recently touched first."""
+        """Returns the keys of all blocks that `harvest` has ever returned, the most recently used first."""
         touched = np.flatnonzero(self._seen_ticks)
         order = touched[np.argsort(self._seen_ticks[touched], kind="stable")[::-1]]
         keys = self._slot_table()[order[self._tiers()[order] != 0], 1:5].tobytes()
         return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
     def tallies(self) -> tuple[int, int]:
-        """Returns the numbers of blocks that workers asked for, and that they got, since these files were created."""
+        """Returns how many blocks workers asked for, and how many they got, since these files were created."""
         return self._header[w.ASKED], self._header[w.HIT]
 
     def savings(self) -> tuple[int, float]:
-        """Returns the prefill that workers saved since these files were created: tokens, and seconds.
+        """Returns the prefill that workers saved by fetches since these files were created: number of tokens, and seconds.
 
-        Only workers that knew their rate of prefill have counted seconds.
+        The seconds are only those of workers that knew how fast their prefill is.
         """
         return self._header[w.SAVED_TOKENS], self._header[w.SAVED_US] / 1e6
 
@@ -181,11 +183,11 @@ class IndexWriter:
         header[w.EPOCHS] = odd + 1 & _U64
 
     def set_peers(self, peers: int) -> None:
-        """Publish the number of other live nodes to readers. Without peers, a miss in this index is a miss in the whole cluster."""
+        """Publish the number of other live nodes to readers. If it is 0, a miss in this index is a miss in the whole cluster."""
         self._header[w.PEERS] = peers
 
     def beat(self, now_ns: int) -> None:
-        """Write the heartbeat of this node; `now_ns`: time of the monotonic clock."""
+        """Write this node's heartbeat: `now_ns`, the time of the monotonic clock in nanoseconds."""
         self._header[w.HEARTBEAT] = now_ns
 
     def close_state(self) -> None:

@@ -20,7 +20,10 @@ def _request(kind: int, start: int, nbytes: int) -> bytes:
 
 
 def share_range(fd: int, start: int, nbytes: int) -> None:
-    """Take a read lock on a range, which several file descriptions may share. `fd` must be readable. Raises (kind `memory`) if refused."""
+    """Take a read lock on a range, which several file descriptions may share. `fd` must be readable.
+
+    Raises (kind `memory`) if the kernel refuses.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_RDLCK, start, nbytes))
     except OSError as error:

@@ -127,12 +127,12 @@ class DevicePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool: the requested size, rounded down."""
+        """The pool's size in bytes: the requested size, rounded down."""
         return self.tensor.nbytes
 
     @contextmanager
     def copies(self, *others: torch.Tensor) -> Iterator[Ticket]:
-        """Run the copies of a `with` block on the pool's stream, after all work queued so far on the caller's stream.
+        """Run the copies made in a `with` block on the pool's CUDA stream, after all work queued so far on the caller's stream.
 
         `others` are the tensors copied from or to. Yields the ticket that shows when the copies are complete. The CPU has no
         streams: the copies are complete when the block ends.
@@ -313,7 +313,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _too_small(where: str, nbytes: int) -> TieredKVError:
-    message = f"device: {nbytes / 2**20:.1f} MiB are needed, but {where} has less available; lower device"
+    message = f"device: {nbytes / 2**20:.1f} MiB are needed, but {where} has less available; lower the setting device"
     return TieredKVError(Kind.MEMORY, message, setting="device", needed_bytes=nbytes)
 
 

@@ -228,7 +228,7 @@ class NodeFiles:
 
 
 class VacantFiles:
-    """A stand-in for `NodeFiles` in a view: private memory with the content of a closed node without blocks."""
+    """A stand-in for `NodeFiles` while there is no node: private memory that reads like the files of a closed node without blocks."""
 
     slots = w.SLOTS_MIN
     arena_bytes = w.PAGE_BYTES
@@ -304,7 +304,7 @@ def _reclaim_unusable(directory: Path) -> bool:
     """Delete files that no writer can attach to. Returns whether the directory is gone.
 
     Files of another version, or without a valid header, are deleted if no process uses them. If the index or the arena was removed
-    or replaced, only a writer, which may be creating them, protects the files: a process that maps the old file has no use for them.
+    or replaced, they are deleted unless there is a writer, which may be creating them. Readers do not count: they map the old file.
     """
     with suppress(FileNotFoundError), _unused(directory) as unused:
         header = _header_words(directory / _INDEX)
@@ -388,7 +388,7 @@ def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
         while not (locked := _flock(fd, fcntl.LOCK_SH)) and time.monotonic() < deadline_s:
             time.sleep(LOOKED_AT_S / 100)  # another process may only be looking whether anybody uses the directory
         if not locked or os.fstat(fd).st_nlink == 0:
-            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed, as its node is dead; start it again", path=str(directory))
+            raise TieredKVError(Kind.MEMORY, f"{directory} is being removed: its node died; start the node again", path=str(directory))
         yield fd
     finally:
         os.close(fd)
@@ -431,7 +431,7 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
 
     header = _header_words(Path(f"/proc/self/fd/{directory_fd}") / _INDEX)
     if header is None or header[w.MAGIC] == 0:
-        raise refuse("the index is unfinished; the node is starting, or died while starting")
+        raise refuse("the index is unfinished: the node is starting, or died while starting")
     if header[w.MAGIC] != w.MAGIC_WORD:
         raise refuse("the file is not an index of tiered_kv")
     if header[w.VERSION] != w.FORMAT_VERSION:

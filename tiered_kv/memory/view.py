@@ -1,4 +1,4 @@
-"""A worker's view of its node: finds blocks in the shared index and reads them, without a call to the node.
+"""A worker's access to the shared memory of its node: finds blocks in the index and reads them, without a call to the node.
 
 Protocol of a read: `slot = lookup(key)`, copy the bytes, `valid(slot)`. If that returns False, the block was moved or removed during
 the copy: discard the bytes, and treat the lookup as a miss or try once more.
@@ -181,8 +181,7 @@ class NodeView:
     def lookup_leading(self, keys: Sequence[BlockKey], raw_bytes: int) -> list[Slot]:
         """Find the longest prefix of `keys` that is visible as blocks of `raw_bytes`. Returns its slots, at half the cost of `lookup`.
 
-        Finds a raw block in host memory itself, if its slot is the first of its probe and is not being written. Passes all
-        other keys to `lookup`.
+        Checks a key's first slot itself, and accepts a raw block in host memory there. Passes all other keys to `lookup`.
         """
         lengths_of_raw, offset_max = raw_bytes | raw_bytes << 32, self.arena_bytes - raw_bytes
         words, view, mask, unpack, home = self._words, self._bytes, self._mask, w.FIELDS.unpack_from, w.HOME.unpack_from
@@ -259,7 +258,10 @@ class NodeView:
             raise _closed() from error
 
     def touch(self, slots: Iterable[Slot]) -> None:
-        """Record uses of blocks. Pass the deepest block of a chain first. Cost: about 0.3 µs a block. A race can at most lose a touch."""
+        """Record one use (a touch) of each block. Pass the deepest block of a chain first. A race may lose touches.
+
+        Cost: about 0.3 µs a block.
+        """
         ticks, counts = self._views.ticks, self._views.counts
         tick = self._head(w.TICK)
         for slot in slots:
@@ -270,7 +272,7 @@ class NodeView:
         self._header[w.TICK] = tick
 
     def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
-        """Add to the counters of blocks that workers asked for and got, and of the prefill saved, in tokens and µs.
+        """Add to the node's counters: blocks that workers asked for, blocks that they got, and prefill saved, in tokens and in µs.
 
         If two workers add at the same time, one of the additions may be lost.
         """
@@ -304,8 +306,9 @@ class NodeView:
     def guard(self, ranges: Iterable[tuple[int, int]], generation: int) -> Iterator[bool]:
         """Lock (offset, nbytes) `ranges` of the arena, so that a restarted node does not give them to another worker.
 
-        Yields whether the node still has `generation`, which was read before the ranges were reserved. If False, write
-        nothing. Keep the guard until the commit is answered. Guards of one view must not overlap. About 6 µs a run.
+        Yields whether the node still has the `generation` that was read before the ranges were reserved. If False, the node was
+        restarted: write nothing. Keep the lock until the node has answered the commit. Calls on one view must not overlap.
+        About 6 µs a run.
         """
         spans = merged(ranges)
         fd = self._files.arena_fd
@@ -324,7 +327,7 @@ class NodeView:
                     unlock_range(fd, start, nbytes)
 
     def check(self) -> None:
-        """Assert that the view has the sizes that the header says."""
+        """Assert that the mapped memory has the sizes in the index's header."""
         if self._arena is not None:
             assert self._head(w.SLOTS) == self._slots and self._head(w.ARENA_BYTES) == self.arena_bytes == len(self._arena)
 
@@ -352,4 +355,4 @@ class NodeView:
 
 
 def _closed() -> TieredKVError:
-    return TieredKVError(Kind.CLOSED, "the view of the node's memory is closed")
+    return TieredKVError(Kind.CLOSED, "this process has closed its mapping of the node's memory")

@@ -1,9 +1,10 @@
 """Binary layout of the shared index: its header and slots, for the one writer and for all readers.
 
-`index` file: header of 4096 bytes, native u64 words | slots, 64 bytes each | ticks, u64 a slot | counts, u32 a slot.
-A slot is 8 native u64 words: sequence number (even: stable, odd: being written), key (4 words), tier | codec << 8 |
-flags << 16 | segment << 32, offset, stored bytes | raw bytes << 32. Tier 0: empty. The sequence number comes first,
-so that a reader loads it before the key. Words are loaded and stored through `memoryview.cast("Q")`, one aligned move.
+`index` file: header of 4096 bytes, native u64 words | slots, 64 bytes each | ticks, u64 a slot | counts, u32 a slot. A slot's
+count is the number of uses (touches) of its block, its tick the place of the last one in the order of all. A slot is 8 native
+u64 words: sequence number (even: stable, odd: being written), key (4 words), tier | codec << 8 | flags << 16 | segment << 32,
+offset, stored bytes | raw bytes << 32. Tier 0: empty. The sequence number comes first, so that a reader loads it before the
+key. Words are loaded and stored through `memoryview.cast("Q")`, one aligned move.
 """
 
 import os
@@ -140,7 +141,7 @@ def _power_of_two(most: int) -> int:
 
 
 class IndexViews:
-    """Views of a mapped index as words and bytes. Slots, ticks and counts are numbered from 0, without the header."""
+    """The parts of a mapped index as memoryviews of words or bytes. Slots, ticks and counts are indexed from 0; the header is separate."""
 
     def __init__(self, mapped: mmap | bytearray, slots: int) -> None:
         self._whole = memoryview(mapped)

@@ -46,7 +46,7 @@ def create_policy(
 
     `history` is the node's history, shared by all its tiers. Only `adaptive` uses the other arguments. `cost_weight` is 0 (all
     tokens cost the same) to 1 (the cost of a token is its prefill FLOPs, which grow with its position). `block_tokens` is the
-    number of tokens in a block. `seed` fixes the samples.
+    number of tokens in a block. `seed`: of the random samples among which `adaptive` looks for victims.
     """
     if name == "adaptive":
         assert isinstance(history, BlockHistory), "the policy adaptive needs the history of create_history"

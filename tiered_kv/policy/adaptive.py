@@ -1,9 +1,9 @@
-"""Adaptive policy: evicts the blocks with the lowest value, by a reuse index learned from this node's own traffic.
+"""Adaptive policy: evicts the blocks of the lowest value. It learns from this node's requests how soon blocks are used again.
 
-The index of a block is its Gittins index over hazards of reuse by class and age (`reuse`, `blockhistory`). A block's value is
-its index times the cost of getting it back, divided by its size. As in hyperbolic caching (Blankstein, Sen & Freedman, ATC 2017),
-the policy evicts the leaf of the lowest value in a sample. The leaves of the next lowest values are added to the next sample
-(Psounis & Prabhakar, IEEE/ACM ToN 2002).
+A block's reuse index is its Gittins index over hazards of reuse by kind and age (`reuse` explains kinds, `blockhistory` keeps
+the data). A block's value is its reuse index times the cost of getting it back, divided by its size. As in hyperbolic caching
+(Blankstein, Sen & Freedman, ATC 2017), the policy evicts the leaf of the lowest value in a sample. The leaves of the next
+lowest values are added to the next sample (Psounis & Prabhakar, IEEE/ACM ToN 2002).
 """
 
 import heapq
@@ -75,7 +75,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._sort_leaf(slot)
 
     def use(self, keys: Sequence[Key]) -> None:
-        """Does nothing, because the history already records the time and the class of each use."""
+        """Does nothing, because the history already records the time of each use and the kind of the block."""
 
     def remove(self, key: Key) -> None:
         slot = self._chosen.pop(key, None)
@@ -122,7 +122,7 @@ class AdaptivePolicy(EvictionPolicy):
         return self._scores[slot] / self._lowest_kept if slot >= 0 and self._lowest_kept > 0 else math.nan
 
     def ranked(self, now_s: float) -> list[Key]:
-        """As `EvictionPolicy.ranked`, without samples: at each step the leaf of the lowest value is evicted. About 4 µs a block."""
+        """Does the same as `EvictionPolicy.ranked`, but compares all leaves at each step, not only a sample. About 4 µs a block."""
         slots = list(self._keys)
         values = dict(zip(slots, self.values(slots, now_s), strict=True)) if slots else {}
         last_s, parent_of, order = self._history.last_s, self._history.parent, []
@@ -174,7 +174,7 @@ class AdaptivePolicy(EvictionPolicy):
             self._leaf_at = np.concatenate([self._leaf_at, np.full(more, -1, np.int32)])
 
     def values(self, slots: list[int], now_s: float) -> list[float]:
-        """Returns the value per byte of each block: its index times its cost, divided by its size."""
+        """Returns the value per byte of each block: its reuse index times the cost of getting it back, divided by its size."""
         known, at = self._history, np.array(slots, np.int64)
         octaves = np.log2(np.maximum((now_s - known.last_s[at]) * _PER_FIRST, 1.0)) + 1.0
         octave = np.minimum(octaves.astype(np.int64), reuse.OCTAVES - 2)
@@ -197,7 +197,9 @@ class AdaptivePolicy(EvictionPolicy):
         return index * cost * self._factors.get(slot, 1.0) / self._bytes.item(slot)
 
     def parent_freed_by(self, slot: int, gone: dict[int, int]) -> int | None:
-        """Returns the parent of the chosen block `slot`, if it is resident and all its resident children are chosen now. Else None.
+        """Returns the parent of the chosen block `slot`, if it is resident and all its resident children are now chosen as victims.
+
+        Else None.
 
         `gone` has the number of chosen children by parent; this call counts `slot`.
         """
@@ -235,7 +237,7 @@ class _Search:
         self._gone: dict[int, int] = {}  # chosen children by parent
 
     def take_lowest(self, candidates: list[int], nbytes: int) -> bool:
-        """Chooses the candidate with the lowest value, then its ancestors as long as their values stay below the next candidate's.
+        """Chooses victims: the candidate of the lowest value, then its ancestors while their values are below the next candidate's.
 
         Returns False if every candidate is protected.
         """

@@ -1,7 +1,7 @@
-"""ARC: one LRU list of blocks used once and one of blocks used again. Ghosts of both lists adapt their shares.
+"""ARC: one LRU list of blocks used once and one of blocks used again. Their shares adapt to which evicted blocks return.
 
-Megiddo, Modha: ARC: A Self-Tuning, Low Overhead Replacement Cache (FAST 2003). The letters are those of the paper: T1 and T2
-are resident, B1 and B2 their ghosts, p is the target size of T1 in bytes.
+Megiddo, Modha: ARC: A Self-Tuning, Low Overhead Replacement Cache (FAST 2003). A ghost is the remembered key of an evicted
+block. The letters are those of the paper: T1 and T2 are resident, B1 and B2 their ghosts, p is the target size of T1 in bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,10 @@ from tiered_kv.policy.queues import Ghosts, Queue, check_queues
 
 
 class ARCPolicy(RankedPolicy):
-    """Each block that returns from B1 makes the target of T1 larger; each block that returns from B2 makes it smaller. O(1) a use."""
+    """The policy ARC. A block that is stored again while its ghost is in B1 raises the target of T1; in B2, it lowers the target.
+
+    O(1) a use.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class ARCPolicy(RankedPolicy):
         self._queue_of(key).leaves.push(key)
 
     def _next(self) -> Key | None:
-        """Applies the paper's case IV if the incoming block is not a ghost, then the paper's REPLACE."""
+        """Returns the next victim: applies the paper's case IV if the incoming block is not a ghost, then the paper's REPLACE."""
         self._ghostless = None
         ghosts = self._returning.get(next(self._incoming, None))
         if ghosts is None and self._forget_for_newcomer():
@@ -98,7 +101,11 @@ class ARCPolicy(RankedPolicy):
         return second.leaves.pop() if key is None else key
 
     def _forget_for_newcomer(self) -> bool:
-        """Forgets a ghost if the lists are full. Returns True if B1 is full but has no ghost: T1 must then evict a block without one."""
+        """Forgets a ghost if the lists are full.
+
+        Returns True if T1 alone fills the cache, so that B1 has no ghost to forget: the block evicted from T1 must then leave
+        no ghost.
+        """
         once_bytes = self._t1.nbytes + self._chosen_t1_bytes + self._b1.nbytes
         if once_bytes >= self._capacity_bytes:
             return not self._b1.forget_oldest()

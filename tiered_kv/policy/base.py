@@ -14,7 +14,7 @@ Key = Hashable
 
 
 class EvictionPolicy(ABC):
-    """Ranks the blocks resident in one tier. `add`, `use` and `remove` report facts; `victims` only answers a question.
+    """Ranks the blocks resident in one tier. The caller reports changes by `add`, `use` and `remove`. `victims` only names blocks.
 
     The same code runs in the store and in the simulator. The same calls give the same answers, whatever the keys are.
     """
@@ -26,7 +26,7 @@ class EvictionPolicy(ABC):
     def __contains__(self, key: object) -> bool: ...
 
     def leading(self, keys: Sequence[Key]) -> int:
-        """Returns how many leading keys of a chain are resident."""
+        """Returns the number of leading keys of a chain whose blocks are resident."""
         for at, key in enumerate(keys):
             if key not in self:
                 return at
@@ -34,14 +34,14 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, keys: Sequence[Key], parent: Key | None, nbytes: int) -> None:
-        """Records a run of one chain, root first, as resident with `nbytes` each. None of them may be resident already.
+        """Records consecutive blocks of a chain, ancestors first, as resident with `nbytes` each. None may be resident already.
 
-        `parent` is the parent of the first block.
+        `parent` is the parent of the first block in `keys`.
         """
 
     @abstractmethod
     def use(self, keys: Sequence[Key]) -> None:
-        """Records a use of a run of one chain, root first, all resident. The deepest block counts as used first."""
+        """Records a use of consecutive resident blocks of a chain, ancestors first. The deepest block counts as used first."""
 
     @abstractmethod
     def remove(self, key: Key) -> None:
@@ -52,14 +52,15 @@ class EvictionPolicy(ABC):
         """Chooses blocks to evict that have at least `nbytes` together. Returns them in order, or fewer if there are not enough.
 
         Skips blocks in `protected`. Leaves come first; an ancestor follows once all its resident children are chosen.
-        `incoming`: the blocks that need the room, root first. Nothing is evicted yet: the caller calls `remove` for each evicted block.
+        `incoming`: the blocks that need the room, ancestors first. Nothing is evicted yet: the caller calls `remove` for each
+        evicted block.
         """
 
     def ranked(self, now_s: float) -> list[Key]:
         """Returns all resident blocks, the most worth keeping first, and every block before its descendants.
 
         It is the reverse of the order in which `victims` would evict them all. In some policies this call changes the rank of
-        blocks, as `victims` does. So it is for a node that is about to close.
+        blocks, as `victims` does. So call it only on a node that is about to close.
         """
         return self.victims(1 << 62, (), now_s)[::-1]
 
@@ -77,7 +78,7 @@ class EvictionPolicy(ABC):
     def weigh(self, key: Key, factor: float) -> None:  # noqa: B027 - most policies know no costs
         """Records the cost of getting the resident `key` back, as a fraction (0 to 1) of the cost of computing it again.
 
-        The fraction is small if there is a copy nearby.
+        The fraction is small if a lower tier has a copy of the block.
         """
 
     @abstractmethod
@@ -88,7 +89,7 @@ class EvictionPolicy(ABC):
 class RankedPolicy(EvictionPolicy):
     """Base of policies that evict leaf after leaf. A subclass decides which leaf is next.
 
-    The subclass has queues of leaves, so that blocks which cannot be evicted yet cost nothing. A block chosen by `victims` is
+    The subclass has queues of leaves, so that blocks which cannot be evicted yet cost no time. A block chosen by `victims` is
     not in the queues until `victims` is called again.
     """
 
@@ -172,7 +173,7 @@ class RankedPolicy(EvictionPolicy):
         self._chosen.clear()
 
     def _is_free(self, key: Key) -> bool:
-        """Whether the resident `key` can be chosen now: all its resident children are chosen, and it is not chosen itself."""
+        """Whether the resident block `key` can become a victim now: all its resident children are chosen as victims, and it is not."""
         return self._children.get(key, 0) == self._chosen_children.get(key, 0) and key not in self._chosen
 
     def check(self) -> None:
@@ -186,11 +187,11 @@ class RankedPolicy(EvictionPolicy):
 
     @abstractmethod
     def _added(self, keys: Sequence[Key], nbytes: int) -> None:
-        """Ranks new blocks: a run of one chain, root first."""
+        """Ranks new blocks: consecutive blocks of one chain, ancestors first."""
 
     @abstractmethod
     def _touched(self, keys: Sequence[Key]) -> None:
-        """Ranks blocks again after a use: a run of one chain, root first."""
+        """Ranks blocks again after a use: consecutive blocks of one chain, ancestors first."""
 
     @abstractmethod
     def _removed(self, key: Key, nbytes: int, evicted: bool) -> None:
@@ -209,13 +210,13 @@ class RankedPolicy(EvictionPolicy):
         """Returns the blocks in the queues. The result may include blocks that are no longer queued."""
 
     def _prepare_for(self, incoming: Sequence[Key]) -> None:
-        """Prepares to choose victims that make room for the blocks `incoming`, root first."""
+        """Prepares to choose victims that make room for the blocks `incoming`, ancestors first."""
 
     def _resized(self, key: Key, before: int) -> None:
-        """Adjusts to the new size of a resident block, which had `before` bytes. The block may be chosen."""
+        """Updates the queues after a resident block's size changed from `before` bytes. The block may be a chosen victim."""
 
     def _on_chosen(self, key: Key) -> None:
-        """Adjusts to the choice of `key` as a victim. It stays resident until it is removed."""
+        """Updates the queues after the block `key` was chosen as a victim. The block stays resident until `remove`."""
 
     def _on_unchosen(self, key: Key) -> None:
-        """Undoes the choice of `key`, which is still resident."""
+        """Undoes the choice of `key` as a victim. The block is still resident."""

@@ -1,4 +1,4 @@
-"""The history from which the adaptive policy learns. It takes about fifty bytes for each block, evicted blocks included."""
+"""The history of uses from which the adaptive policy learns. It takes about fifty bytes for each block, evicted blocks included."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ _FIELDS = {
 class BlockHistory(History):
     """Known blocks by slot number, in arrays that the policies of all tiers share.
 
-    `last_s`: time of the last use. `parent`: slot of the parent, -1 for none. `depth`: number of ancestors. `kind`: row of `table`.
-    `uses_of`: count of uses, 0 for a free slot. `held`: in how many tiers the block is resident. `sampled`: whether the model
-    learns from it. Of the blocks in no tier (ghosts), the most recently used are remembered: at most `GHOSTS_PER_BLOCK` for each
-    resident block, but not fewer than `GHOSTS_MIN`.
+    `last_s`: time of the last use. `parent`: slot of the parent, -1 for none. `depth`: number of ancestors. `kind`: number of
+    the block's kind (see `reuse`), its row in `table`. `uses_of`: count of uses, 0 for a free slot. `held`: in how many tiers
+    the block is resident. `sampled`: whether the reuse model learns from this block. Of the blocks in no tier (ghosts), the
+    most recently used are remembered: at most `GHOSTS_PER_BLOCK` for each resident block, but not fewer than `GHOSTS_MIN`.
     """
 
     tag: np.ndarray
@@ -72,9 +72,9 @@ class BlockHistory(History):
         self._grow(1024)
 
     def slots(self, keys: Sequence[Key]) -> np.ndarray:
-        """Returns the int32 slots of a run of one chain, -1 for unknown blocks.
+        """Returns the int32 slots of consecutive blocks of one chain, -1 for unknown blocks.
 
-        Cheap for the same run as in the last call, and for its beginning or its end.
+        Cheap for the same blocks as in the last call, and for the first or the last of them.
         """
         known, slots = self._memo
         count, more = len(keys), len(known) - len(keys)
@@ -118,7 +118,7 @@ class BlockHistory(History):
             self.learn(now_s)
 
     def note(self, keys: Sequence[Key], parent: Key | None) -> np.ndarray:
-        """Add those blocks that are unknown, such as blocks found on disk, as used once, just now. Returns the slots of all blocks."""
+        """Records unknown blocks, such as blocks found on disk, as used once, just now. Returns the slots of all `keys`."""
         slots = self.slots(keys)
         if (slots < 0).any():
             self.seen(keys, parent, self._now_s)
@@ -152,18 +152,18 @@ class BlockHistory(History):
             self.kind[chain[shared[-1] + 1 if len(shared) else 0 :]] = reuse.ENDED
 
     def learn(self, now_s: float) -> None:
-        """Computes a new table from all uses so far. About 2 ms."""
+        """Computes the table of reuse indices (`table`) again from all uses so far. About 2 ms."""
         self._learn_in = LEARN_EVERY
         self._choose_hot()
         self._make_table(now_s)
         self.model.fade()
 
     def statistics(self) -> bytes:
-        """Returns this node's counts, for `merge_statistics`: at most a few tens of KB."""
+        """Returns this node's counts of intervals between uses, for `merge_statistics`: at most a few tens of KB."""
         return self.model.statistics(*self._open_intervals(self._now_s))
 
     def adopt(self, others: bytes) -> None:
-        """Learns from the counts of other nodes as well. Replaces the counts of earlier calls."""
+        """Learns from other nodes' counts of intervals as well. Replaces the counts of earlier calls."""
         self.model.adopt(others)
         if not self._adopted:  # other nodes know more than a node that is new
             self._adopted = True
@@ -193,12 +193,12 @@ class BlockHistory(History):
         self.table = self.model.table(*self._open_intervals(now_s))
 
     def _open_intervals(self, now_s: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kinds and ages of the sampled blocks. Their current intervals are open: the next use is not known yet."""
+        """Returns the kinds of the sampled blocks, and the seconds since their last use. Their next use is not known yet."""
         open_ = np.flatnonzero(self.sampled & (self.uses_of > 0))
         return self.kind[open_], now_s - self.last_s[open_]
 
     def _known(self, keys: Sequence[Key], parent_slot: int) -> np.ndarray:
-        """Returns the slots of a run. Gives slots to unknown blocks, and links each block to its parent."""
+        """Returns the slots of consecutive blocks of a chain. Gives slots to unknown blocks, and links each block to its parent."""
         if len(self._free) < len(keys):
             self._make_room(len(keys))
         slots = self.slots(keys)
@@ -215,7 +215,7 @@ class BlockHistory(History):
         return slots
 
     def _chain_features(self, before: np.ndarray, parent_slot: int, now_s: float) -> tuple[int, int]:
-        """Returns the buckets of the time since this chain's last turn, and of its hot prefix.
+        """Returns two buckets for `reuse.kinds`: of the time since this chain's last request (turn), and of its hot prefix.
 
         A hot prefix is one that many requests share. `before`: slots of the chain's blocks that were used before.
         """
@@ -230,7 +230,10 @@ class BlockHistory(History):
         return gap, hot
 
     def _choose_hot(self) -> None:
-        """Assigns the buckets to the most used prefixes. A prefix loses its bucket only to one with more than twice its uses."""
+        """Assigns the buckets of hot prefixes to the most used prefixes.
+
+        A prefix loses its bucket only to one with more than twice its uses.
+        """
         buckets = reuse.HOTS - 1
         for slot, _ in self._hot_uses.most_common(buckets):
             if slot in self._hot:
@@ -247,7 +250,7 @@ class BlockHistory(History):
         self._hot_uses = Counter({slot: uses // 2 for slot, uses in self._hot_uses.most_common(4 * buckets) if uses > 1})
 
     def _last_use_of(self, last_block: int) -> np.ndarray:
-        """Returns the slots of `last_block` and of those of its ancestors that were last used by the same request, root first.
+        """Returns the slots of `last_block` and of those of its ancestors that were last used by the same request, ancestors first.
 
         Each step must go to a smaller depth, because the parents of blocks that are remembered but not resident may form a cycle.
         """

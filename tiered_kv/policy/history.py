@@ -13,10 +13,9 @@ class History:
     """The base class of histories. It remembers nothing itself, which is enough for policies that store what they need themselves."""
 
     def seen(self, keys: Sequence[Key], parent: Key | None, now_s: float) -> None:
-        """Records that a request used this run of one chain, root first, whose first block has the parent `parent`.
+        """Records that a request used consecutive blocks of a chain, ancestors first. `parent` is the parent of the first of them.
 
-        A use is a fetch, or the first store. Call this before `EvictionPolicy.use` and `add` of the same blocks, and once a
-        request for each block.
+        A use is a fetch, or the first store. Call this once for each block and request, before `EvictionPolicy.use` or `add`.
         """
 
     def uses(self, key: Key) -> int:
@@ -41,8 +40,8 @@ class History:
     ) -> None:
         """Records what the worker knows of the request whose deepest block is `last_block`.
 
-        `answer_tokens`: length of the answer. `reuse_within_s`: when the worker expects the next use of the chain.
-        `ended`: the chain will not be used again.
+        `answer_tokens`: number of tokens in the answer. `reuse_within_s`: the worker expects the next use of the chain within
+        this time. `ended`: the chain will not be used again.
         """
 
     def check(self) -> None:

@@ -29,8 +29,8 @@ def tags_of(keys: Sequence[Key]) -> np.ndarray:
 class KeyTable:
     """A hash table with open addressing and linear probing. Keys are never deleted: the table is rebuilt without them.
 
-    It takes 4 bytes a place; 25 to 70 % of the places are used. The owner stores the tags, in an array indexed by slot. It passes
-    that array as `tag_of` to methods that compare tags.
+    It takes 4 bytes for each entry; 25 to 70 % of the entries are used. The table maps tags to slots and stores only slots. Its
+    owner has the tags, in an array indexed by slot, and passes the array as `tag_of`.
     """
 
     def __init__(self) -> None:

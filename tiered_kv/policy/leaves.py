@@ -8,7 +8,7 @@ from tiered_kv.policy.base import Key, RankedPolicy
 
 
 class Leaves:
-    """A priority queue of keys. Ranks of queued keys may rise, and queued keys may become blocks that cannot be evicted now.
+    """A priority queue of keys. While a key is queued, its rank may rise, and its block may become one that cannot be evicted now.
 
     `rank` belongs to the policy: it has the current rank of each block in this queue, and no entry for other blocks. Ranks are
     unique. A rank that rises costs nothing at once: its entry is corrected when it reaches the top, in O(log n).

@@ -1,7 +1,7 @@
 """Least recently used.
 
-Uses touch the deepest block first. That makes it the leaf-first LRU of a radix tree (SGLang's RadixCache; Zheng et al., SGLang:
-Efficient Execution of Structured Language Model Programs, 2024).
+A use of a chain counts as a use of the deepest block first. So this is the leaf-first LRU of a radix tree (SGLang's RadixCache;
+Zheng et al., SGLang: Efficient Execution of Structured Language Model Programs, 2024).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Parts of policies with several queues: a queue that counts its bytes, and ghosts (remembered keys) of evicted blocks."""
+"""For policies with several queues: a queue that counts its blocks' bytes, and ghosts (remembered keys of evicted blocks)."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, KeysView, Mapping, Sequence

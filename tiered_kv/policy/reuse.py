@@ -1,9 +1,14 @@
-"""The reuse index: how soon blocks of a class are used again, and how much keeping a block of a given age is worth.
+"""The reuse index: how much it is worth to keep a block, judged by how soon similar blocks were used again.
 
-Hazards of reuse by class and age are estimated from the intervals between uses. Intervals that are still open count as
-censored (Kaplan & Meier, JASA 1958). Classes with few intervals are shrunk towards coarser classes. The index of a block is its
-Gittins index (Gittins, JRSS B 1979): the best ratio, over all future ages, of the probability of a use until that age to
-the time for which the block is kept. All data is in arrays, and the counts of several nodes can be added.
+A class is a group of blocks with a similar past: similar counts of uses, gaps since the previous request of the chain, hot
+prefixes and lengths of the answer. A kind is the number of a class, or stands for a worker's hint: no further use, or a use
+within some time. Age is the time since a block's last use.
+
+A hazard is the probability of a use at some age, if there was none before. Hazards by class and age are estimated from the
+intervals between uses. Intervals that are still open count as censored (Kaplan & Meier, JASA 1958). Classes with few intervals
+are shrunk towards coarser classes. The index of a block is its Gittins index (Gittins, JRSS B 1979): the best ratio, over all
+future ages, of the probability of a use until that age to the time for which the block is kept. All data is in arrays, and the
+counts of several nodes can be added.
 """
 
 import numpy as np
@@ -39,18 +44,21 @@ _ENDS_S = _EDGES_S + _WIDTHS_S
 
 
 def kinds(uses: np.ndarray, gap: int, hot: int, answer: int) -> np.ndarray:
-    """Returns the classes of blocks of one chain as int64. `uses` has each block's count of uses; the other buckets are shared."""
+    """Returns the classes of blocks of one chain as int64. `uses`: each block's count of uses.
+
+    All the blocks have the buckets `gap`, `hot` and `answer`.
+    """
     found: np.ndarray = ((_USES_BUCKET[uses] * GAPS + gap) * HOTS + hot) * ANSWERS + answer
     return found
 
 
 def gap_bucket(gap_s: float) -> int:
-    """Returns the bucket of the time since a chain's previous turn."""
+    """Returns the number of the bucket (range) of a gap: the seconds between a request and the previous request of the same chain."""
     return 1 + int(np.searchsorted(_GAP_FROM_S, gap_s, side="right"))
 
 
 def inherited(kind: int) -> tuple[int, int]:
-    """Returns the buckets of gap and hot prefix that a block passes on to its descendants."""
+    """Returns the buckets of gap and hot prefix that a block of this kind passes on to its descendants, (0, 0) if it has none."""
     return (kind // (ANSWERS * HOTS) % GAPS, kind // ANSWERS % HOTS) if kind < CLASSES else (0, 0)
 
 
@@ -61,12 +69,12 @@ def answered(kind: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def expected_kind(within_s: float) -> int:
-    """Returns the number of a kind: that of blocks of which a worker expects, by a hint, that they are used within `within_s` seconds."""
+    """Returns the kind of blocks that a worker, by its hint, expects to be used within `within_s` seconds."""
     return ENDED + 1 + int(_octave_of(np.array([within_s]))[0])
 
 
 class ReuseModel:
-    """Counts of intervals between uses, and the table of reuse indices computed from them."""
+    """Counts intervals between uses of blocks, and computes the table of reuse indices from the counts."""
 
     def __init__(self) -> None:
         self._used = np.zeros((CLASSES, OCTAVES))  # intervals that ended with a use, by length
@@ -75,11 +83,11 @@ class ReuseModel:
         self._unused = np.ones((CLASSES, OCTAVES + 1))  # share of blocks not used before each octave, as of the last table
 
     def ended(self, kind: np.ndarray, age_s: np.ndarray) -> None:
-        """Counts intervals that ended: blocks of these kinds were used at these ages."""
+        """Counts intervals that ended with a use: blocks of these kinds were used again at these ages."""
         _count(self._used, kind, age_s)
 
     def lost_sight(self, kind: np.ndarray, age_s: np.ndarray) -> None:
-        """Counts censored intervals: blocks of these kinds were not used until these ages. Their later uses are unknown."""
+        """Counts censored intervals: blocks of these kinds were not used until these ages and then forgotten, so later uses are unknown."""
         _count(self._lost, kind, age_s)
 
     def forget_hot(self, bucket: int) -> None:
@@ -90,7 +98,7 @@ class ReuseModel:
     def table(self, kind: np.ndarray, age_s: np.ndarray) -> np.ndarray:
         """Returns the reuse index by kind, at the start of each octave of age, in uses a second: float32 (ROWS x OCTAVES), flat.
 
-        `kind`, `age_s`: the intervals that are open now.
+        `kind`, `age_s`: of the blocks whose next use is not known yet (their intervals are open).
         """
         used, open_ = np.stack(self._counts(kind, age_s)) + self._others
         hazard = hazards(used, open_)
@@ -100,12 +108,12 @@ class ReuseModel:
         return np.concatenate([classes, np.zeros((1, OCTAVES)), _expected(usual)]).astype(np.float32).ravel()
 
     def fade(self) -> None:
-        """Reduces the weight of all counts so far a little."""
+        """Multiplies all counts so far by `_DECAY`, so that new uses weigh more than old ones."""
         self._used *= _DECAY
         self._lost *= _DECAY
 
     def chance(self, kind: int, age_s: float, within_s: float) -> float:
-        """Returns the probability that a block of this kind and age is used within `within_s` seconds, as of the last table."""
+        """Returns the probability that a block of this kind and age is used within `within_s` seconds, as of the last call of `table`."""
         if kind >= CLASSES:
             return float(kind != ENDED)
         octaves = np.arange(OCTAVES + 1)
@@ -113,11 +121,11 @@ class ReuseModel:
         return float(1 - then / now)
 
     def statistics(self, kind: np.ndarray, age_s: np.ndarray) -> bytes:
-        """Returns this node's counts as bytes: the number of rows u32 | rows u16 | ended f32 | open f32."""
+        """Returns this node's counts of ended and open intervals as bytes: number of rows u32 | rows u16 | ended f32 | open f32."""
         return _packed(np.stack(self._counts(kind, age_s)))
 
     def adopt(self, others: bytes) -> None:
-        """Adds the statistics of other nodes to the model. Replaces those of earlier calls. Raises ValueError for invalid bytes."""
+        """Adds other nodes' counts (`statistics`) to the model, in place of those of earlier calls. Raises ValueError for invalid bytes."""
         self._others = _unpacked(others)
 
     def _counts(self, kind: np.ndarray, age_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +135,7 @@ class ReuseModel:
 
 
 def merge_statistics(statistics: list[bytes]) -> bytes:
-    """Returns the sum of several nodes' statistics. Raises ValueError for invalid bytes."""
+    """Returns the sum of several nodes' counts (`ReuseModel.statistics`). Raises ValueError for invalid bytes."""
     return _packed(sum((_unpacked(each) for each in statistics), np.zeros((2, CLASSES, OCTAVES))))
 
 

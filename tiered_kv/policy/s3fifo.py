@@ -16,7 +16,7 @@ USES_MAX = 3
 
 
 class S3FIFOPolicy(RankedPolicy):
-    """Evicts leaves of the small queue, unless the main queue is above its share. O(1) a use.
+    """The policy S3-FIFO. Evicts leaves of the small queue, unless the main queue is above its share. O(1) a use.
 
     A block with children cannot be evicted at its turn. In the small queue it would take the room of blocks that can be evicted.
     So it moves to the main queue together with its first descendant that moves there, or when it was used often enough.

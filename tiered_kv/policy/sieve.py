@@ -1,4 +1,4 @@
-"""SIEVE: a queue in order of arrival. A hand moves through it and evicts the first block not used since its last pass.
+"""SIEVE: a queue in order of arrival. A pointer, the hand, moves through it and evicts the first block not used since its last pass.
 
 Zhang et al.: SIEVE is Simpler than LRU (NSDI 2024).
 """
@@ -11,7 +11,7 @@ from tiered_kv.policy.leaves import Leaves
 
 
 class SIEVEPolicy(RankedPolicy):
-    """The hand moves over the leaves from old to new, and restarts at the oldest after the newest. O(1) a use."""
+    """The policy SIEVE. The hand visits only leaves, from old to new, and after the newest the oldest again. O(1) a use."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engine's internal data: reservations that must evict blocks, and batches of copies with the events that report their failure."""
+"""Data of the engine: reservations that must evict blocks, and batches of copies, with the events to report if a batch fails."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Reservation(NamedTuple):
 
 
 def batches(copies: Sequence[ev.Copy], batch_bytes: int) -> Iterator[list[ev.Copy]]:
-    """Yields the copies in batches of about `batch_bytes`: enough for one write, small enough to free room early."""
+    """Yields the copies in batches of about `batch_bytes`: large enough for one write, small enough to free room early."""
     batch: list[ev.Copy] = []
     nbytes = 0
     for copy in copies:
@@ -37,10 +37,10 @@ def batches(copies: Sequence[ev.Copy], batch_bytes: int) -> Iterator[list[ev.Cop
 
 
 def failures(batch: Sequence[ev.Copy]) -> list[ev.CopyFailed]:
-    """Returns the events that report a whole batch as failed. The blocks will not be tried again."""
+    """Returns the events that report a whole batch of copies as failed. These copies will not be tried again."""
     return [ev.CopyFailed(copy.key, copy.target, again=False) for copy in batch]
 
 
 def gain_bytes(batch: Sequence[ev.Copy]) -> int:
-    """Returns about how many bytes the batch will free in the tier of its sources."""
+    """Returns about how many bytes the batch of copies will free in the tier that it copies from."""
     return sum(copy.gain for copy in batch)

@@ -13,7 +13,9 @@ from tiered_kv.store.movement import Block
 
 
 class Chains:
-    """The links of the machine's `blocks`. A parent reported by a worker, a disk folder or a checkpoint is only a claim until it is linked.
+    """The parent links of the store machine's `blocks`.
+
+    A parent named by a worker, a disk folder or a checkpoint is a claim until it is linked.
 
     A block of unknown depth waits until its parent's depth is known. Until then it has no link.
     """
@@ -25,9 +27,9 @@ class Chains:
         self._waiting: dict[BlockKey, dict[BlockKey, None]] = {}  # by parent: children that need its depth
 
     def add(self, key: BlockKey, parent: BlockKey | None, root: BlockKey | None, depth: int | None) -> Block:
-        """Add a block, or complete one whose place in the chain was unknown. Returns the block.
+        """Add a block, or complete a block whose parent or depth was unknown. Returns the block.
 
-        If the block's place in the chain is known already, it is kept, and the arguments are ignored.
+        If the block's parent and depth are known already, they are kept, and the arguments are ignored.
         """
         block = self._blocks.get(key)
         if block is None:
@@ -57,7 +59,7 @@ class Chains:
         return key not in self._children and key not in self._waiting
 
     def to(self, last_block: BlockKey | None) -> frozenset[BlockKey]:
-        """Returns the block `last_block` and its ancestors, as far as they are known and linked."""
+        """Returns the keys of the block `last_block` and of its ancestors, as far as they are known and linked."""
         chain = set()
         while last_block is not None and (block := self._blocks.get(last_block)) is not None:
             chain.add(last_block)
@@ -88,8 +90,8 @@ class Chains:
     def _are_in_order(self, claims: Iterable[BlockInfo], depths: dict[BlockKey, int | None]) -> bool:
         """Returns True if the depth of each claim fits its parent, which is known or claimed earlier in the list.
 
-        This is the fast path of `misplaced`, in one pass. Writes the depth of each key to `depths`. If False, the claims may still be
-        right.
+        This is the fast path of `misplaced`, in one pass. Writes the depth of each key to `depths`. False proves nothing: a
+        parent may come later in the list.
         """
         blocks = self._blocks
         for key, parent, _, depth in claims:

@@ -1,6 +1,6 @@
-"""Roots below which no block may be added: their weights have ended, or they are being purged.
+"""Ended roots, whose blocks are dropped and may not be added again: their weight epoch has ended, or they are being purged.
 
-Bytes of their dropped blocks may still be in use.
+To purge is to drop all blocks of a model or tenant on all nodes. A copy or a reader may still use the bytes of a dropped block.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class Late:
 
 
 class Endings:
-    """The `roots` that have ended. Bytes of their blocks are freed once no copy reads them and no reader has pinned the block."""
+    """The ended `roots` (see above). The bytes of a dropped block are freed once no copy reads them and no reader has pinned the block."""
 
     def __init__(self) -> None:
         self.roots: set[BlockKey] = set()
@@ -30,7 +30,10 @@ class Endings:
         return bool(self._late)
 
     def deferred(self, key: BlockKey, is_copying: bool, dropping: Iterable[ev.Instruction]) -> list[ev.Instruction]:
-        """Returns the instructions `dropping` without those that free the block's memory, which is in use. `released` frees it later."""
+        """Returns the instructions `dropping` without those that free the block's memory, because it is in use.
+
+        `released` returns these later.
+        """
         late = self._late.setdefault(key, Late(is_copying))
         now: list[ev.Instruction] = []
         for each in dropping:

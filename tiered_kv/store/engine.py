@@ -1,9 +1,9 @@
 """The engine carries out what the machine decides, with bounded threads, under one lock.
 
-Show, Hide and Free happen at once, in the machine's order. Copies run without the lock. Copies into memory use `io_threads` threads;
-each lower tier has one thread of its own, so a slow disk delays only itself. Encoding blocks for a lower tier and compressing them in
-place have `io_threads` threads each. The outcome of a copy is the machine's next event. `freed` wakes threads that wait for room or
-for a block.
+The instructions Show, Hide and Free are carried out at once, in the machine's order. Copies between tiers run without the lock.
+Copies into memory use `io_threads` threads; each lower tier has one thread of its own, so a slow disk delays only itself.
+`io_threads` threads encode blocks for a lower tier, and as many compress blocks in place. The outcome of a copy is reported to
+the machine as an event. The condition `freed` wakes threads that wait for room or for a block.
 """
 
 import logging
@@ -41,7 +41,7 @@ IN_MEMORY = ev.IN_MEMORY
 
 
 class Index(Protocol):
-    """The table in which readers look keys up."""
+    """The table in which readers look up the location of a block."""
 
     def put(self, key: BlockKey, location: Location) -> object: ...
     def remove(self, key: BlockKey) -> object: ...
@@ -57,7 +57,7 @@ class FillOutcome(Enum):
 
 
 class Room(Enum):
-    """The region for an extent in a tier in memory. In a tier without a codec, all regions are the same."""
+    """The region of a tier in memory from which to reserve an extent. In a tier without a codec, all regions are the same."""
 
     STAGING = "staging"  # uncompressed blocks: prefer the staging area, or anywhere while there is plenty of room
     COMPRESSED = "compressed"  # compressed blocks: keep them together
@@ -79,7 +79,7 @@ class EncodedBlock(Protocol):
 
 
 class Mover(Protocol):
-    """Moves bytes between tiers. It knows frames, codecs and tiers, and decides nothing."""
+    """Moves the bytes of blocks between tiers for the engine. It knows frames, codecs and tiers, and decides nothing."""
 
     def fits(self, tier: Tier, nbytes: int) -> bool:
         """Returns whether a tier in memory could hold a block of `nbytes` if the tier were empty."""
@@ -91,7 +91,7 @@ class Mover(Protocol):
         """Free the bytes of one copy or of a reserved extent."""
 
     def form(self, copy: ev.Copy) -> BlockFormat:
-        """Returns the block format that a block will have in the tier in memory that it is copied to."""
+        """Returns the block format (codec and size) that the copied block will have in its target, a tier in memory."""
 
     def fill(self, copies: Sequence[ev.Copy], locations: Sequence[Location]) -> list[FillOutcome]:
         """Read blocks of one source tier into reserved extents of one tier in memory. Returns the outcome of each.
@@ -103,7 +103,7 @@ class Mover(Protocol):
         """Encode a block for the tier that it is copied to. Returns None if the block cannot be read. Slow; called by several threads."""
 
     def settle_in(self) -> None:
-        """Prepare a thread that will call `coded`. Called once in each such thread, at its start."""
+        """Prepare the calling thread for calls of `coded`. Each thread that will make such calls calls this once, at its start."""
 
     def keep(self, copy: ev.Copy, coded: EncodedBlock, offset: int) -> Location:
         """Write an encoded block into a reserved extent of host memory. Returns its location."""
@@ -115,7 +115,7 @@ class Mover(Protocol):
         """Returns how many bytes to write to `tier` at once."""
 
     def segment_to_go(self, tier: Tier, sizes: Sequence[int]) -> int | None:
-        """Returns the segment to remove before blocks of these sizes can be written; None if there is room, or no segment to remove."""
+        """Returns the segment to remove before blocks of these sizes can be written, None if there is room or no segment can be removed."""
 
     def segment_to_age(self, tier: Tier) -> int | None:
         """Returns the segment that will be removed next, or None while the tier is not nearly full."""
@@ -172,7 +172,7 @@ class Engine:
         self._batches, self._closed = 0, False
 
     def handle(self, events: Iterable[ev.Event]) -> None:
-        """Report events to the machine in order, and carry out its instructions."""
+        """Pass events to the store machine in order, and carry out the instructions that it returns."""
         with self.lock:
             copies: list[ev.Copy] = []
             freed = False
@@ -201,12 +201,13 @@ class Engine:
     ) -> list[int]:
         """Reserve extents of `nbytes` for the first of the new blocks `keys`. Returns their offsets.
 
-        Evicts other blocks if there is too little room, and waits at most `wait_s` for the first extent. `last_block` is a block of the
-        chain of `keys`; it and its ancestors are evicted last. Fewer offsets than keys are back-pressure: write and commit these
-        blocks, then ask again. Returns [] if no room appeared in time. With `insist`, if a lower tier has taken nothing for `wait_s`,
-        drops other blocks instead of waiting for it. If host memory has a staging area, reserves no more than its size at a time.
-        `is_coded`: the blocks are encoded, so no block is compressed for them. `tenant`: its quota applies. If the quota is exceeded,
-        blocks of this tenant are evicted.
+        Evicts other blocks if there is too little room, and waits at most `wait_s` for the first extent. `last_block` is a
+        block of the chain of `keys`; it and its ancestors are evicted last. If it returns fewer offsets than keys, there is no
+        more room now: write and commit these blocks, then reserve again. Returns [] if no room appeared in time. With `insist`,
+        if a lower tier has taken nothing for `wait_s`, drops other blocks instead of waiting for it. If host memory has a
+        staging area, reserves no more than its size at a time. `is_coded`: the new blocks are already encoded; then no block is
+        compressed in place to make room for them. `tenant`: whose quota applies. If the new blocks would exceed it, blocks of
+        this tenant are evicted.
         """
         if not self._mover.fits(tier, nbytes):
             return []  # evicting other blocks would not help
@@ -259,7 +260,7 @@ class Engine:
         return self._progress_s.get(request.tier, request.deadline_s) + wait_s
 
     def _evict(self, request: Reservation, nbytes: int, *, demote: bool = True, shrink: bool) -> bool:
-        """Evict blocks for `nbytes`, or compress them in place. Returns whether any block left the tier at once.
+        """Evict blocks, or compress them in place, to free `nbytes`. Returns whether any block left the tier at once.
 
         `demote`: whether blocks may be copied to a lower tier first; they leave once the copy is complete. `shrink`: whether
         blocks may be compressed.
@@ -273,7 +274,7 @@ class Engine:
         return self.machine.blocks_by_tier[tier] < blocks_before
 
     def _reserve_by_dropping(self, request: Reservation) -> list[int]:
-        """Drop blocks that are not on their way to the lower tier, because that tier has stalled. Returns the reserved offsets."""
+        """Drop blocks that are not being copied to the lower tier, because that tier has stalled. Returns the reserved offsets."""
         offsets: list[int] = []
         count = len(request.keys)
         while not offsets and self._is_in_time(request) and self._evict(request, count * request.nbytes, demote=False, shrink=False):
@@ -293,18 +294,18 @@ class Engine:
         return self._clock.now_s() <= request.deadline_s + GIVING_UP_S
 
     def drain_touches(self) -> None:
-        """Report to the machine which blocks workers have used since the last call, so that history and policies are up to date."""
+        """Report to the machine which blocks workers have used since the last call, so that it updates history and policies."""
         with self.lock:
             self.note_touches()
             self.machine.report_commits()
 
     def note_touches(self) -> None:
-        """As `drain_touches`, but reports commits to the policy only if some blocks were used. Call with the lock."""
+        """Do the same as `drain_touches`, but report commits to the policy only if some blocks were used. The caller holds the lock."""
         if not self._closed and (touched := self._index.harvest()):
             self.handle(uses_of(touched, self.machine.blocks, self._clock.now_s()))
 
     def bring(self, keys: Sequence[BlockKey], wait_s: float) -> None:
-        """Copy blocks that a worker cannot read itself into host memory. Waits for them at most `wait_s`."""
+        """Copy blocks that workers cannot read directly (see `BringRequested`) into host memory. Waits for them at most `wait_s`."""
         with self.lock:
             self.handle([ev.BringRequested(keys)])
             self.freed.wait_for(lambda: self._closed or not any(map(self._is_coming, keys)), max(wait_s, 0))
@@ -340,18 +341,18 @@ class Engine:
 
     @property
     def leaving_bytes(self) -> dict[str, int]:
-        """By name of the tier: bytes that copies to a lower tier, or in-place compression, will free."""
+        """The bytes that copies to a lower tier or compression in place will free, by name of the tier."""
         return {tier.label: nbytes for tier, nbytes in self._leaving.items()}
 
     def check(self) -> None:
-        """Assert the machine's invariants, and that copies under way are counted."""
+        """Assert that the store machine's invariants hold, and that copies under way are counted correctly."""
         with self.lock:
             self.machine.check()
             assert all(nbytes >= 0 for nbytes in self._leaving.values())
             assert self._batches or not any(self._leaving.values())
 
     def _apply(self, instruction: ev.Show | ev.Hide | ev.Free) -> bool:
-        """Carry out an instruction that takes no time. Returns whether it freed bytes."""
+        """Carry out an instruction that only changes the index or frees bytes. Returns whether it freed bytes."""
         key = instruction.key
         if isinstance(instruction, ev.Show):
             self._index.put(key, instruction.location)
@@ -440,7 +441,7 @@ class Engine:
         return any(block is not None and block.copying_to is not None and block.copying_to > tier for block in found)
 
     def _age(self, tier: Tier, segment: int | None) -> None:
-        """Copy the blocks of a segment that will be removed soon to objects, unless another segment's blocks are being copied there."""
+        """Copy the blocks of a segment that will be removed soon to the objects tier, unless another segment's blocks are being copied."""
         with self.lock:
             if segment is not None and tier is Tier.DISK and Tier.OBJECTS in self.machine.tiers and not self._leaving[tier]:
                 self.handle([ev.Aging(tier, segment, self._mover.keys_in(tier, segment))])

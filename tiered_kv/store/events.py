@@ -1,4 +1,4 @@
-"""Messages between the machine and the engine: events report what happened, instructions say what to do. Pure data.
+"""Messages between the store machine and the engine: events report what happened, instructions say what to do. Pure data.
 
 `now_s` is the time of the node's clock. Keys of one chain are ordered from ancestor to descendant.
 """
@@ -29,7 +29,7 @@ class Committed(NamedTuple):
 class Recovered(NamedTuple):
     """A block was found at `location`, in the files of a former node or in a checkpoint. Report the least recently used block first.
 
-    This is not a use of the block. `uses` is the number of its former uses, including its store.
+    This is not a use of the block. `uses` is the number of its uses before, of which the store is one.
     """
 
     info: BlockInfo
@@ -62,10 +62,10 @@ class BringRequested(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """`tier` needs `nbytes` more for the blocks `keys`. `last_block` is a block of their chain; it and its ancestors should stay.
+    """Make room for `nbytes` in `tier`, for the blocks `keys`. `last_block` is a block of their chain; it and its ancestors should stay.
 
-    `queue_bytes`: how many bytes may be queued for the tier below. Further blocks are dropped, because that tier is too slow. `shrink`:
-    whether blocks may be compressed in place before any block is evicted.
+    `queue_bytes`: how many bytes may be queued to be copied to the tier below. Further blocks are dropped, because that tier is
+    too slow. `shrink`: whether blocks may be compressed in place before any block is evicted.
     """
 
     tier: Tier
@@ -108,7 +108,7 @@ class Unmounted(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """A copy is complete: the block is now also at `location`. If this is in the tier of the source, the copy replaces the source."""
+    """A copy is complete: the block is now also at `location`. If that is in the same tier as the source, it replaces the source."""
 
     key: BlockKey
     location: Location
@@ -131,14 +131,17 @@ class Lost(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """From now on no block below `roots` may become visible. The blocks `keys` that are below ended roots are dropped in all tiers."""
+    """From now on no block of the hash roots `roots` may become visible.
+
+    Those of the blocks `keys` whose root has ended are dropped in all tiers.
+    """
 
     roots: Sequence[BlockKey] = ()
     keys: Sequence[BlockKey] = ()
 
 
 class Reopened(NamedTuple):
-    """Blocks below these roots may become visible again."""
+    """Blocks of these hash roots may become visible again, because a purge has ended."""
 
     roots: Sequence[BlockKey]
 
@@ -176,7 +179,7 @@ class Hinted(NamedTuple):
 
 
 class Pinned(NamedTuple):
-    """A reader uses a copy of the block in memory. The copy stays until as many `Unpinned` have followed as there were `Pinned`."""
+    """A reader uses a copy of the block in memory. The copy stays until there were as many `Unpinned` as `Pinned` events for it."""
 
     key: BlockKey
 
@@ -226,7 +229,7 @@ class Hide(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Free the bytes at `location`. This always follows the `Show` or `Hide` after which no reader finds these bytes."""
+    """Free the bytes at `location`. A `Show` or `Hide` that makes readers no longer find these bytes always precedes it."""
 
     key: BlockKey
     location: Location

@@ -1,4 +1,4 @@
-"""The eviction part of the store machine, which keeps the state: makes room in a tier, and evicts blocks of tenants above their quota."""
+"""Eviction in the store machine: makes room in a tier, and evicts blocks of tenants above their quota. The machine has the state."""
 
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ CAUSES = {
 def needed(machine: "StoreMachine", event: ev.Needed) -> list[ev.Instruction]:
     """Evict blocks to free `nbytes`, in two passes. The first pass spares the chain of `last_block`, which is being stored.
 
-    The second pass spares only the blocks of that chain that would have no copy left.
+    If that frees too little, the second pass evicts blocks of that chain too, except those that would have no copy left.
     """
     tier, nbytes, queue_bytes = event.tier, event.nbytes, event.queue_bytes
     machine._holds.expire(event.now_s)
@@ -99,7 +99,7 @@ def _evict_own(machine: "StoreMachine", share: Share, nbytes: int, chain: Contai
 
 
 def _would_be_lost(machine: "StoreMachine", chain: frozenset[BlockKey], tier: Tier, queue_bytes: float) -> frozenset[BlockKey]:
-    """Returns the blocks of a chain in `tier` that have no other copy and would get none if evicted."""
+    """Returns the blocks of a chain in `tier` that have no other copy, and would not be copied to a lower tier if evicted."""
     here = ((key, machine.blocks[key]) for key in chain if machine.has(key, tier))
     survives = (Fate.FREED, Fate.LEAVES)
     return frozenset(key for key, block in here if machine._movement.fate(key, block, tier, queue_bytes) not in survives)

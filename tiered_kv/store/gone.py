@@ -1,4 +1,4 @@
-"""The record of blocks that a node no longer has: a ring of fixed size, in which the newest entry replaces the oldest.
+"""Records which blocks a node no longer has, and why: a ring of fixed size, in which the newest entry replaces the oldest.
 
 An entry takes 24 bytes: the first eight bytes of the key, the time, the standing (see `GoneBlock`), the tier, the cause and the uses.
 Writing one takes less than a microsecond. Looking keys up reads the whole ring, which takes up to 5 ms.
@@ -22,10 +22,14 @@ _WORDS = _ENTRY.size // TAG_BYTES
 
 
 class GoneBlock(NamedTuple):
-    """A block that is gone. `at_s`: when it went, on the node's clock. `tier`: the tier of its last copy, None if it never had one.
+    """A block that a node no longer has.
 
-    `uses`: how often it was used, its store included; at most USES_MAX. `standing`: if an eviction policy chose the block, its value
-    as a share of the lowest value that stayed. NaN if it is not known: not every policy computes values.
+    `at_s`: when its last copy was removed, on the node's clock. `tier`: the tier of that copy, None if the node never stored
+    the block.
+
+    `uses`: how often it was used, its store included; at most USES_MAX. `standing`: if an eviction policy chose the block, the
+    block's value divided by the lowest value among the blocks that stayed. NaN if unknown, because not every policy computes
+    values.
     """
 
     at_s: float
@@ -43,16 +47,16 @@ class GoneObserver(Protocol):
 
 
 class UnobservedGone:
-    """Notes nothing."""
+    """An observer that does nothing."""
 
     def gone(self, key: BlockKey, location: Location, cause: GoneCause, uses: int, standing: float) -> None:
         pass
 
 
 class GoneBlocks:
-    """The last ENTRIES blocks that went from one node, or that it refused. Writers must hold the engine's lock; readers need no lock.
+    """The last ENTRIES blocks that one node lost or refused to store. Writers must hold the engine's lock; readers need no lock.
 
-    `also`: is told of each gone block too.
+    `also`: another observer, whose `gone` is called for each block.
     """
 
     def __init__(self, now_s: Callable[[], float], also: GoneObserver | None = None, entries: int = ENTRIES) -> None:
@@ -68,7 +72,7 @@ class GoneBlocks:
         self._also.gone(key, location, cause, uses, standing)
 
     def refused(self, keys: Iterable[BlockKey]) -> None:
-        """Note that a worker wanted to store these blocks, and that no room appeared in time."""
+        """Record that the node refused to store these blocks of a worker, because no room appeared in time."""
         for key in keys:
             self._write(key, 0, GoneCause.REFUSED, 0, UNKNOWN)
 
@@ -94,7 +98,7 @@ class GoneBlocks:
 
     @property
     def since_s(self) -> float:
-        """The time from which on every block that went is recorded: of the oldest entry, or of the node's start."""
+        """The time since which all lost blocks are in the record: that of the oldest entry, or of the node's start."""
         if self._written <= self._entries:
             return self._begun_s
         at_s: float = _ENTRY.unpack_from(self._data, self._written % self._entries * _ENTRY.size)[1]

@@ -9,7 +9,7 @@ HOLD_SHARE = 1 / 2
 
 
 class Holds:
-    """Held blocks, each with the time when its hold ends. All together have at most `max_bytes`."""
+    """Held blocks, each with the time when its hold ends. Their sizes add up to at most `max_bytes`."""
 
     def __init__(self, max_bytes: float) -> None:
         self._max_bytes = max_bytes

@@ -1,4 +1,4 @@
-"""The store machine: events in, instructions out. Pure: no I/O, no threads, no clock, no torch.
+"""The store machine decides in which tiers blocks are: events in, instructions out. Pure: no I/O, no threads, no clock, no torch.
 
 Invariants, which `check` asserts: a known block has at least one copy; a tier never holds more than its cap; the bytes of a copy
 are freed only after readers were shown another copy or none; a block that is being copied, or read by a peer, keeps its source;
@@ -112,7 +112,7 @@ class StoreMachine:
         return block is not None and tier in block.copies
 
     def held(self, key: BlockKey) -> bool:
-        """Returns whether a worker holds this block in memory, as of the last clock value seen."""
+        """Returns whether a worker's hold keeps this block in memory (`Hint.pinned_s`), as of the last clock value seen."""
         return key in self._holds
 
     def pinned(self, key: BlockKey) -> bool:
@@ -161,7 +161,7 @@ class StoreMachine:
         return len(self._unreported) >= UNREPORTED_MAX
 
     def report_commits(self) -> None:
-        """Report to history and policy the blocks committed since the last call. Runs before any event other than a commit.
+        """Report the blocks committed since the last call to history and policy. Runs before every event that is not a commit.
 
         The event `Committed` does not report its own blocks, so that a worker's store returns as soon as its blocks are visible. The
         next store does not wait for the report either.
@@ -286,7 +286,7 @@ class StoreMachine:
         return self._unmount(event.slots, frozenset())
 
     def _unmount(self, count: int, chain: Container[BlockKey]) -> list[ev.Instruction]:
-        """Drop checkpoint copies, the most recently mounted first, until `count` blocks have no copy left.
+        """Drop copies in mounted checkpoints, the most recently mounted first, until `count` blocks have no copy left.
 
         Stops at the first block of `chain`.
         """
@@ -427,7 +427,7 @@ class StoreMachine:
     # Copies and counters
 
     def _add_copy(self, key: BlockKey, block: Block, location: Location) -> list[ev.Instruction]:
-        """Record a copy of a single block, not of a run, and report it to the policy of its tier."""
+        """Record a new copy of one block, and report it to the policy of the copy's tier."""
         instructions = self._place(key, block, location)
         if location.tier in self._policies:
             self._policies[location.tier].add([key], block.link, location.stored_bytes)

@@ -26,7 +26,7 @@ RESTORE_FACTOR = {Tier.HOST: 0.1, Tier.DISK: 0.25, Tier.OBJECTS: 0.5, Tier.CHECK
 
 
 class Fate(StrEnum):
-    """The outcome for a copy whose room is needed. The value is the name of the outcome's counter."""
+    """What happens to a copy of a block when its room is needed. The value is the name of the counter for this outcome."""
 
     FREED = "freed"  # another copy exists
     LEAVES = "leaves"  # it is first copied to a lower tier
@@ -70,7 +70,7 @@ class Block:
     def restore_factor(self, tier: Tier) -> float:
         """Returns the cost of restoring the block's copy in `tier` if it were lost, as a share of the cost of computing it again.
 
-        The cost is 1 if no lower tier has the block.
+        The share is 1 if no lower tier has the block.
         """
         return min((RESTORE_FACTOR[other] for other in self.copies if other > tier), default=1.0)
 
@@ -96,7 +96,7 @@ class Movement:
         return next((other for other in lower if self.admits(other, key, block)), None)
 
     def fate(self, key: BlockKey, block: Block, tier: Tier, queue_bytes: float) -> Fate:
-        """Returns what would happen to the block's copy in `tier`, a tier in memory. Changes nothing.
+        """Returns what would happen to the block's copy in `tier`, a tier in memory, if it were evicted. Changes nothing.
 
         A block whose only other copy is on the device is still copied to a lower tier if it is worth a write: then it can
         later leave the device at no cost.
@@ -128,7 +128,7 @@ class Movement:
         return self._history.chance(key, self._capacities[tier] / faster_bytes) >= CHANCE_FOR_FULL_TIER
 
     def not_admitted(self, key: BlockKey) -> None:
-        """Remember that the block was dropped because nothing suggested another use."""
+        """Remember that no lower tier admitted the block, because nothing suggested another use, and that it was dropped."""
         self._refused[key] = None
         if len(self._refused) > REFUSED_KEPT:
             del self._refused[next(iter(self._refused))]

@@ -1,4 +1,4 @@
-"""The set of blocks that must not leave a tier in memory now."""
+"""The set of blocks that must not be evicted from a tier in memory now."""
 
 from collections.abc import Container
 
@@ -7,7 +7,7 @@ from tiered_kv.store.movement import Block
 
 
 class Protected(Container[BlockKey]):
-    """Blocks that must not leave a tier now: blocks of the chain that is being stored, and blocks held for a worker, copied or read."""
+    """Blocks that must not be evicted from a tier now: those of the chain being stored, and blocks held for a worker, copied, or read."""
 
     def __init__(
         self, chain: Container[BlockKey], held: Container[BlockKey], pins: Container[BlockKey], blocks: dict[BlockKey, Block]

@@ -61,7 +61,7 @@ class Quotas:
                 order.use(here)
 
     def leaves(self, block: Block, tier: Tier | None) -> None:
-        """Note that `block` will be dropped from `tier` when the copying that is under way has ended. None: it will be dropped nowhere."""
+        """Note that `block` will be dropped from `tier` when its copying to a lower tier has ended. None: it will not be dropped."""
         for each, sign in ((block.leaving, -1), (tier, 1)):
             if each is not None and each in block.copies and (block.tenant, each) in self.limits:
                 self._leaving[block.tenant, each] += sign * block.copies[each].stored_bytes
@@ -83,7 +83,7 @@ class Quotas:
         return max((self.room(tenant, tier) or 0) // nbytes, 0)
 
     def exceeded(self) -> list[Share]:
-        """Returns the tenants and tiers that are above their quotas."""
+        """Returns the pairs of tenant and tier in which the tenant exceeds its quota."""
         return [share for share in self.limits if self.bytes[share] - self._leaving[share] > self.limits[share]]
 
     def victims(self, share: Share, nbytes: int, protected: Container[BlockKey], now_s: float) -> list[BlockKey]:
@@ -91,7 +91,7 @@ class Quotas:
         return cast("list[BlockKey]", self._orders[share].victims(nbytes, protected, now_s))
 
     def queue_bytes(self, share: Share) -> float:
-        """Returns how many more bytes of a tenant may now be sent on their way to a lower tier."""
+        """Returns how many more bytes of a tenant may be queued now to be copied to a lower tier."""
         return max(self.limits[share] * QUEUE_SHARE - self._leaving[share], 0)
 
     def check(self, blocks: Mapping[BlockKey, Block]) -> None:

@@ -1,4 +1,4 @@
-"""Turns touches, which the index counts for each block separately, into uses of chains."""
+"""Finds out from touches which chains were used. The index counts touches (uses) for each block separately."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ REPEATS_MAX = 8
 
 
 def uses_of(touched: Sequence[tuple[BlockKey, int, int]], blocks: Mapping[BlockKey, Block], now_s: float) -> Iterator[Used]:
-    """Yields the uses that explain `touched`: (key, touches since the last harvest, tick of the last touch), by ascending tick.
+    """Yields the uses of chains that explain `touched`: the result of `IndexWriter.harvest`, (key, touches, tick of the last touch).
 
     A reader touches a chain from the deepest block up to the first. So consecutive touches, each of the parent of the previous block,
     are one use of a chain. If the first blocks of the chain were touched more often than the rest, that prefix was also used alone.

@@ -1,4 +1,4 @@
-"""Bookkeeping of blocks in host memory that can be compressed in place. The machine decides when, the mover does it.
+"""Bookkeeping of blocks in host memory that can be compressed in place. The store machine decides when, the mover compresses.
 
 A worker stores blocks uncompressed, which costs it one copy. If host memory has a codec, blocks are encoded in the background
 once memory fills up: the least recently used first, and before any block is evicted.
@@ -47,7 +47,7 @@ class Shrinking:
         self._is_stuck = False  # the last encoded block found no room to be written to
 
     def add(self, key: BlockKey, nbytes: int) -> None:
-        """Record a block that is uncompressed in host memory."""
+        """Record that a block is in host memory uncompressed."""
         if self.capacity_bytes:
             self._plain[key] = nbytes
 

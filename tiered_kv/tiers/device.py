@@ -8,7 +8,7 @@ from tiered_kv.tiers.extent import ExtentTier
 
 
 class DeviceTier(ExtentTier):
-    """Extents for payloads in a device pool. The caller closes the pool. Offsets are of payloads in the pool's tensor.
+    """Allocates extents for payloads in a device pool, which the caller closes. An offset is that of a payload in the pool's tensor.
 
     The cap is the pool's size and cannot be exceeded. A restarted node starts with an empty tier. Wait for copies from or to
     an extent before you free it.

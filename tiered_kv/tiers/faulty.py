@@ -1,4 +1,4 @@
-"""Fault injection: wraps a tier, or the system calls it uses, and plans which calls fail and how.
+"""Fault injection for tests: wraps a tier, or the system calls that it makes, so that planned calls fail in planned ways.
 
     files = Faulty(Files(), Plan(pwritev={2: fails(errno.ENOSPC)}))          # the second write finds the disk full
     tier = Faulty(DiskTier(folder, cap, segment, owner="a"), Plan(read={EVERY: waits(entered, gate)}))
@@ -30,7 +30,7 @@ class FaultPlan:
         self.calls: Counter[str] = Counter()
 
     def run(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Make one call of the operation `name`, with the fault planned for it, if any. Returns the result."""
+        """Make one call of the operation `name`. If a fault is planned for this call, run the fault instead. Returns the result."""
         with self._lock:
             self.calls[name] += 1
             number = self.calls[name]

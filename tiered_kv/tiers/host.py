@@ -65,7 +65,10 @@ def read_header(buffer: bytes | memoryview, at: int = 0) -> BlockHeader:
 
 
 def is_sealed_for(header: bytes, digest: int) -> bool:
-    """Whether the seal in `header` (HEADER_BYTES) fits this header and a payload with this digest. False if there is no seal."""
+    """Whether the seal (checksum) in `header`, HEADER_BYTES long, is that of this header and a payload with this digest.
+
+    False without a seal.
+    """
     return int(_SEAL.unpack_from(header, HEADER_BYTES - _SEAL.size)[0]) == _seal_of(header, digest)
 
 
@@ -104,7 +107,7 @@ class ExtentHeaders:
         return xxhash.xxh3_64_intdigest(self.bytes[offset : offset + nbytes])
 
     def matches(self, offset: int, digest: int) -> bool | None:
-        """Whether the seal fits this header and a payload with this digest. Returns None if there is no seal yet."""
+        """Whether the seal (checksum) is that of this header and a payload with this digest. Returns None if there is no seal yet."""
         seal = self._seal(offset)
         return None if seal == _UNSEALED else seal == self._seal_for(offset, digest)
 
@@ -131,7 +134,7 @@ class ExtentHeaders:
 
 
 class HostTier(ExtentTier):
-    """Extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Offsets are of payloads.
+    """Allocates extents for payloads in `arena`, a 1-D uint8 tensor over mapped memory. Every offset is that of a payload.
 
     The cap is the arena's size and cannot be exceeded.
     """
@@ -146,7 +149,7 @@ class HostTier(ExtentTier):
         super().__init__(len(arena))
 
     def stage(self, nbytes: int, count: int, staging_bytes: int, roomy_bytes: int) -> list[int]:
-        """Reserve up to `count` extents in the staging area, or anywhere while at most `roomy_bytes` are used.
+        """Reserve up to `count` extents in the staging area, or anywhere in the arena while at most `roomy_bytes` of it are used.
 
         Returns their payload offsets. The staging area is the first `staging_bytes` of the arena, for short-lived extents.
         Extents that are larger than the staging area are reserved anywhere, whatever is used.
@@ -159,7 +162,10 @@ class HostTier(ExtentTier):
         return [offset + HEADER_BYTES for offset in offsets + self.extents.allocate_run(size, more)]
 
     def reserve_apart(self, nbytes: int, staging_bytes: int) -> list[int]:
-        """Reserve one extent after the first `staging_bytes`, apart from larger ones. Returns [its payload offset], or [] without room."""
+        """Reserve one small extent after the first `staging_bytes` of the arena, away from larger ones.
+
+        Returns [its payload offset], or [] if full.
+        """
         offset = self.extents.allocate_apart(HEADER_BYTES + nbytes, staging_bytes)
         return [] if offset is None else [offset + HEADER_BYTES]
 
@@ -169,7 +175,7 @@ class HostTier(ExtentTier):
         self.disown(offset)
 
     def disown(self, offset: int) -> None:
-        """Erase the header of the payload at `offset`."""
+        """Erase the header of the payload at `offset`, so that a restarted node does not find a block there."""
         _ERASED.pack_into(self._bytes, offset - HEADER_BYTES, 0)
 
     def claim(self, offset: int, nbytes: int) -> None:
@@ -207,7 +213,7 @@ class HostTier(ExtentTier):
     def judge(self, key: BlockKey, location: blocks.Location) -> tuple[bool, int | None]:
         """Check that header, seal, payload and `location` agree. Writes nothing.
 
-        Returns whether they agree, and the payload's digest if there is no seal yet, else None.
+        Returns whether they agree, and the payload's digest if the extent has no seal (checksum) yet, else None.
         """
         if not self.describes(key, location):
             return False, None

@@ -39,7 +39,7 @@ class Refusal(StrEnum):
 
 
 class AppendResult(NamedTuple):
-    """The answer for one appended frame: its location, or why it was refused. Exactly one of the two is None."""
+    """The result for one appended frame: its location, or why it was refused. Exactly one of the two is None."""
 
     location: Location | None
     refused: Refusal | None
@@ -77,7 +77,7 @@ class LogTier(StorageTier):
     @property
     @abstractmethod
     def max_frame_bytes(self) -> int:
-        """Size of the largest frame that the tier can ever take."""
+        """Size in bytes of the largest frame that the tier can store."""
 
     @property
     @abstractmethod
@@ -86,7 +86,7 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def append(self, records: Sequence[Record]) -> list[AppendResult]:
-        """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read."""
+        """Write frames. Returns for each, in order, its location or why it was refused. No part of a refused frame can ever be read."""
 
     @abstractmethod
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
@@ -96,7 +96,10 @@ class LogTier(StorageTier):
         """
 
     def carried(self, location: Location) -> float | None:
-        """Returns the coding error in the header at `location`, not verified; None if reading it would take a network request."""
+        """Returns the coding error in the frame header at `location`, without verifying the frame.
+
+        Returns None if that would take a network request.
+        """
         return None
 
     @abstractmethod
@@ -105,11 +108,14 @@ class LogTier(StorageTier):
 
     @abstractmethod
     def recovered(self) -> list[RecoveredBlock]:
-        """Returns the blocks of a former owner, oldest first. They stay until `forget`. Call this once, before any other method."""
+        """Returns the blocks that a former owner of the tier left, oldest first. They stay until `forget`.
+
+        Call this once, before any other method.
+        """
 
     @abstractmethod
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), if `count` frames of `nbytes` in total may not fit.
 
         Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
         """

@@ -198,7 +198,9 @@ def test_another_address_or_fewer_nodes_than_the_running_cluster_are_errors() ->
     cluster = ClusterState("c1", "10.0.0.5:6379", 0.0, processes=(Process(2, 0), Process(3, 0)), owns_ray=True)
     with pytest.raises(TieredKVError, match=r"--address: cluster 'default' is on the Ray at 10\.0\.0\.5:6379, got 10\.0\.0\.6:6379"):
         resume.resume(cluster, resume.Asked(Config(), address="10.0.0.6:6379"), print)
-    with pytest.raises(TieredKVError, match=r"--nodes: cluster 'default' has 2, got 1; `tiered-kv drain` takes nodes out"):
+    with pytest.raises(
+        TieredKVError, match=r"--nodes: cluster 'default' already has 2 Ray nodes here, got 1; use `tiered-kv drain` to remove nodes"
+    ):
         resume.resume(cluster, resume.Asked(Config(), nodes=1, given=()), print)
 
 

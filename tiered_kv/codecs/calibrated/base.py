@@ -3,7 +3,7 @@
 Numbers are rounded along axes that are scaled so that a step on any of them changes the next tokens' distribution equally.
 The KL divergence grows with the square of the step. The codes are packed by `row_packing`.
 
-The payload: the exact tokens (see `block`) | packed codes.
+The payload: the tokens stored unchanged ("exact", see `block`) | packed codes.
 """
 
 import math
@@ -40,9 +40,9 @@ class CalibratedCodec(BlockCodec):
     `step` is the quantization step. `tail_step`, if given, is the step for the last block of a chain. The calibration
     gives the bound on the error (`Calibration.bound`), unless `max_error` is given.
 
-    A block above the bound falls back to int8 ("error"). A block falls back to an integer codec ("domain") if that
-    codec makes the block at least as small at the same quality: int4, int6 or int8, depending on the step.
-    Decoding raises (kind `corrupt`) if the calibration is not registered.
+    A block whose error would exceed the bound falls back to int8 ("error"). A block falls back to an integer codec ("domain")
+    if that codec makes the block at least as small at the same quality: int4, int6 or int8, depending on the step. Decoding
+    raises (kind `corrupt`) if the calibration is not registered.
     """
 
     needs_calibration: ClassVar[bool] = True

@@ -73,10 +73,10 @@ class XlayerTables(NamedTuple):
 class Calibration:
     """The content of one calibration file. Neither the object nor its tensors may be changed. Equal fingerprints mean equal tables.
 
-    `weights`: digests of the model's weights (`Namespace.weights`), one for each dtype in which the model may be loaded.
-    `rope` and `rope_halves` are as in `rotation`; b"" means no RoPE. `tokens`: the number of tokens that the tables were fitted on.
-    `errors`: for each codec, the steps that were tried, ascending, each with the relative error of the worst block (see `Encoded`).
-    `measured`: one record of measurements for each codec.
+    `weights`: digests of the model's weights (`Namespace.weights`), one for each dtype in which the model may be loaded. `rope`
+    and `rope_halves` are as in `rotation`; b"" means no RoPE. `tokens`: the number of tokens that the tables were fitted on.
+    `errors`: for each codec, the quantization steps that were tried, ascending, each with the relative error of the worst block
+    (see `Encoded`). `measured`: one record of measurements for each codec.
     """
 
     model: str
@@ -123,7 +123,7 @@ class Calibration:
         return BOUND_MARGIN * at * beyond**2
 
     def with_measured(self, rows: Iterable[Mapping[str, Any]]) -> Self:
-        """Returns a copy with `rows` as its records of measurements. The fingerprint stays the same."""
+        """Returns a copy whose records of measurements (`measured`) are `rows`. The fingerprint stays the same."""
         return replace(self, measured=tuple(dict(row) for row in rows))
 
     def with_errors(self, errors: Mapping[str, tuple[tuple[float, float], ...]]) -> Self:

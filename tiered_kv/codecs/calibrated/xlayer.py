@@ -69,8 +69,9 @@ class XlayerCodec(CalibratedCodec):
     About 9 times smaller than bf16 at the default step (quality `compact`), with about the error of computing in bf16.
     Quality `archive` has the step 2e-4.
 
-    `product`: the dtype of the matrix products, "bfloat16" or "float32". Encoding and decoding use the same one. Sums are float32 and
-    rounded at the end. Rounding on another machine may differ in the last bit. That costs a little quality, and nothing else.
+    `product`: the dtype of the matrix products, "bfloat16" or "float32". Encoding and decoding use the same one. Sums are
+    float32 and rounded at the end. Rounding on another machine may differ in the last bit. That adds a small error and has no
+    other effect.
     """
 
     id: ClassVar[int] = 7

@@ -1,4 +1,4 @@
-"""Ownership of a disk tier's folder: one owner at a time, and only segments of one format and secret."""
+"""Makes sure that a disk tier's folder has one owner at a time, and only segments of one format and secret."""
 
 import fcntl
 import json
@@ -30,10 +30,11 @@ class _OwnerFile(NamedTuple):
 
 
 class OwnedFolder:
-    """A folder for segments, locked while this object is open: its file `lock` is locked, its file `owner` names the owner.
+    """A folder for segments, locked while this object is open. The folder's file `lock` is locked; its file `owner` names the owner.
 
     The lock (flock) ends when the process and its forked children end. Segments of the same format and `tag` (see
-    `footer.store_tag`) are kept, whoever wrote them; `inherited` maps their numbers to their sizes. No segment is removed here.
+    `footer.store_tag`) are kept, whoever wrote them; `inherited` maps the number of each to its size in bytes. No segment is
+    removed here.
 
     Raises `TieredKVError` (kind `storage`) that names `disk_path` if the folder is in use by another process (context
     `in_use`), holds segments of another format or secret, or cannot be used.
@@ -75,11 +76,13 @@ class OwnedFolder:
         except OSError as error:
             raise _unusable(self.path, error) from error
         raise TieredKVError(
-            Kind.STORAGE, f"disk_path: {self.path} was removed by other processes {_ATTEMPTS} times while locking it", setting="disk_path"
+            Kind.STORAGE,
+            f"disk_path: {self.path} was removed by other processes {_ATTEMPTS} times while this process tried to lock it",
+            setting="disk_path",
         )
 
     def _is_ours(self, fd: int) -> bool:
-        """Lock an open lock file. Returns whether it is still the folder's lock file. If not, closes it."""
+        """Lock an open lock file. Returns whether it is still the file at the folder's path. If not, closes it."""
         is_ours = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +112,7 @@ class OwnedFolder:
             self._sign(new)
 
     def _sign(self, facts: _OwnerFile) -> None:
-        """Write and sync the owner file, so that it is on disk before any segment."""
+        """Write the owner file and sync it, so that it is on disk before any segment is."""
         fresh = self.path / "owner.new"
         with open(fresh, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(json.dumps(facts._asdict()))
@@ -119,7 +122,7 @@ class OwnedFolder:
 
 
 def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path], Claimed]) -> Claimed:
-    """Choose a node's folder below `root` and call `make` on it. Returns the result of `make`.
+    """Choose a folder below `root` for the node `owner`, and call `make` on it. Returns the result of `make`.
 
     Tries the former folder of `owner` first, then free folders, then a new one. `make` must lock the folder, as `DiskTier`
     does. Blocks of the folder's former owner are found again by any new owner with the same secret. Folders are named
@@ -140,10 +143,10 @@ def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path]
 
 
 def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:
-    """Returns the node folders below `root` that no process uses, with the bytes in each. Includes older formats (`tkv-…`).
+    """Returns the node folders below `root` that no process uses, with the bytes in each. Includes folders of older formats (`tkv-…`).
 
-    These bytes count against no cap. The check takes no lock, because a starting node could mistake it for an owner's. Raises
-    OSError if the folders cannot be read.
+    These bytes count against no node's cap. The check takes no lock: a starting node could mistake it for the lock of an owner.
+    Raises OSError if the folders cannot be read.
     """
     folders = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) or path.name.startswith("tkv-")]
     lines = map(str.split, Path("/proc/locks").read_text().splitlines())

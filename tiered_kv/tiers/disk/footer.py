@@ -3,16 +3,17 @@
     segment = (entry ‖ frame)* ‖ footer        footer = row per frame ‖ trailer
 
 The trailer is the last bytes of a sealed segment, so the footer is found without reading the frames. If there is no trailer
-(the writer was killed), the entries give the same facts, frame by frame. All numbers are little-endian; a key of zeros means
+(the writer was killed), the entries before the frames have the same facts. All numbers are little-endian; a key of zeros means
 unknown. Version 1:
 
     entry    128  magic "TKVB" | version u16 | codec u16 | frame bytes u32 | raw bytes u32 | key | parent | root | checksum 16
     row      120  key | parent | root | offset of the frame u64 | frame bytes u32 | raw bytes u32 | codec u16 | error f32 | 2 zeros
     trailer   64  magic "TKVSEGMT" | version u32 | rows u32 | segment u64 | offset of the first row u64 | store 16 | checksum 16
 
-The checksum is xxh3-128, as in frames. An entry's checksum also covers store, segment and the frame's offset; a trailer's covers its
-first 48 bytes and the rows. So neither is valid in another place. The error is the coding error of the frame. In older
-rows it is zero, and only the frame records the error. `store` is the digest of a format and a secret (`store_tag`).
+The checksum is xxh3-128, as in frames. An entry's checksum also covers store, segment and the frame's offset; a trailer's
+covers its first 48 bytes and the rows. So neither is valid at another offset or in another file. The error is the frame's
+coding error: the relative error that lossy codecs have caused in the block. In older rows it is zero, and only the frame
+records the error. `store` is the digest of a format and a secret (`store_tag`).
 """
 
 import struct
@@ -40,9 +41,9 @@ _LEAST_ERROR = 2.0**-126  # the smallest normal f32
 
 
 class Entry(NamedTuple):
-    """One frame of a segment: its block, its codec, its offset, and the block's coding error.
+    """The metadata of one frame in a segment: its block, its codec, its offset, and the block's coding error (see above).
 
-    An error of 0 means none; for a lossy codec, it means unknown.
+    An error of 0 means no error, or with a lossy codec an unknown error.
     """
 
     key: BlockKey
@@ -76,7 +77,7 @@ class Trailer(NamedTuple):
 
 
 def store_tag(secret: str) -> bytes:
-    """Returns 16 bytes that identify a secret and mark all its segments. The secret cannot be computed from these bytes."""
+    """Returns 16 bytes that identify a cluster's secret and are in each of its segments. They do not reveal the secret."""
     key = blake2b(secret.encode()).digest()
     return blake2b(b"tiered-kv segments", key=key, digest_size=TAG_BYTES).digest()
 

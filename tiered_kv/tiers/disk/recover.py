@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class SegmentFrames(NamedTuple):
-    """The frames of a segment in the order written, the offset after the last one, and whether to add a footer."""
+    """The frames of a segment in the order written, the offset after the last one, and whether the caller should add a footer."""
 
     entries: list[Entry]
     data_end: int

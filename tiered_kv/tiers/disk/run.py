@@ -1,4 +1,4 @@
-"""Runs: records that are appended together, as neighbouring frames of one segment."""
+"""Runs: records (frames to write) that are appended together, as neighbouring frames of one segment."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -12,7 +12,7 @@ from tiered_kv.tiers.log import Record
 
 
 class Unwritten(NamedTuple):
-    """A record, its buffers as views, and the bytes of its frame."""
+    """A record that is not written yet, its buffers as views, and the size of its frame in bytes."""
 
     record: Record
     views: list[memoryview]
@@ -41,7 +41,7 @@ def unwritten(record: Record) -> Unwritten:
 def that_fit(frames: Sequence[Unwritten], start: int, rows: int, file_bytes: int) -> list[Unwritten]:
     """Returns the leading frames that fit into a segment from byte `start` on.
 
-    The segment has `rows` frames already and may take `file_bytes` from the cap.
+    `rows`: how many frames the segment has already. `file_bytes`: how many bytes of the cap the segment may take.
     """
     ends = accumulate((frame.nbytes for frame in frames), initial=start)
     next(ends)

@@ -1,4 +1,4 @@
-"""Bookkeeping of a disk tier: the blocks in each segment, and the bytes that it takes from the cap."""
+"""Bookkeeping of a disk tier: the blocks in each segment, and the bytes that the segment takes from the cap."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Segment:
         return pages(self.nbytes) if self.writer is None else room(self.nbytes, len(self.rows))
 
     def place(self, entry: Entry) -> Location:
-        """Record a written frame: its block is live now. Returns its location."""
+        """Record that a frame was written, so that its block is live. Returns the block's location."""
         self.live[entry.offset] = LiveBlock(entry.key, entry.stored_bytes)
         self.rows[entry.offset] = pack_row(entry)
         return location_of(self.id, entry)

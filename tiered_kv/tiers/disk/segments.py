@@ -48,7 +48,7 @@ def segments_in(folder: Path) -> dict[int, int]:
 
 
 class _OpenFile:
-    """A file descriptor, the number of reads under way, and whether to close it when there are none."""
+    """An open segment file: its descriptor, the number of reads under way, and whether to close it after the last of them."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -116,7 +116,7 @@ class SegmentReader:
 
     @contextmanager
     def lend(self, location: Location) -> Iterator[FilePart]:
-        """Yields the file range of the frame at `location`, unverified. The file stays open during the `with` block.
+        """Yields where the frame at `location` is in its file, without verifying it. The file stays open during the `with` block.
 
         Raises (kind `storage`) if the segment is missing.
         """
@@ -170,7 +170,7 @@ class SegmentReader:
                 file.close_if_done()
 
     def _lent(self, segment: int, opened: _OpenFile | None = None) -> _OpenFile | None:
-        """Returns a segment's open file, and counts one more reader of the file. Returns None if it is not open.
+        """Returns a segment's file and counts one more reader of it, or returns None if the file is not open.
 
         If `opened` is given, keeps `opened` as the segment's file, or closes it if the segment already has an open file.
         """
@@ -188,14 +188,14 @@ class SegmentReader:
             return file
 
     def _opened(self, segment: int) -> _OpenFile:
-        """Open a segment's file. Takes no lock, because this call never returns on a hung disk."""
+        """Open a segment's file. Holds no lock meanwhile, because on a hung disk this call never returns."""
         path = segment_path(self._folder, segment)
         try:
             fd = self._files.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment} no longer exists", segment=segment) from error
         except OSError as error:
-            raise TieredKVError(Kind.STORAGE, f"disk segment {segment}: {error.strerror}", segment=segment) from error
+            raise TieredKVError(Kind.STORAGE, f"disk segment {segment} cannot be opened: {error.strerror}", segment=segment) from error
         return _OpenFile(fd)
 
     def _retire(self, segment: int) -> None:
@@ -219,7 +219,11 @@ class SegmentReader:
             message = f"disk segment {location.segment} at byte {location.offset}: {error}"
             raise TieredKVError(Kind.CORRUPT, message, **where) from error
         if (location.tier, location.codec, location.raw_bytes) != (Tier.DISK, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", **where)
+            raise TieredKVError(
+                Kind.CORRUPT,
+                f"the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+                **where,
+            )
         return buffer, frame
 
 

@@ -99,7 +99,7 @@ class DiskTier(LogTier):
 
     @property
     def max_frame_bytes(self) -> int:
-        """Size of the largest frame that the tier can ever take."""
+        """Size in bytes of the largest frame that the tier can store."""
         file_bytes = (self._append_limit_bytes - _FOLDER_BYTES) // PAGE_BYTES * PAGE_BYTES
         return min(MAX_FRAME_BYTES, file_bytes - ENTRY_BYTES - footer_bytes(1))
 
@@ -119,7 +119,7 @@ class DiskTier(LogTier):
         return self._written_bytes / self._new_bytes if self._new_bytes else 1.0
 
     def append(self, records: Sequence[Record]) -> list[AppendResult]:
-        """Write frames. Returns one answer for each, in order. No part of a refused frame can ever be read.
+        """Write frames. Returns for each, in order, its location or why it was refused. No part of a refused frame can ever be read.
 
         If the file system fails, the rest of the batch is refused with the same reason, and the segment is cut to its last
         whole frame and closed. Cost: a write to the page cache, and a sync of each segment that becomes full. Other appends
@@ -139,7 +139,7 @@ class DiskTier(LogTier):
         return self._reader.lend(location)
 
     def carried(self, location: Location) -> float | None:
-        """Returns the coding error in the header at `location`, or None. Cost: one small read."""
+        """Returns the coding error in the frame header at `location`, None if it cannot be read. Cost: one small read."""
         try:
             return carried_error(self._reader.head(location))
         except TieredKVError as error:
@@ -149,8 +149,8 @@ class DiskTier(LogTier):
     def forget(self, location: Location) -> bool:
         """Drop the block at `location`. Returns False if no block was there. Never waits for the disk.
 
-        After the last block of a segment, the next append or reclaim removes the segment, whose bytes count until then. A
-        block dropped after its segment was sealed may be found again after a restart.
+        When a segment has lost its last block, the next append or reclaim removes it. Its bytes count until then. A block
+        dropped after its segment was sealed may be found again after a restart.
         """
         with self._state:
             segment = self._segments.get(location.segment)
@@ -167,12 +167,13 @@ class DiskTier(LogTier):
             return found
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, the oldest, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), the oldest, if `count` frames of `nbytes` in total may not fit.
 
-        Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are assumed.
-        Usage: ask, `reinsert` the useful blocks of `keys_in`, report the other blocks as lost, `reclaim`, and ask again. If every block
-        is reinserted, no room is ever made. May seal the segment being written, if no other can be reclaimed. Do not ask for a
-        frame above `max_frame_bytes`: a batch larger than the tier would remove every segment.
+        Returns None if all frames fit, or if no segment can be reclaimed. Without `count`, frames of at least 1 KiB are
+        assumed. Usage: call this, `reinsert` the useful blocks of `keys_in`, report the other blocks as lost, call `reclaim`,
+        and repeat. If every block is reinserted, no room is ever made. May seal the segment being written, if no other can be
+        reclaimed. Do not call it for a frame above `max_frame_bytes`, or a batch larger than the tier: that would remove every
+        segment.
         """
         if self._unwanted:
             self._sweep()
@@ -254,7 +255,7 @@ class DiskTier(LogTier):
             self._reader.check()
 
     def _append(self, records: Sequence[Record], limit_bytes: int) -> list[AppendResult]:
-        """Write frames as `append` does, while at most `limit_bytes` of the cap are used."""
+        """Write frames as `append` does, but refuse those with which more than `limit_bytes` of the cap would be used."""
         frames = [unwritten(record) for record in records]
         answers: list[AppendResult] = []
         with self._writing:
@@ -269,7 +270,7 @@ class DiskTier(LogTier):
         return answers
 
     def _append_run(self, frames: Sequence[Unwritten], limit_bytes: int) -> list[AppendResult]:
-        """Write as many of the first frames as fit side by side into one segment. Returns their answers, at least one."""
+        """Write as many leading frames as fit side by side into one segment. Returns their results, at least one."""
         if frames[0].stored_bytes > self.max_frame_bytes:
             return [AppendResult(None, Refusal.TOO_LARGE)]
         own = room(frames[0].nbytes, 1) > self.segment_bytes
@@ -290,7 +291,7 @@ class DiskTier(LogTier):
     def _write_run(self, run: Sequence[Unwritten], target: Segment | None, own: bool, growth: int) -> list[AppendResult]:
         """Write a run at the end of `target` or into a new segment. `growth` bytes of the cap are already reserved for it.
 
-        Returns an answer for each frame.
+        Returns for each frame its location or why it was refused.
         """
         try:
             segment = target or self._new_segment()
@@ -329,7 +330,7 @@ class DiskTier(LogTier):
     def _seal(self, segment: Segment) -> None:
         """Finish a segment with its footer, or remove it if it has no live block.
 
-        `_state` is free while the disk works. A block dropped during that time is still in the footer.
+        The lock `_state` is not held while the disk works. A block dropped during that time is still in the footer.
         """
         with self._state:
             rows = b"".join(row for offset, row in segment.rows.items() if offset in segment.live)
@@ -364,7 +365,7 @@ class DiskTier(LogTier):
         return self._segments[id]
 
     def _discard(self, segment: Segment) -> None:
-        """Mark a segment for removal by `_sweep`; until then its bytes count. The caller holds `_state`."""
+        """Mark a segment for removal by `_sweep`; until then its bytes count against the cap. The caller holds the lock `_state`."""
         del self._segments[segment.id]
         self._unwanted.append(segment)
 
@@ -474,7 +475,7 @@ class DiskTier(LogTier):
             self._discard(next(iter(self._segments.values())))
             self._sweep()
         if self._used_bytes > self._capacity_bytes:
-            message = f"disk_path: {self._used_bytes} bytes in {self.folder} cannot be removed, disk allows at most {self._capacity_bytes}"
+            message = f"disk_path: {self._used_bytes} bytes in {self.folder} cannot be removed, but disk allows only {self._capacity_bytes}"
             raise TieredKVError(Kind.STORAGE, message, setting="disk_path")
 
 

@@ -1,7 +1,7 @@
-"""Writing a segment file: appends runs of bytes, and at last the footer.
+"""Writes a segment file: appends runs of frames, and at last the footer.
 
-Writes go through the page cache, 2 MiB at a time. After each, the kernel is asked to start writing back, so the disk works while the
-next piece is prepared, and the one sync at the end has little left to do (docs/design/007).
+Writes go through the page cache, 2 MiB at a time. After each piece, the kernel is asked to start writing to disk. So the disk
+works while the next piece is prepared, and little is left for the one sync at the end (docs/design/007).
 """
 
 import errno
@@ -51,7 +51,7 @@ class SegmentWriter:
         return written, None
 
     def cut(self, end: int) -> int:
-        """Cut the file to `end` bytes. Returns its size afterwards, which is larger if cutting failed."""
+        """Truncate the file to `end` bytes. Returns its size afterwards, which is larger if that failed."""
         try:
             self._files.truncate(self._fd, end)
         except OSError:
@@ -94,7 +94,7 @@ def reason_of(error: OSError) -> Refusal:
 
 
 def _first(views: list[memoryview], nbytes: int) -> list[memoryview]:
-    """Returns the first `nbytes` of views, or as many as one call takes."""
+    """Returns the first `nbytes` of views, or fewer: at most what one system call accepts."""
     first: list[memoryview] = []
     for view in views[:_BUFFERS_PER_CALL]:
         first.append(view[:nbytes])

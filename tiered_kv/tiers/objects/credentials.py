@@ -1,4 +1,4 @@
-"""Credentials for object storage over the network: from environment variables and AWS profiles, as options of a connection.
+"""Finds credentials for object storage in environment variables and AWS profiles. Returns them as options of a connection.
 
 obstore itself finds the identity of a machine or of a pod. No message contains a secret value.
 
@@ -72,7 +72,10 @@ class Credentials(dict[str, str]):
 
 
 class Access(NamedTuple):
-    """Settings of a connection. `config`: options of obstore. `provider`: returns the keys of S3. `allows_http`: whether TLS is optional.
+    """The settings of a connection.
+
+    `config`: options of obstore. `provider`: a function that returns the access keys of S3. `allows_http`: whether TLS is
+    optional.
 
     `is_machines`: no credentials are given, so the machine's own identity is used.
     """
@@ -132,7 +135,7 @@ def access(url: str, environ: Mapping[str, str] | None = None) -> Access:
 
 
 def what_to_set(url: str) -> str:
-    """Returns the message for a user without credentials for the store at `url`."""
+    """Returns the error text for a user without credentials for the store at `url`: which variables to set."""
     return f"there are no credentials: {_WHAT_TO_SET[_KINDS[urlsplit(url).scheme]]}"
 
 
@@ -227,7 +230,7 @@ def _server(environ: Mapping[str, str]) -> dict[str, str]:
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     wanted, own = _endpoint(environ), _endpoint(os.environ)
     if wanted != own and os.environ.get(_ENDPOINTS[0]):  # obstore prefers it to every option
-        message = f"{_ENDPOINTS[0]}: where a node runs it must name the requested server, but names another; use {_ENDPOINTS[1]} instead"
+        message = f"{_ENDPOINTS[0]}: on the node's machine it must name the server to use, but names another; use {_ENDPOINTS[1]} instead"
         raise TieredKVError(Kind.CONFIG, message, setting=_ENDPOINTS[0])
     if wanted or own:
         return {"aws_region": region, "aws_endpoint_url": wanted or f"https://s3.{region}.amazonaws.com"}

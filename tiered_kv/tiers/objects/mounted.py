@@ -58,12 +58,12 @@ class MountedPacks:
             return first
 
     def hold(self, nbytes: int) -> None:
-        """Add `nbytes`, the size of frames that become visible, to `used_bytes`."""
+        """Add `nbytes` to `used_bytes`: the size of frames that become visible to readers."""
         with self._lock:
             self._used_bytes += nbytes
 
     def forget(self, location: Location) -> None:
-        """Subtract the size of a block that is no longer visible from `used_bytes`. The checkpoint keeps the block's bytes."""
+        """Subtract the size of a block that readers no longer find from `used_bytes`. The checkpoint keeps the block's bytes."""
         self.hold(-location.stored_bytes)
 
     def read(self, location: Location, key: BlockKey, namespace: bytes | None = None) -> Frame:
@@ -74,7 +74,7 @@ class MountedPacks:
         return frame
 
     def read_run(self, run: "PackRange") -> list[Frame | TieredKVError]:
-        """Read and verify the frames of a run by one ranged read. Returns for each block its frame, or the error found in it.
+        """Read and verify the frames of neighbouring blocks by one ranged read. Returns for each its frame, or the error found in it.
 
         Raises (kinds `storage`, `corrupt`) if the range cannot be read.
         """
@@ -136,4 +136,8 @@ def _end(block: MountedBlock) -> int:
 
 def _check(frame: Frame, location: Location, name: str) -> None:
     if (location.tier, location.codec, location.raw_bytes) != (Tier.CHECKPOINT, frame.codec.id, frame.raw_bytes):
-        raise TieredKVError(Kind.CORRUPT, f"pack {name}: {location} does not match the frame that is stored there", object=name)
+        raise TieredKVError(
+            Kind.CORRUPT,
+            f"pack {name}: the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+            object=name,
+        )

@@ -28,11 +28,10 @@ def open_store(
 ) -> ObjectStore:
     """Open the object store of `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`, a folder path, or `memory://` (a new store).
 
-    `below`: appended to the prefix, for example a node's name. `setting`: the setting that errors name. It also decides whether
-    the store is for the objects tier or for checkpoints (`store.role_of`), which cannot be in memory. `create`: whether to create
-    a missing folder, which must be writable. `environ`: credentials of another process (`credentials.credentials`), used instead
-    of this process's own.
-    The deadlines apply to remote stores.
+    `below`: appended to the prefix, for example a node's name. `setting`: the setting that error texts name. It also tells
+    whether the store is for the objects tier or for checkpoints (`store.role_of`); checkpoints cannot be in memory. `create`:
+    whether to create a missing folder, which must be writable. `environ`: credentials of another process
+    (`credentials.credentials`), used instead of this process's own. The deadlines apply to remote stores.
 
     Raises (kind `config`) for other URLs, or if a remote URL needs a library that is not installed; (kind `storage`) for a
     folder that cannot be used.
@@ -44,7 +43,7 @@ def open_store(
         if not url[len(scheme) :].startswith("://") or not parts.netloc:
             raise _unknown(url, setting)
         if "@" in parts.netloc and not scheme.startswith("abfs"):
-            message = f"{role_of(setting)}: the URL must contain no credentials, as URLs are shown to everyone; set them in the environment"
+            message = f"{role_of(setting)}: the URL must contain no credentials, because logs show URLs; set them in the environment"
             raise TieredKVError(Kind.CONFIG, message, setting=setting)
         whole = scheme + url[len(scheme) :].rstrip("/") + (f"/{below}" if below else "")
         deadlines = {"read_deadline_s": read_deadline_s, "write_deadline_s": write_deadline_s}

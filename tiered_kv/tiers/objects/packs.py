@@ -2,9 +2,10 @@
 
     pack = frame* ‖ footer        footer = row per frame ‖ trailer
 
-The footer is that of disk segments (`tiers.disk.footer`), with segment 0, and with a digest of all frames' checksums in place of the
-store's tag. A pack's name is the BLAKE2b-256 of its footer. So equal names mean equal content, and the footer alone shows whether a
-pack of many MiB matches its name. Each frame is verified when it is read. `docs/pack-format.md` describes the bytes.
+The footer is that of disk segments (`tiers.disk.footer`), with segment 0, and with a digest of all frames' checksums where disk
+segments have the `store` tag. A pack's name is the BLAKE2b-256 of its footer. So equal names mean equal content, and the footer
+alone shows whether a pack of many MiB matches its name. Each frame is verified when it is read. `docs/pack-format.md` describes
+the bytes.
 """
 
 import re
@@ -78,7 +79,10 @@ class PackWriter:
         return entry
 
     def seal(self) -> PackInfo:
-        """Returns the pack that `finish` would write now, without writing it. A stored pack of the same name makes `finish` unnecessary."""
+        """Returns the pack that `finish` would write now, without writing it.
+
+        If the store has a pack of this name already, `finish` is unnecessary.
+        """
         return self._sealed()[0]
 
     def finish(self) -> PackInfo:

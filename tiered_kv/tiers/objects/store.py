@@ -39,11 +39,14 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def get(self, name: str) -> memoryview:
-        """Returns all bytes of an object. Raises if there is none (with `missing=True` in the context)."""
+        """Returns all bytes of an object. Raises if the object does not exist (with `missing=True` in the context)."""
 
     @abstractmethod
     def get_range(self, name: str, offset: int, nbytes: int) -> memoryview:
-        """Returns exactly `nbytes` from `offset` on. Raises as `get` does, and (kind `corrupt`) if the object ends earlier."""
+        """Returns exactly `nbytes` bytes of an object from `offset` on.
+
+        Raises as `get` does, and (kind `corrupt`) if the object ends earlier.
+        """
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:

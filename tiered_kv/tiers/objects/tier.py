@@ -97,7 +97,7 @@ class ObjectsTier(LogTier):
         return min(MAX_FRAME_BYTES, self._capacity_bytes - footer_bytes(1))
 
     def append(self, records: Sequence[Record]) -> list[AppendResult]:
-        """Upload frames as one or several packs. Returns one answer for each, in order, when the packs are durable.
+        """Upload frames as one or several packs. Returns when the packs are durable: for each frame, its location or why it was refused.
 
         Cost: one put a pack, four at a time, and the deletion of unwanted packs. Other appends wait meanwhile. A refusal with
         `IO_ERROR` or `NO_SPACE` applies to a whole pack, and is logged.
@@ -128,13 +128,17 @@ class ObjectsTier(LogTier):
             raise TieredKVError(Kind.STORAGE, f"pack {location.segment} no longer exists", segment=location.segment, missing=True)
         frame = read_frame(self._store, pack.name, location.offset, location.stored_bytes, key, namespace)
         if (location.tier, location.codec, location.raw_bytes) != (blocks.Tier.OBJECTS, frame.codec.id, frame.raw_bytes):
-            raise TieredKVError(Kind.CORRUPT, f"{location} does not match the frame that is stored there", segment=location.segment)
+            raise TieredKVError(
+                Kind.CORRUPT,
+                f"the frame at {location} has codec {frame.codec.id} and {frame.raw_bytes} raw bytes, not those of this location",
+                segment=location.segment,
+            )
         return frame
 
     def forget(self, location: Location) -> bool:
         """Drop the block at `location`. Returns False if no block was there. Makes no request.
 
-        After the last block of a pack, the next append or reclaim deletes the pack, whose bytes count until then.
+        When a pack has lost its last block, the next append or reclaim deletes it. Its bytes count until then.
         """
         with self._state:
             pack = self._packs.get(location.segment)
@@ -167,7 +171,7 @@ class ObjectsTier(LogTier):
             ]
 
     def needs_reclaim(self, nbytes: int, count: int | None = None) -> int | None:
-        """Returns the segment to reclaim next, if `count` frames of `nbytes` in total may not fit.
+        """Returns the segment to remove next (`reclaim`), if `count` frames of `nbytes` in total may not fit.
 
         Returns None if all frames fit, if no segment is left, or if the last deletion failed: the append is refused then.
         Without `count`, frames of at least 1 KiB are assumed.
@@ -236,7 +240,7 @@ class ObjectsTier(LogTier):
     def _ready(self) -> bool:
         """Prepare for an append: take over a former owner's packs, unless `recovered` did, and delete unwanted packs.
 
-        Returns whether the store answered. Drops the blocks of packs taken over here, because no caller knows them.
+        Returns whether the store answered. The blocks of packs taken over here are dropped, because no caller knows them.
         """
         try:
             for block in self.recovered():
@@ -247,7 +251,10 @@ class ObjectsTier(LogTier):
         return self._swept()
 
     def _planned(self, records: Sequence[Record], sizes: Sequence[int]) -> tuple[dict[int, AppendResult], list[_Planned]]:
-        """Plan packs for the records that fit, and reserve their bytes. Returns answers for the other records, and the packs."""
+        """Plan packs for the records that fit, and reserve the packs' bytes.
+
+        Returns the refusals of the other records by index, and the packs.
+        """
         answers: dict[int, AppendResult] = {}
         planned: list[_Planned] = []
         for index, (record, nbytes) in enumerate(zip(records, sizes, strict=True)):
@@ -264,7 +271,7 @@ class ObjectsTier(LogTier):
         return answers, planned
 
     def _take(self, frame_bytes: int, nbytes: int) -> Refusal | None:
-        """Reserve `nbytes` of the cap for a frame. Returns the reason if that is not possible, else None."""
+        """Reserve `nbytes` of the cap for a frame. Returns None, or the reason if that is not possible."""
         if frame_bytes > self.max_frame_bytes:
             return Refusal.TOO_LARGE
         with self._state:
@@ -279,7 +286,7 @@ class ObjectsTier(LogTier):
         return _Planned(number, PackWriter(self._store, f"{number:010d}-"), [])
 
     def _placed(self, number: int, info: PackInfo, refused: Refusal | None) -> list[AppendResult]:
-        """Record a pack after its upload, which may have failed. Returns an answer for each frame."""
+        """Record a pack after its upload, which may have failed. Returns for each frame its location or why it was refused."""
         with self._state:
             if refused:
                 self._unwanted[info.name] = info.nbytes  # a failed put may still have created the object
@@ -300,7 +307,7 @@ class ObjectsTier(LogTier):
             return PackInfo(*listed, ())
 
     def _adopt(self, packs: Sequence[PackInfo]) -> dict[int, PackInfo]:
-        """Set the bookkeeping to the packs that were found. Returns the packs to keep by number: the newest that fit the cap."""
+        """Set the bookkeeping to the packs found in the store. Returns, by number, the packs to keep: the newest ones that fit the cap."""
         kept: dict[int, PackInfo] = {}
         by_name = sorted(packs, key=lambda pack: pack.name)
         numbered = [(number, pack) for pack in by_name if (number := _number(pack.name)) is not None]

@@ -1,4 +1,4 @@
-"""Runs a model on texts, and captures their KV and its sensitivity: how much errors in it change the next tokens' distribution.
+"""Runs a model on texts. Captures their KV and its sensitivity: how much errors in the KV change the next tokens' distribution.
 
 The channels (C) of a layer are ordered in G groups of KV heads: (G, 2, H/G, D). The model's RoPE rotation is undone for K. The
 first `SINKS` tokens of each prompt are left out, because codecs store them exactly.
@@ -48,7 +48,7 @@ class Geometry:
         return x.permute(0, 4, 2, 1, 3, 5).reshape(layers, tokens, self.channels)
 
     def kv_of(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Returns (L, T, C) as kv (L, 2, H, T, D) in float32: the inverse of `channels_of`."""
+        """Returns the channels `x` (L, T, C) as kv (L, 2, H, T, D) in float32: the inverse of `channels_of`."""
         layers, tokens, _ = x.shape
         x = x.float().view(layers, tokens, self.groups, 2, self.kv_heads // self.groups, self.head_dim)
         kv = x.permute(0, 3, 2, 4, 1, 5).reshape(layers, 2, self.kv_heads, tokens, self.head_dim)

@@ -90,7 +90,7 @@ def _read(paths: Sequence[Path], least: int = 3000) -> Iterator[str]:
 
 
 def _part(text: str, generator: random.Random | None) -> str:
-    """Returns at most TEXT_CHARACTERS_MAX characters of a text, from its start, or with `generator` from a random line."""
+    """Returns at most TEXT_CHARACTERS_MAX characters of a text: from its start, or from a random line if `generator` is given."""
     if generator and len(text) > 2 * TEXT_CHARACTERS_MAX:
         start = generator.randrange(len(text) - TEXT_CHARACTERS_MAX)
         text = text[text.find("\n", start) + 1 :]

@@ -109,7 +109,7 @@ def weights_digests(model: Any) -> tuple[str, ...]:
 
 
 def with_errors(made: Calibration, captured: CapturedKV, geometry: Geometry) -> Calibration:
-    """Returns the calibration with error bounds: the highest relative error of some fitted blocks for each codec and step."""
+    """Returns the calibration with error bounds: for each codec and step, the highest relative error among some of the fitted blocks."""
     tokens = min(BOUND_BLOCK_TOKENS, captured.kv.shape[1])
     layout = KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, "bfloat16", tokens)
     last = captured.kv.shape[1] - tokens

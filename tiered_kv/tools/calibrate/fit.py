@@ -85,7 +85,7 @@ def _fit_layer(x: torch.Tensor, features: torch.Tensor, fisher: torch.Tensor) ->
 
 
 def _metric(fisher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the square root of the Fisher information of K and V (2, C/2, C/2), and its inverse.
+    """Returns the matrix square root of the Fisher information of K and V (2, C/2, C/2), and the inverse of this root.
 
     Both are block-diagonal (C, C) matrices.
     """
@@ -109,13 +109,13 @@ def _decoded(x: torch.Tensor, features: torch.Tensor, matrix: torch.Tensor) -> t
 
 
 def _plain(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Returns a table (L, C) with its channels reordered from (G, 2, H/G, D) to (2, H, D)."""
+    """Returns a table (L, C) with its channels reordered from the axes (G, 2, H/G, D) to (2, H, D)."""
     heads = geometry.kv_heads // geometry.groups
     return x.view(len(x), geometry.groups, 2, heads, -1).transpose(1, 2).reshape(len(x), -1).contiguous()
 
 
 def _tiny_guard(x: torch.Tensor) -> torch.Tensor:
-    """Returns `x` with a tiny lower bound, so that quotients stay finite.
+    """Returns `x` with each value raised to at least a tiny positive number, so that quotients stay finite.
 
     Values of 0 occur because a layer may be constant, or have no effect at all.
     """

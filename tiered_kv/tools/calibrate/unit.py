@@ -39,7 +39,7 @@ def with_units(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], c
 
 
 def measured(made: Calibration, model: Any, prompts: Sequence[torch.Tensor], continue_tokens: int, log: LogLine) -> dict[str, float]:
-    """Measure the KL of each promised codec, between exact and decoded KV, over the last `continue_tokens` of prompts (1, n).
+    """Measure the KL, between exact and decoded KV, that each codec causes in the last `continue_tokens` tokens of prompts (1, n).
 
     Returns the median over prompts for each codec. Prompts for which a codec fell back to another one are not counted. A codec
     without any counted prompt is not in the result.

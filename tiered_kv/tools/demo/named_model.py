@@ -1,4 +1,4 @@
-"""Attaches to a cluster with a model that is named on the command line, as a worker of that model would."""
+"""Attaches to a cluster as a worker of the model that the command line names."""
 
 from collections.abc import Collection
 from dataclasses import replace

@@ -82,7 +82,7 @@ class Replica:
 class Reference:
     """The same model in one process without the cache: plain `generate`, and reuse of its own `past_key_values`.
 
-    It stores the KV of the blocks that it has computed, unchanged. For every prompt it reuses exactly as many tokens as the
+    It keeps the KV of the blocks that it has computed, unchanged. For every prompt it reuses exactly as many tokens as the
     replica did, so that the comparison measures only the cache.
     """
 

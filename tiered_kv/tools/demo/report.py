@@ -76,7 +76,7 @@ def _of_replica(name: str, requests: list[dict], about: dict) -> dict:
 
 
 def _by_tier(warm: list[dict]) -> dict[str, float]:
-    """Returns, by tier, the median of the ratio: time to first token divided by that with reuse within one process.
+    """Returns by tier a median over requests: time to first token, divided by the same with reuse within one process.
 
     A request counts for the tier from which most of its reused tokens were read.
     """

@@ -152,8 +152,8 @@ def _ask(
 def _compared(reference: Any, ids: list[int], options: DemoOptions, answer: dict) -> dict:
     """Answer the same prompt without the cache, and compare the outputs.
 
-    The reference reuses the KV of as many tokens within one process, and in float32 also runs one plain generate. Returns the
-    fields to add to the request's record.
+    The reference reuses the KV of as many tokens as the replica did, but within one process. In float32 it also runs one plain
+    generate. Returns the fields to add to the request's record.
     """
     reusing = _get(reference.reusing.remote(ids, options.new_tokens, answer["reused_tokens"]), ANSWER_WITHIN_S)
     expected = reusing

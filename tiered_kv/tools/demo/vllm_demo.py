@@ -173,7 +173,7 @@ def _counts(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
 
 
 def _record(replica: str, ids: Sequence[int], answer: Any, counts: dict[str, float]) -> dict:
-    """Returns the record of a request. `counts`: how much each counter of the server has grown during the request."""
+    """Returns the record of a request. `counts`: by name, how much each metric of the server has grown during the request."""
     own, loaded = int(counts.get("prefix_cache_hits", 0)), int(counts.get("external_prefix_cache_hits", 0))
     blocks = {
         name.rpartition(":")[2]: int(count)
