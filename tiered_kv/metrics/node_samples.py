@@ -84,7 +84,7 @@ def route_samples(reading: NodeReading) -> Iterator[MetricSample]:
             route = (HOST if tier == PEER else tier), WORKER
             moved[route] = moved.get(route, 0) + counts[f"hit_{tier}_bytes"]
     peers = stats.get("peers", NO_PEERS)
-    moved[PEER, HOST] = sum(pair["bytes"] for pair in peers["peers"].values())
+    moved[PEER, HOST] = peers.get("fetched_bytes", 0)
     moved[HOST, PEER] = peers["served_bytes"]
     for route, nbytes in sorted(moved.items()):
         yield MetricSample("moved_bytes_total", nbytes, route)
