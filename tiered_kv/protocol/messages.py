@@ -169,6 +169,12 @@ class PeerStats(TypedDict):
 
     address: str | None
     peers: dict[str, PairStats]
+    fetched_bytes: NotRequired[int]
+    """The bytes fetched from all peers, also from those that `peers` no longer lists; `checksum_failures`: damaged blocks among them.
+
+    Both are absent in the figures of an older version.
+    """
+    checksum_failures: NotRequired[int]
     served_blocks: int
     served_bytes: int
     located: int

@@ -87,4 +87,4 @@ def _refusals(node: "Node") -> dict[str, dict[str, int]]:
 def _checksum_failures(node: "Node", peers: PeerStats) -> dict[str, int]:
     found = {Tier.HOST.label: node.seals.stats()["flipped"]}
     found |= {tier.label: blocks for tier, blocks in sorted(node.storage.checksum_failures.items())}
-    return found | {PEER: sum(pair["failures"].get("checksum", 0) for pair in peers["peers"].values())}
+    return found | {PEER: peers.get("checksum_failures", 0)}
