@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self,
 from tiered_kv import forking
 from tiered_kv.blocks import Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
-from tiered_kv.client.miss_notes import MissNotes
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
 from tiered_kv.client.reader import BlockSource, FoundBlock
@@ -104,8 +103,6 @@ class NodeClient:
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
         self._savings = Savings()
-        self.misses = MissNotes()
-        """The blocks that the last fetches did not read although a node may have had them, and why. For `explain`."""
         self._lock = threading.Lock()
         self._use_lock = threading.Lock()
         self._closed = False

@@ -15,13 +15,14 @@ import torch
 
 from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Reason, Stored
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import Names, NodeClient, question_s, while_open
-from tiered_kv.client.explaining import Finding, OtherNamespace, other_namespaces
+from tiered_kv.client.base import Names, question_s, while_open
+from tiered_kv.client.explaining import OtherNamespace, other_namespaces
+from tiered_kv.client.explaining_client import ExplainingClient
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids, check_tenant
-from tiered_kv.protocol.explanation import Explanation, KnownNamespace
+from tiered_kv.protocol.explanation import KnownNamespace
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import Session
 
@@ -33,13 +34,12 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 4 << 20
 """A pull of at least this many bytes gets a second thread, so that its first blocks are read while later ones arrive."""
 LOOK_AGAIN_S = 0.0005
-DEADLINE_MARGIN_S = 0.005
-"""A fetch that ends so shortly before its deadline was ended by it: each step stops a little earlier than its caller's deadline."""
+
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
 
-class Client(NodeClient):
+class Client(ExplainingClient):
     """Fetches and stores the KV of token prefixes, in the blocks of one layout under one namespace.
 
     Safe to use from several threads. On the same node, a fetch takes about 60 µs plus the copy and calls no other process. A store
@@ -208,28 +208,13 @@ class Client(NodeClient):
             check_tenant(tenant)
         access, names = self._present()
         ids = as_token_ids(token_ids)
-        keys, source, now_s = names.keys(ids), access.source, self._clock.now_s()
-        slots = source.lookup_all(keys)
-        missing = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
-        until_s = now_s + question_s(access)
-        answer = self._explanation(access, names, missing, until_s) if missing and source.live else None
-        finding = Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, now_s)
+        until_s = self._clock.now_s() + question_s(access)
+        finding = self._finding(access, names, names.keys(ids), until_s)
         records = finding.records()
         if any(record.why in (Reason.NEVER_STORED, Reason.REFUSED) for record in records):
             others = self._other_namespaces(access, names, ids, also_tenants, until_s)
             records = replace(finding, others=others).records()
         return records
-
-    def _explanation(
-        self, access: NodeAccess, names: Names, keys: list[BlockKey], until_s: float, ask_peers: bool = True
-    ) -> Explanation | None:
-        wait_s = max(until_s - self._clock.now_s(), 0.0)
-
-        def question(session: Session) -> Explanation | None:
-            self._tell(access, session, names)
-            return session.explain(keys, wait_s, ask_peers)
-
-        return self._ask(access, question, None, wait_s)
 
     def _other_namespaces(
         self, access: NodeAccess, names: Names, ids: "np.ndarray", also_tenants: Sequence[str], until_s: float
@@ -241,12 +226,6 @@ class Client(NodeClient):
         return other_namespaces(
             known, names.namespace, self.layout, ids, lambda keys: self._explanation(access, names, keys, until_s, False)
         )
-
-    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:
-        """Note the blocks after the first `read` ones if the deadline has passed, for `explain`. Forget the notes of the others."""
-        self.misses.settle(keys[:read])
-        if read < len(keys) and (now_s := self._clock.now_s()) >= deadline_s - DEADLINE_MARGIN_S:
-            self.misses.note(keys[read:], Reason.DEADLINE, now_s)
 
     def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
         """Returns the variant of a namespace that a model with this probe belongs to; None while the node does not answer. One call."""

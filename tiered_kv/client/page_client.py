@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.blocks import PEER, Stored, Tier
+from tiered_kv.blocks import PEER, Explained, Stored, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import LABELS, Names, NodeClient, question_s, while_open
+from tiered_kv.client.base import LABELS, Names, question_s, while_open
+from tiered_kv.client.explaining_client import ExplainingClient
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import FoundBlock
 from tiered_kv.keys import BlockKey, Namespace
@@ -60,7 +61,7 @@ class Loaded(NamedTuple):
     blocks_by_tier: dict[str, int]
 
 
-class PageClient(NodeClient):
+class PageClient(ExplainingClient):
     """Loads and stores blocks of one `OpaqueLayout`. Safe to use from several threads."""
 
     @while_open
@@ -69,6 +70,16 @@ class PageClient(NodeClient):
         found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
+
+    @while_open
+    def explain(self, keys: Sequence[BlockKey]) -> list[Explained]:
+        """Returns a record of each block of a chain: its tier, or the reason why it would be a miss (docs/explain.md).
+
+        The engine made the keys, so namespaces are not compared. Waits at most QUESTION_S_MAX for the node. Counts as no use.
+        """
+        self._check_open()
+        access, names = self._present()
+        return self._finding(access, names, keys, self._clock.now_s() + question_s(access)).records()
 
     @property
     def deadline_s(self) -> float:
@@ -143,6 +154,7 @@ class PageClient(NodeClient):
             by_tier[PEER] = read - local
         if not self._is_current(access, names):
             read, by_tier = 0, {}
+        self._note_misses(keys, read, until_s)
         self._note_fetch(source, len(keys), read, begun_s)
         return Loaded(read, by_tier)
 

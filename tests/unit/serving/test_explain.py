@@ -8,10 +8,13 @@ import pytest
 
 from tests.unit.serving.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
 from tests.unit.serving.test_closing import Hanging, hanging  # noqa: F401
+from tests.unit.serving.test_page_client import LAYOUT as page_layout
+from tests.unit.serving.test_page_client import Engine, chain_of, stored
 from tiered_kv import Config, KVLayout
 from tiered_kv.blocks import Reason, Tier
 from tiered_kv.client import miss_notes
 from tiered_kv.client.explaining import other_namespaces
+from tiered_kv.client.page_client import Chain
 from tiered_kv.clock import ManualClock
 from tiered_kv.embedded import InProcessCluster
 from tiered_kv.errors import TieredKVError
@@ -194,6 +197,19 @@ def test_a_purged_block_says_so(make_cluster, checked) -> None:
     node.epochs.purge([client.namespace.family])
     node.epochs.end_purge([client.namespace.family])
     assert {(each.why, each.details["cause"]) for each in client.explain(TOKENS)} == {("removed", "ended")}
+
+
+# An engine's pages
+
+
+def test_a_page_client_explains_the_blocks_of_an_engines_keys(make_cluster, checked) -> None:
+    client = checked(make_cluster().page_client("n0", page_layout, NAMESPACE))
+    engine, chain = Engine(), chain_of("a", 3)
+    assert stored(client, engine, Chain(chain.keys[:2]), [0, 1]).new == 2
+    assert [each.why for each in client.explain(chain.keys)] == ["hit", "hit", "never_stored"]
+    for number in range(60):
+        stored(client, engine, chain_of(f"other {number}", 1), [0])
+    assert {each.why for each in client.explain(chain.keys[:2])} == {"evicted"}
 
 
 # Another namespace
