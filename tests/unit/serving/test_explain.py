@@ -17,7 +17,7 @@ from tiered_kv.client.explaining import other_namespaces
 from tiered_kv.client.page_client import Chain
 from tiered_kv.clock import ManualClock
 from tiered_kv.embedded import InProcessCluster
-from tiered_kv.errors import TieredKVError
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.store import events as ev
 
@@ -210,6 +210,26 @@ def test_a_page_client_explains_the_blocks_of_an_engines_keys(make_cluster, chec
     for number in range(60):
         stored(client, engine, chain_of(f"other {number}", 1), [0])
     assert {each.why for each in client.explain(chain.keys[:2])} == {"evicted"}
+
+
+# Bad questions
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (b"k" * 32, 1.0, True),
+        ([b"short"], 1.0, True),
+        ([7], 1.0, True),
+        ([], -1.0, True),
+        ([], None, True),
+        ([bytes(32)] * 65_537, 1.0, True),
+    ],
+)
+def test_a_node_refuses_a_malformed_question(node_factory, arguments: tuple) -> None:
+    with pytest.raises(TieredKVError) as caught:
+        node_factory(host="1MiB").open_session().explain(*arguments)
+    assert caught.value.kind is Kind.TRANSPORT
 
 
 # Another namespace
