@@ -25,7 +25,7 @@ EVICTED = {
     "under_pressure": "its room was needed, and the tier below was too slow",
     "over_quota": "its tenant was above its quota",
     "index_full": "the index had no slot left",
-    "reclaimed": "its segment was the oldest, and it had not been used since it was written, or less than others",
+    "reclaimed": "its segment was the oldest, and it had not been used enough since to be written again",
     "unmounted": "the index was nearly full, and only the mounted checkpoint had it",
 }
 """The causes of an eviction, in words."""

@@ -40,7 +40,8 @@ class ExplainingClient(NodeClient):
         source = access.source
         slots = source.lookup_all(keys)
         missing = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
-        answer = self._explanation(access, names, missing, until_s) if missing and source.live else None
+        may_ask = missing and source.live and names.mark is not None  # without a mark, the keys may be those of a former epoch
+        answer = self._explanation(access, names, missing, until_s) if may_ask else None
         return Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, self._clock.now_s())
 
     def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:

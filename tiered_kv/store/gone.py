@@ -25,7 +25,7 @@ class GoneBlock(NamedTuple):
     """A block that is gone. `at_s`: when it went, on the node's clock. `tier`: the tier of its last copy, None if it never had one.
 
     `uses`: how often it was used, its store included; at most USES_MAX. `standing`: if an eviction policy chose the block, its value
-    as a share of the lowest value that stayed. NaN if it is not known: not every policy computes values.
+    as a share of the lowest value that stayed, of those that the policy compared. NaN if it is not known: not every policy computes values.
     """
 
     at_s: float
