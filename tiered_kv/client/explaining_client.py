@@ -44,9 +44,18 @@ class ExplainingClient(NodeClient):
         answer = self._explanation(access, names, missing, until_s) if may_ask else None
         return Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, self._clock.now_s())
 
-    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:
-        """Note the blocks after the first `read` ones if the deadline has passed, for `explain`. Forget the notes of the others."""
+    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float, is_declined: bool = False) -> None:
+        """Note for `explain` why the blocks after the first `read` ones were not read. Forget the notes of the others.
+
+        `keys`: all blocks that the fetch asked for. The reason is the deadline if it has passed, else that the rest `is_declined`.
+        Other blocks get no note: the node knows better why they are misses.
+        """
         if self.misses:
             self.misses.settle(keys[:read])
-        if read < len(keys) and (now_s := self._clock.now_s()) >= deadline_s - DEADLINE_MARGIN_S:
+        if read == len(keys):
+            return
+        now_s = self._clock.now_s()
+        if now_s >= deadline_s - DEADLINE_MARGIN_S:
             self.misses.note(keys[read:], Reason.DEADLINE, now_s)
+        elif is_declined:
+            self.misses.note(keys[read:], Reason.DECLINED, now_s)

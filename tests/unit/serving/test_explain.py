@@ -337,7 +337,8 @@ def test_a_declined_block_says_so(make_cluster, checked) -> None:
     client = client_of(checked, make_cluster())
     client.store(TOKENS, KV)
     keys = [bytes.fromhex(each.key) for each in client.explain(TOKENS)]
-    client.misses.note(keys[2:], Reason.DECLINED, client._clock.now_s() - 4)
+    client._note_misses(keys, 2, client._clock.now_s() + 10, is_declined=True)
+    client.misses.note(keys[2:], client.misses.of(keys[2]).why, client._clock.now_s() - 4)
     records = client.explain(TOKENS)
     assert [each.why for each in records] == ["hit", "hit", "declined", "declined"]
     assert records[2].reason == "hit now, but the last fetch, 4.0 s ago, declined it: computing it is faster"
