@@ -16,8 +16,8 @@ import torch
 from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Reason, Stored
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import Names, question_s, while_open
-from tiered_kv.client.explaining import OtherNamespace, other_namespaces
-from tiered_kv.client.explaining_client import ExplainingClient
+from tiered_kv.client.explaining.explaining_client import ExplainingClient
+from tiered_kv.client.explaining.finding import OtherNamespace, other_namespaces
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.reader import BlockSource, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
@@ -105,8 +105,7 @@ class Client(ExplainingClient):
         if pulling is not None:
             read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s)
             found = found if len(read) < local else read
-        if doubted := source.doubted():
-            self._ask(access, lambda session: session.doubt(doubted), None, max(deadline_s - self._clock.now_s(), 0.0))
+        self._report_doubts(access, deadline_s)
         # Includes the block that could not be read, which the node examines; excludes the blocks that this fetch pulled.
         source.touch(found[: min(len(read) + 1, local)])
         where = [*first_found, *found[len(first_found) : local]]  # the tiers before this fetch moved any block

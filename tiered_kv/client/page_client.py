@@ -13,7 +13,7 @@ import torch
 from tiered_kv.blocks import PEER, Explained, Stored, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import LABELS, Names, question_s, while_open
-from tiered_kv.client.explaining_client import ExplainingClient
+from tiered_kv.client.explaining.explaining_client import ExplainingClient
 from tiered_kv.client.page_copy import Pages
 from tiered_kv.client.reader import FoundBlock
 from tiered_kv.keys import BlockKey, Namespace
@@ -144,8 +144,7 @@ class PageClient(ExplainingClient):
         else:
             local = len(found)
         read = self._fill(access, found, pages, blocks, until_s)
-        if doubted := source.doubted():
-            self._ask(access, lambda session: session.doubt(doubted), None, max(until_s - self._clock.now_s(), 0.0))
+        self._report_doubts(access, until_s)
         source.touch(found[: min(read + 1, local)])
         by_tier: dict[str, int] = {}
         for each in [*first_found, *found[len(first_found) : local]][:read]:  # the tiers before this load moved any block

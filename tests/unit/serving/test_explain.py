@@ -12,8 +12,8 @@ from tests.unit.serving.test_page_client import LAYOUT as page_layout
 from tests.unit.serving.test_page_client import Engine, chain_of, stored
 from tiered_kv import Config, KVLayout
 from tiered_kv.blocks import Reason, Tier
-from tiered_kv.client import miss_notes
-from tiered_kv.client.explaining import other_namespaces
+from tiered_kv.client.explaining import miss_notes
+from tiered_kv.client.explaining.finding import other_namespaces
 from tiered_kv.client.page_client import Chain
 from tiered_kv.clock import ManualClock
 from tiered_kv.embedded import InProcessCluster

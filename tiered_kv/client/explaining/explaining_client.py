@@ -6,8 +6,8 @@ from functools import cached_property
 from tiered_kv.blocks import Reason
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import Names, NodeClient
-from tiered_kv.client.explaining import Finding
-from tiered_kv.client.miss_notes import MissNotes
+from tiered_kv.client.explaining.finding import Finding
+from tiered_kv.client.explaining.miss_notes import MissNotes
 from tiered_kv.keys import BlockKey
 from tiered_kv.protocol.explanation import Explanation
 from tiered_kv.protocol.session import Session
@@ -59,3 +59,8 @@ class ExplainingClient(NodeClient):
             self.misses.note(keys[read:], Reason.DEADLINE, now_s)
         elif is_declined:
             self.misses.note(keys[read:], Reason.DECLINED, now_s)
+
+    def _report_doubts(self, access: NodeAccess, until_s: float) -> None:
+        """Have the node examine the blocks that a fetch found damaged, for at most until `until_s`."""
+        if doubted := access.source.doubted():
+            self._ask(access, lambda session: session.doubt(doubted), None, max(until_s - self._clock.now_s(), 0.0))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tiered_kv.blocks import PEER, Explained, Reason, Tier
-from tiered_kv.client.miss_notes import MissNotes
+from tiered_kv.client.explaining.miss_notes import MissNotes
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
