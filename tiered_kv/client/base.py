@@ -12,7 +12,6 @@ from tiered_kv.blocks import PEER, Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
 from tiered_kv.client.calls import ClientStats, Names
 from tiered_kv.client.load_costs import LoadCosts, LoadCostStats, LoadPart
-from tiered_kv.client.miss_notes import MissNotes
 from tiered_kv.client.prefill_cost import PrefillTimes
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
@@ -69,8 +68,6 @@ class NodeClient:
         self._counts: Counter[str] = Counter()
         self._noted_retries = 0
         self._savings = Savings()
-        self.misses = MissNotes()
-        """The blocks that the last fetches did not read although a node may have had them, and why. For `explain`."""
         self._prefills = PrefillTimes()
         self._costs = LoadCosts(self._clock)
         self._lock = threading.Lock()

@@ -18,13 +18,13 @@ from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import ALL_PEERS, question_s
 from tiered_kv.client.calls import Names, while_open
 from tiered_kv.client.deciding import LOOK_AGAIN_S, DecidingClient
-from tiered_kv.client.explaining import Finding, OtherNamespace, other_namespaces
+from tiered_kv.client.explaining.finding import OtherNamespace, other_namespaces
 from tiered_kv.client.kv_copy import LayerPairs
 from tiered_kv.client.load_plan import LoadPlan
 from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids, check_tenant
-from tiered_kv.protocol.explanation import Explanation, KnownNamespace
+from tiered_kv.protocol.explanation import KnownNamespace
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import Session
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 READ_AHEAD_BYTES = 4 << 20
 """A pull of at least this many bytes gets a second thread, so that its first blocks are read while later ones arrive."""
-DEADLINE_MARGIN_S = 0.005
-"""A fetch that ends so shortly before its deadline was ended by it: each step stops a little earlier than its caller's deadline."""
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
@@ -93,7 +91,7 @@ class Client(DecidingClient):
         if out is not None:
             keys = keys[: self._room_in(out, len(keys))]
         deadline_s = self._clock.now_s() + (access.deadline_s if deadline_ms is None else deadline_ms / 1000)
-        asked, all_found = len(keys), source.find(keys)
+        wanted, all_found = keys, source.find(keys)
         tiers = source.tiers_of(all_found)
         plan = self._planned(access, names, keys, all_found, tiers, recompute_tokens_per_s, deadline_s)
         keys, first_found = (plan.keys, plan.found) if plan is not None else (keys, all_found)
@@ -119,11 +117,11 @@ class Client(DecidingClient):
         by_tier = self._tokens_by_tier(where[: len(read)], max(len(read) - local, 0))
         if not self._is_current(access, names):
             read, by_tier = [], {}
-        self._note_misses(keys, len(read), deadline_s)
         tokens = len(read) * self.layout.block_tokens
         hits = {tier: count // self.layout.block_tokens for tier, count in by_tier.items()}
-        self._note_fetch(source, names, asked, hits, begun_s)
+        self._note_fetch(source, names, len(wanted), hits, begun_s)
         declined = self._note_declined(access, plan, all_found, len(read)) if plan is not None else {}
+        self._note_misses(wanted, len(read), deadline_s, bool(declined))
         return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier, sum(declined.values()), declined)
 
     def _pull_rest(
@@ -249,28 +247,13 @@ class Client(DecidingClient):
             check_tenant(tenant)
         access, names = self._present()
         ids = as_token_ids(token_ids)
-        keys, source, now_s = names.keys(ids), access.source, self._clock.now_s()
-        slots = source.lookup_all(keys)
-        missing = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
-        until_s = now_s + question_s(access)
-        answer = self._explanation(access, names, missing, until_s) if missing and source.live else None
-        finding = Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, now_s)
+        until_s = self._clock.now_s() + question_s(access)
+        finding = self._finding(access, names, names.keys(ids), until_s)
         records = finding.records()
         if any(record.why in (Reason.NEVER_STORED, Reason.REFUSED) for record in records):
             others = self._other_namespaces(access, names, ids, also_tenants, until_s)
             records = replace(finding, others=others).records()
         return records
-
-    def _explanation(
-        self, access: NodeAccess, names: Names, keys: list[BlockKey], until_s: float, ask_peers: bool = True
-    ) -> Explanation | None:
-        wait_s = max(until_s - self._clock.now_s(), 0.0)
-
-        def question(session: Session) -> Explanation | None:
-            self._tell(access, session, names)
-            return session.explain(keys, wait_s, ask_peers)
-
-        return self._ask(access, question, None, wait_s)
 
     def _other_namespaces(
         self, access: NodeAccess, names: Names, ids: "np.ndarray", also_tenants: Sequence[str], until_s: float
@@ -282,12 +265,6 @@ class Client(DecidingClient):
         return other_namespaces(
             known, names.namespace, self.layout, ids, lambda keys: self._explanation(access, names, keys, until_s, False)
         )
-
-    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:
-        """Note the blocks after the first `read` ones if the deadline has passed, for `explain`. Forget the notes of the others."""
-        self.misses.settle(keys[:read])
-        if read < len(keys) and (now_s := self._clock.now_s()) >= deadline_s - DEADLINE_MARGIN_S:
-            self.misses.note(keys[read:], Reason.DEADLINE, now_s)
 
     def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
         """Returns the variant of a namespace that a model with this probe belongs to; None while the node does not answer. One call."""

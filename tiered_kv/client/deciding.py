@@ -13,8 +13,9 @@ import torch
 
 from tiered_kv.blocks import PEER, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import ALL_PEERS, LABELS, NodeClient, question_s
+from tiered_kv.client.base import ALL_PEERS, LABELS, question_s
 from tiered_kv.client.calls import Names
+from tiered_kv.client.explaining.explaining_client import ExplainingClient
 from tiered_kv.client.load_costs import LoadPart, label_of, peer_source
 from tiered_kv.client.load_plan import IN_MEMORY, LATE, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
 from tiered_kv.client.prefill_cost import PrefillCost
@@ -31,8 +32,8 @@ FAST = 4.0
 """If even the slowest known peer is this many times faster than computing, a fetch does not ask first which peers have the blocks."""
 
 
-class DecidingClient(NodeClient):
-    """Adds to `NodeClient` the choice between loading blocks and computing them."""
+class DecidingClient(ExplainingClient):
+    """Adds to `ExplainingClient` the choice between loading blocks and computing them."""
 
     @property
     def is_measuring(self) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiered_kv.blocks import PEER, Stored, Tier
+from tiered_kv.blocks import PEER, Explained, Stored, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import LABELS, question_s
 from tiered_kv.client.calls import Names, while_open
@@ -83,6 +83,16 @@ class PageClient(DecidingClient):
         found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
+
+    @while_open
+    def explain(self, keys: Sequence[BlockKey]) -> list[Explained]:
+        """Returns a record of each block of a chain: its tier, or the reason why it would be a miss (docs/explain.md).
+
+        The engine made the keys, so namespaces are not compared. Waits at most QUESTION_S_MAX for the node. Counts as no use.
+        """
+        self._check_open()
+        access, names = self._present()
+        return self._finding(access, names, keys, self._clock.now_s() + question_s(access)).records()
 
     @property
     def deadline_s(self) -> float:
@@ -157,6 +167,7 @@ class PageClient(DecidingClient):
         if not self._is_current(access, names):
             read, by_tier = 0, {}
         self._note_fetch(source, names, len(keys), by_tier, begun_s)
+        self._note_misses(keys, read, until_s)
         return Loaded(read, by_tier)
 
     @while_open
