@@ -148,8 +148,13 @@ class LoadCosts:
         return self._costs.get(source) or (self._costs.get(PEER) if label_of(source) == PEER else None)
 
     def peers_seconds(self, nbytes: int) -> float | None:
-        """Returns the expected time of a load from the slowest known peer; None if it is not certain for each of them."""
+        """Returns the expected time of a load from the slowest known peer.
+
+        None if it is not certain for each of them, or if a load goes on for which no fetch waits any more.
+        """
         with self._lock:
+            if any(label_of(source) == PEER and count for source, count in self._unfinished.items()):
+                return None
             peers = [cost for source, cost in self._costs.items() if label_of(source) == PEER]
         return max(cost.seconds(nbytes) for cost in peers) if peers and all(cost.is_certain(nbytes) for cost in peers) else None
 

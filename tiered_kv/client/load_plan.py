@@ -26,7 +26,9 @@ SLOWER = "slower"
 LATE = "late"
 """The reason for declined tokens: their load took longer than expected, so the fetch no longer waited for it."""
 MEASURING = "measuring"
-"""The reason for declined tokens: nothing is known about the source yet, and an earlier load from it has not ended."""
+"""The reason for declined tokens: nothing certain is known about the source, and an earlier load from it has not ended."""
+SHARED = 2.0
+"""While a load goes on for which no fetch waits any more, another one from its source is expected to take this many times longer."""
 UNKNOWN = "unknown"
 IN_MEMORY = ""
 """The source of blocks that need no decision."""
@@ -83,10 +85,10 @@ def _load_s(part: LoadPart, costs: LoadCosts) -> tuple[float, str]:
     """Returns the expected time of a load, and UNKNOWN or MEASURING if that is not certain."""
     if part.source == IN_MEMORY:
         return 0.0, ""
-    known = costs.of(part.source)
+    known, is_shared = costs.of(part.source), costs.is_measuring(part.source)
     if known is not None and known.is_certain(part.nbytes):
-        return known.seconds(part.nbytes), ""
-    if costs.is_measuring(part.source):
+        return known.seconds(part.nbytes) * (SHARED if is_shared else 1.0), ""
+    if is_shared:
         return float("inf"), MEASURING
     return known.seconds(part.nbytes) if known is not None else 0.0, UNKNOWN
 
