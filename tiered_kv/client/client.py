@@ -88,8 +88,7 @@ class Client(DecidingClient):
             keys = keys[: self._room_in(out, len(keys))]
         deadline_s = self._clock.now_s() + (access.deadline_s if deadline_ms is None else deadline_ms / 1000)
         asked, all_found = len(keys), source.find(keys)
-        tiers = source.tiers_of(all_found)
-        plan = self._planned(access, names, keys, all_found, tiers, recompute_tokens_per_s, deadline_s)
+        plan = self._planned(access, names, keys, all_found, tiers := source.tiers_of(all_found), recompute_tokens_per_s, deadline_s)
         keys, first_found = (plan.keys, plan.found) if plan is not None else (keys, all_found)
         found = first_found
         if hidden := source.hidden(found, tiers if plan is None else None):

@@ -15,7 +15,7 @@ from tiered_kv.blocks import PEER, Tier
 from tiered_kv.client.access import NodeAccess
 from tiered_kv.client.base import ALL_PEERS, LABELS, Names, NodeClient, question_s
 from tiered_kv.client.load_costs import LoadPart, label_of, peer_source
-from tiered_kv.client.load_plan import IN_MEMORY, LATE, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
+from tiered_kv.client.load_plan import IN_MEMORY, LATE, LATENESS, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
 from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
@@ -24,6 +24,8 @@ from tiered_kv.protocol.messages import BlockRun
 
 LOOK_AGAIN_S = 0.0005
 ANSWER_WITHIN_S = 0.02
+ANSWER_S = 0.001
+"""The time of such a question while it is not known."""
 DIRECTORY = "directory"
 """The source whose loads are the questions which nodes have some blocks."""
 FAST = 4.0
@@ -64,7 +66,7 @@ class DecidingClient(NodeClient):
         if rest and choice.blocks == len(found) and (peers_s := self._fast_peers_s(cost, len(found), len(rest))) is not None:
             return patience.plan(keys, found, choice, (ALL_PEERS,), peers_s)
         if rest:
-            peers = self._holders(access, rest, patience.waits, deadline_s)
+            peers = self._holders(access, names, keys, len(found), patience.waits, deadline_s)
             choice = self._chosen([*parts, *peers], cost)
             if len(found) < choice.blocks and self._costs.of(source := peers[0].source) is None:
                 choice = self._explored(access, names, keys, found, patience, [*parts, *peers], source, deadline_s)
@@ -82,14 +84,18 @@ class DecidingClient(NodeClient):
             return None
         return all_s if all_s * FAST <= cost.seconds(start * t, (start + blocks) * t) else None
 
-    def _holders(self, access: NodeAccess, keys: list[BlockKey], patience: Patience, deadline_s: float) -> tuple[LoadPart, ...]:
-        """Returns the parts that other nodes have. Each is as long as possible, as the node will request them.
+    def _holders(
+        self, access: NodeAccess, names: Names, keys: list[BlockKey], start: int, patience: Patience, deadline_s: float
+    ) -> tuple[LoadPart, ...]:
+        """Returns the parts that other nodes have, from block `start` on. Each is as long as possible, as the node will request them.
 
         Does not ask if the answer would take a large part of the time to compute the blocks.
         """
-        if (self._costs.seconds(DIRECTORY, 1) or 0.0) > patience.slack_s and not self._costs.may_probe(DIRECTORY):
+        if (self._costs.seconds(DIRECTORY, 1) or ANSWER_S) > patience.slack_s:
+            if self._costs.may_probe(DIRECTORY):
+                self._pulls.submit(self._explore_alone, access, names, self._run_of(names, keys, start, 1))
             return ()
-        asking = self._pulls.submit(self._ask_holders, access, keys, max(deadline_s - self._clock.now_s(), 0.0))
+        asking = self._pulls.submit(self._ask_holders, access, keys[start:], max(deadline_s - self._clock.now_s(), 0.0))
         holders = asking.result() if self._in_time(asking, patience, lambda: 0, [DIRECTORY]) else []
         parts, start = [], 0
         while start < len(holders):
@@ -121,6 +127,13 @@ class DecidingClient(NodeClient):
         pulling = self._pulls.submit(self._pull, access, names, run, deadline_s, (LoadPart(source, 1, run.nbytes),))
         self._in_time(pulling, patience.waits, lambda: len(found) + len(access.source.find(run.keys)), [source])
         return self._chosen(parts, patience.cost)
+
+    def _explore_alone(self, access: NodeAccess, names: Names, run: BlockRun) -> None:
+        """Ask who has a block, and pull it, so that requests which cannot wait for that know the directory and a peer."""
+        holders = self._ask_holders(access, run.keys, question_s(access))
+        if holders:
+            part = LoadPart(peer_source(holders[0][0]), 1, run.nbytes)
+            self._pull(access, names, run, self._clock.now_s() + access.deadline_s, (part,))
 
     def _run_of(self, names: Names, keys: list[BlockKey], start: int, blocks: int) -> BlockRun:
         parent = keys[start - 1] if start else None
@@ -272,10 +285,10 @@ class _Patiences:
     ) -> LoadPlan:
         """Returns the plan of a choice. `peers_s`: the expected time of a load from peers that the choice does not include."""
         disk_s = choice.expected_s.get(LABELS[Tier.DISK], 0.0)
-        self.waits.expected_s = sum(choice.expected_s.values()) - disk_s + peers_s
-        self._reads.expected_s = disk_s
+        waits_s = sum(choice.expected_s.values()) - disk_s + peers_s
+        self.waits.allowed_s, self._reads.allowed_s = LATENESS * waits_s, LATENESS * disk_s
         known = not choice.unknown and not self.has_explored
-        both = disk_s > 0 and self.waits.expected_s > 0
+        both = disk_s > 0 and waits_s > 0
         self.waits.slack_s = self._reads.slack_s = (SLACK_KNOWN if known else SLACK) * self._prompt_s / (2 if both else 1)
         declined = Counter[tuple[str, str]]()
         label = ""

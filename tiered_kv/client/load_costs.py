@@ -51,16 +51,22 @@ class LoadCost:
         self.latency_s = latency_s
         self.byte_s = byte_s
         self.loads = 0
+        self._latency_share, self._is_split = 1.0, False  # is_split: whether latency and rate were told apart
         self._was_slow = False
         self._clear()
 
     def _clear(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
-        self._latency_share, self._is_split = 1.0, False  # is_split: whether latency and rate were told apart
 
     def seconds(self, nbytes: float) -> float:
         """Returns the expected time of a load of `nbytes`."""
         return self.latency_s + nbytes * self.byte_s
+
+    def seconds_at_most(self, nbytes: float) -> float:
+        """Returns the expected time of a load of `nbytes` if all of what is not certain takes time for each byte."""
+        if self.is_certain(nbytes):
+            return self.seconds(nbytes)
+        return self._y / self._x * nbytes
 
     def is_certain(self, nbytes: float) -> bool:
         """Returns whether a load of `nbytes` takes the expected time at most: loads were as large, or of different sizes."""
@@ -74,8 +80,11 @@ class LoadCost:
         expected_s = self.seconds(nbytes)
         is_comparable = self._is_comparable(nbytes)
         is_slow = is_comparable and seconds > expected_s * SURPRISE
-        if (is_slow and self._was_slow) or (is_comparable and seconds * SURPRISE < expected_s):
+        if is_slow and self._was_slow:
             self._clear()
+        elif is_comparable and seconds * SURPRISE < expected_s:
+            self._clear()
+            self._latency_share, self._is_split = 1.0, False
         elif is_slow:
             seconds = expected_s * SURPRISE
         self._was_slow = is_slow

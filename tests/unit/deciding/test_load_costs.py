@@ -263,7 +263,7 @@ def test_a_choice_takes_microseconds() -> None:
 
 def patience(expected_s: float = 0.0, deadline_s: float = 100.0) -> Patience:
     made = Patience(PrefillCost(1e-3), T, 2, deadline_s, slack_s=0.1)
-    made.expected_s = expected_s
+    made.allowed_s = expected_s
     assert not made.is_over(10.0)
     return made
 
