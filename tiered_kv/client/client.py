@@ -94,7 +94,7 @@ class Client(DecidingClient):
         if hidden := source.hidden(found, tiers if plan is None else None):
             found = self._bring_in_time(access, keys, found, hidden, deadline_s, plan)
         local, pulling = len(found), None
-        if local < len(keys) and source.peers:
+        if local < len(keys) and source.peers and not (plan and plan.waits.was_late):
             parent = keys[local - 1] if local else None
             run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
             if plan is not None and out is None:

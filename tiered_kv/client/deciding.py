@@ -26,6 +26,8 @@ LOOK_AGAIN_S = 0.0005
 ANSWER_WITHIN_S = 0.02
 ANSWER_S = 0.001
 """The time of such a question while it is not known."""
+ASK_AGAIN_S = 0.25
+"""How often the directory is asked in the background while requests are too short to wait for it."""
 DIRECTORY = "directory"
 """The source whose loads are the questions which nodes have some blocks."""
 FAST = 4.0
@@ -70,7 +72,7 @@ class DecidingClient(NodeClient):
             choice = self._chosen([*parts, *peers], cost)
             if len(found) < choice.blocks and self._costs.of(source := peers[0].source) is None:
                 choice = self._explored(access, names, keys, found, patience, [*parts, *peers], source, deadline_s)
-        self._probe(access, names, keys, found, choice, deadline_s)
+        self._probe(access, names, keys, found, choice)
         return patience.plan(keys, found, choice, peers)
 
     def _chosen(self, parts: Sequence[LoadPart], cost: PrefillCost) -> Choice:
@@ -92,7 +94,7 @@ class DecidingClient(NodeClient):
         Does not ask if the answer would take a large part of the time to compute the blocks.
         """
         if (self._costs.seconds(DIRECTORY, 1) or ANSWER_S) > patience.slack_s:
-            if self._costs.may_probe(DIRECTORY):
+            if self._costs.may_probe(DIRECTORY, ASK_AGAIN_S):
                 self._pulls.submit(self._explore_alone, access, names, self._run_of(names, keys, start, 1))
             return ()
         asking = self._pulls.submit(self._ask_holders, access, keys[start:], max(deadline_s - self._clock.now_s(), 0.0))
@@ -129,9 +131,9 @@ class DecidingClient(NodeClient):
         return self._chosen(parts, patience.cost)
 
     def _explore_alone(self, access: NodeAccess, names: Names, run: BlockRun) -> None:
-        """Ask who has a block, and pull it, so that requests which cannot wait for that know the directory and a peer."""
+        """Ask who has a block, and pull it from an unknown peer, so that requests which cannot wait for that know both."""
         holders = self._ask_holders(access, run.keys, question_s(access))
-        if holders:
+        if holders and self._costs.of(peer_source(holders[0][0])) is None:
             part = LoadPart(peer_source(holders[0][0]), 1, run.nbytes)
             self._pull(access, names, run, self._clock.now_s() + access.deadline_s, (part,))
 
@@ -139,9 +141,7 @@ class DecidingClient(NodeClient):
         parent = keys[start - 1] if start else None
         return BlockRun(names.root, self.layout.block_bytes, parent, keys[start : start + blocks], start)
 
-    def _probe(
-        self, access: NodeAccess, names: Names, keys: list[BlockKey], found: list[FoundBlock], choice: Choice, deadline_s: float
-    ) -> None:
+    def _probe(self, access: NodeAccess, names: Names, keys: list[BlockKey], found: list[FoundBlock], choice: Choice) -> None:
         """Load the first declined block in a thread now and then, so that a source which is fast again is noticed."""
         part, reason = choice.declined[0] if choice.declined else (None, "")
         if part is None or reason != SLOWER or part.source == IN_MEMORY or not self._costs.may_probe(part.source):

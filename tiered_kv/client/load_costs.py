@@ -117,8 +117,8 @@ class LoadCosts:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Renew the lock in a child process: a thread of the parent may have held it."""
-        self._lock = threading.Lock()
+        """Renew the lock in a child process: a thread of the parent may have held it. The parent's loads do not end here."""
+        self._lock, self._unfinished = threading.Lock(), {}
 
     def note(self, source: str, nbytes: int, seconds: float) -> None:
         """Record that a load of `nbytes` from a source took `seconds`. Without bytes, nothing is recorded."""
@@ -188,11 +188,12 @@ class LoadCosts:
         """Whether such a load from any source is running."""
         return any(self._unfinished.values())
 
-    def may_probe(self, source: str) -> bool:
-        """Returns whether it is time to measure a declined source again. If so, the next time is PROBE_EVERY_S later."""
+    def may_probe(self, source: str, every_s: float | None = None) -> bool:
+        """Returns whether it is time to measure a declined source again. If so, the next time is `every_s` (PROBE_EVERY_S) later."""
+        every_s = PROBE_EVERY_S if every_s is None else every_s
         now_s = self._clock.now_s()
         with self._lock:
-            if now_s < self._probed_s.get(source, float("-inf")) + PROBE_EVERY_S or self._unfinished.get(source, 0):
+            if now_s < self._probed_s.get(source, float("-inf")) + every_s or self._unfinished.get(source, 0):
                 return False
             self._probed_s.pop(source, None)
             self._probed_s[source] = now_s
