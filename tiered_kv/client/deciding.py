@@ -33,6 +33,8 @@ DIRECTORY = "directory"
 FAST = 4.0
 """If even the slowest known peer is this many times faster than computing, a fetch does not ask first which peers have the blocks."""
 
+_IN_MEMORY_TIERS = frozenset(map(int, (Tier.DEVICE, Tier.HOST)))
+
 
 class DecidingClient(NodeClient):
     """Adds to `NodeClient` the choice between loading blocks and computing them."""
@@ -56,10 +58,11 @@ class DecidingClient(NodeClient):
 
         `tiers`: those of the `found` blocks.
         """
+        if tokens_per_s is None and len(found) == len(keys) and tiers <= _IN_MEMORY_TIERS:
+            return None
         cost = self._prefills.cost if tokens_per_s is None else cost_of(tokens_per_s)
-        is_slow = max(tiers, default=0) > Tier.HOST
         rest = keys[len(found) :] if len(found) < len(keys) and access.source.peers else []
-        if cost is None or not (is_slow or rest):
+        if cost is None or (tiers <= _IN_MEMORY_TIERS and not rest):
             return None
         parts = parts_of(found)
         patience = _Patiences(cost, self.layout.block_tokens, parts, len(keys), deadline_s)

@@ -35,7 +35,7 @@ UNKNOWN = "unknown"
 IN_MEMORY = ""
 """The source of blocks that need no decision."""
 
-_SOURCES = {int(tier): tier.label if tier > Tier.HOST else IN_MEMORY for tier in Tier}
+_SOURCES: dict[int, str] = {int(tier): tier.label if tier > Tier.HOST else IN_MEMORY for tier in Tier}
 
 
 class Choice(NamedTuple):
@@ -53,10 +53,13 @@ class Choice(NamedTuple):
 
 def parts_of(found: Sequence[FoundBlock]) -> list[LoadPart]:
     """Returns the parts of blocks that the index contains."""
-    parts = []
-    for source, group in groupby([each.slot for each in found], lambda slot: _SOURCES[slot.tier]):
-        sizes = [slot.stored_bytes for slot in group]
-        parts.append(LoadPart(source, len(sizes), sum(sizes)))
+    parts: list[LoadPart] = []
+    start, tiers = 0, [each.slot.tier for each in found]
+    for source, group in groupby(tiers, _SOURCES.__getitem__):
+        end = start + len(list(group))
+        nbytes = sum(each.slot.stored_bytes for each in found[start:end]) if source != IN_MEMORY else 0
+        parts.append(LoadPart(source, end - start, nbytes))
+        start = end
     return parts
 
 

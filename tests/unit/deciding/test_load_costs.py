@@ -168,6 +168,14 @@ def test_a_declined_source_is_probed_now_and_then() -> None:
     assert costs.may_probe("disk")
 
 
+def test_a_forked_child_does_not_wait_for_loads_of_its_parent() -> None:
+    costs = LoadCosts(ManualClock())
+    costs.begin_measuring("disk")
+    costs.after_fork()
+    assert not costs.is_busy
+    assert costs.may_probe("disk")
+
+
 def test_the_number_of_sources_is_bounded() -> None:
     costs = LoadCosts(ManualClock())
     for number in range(1000):
