@@ -248,6 +248,9 @@ def test_no_call_to_a_hanging_node_exceeds_its_deadline(hung) -> None:
         client._pool.revive()  # as if it had never been silent
         took_s, _ = timed(call)
         assert took_s < deadline_s + LATE_S, name
+    client._pool.revive()
+    record = client.explain(new)[0]
+    assert (record.why, record.reason) == ("node_silent", "the node of this machine does not answer")
     for name, (call, _) in calls.items():
         took_s, _ = timed(call)
         assert took_s < LATE_S / 5, f"{name}: answered here, the node having been silent"

@@ -11,7 +11,7 @@ from tests.unit.serving.test_closing import Hanging, hanging  # noqa: F401
 from tests.unit.serving.test_page_client import LAYOUT as page_layout
 from tests.unit.serving.test_page_client import Engine, chain_of, stored
 from tiered_kv import Config, KVLayout
-from tiered_kv.blocks import Reason, Tier
+from tiered_kv.blocks import BlockInfo, Location, Reason, Tier
 from tiered_kv.client.explaining import miss_notes
 from tiered_kv.client.explaining.finding import other_namespaces
 from tiered_kv.client.page_client import Chain
@@ -188,6 +188,25 @@ def test_a_block_removed_with_its_namespace_says_so(make_cluster, checked) -> No
     client.store(TOKENS, KV)
     node.forget(client.namespace.root(LAYOUT))
     assert {(each.why, each.details["cause"]) for each in client.explain(TOKENS)} == {("removed", "forgotten")}
+
+
+def test_a_block_with_too_much_error_says_so(make_cluster, checked) -> None:
+    cluster = make_cluster()
+    client, node = client_of(checked, cluster), cluster.nodes["n0"]
+    client.store(TOKENS, KV)
+    node._too_lossy |= dict.fromkeys(node.engine.machine.blocks)  # as `introduce` does when a plan allows less error than before
+    node.beat()
+    assert {(each.why, each.details["cause"]) for each in client.explain(TOKENS)} == {("removed", "too_lossy")}
+
+
+def test_a_block_that_only_a_checkpoint_had_says_so(make_cluster, checked) -> None:
+    cluster = make_cluster()
+    client, node = client_of(checked, cluster), cluster.nodes["n0"]
+    keys = [bytes.fromhex(each.key) for each in client.explain(TOKENS)]
+    packed = Location(Tier.CHECKPOINT, 0, 1, 0, 100, 8192)
+    root = client.namespace.root(LAYOUT)
+    node.engine.handle([ev.Recovered(BlockInfo(keys[0], None, root, 0), packed), ev.Unmounted(1)])
+    assert client.explain(TOKENS)[0].details["cause"] == "unmounted"
 
 
 def test_a_purged_block_says_so(make_cluster, checked) -> None:
