@@ -132,7 +132,8 @@ def saved_model(folder: Path):
 
 def test_an_unknown_model_is_a_clear_error(name: str, node: NodeProcess, capsys, tmp_path: Path) -> None:
     missing = str(tmp_path / "no model")
-    assert f"--model: must be a folder or a Hugging Face id, got {missing}" in refused(capsys, "hello", "--model", missing, "--name", name)
+    text = refused(capsys, "hello", "--model", missing, "--name", name)
+    assert "--model: must be a folder or a Hugging Face id" in text and missing in text
     assert "--dtype: must be auto or a floating-point dtype" in refused(
         capsys, "hello", "--model", missing, "--dtype", "int7", "--name", name
     )

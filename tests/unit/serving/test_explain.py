@@ -363,6 +363,18 @@ def test_a_declined_block_says_so(make_cluster, checked) -> None:
     assert records[2].reason == "hit now, but the last fetch, 4.0 s ago, declined it: computing it is faster"
 
 
+def test_blocks_that_a_fetch_declines_say_so(make_cluster, checked, tmp_path) -> None:
+    cluster = make_cluster(disk="4MiB", disk_path=str(tmp_path), store_wait_ms=10_000)
+    client, node = client_of(checked, cluster, layout=LARGE), cluster.nodes["n0"]
+    fill(client, 60)
+    node.engine.settle()
+    paths = [(turn,) for turn in range(100, 160) if client.explain(tokens_of((turn,), LARGE))[0].tier == "disk"]
+    client.fetch(tokens_of(paths[0], LARGE))  # measures the disk
+    fetched = client.fetch(tokens_of(paths[1], LARGE), recompute_tokens_per_s=1e12)
+    assert (fetched.tokens, fetched.declined) == (0, 64)
+    assert whys(client, paths[1], LARGE) == ["declined"]
+
+
 def test_the_notes_of_a_client_are_bounded() -> None:
     notes = miss_notes.MissNotes()
     for number in range(3):
