@@ -244,7 +244,7 @@ class DecidingClient(ExplainingClient):
         """
         declined, source = plan.declined, access.source
         if plan.waits.was_late or plan.reads.was_late:
-            offered = plan.offered + [PEER] * self._elsewhere(access, plan)
+            offered = [LABELS[each.slot.tier] for each in plan.found] + [PEER] * (plan.peer_blocks + self._elsewhere(access, plan))
             declined.update((label, LATE) for label in offered[read:])
         source.touch(found[min(read + 1, len(plan.found)) :])
         tokens = {key: blocks * self.layout.block_tokens for key, blocks in declined.items()}
@@ -258,7 +258,7 @@ class DecidingClient(ExplainingClient):
 
     def _elsewhere(self, access: NodeAccess, plan: LoadPlan) -> int:
         """Returns how many blocks of a late fetch other nodes have, if it did not ask that before; 0 without a prompt answer."""
-        rest = plan.keys[len(plan.offered) :]
+        rest = plan.keys[len(plan.found) + plan.peer_blocks :]
         if not rest:
             return 0
         asking = self._pulls.submit(self._ask_holders, access, rest, question_s(access))
@@ -300,9 +300,8 @@ class _Patiences:
         for part, reason in choice.declined:  # the first of them is never in memory
             label = label_of(part.source) or label
             declined[label, reason] += part.blocks
-        offered = [LABELS[each.slot.tier] for each in found[: choice.blocks]] + [PEER] * (choice.blocks - len(found))
         keys = keys if peers == (ALL_PEERS,) else keys[: choice.blocks]
-        return LoadPlan(keys, found[: choice.blocks], self.waits, self._reads, peers, offered, declined)
+        return LoadPlan(keys, found[: choice.blocks], self.waits, self._reads, peers, max(choice.blocks - len(found), 0), declined)
 
 
 def cost_of(tokens_per_s: float) -> PrefillCost | None:

@@ -143,8 +143,8 @@ class LoadPlan(NamedTuple):
     """What a fetch loads: the leading `keys`, and those `found` among them.
 
     `waits`, `reads`: the patience with the node's loads, and with reads from disk. `peers`: the parts that other nodes have; if it
-    was not asked which blocks they have, a single one for all of them. `offered`: for each block that could be loaded, the label of
-    its tier. `declined`: numbers of blocks by label and reason.
+    was not asked which blocks they have, a single one for all of them. `peer_blocks`: the number of blocks in them, 0 if that is not
+    known. `declined`: numbers of blocks by label and reason.
     """
 
     keys: list[BlockKey]
@@ -152,5 +152,5 @@ class LoadPlan(NamedTuple):
     waits: Patience
     reads: Patience
     peers: tuple[LoadPart, ...]
-    offered: list[str]
+    peer_blocks: int
     declined: Counter[tuple[str, str]]
