@@ -11,6 +11,7 @@ from tiered_kv import forking
 from tiered_kv.blocks import PEER, Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
 from tiered_kv.client.calls import ClientStats, Names
+from tiered_kv.client.counting import CountingClient
 from tiered_kv.client.load_costs import LoadCosts, LoadCostStats, LoadPart
 from tiered_kv.client.prefill_cost import PrefillTimes
 from tiered_kv.client.prefill_savings import Savings
@@ -44,7 +45,7 @@ ALL_PEERS = LoadPart(PEER, 1, 0)
 R = TypeVar("R")
 
 
-class NodeClient:
+class NodeClient(CountingClient):
     """A worker's access to its node, for blocks of one layout under one namespace. Safe to use from several threads."""
 
     def __init__(
@@ -66,7 +67,6 @@ class NodeClient:
         self._clock = clock or SystemClock()
         self._on_close = on_close
         self._counts: Counter[str] = Counter()
-        self._noted_retries = 0
         self._savings = Savings()
         self._prefills = PrefillTimes()
         self._costs = LoadCosts(self._clock)
@@ -402,37 +402,6 @@ class NodeClient:
             self._degraded("store", error)
         return Stored(new, present, len(missing))
 
-    def _note_fetch(self, source: BlockSource, names: Names, asked: int, hits: dict[str, int], begun_s: float) -> None:
-        """Add a fetch and the prefill time that it saved to the counts of this client and of its node.
-
-        `asked`: the number of blocks. `hits`: the number of blocks that were read, by tier. `begun_s`: when the fetch began.
-        """
-        hit, took_s = sum(hits.values()), self._clock.now_s() - begun_s
-        tokens = hit * self.layout.block_tokens
-        saved_us = int(self._savings.fetched(tokens, took_s) * 1e6)
-        source.tally(asked, hit, tokens, saved_us)
-        with self._lock:
-            retries, self._noted_retries = self._holder.retries - self._noted_retries, self._holder.retries
-        counts = {"fetches": 1, "asked_blocks": asked, "missed_blocks": asked - hit}
-        counts |= {f"hit_blocks_{tier}": count for tier, count in hits.items()}
-        self._count(hit_blocks=hit, **counts)
-        counts |= {"prefill_tokens_saved": tokens, "prefill_us_saved": saved_us, "retries": retries}
-        source.counts.add(names.root, names.namespace, counts, fetch_s=took_s)
-
-    def _note(
-        self,
-        source: BlockSource,
-        names: Names,
-        counts: dict[str, int],
-        store_s: float | None = None,
-    ) -> None:
-        """Add to the counts of this client, and to those that its node exports (`memory.client_page.COUNTS`). About 5 µs, no call.
-
-        `store_s`: the duration of a store, for the node's histogram.
-        """
-        self._count(**counts)
-        source.counts.add(names.root, names.namespace, counts, store_s=store_s)
-
     def _degraded(self, what: str, error: TieredKVError) -> None:
         if error.kind is Kind.CLOSED:
             raise error
@@ -450,11 +419,6 @@ class NodeClient:
             blocks[tier] = blocks.get(tier, 0) + 1
         tokens = {LABELS[tier]: count * self.layout.block_tokens for tier, count in blocks.items()}
         return tokens | {PEER: pulled * self.layout.block_tokens} if pulled else tokens
-
-    def _count(self, **counts: int) -> None:
-        with self._lock:
-            for name, count in counts.items():
-                self._counts[name] += count
 
     def _check_open(self) -> None:
         if self._closed:
