@@ -32,8 +32,8 @@ demo: $(STAMP)  ## two replicas share the prefixes of long documents on a local 
 demo-vllm: .venv-vllm/.installed  ## two OpenAI servers of vLLM share them; DEMO_ARGS="--nodes 2"
 	.venv-vllm/bin/python -m tiered_kv.cluster.commands.cli demo --engine vllm $(DEMO_ARGS)
 
-test: $(STAMP)  ## all tests, two processes side by side; with TEST_ARGS="-k name" one process, which starts sooner
-	$(BIN)/python -m pytest $(or $(TEST_ARGS),-n 2 --dist loadfile)
+test: $(STAMP)  ## all tests, three processes side by side; with TEST_ARGS="-k name" one process, which starts sooner
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(or $(TEST_ARGS),-n 3 --dist loadfile)
 
 # A later file's lines replace those of an earlier one. Without their CUDA, these three packages break vLLM on a CPU.
 $(VLLM_STAMP): pyproject.toml $(VLLM_PINS)

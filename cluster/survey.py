@@ -45,11 +45,14 @@ def survey(name: str = state.DEFAULT_NAME, address: str | None = None) -> dict:
     """Returns the result of `start.describe` with four more fields: `expected_nodes`, `drained`, `source` and `degraded`.
 
     `expected_nodes`, `drained`: ids of nodes. `source`: "coordinator", or "machine" if only the nodes on this machine could be asked.
-    `degraded`: a text for each problem. Takes at most WITHIN_S, and the time to import torch. Raises `TieredKVError` if the
-    coordinator does not answer and this machine has no state file and no node of the cluster, or if the Ray at `address` cannot be
-    joined.
+    `degraded`: a text for each problem. Takes at most WITHIN_S. Raises `TieredKVError` if the coordinator does not answer and this
+    machine has no state file and no node of the cluster, or if the Ray at `address` cannot be joined.
     """
-    from tiered_kv.protocol import unix_socket  # noqa: F401  # it imports torch, which must not count as a part's time to answer
+    # imports must not count as a part's time to answer: on a busy machine they take seconds
+    import ray  # noqa: F401
+
+    from tiered_kv.actors import fleet  # noqa: F401
+    from tiered_kv.protocol import node_record, unix_socket  # noqa: F401
 
     threads = DaemonThreads(QUESTIONS_AT_ONCE, "tkv-survey")
     try:

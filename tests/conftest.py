@@ -2,7 +2,7 @@
 
 Every process that tests start inherits two marks in its environment: one of the run, and one of the pytest process that
 started it. So nothing that others do on this machine at the same time (their clusters are in the same /dev/shm) is taken
-for a leak of ours. `make test` runs two pytest processes side by side (pytest-xdist); each looks for its own leaks.
+for a leak of ours. `make test` runs several pytest processes side by side (pytest-xdist); each looks for its own leaks.
 """
 
 import gc
@@ -34,13 +34,17 @@ KEPT_THREADS = ("tqdm",)
 VLLM_TESTS = Path(__file__).parent / "vllm"
 FAILED = pytest.StashKey[bool]()
 RAY_FIXTURES = {"ray_cluster", "running_cluster"}
-ONE_AT_A_TIME = (
-    "tests/cluster_tests/",
-    "tests/hostile/",
-    "tests/stress/",
-    "tests/test_examples.py",
-)
-"""Tests that keep both cores of a small machine busy, or start Ray: one process runs them all, one after another."""
+UNTIMED = ("tests/cluster_tests/test_checkpoints.py", "tests/cluster_tests/test_demo.py", "tests/test_examples.py::test_an_example_runs")
+WITH_RAY = {"untimed tests with Ray": UNTIMED, "timed tests with Ray": ("tests/cluster_tests/",)}
+"""Two groups of tests that start Ray, which keeps both cores of a small machine busy: one process runs all tests of a group.
+
+So at most two clusters run at once, of which one is in tests that measure times. They wait for other processes for a third of the
+time. So there are more workers of pytest-xdist than cores, and those without timed tests give way to the one with them (`NICER`).
+"""
+TIMED = "timed tests with Ray"
+NICER = 5
+"""By how much the niceness of a worker is raised that does not begin with timed tests with Ray: a core is shared 3 to 1."""
+GIVES_WAY = pytest.StashKey[bool]()
 
 
 class Held(NamedTuple):
@@ -224,16 +228,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("tests/vllm was not run, because vLLM is not installed here; make test-vllm runs it")
 
 
+def ray_group(nodeid: str) -> str | None:
+    """Returns the group of a test in `WITH_RAY`, or None if it starts no Ray."""
+    return next((group for group, begins in WITH_RAY.items() if nodeid.startswith(begins)), None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile` a worker takes a whole file at a time; one worker begins with all files of `ONE_AT_A_TIME`."""
+    """With `--dist loadfile` a worker takes a whole file at a time. The first two workers begin with the groups of `WITH_RAY`."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "one at a time" if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+            return ray_group(nodeid) or super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
@@ -241,7 +250,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Who uses a Ray cluster is marked `ray`; who is marked `gpu` is skipped where there is none (torch is imported only then)."""
-    items.sort(key=lambda item: not item.nodeid.startswith(ONE_AT_A_TIME))
+    items.sort(key=lambda item: [TIMED, *(group for group in WITH_RAY if group != TIMED), None].index(ray_group(item.nodeid)))
     for item in items:
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
@@ -252,6 +261,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Set the million objects of imported modules and collected tests aside: each `gc.collect()` of a test took 0.6 s to look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before its first test, let a worker of pytest-xdist give way to the one that runs the timed tests with Ray."""
+    if hasattr(item.config, "workerinput") and GIVES_WAY not in item.config.stash:
+        item.config.stash[GIVES_WAY] = ray_group(item.nodeid) != TIMED
+        os.nice(NICER if item.config.stash[GIVES_WAY] else 0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,6 @@
 """The leak fixtures of conftest.py find what they are for: a run of its own, with tests that leak on purpose."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -210,8 +211,31 @@ def test_an_interrupted_run_ends_with_status_2_and_reports_no_leak(tmp_path):
     assert not re.search("leaked|left behind|ERROR|passed", said), said
 
 
-def test_all_tests_with_ray_are_run_by_one_worker():
-    one_at_a_time = (*conftest.ONE_AT_A_TIME, "tests/vllm/")  # these have a run of their own, of one worker
+NICENESS = """
+import os
+from pathlib import Path
+
+def test_niceness(): print("niceness of", Path(__file__).stem, os.nice(0), os.environ["PYTEST_XDIST_WORKER"])
+"""
+
+
+def test_other_workers_give_way_to_the_one_that_runs_timed_tests_with_ray(tmp_path):
+    """Each group of tests with Ray has a worker of its own from the beginning."""
+    for place in ("tests/cluster_tests/test_fleet.py", "tests/cluster_tests/test_demo.py", "test_other.py"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(NICENESS)
+    said = run(tmp_path, {}, "-n", "3", "--dist", "loadfile")
+    found = dict(re.findall(r"niceness of (\w+) (\d+ \w+)", said))
+    nice = os.nice(0)
+    assert found.keys() == {"test_fleet", "test_demo", "test_other"}, said
+    assert {name: int(text.split()[0]) - nice for name, text in found.items()} == {"test_fleet": 0, "test_demo": 5, "test_other": 5}
+    assert len({text.split()[1] for text in found.values()}) == 3, "three workers"
+
+
+def test_all_tests_with_ray_are_in_a_group():
     for path in (ROOT / "tests").rglob("test_*.py"):
-        if "mark.ray" in path.read_text() and path != Path(__file__):
-            assert str(path.relative_to(ROOT)).startswith(one_at_a_time), path
+        place, text = str(path.relative_to(ROOT)), path.read_text()
+        if "mark.ray" in text and path != Path(__file__) and not place.startswith("tests/vllm/"):  # those have a run of their own
+            marked = re.findall(r"mark\.ray\n(?:@.*\n)*def (\w+)", text)
+            assert conftest.ray_group(place) or (marked and len(marked) == text.count("mark.ray")), place
+            assert conftest.ray_group(place) or all(conftest.ray_group(f"{place}::{name}") for name in marked), place

@@ -116,11 +116,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The longest prefix that was read in time: `kv` is (L, 2, H, tokens, D), the KV of the first `tokens` tokens."""
+    """The longest prefix that was read in time: `kv` is (L, 2, H, tokens, D), the KV of the first `tokens` tokens.
+
+    `declined`: the number of further tokens that could have been loaded, but not faster than the model computes them.
+    `declined_by_reason`: the same by tier and reason, such as {"peer: slower": 512}. The reasons are in docs/load-or-compute.md.
+    """
 
     tokens: int
     kv: "torch.Tensor"
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
+    declined: int = 0
+    declined_by_reason: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def add_bench(commands: Any) -> None:
     command = add_command(commands, "bench", text, example, _bench, text.partition(":")[0] + ".")
     what = (
         "fetch: look-up, fetch and store from a second process and from another node; "
-        "transfer: blocks from another node beside raw TCP, Ray and memcpy, and over slow links; disk: writes, cold reads, and a restart; "
+        "transfer: blocks from another node beside raw TCP, Ray and memcpy, and over slow links; "
+        "decide: the time lost by wrong choices between loading and computing, over slow links; disk: writes, cold reads, and a restart; "
         "codec: encode and decode with one and two threads; held: hit ratio with int8 in half the memory; "
         "checkpoint: writing and restoring with a folder and with S3, the slowdown of workers meanwhile, and the time to the first hit"
     )
@@ -105,4 +106,10 @@ def _transfer(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
     return transfer.run_transfer_bench(quick=options.quick, log=log), transfer.show
 
 
-RUNS = {"fetch": _fetch, "transfer": _transfer, "disk": _disk, "codec": _codec, "held": _held, "checkpoint": _checkpoint}
+def _decide(options: argparse.Namespace, log: Callable[[str], None]) -> Ran:
+    from tiered_kv.tools.bench.choices import decide
+
+    return decide.run_decide_bench(quick=options.quick, log=log), decide.show
+
+
+RUNS = {"fetch": _fetch, "transfer": _transfer, "decide": _decide, "disk": _disk, "codec": _codec, "held": _held, "checkpoint": _checkpoint}

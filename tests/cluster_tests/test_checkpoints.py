@@ -98,7 +98,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
             patch.delenv(variable, raising=False)
         yield folder
-        assert [name for name in ("main", "one", "two", "three") if state.find(name)] == []
+        assert [name for name in ("kept", "one", "two", "three") if state.find(name)] == []
 
 
 @contextmanager
@@ -144,16 +144,16 @@ def main(home: Path, model) -> Iterator[str]:
 
     This process is a driver of it.
     """
-    with up("main", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
-        join("main")
-        until(lambda: len(start.describe("main")["nodes"]) == 2, "both nodes have reported")
-        answered(model, "main")
-        with clients("main") as each:
+    with up("kept", "up", "--nodes", 2, "--host", "16MiB", "--disk", "128MiB", "--block-tokens", 16):
+        join("kept")
+        until(lambda: len(start.describe("kept")["nodes"]) == 2, "both nodes have reported")
+        answered(model, "kept")
+        with clients("kept") as each:
             for node, seeds in PROMPTS.items():
                 for seed in seeds:
                     stored = each[node].store(*prompt(seed))
                     assert stored.refused == 0
-        yield "main"
+        yield "kept"
 
 
 class Content(NamedTuple):
@@ -252,6 +252,48 @@ def assert_all_hit(name: str, tiers: set[str]) -> None:
     assert tiers <= found
 
 
+@contextmanager
+def writing_slowly(name: str, folder: Path, *more: object) -> Iterator[subprocess.Popen]:
+    """Yields a running checkpoint command that has written some of its packs and not all."""
+    process = subprocess.Popen(
+        command("checkpoint", "--name", name, "--max-rate", RATE, *more, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            until(lambda: packs(folder) or process.poll() is not None, "the first pack")
+            assert process.poll() is None, process.communicate()
+            assert not list(folder.glob("*.tkv"))
+            yield process
+        finally:
+            process.kill()
+
+
+class Killed(NamedTuple):
+    """A folder in which a checkpoint's command was killed, its lease and packs, and the next command, which is running."""
+
+    folder: Path
+    lease: str
+    packs: dict[str, tuple[int, int]]
+    following: subprocess.Popen
+
+
+@pytest.fixture(scope="module")
+def killed(main: str, home: Path) -> Iterator[Killed]:
+    """A killed checkpoint and the next one, which waits half a minute. So tests that use other clusters run in the meantime."""
+    folder = home / "killed"
+    with writing_slowly(main, folder) as process:
+        process.kill()
+    [lease] = leases(folder)
+    before = packs(folder)
+    assert json.loads(good("checkpoints", "--json", folder).stdout) == []
+    following = command("checkpoint", "--name", main, "--keep", 1, folder)
+    with subprocess.Popen(following, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Killed(folder, lease, before, process)
+        finally:
+            process.kill()
+
+
 def test_one_node_starts_warm_and_the_models_output_equals_that_without_a_cache(place: Path, model, main: str) -> None:
     inputs = model[1](QUESTION, return_tensors="pt")
     plain = model[0].generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
@@ -273,6 +315,7 @@ def test_one_node_starts_warm_and_the_models_output_equals_that_without_a_cache(
         join(main)
 
 
+@pytest.mark.usefixtures("killed")
 def test_two_nodes_without_disk_serve_the_blocks_that_do_not_fit_from_packs(place: Path, main: str) -> None:
     raylocal.leave_ray()
     try:
@@ -308,20 +351,15 @@ def test_three_nodes_share_the_blocks(place: Path, main: str) -> None:
         join(main)
 
 
-@contextmanager
-def writing_slowly(name: str, folder: Path, *more: object) -> Iterator[subprocess.Popen]:
-    """Yields a running checkpoint command that has written some of its packs and not all."""
-    process = subprocess.Popen(
-        command("checkpoint", "--name", name, "--max-rate", RATE, *more, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with process:
-        try:
-            until(lambda: packs(folder) or process.poll() is not None, "the first pack")
-            assert process.poll() is None, process.communicate()
-            assert not list(folder.glob("*.tkv"))
-            yield process
-        finally:
-            process.kill()
+def test_the_checkpoint_after_a_killed_one_continues_from_it(killed: Killed) -> None:
+    """Nodes notice by themselves that the killed command has gone. Until then the next command waits."""
+    said, error = killed.following.communicate(timeout=PATIENCE_S)
+    assert killed.following.returncode == 0, said + error
+    assert "waiting: node-0: another checkpoint is being written by this node" in said
+    assert f"no checkpoints were deleted this time: another process is working on this store: {killed.lease}" in said
+    assert packs(killed.folder) | killed.packs == packs(killed.folder), "no pack was changed"
+    assert set(content(killed.folder).copies) == {1}
+    assert len(content(killed.folder).manifest.rows) >= len(seeds()) * BLOCKS
 
 
 def assert_next_is_complete(name: str, folder: Path) -> None:
@@ -346,22 +384,6 @@ def test_ctrl_c_stops_a_checkpoint_within_seconds_and_the_next_continues(main: s
     assert "Traceback" not in err
     assert leases(tmp_path / "place") == []
     assert_next_is_complete(main, tmp_path / "place")
-
-
-def test_the_checkpoint_after_a_killed_one_continues_from_it(main: str, tmp_path: Path) -> None:
-    """Nodes notice by themselves that the killed command has gone. Until then the next command waits."""
-    folder = tmp_path / "place"
-    with writing_slowly(main, folder) as process:
-        process.kill()
-    [lease] = leases(folder)
-    before = packs(folder)
-    assert json.loads(good("checkpoints", "--json", folder).stdout) == []
-    done = good("checkpoint", "--name", main, "--keep", 1, folder)
-    assert "waiting: node-0: another checkpoint is being written by this node" in done.stdout
-    assert f"no checkpoints were deleted this time: another process is working on this store: {lease}" in done.stdout
-    assert packs(folder) | before == packs(folder), "no pack was changed"
-    assert set(content(folder).copies) == {1}
-    assert len(content(folder).manifest.rows) >= len(seeds()) * BLOCKS
 
 
 def test_a_node_that_dies_during_a_checkpoint_is_named_and_the_next_is_complete(main: str, tmp_path: Path) -> None:
@@ -410,7 +432,7 @@ def test_a_restore_into_a_running_cluster_loads_only_missing_blocks(main: str, p
 def test_invalid_commands_are_refused_and_change_nothing(main: str, place: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in place.iterdir())
     for given, status, words in (
-        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'main' is"),
+        (["restore", "--name", main, "--nodes", 1, place], 2, "--nodes: only allowed if no cluster is up, but 'kept' is"),
         (["restore", "--name", main, "--namespace", "nope", place], 1, "this namespace was not requested"),
         (["restore", "--name", main, "--world", 5, place], 2, "no block of the checkpoint can be restored for 5 ranks"),
         (["restore", "--name", main, tmp_path / "nowhere"], 1, "there is no such folder on this machine"),

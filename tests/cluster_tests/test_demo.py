@@ -1,6 +1,7 @@
 """The demo from the command line, with the default model and short documents: checks its figures."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tiered_kv.errors import TieredKVError
+from tiered_kv.tools.demo.run import thread_count
 from tiered_kv.tools.demo.workload import own_questions, questions_from
 
 DOCUMENTS = [
@@ -88,3 +90,14 @@ def test_documents_are_distinguished_by_their_text(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"document": "a", "question": "1"}\n\n{"document": "b", "question": "2"}\n{"document": "a", "question": "3"}\n')
     assert [question.title for question in questions_from(str(path))] == ["document 1", "document 2", "document 1"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "threads"), [("1", 1), ("3", 3), ("0", os.cpu_count()), ("4,2", os.cpu_count()), ("", os.cpu_count())]
+)
+def test_each_model_has_as_many_threads_as_the_environment_asks_for(variable: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, threads of one model that wait for each other take several times as long as one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert thread_count() == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert thread_count() == os.cpu_count()

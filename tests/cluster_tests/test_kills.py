@@ -1,6 +1,6 @@
 """Each process of a real cluster is killed and stopped while workers go on. `make hostile` causes all faults, `make test` some.
 
-`test_waits`, `test_cluster` and `test_fleet` cause the others, one by one.
+`test_cluster` and `test_fleet` cause the others, one by one.
 """
 
 import os

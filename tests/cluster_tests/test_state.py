@@ -194,3 +194,16 @@ def test_importing_loads_neither_torch_nor_ray() -> None:
     code = "import sys, tiered_kv.cluster.raylocal, tiered_kv.cluster.state; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+LATER = ["actors.coordinator", "checkpoint.restore", "checkpoint.take", "cluster.survey", "node.codec_plan", "protocol.unix_socket"]
+"""What commands import when they run, and the coordinator's process."""
+
+
+def test_commands_and_the_coordinator_run_without_torch() -> None:
+    """Importing torch takes two seconds, by which every `tiered-kv status` and every restart of the coordinator would be longer."""
+    modules = ", ".join(f"tiered_kv.{name}" for name in LATER)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"

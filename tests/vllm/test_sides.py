@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.serving.processes import until
+from tests.vllm.deciding_fake import DecidingFake
 from tiered_kv import Namespace, OpaqueLayout
 from tiered_kv.blocks import Stored
 from tiered_kv.client.page_client import Loaded, Look
@@ -23,7 +24,7 @@ T = 16
 LAYOUT = OpaqueLayout(1024, T, "pages of a test")
 
 
-class FakeClient:
+class FakeClient(DecidingFake):
     """A client with blocks of chosen tiers. `raw`: how many of the leading ones can be loaded at once (default: all in host)."""
 
     def __init__(self) -> None:

@@ -1,11 +1,13 @@
 """Sends checkpoint requests to nodes: through Ray to the nodes of a cluster, directly to the node of this process."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.node.checkpoints.steps import CheckpointRequest, StepAnswer
-from tiered_kv.node.node import Node
+
+if TYPE_CHECKING:
+    from tiered_kv.node.node import Node
 
 
 class CallNodes(Protocol):
@@ -15,7 +17,7 @@ class CallNodes(Protocol):
         """Send the request. Returns by node name the answer of each node, or the error that the node raised."""
 
 
-def calls_to(node: Node) -> CallNodes:
+def calls_to(node: "Node") -> CallNodes:
     """Returns a function that sends each request to `node`, which is in this process, under whatever node names it is given."""
 
     def call(nodes: Iterable[str], request: CheckpointRequest[StepAnswer]) -> dict[str, StepAnswer | TieredKVError]:

@@ -16,7 +16,6 @@ from tiered_kv.checkpoint.manifest import Manifest, Model
 from tiered_kv.checkpoint.manifest_rows import Row
 from tiered_kv.checkpoint.merge import MergedBlock, MergedSnapshots, assign_writers, merge, without_descendants
 from tiered_kv.checkpoint.repository import BlockId, PackEntry, Repository, entries_in, reusable
-from tiered_kv.codecs import is_lossy
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.node.checkpoints.steps import (
@@ -231,7 +230,11 @@ def _is_as_good(entry: PackEntry | None, block: MergedBlock) -> bool:
     Returns False if the frame has a lossy codec other than the copy's codec: a cluster with settings of lower quality wrote
     that frame. Returns True if `entry` is None: then there is no frame to replace.
     """
-    return entry is None or entry.codec == block.best.codec or not is_lossy(entry.codec)
+    if entry is None or entry.codec == block.best.codec:
+        return True
+    from tiered_kv.codecs import is_lossy  # imports torch, which most checkpoints do not need
+
+    return not is_lossy(entry.codec)
 
 
 class ExistingPacks(NamedTuple):

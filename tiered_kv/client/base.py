@@ -5,13 +5,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self, TypedDict, TypeVar
+from typing import Any, Self, TypeVar
 
 from tiered_kv import forking
-from tiered_kv.blocks import Stored, Tier
+from tiered_kv.blocks import PEER, Stored, Tier
 from tiered_kv.client.access import AccessHolder, NodeAccess
-from tiered_kv.client.miss_notes import MissNotes
+from tiered_kv.client.calls import ClientStats, Names
+from tiered_kv.client.load_costs import LoadCosts, LoadCostStats, LoadPart
+from tiered_kv.client.prefill_cost import PrefillTimes
 from tiered_kv.client.prefill_savings import Savings
 from tiered_kv.client.profile import Timed, untimed
 from tiered_kv.client.reader import BlockSource, FoundBlock
@@ -27,9 +28,6 @@ from tiered_kv.protocol.peer_transport import SPREAD_WITHIN_S
 from tiered_kv.protocol.session import Session
 from tiered_kv.threads import DaemonThreads
 
-if TYPE_CHECKING:
-    import numpy as np
-
 log = logging.getLogger(__name__)
 
 WARN_EVERY_S = 30.0
@@ -40,47 +38,10 @@ REPORT_LATE_S = 0.005
 PULLS_AT_ONCE = 8
 """The most pulls of one client that run in threads of their own at a time. Further pulls wait for their turn."""
 LABELS = {tier.value: tier.label for tier in Tier}
+ALL_PEERS = LoadPart(PEER, 1, 0)
+"""The other nodes, where it is not known which of them has the blocks."""
 
-P = ParamSpec("P")
 R = TypeVar("R")
-C = TypeVar("C", bound="NodeClient")
-
-
-class ClientStats(TypedDict):
-    """The counts of a client, and the figures of its node (None while the node does not answer)."""
-
-    client: dict[str, float | None]
-    node: NodeStats | None
-
-
-def while_open(method: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
-    """Decorate a method that uses memory which `close`, called by another thread, may unmap.
-
-    The method then raises (kind `closed`), as calls after `close` do.
-    """
-
-    @wraps(method)
-    def guarded(self: C, /, *arguments: P.args, **options: P.kwargs) -> R:
-        try:
-            return method(self, *arguments, **options)
-        except (ValueError, AttributeError):  # a released view; an arena that `close` removed
-            self._check_open()
-            raise
-
-    return guarded
-
-
-class Names(NamedTuple):
-    """The namespace of a client at one moment. Each call reads it once, so that a change affects later calls only.
-
-    `mark`: the value of `NodeView.mark` when the weight epoch was read. None if the weight epoch or the tenant's salt is not known:
-    then every look-up is a miss, and every store is refused.
-    """
-
-    namespace: Namespace
-    root: BlockKey
-    keys: Callable[["np.ndarray"], list[BlockKey]]
-    mark: tuple[int, int] | None = None
 
 
 class NodeClient:
@@ -107,8 +68,8 @@ class NodeClient:
         self._counts: Counter[str] = Counter()
         self._noted_retries = 0
         self._savings = Savings()
-        self.misses = MissNotes()
-        """The blocks that the last fetches did not read although a node may have had them, and why. For `explain`."""
+        self._prefills = PrefillTimes()
+        self._costs = LoadCosts(self._clock)
         self._lock = threading.Lock()
         self._use_lock = threading.Lock()
         self._closed = False
@@ -227,14 +188,24 @@ class NodeClient:
             )
         return number
 
-    def note_prefill(self, tokens: int, seconds: float) -> None:
+    def note_prefill(self, tokens: int, seconds: float, position: int = 0) -> None:
         """Record that the worker's model computed `tokens` of a prompt in `seconds`, with none of them fetched.
 
-        The average of these records is the prefill rate. With it, later fetches add to `prefill_seconds_saved`: the time to compute
-        the fetched tokens at this rate, less the time of the fetch. `CachedModel` calls this. Code that calls `fetch` itself should
-        call it too. Records of fewer than 64 tokens are ignored: they do not measure the rate. Calls no other process.
+        `position`: the number of tokens before them. The average of these records is the prefill rate. With it, later fetches add to
+        `prefill_seconds_saved`: the time to compute the fetched tokens at this rate, less the time of the fetch. From the third record
+        on, fetches do not load what the model computes faster (docs/load-or-compute.md). `CachedModel` calls this. Code that calls
+        `fetch` itself should call it too. Records of fewer than 64 tokens are ignored: they do not measure the rate. Calls no other
+        process.
         """
         self._savings.note_prefill(tokens, seconds)
+        self._prefills.note(tokens, seconds, position)
+
+    def load_costs(self) -> dict[str, LoadCostStats]:
+        """Returns the measured latency and rate of each source of loads: of tiers by their label, and of peers as `peer NAME`.
+
+        Memory of this machine is not among them. Calls no other process.
+        """
+        return self._costs.stats()
 
     def measure(self, timed: Timed) -> None:
         """Measure each stage: replace its function by `timed(stage, function)` (`client.profile`). Call this once, before any use."""
@@ -345,18 +316,43 @@ class NodeClient:
             self._degraded("question", error)
             return otherwise
 
-    def _bring(self, access: NodeAccess, keys: list[BlockKey], hidden: list[BlockKey], until_s: float) -> list[FoundBlock]:
-        """Have the node load the `hidden` blocks, which only it can read. Returns the leading blocks of `keys` that are then readable."""
-        wait_s = until_s - self._clock.now_s()
+    def _bring(
+        self, access: NodeAccess, keys: list[BlockKey], found: list[FoundBlock], hidden: list[BlockKey], until_s: float
+    ) -> list[FoundBlock]:
+        """Have the node load the `hidden` ones of the `found` blocks, which only it can read.
+
+        Returns the leading blocks of `keys` that are then readable.
+        """
+        begun_s = self._clock.now_s()
+        wait_s = until_s - begun_s
         if wait_s > 0:
             self._ask(access, lambda session: session.bring(hidden, wait_s), None, wait_s)
+            self._note_brought(access.source, found, set(hidden), self._clock.now_s() - begun_s)
         return access.source.find(keys)
 
-    def _pull(self, access: NodeAccess, names: Names, run: BlockRun, until_s: float) -> list[FoundBlock]:
-        """Have the node fetch the blocks of `run` from other nodes. Returns the leading ones that the index then contains."""
-        wait_s = until_s - self._clock.now_s()
+    def _note_brought(self, source: BlockSource, found: list[FoundBlock], hidden: set[BlockKey], seconds: float) -> None:
+        """Record how long the node took to load the `hidden` ones of these blocks from their tiers."""
+        asked = [each for each in found if each.key in hidden]
+        is_here = [slot is not None and slot.tier <= Tier.DISK for slot in source.lookup_all([each.key for each in asked])]
+        for tier in {each.slot.tier for each in asked}:
+            loaded = sum(each.slot.stored_bytes for each, here in zip(asked, is_here, strict=True) if here and each.slot.tier == tier)
+            if loaded:
+                self._costs.note(LABELS[tier], loaded, seconds)
+            else:
+                self._costs.note_silence(LABELS[tier], asked[0].slot.stored_bytes, seconds)
+
+    def _pull(
+        self, access: NodeAccess, names: Names, run: BlockRun, until_s: float, peers: Sequence[LoadPart] = (ALL_PEERS,)
+    ) -> list[FoundBlock]:
+        """Have the node fetch the blocks of `run` from other nodes. Returns the leading ones that the index then contains.
+
+        `peers`: the peers whose blocks they are.
+        """
+        begun_s = self._clock.now_s()
+        wait_s = until_s - begun_s
         if wait_s <= 0:
             return []
+        before = len(access.source.find(run.keys))
 
         def question(session: Session) -> int | None:
             self._tell(access, session, names)
@@ -364,7 +360,9 @@ class NodeClient:
             return session.pull(run, left_s) if left_s > 0 else None  # two late answers together would be much too late
 
         count = self._ask(access, question, None, wait_s)
-        return access.source.find(run.keys[:count])  # count is None without an answer in time: find all that have arrived
+        found = access.source.find(run.keys[:count])  # count is None without an answer in time: find all that have arrived
+        self._costs.note_pull(peers, len(found) - before, run.nbytes, self._clock.now_s() - begun_s)
+        return found
 
     def _report_damage(self, access: NodeAccess, until_s: float) -> None:
         """Report to the node the blocks that looked damaged, unless `until_s` is over. Then a later fetch reports them."""
@@ -443,12 +441,14 @@ class NodeClient:
             self._warn_again_s = now_s + WARN_EVERY_S
             log.warning("the node did not answer, so a %s went on without it (not logged again for %.0f s): %s", what, WARN_EVERY_S, error)
 
-    def _tokens_by_tier(self, found: Sequence[FoundBlock]) -> dict[str, int]:
+    def _tokens_by_tier(self, found: Sequence[FoundBlock], pulled: int = 0) -> dict[str, int]:
+        """Returns the numbers of tokens in the `found` blocks, and in `pulled` blocks from other nodes."""
         blocks: dict[int, int] = {}
         for each in found:
             tier = each.slot.tier
             blocks[tier] = blocks.get(tier, 0) + 1
-        return {LABELS[tier]: count * self.layout.block_tokens for tier, count in blocks.items()}
+        tokens = {LABELS[tier]: count * self.layout.block_tokens for tier, count in blocks.items()}
+        return tokens | {PEER: pulled * self.layout.block_tokens} if pulled else tokens
 
     def _count(self, **counts: int) -> None:
         with self._lock:

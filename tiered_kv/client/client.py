@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 
-from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Reason, Stored
+from tiered_kv.blocks import PEER, Explained, Fetched, Hint, Match, Reason, Stored, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import Names, NodeClient, question_s, while_open
-from tiered_kv.client.explaining import Finding, OtherNamespace, other_namespaces
+from tiered_kv.client.base import ALL_PEERS, question_s
+from tiered_kv.client.calls import Names, while_open
+from tiered_kv.client.deciding import LOOK_AGAIN_S, DecidingClient
+from tiered_kv.client.explaining.finding import OtherNamespace, other_namespaces
 from tiered_kv.client.kv_copy import LayerPairs
-from tiered_kv.client.reader import BlockSource, FoundBlock
+from tiered_kv.client.load_plan import LoadPlan
+from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey, Namespace, as_token_ids, check_tenant
-from tiered_kv.protocol.explanation import Explanation, KnownNamespace
+from tiered_kv.protocol.explanation import KnownNamespace
 from tiered_kv.protocol.messages import BlockRun
 from tiered_kv.protocol.session import Session
 
@@ -32,14 +35,11 @@ if TYPE_CHECKING:
 
 READ_AHEAD_BYTES = 4 << 20
 """A pull of at least this many bytes gets a second thread, so that its first blocks are read while later ones arrive."""
-LOOK_AGAIN_S = 0.0005
-DEADLINE_MARGIN_S = 0.005
-"""A fetch that ends so shortly before its deadline was ended by it: each step stops a little earlier than its caller's deadline."""
 
 TokenIds = Union[Sequence[int], "np.ndarray", torch.Tensor]
 
 
-class Client(NodeClient):
+class Client(DecidingClient):
     """Fetches and stores the KV of token prefixes, in the blocks of one layout under one namespace.
 
     Safe to use from several threads. On the same node, a fetch takes about 60 µs plus the copy and calls no other process. A store
@@ -67,7 +67,13 @@ class Client(NodeClient):
 
     @while_open
     def fetch(
-        self, token_ids: TokenIds, out: torch.Tensor | None = None, *, deadline_ms: int | None = None, namespace: Namespace | None = None
+        self,
+        token_ids: TokenIds,
+        out: torch.Tensor | None = None,
+        *,
+        deadline_ms: int | None = None,
+        namespace: Namespace | None = None,
+        recompute_tokens_per_s: float | None = None,
     ) -> Fetched:
         """Returns the KV of the longest prefix of whole blocks that can be read in time.
 
@@ -75,50 +81,77 @@ class Client(NodeClient):
         written to its first tokens; the rest of it is undefined. Without `out`, the KV is newly allocated on the CPU.
         `deadline_ms` bounds the wait for other nodes and disks (default: the cluster's setting). Blocks not read by then are misses.
         `namespace`: the namespace to read (default: the client's current one, which another thread may change with `use`).
+        `recompute_tokens_per_s`: how fast the model computes a prompt (default: as `note_prefill` recorded it; 0: load everything).
+        Blocks of slow tiers and of other nodes are loaded only if that is faster. The others are `declined`.
         """
         begun_s = self._clock.now_s()
         self._check_open()
         access, names = self._present(namespace)
         keys, source = names.keys(as_token_ids(token_ids)), access.source
         if out is not None:
-            room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else len(keys) * self.layout.block_tokens
-            self.layout.check_kv(out, room, "out")
-            if 0 in out.stride() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
-                raise TieredKVError(
-                    Kind.LAYOUT, "out: must be a tensor that can be written to, got an expanded tensor, whose elements share memory"
-                )
-            keys = keys[: out.shape[-2] // self.layout.block_tokens]
+            keys = keys[: self._room_in(out, len(keys))]
         deadline_s = self._clock.now_s() + (access.deadline_s if deadline_ms is None else deadline_ms / 1000)
-        found = first_found = source.find(keys)
-        if hidden := source.hidden(found):
-            found = self._bring(access, keys, hidden, deadline_s)
+        wanted, all_found = keys, source.find(keys)
+        tiers = source.tiers_of(all_found)
+        plan = self._planned(access, names, keys, all_found, tiers, recompute_tokens_per_s, deadline_s)
+        keys, first_found = (plan.keys, plan.found) if plan is not None else (keys, all_found)
+        found = first_found
+        if hidden := source.hidden(found, tiers if plan is None else None):
+            found = self._bring_in_time(access, keys, found, hidden, deadline_s, plan)
         local, pulling = len(found), None
         if local < len(keys) and source.peers:
-            parent = keys[local - 1] if local else None
-            run = BlockRun(names.root, self.layout.block_bytes, parent, keys[local:], local)
-            pulling = self._pulls.submit(self._pull, access, names, run, deadline_s) if self._reads_ahead(run, out) else None
-            found = found if pulling else found + self._pull(access, names, run, deadline_s)
+            run = BlockRun(names.root, self.layout.block_bytes, keys[local - 1] if local else None, keys[local:], local)
+            pulled, pulling = self._pull_rest(access, names, run, out, deadline_s, plan)
+            found = found + pulled
         kv = out
         if kv is None:
             kv = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=self.layout.torch_dtype)
-        read = source.read(found, kv, lambda: self._clock.now_s() >= deadline_s)
+        read = self._read_in_time(source, found, kv, deadline_s, self._meter(plan) if Tier.DISK in tiers else None)
         if pulling is not None:
-            read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s)
+            read = self._read_pulled(source, keys, read, local, pulling, kv, deadline_s, plan)
             found = found if len(read) < local else read
         self._report_damage(access, deadline_s)
         # Includes the block that could not be read, which the node examines; excludes the blocks that this fetch pulled.
         source.touch(found[: min(len(read) + 1, local)])
         where = [*first_found, *found[len(first_found) : local]]  # the tiers before this fetch moved any block
-        by_tier = self._tokens_by_tier(where[: len(read)])
-        if len(read) > local:
-            by_tier[PEER] = (len(read) - local) * self.layout.block_tokens
+        by_tier = self._tokens_by_tier(where[: len(read)], max(len(read) - local, 0))
         if not self._is_current(access, names):
             read, by_tier = [], {}
-        self._note_misses(keys, len(read), deadline_s)
         tokens = len(read) * self.layout.block_tokens
         hits = {tier: count // self.layout.block_tokens for tier, count in by_tier.items()}
-        self._note_fetch(source, names, len(keys), hits, begun_s)
-        return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier)
+        self._note_fetch(source, names, len(wanted), hits, begun_s)
+        declined = self._note_declined(access, plan, all_found, len(read)) if plan is not None else {}
+        self._note_misses(wanted, len(read), deadline_s, bool(declined))
+        return Fetched(tokens, kv if kv.shape[-2] == tokens else kv.narrow(-2, 0, tokens), by_tier, sum(declined.values()), declined)
+
+    def _pull_rest(
+        self, access: NodeAccess, names: Names, run: BlockRun, out: torch.Tensor | None, deadline_s: float, plan: LoadPlan | None
+    ) -> tuple[list[FoundBlock], "Future[list[FoundBlock]] | None"]:
+        """Pull the blocks of `run` from other nodes, or begin to. Returns the blocks, or [] and the pull that goes on."""
+        if plan is not None and out is None:
+            return self._pulled_in_time(access, names, run, plan, deadline_s), None
+        if plan is not None or self._reads_ahead(run, out):
+            peers = plan.peers if plan else (ALL_PEERS,)
+            return [], self._pulls.submit(self._pull, access, names, run, deadline_s, peers)
+        return self._pull(access, names, run, deadline_s), None
+
+    def _read_in_time(
+        self, source: BlockSource, found: list[FoundBlock], kv: torch.Tensor, deadline_s: float, meter: DiskMeter | None
+    ) -> list[FoundBlock]:
+        def expired() -> bool:
+            return self._clock.now_s() >= deadline_s
+
+        return source.read(found, kv, expired, meter) if meter is not None else source.read(found, kv, expired)
+
+    def _room_in(self, out: torch.Tensor, blocks: int) -> int:
+        """Returns how many whole blocks fit into the tensor of a fetch of `blocks`. Raises (kind `layout`) if it cannot be used."""
+        room = out.shape[-2] if getattr(out, "ndim", 0) == 5 else blocks * self.layout.block_tokens
+        self.layout.check_kv(out, room, "out")
+        if 0 in out.stride() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+            raise TieredKVError(
+                Kind.LAYOUT, "out: must be a tensor that can be written to, got an expanded tensor, whose elements share memory"
+            )
+        return int(out.shape[-2]) // self.layout.block_tokens
 
     def _reads_ahead(self, run: BlockRun, out: torch.Tensor | None) -> bool:
         """Returns whether to copy the leading blocks of a pull while later ones arrive."""
@@ -133,8 +166,9 @@ class Client(NodeClient):
         pulling: "Future[list[FoundBlock]]",
         kv: torch.Tensor,
         deadline_s: float,
+        plan: LoadPlan | None,
     ) -> list[FoundBlock]:
-        """Read blocks as the node pulls them, until the pull has ended. Returns `read` and all blocks read here.
+        """Read blocks as the node pulls them, until the pull has ended or takes too long. Returns `read` and all blocks read here.
 
         `local`: how many blocks of the prompt this node had before the pull. `read`: the leading ones of them that were read. If one
         of them could not be read, no pulled block is read.
@@ -148,9 +182,13 @@ class Client(NodeClient):
             is_broken = len(good) < len(new)
             if is_last:
                 break
+            if plan is not None and plan.waits.is_over(self._clock.now_s(), len(read)):
+                self._leave(pulling, plan)
+                return read
             if not new:
                 wait([pulling], LOOK_AGAIN_S)
-        pulling.result()
+        if plan is None:
+            pulling.result()
         return read
 
     @while_open
@@ -209,28 +247,13 @@ class Client(NodeClient):
             check_tenant(tenant)
         access, names = self._present()
         ids = as_token_ids(token_ids)
-        keys, source, now_s = names.keys(ids), access.source, self._clock.now_s()
-        slots = source.lookup_all(keys)
-        missing = [key for key, slot in zip(keys, slots, strict=True) if slot is None]
-        until_s = now_s + question_s(access)
-        answer = self._explanation(access, names, missing, until_s) if missing and source.live else None
-        finding = Finding(keys, slots, answer, self.layout.block_tokens, not source.live, self.misses, now_s)
+        until_s = self._clock.now_s() + question_s(access)
+        finding = self._finding(access, names, names.keys(ids), until_s)
         records = finding.records()
         if any(record.why in (Reason.NEVER_STORED, Reason.REFUSED) for record in records):
             others = self._other_namespaces(access, names, ids, also_tenants, until_s)
             records = replace(finding, others=others).records()
         return records
-
-    def _explanation(
-        self, access: NodeAccess, names: Names, keys: list[BlockKey], until_s: float, ask_peers: bool = True
-    ) -> Explanation | None:
-        wait_s = max(until_s - self._clock.now_s(), 0.0)
-
-        def question(session: Session) -> Explanation | None:
-            self._tell(access, session, names)
-            return session.explain(keys, wait_s, ask_peers)
-
-        return self._ask(access, question, None, wait_s)
 
     def _other_namespaces(
         self, access: NodeAccess, names: Names, ids: "np.ndarray", also_tenants: Sequence[str], until_s: float
@@ -242,12 +265,6 @@ class Client(NodeClient):
         return other_namespaces(
             known, names.namespace, self.layout, ids, lambda keys: self._explanation(access, names, keys, until_s, False)
         )
-
-    def _note_misses(self, keys: list[BlockKey], read: int, deadline_s: float) -> None:
-        """Note the blocks after the first `read` ones if the deadline has passed, for `explain`. Forget the notes of the others."""
-        self.misses.settle(keys[:read])
-        if read < len(keys) and (now_s := self._clock.now_s()) >= deadline_s - DEADLINE_MARGIN_S:
-            self.misses.note(keys[read:], Reason.DEADLINE, now_s)
 
     def variant_of(self, namespace: Namespace, probe: "Probe") -> str | None:
         """Returns the variant of a namespace that a model with this probe belongs to; None while the node does not answer. One call."""
@@ -262,11 +279,6 @@ class Client(NodeClient):
         self._check_open()
         access, names = self._present()
         return access, names.keys(as_token_ids(token_ids))
-
-    def _locate(self, access: NodeAccess, keys: list[BlockKey]) -> list[list[str]]:
-        """Returns the names of the other nodes that hold each leading key; an empty list if this node does not answer."""
-        wait_s, no_nodes = question_s(access), list[list[str]]()
-        return self._ask(access, lambda session: session.locate(keys, wait_s), no_nodes, wait_s)
 
 
 def _namespaces_of(tenant: str, session: Session) -> list[KnownNamespace]:

@@ -4,16 +4,23 @@ Bytes travel straight between the engine's pages and the node's memory. As with 
 a load ends early, and a store is refused.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
-from tiered_kv.blocks import PEER, Stored, Tier
+from tiered_kv.blocks import PEER, Explained, Stored, Tier
 from tiered_kv.client.access import NodeAccess
-from tiered_kv.client.base import LABELS, Names, NodeClient, question_s, while_open
+from tiered_kv.client.base import LABELS, question_s
+from tiered_kv.client.calls import Names, while_open
+from tiered_kv.client.deciding import DecidingClient, cost_of
+from tiered_kv.client.load_costs import LoadPart
+from tiered_kv.client.load_plan import IN_MEMORY, SLOWER, Choice, choose
 from tiered_kv.client.page_copy import Pages
+from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.client.reader import FoundBlock
 from tiered_kv.keys import BlockKey, Namespace
 from tiered_kv.protocol.messages import BlockRun, PackedBlock
@@ -60,7 +67,14 @@ class Loaded(NamedTuple):
     blocks_by_tier: dict[str, int]
 
 
-class PageClient(NodeClient):
+class Estimates(NamedTuple):
+    """The measurements of a client: the cost of a prefill (None: not known), and by source the latency and the seconds per byte."""
+
+    prefill: PrefillCost | None
+    loads: dict[str, tuple[float, float]]
+
+
+class PageClient(DecidingClient):
     """Loads and stores blocks of one `OpaqueLayout`. Safe to use from several threads."""
 
     @while_open
@@ -69,6 +83,16 @@ class PageClient(NodeClient):
         found = self._holder.take().source.find(keys)  # a client that only looks up must notice that the node was replaced
         at_once = next((count for count, each in enumerate(found) if not _is_raw_in_host(each)), len(found))
         return Look([LABELS[slot.tier] for _, slot in found], at_once)
+
+    @while_open
+    def explain(self, keys: Sequence[BlockKey]) -> list[Explained]:
+        """Returns a record of each block of a chain: its tier, or the reason why it would be a miss (docs/explain.md).
+
+        The engine made the keys, so namespaces are not compared. Waits at most QUESTION_S_MAX for the node. Counts as no use.
+        """
+        self._check_open()
+        access, names = self._present()
+        return self._finding(access, names, keys, self._clock.now_s() + question_s(access)).records()
 
     @property
     def deadline_s(self) -> float:
@@ -124,7 +148,7 @@ class PageClient(NodeClient):
         found = first_found = source.find(keys)
         if may_call:
             if hidden := source.hidden(found):
-                found = self._bring(access, keys, hidden, until_s)
+                found = self._bring(access, keys, found, hidden, until_s)
             local = len(found)
             if local < len(keys) and source.peers:
                 rest = chain.part(local)
@@ -143,6 +167,7 @@ class PageClient(NodeClient):
         if not self._is_current(access, names):
             read, by_tier = 0, {}
         self._note_fetch(source, names, len(keys), by_tier, begun_s)
+        self._note_misses(keys, read, until_s)
         return Loaded(read, by_tier)
 
     @while_open
@@ -169,6 +194,43 @@ class PageClient(NodeClient):
         counts = {"stores": 1, "new_blocks": stored.new, "present_blocks": present, "refused_blocks": stored.refused}
         self._note(access.source, names, counts, store_s=self._clock.now_s() - begun_s)
         return Stored(stored.new, present, stored.refused)
+
+    def worth_loading(self, tiers: Sequence[str], depth: int, tokens_per_s: float = 0.0) -> int:
+        """Returns how many leading blocks of a chain to load, because computing them takes longer. Calls no other process.
+
+        `tiers`: the tier of each block, PEER for other nodes. `depth`: the number of their ancestors. `tokens_per_s`: how fast the
+        engine computes a prompt; 0: as `note_prefill` recorded it. Now and then one block more is worth loading, to measure its tier.
+        """
+        cost = cost_of(tokens_per_s) if tokens_per_s else self._prefills.cost
+        if cost is None or _are_in_memory(tiers):
+            return len(tiers)
+        choice = self._choice_of(tiers, depth, cost)
+        if choice.declined and self._costs.may_probe(choice.declined[0][0].source):
+            return choice.blocks + 1
+        return choice.blocks
+
+    def _choice_of(self, tiers: Sequence[str], depth: int, cost: PrefillCost) -> Choice:
+        parts = []
+        for label, group in groupby(tiers, lambda tier: IN_MEMORY if tier in _IN_MEMORY else tier):
+            blocks = len(list(group))
+            parts.append(LoadPart(label, blocks, blocks * self.layout.block_bytes))
+        here = PrefillCost(cost.token_s + cost.position_s * depth * self.layout.block_tokens, cost.position_s)
+        return choose(parts, here, self.layout.block_tokens, self._costs)
+
+    def declined(self, tiers: Sequence[str]) -> None:
+        """Count blocks that the engine computes instead of loading. `tiers`: the tier of each. Calls no other process."""
+        for label, blocks in Counter(tiers).items():
+            if label not in _IN_MEMORY:
+                self._count_declined(self._source, label, SLOWER, blocks * self.layout.block_tokens)
+
+    def estimates(self) -> Estimates:
+        """Returns what this client has measured, for a client in another process that makes the choices."""
+        return Estimates(self._prefills.cost, self._costs.known())
+
+    def adopt(self, estimates: Estimates) -> None:
+        """Use what another client has measured."""
+        self._prefills.cost = estimates.prefill
+        self._costs.adopt(estimates.loads)
 
     def missed(self, blocks: int) -> None:
         """Add `blocks` misses to the node's figures: blocks that the engine looked up and did not find. Calls no other process."""
@@ -209,7 +271,7 @@ class PageClient(NodeClient):
     ) -> int:
         """Read blocks of any tier into a temporary tensor, then copy them to pages. Returns how many leading blocks were copied."""
         staged = torch.empty(self.layout.kv_shape(len(found) * self.layout.block_tokens), dtype=torch.uint8)
-        read = len(access.source.read(found, staged, expired))
+        read = len(access.source.read(found, staged, expired, self._meter(None)))
         pages.scatter(staged.view(-1), [number * self.layout.block_bytes for number in range(read)], blocks[:read])
         return read
 
@@ -237,6 +299,13 @@ class PageClient(NodeClient):
 
         parent = chain.keys[missing[0] - 1] if missing[0] else chain.parent
         return access.writer.write_packed(session, names.root, chain.keys, missing, parent, wait_s, pack)
+
+
+_IN_MEMORY = frozenset(tier.label for tier in (Tier.DEVICE, Tier.HOST))
+
+
+def _are_in_memory(tiers: Sequence[str]) -> bool:
+    return all(tier in _IN_MEMORY for tier in tiers)
 
 
 def _is_raw_in_host(found: FoundBlock) -> bool:

@@ -55,6 +55,17 @@ class FoundBlock(NamedTuple):
     slot: Slot
 
 
+class DiskMeter(NamedTuple):
+    """`is_over()`: whether to give up a read from disk before its deadline. `now_s()`: the clock.
+
+    `note(read, wanted, seconds)`: called after a read with the bytes that were read and wanted.
+    """
+
+    is_over: Callable[[], bool]
+    now_s: Callable[[], float]
+    note: Callable[[int, int, float], None]
+
+
 class BlockSource:
     """One worker's view of its node's blocks, for one layout.
 
@@ -108,27 +119,34 @@ class BlockSource:
         raw_bytes = self._layout.block_bytes
         return [slot if slot is not None and slot.raw_bytes == raw_bytes and slot.codec in _CODEC_IDS else None for slot in slots]
 
-    def hidden(self, found: Sequence[FoundBlock]) -> list[BlockKey]:
-        """Returns the keys of the found blocks that this process cannot read itself."""
-        tiers = {slot.tier for _, slot in found}
+    @staticmethod
+    def tiers_of(found: Sequence[FoundBlock]) -> set[int]:
+        """Returns the tiers of the found blocks."""
+        return {slot.tier for _, slot in found}
+
+    def hidden(self, found: Sequence[FoundBlock], tiers: set[int] | None = None) -> list[BlockKey]:
+        """Returns the keys of the found blocks that this process cannot read itself. `tiers`: their tiers, if the caller has them."""
+        tiers = self.tiers_of(found) if tiers is None else tiers
         hiding = {tier for tier in tiers & _MAY_HIDE if tier != Tier.DEVICE or not self._sees_device()}
         return [key for key, slot in found if slot.tier in hiding] if hiding else []
 
     def _sees_device(self) -> bool:
         return self._device is not None and self._device.blocks() is not None
 
-    def read(self, found: Sequence[FoundBlock], kv_L2HND: torch.Tensor, expired: Callable[[], bool]) -> list[FoundBlock]:
+    def read(
+        self, found: Sequence[FoundBlock], kv_L2HND: torch.Tensor, expired: Callable[[], bool], meter: DiskMeter | None = None
+    ) -> list[FoundBlock]:
         """Copy or decode the found blocks to the first tokens of `kv`. Returns the blocks before the first that could not be read.
 
-        Once `expired()` is true, blocks on disk and encoded blocks are no longer read.
+        Once `expired()` is true, blocks on disk and encoded blocks are no longer read. `meter` measures the reads from disk.
         """
         done = 0
         while done < len(found):
             tier, is_coded, end = found[done].slot.tier, bool(found[done].slot.codec), done + 1
             while end < len(found) and found[end].slot.tier == tier and bool(found[end].slot.codec) == is_coded:
                 end += 1
-            good = self._read_alike(found[done:end], done, kv_L2HND, expired)
-            if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired):
+            good = self._read_alike(found[done:end], done, kv_L2HND, expired, meter)
+            if done + good < end and self._read_again(found[done + good].key, done + good, kv_L2HND, expired, meter):
                 good += 1
                 end = done + good
             done += good
@@ -136,11 +154,13 @@ class BlockSource:
                 break
         return list(found[:done])
 
-    def _read_alike(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+    def _read_alike(
+        self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool], meter: DiskMeter | None = None
+    ) -> int:
         """Read blocks of one tier that are all encoded or all uncompressed. Returns how many leading blocks were read."""
         slot = found[0].slot
         if slot.tier not in _IN_MEMORY:
-            return self._read_disk(found, first, kv, expired)
+            return self._read_disk(found, first, kv, expired, meter)
         return self._read_coded(found, first, kv, expired) if slot.codec else self._read_memory(found, first, kv)
 
     def _read_coded(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
@@ -250,19 +270,26 @@ class BlockSource:
         headers = self._headers
         return headers.names(offset, key) and headers.matches(offset, headers.digest(offset, self._layout.block_bytes)) is not False
 
-    def _read_disk(self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool]) -> int:
+    def _read_disk(
+        self, found: Sequence[FoundBlock], first: int, kv: torch.Tensor, expired: Callable[[], bool], meter: DiskMeter | None
+    ) -> int:
         """Read and decode blocks on disk until `expired()` is true. Returns how many leading blocks were read."""
         if self._disk is None or found[0].slot.tier != Tier.DISK:
             return 0
+        begun_s, read = meter.now_s() if meter else 0.0, 0
+        frames = self._disk.frames(found, lambda: expired() or meter.is_over()) if meter else self._disk.frames(found, expired)
         with self._decoders.side_by_side() as results:
-            for block, (each, frame) in enumerate(zip(found, self._disk.frames(found, expired), strict=False), first):
+            for block, (each, frame) in enumerate(zip(found, frames, strict=False), first):
                 results.add(self._decode, each.key, frame, block, kv)
+                read += each.slot.stored_bytes
+        if meter:
+            meter.note(read, sum(each.slot.stored_bytes for each in found), meter.now_s() - begun_s)
         return results.leading
 
-    def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool]) -> bool:
+    def _read_again(self, key: BlockKey, block: int, kv: torch.Tensor, expired: Callable[[], bool], meter: DiskMeter | None = None) -> bool:
         """Try once more to read a block that may have moved during the read. Returns whether that succeeded."""
         found = self.find([key])
-        return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired) == 1
+        return bool(found) and key not in self._doubted and self._read_alike(found, block, kv, expired, meter) == 1
 
     def touch(self, used: Sequence[FoundBlock | Slot]) -> None:
         """Report used blocks to the node's eviction policy, the deepest block first."""
@@ -272,6 +299,10 @@ class BlockSource:
     def tally(self, asked: int, hit: int, saved_tokens: int = 0, saved_us: int = 0) -> None:
         """Add to the node's counts of requested blocks, hits, and saved prefill tokens and microseconds."""
         self._view.tally(asked, hit, saved_tokens, saved_us)
+
+    def tally_declined(self, label: str, tokens: int) -> None:
+        """Add to the node's counts of tokens that were not loaded because computing them is faster. `label`: of the tier that had them."""
+        self._view.tally_declined(label, tokens)
 
     @property
     def live(self) -> bool:

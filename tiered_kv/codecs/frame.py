@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgpack
 import xxhash
 
-from tiered_kv.codecs import codec_from_spec
+from tiered_kv import codecs
 from tiered_kv.codecs.base import Buffer, Codec, Encoded, byte_view
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES
@@ -235,7 +235,7 @@ def _codec(header: bytes, fixed: _Fixed) -> tuple[Codec, float]:
     try:
         spec = unpacked(header[_FIXED.size : end])
         carried = spec.pop("error", 0.0) if isinstance(spec, dict) else 0.0
-        codec = codec_from_spec(spec)
+        codec = codecs.codec_from_spec(spec)
     except (ValueError, TypeError, TieredKVError) as error:
         raise _corrupt(f"invalid codec spec in a frame: {error}") from error
     if not isinstance(carried, float) or not 0 <= carried < math.inf:

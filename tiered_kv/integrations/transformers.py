@@ -51,8 +51,8 @@ class CacheClient(Protocol):
         `store`: the namespace of the model's current state.
         """
 
-    def note_prefill(self, tokens: int, seconds: float) -> None:
-        """Record that the model computed `tokens` tokens of a prompt in `seconds`."""
+    def note_prefill(self, tokens: int, seconds: float, position: int = 0) -> None:
+        """Record that the model computed `tokens` tokens of a prompt in `seconds`, after `position` tokens that it did not compute."""
 
 
 def cache_from_kv(kv: torch.Tensor, config: Any, devices: Sequence[torch.device] | None = None) -> DynamicCache:
@@ -107,7 +107,8 @@ def kv_from_cache(cache: DynamicCache, start: int, stop: int) -> torch.Tensor:
 class GenerateReport:
     """The tokens that one request reused and computed, its stored blocks, and its times in seconds.
 
-    `reused_tokens_by_tier` sums to `reused_tokens`.
+    `reused_tokens_by_tier` sums to `reused_tokens`. `declined_tokens`: cached tokens that the model computed because loading them would
+    have taken longer.
     """
 
     prompt_tokens: int
@@ -119,6 +120,7 @@ class GenerateReport:
     seconds_to_first_token: float = 0.0
     seconds_fetch: float = 0.0
     seconds_store: float = 0.0
+    declined_tokens: int = 0
 
 
 class CachedModel:
@@ -206,7 +208,7 @@ class CachedModel:
         output = self.model.generate(prompt, past_key_values=cache, streamer=first, **arguments)
         generated_s = self._clock.now_s()
         if first.seen_s is not None:
-            self.client.note_prefill(len(ids) - reused, first.seen_s - fetched_s)
+            self.client.note_prefill(len(ids) - reused, first.seen_s - fetched_s, reused)
         sequence = as_token_ids(output if isinstance(output, torch.Tensor) else output.sequences)
         stop = len(sequence) if self._store_generated else len(ids)
         stored = Stored(0, 0, 0)
@@ -222,6 +224,7 @@ class CachedModel:
             seconds_to_first_token=(generated_s if first.seen_s is None else first.seen_s) - begun_s,
             seconds_fetch=fetched_s - begun_s,
             seconds_store=self._clock.now_s() - generated_s,
+            declined_tokens=fetched.declined,
         )
         return output, report
 

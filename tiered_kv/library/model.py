@@ -247,10 +247,10 @@ class _CurrentClient:
         """Returns the variant for a probe (see `Client.variant_of`), after comparing it only with probes of this model's earlier states."""
         return self._probes.match(namespace.root(self.layout), probe)
 
-    def note_prefill(self, tokens: int, seconds: float) -> None:
+    def note_prefill(self, tokens: int, seconds: float, position: int = 0) -> None:
         """Record the time of a prefill; see `Client.note_prefill`. Does nothing if the cache was closed during the request."""
         with suppress(TieredKVError):
-            self._cache.client().note_prefill(tokens, seconds)
+            self._cache.client().note_prefill(tokens, seconds, position)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache.client(), name)

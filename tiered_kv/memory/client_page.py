@@ -33,7 +33,7 @@ _FIRST_COUNT = 40
 TIERS = ("device", "host", "disk", "objects", "checkpoint", "peer")
 """The sources of a hit: the tiers of the client's node, and other nodes."""
 COUNTS = (
-    *("fetches", "asked_blocks", "missed_blocks", "declined_blocks", *(f"hit_blocks_{tier}" for tier in TIERS)),
+    *("fetches", "asked_blocks", "missed_blocks", *(f"hit_blocks_{tier}" for tier in TIERS)),
     *("prefill_tokens_saved", "prefill_us_saved", "stores", "new_blocks", "present_blocks", "refused_blocks", "degraded", "retries"),
 )
 """The names of the counts. `NodeClient` counts some more, which stay in its process."""

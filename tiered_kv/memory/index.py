@@ -165,6 +165,10 @@ class IndexWriter:
         """
         return self._header[w.SAVED_TOKENS], self._header[w.SAVED_US] / 1e6
 
+    def declined(self) -> dict[str, int]:
+        """Returns how many tokens workers did not load because computing them is faster, by the label of the tier that had them."""
+        return {label: self._header[w.DECLINED + number] for number, label in enumerate(w.DECLINED_LABELS)}
+
     def set_epochs(self, epochs: Sequence[tuple[bytes, int]]) -> None:
         """Publish the weight epochs (family, number) to readers, at most EPOCHS_MAX. Every reader notices the change at its next call."""
         header, table = self._header, [word for family, number in epochs for word in (w.family_word(family), number)]

@@ -18,7 +18,8 @@ import msgpack
 import torch
 
 from tiered_kv.errors import Kind, TieredKVError
-from tiered_kv.memory.shared import Mapping, available_bytes
+from tiered_kv.memory.room import available_bytes
+from tiered_kv.memory.shared import Mapping
 from tiered_kv.unpacking import unpacked
 
 VERSION = 1

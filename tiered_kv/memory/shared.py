@@ -15,15 +15,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
-import torch
 
 from tiered_kv import forking
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.memory import words as w
 from tiered_kv.memory.locks import try_exclusive
+from tiered_kv.memory.room import available_bytes, require_room, too_small
+
+if TYPE_CHECKING:
+    import torch
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _PREFIX = "tkv-"
@@ -37,8 +40,10 @@ class Mapping:
         self.nbytes = nbytes
         self.map: mmap.mmap | None = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> "torch.Tensor":
         """Returns the file as a 1-D uint8 tensor that shares its memory. The file stays mapped as long as the tensor exists."""
+        import torch  # here, because commands that only look for nodes do without it
+
         # numpy keeps the buffer exported; torch.frombuffer would let the mapping be closed while the tensor exists.
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written to outside of it
             return torch.from_numpy(np.frombuffer(self.mapped(), np.uint8))
@@ -144,7 +149,7 @@ class NodeFiles:
         with _naming_shm_path(directory.parent, needed_bytes), ExitStack() as undo:
             os.mkdir(directory, 0o700)
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
-            _require_room(directory.parent, needed_bytes)
+            require_room(directory.parent, needed_bytes)
             with _directory_fd(directory) as directory_fd:
                 os.close(_new_file(directory_fd, _LOCK, 0))
                 with _lock_shared(directory, directory_fd) as lock_fd:
@@ -447,36 +452,6 @@ def _read_header(directory: Path, directory_fd: int, cluster_id: str | None, nod
     return slots, arena_bytes
 
 
-def available_bytes(shm_path: Path) -> int:
-    """Returns the free bytes of the file system; on /dev/shm at most the machine's free memory and swap."""
-    facts = os.statvfs(shm_path)
-    room_bytes = facts.f_bavail * facts.f_frsize
-    if os.stat(shm_path).st_dev == os.stat("/dev/shm").st_dev:
-        import psutil  # here, so that workers, which only attach, do not load it
-
-        room_bytes = min(room_bytes, psutil.virtual_memory().available + psutil.swap_memory().free)
-    return room_bytes
-
-
-def _require_room(shm_path: Path, needed_bytes: int) -> None:
-    """Raise if there is too little room. Without this check, a tmpfs would fill up before it fails, for all its users."""
-    room_bytes = available_bytes(shm_path)
-    if needed_bytes > room_bytes:
-        raise _too_small(shm_path, needed_bytes, room_bytes)
-
-
-def _too_small(shm_path: Path, needed_bytes: int, available_bytes: int) -> TieredKVError:
-    return TieredKVError(
-        Kind.MEMORY,
-        f"host: {needed_bytes / 2**20:.1f} MiB are needed, but shm_path {shm_path} has {available_bytes / 2**20:.1f} MiB available;"
-        " lower host, enlarge the shared memory (containers: --shm-size), or set shm_path to a larger memory file system",
-        setting="host",
-        shm_path=str(shm_path),
-        needed_bytes=needed_bytes,
-        available_bytes=available_bytes,
-    )
-
-
 @contextmanager
 def _naming_shm_path(shm_path: Path, needed_bytes: int) -> Iterator[None]:
     try:
@@ -485,7 +460,7 @@ def _naming_shm_path(shm_path: Path, needed_bytes: int) -> Iterator[None]:
         raise TieredKVError(Kind.MEMORY, f"{error.filename} already exists; attach to it instead", path=str(error.filename)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-            raise _too_small(shm_path, needed_bytes, available_bytes(shm_path)) from error
+            raise too_small(shm_path, needed_bytes, available_bytes(shm_path)) from error
         message = f"shm_path: cannot create files below {shm_path}: {error.strerror}"
         raise TieredKVError(Kind.MEMORY, message, setting="shm_path", shm_path=str(shm_path)) from error
 

@@ -282,6 +282,11 @@ class NodeView:
         header[w.SAVED_TOKENS] = header[w.SAVED_TOKENS] + saved_tokens & _U64
         header[w.SAVED_US] = header[w.SAVED_US] + saved_us & _U64
 
+    def tally_declined(self, label: str, tokens: int) -> None:
+        """Add to the counter of tokens that were not loaded from a tier because computing them is faster. `label`: as DECLINED_LABELS."""
+        word = w.DECLINED + w.DECLINED_LABELS.index(label)
+        self._header[word] = self._header[word] + tokens & _U64
+
     def extent(self, offset: int, nbytes: int) -> torch.Tensor:
         """Returns `nbytes` of the arena as a (nbytes,) uint8 tensor that shares its memory. Raises (kind `memory`) out of bounds."""
         self._check_bounds(offset, nbytes)

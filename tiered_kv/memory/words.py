@@ -33,6 +33,9 @@ MAGIC, VERSION, CLUSTER, NODE, SLOTS, ARENA_BYTES, GENERATION, STATE = range(8)
 HEARTBEAT, PEERS, WRITER_PID, BLOCKS, IDENTITY, ARENA_INODE, EPOCHS = range(8, 15)
 TICK = 16
 ASKED, HIT, SAVED_TOKENS, SAVED_US = range(24, 28)
+DECLINED = 28
+"""The first of DECLINED_LABELS words: tokens that workers computed although they could have been loaded."""
+DECLINED_LABELS = ("disk", "objects", "checkpoint", "peer")
 # Weight epochs: EPOCHS counts the changes, as a seqlock does (odd: being written). Then pairs of a family's first word and its number.
 EPOCH_COUNT = 32
 EPOCH_TABLE = 33

@@ -11,7 +11,15 @@ RATE = "[$__rate_interval]"
 WIDTH, HEIGHT, COLUMNS = 8, 7, 24
 WHO = ("namespace", "tenant", "codec", "weights")
 """Labels that panels add up over, because a panel with one line for each of their values would be hard to read."""
-RARE = {"peer_failures_total", "encoded_blocks_total", "error_budget_spent_ratio", "policy_age_seconds"}
+RARE = {
+    "declined_tokens_total",
+    "ceiling_hit_ratio",
+    "twice_room_hit_ratio",
+    "peer_failures_total",
+    "encoded_blocks_total",
+    "error_budget_spent_ratio",
+    "policy_age_seconds",
+}
 """Metrics without any sample until something happens. Their panels show 0 until then."""
 GRAFANA_UNITS = {"bytes": "bytes", "seconds": "s", "ratio": "percentunit"}
 

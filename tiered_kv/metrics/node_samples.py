@@ -4,8 +4,8 @@ Each function in SAMPLERS yields the samples of one part of the node. To add met
 `NodeReading`, add rows to `table.METRICS`, and add a function here.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, cast
 
 from tiered_kv.memory.client_page import TIERS
 from tiered_kv.metrics.table import EVICTION_REASONS, MetricSample
@@ -58,7 +58,6 @@ def client_samples(reading: NodeReading) -> Iterator[MetricSample]:
         for unit in ("blocks", "tokens"):
             yield MetricSample(f"requested_{unit}_total", counts[f"asked_{unit}"], who)
             yield MetricSample(f"missed_{unit}_total", counts[f"missed_{unit}"], who)
-            yield MetricSample(f"declined_{unit}_total", counts[f"declined_{unit}"], who)
             for tier in TIERS:
                 yield MetricSample(
                     f"hit_{unit}_total", counts[f"hit_blocks_{tier}" if unit == "blocks" else f"hit_{tier}_tokens"], (tier, *who)
@@ -85,7 +84,7 @@ def route_samples(reading: NodeReading) -> Iterator[MetricSample]:
             route = (HOST if tier == PEER else tier), WORKER
             moved[route] = moved.get(route, 0) + counts[f"hit_{tier}_bytes"]
     peers = stats.get("peers", NO_PEERS)
-    moved[PEER, HOST] = sum(pair["bytes"] for pair in peers["peers"].values())
+    moved[PEER, HOST] = peers.get("fetched_bytes", 0)
     moved[HOST, PEER] = peers["served_bytes"]
     for route, nbytes in sorted(moved.items()):
         yield MetricSample("moved_bytes_total", nbytes, route)
@@ -194,6 +193,17 @@ def service_samples(reading: NodeReading) -> Iterator[MetricSample]:
         yield MetricSample("weight_epoch", each["epoch"], (each["family"][:12], each["tenant"], each["weights"]))
 
 
+def insight_samples(reading: NodeReading) -> Iterator[MetricSample]:
+    """Yields what was not worth loading, and what more room would have brought."""
+    stats = cast("Mapping[str, Any]", reading.stats)
+    for tier, tokens in stats.get("declined_tokens", {}).items():
+        yield MetricSample("declined_tokens_total", tokens, (tier,))
+    ceiling = stats.get("ceiling")
+    if ceiling and ceiling["asked_blocks"]:
+        yield MetricSample("ceiling_hit_ratio", ceiling["hit_blocks_infinite"] / ceiling["asked_blocks"])
+        yield MetricSample("twice_room_hit_ratio", ceiling["hit_blocks_twice_room"] / ceiling["asked_blocks"])
+
+
 def checkpoint_samples(reading: NodeReading) -> Iterator[MetricSample]:
     """Yields the last checkpoint and the last restore."""
     saved, filling = reading.stats["saved"], reading.stats["filling"]
@@ -220,5 +230,6 @@ SAMPLERS: tuple[Callable[[NodeReading], Iterator[MetricSample]], ...] = (
     integrity_samples,
     peer_samples,
     service_samples,
+    insight_samples,
     checkpoint_samples,
 )

@@ -84,8 +84,18 @@ METRICS: tuple[Metric, ...] = (
         (COUNTER, "hit_tokens_total", "tokens", ("tier", *WHO), "Tokens of these blocks.", _CLIENTS, "Tokens served by tier"),
         (COUNTER, "missed_blocks_total", "blocks", WHO, "Blocks that fetches did not return: requested minus hits.", _CLIENTS, None),
         (COUNTER, "missed_tokens_total", "tokens", WHO, "Tokens of these blocks.", _CLIENTS, "Missed tokens"),
-        (COUNTER, "declined_blocks_total", "blocks", WHO, "Misses whose load would have been slower than computing.", _CLIENTS, None),
-        (COUNTER, "declined_tokens_total", "tokens", WHO, "Tokens of these blocks.", _CLIENTS, "Declined tokens"),
+        (
+            *(COUNTER, "declined_tokens_total", "tokens", ("tier",)),
+            *("Missed tokens that were there, but slower to load than to compute.", "index header", "Declined tokens"),
+        ),
+        (
+            *(GAUGE, "ceiling_hit_ratio", "ratio", ()),
+            *("Estimated hit ratio of an infinite cache, in blocks since the node started.", "ceiling sketch", "Hit ratio with more room"),
+        ),
+        (
+            *(GAUGE, "twice_room_hit_ratio", "ratio", ()),
+            *("Estimated hit ratio with twice the room in each tier.", "ceiling sketch", "Hit ratio with twice the room"),
+        ),
         (COUNTER, "prefill_saved_tokens_total", "tokens", WHO, "Prompt tokens that models did not compute.", _CLIENTS, None),
         (
             *(COUNTER, "prefill_saved_seconds_total", "seconds", WHO),

@@ -8,13 +8,16 @@ coordinator reports the plans on request (docs/design/016).
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiered_kv.blocks import Tier
-from tiered_kv.codecs import Calibration, Codec, parse_codec
+from tiered_kv.codecs.base import Codec
 from tiered_kv.config import CODED_TIERS, Config
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.protocol.messages import TierPlan
+
+if TYPE_CHECKING:
+    from tiered_kv.codecs.calibrated.tables import Calibration
 
 MEMORY_DECODE_MIN = 0.05
 """Lowest decoding speed, relative to memcpy, of a codec that is chosen for host memory while a colder tier exists."""
@@ -39,7 +42,7 @@ class CodecPlan:
 
     def needs_calibration(self) -> bool:
         """Returns whether one of the codecs uses tables that were fitted to the model."""
-        return any(parse_codec(text)[0].needs_calibration for text in self.codecs.values())
+        return any(_parsed(text)[0].needs_calibration for text in self.codecs.values())
 
     def as_record(self) -> dict[str, TierPlan]:
         """Returns `codec` and `why` by tier, ready for JSON."""
@@ -53,7 +56,7 @@ def check_settings(config: Config) -> None:
         if tier not in tiers:
             raise TieredKVError(Kind.CONFIG, f"codec: {tier.label}={text}, but there is no {tier.label} tier", setting="codec")
         try:
-            parse_codec(text)
+            _parsed(text)
         except TieredKVError as error:
             raise TieredKVError(error.kind, f"codec: {tier.label}={text}: {error}", setting="codec") from error
 
@@ -80,13 +83,20 @@ def most_error(config: Config) -> float:
     return max((_codec(text).most_error() for text in texts), default=0.0)
 
 
+def _parsed(text: str) -> tuple[type[Codec], dict[str, Any]]:
+    """Returns what `parse_codec` returns. Imports the codecs only then, because they import torch, which `tiered-kv up` does not need."""
+    from tiered_kv.codecs import parse_codec
+
+    return parse_codec(text)
+
+
 def _codec(text: str) -> Codec:
     """Returns the codec that `text` names, for blocks without a layout."""
-    cls, written = parse_codec(text)
+    cls, written = _parsed(text)
     return cls(**written)
 
 
-def plan(config: Config, calibration: Calibration | None) -> CodecPlan:
+def plan(config: Config, calibration: "Calibration | None") -> CodecPlan:
     """Returns the plan for a model. `calibration`: its calibration, or None.
 
     Raises (kind `config`) if a calibration is needed and missing. The error names the command to run.
@@ -100,7 +110,7 @@ def plan(config: Config, calibration: Calibration | None) -> CodecPlan:
     for tier, text in config.codec_by_tier.items():
         codecs[tier], why[tier] = text, "set by codec"
     for tier in tiers:
-        if calibration is None and parse_codec(codecs[tier])[0].needs_calibration:
+        if calibration is None and _parsed(codecs[tier])[0].needs_calibration:
             setting = "codec" if tier in config.codec_by_tier else "quality"
             message = f"{setting}: {codecs[tier]} ({why[tier]}, {tier.label} tier) needs a calibration of this model; {RUN}"
             raise TieredKVError(Kind.CONFIG, message, setting=setting)
@@ -122,12 +132,12 @@ def opaque_plan(config: Config) -> CodecPlan:
     for tier, text in config.codec_by_tier.items():
         codecs[tier], why[tier] = text, "set by codec"
     for tier, text in codecs.items():
-        if parse_codec(text)[0].is_lossy:
+        if _parsed(text)[0].is_lossy:
             codecs[tier], why[tier] = "lossless", f"{why[tier]}, but {ONLY_LOSSLESS}, so not {text}"
     return CodecPlan(codecs, why)
 
 
-def _preset(quality: str, tiers: Sequence[Tier], calibration: Calibration | None) -> dict[Tier, str]:
+def _preset(quality: str, tiers: Sequence[Tier], calibration: "Calibration | None") -> dict[Tier, str]:
     if quality in FIXED:
         return {tier: FIXED[quality][tier] for tier in tiers}
     if quality == "balanced":
@@ -138,7 +148,7 @@ def _preset(quality: str, tiers: Sequence[Tier], calibration: Calibration | None
     return codecs
 
 
-def _within(kl: float, tiers: Sequence[Tier], calibration: Calibration | None) -> tuple[dict[Tier, str], dict[Tier, str]]:
+def _within(kl: float, tiers: Sequence[Tier], calibration: "Calibration | None") -> tuple[dict[Tier, str], dict[Tier, str]]:
     """Returns by tier the codec with the largest compression ratio within the KL budget, and the reason.
 
     The errors of host memory and of a colder tier add up. So their sum must be within the budget, unless both use the same codec.

@@ -169,6 +169,12 @@ class PeerStats(TypedDict):
 
     address: str | None
     peers: dict[str, PairStats]
+    fetched_bytes: NotRequired[int]
+    """The bytes fetched from all peers, also from those that `peers` no longer lists; `checksum_failures`: damaged blocks among them.
+
+    Both are absent in the figures of an older version.
+    """
+    checksum_failures: NotRequired[int]
     served_blocks: int
     served_bytes: int
     located: int
@@ -221,6 +227,11 @@ class NodeStats(ServiceStats):
     hit_blocks: int
     prefill_tokens_saved: int
     prefill_seconds_saved: float
+    declined_tokens: NotRequired[dict[str, int]]
+    """Tokens that workers computed because loading them would have taken longer, by the tier that had them (`peer`: another node).
+
+    Absent in the figures of a node of an older version.
+    """
     sessions: int
     reserved_bytes: int
     leaving_bytes: dict[str, int]

@@ -28,8 +28,8 @@ class GoneBlock(NamedTuple):
     the block.
 
     `uses`: how often it was used, its store included; at most USES_MAX. `standing`: if an eviction policy chose the block, the
-    block's value divided by the lowest value among the blocks that stayed. NaN if unknown, because not every policy computes
-    values.
+    block's value divided by the lowest value that stayed, among the blocks that the policy compared. NaN if unknown, because not
+    every policy computes values.
     """
 
     at_s: float

@@ -10,10 +10,9 @@ xxh3-64 of raw bytes; it is 0 for a frame, which has a checksum of its own. A se
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 import xxhash
 
 from tiered_kv import blocks
@@ -22,6 +21,9 @@ from tiered_kv.codecs.frame import open_frame
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import KEY_BYTES, BlockKey
 from tiered_kv.tiers.extent import ExtentTier
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER_BYTES = 128
 _MAGIC = b"TKVE"
@@ -85,7 +87,7 @@ class ExtentHeaders:
     Offsets are of payloads and must be in the arena. Reads never raise, whatever the bytes contain.
     """
 
-    def __init__(self, arena: torch.Tensor) -> None:
+    def __init__(self, arena: "torch.Tensor") -> None:
         self.bytes = memoryview(arena.numpy())
 
     def names(self, offset: int, key: BlockKey) -> bool:
@@ -140,7 +142,7 @@ class HostTier(ExtentTier):
     name = blocks.Tier.HOST.label
     header_bytes = HEADER_BYTES
 
-    def __init__(self, arena: torch.Tensor) -> None:
+    def __init__(self, arena: "torch.Tensor") -> None:
         self._arena = arena
         self.headers = ExtentHeaders(arena)
         self._bytes = self.headers.bytes
@@ -184,7 +186,7 @@ class HostTier(ExtentTier):
         """Returns (offset, length) in the arena of the whole extent of a payload."""
         return offset - HEADER_BYTES, HEADER_BYTES + nbytes
 
-    def payload(self, offset: int, nbytes: int) -> torch.Tensor:
+    def payload(self, offset: int, nbytes: int) -> "torch.Tensor":
         """Returns the payload as a uint8 tensor that shares the arena's memory."""
         return self._arena[offset : offset + nbytes]
 
@@ -255,5 +257,7 @@ class HostTier(ExtentTier):
 
     def close(self) -> None:
         """Release the mapped memory."""
+        import torch
+
         self._bytes.release()
         self._arena = torch.empty(0, dtype=torch.uint8)

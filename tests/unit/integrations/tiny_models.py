@@ -60,7 +60,7 @@ class DictClient:
     def variant_of(self, namespace, probe):
         return self.probes.match(namespace.root(self.layout), probe)
 
-    def note_prefill(self, tokens, seconds):
+    def note_prefill(self, tokens, seconds, position=0):
         self.prefills.append((tokens, seconds))
 
     def keys(self, ids, namespace=None):

@@ -23,10 +23,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained():
-    """Returns the default model in float32, and the beginnings of the demo's documents as ids (1, PREFIX + CONTINUED)."""
+    """Returns the default model in float32, the demo's documents as ids (1, PREFIX + CONTINUED), and `continued` of the first."""
     model, tokenizer = load_model(dtype="float32")
     documents = sorted((Path(demo.__file__).parent / "documents").glob("*.md"))
-    return model, [tokenizer(each.read_text(), return_tensors="pt")["input_ids"][:, : PREFIX + CONTINUED] for each in documents]
+    texts = [tokenizer(each.read_text(), return_tensors="pt")["input_ids"][:, : PREFIX + CONTINUED] for each in documents]
+    return model, texts, continued(model, texts[0])
 
 
 def continued(model, ids):
@@ -37,10 +38,9 @@ def continued(model, ids):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_lossy_modes_are_as_exact_as_documented(mode, trained, attached):
-    model, texts = trained
+    model, texts, plain = trained
     settings, codec, kl_max = MODES[mode]
     ids, *others = texts
-    plain = continued(model, ids)
     # not all texts fit in three quarters of memory, so the first text is compressed completely
     cache = attached(model, KVCacheConfig(max_tokens=1024, block_tokens=BLOCK, cache_strategy="lru", **settings))
     with torch.no_grad():
@@ -66,9 +66,9 @@ def test_lossy_modes_are_as_exact_as_documented(mode, trained, attached):
 
 
 def test_exact_mode_equals_the_plain_model(trained, attached):
-    model, texts = trained
+    model, texts, plain = trained
     ids, greedy = texts[0], dict(do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True)
-    plain, text = continued(model, ids), model.generate(ids, **greedy)
+    text = model.generate(ids, **greedy)
     cache = attached(model, KVCacheConfig(max_tokens=1024, block_tokens=BLOCK))
     with torch.no_grad():
         model(ids[:, :PREFIX], logits_to_keep=1)

@@ -67,9 +67,8 @@ def test_what_clients_do(node, client) -> None:
     client.fetch(tokens_of((1, 2, 9)))
     client._source._view.retries += 1
     client.fetch(tokens_of((1,)))
-    client._note(client._source, client._names, {"declined_blocks": 2})
     client._degraded("store", TieredKVError(Kind.TRANSPORT, "made up"))
-    units = [f"{name}_{unit}_total" for name in ("requested", "hit", "missed", "declined") for unit in ("blocks", "tokens")]
+    units = [f"{name}_{unit}_total" for name in ("requested", "hit", "missed") for unit in ("blocks", "tokens")]
     assert watched.moved() >= {
         *(*units, "prefill_saved_tokens_total", "prefill_saved_seconds_total", "fetch_seconds", "store_seconds"),
         *("stored_blocks_total", "read_retries_total", "degraded_calls_total", "moved_bytes_total", "committed_blocks_total"),
@@ -217,7 +216,14 @@ def test_a_restart(node_factory) -> None:
 
 MADE_UP = (
     *("leaving_bytes", "policy_age_seconds", "policy_known_blocks", "checkpoint_timestamp_seconds", "restored_blocks"),
-    *("unsealed_blocks", "fallback_blocks_total", "reinserted_blocks_total"),
+    *(
+        "unsealed_blocks",
+        "fallback_blocks_total",
+        "reinserted_blocks_total",
+        "declined_tokens_total",
+        "ceiling_hit_ratio",
+        "twice_room_hit_ratio",
+    ),
 )
 
 
@@ -231,6 +237,8 @@ def test_figures_that_only_their_parts_make(node) -> None:
         "filling": {"blocks": 9, "nearer": 3, "damaged": 1, "too_lossy": 0, "is_done": False, "error": None},
         "seals": {**stats["seals"], "unsealed": 4},
         "counts": {"reinserted": 6},
+        "declined_tokens": {"disk": 64, "peer": 0},
+        "ceiling": {"asked_blocks": 10, "hit_blocks": 4, "hit_blocks_infinite": 8, "hit_blocks_twice_room": 5},
         "codecs": {**stats["codecs"], "fell_back": {"no gain": 2}},
     }
     reading = NodeReading(stats, {}, node.meters.durations(), BoundedLabels(OTHER))
@@ -242,6 +250,8 @@ def test_figures_that_only_their_parts_make(node) -> None:
     assert found["restored_blocks", ("loaded",)] == 3
     assert found["unsealed_blocks", ()] == 4
     assert found["reinserted_blocks_total", ()] == 6
+    assert found["declined_tokens_total", ("disk",)] == 64
+    assert (found["ceiling_hit_ratio", ()], found["twice_room_hit_ratio", ()]) == (0.8, 0.5)
     assert found["fallback_blocks_total", ("no gain",)] == 2
     MOVED.update({name for name, _ in found} & set(MADE_UP))
 

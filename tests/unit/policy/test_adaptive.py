@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from tests.contracts.policy import STEPS, PolicyContract, key_of
-from tiered_kv.policy import History, create_history, create_policy, reuse
+from tiered_kv.policy import History, blockhistory, create_history, create_policy, reuse
 from tiered_kv.policy.blockhistory import GHOSTS_MIN, BlockHistory
 
 
@@ -125,10 +125,12 @@ def test_takes_less_than_a_hundred_bytes_a_block():
     assert nbytes / world.history.blocks < 100
 
 
-def test_a_forgotten_parent_that_returns_is_linked_to_its_child_again():
+def test_a_forgotten_parent_that_returns_is_linked_to_its_child_again(monkeypatch):
+    """With fewer ghosts than a cluster has: the test above fills a history of the true size."""
+    monkeypatch.setattr(blockhistory, "GHOSTS_MIN", 2_048)
     world = World(20)
     world.request([1, 2, 3], 0.0)
-    for number in range(1000, 1000 + GHOSTS_MIN + 30_000):
+    for number in range(1000, 1000 + 2_048 + 1_000):
         world.request([number], number / 10)
     assert world.history.uses(3) == 0
     world.request([1, 2, 3], 1e6)

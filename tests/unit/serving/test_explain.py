@@ -8,13 +8,16 @@ import pytest
 
 from tests.unit.serving.prompts import LAYOUT, NAMESPACE, kv_of, tokens_of
 from tests.unit.serving.test_closing import Hanging, hanging  # noqa: F401
+from tests.unit.serving.test_page_client import LAYOUT as page_layout
+from tests.unit.serving.test_page_client import Engine, chain_of, stored
 from tiered_kv import Config, KVLayout
 from tiered_kv.blocks import Reason, Tier
-from tiered_kv.client import miss_notes
-from tiered_kv.client.explaining import other_namespaces
+from tiered_kv.client.explaining import miss_notes
+from tiered_kv.client.explaining.finding import other_namespaces
+from tiered_kv.client.page_client import Chain
 from tiered_kv.clock import ManualClock
 from tiered_kv.embedded import InProcessCluster
-from tiered_kv.errors import TieredKVError
+from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import as_token_ids
 from tiered_kv.store import events as ev
 
@@ -196,6 +199,39 @@ def test_a_purged_block_says_so(make_cluster, checked) -> None:
     assert {(each.why, each.details["cause"]) for each in client.explain(TOKENS)} == {("removed", "ended")}
 
 
+# An engine's pages
+
+
+def test_a_page_client_explains_the_blocks_of_an_engines_keys(make_cluster, checked) -> None:
+    client = checked(make_cluster().page_client("n0", page_layout, NAMESPACE))
+    engine, chain = Engine(), chain_of("a", 3)
+    assert stored(client, engine, Chain(chain.keys[:2]), [0, 1]).new == 2
+    assert [each.why for each in client.explain(chain.keys)] == ["hit", "hit", "never_stored"]
+    for number in range(60):
+        stored(client, engine, chain_of(f"other {number}", 1), [0])
+    assert {each.why for each in client.explain(chain.keys[:2])} == {"evicted"}
+
+
+# Bad questions
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (b"k" * 32, 1.0, True),
+        ([b"short"], 1.0, True),
+        ([7], 1.0, True),
+        ([], -1.0, True),
+        ([], None, True),
+        ([bytes(32)] * 65_537, 1.0, True),
+    ],
+)
+def test_a_node_refuses_a_malformed_question(node_factory, arguments: tuple) -> None:
+    with pytest.raises(TieredKVError) as caught:
+        node_factory(host="1MiB").open_session().explain(*arguments)
+    assert caught.value.kind is Kind.TRANSPORT
+
+
 # Another namespace
 
 
@@ -301,7 +337,8 @@ def test_a_declined_block_says_so(make_cluster, checked) -> None:
     client = client_of(checked, make_cluster())
     client.store(TOKENS, KV)
     keys = [bytes.fromhex(each.key) for each in client.explain(TOKENS)]
-    client.misses.note(keys[2:], Reason.DECLINED, client._clock.now_s() - 4)
+    client._note_misses(keys, 2, client._clock.now_s() + 10, is_declined=True)
+    client.misses.note(keys[2:], client.misses.of(keys[2]).why, client._clock.now_s() - 4)
     records = client.explain(TOKENS)
     assert [each.why for each in records] == ["hit", "hit", "declined", "declined"]
     assert records[2].reason == "hit now, but the last fetch, 4.0 s ago, declined it: computing it is faster"
@@ -323,9 +360,10 @@ def test_a_block_on_a_node_that_does_not_answer_names_it(make_cluster, checked, 
     here = client_of(checked, cluster, node="n1")
     cluster.report_all()
     assert whys(here) == ["peer"] * 4
-    clock.advance(11)
-    cluster.nodes["n1"].report()
-    record = here.explain(TOKENS)[0]
+    with cluster.nodes["n0"]._reporter._turn:  # it sends no report meanwhile
+        clock.advance(11)
+        cluster.nodes["n1"].report()
+        record = here.explain(TOKENS)[0]
     assert (record.why, record.tier, record.node) == ("node_silent", None, "n0")
     assert record.reason == "on n0, which does not answer"
     cluster.nodes["n0"].report()
@@ -348,8 +386,9 @@ def test_a_drained_node_is_not_named(make_cluster, checked, clock) -> None:
     client_of(checked, cluster).store(TOKENS, KV)
     here = client_of(checked, cluster, node="n1")
     cluster.report_all()
-    cluster.coordinator.forget("n0")
-    assert whys(here) == ["never_stored"] * 4
+    with cluster.nodes["n0"]._reporter._turn:  # it sends no report meanwhile
+        cluster.coordinator.forget("n0")
+        assert whys(here) == ["never_stored"] * 4
 
 
 def test_without_the_coordinator_the_record_says_that_others_were_not_asked(make_cluster, checked) -> None:

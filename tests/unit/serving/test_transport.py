@@ -220,6 +220,11 @@ CALLS = {
     ),
     "pull": (lambda session: session.pull(BlockRun(ROOT, NBYTES, None, keys_of(2), 0), 1.0), [-1, 3, True, 1.0, None, [1]]),
     "locate": (lambda session: session.locate(keys_of(1), 1.0), [["n0"], [["n0"], ["n1"]], [[1]], {}, None, "n0"]),
+    "explain": (
+        lambda session: session.explain(keys_of(1), 1.0, True),
+        [None, [], {}, {"node": "n0", "blocks": [], "recorded_s": 1.0, "directory": True}, [["n0"]]],
+    ),
+    "namespaces": (lambda session: session.namespaces("default"), [None, {}, [1], [{"namespace": {}}]]),
     "introduce": (lambda session: session.introduce(ROOT, {}), [{}, None, [], {"plan": {}}, {"plan": {}, "calibration": 7}]),
     "stats": (lambda session: session.stats(), [None, [], 1]),
     "hint": (lambda session: session.hint(key_of(1), None, None, None, True), [True, 0, []]),

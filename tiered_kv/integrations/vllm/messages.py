@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from tiered_kv.client.page_client import Chain
+from tiered_kv.client.page_client import Chain, Estimates
 from tiered_kv.keys import KEY_BYTES, BlockKey
 
 
@@ -87,13 +87,15 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """A worker's report to the scheduler after a step.
 
     `failed_step`: the number of the last step whose forward pass lacked a block, because a load had failed (0: no step). `stored`:
-    vLLM's hashes of the newly stored blocks.
+    vLLM's hashes of the newly stored blocks. `estimates`: how fast the worker computes and loads; None if that has not changed.
     """
 
     failed_step: int = 0
     stored: list[bytes] = field(default_factory=list)
+    estimates: Estimates | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
-        """Returns the reports of two workers as one. A block counts as stored if any rank has stored it."""
+        """Returns the reports of two workers as one. A block counts as stored if any rank has stored it. One rank's estimates suffice."""
         assert isinstance(other, WorkerReport)
-        return WorkerReport(max(self.failed_step, other.failed_step), list(dict.fromkeys([*self.stored, *other.stored])))
+        stored = list(dict.fromkeys([*self.stored, *other.stored]))
+        return WorkerReport(max(self.failed_step, other.failed_step), stored, self.estimates or other.estimates)

@@ -26,7 +26,8 @@ from tiered_kv.layout import OpaqueLayout
 class Offer:
     """The result of a request's look-up of `asked` blocks, from block `start` on.
 
-    `tiers`: the tier of each leading block that was found. `waits`: whether the request must wait for the load.
+    `tiers`: the tier of each leading block to load. `waits`: whether the request must wait for the load. `declined`: the tiers of the
+    blocks after them, which were found, but which the engine computes faster.
     """
 
     scope: bytes
@@ -34,6 +35,7 @@ class Offer:
     asked: int
     tiers: list[str]
     waits: bool
+    declined: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -145,8 +147,10 @@ class Scheduler:
             if more is None:
                 return None, False
             tiers = [*tiers, *["peer"] * more]
+        paying = self._client.worth_loading(tiers, start, self._settings.recompute_tokens_per_s)
+        tiers, declined = tiers[:paying], tiers[paying:]
         waits = not self._loads_in_step or at_once < len(tiers)
-        self._offers[request.request_id] = Offer(scope, start, end - start, tiers, waits)
+        self._offers[request.request_id] = Offer(scope, start, end - start, tiers, waits, declined)
         if not tiers:
             return 0, False
         self._asker.hold([keys[len(tiers) - 1] for keys in by_rank], self._settings.hold_s)
@@ -216,6 +220,8 @@ class Scheduler:
             self._counts["asked_blocks"] += offer.asked
             self._counts["promised_blocks"] += count
             self._client.missed(offer.asked - count)
+            self._counts["declined_blocks"] += len(offer.declined)
+            self._client.declined(offer.declined)
 
     def give_up(self, request: Any, blocks: list[int], external_tokens: int) -> None:
         """Plan a load that will fail, because `allocated` raised an error. Otherwise vLLM would take the blocks for loaded.
@@ -291,6 +297,8 @@ class Scheduler:
         """
         if report is not None:
             self._acknowledged = max(self._acknowledged, report.failed_step)
+            if report.estimates is not None and self._client is not None:
+                self._client.adopt(report.estimates)
             if self.events is not None:
                 self.events.stored(report.stored)
         spoiled = set(invalid_blocks)

@@ -28,7 +28,9 @@ class Settings:
     `fetch_deadline_ms`). `store_wait_ms`: the longest wait for room in a step. `ask_nodes_ms`: the longest time that a request waits
     for other machines' nodes to say which blocks they have; 0: they are not asked. `hold_s`: how long a promised block is kept from
     eviction. `allow_mm_uuids`: whether to cache requests with images and other media. Users may give images ids of their own, which
-    look like hashes of the content here. Equal ids of different images would then give wrong answers.
+    look like hashes of the content here. Equal ids of different images would then give wrong answers. `recompute_tokens_per_s`: how
+    fast the engine computes a prompt; blocks of slow tiers and of other machines are loaded only if that is faster (0: as measured on
+    a CPU; on a GPU everything is loaded).
     """
 
     cluster: str = "default"
@@ -40,6 +42,7 @@ class Settings:
     store_wait_ms: float = 20.0
     ask_nodes_ms: float = 100.0
     hold_s: float = 2.0
+    recompute_tokens_per_s: float = 0.0
     allow_mm_uuids: bool = False
 
     @classmethod

@@ -10,6 +10,7 @@ COUNTERS = {
     "asked_blocks": "Blocks that the scheduler looked up.",
     "promised_blocks": "Blocks that a look-up found.",
     "loaded_blocks": "Blocks copied to the engine's pages.",
+    "declined_blocks": "Blocks that a look-up found, and that the engine computes because loading them would take longer.",
     "failed_blocks": "Promised blocks that could not be loaded in time. The engine computes them.",
     "stored_blocks": "Blocks stored for the first time.",
     "refused_blocks": "Blocks not stored: no room in time, or no node.",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from tiered_kv.client.page_client import Chain, PageClient
+from tiered_kv.client.page_client import Chain, Estimates, PageClient
 from tiered_kv.client.page_copy import pages_of
 from tiered_kv.integrations.vllm.identity import layout_of, namespace_of
 from tiered_kv.integrations.vllm.messages import Handshake, RequestBlocks, Step, WorkerReport
@@ -42,6 +42,7 @@ class Worker:
         self._failed_step = 0  # the last step whose own loads failed
         self._resets = 0
         self._stored: list[bytes] = []
+        self._estimates: Estimates | None = None  # those reported last
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._waiting: set[str] = set()  # requests whose waiting loads have not ended
@@ -153,7 +154,10 @@ class Worker:
     def report(self) -> WorkerReport | None:
         """Returns the report to the scheduler's side, or None if there is nothing to report."""
         stored, self._stored = self._stored, []
-        return WorkerReport(self._failed_step, stored) if stored or self._failed_step else None
+        estimates = self._client.estimates() if self._client is not None else None
+        new = estimates if estimates != self._estimates else None
+        self._estimates = estimates
+        return WorkerReport(self._failed_step, stored, new) if stored or self._failed_step or new else None
 
     def counts(self) -> dict[str, Any]:
         """Returns the counts since the last call."""

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.blocks import BlockInfo, Location, Tier
-from tiered_kv.codecs import RawCodec
 from tiered_kv.codecs.frame import Frame, encode_frame, open_pieces
+from tiered_kv.codecs.raw import RawCodec
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.keys import BlockKey
 from tiered_kv.layout import KVLayout
 from tiered_kv.node.checkpoints.reshard_layout import Piece, join
 from tiered_kv.tiers.objects.mounted import MountedBlock, MountedPacks, PackRange, runs_of
+
+if TYPE_CHECKING:
+    import torch
 
 AT_ONCE_BYTES = 32 << 20
 _RAW = RawCodec()
@@ -99,10 +100,12 @@ class Resharder:
         return source.location._replace(segment=self._first + source.location.segment)
 
 
-_Decoded = tuple[torch.Tensor, float]
+_Decoded = tuple["torch.Tensor", float]
 
 
 def _decoded(frame: Frame) -> _Decoded | TieredKVError:
+    import torch
+
     out = torch.empty(frame.raw_bytes, dtype=torch.uint8)
     try:
         frame.decode(out)

@@ -6,12 +6,13 @@ ranks has the heads 0 … H·N-1; rank r has the H heads from r·H on.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.layout import KVLayout, Layout
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Piece(NamedTuple):
@@ -68,12 +69,14 @@ def resharded(layout: Layout | None, world: int, target_world: int) -> KVLayout:
     return replace(opened, kv_heads=heads_of_rank(opened.kv_heads * world, target_world))
 
 
-def join(blocks: Sequence[torch.Tensor], made_of: Sequence[Piece], layout: KVLayout) -> torch.Tensor:
+def join(blocks: "Sequence[torch.Tensor]", made_of: Sequence[Piece], layout: KVLayout) -> "torch.Tensor":
     """Returns a block of a rank of the target world: raw, 1-D uint8, newly allocated. Cost: one copy, without arithmetic.
 
     `blocks`: for each piece the raw block of its source, 1-D uint8. `layout`: that of the sources. Raises (kind `layout`) if a
     block does not have this layout, or if there is not one block per piece.
     """
+    import torch
+
     shape = (layout.layers, 2, layout.kv_heads, layout.block_tokens * layout.head_dim * layout.item_bytes)
     for block in blocks:
         if block.dtype != torch.uint8 or block.shape != (layout.block_bytes,):

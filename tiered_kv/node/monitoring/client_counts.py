@@ -38,7 +38,7 @@ class ClientSums(NamedTuple):
         return ClientSums(self.counts - other.counts, self.fetch.minus(other.fetch), self.store.minus(other.store))
 
 
-IN_TOKENS = ("asked", "missed", "declined", *(f"hit_{tier}" for tier in TIERS))
+IN_TOKENS = ("asked", "missed", *(f"hit_{tier}" for tier in TIERS))
 IN_BYTES = ("new", *(f"hit_{tier}" for tier in TIERS))
 
 

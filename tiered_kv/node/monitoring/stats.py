@@ -32,6 +32,7 @@ def node_stats(
             "hit_blocks": hit,
             "prefill_tokens_saved": saved_tokens,
             "prefill_seconds_saved": saved_s,
+            "declined_tokens": storage.index.declined(),
             **node.service.stats(hit, machine.used_bytes),
             "sessions": len(sessions),
             "reserved_bytes": sum(sum(session.reserved.values()) for session in sessions),
@@ -86,4 +87,4 @@ def _refusals(node: "Node") -> dict[str, dict[str, int]]:
 def _checksum_failures(node: "Node", peers: PeerStats) -> dict[str, int]:
     found = {Tier.HOST.label: node.seals.stats()["flipped"]}
     found |= {tier.label: blocks for tier, blocks in sorted(node.storage.checksum_failures.items())}
-    return found | {PEER: sum(pair["failures"].get("checksum", 0) for pair in peers["peers"].values())}
+    return found | {PEER: peers.get("checksum_failures", 0)}

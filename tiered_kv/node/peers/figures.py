@@ -29,6 +29,7 @@ class PeerFigures:
         """Count blocks that a peer has sent. `is_whole`: the transfer did not fail, so the peer's last failure is forgotten."""
         with self._lock:
             pair = self._pair(peer)
+            self._sums["fetched_bytes"] += nbytes
             pair["blocks"] += blocks
             pair["bytes"] += nbytes
             pair["seconds"] += seconds
@@ -39,6 +40,7 @@ class PeerFigures:
         """Count a failed request to a peer."""
         reason = reason_of(error)
         with self._lock:
+            self._sums["checksum_failures"] += reason == "checksum"
             pair = self._pair(peer)
             pair["failures"][reason] = pair["failures"].get(reason, 0) + 1
             pair["last_failure"] = str(error)
@@ -62,6 +64,8 @@ class PeerFigures:
             return {
                 "address": address,
                 "peers": {peer: self._copied(peer, pair) for peer, pair in self._pairs.items()},
+                "fetched_bytes": self._sums["fetched_bytes"],
+                "checksum_failures": self._sums["checksum_failures"],
                 "served_blocks": self._sums["blocks"],
                 "served_bytes": self._sums["bytes"],
                 "located": self._sums["located"],

@@ -93,7 +93,7 @@ class _Processes:
         try:
             with _progress(console) as progress:
                 task = progress.add_task(f"loading {options.replicas} replicas and the reference", total=options.replicas + 1)
-                facts = (model, options.dtype, _threads())
+                facts = (model, options.dtype, thread_count())
                 self.replicas = [
                     self._start(Replica, ray_nodes[number % len(ray_nodes)], chr(ord("A") + number % 26), *facts, cluster)
                     for number in range(options.replicas)
@@ -111,7 +111,7 @@ class _Processes:
     def _start(self, kind: type, ray_node: str, *arguments: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray_node, soft=False)
         # without this setting Ray gives an actor with num_cpus=0 one thread
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(_threads())}}
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(thread_count())}}
         actor = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment).remote(*arguments)
         self._actors.append(actor)
         return actor
@@ -178,8 +178,10 @@ def _get(reference: Any, wait_s: float) -> Any:
         raise TieredKVError(Kind.CLUSTER, f"a replica did not answer: {error}") from error
 
 
-def _threads() -> int:
-    return os.cpu_count() or 1
+def thread_count() -> int:
+    """Returns the number of threads of each model: that of OMP_NUM_THREADS, which torch obeys too, else one for each core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
 def _progress(console: Console) -> Progress:

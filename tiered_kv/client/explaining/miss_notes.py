@@ -19,7 +19,7 @@ class MissNote(NamedTuple):
 
 
 class MissNotes:
-    """The notes of the last NOTES_MAX blocks. Thread-safe. A fetch that reads all its blocks costs one look at an empty dict."""
+    """The notes of the last NOTES_MAX blocks. Thread-safe. Falsy while it is empty."""
 
     def __init__(self) -> None:
         self._notes: dict[BlockKey, MissNote] = {}
@@ -41,10 +41,9 @@ class MissNotes:
 
     def settle(self, read: Sequence[BlockKey]) -> None:
         """Forget the notes of blocks that a fetch has read."""
-        if self._notes:
-            with self._lock:
-                for key in read:
-                    self._notes.pop(key, None)
+        with self._lock:
+            for key in read:
+                self._notes.pop(key, None)
 
     def of(self, key: BlockKey) -> MissNote | None:
         """Returns the note of a block, None if it has none."""

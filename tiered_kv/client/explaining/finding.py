@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tiered_kv.blocks import PEER, Explained, Reason, Tier
-from tiered_kv.client.miss_notes import MissNotes
+from tiered_kv.client.explaining.miss_notes import MissNotes
 from tiered_kv.codecs import codec_by_id
 from tiered_kv.errors import TieredKVError
 from tiered_kv.keys import BlockKey, Namespace
@@ -25,7 +25,7 @@ EVICTED = {
     "under_pressure": "its room was needed, and the tier below was too slow",
     "over_quota": "its tenant was above its quota",
     "index_full": "the index had no slot left",
-    "reclaimed": "its segment was the oldest, and it had not been used since it was written, or less than others",
+    "reclaimed": "its segment was the oldest, and it had not been used enough since to be written again",
     "unmounted": "the index was nearly full, and only the mounted checkpoint had it",
 }
 """The causes of an eviction, in words."""
