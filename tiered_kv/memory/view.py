@@ -285,7 +285,7 @@ class NodeView:
     def tally_declined(self, label: str, tokens: int) -> None:
         """Add to the counter of tokens that were not loaded from a tier because computing them is faster.
 
-        `label`: the tier, one of DECLINED_LABELS.
+        `label`: where the tokens are cached, one of DECLINED_LABELS.
         """
         word = w.DECLINED + w.DECLINED_LABELS.index(label)
         self._header[word] = self._header[word] + tokens & _U64
