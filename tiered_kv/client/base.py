@@ -203,7 +203,8 @@ class NodeClient:
     def load_costs(self) -> dict[str, LoadCostStats]:
         """Returns the measured latency and rate of each source of loads: of tiers by their label, and of peers as `peer NAME`.
 
-        Memory of this machine is not among them. Calls no other process.
+        Memory of this machine is not among them. The latency of `directory` is the time to ask which nodes have some blocks. Calls no
+        other process.
         """
         return self._costs.stats()
 

@@ -99,7 +99,7 @@ class Client(DecidingClient):
         if hidden := source.hidden(found, tiers if plan is None else None):
             found = self._bring_in_time(access, keys, found, hidden, deadline_s, plan)
         local, pulling = len(found), None
-        if local < len(keys) and source.peers:
+        if local < len(keys) and source.peers and not (plan and plan.waits.was_late):
             run = BlockRun(names.root, self.layout.block_bytes, keys[local - 1] if local else None, keys[local:], local)
             pulled, pulling = self._pull_rest(access, names, run, out, deadline_s, plan)
             found = found + pulled

@@ -17,7 +17,7 @@ from tiered_kv.client.base import ALL_PEERS, LABELS, question_s
 from tiered_kv.client.calls import Names
 from tiered_kv.client.explaining.explaining_client import ExplainingClient
 from tiered_kv.client.load_costs import LoadPart, label_of, peer_source
-from tiered_kv.client.load_plan import IN_MEMORY, LATE, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
+from tiered_kv.client.load_plan import IN_MEMORY, LATE, LATENESS, SLACK, SLACK_KNOWN, SLOWER, Choice, LoadPlan, Patience, choose, parts_of
 from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.client.reader import BlockSource, DiskMeter, FoundBlock
 from tiered_kv.errors import Kind, TieredKVError
@@ -26,10 +26,16 @@ from tiered_kv.protocol.messages import BlockRun
 
 LOOK_AGAIN_S = 0.0005
 ANSWER_WITHIN_S = 0.02
+ANSWER_S = 0.001
+"""The time of such a question while it is not known."""
+ASK_AGAIN_S = 0.25
+"""How often the directory is asked in the background while requests are too short to wait for it."""
 DIRECTORY = "directory"
 """The source whose loads are the questions which nodes have some blocks."""
 FAST = 4.0
 """If even the slowest known peer is this many times faster than computing, a fetch does not ask first which peers have the blocks."""
+
+_IN_MEMORY_TIERS = frozenset(map(int, (Tier.DEVICE, Tier.HOST)))
 
 
 class DecidingClient(ExplainingClient):
@@ -54,10 +60,11 @@ class DecidingClient(ExplainingClient):
 
         `tiers`: those of the `found` blocks.
         """
+        if tokens_per_s is None and len(found) == len(keys) and tiers <= _IN_MEMORY_TIERS:
+            return None
         cost = self._prefills.cost if tokens_per_s is None else cost_of(tokens_per_s)
-        is_slow = max(tiers, default=0) > Tier.HOST
         rest = keys[len(found) :] if len(found) < len(keys) and access.source.peers else []
-        if cost is None or not (is_slow or rest):
+        if cost is None or (tiers <= _IN_MEMORY_TIERS and not rest):
             return None
         parts = parts_of(found)
         patience = _Patiences(cost, self.layout.block_tokens, parts, len(keys), deadline_s)
@@ -66,11 +73,11 @@ class DecidingClient(ExplainingClient):
         if rest and choice.blocks == len(found) and (peers_s := self._fast_peers_s(cost, len(found), len(rest))) is not None:
             return patience.plan(keys, found, choice, (ALL_PEERS,), peers_s)
         if rest:
-            peers = self._holders(access, rest, patience.waits, deadline_s)
+            peers = self._holders(access, names, keys, len(found), patience.waits, deadline_s)
             choice = self._chosen([*parts, *peers], cost)
             if len(found) < choice.blocks and self._costs.of(source := peers[0].source) is None:
                 choice = self._explored(access, names, keys, found, patience, [*parts, *peers], source, deadline_s)
-        self._probe(access, names, keys, found, choice, deadline_s)
+        self._probe(access, names, keys, found, choice)
         return patience.plan(keys, found, choice, peers)
 
     def _chosen(self, parts: Sequence[LoadPart], cost: PrefillCost) -> Choice:
@@ -84,14 +91,18 @@ class DecidingClient(ExplainingClient):
             return None
         return all_s if all_s * FAST <= cost.seconds(start * t, (start + blocks) * t) else None
 
-    def _holders(self, access: NodeAccess, keys: list[BlockKey], patience: Patience, deadline_s: float) -> tuple[LoadPart, ...]:
-        """Returns the parts that other nodes have. Each is as long as possible, as the node will request them.
+    def _holders(
+        self, access: NodeAccess, names: Names, keys: list[BlockKey], start: int, patience: Patience, deadline_s: float
+    ) -> tuple[LoadPart, ...]:
+        """Returns the parts that other nodes have, from block `start` on. Each is as long as possible, as the node will request them.
 
         Does not ask if the answer would take a large part of the time to compute the blocks.
         """
-        if (self._costs.seconds(DIRECTORY, 1) or 0.0) > patience.slack_s and not self._costs.may_probe(DIRECTORY):
+        if (self._costs.seconds(DIRECTORY, 1) or ANSWER_S) > patience.slack_s:
+            if self._costs.may_probe(DIRECTORY, ASK_AGAIN_S):
+                self._pulls.submit(self._explore_alone, access, names, self._run_of(names, keys, start, 1))
             return ()
-        asking = self._pulls.submit(self._ask_holders, access, keys, max(deadline_s - self._clock.now_s(), 0.0))
+        asking = self._pulls.submit(self._ask_holders, access, keys[start:], max(deadline_s - self._clock.now_s(), 0.0))
         holders = asking.result() if self._in_time(asking, patience, lambda: 0, [DIRECTORY]) else []
         parts, start = [], 0
         while start < len(holders):
@@ -124,13 +135,18 @@ class DecidingClient(ExplainingClient):
         self._in_time(pulling, patience.waits, lambda: len(found) + len(access.source.find(run.keys)), [source])
         return self._chosen(parts, patience.cost)
 
+    def _explore_alone(self, access: NodeAccess, names: Names, run: BlockRun) -> None:
+        """Ask who has a block, and pull it from an unknown peer, so that requests which cannot wait for that know both."""
+        holders = self._ask_holders(access, run.keys, question_s(access))
+        if holders and self._costs.of(peer_source(holders[0][0])) is None:
+            part = LoadPart(peer_source(holders[0][0]), 1, run.nbytes)
+            self._pull(access, names, run, self._clock.now_s() + access.deadline_s, (part,))
+
     def _run_of(self, names: Names, keys: list[BlockKey], start: int, blocks: int) -> BlockRun:
         parent = keys[start - 1] if start else None
         return BlockRun(names.root, self.layout.block_bytes, parent, keys[start : start + blocks], start)
 
-    def _probe(
-        self, access: NodeAccess, names: Names, keys: list[BlockKey], found: list[FoundBlock], choice: Choice, deadline_s: float
-    ) -> None:
+    def _probe(self, access: NodeAccess, names: Names, keys: list[BlockKey], found: list[FoundBlock], choice: Choice) -> None:
         """Load the first declined block in a thread now and then, so that a source which is fast again is noticed."""
         part, reason = choice.declined[0] if choice.declined else (None, "")
         if part is None or reason != SLOWER or part.source == IN_MEMORY or not self._costs.may_probe(part.source):
@@ -274,10 +290,10 @@ class _Patiences:
     ) -> LoadPlan:
         """Returns the plan of a choice. `peers_s`: the expected time of a load from peers that the choice does not include."""
         disk_s = choice.expected_s.get(LABELS[Tier.DISK], 0.0)
-        self.waits.expected_s = sum(choice.expected_s.values()) - disk_s + peers_s
-        self._reads.expected_s = disk_s
+        waits_s = sum(choice.expected_s.values()) - disk_s + peers_s
+        self.waits.allowed_s, self._reads.allowed_s = LATENESS * waits_s, LATENESS * disk_s
         known = not choice.unknown and not self.has_explored
-        both = disk_s > 0 and self.waits.expected_s > 0
+        both = disk_s > 0 and waits_s > 0
         self.waits.slack_s = self._reads.slack_s = (SLACK_KNOWN if known else SLACK) * self._prompt_s / (2 if both else 1)
         declined = Counter[tuple[str, str]]()
         label = ""

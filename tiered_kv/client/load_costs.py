@@ -51,16 +51,22 @@ class LoadCost:
         self.latency_s = latency_s
         self.byte_s = byte_s
         self.loads = 0
+        self._latency_share, self._is_split = 1.0, False  # is_split: whether latency and rate were told apart
         self._was_slow = False
         self._clear()
 
     def _clear(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
-        self._latency_share, self._is_split = 1.0, False  # is_split: whether latency and rate were told apart
 
     def seconds(self, nbytes: float) -> float:
         """Returns the expected time of a load of `nbytes`."""
         return self.latency_s + nbytes * self.byte_s
+
+    def seconds_at_most(self, nbytes: float) -> float:
+        """Returns the expected time of a load of `nbytes` if all of what is not certain takes time for each byte."""
+        if self.is_certain(nbytes):
+            return self.seconds(nbytes)
+        return self._y / self._x * nbytes
 
     def is_certain(self, nbytes: float) -> bool:
         """Returns whether a load of `nbytes` takes the expected time at most: loads were as large, or of different sizes."""
@@ -74,8 +80,11 @@ class LoadCost:
         expected_s = self.seconds(nbytes)
         is_comparable = self._is_comparable(nbytes)
         is_slow = is_comparable and seconds > expected_s * SURPRISE
-        if (is_slow and self._was_slow) or (is_comparable and seconds * SURPRISE < expected_s):
+        if is_slow and self._was_slow:
             self._clear()
+        elif is_comparable and seconds * SURPRISE < expected_s:
+            self._clear()
+            self._latency_share, self._is_split = 1.0, False
         elif is_slow:
             seconds = expected_s * SURPRISE
         self._was_slow = is_slow
@@ -108,8 +117,8 @@ class LoadCosts:
         forking.register(self)
 
     def after_fork(self) -> None:
-        """Renew the lock in a child process: a thread of the parent may have held it."""
-        self._lock = threading.Lock()
+        """Renew the lock in a child process: a thread of the parent may have held it. The parent's loads do not end here."""
+        self._lock, self._unfinished = threading.Lock(), {}
 
     def note(self, source: str, nbytes: int, seconds: float) -> None:
         """Record that a load of `nbytes` from a source took `seconds`. Without bytes, nothing is recorded."""
@@ -148,8 +157,13 @@ class LoadCosts:
         return self._costs.get(source) or (self._costs.get(PEER) if label_of(source) == PEER else None)
 
     def peers_seconds(self, nbytes: int) -> float | None:
-        """Returns the expected time of a load from the slowest known peer; None if it is not certain for each of them."""
+        """Returns the expected time of a load from the slowest known peer.
+
+        None if it is not certain for each of them, or if a load goes on for which no fetch waits any more.
+        """
         with self._lock:
+            if any(label_of(source) == PEER and count for source, count in self._unfinished.items()):
+                return None
             peers = [cost for source, cost in self._costs.items() if label_of(source) == PEER]
         return max(cost.seconds(nbytes) for cost in peers) if peers and all(cost.is_certain(nbytes) for cost in peers) else None
 
@@ -174,11 +188,12 @@ class LoadCosts:
         """Whether such a load from any source is running."""
         return any(self._unfinished.values())
 
-    def may_probe(self, source: str) -> bool:
-        """Returns whether it is time to measure a declined source again. If so, the next time is PROBE_EVERY_S later."""
+    def may_probe(self, source: str, every_s: float | None = None) -> bool:
+        """Returns whether it is time to measure a declined source again. If so, the next time is `every_s` (PROBE_EVERY_S) later."""
+        every_s = PROBE_EVERY_S if every_s is None else every_s
         now_s = self._clock.now_s()
         with self._lock:
-            if now_s < self._probed_s.get(source, float("-inf")) + PROBE_EVERY_S or self._unfinished.get(source, 0):
+            if now_s < self._probed_s.get(source, float("-inf")) + every_s or self._unfinished.get(source, 0):
                 return False
             self._probed_s.pop(source, None)
             self._probed_s[source] = now_s

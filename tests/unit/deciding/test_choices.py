@@ -12,6 +12,8 @@ from tests.unit.serving.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_o
 from tiered_kv import KVLayout
 from tiered_kv.blocks import Tier
 from tiered_kv.client import deciding, load_costs
+from tiered_kv.client.load_costs import LoadPart
+from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.segments import SegmentReader
 from tiered_kv.tiers.faulty import EVERY, FaultPlan, Faulty
@@ -163,7 +165,7 @@ def test_a_link_that_is_fast_again_is_noticed(pair, monkeypatch) -> None:
     two.fetch(recompute_tokens_per_s=0)
     two.fetch(recompute_tokens_per_s=0)
     fetched, _ = two.fetch(recompute_tokens_per_s=rate_for(0.5))
-    assert fetched.declined_by_reason == {"peer: slower": 8 * T}
+    assert fetched.tokens == 0
     two.settle()
     two.link._latency_s = 0.0
     for _ in range(5):
@@ -285,3 +287,14 @@ def test_a_disk_that_hangs_costs_a_small_part_of_computing(node_factory, client_
     assert time.monotonic() - begun_s < 1.0  # 0.06 s on a quiet machine
     assert (fetched.tokens, fetched.declined_by_reason) == (0, {"disk: late": 4 * LARGE.block_tokens})
     time.sleep(2.2)  # the hanging reads end
+
+
+def test_requests_too_short_to_ask_the_directory_use_a_peer_that_has_proved_fast(pair) -> None:
+    two = pair(latency_s=0.0)
+    rate = rate_for(0.015)  # 5 % of it is less than an answer of the directory takes
+    fetched, _ = two.fetch(recompute_tokens_per_s=rate)
+    assert (fetched.tokens, fetched.declined) == (0, 0)
+    until(lambda: "peer n0" in two.client.load_costs())  # a thread has asked, and pulled a block
+    two.client._costs.note_pull([LoadPart("peer n0", 1, LAYOUT.block_bytes)], 1, LAYOUT.block_bytes, 1e-5)  # as on a quiet machine
+    two.client._costs.note_pull([LoadPart("peer n0", 8, LAYOUT.block_bytes)], 8, LAYOUT.block_bytes, 2e-5)
+    assert two.client._fast_peers_s(PrefillCost(1 / rate), 0, 8) is not None

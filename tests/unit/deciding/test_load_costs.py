@@ -168,6 +168,14 @@ def test_a_declined_source_is_probed_now_and_then() -> None:
     assert costs.may_probe("disk")
 
 
+def test_a_forked_child_does_not_wait_for_loads_of_its_parent() -> None:
+    costs = LoadCosts(ManualClock())
+    costs.begin_measuring("disk")
+    costs.after_fork()
+    assert not costs.is_busy
+    assert costs.may_probe("disk")
+
+
 def test_the_number_of_sources_is_bounded() -> None:
     costs = LoadCosts(ManualClock())
     for number in range(1000):
@@ -263,7 +271,7 @@ def test_a_choice_takes_microseconds() -> None:
 
 def patience(expected_s: float = 0.0, deadline_s: float = 100.0) -> Patience:
     made = Patience(PrefillCost(1e-3), T, 2, deadline_s, slack_s=0.1)
-    made.expected_s = expected_s
+    made.allowed_s = expected_s
     assert not made.is_over(10.0)
     return made
 

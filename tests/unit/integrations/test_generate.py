@@ -1,6 +1,7 @@
 """generate with prefixes from the cache: equal output, fewer computed tokens, and no request fails because of the cache."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,6 +208,15 @@ def test_the_report_measures_the_first_token_and_the_fetch():
     assert client.prefills == [(BLOCK, 1.0)]
     cached.run(prompt_of(BLOCK + 3), **GREEDY)
     assert client.prefills[1:] == [(3, 1.0)], "only computed tokens count, not fetched ones"
+    assert client.positions == [0, BLOCK]
+
+
+def test_the_report_has_the_declined_tokens():
+    cached, client = served(tiny())
+    fetch = client.fetch
+    client.fetch = lambda ids, out=None, **_: replace(fetch(ids), declined=7)
+    _, report = cached.run(prompt_of(BLOCK), **GREEDY)
+    assert report.declined_tokens == 7
 
 
 class Listener:

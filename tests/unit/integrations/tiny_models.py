@@ -52,6 +52,7 @@ class DictClient:
         self.use(namespace or Namespace.of(model))
         self.blocks = {}
         self.prefills = []
+        self.positions = []
         self.hints = []
 
     def use(self, namespace):
@@ -62,6 +63,7 @@ class DictClient:
 
     def note_prefill(self, tokens, seconds, position=0):
         self.prefills.append((tokens, seconds))
+        self.positions.append(position)
 
     def keys(self, ids, namespace=None):
         chain = self.chain if namespace is None else namespace.chain(self.layout)

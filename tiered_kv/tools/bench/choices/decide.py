@@ -4,7 +4,8 @@ Two nodes in one process are connected through a proxy that adds latency and lim
 prefix that only the other node has. The model is simulated: computing takes `PrefillCost` seconds, with a cost that grows with the
 position. The time of a request is that of its fetch plus that of computing what the fetch did not bring. `always load` and `always
 compute` are the two fixed choices for the same requests. The regret is the time of a request less that of the better fixed choice.
-A client of its own serves each combination of link and rate, so the first requests know nothing about the link.
+A client of its own serves each combination of link and rate, so the first requests know nothing about the link. On a loaded machine
+each wait for another thread takes longer than it would in a quiet one: `handoff_ms_max` is the longest empty one.
 """
 
 import time
@@ -20,6 +21,7 @@ from rich.table import Table
 from tiered_kv.client.client import Client
 from tiered_kv.client.prefill_cost import PREFILLS_MIN, PrefillCost
 from tiered_kv.errors import Kind, TieredKVError
+from tiered_kv.threads import DaemonThreads
 from tiered_kv.tools.bench.fetch import LAYOUTS, NAMESPACE, Buffers, Case, LogLine, machine
 from tiered_kv.tools.bench.transfer import slow_cluster, stored
 
@@ -82,6 +84,7 @@ class LinkBench:
         self._work = work
         self._buffers = buffers
         self._number = 0
+        self._thread = DaemonThreads(1, "tkv-handoff")
 
     def run(self) -> list[dict]:
         """Measure all rates. Returns one record for each."""
@@ -98,7 +101,7 @@ class LinkBench:
 
     def _at_rate(self, rate: float, owner: Client, client: Callable[[], Client], loads_s: dict[int, float]) -> dict:
         cost = PrefillCost(1 / rate, GROWTH / rate)
-        rows = []
+        rows, handoffs_s = [], []
         with closing(client()) as other:
             for tokens in (512, 1024, 2048)[:PREFILLS_MIN]:
                 other.note_prefill(tokens, cost.seconds(0, tokens))
@@ -106,8 +109,15 @@ class LinkBench:
                 for chain in self._work.chains:
                     took_s, declined = self._request(owner, other, chain, cost)
                     rows.append((chain, took_s, declined))
+                    handoffs_s.append(self._handoff_s())
             self._settle(other)
-        return record_of(self._name, rate, cost, rows, loads_s)
+        return record_of(self._name, rate, cost, rows, loads_s) | {"handoff_ms_max": round(max(handoffs_s) * 1e3, 2)}
+
+    def _handoff_s(self) -> float:
+        """Returns the seconds until a waiting thread has run an empty call: how much the load of the machine adds to each wait."""
+        begun_s = time.perf_counter()
+        self._thread.submit(int).result()
+        return time.perf_counter() - begun_s
 
     def _request(self, owner: Client, client: Client, chain: int, cost: PrefillCost | None) -> tuple[float, int]:
         """Returns the seconds of a request for a new prefix, and its declined tokens. Without a cost, everything is loaded."""
@@ -189,6 +199,7 @@ def show(report: dict, console: Console) -> None:
         "max": "regret_ms_max",
         "slowest / compute": "slowest_vs_compute",
         "beyond, ms": "slowest_beyond_compute_ms",
+        "handoff, ms": "handoff_ms_max",
         "declined": "declined_tokens",
     }
     for column in columns:
