@@ -49,8 +49,8 @@ def raise_on(
 ) -> Change:
     """Do the work of `new_epoch`.
 
-    `nodes`: ids of known nodes. `ask`: calls methods of nodes. `raise_epoch`: asks the coordinator to raise the epochs of model
-    families. Returns the new epochs, and the ids of the nodes that the coordinator lists.
+    `nodes`: ids of known nodes. `ask`: calls methods of nodes. `raise_epoch`: a function that asks the coordinator to raise the
+    epochs of model families, and returns the new epochs and the ids of the coordinator's nodes.
     """
     namespaces = chosen(known_namespaces(ask(nodes, "stats").values()), wanted) if wanted else []
     raised, listed = raise_epoch([bytes.fromhex(each["family"]) for each in namespaces] or [EVERY])

@@ -28,7 +28,8 @@ def collect(repository: "Repository", keep: int | None) -> CollectionResult:
     """Delete old checkpoints and unused packs, as `Repository.collect` describes. Returns the counts.
 
     A delete mark is an object that makes other processes wait (see `leases`). The order of the steps makes this safe: write a
-    delete mark, look for leases, write a second mark (the fence), list the objects, read all manifests, delete.
+    delete mark, look for leases, write a second mark (the fence, which proves that the next listing is up to date), list the
+    objects, read all manifests, delete.
     """
     if keep is not None and keep < 1:
         raise TieredKVError(Kind.CONFIG, f"keep: must be a whole number of at least 1, got {keep!r}", setting="keep")

@@ -1,7 +1,8 @@
 """Codecs that make a block's bytes smaller and restore them, and the frame that carries them in storage and on the wire.
 
-Owns: the encoding of a tensor as a payload and a frame, the decoding, and the list of codecs. May import: layout, keys, errors,
-torch, compression libraries. Must never know: tiers, policy, where a frame is stored, or who reads it.
+Owns: the encoding of a tensor as a payload and a frame, the decoding, and the list of codecs.
+May import: layout, keys, errors, torch, compression libraries.
+Must never know: tiers, policy, where a frame is stored, or who reads it.
 
 Importing this package does not import torch, which takes two seconds. The names that need it import it on first use.
 """

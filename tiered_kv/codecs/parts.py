@@ -138,7 +138,7 @@ class PartsCodec(BlockCodec):
         return payload
 
     def _to_code_space(self, part: Part, x: torch.Tensor) -> torch.Tensor:
-        """Returns some layers `x` of a part, rotated back by RoPE or spread, as they are quantized."""
+        """Returns some layers `x` of a part as they are to be quantized: rotated back by RoPE, or spread, or unchanged."""
         if part.rope:
             return self._turning(part, x).turn(x, torch.empty_like(x), back=True)
         return x @ spreading_matrix(x.shape[-1]).to(x.device).T if part.is_spread else x

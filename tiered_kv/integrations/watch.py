@@ -34,7 +34,7 @@ class _ByIdentity(TorchFunctionMode):
     """A context in which comparing two different tensor objects raises `RuntimeError` instead of reading their content."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raises RuntimeError, because torch calls this for a comparison of tensors."""
+        """Raises RuntimeError. torch calls this instead of the function that compares two tensors."""
         raise RuntimeError("another tensor")
 
 

@@ -166,7 +166,7 @@ class IndexWriter:
         return self._header[w.SAVED_TOKENS], self._header[w.SAVED_US] / 1e6
 
     def declined(self) -> dict[str, int]:
-        """Returns how many tokens workers did not load because computing them is faster, by the label of the tier that had them."""
+        """Returns, by place (a tier, or a peer), how many cached tokens workers did not load because computing them is faster."""
         return {label: self._header[w.DECLINED + number] for number, label in enumerate(w.DECLINED_LABELS)}
 
     def set_epochs(self, epochs: Sequence[tuple[bytes, int]]) -> None:

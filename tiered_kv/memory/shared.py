@@ -396,7 +396,7 @@ def _lock_shared(directory: Path, directory_fd: int) -> Iterator[int]:
 
 def _take_writer_lock(directory: Path, lock_fd: int) -> None:
     if not try_exclusive(lock_fd, 0, 1):
-        raise TieredKVError(Kind.MEMORY, f"another process is the writer of {directory}; its node is running", path=str(directory))
+        raise TieredKVError(Kind.MEMORY, f"another process is the writer of {directory}: this node runs already", path=str(directory))
 
 
 def _new_file(directory_fd: int, name: str, nbytes: int) -> int:

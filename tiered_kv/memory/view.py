@@ -283,7 +283,10 @@ class NodeView:
         header[w.SAVED_US] = header[w.SAVED_US] + saved_us & _U64
 
     def tally_declined(self, label: str, tokens: int) -> None:
-        """Add to the counter of tokens that were not loaded from a tier because computing them is faster. `label`: as DECLINED_LABELS."""
+        """Add to the counter of tokens that were not loaded from a tier because computing them is faster.
+
+        `label`: where the tokens are cached, one of DECLINED_LABELS.
+        """
         word = w.DECLINED + w.DECLINED_LABELS.index(label)
         self._header[word] = self._header[word] + tokens & _U64
 

@@ -1,4 +1,4 @@
-"""The samples of the coordinator's metrics."""
+"""Computes the samples (values with labels) of the coordinator's metrics."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ ANY = ("0.0.0.0", "::")
 
 
 class MetricsPlace(NamedTuple):
-    """The parsed setting."""
+    """The setting `metrics_port`, parsed."""
 
     place: PeerPlace
 

@@ -1,4 +1,4 @@
-"""A map from many block keys to slot numbers. It takes a few bytes a key and looks up a whole chain at a time."""
+"""A map from many block keys to slot numbers. It takes a few bytes per key. One call looks up all keys of a chain."""
 
 from collections.abc import Sequence
 from typing import cast

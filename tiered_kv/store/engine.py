@@ -72,7 +72,7 @@ class BlockFormat(NamedTuple):
 
 
 class EncodedBlock(Protocol):
-    """A block encoded for its target tier. Opaque to the engine, which reads only its size."""
+    """A block encoded for its target tier. The engine reads only its size."""
 
     @property
     def nbytes(self) -> int: ...

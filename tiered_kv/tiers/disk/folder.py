@@ -139,7 +139,7 @@ def claim_folder(root: str | os.PathLike[str], owner: str, make: Callable[[Path]
         except TieredKVError as error:
             if not error.context.get("in_use") or found.get(number) == owner:
                 raise
-    raise TieredKVError(Kind.STORAGE, f"disk_path: all folders in {root} are in use", setting="disk_path", path=str(root))
+    raise TieredKVError(Kind.STORAGE, f"disk_path: all folders in {root} are in use by other nodes", setting="disk_path", path=str(root))
 
 
 def unused_below(root: str | os.PathLike[str]) -> dict[str, int]:

@@ -91,7 +91,7 @@ def _loaded(name_or_path: str | Path | None, load: Callable[[str, bool], tuple[A
     if path.is_dir():
         return _attempt(str(path), load, local=True)
     if isinstance(name_or_path, Path) or name.startswith(("/", ".", "~")) or path.exists():
-        raise TieredKVError(Kind.MODEL, f"--model: must be a folder or a Hugging Face id, but there is no folder {name}", model=name)
+        raise TieredKVError(Kind.MODEL, f"--model: must be a folder or a Hugging Face id, got {name}, which is not a folder", model=name)
     try:
         return _attempt(name, load, local=True)
     except TieredKVError:
