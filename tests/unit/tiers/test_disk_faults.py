@@ -209,6 +209,23 @@ def test_a_reader_keeps_few_files_open(make) -> None:
     reader.close()
 
 
+def test_a_reader_closes_removed_files_when_it_opens_another(make) -> None:
+    tier = make()
+    held = put(tier, range(12), QUARTER)
+    segments = sorted({location.segment for location in held.values()})
+    first = {location.segment: number for number, location in reversed(held.items())}
+    reader = SegmentReader(tier.folder)
+    before = len(os.listdir("/proc/self/fd"))
+    for segment in segments[:2]:
+        assert_holds(reader, first[segment], held[first[segment]])
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    for segment in segments[:2]:
+        tier.reclaim(segment)
+    assert_holds(reader, first[segments[2]], held[first[segments[2]]])
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    reader.close()
+
+
 def test_room_is_freed_at_once_even_if_a_reader_has_the_file_open(make) -> None:
     tier = make()
     held = put(tier, range(8), QUARTER)

@@ -71,7 +71,8 @@ class FilePart(NamedTuple):
 class SegmentReader:
     """Reads blocks from the segments in `folder`. It needs only the folder and a location, not the tier. Thread-safe.
 
-    Keeps the `max_open` most recently used files open, besides files that are being read from.
+    Keeps the `max_open` most recently used files open, besides files that are being read from. Whenever it opens a file, it closes those
+    that the node has removed since.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, max_open: int = 64, files: Files | None = None) -> None:
@@ -179,6 +180,8 @@ class SegmentReader:
                 _close(opened)
             if self._closed:
                 raise TieredKVError(Kind.CLOSED, "the reader of the disk tier is closed")
+            if opened:
+                self._retire_removed()
             file = self._open.setdefault(segment, opened) if opened else self._open.get(segment)
             if file is not None:
                 self._open.move_to_end(segment)
@@ -197,6 +200,11 @@ class SegmentReader:
         except OSError as error:
             raise TieredKVError(Kind.STORAGE, f"disk segment {segment} cannot be opened: {error.strerror}", segment=segment) from error
         return _OpenFile(fd)
+
+    def _retire_removed(self) -> None:
+        removed = [segment for segment, file in self._open.items() if not os.fstat(file.fd).st_nlink]
+        for segment in removed:
+            self._retire(segment)
 
     def _retire(self, segment: int) -> None:
         file = self._open.pop(segment)
