@@ -98,7 +98,7 @@ def undo(name: str, node: str, log: start.LogLine) -> None:
     [member] = [member for member in fleet["members"] if member["node"] == node]
     if member["state"] != "serving":
         raise TieredKVError(
-            Kind.CLUSTER, f"{node} did not start, it is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node
+            Kind.CLUSTER, f"{node} did not start; it is {member['state']}: {member.get('error', 'see `tiered-kv status`')}", node=node
         )
     log(f"{node} serves again")
 

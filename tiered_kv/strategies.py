@@ -67,8 +67,9 @@ class BaseEvictionStrategy:
     ) -> list[Hashable]:
         """Returns `num_to_evict` keys of `cache`, chosen from the time of each key's last use and its number of uses.
 
-        Replays the uses of the keys to a new policy of this kind, in the order of their times, more of them for a higher count. Only the
-        order of the counts matters. A key without a time counts as the oldest, and a key without a count as used once.
+        Replays uses to a new policy of this kind, in the order of `access_times`. A key with a higher count is replayed more often, but not
+        as often as its count says: only the order of the counts matters. A key without a time counts as the oldest, and a key without a
+        count as used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))
@@ -100,7 +101,10 @@ class LFUEvictionStrategy(BaseEvictionStrategy):
 
 
 class AdaptiveEvictionStrategy(BaseEvictionStrategy):
-    """Evicts the entry first that is least likely to be used soon, as learned from the times of uses. Until then, evicts as LRU."""
+    """Evicts the entry first that is least likely to be used soon, as learned from the times of uses.
+
+    Until it has learned enough, it evicts as LRU.
+    """
 
     name = "adaptive"
 

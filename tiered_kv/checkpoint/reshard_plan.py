@@ -166,7 +166,7 @@ class _Planner:
                 place.parent = chain.whole_key(row.parent)
 
     def planned(self) -> ReshardPlan:
-        """Returns the plan for all models and rows added so far."""
+        """Returns the plan for all models and all rows of the manifest (one for each block) that were added so far."""
         available = {row.key for row in self._unchanged}
         models = {row.root: self._kept[row.root] for row in self._unchanged}
         targets: list[Target] = []

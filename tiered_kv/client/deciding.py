@@ -305,7 +305,7 @@ class _Patiences:
 
 
 def cost_of(tokens_per_s: float) -> PrefillCost | None:
-    """Returns the cost for a rate that the caller gave; None for 0. Raises (kind `config`) for anything else than a rate."""
+    """Returns the cost of a prefill at a rate that the caller gave; None for the rate 0. Raises (kind `config`) if it is not a rate."""
     is_rate = isinstance(tokens_per_s, int | float) and not isinstance(tokens_per_s, bool) and 0 <= tokens_per_s < float("inf")
     if not is_rate:
         message = f"recompute_tokens_per_s: must be a number of tokens a second, or 0 to load everything, got {tokens_per_s!r}"

@@ -98,7 +98,7 @@ class Codec(ABC):
     def for_layout(cls, layout: Layout | None, *, rope: bytes | None = None, rope_halves: bool = True, **parameters: Any) -> Self:
         """Returns the codec for blocks of `layout`. None means that the layout is unknown.
 
-        A lossy codec treats an `OpaqueLayout` as unknown: it falls back for every block ("opaque").
+        A lossy codec treats an `OpaqueLayout` as unknown: it encodes every block without loss, for the reason "opaque".
         `rope` and `rope_halves` describe the model's RoPE (see `rotation`). Codecs that do not rotate ignore them.
         """
         return cls(**parameters)

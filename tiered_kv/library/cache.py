@@ -181,7 +181,7 @@ class BaseKVCache:
             return {at: self._placed[at] for at in self.positions()}
 
     def place(self, placed: dict[int, PositionEntry]) -> None:
-        """Add the `PositionEntry` of pairs loaded from a checkpoint, by position. Replaces entries at the same positions."""
+        """Add entries loaded from a checkpoint: for each position that of its (key, value) pair. Replaces those at the same positions."""
         with self._lock:
             self._placed |= placed
 

@@ -229,7 +229,7 @@ class IndexWriter:
         return max(dropped, len(missing))  # most wrong slots are also missing blocks
 
     def check(self) -> None:
-        """Recompute the counters, and assert what readers rely on. Cost: about 10 µs a block."""
+        """Assert that the counters are right, and whatever else readers rely on. Cost: about 10 µs a block."""
         if self._closed:
             return
         seqs = np.frombuffer(self._views.slot_words, np.uint64)[:: w.SLOT_WORDS]

@@ -470,6 +470,6 @@ def _naming_directory(directory: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise TieredKVError(Kind.MEMORY, f"there are no node's files in {directory}; was the node started?", path=str(directory)) from error
+        raise TieredKVError(Kind.MEMORY, f"no node's files in {directory}; was the node started?", path=str(directory)) from error
     except OSError as error:
         raise TieredKVError(Kind.MEMORY, f"cannot open the files of {directory}: {error}", path=str(directory)) from error

@@ -65,10 +65,10 @@ class EpochBook:
             return max((each.floor for each in self._of(family)), default=0)
 
     def raised(self, families: Sequence[bytes], now_ms: int, *, keep: bool) -> list[Epoch]:
-        """Raise the epochs of families, or of EVERY, to one new number. Returns the new epochs.
+        """Raise the epochs of families, or of all families (`EVERY`), to one new number. Returns the new epochs.
 
-        With `keep`, blocks of the former epochs do not end. `now_ms`: Unix time. The number is at least this, so that it is larger
-        than any number that another cluster has used by now.
+        With `keep`, nodes do not drop the blocks of the former epochs, but evict them in time. `now_ms`: the Unix time. The new number is
+        at least this, which makes it larger than all numbers that other clusters have used so far.
         """
         with self._lock:
             known = [each for family in families for each in ([*self._epochs.values()] if family == EVERY else self._of(family))]

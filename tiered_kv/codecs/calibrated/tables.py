@@ -227,7 +227,9 @@ def calibration_of(fingerprint: str) -> Calibration:
     if fingerprint not in _registered:
         raise TieredKVError(
             Kind.CORRUPT,
-            f"no calibration with the fingerprint {fingerprint or '(none)'} is loaded in this process",
+            f"the calibration {fingerprint} is not loaded in this process; give its file to --calibration"
+            if fingerprint
+            else "the codec needs a calibration, but the block names none",
             calibration=fingerprint,
         )
     return _registered[fingerprint]

@@ -99,7 +99,10 @@ def pack_entry(entry: Entry, tag: bytes, segment: int) -> bytes:
 
 
 def unpack_entry(view: memoryview, tag: bytes, segment: int, offset: int) -> Entry | None:
-    """Returns the entry before the frame at `offset`; None unless it was written for this store tag, segment and offset."""
+    """Returns the entry that lies just before the frame at `offset`: the block's key, parent, root, codec and sizes.
+
+    Returns None if it was written for another disk tier (`tag`), segment or offset.
+    """
     if len(view) < ENTRY_BYTES:
         return None
     head = bytes(view[: _ENTRY.size])

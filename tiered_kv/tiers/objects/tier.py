@@ -186,7 +186,7 @@ class ObjectsTier(LogTier):
             return next(iter(self._packs), None)
 
     def oldest_sealed(self) -> int | None:
-        """Returns the oldest pack, or None."""
+        """Returns the oldest pack; None if there is none. Every pack is complete once it is written."""
         with self._state:
             return next(iter(self._packs), None)
 

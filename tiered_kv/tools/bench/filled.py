@@ -74,7 +74,7 @@ class BenchChains:
         return part.contiguous().view(-1).view(torch.uint8)
 
     def bodies(self, sizes: Sequence[int]) -> list[bytes]:
-        """Returns, for each size, a body of that many bytes. Their content repeats."""
+        """Returns one bytes object of each size. Large ones repeat a pattern inside, because their content does not matter."""
         content = self._content.view(torch.uint8).numpy()
         return [
             np.resize(np.roll(content, -(number << 20)) if size > 1 << 20 else content[:size], size).tobytes()

@@ -150,7 +150,10 @@ class LinkBench:
 
 
 def record_of(link: str, rate: float, cost: PrefillCost, rows: list[tuple[int, float, int]], loads_s: dict[int, float]) -> dict:
-    """Returns the record of the requests (blocks, seconds, declined tokens) at one rate over one link."""
+    """Returns the report's record for one link and one prefill rate, in tokens a second.
+
+    `rows`: the blocks, seconds and declined tokens of each request. `loads_s`: the seconds that a load takes, by its number of blocks.
+    """
     computes = [cost.seconds(0, chain * LAYOUT.block_tokens) for chain, _, _ in rows]
     loads = [loads_s[chain] for chain, _, _ in rows]
     best = [min(pair) for pair in zip(computes, loads, strict=True)]
