@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from tests.unit.serving.prompts import LAYOUT, NAMESPACE, assert_is_prefix, kv_o
 from tiered_kv import KVLayout
 from tiered_kv.blocks import Tier
 from tiered_kv.client import deciding, load_costs
-from tiered_kv.client.load_costs import LoadPart
+from tiered_kv.client.deciding import DecidingClient
+from tiered_kv.client.load_costs import LoadCosts, LoadPart
 from tiered_kv.client.prefill_cost import PrefillCost
 from tiered_kv.errors import Kind, TieredKVError
 from tiered_kv.tiers.disk.segments import SegmentReader
@@ -40,6 +42,25 @@ def until(true: Callable[[], Any]) -> None:
     while not true():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def the_directory_answers_in_time(monkeypatch) -> None:
+    """Has fetches wait for the directory, however busy the machine is: a request that computes for 20 ms waits 1 ms for it."""
+    in_time, note = DecidingClient._in_time, LoadCosts.note
+
+    def waiting(self: DecidingClient, loading: Any, patience: Any, arrived: Any, sources: Any) -> bool:
+        if sources == [deciding.DIRECTORY]:
+            wait([loading], PATIENCE_S)
+        return in_time(self, loading, patience, arrived, sources)
+
+    def note_loads(self: LoadCosts, source: str, nbytes: int, seconds: float) -> None:
+        if source != deciding.DIRECTORY:
+            note(self, source, nbytes, seconds)
+
+    monkeypatch.setattr(DecidingClient, "_in_time", waiting)
+    monkeypatch.setattr(LoadCosts, "note", note_loads)
+    monkeypatch.setattr(deciding, "ANSWER_S", 0.0)
 
 
 class Slowness:
@@ -289,7 +310,8 @@ def test_a_disk_that_hangs_costs_a_small_part_of_computing(node_factory, client_
     time.sleep(2.2)  # the hanging reads end
 
 
-def test_requests_too_short_to_ask_the_directory_use_a_peer_that_has_proved_fast(pair) -> None:
+def test_requests_too_short_to_ask_the_directory_use_a_peer_that_has_proved_fast(pair, monkeypatch) -> None:
+    monkeypatch.undo()  # the directory is asked as ever
     two = pair(latency_s=0.0)
     rate = rate_for(0.015)  # 5 % of it is less than an answer of the directory takes
     fetched, _ = two.fetch(recompute_tokens_per_s=rate)

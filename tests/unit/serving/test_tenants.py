@@ -215,6 +215,7 @@ def test_quotas_hold_on_disk_too_and_after_a_restart(make_cluster, checked, tmp_
     assert by_tier["host"]["used_bytes"] <= 320 << 10
     assert 0 < by_tier["disk"]["used_bytes"] <= 640 << 10
     assert hits(other, *others) == [2] * 60, "all of another tenant's blocks are still there"
+    node.engine.settle()  # promotions that the fetches caused
     node.check()
     cluster.nodes["n0"].close(remove=False)
     node = cluster.start_node("n0")
