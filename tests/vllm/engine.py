@@ -15,6 +15,8 @@ from typing import Any
 
 BLOCK = 32
 """Tokens of a block. Small blocks make short prompts, which compute fast."""
+SLOW_MODEL = 1.0
+"""Tokens a second, as the connector is told, so that it loads all blocks. In truth the tests' models compute faster than a disk loads."""
 TOP = 20
 ANSWER = 6
 
@@ -57,7 +59,7 @@ class Engine:
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_module_path": "tiered_kv.integrations.vllm.connector",
-            "kv_connector_extra_config": {"cluster": cluster, **(extra or {})},
+            "kv_connector_extra_config": {"cluster": cluster, "recompute_tokens_per_s": SLOW_MODEL, **(extra or {})},
             **(transfer or {}),
         }
         usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "block_size": BLOCK, "disable_log_stats": False}

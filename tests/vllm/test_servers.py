@@ -122,7 +122,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Pair]
         sizes = {"--block-size": BLOCK, "--num-gpu-blocks-override": OWN_BLOCKS, "--max-model-len": 256, "--max-num-seqs": 4}
         options = ["--dtype", "float32", *(str(each) for pair in sizes.items() for each in pair)]
         for name in "AB":
-            servers.append(VllmServer(name, model, transfer_config(NAME), logs, options))
+            servers.append(VllmServer(name, model, transfer_config(NAME, recompute_tokens_per_s=1.0), logs, options))
         ending.callback(lambda: state.find(NAME) and run("down", "--name", NAME))
         run(*UP)
         for server in servers:
