@@ -67,8 +67,8 @@ class BaseEvictionStrategy:
     ) -> list[Hashable]:
         """Returns `num_to_evict` keys of `cache`, chosen from the time of each key's last use and its number of uses.
 
-        Replays uses to a new policy of this kind, in the order of `access_times`, of a key with a higher count more (only the order of the
-        counts matters). A key without a time counts as the oldest, and a key without a count as used once.
+        Replays uses to a new policy of this kind, in the order of `access_times`. The higher a key's count, the more of its uses are
+        replayed; only the order of the counts matters. A key without a time counts as oldest, one without a count as used once.
         """
         ranks = {count: rank for rank, count in enumerate(sorted({access_counts.get(key, 1) for key in cache}))}
         keys = sorted(cache, key=lambda key: access_times.get(key, float("-inf")))
@@ -100,7 +100,7 @@ class LFUEvictionStrategy(BaseEvictionStrategy):
 
 
 class AdaptiveEvictionStrategy(BaseEvictionStrategy):
-    """Evicts the entry first that is least likely to be used soon, once it has learned that from the times of uses. Until then LRU."""
+    """Learns from the times of uses, and evicts first what is least likely to be used soon. Until it has learned, evicts as LRU."""
 
     name = "adaptive"
 
