@@ -70,8 +70,8 @@ class Admission:
 
     def land(self, keys: Sequence[BlockKey], offers: Sequence[BlockOffer]) -> BlockLanding:
         form, same = leading_form(self._storage, keys, offers, self._root, self._nbytes)
-        locations = self._expected_room(keys[: len(same)]) if same[0].head else []
-        locations = locations or self._room(form, keys[: len(same)])
+        expected = self._expected_room(keys[: len(same)] if same[0].head else ())  # frees it all if the peer sends frames
+        locations = expected or self._room(form, keys[: len(same)])
         if not locations:
             raise refused("no_room", "no room for a block of a peer", own_fault=True)
         if same[0].head:
